@@ -1,0 +1,70 @@
+"""Generates `flywheel_proto` from the .proto files, or with --check tells whether it is up to date.
+
+Run by `make generate` in an environment of its own with the *oldest* supported grpcio-tools (requirements/codegen.in):
+generated code refuses a protobuf or grpcio runtime older than itself, so the floor of what we generate with is the floor of
+what our users may have installed.
+
+The descriptor keeps its canonical name, `flywheel/v1/generation.proto`, so that stubs which a user generates from the
+same file can live in one process with ours. Only the Python module is renamed, from `flywheel.v1` to `flywheel_proto.v1`:
+a top-level package `flywheel` would be too general a name to claim.
+"""
+
+import argparse
+import re
+import sys
+import tempfile
+from importlib import resources
+from pathlib import Path
+
+from grpc_tools import protoc
+
+ROOT = Path(__file__).parent
+PACKAGE = ROOT / "flywheel_proto"
+MODULE = re.compile(r"\bflywheel(\.v1(?:\.\w+_pb2| import \w+_pb2))")
+
+
+def generate(destination: Path) -> None:
+    """Writes the generated modules and their stubs below `destination`, in the layout of `flywheel_proto`."""
+    with tempfile.TemporaryDirectory() as output:
+        arguments = [
+            f"--proto_path={ROOT}",
+            f"--proto_path={resources.files('grpc_tools') / '_proto'}",
+            f"--python_out={output}",
+            f"--grpc_python_out={output}",
+            f"--mypy_out={output}",
+            f"--mypy_grpc_out={output}",
+            *map(str, sorted(ROOT.glob("flywheel/**/*.proto"))),
+        ]
+        if protoc.main(["protoc", *arguments]) != 0:
+            sys.exit("protoc failed")
+        for generated in sorted(Path(output).glob("flywheel/**/*.py*")):
+            target = destination / generated.relative_to(Path(output) / "flywheel")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(MODULE.sub(r"flywheel_proto\1", generated.read_text()))
+
+
+def outdated(committed: Path) -> list[str]:
+    """Returns the names of the files under `committed` that differ from what the .proto files generate."""
+    with tempfile.TemporaryDirectory() as fresh:
+        generate(Path(fresh))
+
+        def contents(directory: Path) -> dict[str, str]:
+            return {str(path.relative_to(directory)): path.read_text() for path in directory.rglob("*_pb2*.py*")}
+
+        have = {name: text for name, text in contents(committed).items() if "__pycache__" not in name}
+        want = contents(Path(fresh))
+        return sorted(name for name in have.keys() | want.keys() if have.get(name) != want.get(name))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Generate flywheel_proto from the .proto files.")
+    parser.add_argument("--check", action="store_true", help="change nothing; fail where the committed code is outdated")
+    if parser.parse_args().check:
+        if names := outdated(PACKAGE):
+            sys.exit(f"outdated, run `make generate`: {', '.join(names)}")
+    else:
+        generate(PACKAGE)
+
+
+if __name__ == "__main__":
+    main()

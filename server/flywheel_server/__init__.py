@@ -1,0 +1,1 @@
+"""The Flywheel gRPC server: contract → service → engine."""

@@ -1,0 +1,1 @@
+"""The engines: what turns a prompt into text. `base` has the protocol that they share."""

@@ -1,0 +1,122 @@
+"""The protocol between the service and an engine: its methods, its events, its errors.
+
+The errors, each of which has its row in `flywheel_server.errors`:
+
+    EngineError
+      EngineUnavailableError    starting, stopped, or out of reach; may be tried again later
+      EngineOverloadedError     cannot take more work now; may be tried again later
+      EngineFailedError         broke while it worked on the request
+      PromptTooLongError        prompt and max_tokens exceed the context
+      UnsupportedFieldError     cannot honour a field of this request
+"""
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+from flywheel_server.messages import GenerationRequest, GenerationResponseSample
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The engine has begun to work on the request, which waited until now. The first event of every generation."""
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """The next piece of a sample's text: whole characters, never empty, never part of a stop sequence that ended it."""
+
+    index: int
+    text: str
+    generated_tokens: int
+
+
+# A finished sample is its own event; its `text` is all of it, whether or not the engine sent deltas before.
+Event = Started | TextDelta | GenerationResponseSample
+
+
+@dataclass(frozen=True, slots=True)
+class EngineModel:
+    """What an engine runs. `streams` tells whether it sends deltas; `context_tokens` bounds prompt and generated text."""
+
+    name: str
+    engine: str
+    context_tokens: int
+    streams: bool
+    penalizes_prompt: bool
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """How busy an engine is: requests that wait in it from all its callers, and how many runners it has."""
+
+    backlog: int
+    num_total_runners: int
+
+
+class EngineError(Exception):
+    """The base of what an engine may raise. Its text is for the server's log; callers see what `errors` makes of it."""
+
+
+class EngineUnavailableError(EngineError):
+    """The engine is starting, stopped, or out of reach. `retry_delay` (seconds) is when to try again."""
+
+    def __init__(self, message: str, retry_delay: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_delay = retry_delay
+
+
+class EngineOverloadedError(EngineError):
+    """The engine cannot take more work now. `retry_delay` (seconds) is when to try again."""
+
+    def __init__(self, message: str, retry_delay: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_delay = retry_delay
+
+
+class EngineFailedError(EngineError):
+    """The engine broke while it worked on the request."""
+
+
+class PromptTooLongError(EngineError):
+    """Prompt and max_tokens exceed the context; all three in tokens."""
+
+    def __init__(self, prompt_tokens: int, max_tokens: int, context_tokens: int) -> None:
+        super().__init__(f"{prompt_tokens} prompt tokens and max_tokens {max_tokens} exceed the context of {context_tokens}")
+        self.prompt_tokens = prompt_tokens
+        self.max_tokens = max_tokens
+        self.context_tokens = context_tokens
+
+
+class UnsupportedFieldError(EngineError):
+    """The engine cannot honour a field of this request. `reason` says so in words for the caller."""
+
+    def __init__(self, field: str, reason: str) -> None:
+        super().__init__(f"{field}: {reason}")
+        self.field = field
+        self.reason = reason
+
+
+class Engine(Protocol):
+    """What the service needs of an engine. An engine runs between `__aenter__` and `__aexit__`, on one event loop."""
+
+    async def __aenter__(self) -> Self:
+        """Starts the engine: returns when it can work. Raises `EngineError` where it cannot start."""
+
+    async def __aexit__(self, *exception: object) -> None:
+        """Stops the engine and whatever it still works on."""
+
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        """Yields `Started`, then deltas and exactly one `GenerationResponseSample` for each index, or raises `EngineError`.
+
+        Closing the generator stops the work: in the queue, while the prompt is read, or while text is made.
+        """
+
+    async def check(self) -> None:
+        """Returns when the engine has shown that it works, by producing a token; raises `EngineError` where it fails."""
+
+    async def stats(self) -> EngineStats:
+        """Returns how busy the engine is now."""
+
+    def model(self) -> EngineModel:
+        """Returns what the engine runs, once it has started."""

@@ -1,0 +1,145 @@
+"""The messages of the contract as pydantic models: what a request may hold, and what an engine answers.
+
+They mirror `GenerationRequest`, `GenerationResponseSample` and `GenerationResponse` of MK1 Flywheel, with the ranges that
+the comments in `proto/flywheel/v1/generation.proto` state.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Final, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo
+
+MAX_EOS_TOKEN_IDS: Final = 64
+MAX_STOP_SEQUENCES: Final = 16
+MAX_STOP_BYTES: Final = 256
+INT32_MAX: Final = 2**31 - 1
+
+_ACCEPTED: Final = {
+    "text": "must not be empty and have at most {max_text_bytes} bytes in UTF-8",
+    "max_tokens": "must be 1 to {context_tokens}, the model's context",
+    "eos_token_ids": f"must be at most {MAX_EOS_TOKEN_IDS} token ids, each at least 0",
+    "max_input_tokens": "must be at least 0, where 0 keeps the whole prompt",
+    "num_samples": "must be 1 to {max_num_samples}",
+    "stop": f"must be at most {MAX_STOP_SEQUENCES} texts, each not empty and of at most {MAX_STOP_BYTES} bytes in UTF-8",
+    "temperature": "must be finite and at least 0, where 0 is greedy",
+    "top_k": "must be at least 0, where 0 does not restrict",
+    "top_p": "must be greater than 0 and at most 1",
+    "presence_penalty": "must be -2 to 2",
+    "frequency_penalty": "must be -2 to 2",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class RequestLimits:
+    """The limits of a request that belong to the deployment: the contract names them, settings and model set them."""
+
+    max_text_bytes: int
+    max_num_samples: int
+    context_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class FieldViolation:
+    """One field of a request that is not as it must be: its path, such as `stop[1]`, and what is accepted."""
+
+    field: str
+    description: str
+
+
+class InvalidRequestError(ValueError):
+    """A request whose fields are out of range; holds every violation."""
+
+    def __init__(self, violations: list[FieldViolation]) -> None:
+        super().__init__("; ".join(f"{violation.field} {violation.description}" for violation in violations))
+        self.violations = violations
+
+
+def _utf8(minimum: int, maximum: int | None) -> AfterValidator:
+    def check(text: str) -> str:
+        length = len(text.encode())
+        if length < minimum or (maximum is not None and length > maximum):
+            raise ValueError("length in bytes")
+        return text
+
+    return AfterValidator(check)
+
+
+def _at_most(limit: str) -> AfterValidator:
+    """Checks a number, or the length of a text in bytes of UTF-8, against the named one of `RequestLimits`."""
+
+    def check(value: Any, info: ValidationInfo) -> Any:  # noqa: ANN401 - as generic as pydantic's validators
+        size = len(value.encode()) if isinstance(value, str) else value
+        if info.context is not None and size > getattr(info.context, limit):
+            raise ValueError(limit)
+        return value
+
+    return AfterValidator(check)
+
+
+Int32 = Annotated[int, Field(ge=0, le=INT32_MAX)]
+Penalty = Annotated[float, Field(ge=-2.0, le=2.0, allow_inf_nan=False)]
+StopSequence = Annotated[str, _utf8(1, MAX_STOP_BYTES)]
+
+
+class GenerationRequest(BaseModel):
+    """A prompt and how to continue it; the fields, units and defaults are those of the contract."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    text: Annotated[str, _utf8(1, None), _at_most("max_text_bytes")]
+    max_tokens: Annotated[int, Field(ge=1, le=INT32_MAX), _at_most("context_tokens")]
+    eos_token_ids: tuple[Int32, ...] = Field(default=(), max_length=MAX_EOS_TOKEN_IDS)
+    max_input_tokens: Int32 = 0
+    num_samples: Annotated[int, Field(ge=1, le=INT32_MAX), _at_most("max_num_samples")] = 1
+    stop: tuple[StopSequence, ...] = Field(default=(), max_length=MAX_STOP_SEQUENCES)
+    temperature: float = Field(default=1.0, ge=0.0, allow_inf_nan=False)
+    top_k: Int32 = 50
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0, allow_inf_nan=False)
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+
+    @classmethod
+    def within(cls, limits: RequestLimits, fields: dict[str, Any]) -> Self:
+        """Returns the request with these fields, or raises `InvalidRequestError` with every violation."""
+        try:
+            return cls.model_validate(fields, context=limits)
+        except ValidationError as error:
+            raise InvalidRequestError(_violations(error, limits)) from None
+
+
+def _violations(error: ValidationError, limits: RequestLimits) -> list[FieldViolation]:
+    bounds = {name: getattr(limits, name) for name in limits.__slots__}
+    return [
+        FieldViolation(
+            field=str(name) + "".join(f"[{index}]" for index in path),
+            description=_ACCEPTED[str(name)].format(**bounds),
+        )
+        for name, *path in (item["loc"] for item in error.errors(include_url=False, include_input=False))
+    ]
+
+
+class GenerationResponseSample(BaseModel):
+    """One finished continuation of the prompt; the first four fields are Flywheel's."""
+
+    model_config = ConfigDict(frozen=True)
+
+    text: str
+    generated_tokens: Int32
+    finished: float
+    finish_reason: str
+    index: Int32 = 0
+    prompt_tokens: Int32 = 0
+    stop_sequence: str = ""
+
+
+class GenerationResponse(BaseModel):
+    """All samples of a request, in the order of their index."""
+
+    model_config = ConfigDict(frozen=True)
+
+    created: float
+    finished: float
+    num_samples: Int32
+    responses: tuple[GenerationResponseSample, ...]
+    prompt: str = ""
+    prompt_tokens: Int32 = 0
