@@ -1,0 +1,97 @@
+# Everything for work on the project. On a fresh clone, `make serve` or `make test` does the whole set-up first;
+# after that it does nothing but its job.
+
+PYTHON ?= python3
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install serve test test-floor check format generate bench lock baseline clean
+
+help: ## Print this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo '  ARGS="…" is passed on to serve, test, test-floor, bench and lock; PYTHON=… is the interpreter to install with.'
+
+install: .venv/.installed ## Build .venv with everything for work on the project
+
+serve: .venv/.installed ## Run the server: make serve ARGS="--address 127.0.0.1:0"
+	.venv/bin/flywheel-server $(ARGS)
+
+test: .venv/.installed ## Run the tests
+	.venv/bin/pytest $(ARGS)
+
+test-floor: .venv-floor/.installed ## Run the tests with the lowest supported version of every dependency
+	.venv-floor/bin/pytest $(ARGS)
+
+bench: .venv/.installed ## Run the benchmarks
+	.venv/bin/python -m benchmarks $(ARGS)
+
+# Prints the name of a step and its result; what the tool has to say only where it fails.
+step = @printf '%-16s' '$(1)'; if out=$$($(2) 2>&1); then echo ok; else echo FAILED; echo "$$out"; exit 1; fi
+
+check: .venv/.installed .venv-codegen/.installed ## Format, lint, types, generated code, contract, locks
+	$(call step,ruff format,.venv/bin/ruff format --check)
+	$(call step,ruff check,.venv/bin/ruff check)
+	$(call step,mypy,.venv/bin/mypy)
+	$(call step,generated code,$(generate) --check)
+	$(call step,buf lint,.venv/bin/buf lint)
+	$(call step,buf format,.venv/bin/buf format --diff --exit-code)
+	$(call step,buf breaking,.venv/bin/buf breaking --against proto/baseline.txtpb)
+	$(call step,locks,.venv/bin/uv pip install --offline --no-cache --dry-run --all-extras --group dev -r pyproject.toml)
+
+format: .venv/.installed ## Format the code and the contract, and fix what can be fixed
+	.venv/bin/ruff check --fix-only --quiet
+	.venv/bin/ruff format
+	.venv/bin/buf format --write
+
+# protoc looks for its plugins in PATH.
+generate = PATH="$(CURDIR)/.venv-codegen/bin:$$PATH" .venv-codegen/bin/python proto/generate.py
+
+generate: .venv-codegen/.installed ## Generate flywheel_proto from the contract
+	$(generate)
+
+# The contract as it was last released. `make check` compares with it, so it moves at a release and at no other time: moved
+# along with a change, it would let every break pass. It is text, so that its diff shows what a release changes for callers.
+baseline: .venv/.installed ## At a release: make today's contract the one that must not break
+	.venv/bin/buf build --exclude-source-info --output proto/baseline.txtpb
+
+# Locks name versions and hashes for every platform and every Python from 3.11 on, and no index. Versions stay where they
+# are unless pyproject.toml rules them out: `make lock ARGS=--upgrade` brings them up to date.
+compile = .venv/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url
+
+lock: .venv/.installed ## Bring requirements/*.txt in line with pyproject.toml
+	$(compile) $(ARGS) --all-extras --group dev pyproject.toml --output-file requirements/dev.txt
+	$(compile) $(ARGS) --all-extras --group test --resolution lowest-direct pyproject.toml --output-file requirements/floor.txt
+	$(compile) $(ARGS) requirements/codegen.in --output-file requirements/codegen.txt
+
+clean: ## Remove environments, caches and builds
+	rm -rf $(ENVIRONMENTS) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find client proto server tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+
+# Environments. Each is made anew from its locks. The stamp is written last, so that an interrupted one is begun again, and
+# holds the folder's path, as the environment itself does: one that was moved or copied is made anew too.
+
+ENVIRONMENTS := .venv .venv-floor .venv-codegen
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: $(foreach env,$(ENVIRONMENTS),$(if $(filter $(CURDIR),$(shell cat $(env)/.locked 2>/dev/null)),,$(env)/.locked))
+
+# A link to the interpreter: when that is removed or replaced, the environment is of no use.
+$(ENVIRONMENTS:%=%/bin/python): ;
+
+.venv/.locked: requirements/dev.txt requirements/model.txt
+.venv-floor/.locked: requirements/floor.txt requirements/model.txt
+.venv-codegen/.locked: requirements/codegen.txt
+$(ENVIRONMENTS:%=%/.locked): %/.locked: %/bin/python
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo 'Python 3.11 or newer is needed, "$(PYTHON)" is not: try make $(MAKECMDGOALS) PYTHON=python3.11' >&2; exit 1; }
+	$(PYTHON) -m venv --clear $*
+	$*/bin/pip install --no-deps --only-binary :all: --require-hashes $(patsubst %,--requirement %,$(filter requirements/%,$^))
+	@echo '$(CURDIR)' > $@
+
+# The project itself, without the index: what builds it is in the lock.
+.venv/.installed .venv-floor/.installed: %/.installed: %/.locked pyproject.toml
+	$*/bin/pip install --quiet --no-index --no-deps --no-build-isolation --editable .
+	@touch $@
+
+.venv-codegen/.installed: .venv-codegen/.locked
+	@touch $@
