@@ -26,7 +26,7 @@ bench: .venv/.installed ## Run the benchmarks
 	.venv/bin/python -m benchmarks $(ARGS)
 
 # Prints the name of a step and its result; what the tool has to say only where it fails.
-step = @printf '%-16s' '$(1)'; if out=$$($(2) 2>&1); then echo ok; else echo FAILED; echo "$$out"; exit 1; fi
+step = @printf '%-16s' '$(1)'; if out=$$({ $(2); } 2>&1); then echo ok; else echo FAILED; echo "$$out"; exit 1; fi
 
 check: .venv/.installed .venv-codegen/.installed ## Format, lint, types, generated code, contract, locks
 	$(call step,ruff format,.venv/bin/ruff format --check)
@@ -36,7 +36,8 @@ check: .venv/.installed .venv-codegen/.installed ## Format, lint, types, generat
 	$(call step,buf lint,.venv/bin/buf lint)
 	$(call step,buf format,.venv/bin/buf format --diff --exit-code)
 	$(call step,buf breaking,.venv/bin/buf breaking --against proto/baseline.txtpb)
-	$(call step,locks,.venv/bin/uv pip install --offline --no-cache --dry-run --all-extras --group dev -r pyproject.toml)
+	$(call step,locks,.venv/bin/uv pip install --python .venv --offline --no-cache --dry-run --all-extras --group dev -r pyproject.toml \
+		|| { echo 'Outdated: run make lock.'; false; })
 
 format: .venv/.installed ## Format the code and the contract, and fix what can be fixed
 	.venv/bin/ruff check --fix-only --quiet
@@ -81,9 +82,10 @@ $(ENVIRONMENTS:%=%/bin/python): ;
 .venv/.locked: requirements/dev.txt requirements/model.txt
 .venv-floor/.locked: requirements/floor.txt requirements/model.txt
 .venv-codegen/.locked: requirements/codegen.txt
+.venv-floor/.locked .venv-codegen/.locked: newest = 13# the oldest supported grpcio has no wheel for a later one
 $(ENVIRONMENTS:%=%/.locked): %/.locked: %/bin/python
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo 'Python 3.11 or newer is needed, "$(PYTHON)" is not: try make $(MAKECMDGOALS) PYTHON=python3.11' >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, $(or $(newest),99)))' || \
+		{ echo '$* needs Python 3.11 $(if $(newest),to 3.$(newest),or newer), "$(PYTHON)" is none: try make $(MAKECMDGOALS) PYTHON=python3.11' >&2; exit 1; }
 	$(PYTHON) -m venv --clear $*
 	$*/bin/pip install --no-deps --only-binary :all: --require-hashes $(patsubst %,--requirement %,$(filter requirements/%,$^))
 	@echo '$(CURDIR)' > $@
