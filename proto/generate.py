@@ -57,6 +57,7 @@ def outdated(committed: Path) -> list[str]:
 
 
 def main() -> None:
+    """Generates, or checks."""
     parser = argparse.ArgumentParser(description="Generate flywheel_proto from the .proto files.")
     parser.add_argument("--check", action="store_true", help="change nothing; fail where the committed code is outdated")
     if parser.parse_args().check:

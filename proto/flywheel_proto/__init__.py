@@ -1,1 +1,4 @@
 """The generated messages and stubs of the contract; see `proto/flywheel/v1/generation.proto`."""
+
+__version__ = "0.1.0"
+"""The version of the distribution, for the client and the server alike."""

@@ -64,16 +64,17 @@ class GenerationRequest(_message.Message):
     PRESENCE_PENALTY_FIELD_NUMBER: _builtins.int
     FREQUENCY_PENALTY_FIELD_NUMBER: _builtins.int
     text: _builtins.str
-    """The prompt, exactly as the model shall read it: no chat template is applied, and the model's special tokens, such as
-    `<|im_start|>` or `[INST]`, are recognised. Required: not empty, and at most `Limits.max_text_bytes` in UTF-8.
+    """The prompt. `Model.prompt_format` tells whether the model reads it as it is or as a message in its chat template. The
+    model's special tokens, such as `<|im_start|>`, are recognised. Required: not empty, and at most
+    `Limits.max_text_bytes` in UTF-8.
     """
     max_tokens: _builtins.int
     """The most tokens to generate for each sample. Required: 1 to `Model.context_tokens`. Prompt (after max_input_tokens)
     and max_tokens together must not exceed `Model.context_tokens`.
     """
     max_input_tokens: _builtins.int
-    """The most prompt tokens to read: of a longer prompt only the last max_input_tokens tokens are kept. At least 0.
-    Default: 0, which keeps the whole prompt.
+    """The most prompt tokens to read: of a longer prompt, as the model reads it, only the last max_input_tokens tokens are
+    kept. At least 0. Default: 0, which keeps the whole prompt.
     """
     num_samples: _builtins.int
     """How many independent samples to generate from the prompt. 1 to `Limits.max_num_samples`. Default: 1."""
@@ -315,6 +316,7 @@ class Model(_message.Message):
     LIMITS_FIELD_NUMBER: _builtins.int
     DEFAULTS_FIELD_NUMBER: _builtins.int
     PENALIZES_PROMPT_FIELD_NUMBER: _builtins.int
+    PROMPT_FORMAT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The model's name, for example "SmolLM2-135M-Instruct.Q4_1"."""
     engine: _builtins.str
@@ -323,6 +325,11 @@ class Model(_message.Message):
     """The most tokens of prompt and generated text together."""
     penalizes_prompt: _builtins.bool
     """Whether presence_penalty and frequency_penalty also count the tokens of the prompt."""
+    prompt_format: _builtins.str
+    """How the model reads the text of a request. "raw": as it is. "chat": as the message of a user in the model's chat
+    template, unless it has special tokens of the model and so brings a template of its own. The set grows; take a value
+    that you do not know as "raw".
+    """
     @_builtins.property
     def limits(self) -> Global___Limits:
         """The limits of a request."""
@@ -340,10 +347,11 @@ class Model(_message.Message):
         limits: Global___Limits | None = ...,
         defaults: Global___Defaults | None = ...,
         penalizes_prompt: _builtins.bool = ...,
+        prompt_format: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["defaults", b"defaults", "limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_tokens", b"context_tokens", "defaults", b"defaults", "engine", b"engine", "limits", b"limits", "name", b"name", "penalizes_prompt", b"penalizes_prompt"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_tokens", b"context_tokens", "defaults", b"defaults", "engine", b"engine", "limits", b"limits", "name", b"name", "penalizes_prompt", b"penalizes_prompt", "prompt_format", b"prompt_format"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
