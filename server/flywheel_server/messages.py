@@ -108,14 +108,13 @@ class GenerationRequest(BaseModel):
 
 
 def _violations(error: ValidationError, limits: RequestLimits) -> list[FieldViolation]:
+    """Returns one violation for each field that is wrong; of a repeated field, its first element that is."""
     bounds = {name: getattr(limits, name) for name in limits.__slots__}
-    return [
-        FieldViolation(
-            field=str(name) + "".join(f"[{index}]" for index in path),
-            description=_ACCEPTED[str(name)].format(**bounds),
-        )
-        for name, *path in (item["loc"] for item in error.errors(include_url=False, include_input=False))
-    ]
+    violations: dict[str, FieldViolation] = {}
+    for name, *path in (map(str, item["loc"]) for item in error.errors(include_url=False, include_input=False)):
+        field = name + "".join(f"[{index}]" for index in path)
+        violations.setdefault(name, FieldViolation(field, _ACCEPTED[name].format(**bounds)))
+    return list(violations.values())
 
 
 class GenerationResponseSample(BaseModel):
