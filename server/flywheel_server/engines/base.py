@@ -12,7 +12,7 @@ The errors, each of which has its row in `flywheel_server.errors`:
 
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Literal, Protocol, Self
 
 from flywheel_server.messages import GenerationRequest, GenerationResponseSample
 
@@ -35,15 +35,19 @@ class TextDelta:
 Event = Started | TextDelta | GenerationResponseSample
 
 
+PromptFormat = Literal["raw", "chat"]
+"""How a model reads the text of a request: as it is, or as a user's message in its chat template."""
+
+
 @dataclass(frozen=True, slots=True)
 class EngineModel:
-    """What an engine runs. `streams` tells whether it sends deltas; `context_tokens` bounds prompt and generated text."""
+    """What an engine runs. `context_tokens` bounds prompt and generated text together."""
 
     name: str
     engine: str
     context_tokens: int
-    streams: bool
     penalizes_prompt: bool
+    prompt_format: PromptFormat
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,163 @@
+"""An engine that plays a script instead of running a model: for tests, benchmarks, and trying out a client.
+
+It can be slow, fail at any point, hang, and cut characters in two, and it keeps every promise of a real engine.
+"""
+
+import asyncio
+import codecs
+from collections.abc import AsyncGenerator, Callable
+from typing import Annotated, Final, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from flywheel_server.engines.base import (
+    EngineError,
+    EngineFailedError,
+    EngineModel,
+    EngineOverloadedError,
+    EngineStats,
+    EngineUnavailableError,
+    Event,
+    PromptTooLongError,
+    Started,
+)
+from flywheel_server.engines.capacity import Capacity
+from flywheel_server.engines.samples import GrowingSample
+from flywheel_server.messages import GenerationRequest
+
+Count = Annotated[int, Field(ge=0)]
+Seconds = Annotated[float, Field(ge=0)]
+
+_FAILURES: Final[dict[str, Callable[[str], EngineError]]] = {
+    "failed": EngineFailedError,
+    "overloaded": EngineOverloadedError,
+    "unavailable": EngineUnavailableError,
+}
+
+
+class Script(BaseModel):
+    """What the engine plays. A token is `bytes_per_token` bytes of UTF-8; its id is its position in the script's text."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    text: Annotated[str, Field(min_length=1)] = "The llama 🦙 is a domesticated South American camelid. "
+    """What every sample says, over and over."""
+    bytes_per_token: Annotated[int, Field(ge=1)] = 4
+    """How many bytes a token has; small ones cut multi-byte characters in two."""
+    prompt_delay: Seconds = 0
+    """Seconds to read the prompt."""
+    token_delay: Seconds = 0
+    """Seconds before each token."""
+    end_after: Count | None = None
+    """Tokens after which the model ends sample 0 of its own accord; the default goes on to max_tokens."""
+    stagger: Count = 0
+    """How many tokens later each further sample ends."""
+    fail_in_queue: bool = False
+    """Whether to fail before the work has begun."""
+    fail_after: Count | None = None
+    """Tokens after which to fail; 0 fails while the prompt is read."""
+    failure: Literal["failed", "overloaded", "unavailable"] = "failed"
+    """How to fail."""
+    hang_after: Count | None = None
+    """Tokens after which nothing happens any more."""
+    slots: Annotated[int, Field(ge=1)] = 512
+    """How many generations run at a time; further ones wait."""
+    context_tokens: Annotated[int, Field(ge=1)] = 8192
+    """The most tokens of prompt and generated text together."""
+
+    def tokens(self) -> list[bytes]:
+        """Returns the tokens of the text, whose positions are their ids."""
+        return _tokenize(self.text, self.bytes_per_token)
+
+
+class ScriptedEngine:
+    """Plays a `Script` for every request, all samples of it in step."""
+
+    def __init__(self, script: Script | None = None) -> None:
+        self.script = script or Script()
+        self.running = 0
+        """How many generations are under way: not queued, not ended."""
+        self._tokens = self.script.tokens()
+        self._capacity = Capacity(slots=self.script.slots, tokens=0)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        """There is nothing to stop."""
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        """Yields the events of the script; see `Engine.generate`."""
+        prompt_tokens = len(_tokenize(request.text, self.script.bytes_per_token)[-request.max_input_tokens :])
+        if prompt_tokens + request.max_tokens > self.script.context_tokens:
+            raise PromptTooLongError(prompt_tokens, request.max_tokens, self.script.context_tokens)
+        if self.script.fail_in_queue:
+            raise self._failure()
+        async with self._capacity.reserve(slots=1, tokens=0):
+            self.running += 1
+            try:
+                yield Started()
+                await asyncio.sleep(self.script.prompt_delay)
+                async for event in self._play(request, prompt_tokens):
+                    yield event
+            finally:
+                self.running -= 1
+
+    async def _play(self, request: GenerationRequest, prompt_tokens: int) -> AsyncGenerator[Event, None]:
+        samples = [GrowingSample(index, prompt_tokens, request.stop) for index in range(request.num_samples)]
+        decoders = [codecs.getincrementaldecoder("utf-8")() for _ in samples]
+        ends = [self._end(request, index) for index in range(request.num_samples)]
+        generated = 0
+        while not all(sample.finished for sample in samples):
+            if generated == self.script.fail_after:
+                raise self._failure()
+            if generated == self.script.hang_after:
+                await asyncio.Event().wait()
+            await asyncio.sleep(self.script.token_delay)
+            token_id = generated % len(self._tokens)
+            generated += 1
+            for sample, decoder, end in zip(samples, decoders, ends, strict=True):
+                if sample.finished:
+                    continue
+                if token_id in request.eos_token_ids or generated == end:
+                    events = sample.end("stop", generated)
+                else:
+                    events = sample.add(decoder.decode(self._tokens[token_id]), generated)
+                for event in events:
+                    yield event
+                if generated == request.max_tokens and not sample.finished:
+                    for event in sample.end("length", generated):
+                        yield event
+
+    def _end(self, request: GenerationRequest, index: int) -> int:
+        """Returns which token ends the sample of its own accord."""
+        if self.script.end_after is None:
+            return request.max_tokens + 1
+        return self.script.end_after + index * self.script.stagger + 1
+
+    def _failure(self) -> EngineError:
+        return _FAILURES[self.script.failure]("the script says so")
+
+    async def check(self) -> None:
+        """Plays one token, as a model would be tried."""
+        async for _ in self.generate(GenerationRequest(text="check", max_tokens=1)):
+            pass
+
+    async def stats(self) -> EngineStats:
+        """Returns how many generations wait for a slot."""
+        return EngineStats(backlog=self._capacity.waiting, num_total_runners=1)
+
+    def model(self) -> EngineModel:
+        """Returns the script's limits."""
+        return EngineModel(
+            name="script",
+            engine="scripted",
+            context_tokens=self.script.context_tokens,
+            penalizes_prompt=False,
+            prompt_format="raw",
+        )
+
+
+def _tokenize(text: str, bytes_per_token: int) -> list[bytes]:
+    encoded = text.encode()
+    return [encoded[start : start + bytes_per_token] for start in range(0, len(encoded), bytes_per_token)]
