@@ -1,0 +1,169 @@
+"""Which status a call ends with: one table from exception to status code, message and google.rpc details (AIP-193).
+
+    exception                  status              details
+    InvalidRequestError        INVALID_ARGUMENT    BadRequest with every violation
+    PromptTooLongError         INVALID_ARGUMENT    BadRequest with both numbers
+    UnsupportedFieldError      INVALID_ARGUMENT    BadRequest, ErrorInfo UNSUPPORTED_FIELD
+    MalformedRequestError      INVALID_ARGUMENT    ErrorInfo MALFORMED_REQUEST
+    EngineOverloadedError      RESOURCE_EXHAUSTED  RetryInfo, ErrorInfo OVERLOADED
+    DeadlineExceededError      DEADLINE_EXCEEDED   ErrorInfo IN_QUEUE or IN_GENERATION
+    EngineUnavailableError     UNAVAILABLE         RetryInfo, ErrorInfo ENGINE_UNAVAILABLE
+    anything else              INTERNAL            ErrorInfo ENGINE_FAILED with the request id
+
+Messages say what to do and hold no engine internals, stack traces or prompt text: those go to the log.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+from google.rpc import status_pb2
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
+from grpc import StatusCode
+
+from flywheel_server.engines.base import (
+    EngineFailedError,
+    EngineOverloadedError,
+    EngineUnavailableError,
+    PromptTooLongError,
+    UnsupportedFieldError,
+)
+from flywheel_server.messages import FieldViolation, InvalidRequestError
+
+DOMAIN: Final = "flywheel.v1"
+DETAILS_KEY: Final = "grpc-status-details-bin"
+
+
+class MalformedRequestError(ValueError):
+    """Bytes that are not the message they should be, or text in them that is not UTF-8."""
+
+    def __init__(self) -> None:
+        super().__init__("The request is not a valid message of its type, or has text that is not UTF-8.")
+
+
+class DeadlineExceededError(TimeoutError):
+    """The caller's deadline passed, and where it caught the generation."""
+
+    def __init__(self, reason: Literal["IN_QUEUE", "IN_GENERATION"]) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class CallStatus:
+    """How a call ends: the status code, its message, and the google.rpc details."""
+
+    code: StatusCode
+    message: str
+    details: tuple[Message, ...]
+
+    def trailing_metadata(self) -> tuple[tuple[str, bytes], ...]:
+        """Returns the metadata that carries the details, as google.rpc.Status."""
+        status = status_pb2.Status(code=self.code.value[0], message=self.message)
+        for detail in self.details:
+            packed = AnyMessage()
+            packed.Pack(detail)
+            status.details.append(packed)
+        return ((DETAILS_KEY, status.SerializeToString()),)
+
+
+def _bad_request(violations: list[FieldViolation]) -> BadRequest:
+    return BadRequest(
+        field_violations=[
+            BadRequest.FieldViolation(field=violation.field, description=violation.description) for violation in violations
+        ]
+    )
+
+
+def _error_info(reason: str, **metadata: str) -> ErrorInfo:
+    return ErrorInfo(reason=reason, domain=DOMAIN, metadata=metadata)
+
+
+def _retry_info(seconds: float) -> RetryInfo:
+    delay = Duration()
+    delay.FromNanoseconds(round(seconds * 1e9))
+    return RetryInfo(retry_delay=delay)
+
+
+def _invalid_request(error: InvalidRequestError, _: str) -> CallStatus:
+    return CallStatus(StatusCode.INVALID_ARGUMENT, f"Invalid request: {error}.", (_bad_request(error.violations),))
+
+
+def _prompt_too_long(error: PromptTooLongError, _: str) -> CallStatus:
+    description = (
+        f"with {error.prompt_tokens} prompt tokens must be at most {error.context_tokens - error.prompt_tokens}, but is "
+        f"{error.max_tokens}: both must fit the context of {error.context_tokens} tokens. Shorten the prompt, lower "
+        "max_tokens, or set max_input_tokens."
+    )
+    if error.prompt_tokens >= error.context_tokens:
+        violation = FieldViolation(
+            "text",
+            f"is {error.prompt_tokens} tokens long, which with max_tokens {error.max_tokens} exceeds the context of "
+            f"{error.context_tokens} tokens. Shorten it or set max_input_tokens.",
+        )
+    else:
+        violation = FieldViolation("max_tokens", description)
+    message = f"Prompt and max_tokens exceed the context: {violation.field} {violation.description}"
+    return CallStatus(StatusCode.INVALID_ARGUMENT, message, (_bad_request([violation]),))
+
+
+def _unsupported_field(error: UnsupportedFieldError, _: str) -> CallStatus:
+    violation = FieldViolation(error.field, error.reason)
+    return CallStatus(
+        StatusCode.INVALID_ARGUMENT,
+        f"This engine does not support {error.field}: {error.reason}.",
+        (_bad_request([violation]), _error_info("UNSUPPORTED_FIELD", field=error.field)),
+    )
+
+
+def _malformed_request(error: MalformedRequestError, _: str) -> CallStatus:
+    return CallStatus(StatusCode.INVALID_ARGUMENT, str(error), (_error_info("MALFORMED_REQUEST"),))
+
+
+def _overloaded(error: EngineOverloadedError, _: str) -> CallStatus:
+    return CallStatus(
+        StatusCode.RESOURCE_EXHAUSTED,
+        "The server is full. Try again later.",
+        (_retry_info(error.retry_delay), _error_info("OVERLOADED")),
+    )
+
+
+def _deadline_exceeded(error: DeadlineExceededError, _: str) -> CallStatus:
+    where = {"IN_QUEUE": "before the generation began", "IN_GENERATION": "before the generation finished"}
+    return CallStatus(StatusCode.DEADLINE_EXCEEDED, f"The deadline passed {where[error.reason]}.", (_error_info(error.reason),))
+
+
+def _unavailable(error: EngineUnavailableError, _: str) -> CallStatus:
+    return CallStatus(
+        StatusCode.UNAVAILABLE,
+        "The engine is not available. Try again later.",
+        (_retry_info(error.retry_delay), _error_info("ENGINE_UNAVAILABLE")),
+    )
+
+
+def _failed(_: Exception, request_id: str) -> CallStatus:
+    return CallStatus(
+        StatusCode.INTERNAL,
+        f"The generation failed. The server's log has the cause under request id {request_id}.",
+        (_error_info("ENGINE_FAILED", request_id=request_id),),
+    )
+
+
+TABLE: Final[Mapping[type[Exception], Callable[[Any, str], CallStatus]]] = {
+    InvalidRequestError: _invalid_request,
+    PromptTooLongError: _prompt_too_long,
+    UnsupportedFieldError: _unsupported_field,
+    MalformedRequestError: _malformed_request,
+    EngineOverloadedError: _overloaded,
+    DeadlineExceededError: _deadline_exceeded,
+    EngineUnavailableError: _unavailable,
+    EngineFailedError: _failed,
+}
+
+
+def status_of(error: Exception, request_id: str) -> CallStatus:
+    """Returns the status that a call ends with when `error` is raised in it."""
+    return TABLE.get(type(error), _failed)(error, request_id)

@@ -1,0 +1,29 @@
+"""Gives each call a request id: the caller's `x-request-id`, or a new one."""
+
+import re
+import uuid
+from contextvars import ContextVar
+from typing import Any, Final
+
+import structlog
+
+from flywheel_server.interceptors.base import Call, CallInterceptor, Context
+
+KEY: Final = "x-request-id"
+_ACCEPTED: Final = re.compile(r"[\x21-\x7e]{1,128}")
+
+request_id: ContextVar[str] = ContextVar("request_id")
+"""The request id of the call that runs in this context."""
+
+
+class RequestIdInterceptor(CallInterceptor):
+    """Sends the request id with the initial metadata, and adds it to every line of the log that the call writes."""
+
+    async def around(self, call: Call, request: Any, context: Context) -> Any:  # noqa: ANN401 - any method's messages
+        """Runs the call under its request id."""
+        sent = next((value for key, value in context.invocation_metadata() or () if key == KEY), "")
+        own = sent if isinstance(sent, str) and _ACCEPTED.fullmatch(sent) else uuid.uuid4().hex
+        request_id.set(own)
+        with structlog.contextvars.bound_contextvars(request_id=own):
+            await context.send_initial_metadata(((KEY, own),))
+            return await call(request, context)

@@ -1,0 +1,72 @@
+"""Assembles the server and runs it: listener, service, health, reflection, start and stop."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Final
+
+import grpc.aio
+from flywheel_proto.v1 import generation_pb2, generation_pb2_grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from flywheel_server.engines.base import Engine
+from flywheel_server.interceptors.errors import ErrorInterceptor
+from flywheel_server.interceptors.request_id import RequestIdInterceptor
+from flywheel_server.reflection import add_reflection
+from flywheel_server.service import GenerationService
+from flywheel_server.settings import Settings
+
+SERVICE: Final = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name
+
+
+@asynccontextmanager
+async def serve(engine: Engine, settings: Settings) -> AsyncIterator[int]:
+    """Serves the engine for the length of the context, which gets the port that the server listens on.
+
+    It listens before the engine has started, so that a probe learns that it is not serving yet, and serves once the engine has
+    produced a token. On leaving, running calls have `settings.drain_timeout` to finish; cancelling that ends them.
+
+    Raises `OSError` where it cannot listen, and `EngineError` where the engine does not start.
+    """
+    service = GenerationService(engine, max_text_bytes=settings.max_text_bytes, max_num_samples=settings.max_num_samples)
+    health_servicer = health.aio.HealthServicer()
+    server = grpc.aio.server(interceptors=[RequestIdInterceptor(), ErrorInterceptor()], options=_channel_arguments(settings))
+    generation_pb2_grpc.add_GenerationServiceServicer_to_server(service, server)
+    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+    add_reflection((SERVICE, health.SERVICE_NAME), server)
+
+    async def report(status: int) -> None:
+        for name in (health.OVERALL_HEALTH, SERVICE):
+            await health_servicer.set(name, status)
+
+    await report(health_pb2.HealthCheckResponse.NOT_SERVING)
+    try:
+        port = server.add_insecure_port(settings.address)
+    except RuntimeError as error:
+        raise OSError(f"cannot listen on {settings.address}: is the address right, and free?") from error
+    await server.start()
+    try:
+        async with engine:
+            await engine.check()
+            service.open()
+            await report(health_pb2.HealthCheckResponse.SERVING)
+            try:
+                yield port
+            finally:
+                await health_servicer.enter_graceful_shutdown()
+                await server.stop(settings.drain_timeout)
+    finally:
+        await server.stop(grace=None)
+
+
+def _channel_arguments(settings: Settings) -> list[tuple[str, int]]:
+    return [
+        ("grpc.max_receive_message_length", settings.max_message_bytes),
+        ("grpc.max_send_message_length", -1),
+        # A long generation is silent between its messages, so clients ping to keep it alive through proxies: let them.
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.keepalive_time_ms", round(settings.keepalive_time * 1000)),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.http2.min_ping_interval_without_data_ms", round(settings.min_ping_interval * 1000)),
+        # With it, a second server on the same port starts without an error and takes half of the calls.
+        ("grpc.so_reuseport", 0),
+    ]

