@@ -1,0 +1,52 @@
+"""The Python client of Flywheel gRPC: `Client` for threads, `AsyncClient` for asyncio.
+
+Example:
+    with Client("localhost:50051") as client, client.generate_deltas("Once upon a time", max_tokens=64) as deltas:
+        for delta in deltas:
+            print(delta.text, end="", flush=True)
+"""
+
+from flywheel_proto import __version__
+
+from flywheel_client._async import AsyncClient, AsyncStream
+from flywheel_client._errors import (
+    CallCancelledError,
+    DeadlineExceededError,
+    FailedPreconditionError,
+    FieldViolation,
+    FlywheelError,
+    InternalError,
+    InvalidArgumentError,
+    ResourceExhaustedError,
+    UnauthenticatedError,
+    UnavailableError,
+)
+from flywheel_client._request import GenerationFields
+from flywheel_client._results import Defaults, Delta, Limits, Model, Response, Sample, Stats
+from flywheel_client._sync import Client, Stream
+
+__all__ = [
+    "AsyncClient",
+    "AsyncStream",
+    "CallCancelledError",
+    "Client",
+    "DeadlineExceededError",
+    "Defaults",
+    "Delta",
+    "FailedPreconditionError",
+    "FieldViolation",
+    "FlywheelError",
+    "GenerationFields",
+    "InternalError",
+    "InvalidArgumentError",
+    "Limits",
+    "Model",
+    "ResourceExhaustedError",
+    "Response",
+    "Sample",
+    "Stats",
+    "Stream",
+    "UnauthenticatedError",
+    "UnavailableError",
+    "__version__",
+]

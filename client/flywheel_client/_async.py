@@ -1,0 +1,312 @@
+"""The client for asyncio."""
+
+# ruff: noqa: ASYNC109 - the timeouts are deadlines that travel with the call, so that the server stops its work too
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from types import TracebackType
+from typing import Any, Generic, Self, TypeVar, Unpack
+
+import grpc
+import grpc.aio
+from flywheel_proto.v1 import generation_pb2, generation_pb2_grpc
+from google.protobuf.wrappers_pb2 import StringValue
+
+from flywheel_client._channel import (
+    CLIENT_TIMEOUT,
+    HEALTH_CHECK,
+    CallOptions,
+    Connection,
+    Timeout,
+    health_request,
+    health_response,
+    request_id_in,
+    serving_status,
+)
+from flywheel_client._errors import CallCancelledError, FlywheelError, error_from_status
+from flywheel_client._request import GenerationFields, generation_request
+from flywheel_client._results import (
+    Delta,
+    Model,
+    Response,
+    Sample,
+    Stats,
+    delta_from,
+    model_from,
+    response_from,
+    sample_from,
+    stats_from,
+)
+
+RequestT = TypeVar("RequestT")
+MessageT = TypeVar("MessageT")
+ResultT = TypeVar("ResultT")
+
+
+class AsyncStream(Generic[ResultT]):
+    """The results of a call, one after another as the server sends them.
+
+    Iterate over it; leaving it cancels the call on the server: the end of an `async with` block, `aclose()`, an
+    exception or the task's cancellation while waiting for the next result, or no longer holding the stream. Iterating
+    raises `FlywheelError` where the call fails.
+    """
+
+    def __init__(
+        self, call: "grpc.aio.UnaryStreamCall[Any, Any]", result_from: Callable[[Any], ResultT], request_id: str
+    ) -> None:
+        self._call = call
+        self._loop = asyncio.get_running_loop()
+        self._messages = _messages(call)
+        self._result_from = result_from
+        self._request_id = request_id
+        self._begun = False
+        self._ended = False
+
+    @property
+    def request_id(self) -> str:
+        """The id under which the server knows the call: the one that was sent, or what the server replaced it with."""
+        return self._request_id
+
+    def __aiter__(self) -> AsyncIterator[ResultT]:
+        return self
+
+    async def __anext__(self) -> ResultT:
+        if self._ended:
+            raise StopAsyncIteration
+        try:
+            message = await anext(self._messages)
+            if not self._begun:
+                self._begun = True
+                self._request_id = request_id_in(await self._call.initial_metadata(), self._request_id)
+        except StopAsyncIteration:
+            self._ended = True
+            raise
+        except grpc.aio.AioRpcError as error:
+            self._ended = True
+            raise _flywheel_error(error, self._request_id) from error
+        except asyncio.CancelledError:
+            await self.aclose()
+            _raise_if_call_was_cancelled(self._request_id)
+            raise
+        except BaseException:
+            await self.aclose()
+            raise
+        return self._result_from(message)
+
+    def cancel(self) -> None:
+        """Cancels the call on the server; who iterates gets `CallCancelledError`. Call it on the stream's loop."""
+        self._call.cancel()
+
+    async def aclose(self) -> None:
+        """Cancels the call unless it has ended, and ends the iteration."""
+        if not self._ended:
+            self._ended = True
+            self._call.cancel()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    def __del__(self) -> None:
+        # grpc itself keeps a call that nobody holds and so never cancels it (grpc#43462). The garbage collector may run
+        # in any thread. A loop that closes has ended `_messages`, and so the call, before.
+        if not self._ended and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._call.cancel)
+
+
+class AsyncClient:
+    """A client of the generation service, for asyncio.
+
+    It connects at its first call, in plaintext unless it has credentials. A channel belongs to the event loop it was
+    opened in, so each loop that uses the client gets its own. Use it as a context manager, or `close()` it.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        timeout: float | None = None,
+        metadata: Sequence[tuple[str, str | bytes]] = (),
+        channel_options: Sequence[tuple[str, Any]] = (),
+        credentials: grpc.ChannelCredentials | None = None,
+    ) -> None:
+        """Makes a client.
+
+        Args:
+            address: The server's `host:port`, or any other target of gRPC.
+            timeout: The seconds that a call may take unless it says otherwise. Default: no deadline.
+            metadata: What every call carries, such as `[("authorization", "Bearer …")]`. Keys are lowercase.
+            channel_options: Options of the channel, which take precedence over the client's own.
+            credentials: For TLS, such as `grpc.ssl_channel_credentials()`.
+        """
+        self._connection = Connection(address, timeout, tuple(metadata), channel_options, credentials)
+        self._channels: dict[asyncio.AbstractEventLoop, grpc.aio.Channel] = {}
+        self._closed = False
+
+    def generate(
+        self,
+        text: str,
+        *,
+        timeout: Timeout = CLIENT_TIMEOUT,
+        request_id: str | None = None,
+        **fields: Unpack[GenerationFields],
+    ) -> AsyncStream[Sample]:
+        """Generates samples and streams each, whole, as soon as it has finished, in the order of finishing.
+
+        Args:
+            text: The prompt, exactly as the model shall read it.
+            timeout: The seconds that the call may take; None sets no deadline. Default: the client's timeout.
+            request_id: Names the call in the server's log: 1 to 128 printable ASCII characters. Default: a new one.
+            **fields: The other fields of the request: `max_tokens`, which is required, and those of `GenerationFields`.
+
+        Raises:
+            TypeError: A field has the wrong type or is unknown, or max_tokens is missing.
+            ValueError: A value cannot be put into its field.
+            FlywheelError: The call failed; the stream raises it while it is iterated over.
+        """
+        request = generation_request(text, **fields)
+        return self._stream(self._stub().Generate, request, sample_from, timeout, request_id)
+
+    def generate_deltas(
+        self,
+        text: str,
+        *,
+        timeout: Timeout = CLIENT_TIMEOUT,
+        request_id: str | None = None,
+        **fields: Unpack[GenerationFields],
+    ) -> AsyncStream[Delta]:
+        """Generates samples and streams the text of all of them while it is made; `Delta.index` tells them apart.
+
+        Takes and raises what `generate` does.
+        """
+        request = generation_request(text, **fields)
+        return self._stream(self._stub().GenerateDeltas, request, delta_from, timeout, request_id)
+
+    async def generate_all(
+        self,
+        text: str,
+        *,
+        timeout: Timeout = CLIENT_TIMEOUT,
+        request_id: str | None = None,
+        **fields: Unpack[GenerationFields],
+    ) -> Response:
+        """Generates samples and returns them together, in the order of their index, after the last has finished.
+
+        Takes and raises what `generate` does.
+        """
+        request = generation_request(text, **fields)
+        options = self._connection.call_options(timeout, request_id)
+        return response_from(await _unary(self._stub().GenerateAll, request, options))
+
+    async def model(self, *, timeout: Timeout = CLIENT_TIMEOUT) -> Model:
+        """Returns what is served: the model, its engine, the limits of a request and the defaults of unset fields.
+
+        Raises:
+            UnavailableError: The engine has not started yet, or the server cannot be reached.
+        """
+        options = self._connection.call_options(timeout)
+        return model_from(await _unary(self._stub().GetModel, generation_pb2.GetModelRequest(), options))
+
+    async def stats(self, *, timeout: Timeout = CLIENT_TIMEOUT) -> Stats:
+        """Returns how busy the service is at this moment; raises `FlywheelError`."""
+        options = self._connection.call_options(timeout)
+        return stats_from(await _unary(self._stub().GetStats, generation_pb2.GetStatsRequest(), options))
+
+    async def health(self, service: str = "", *, timeout: Timeout = CLIENT_TIMEOUT) -> str:
+        """Returns the serving status by grpc.health.v1: `SERVING`, `NOT_SERVING` or `UNKNOWN`.
+
+        Args:
+            service: The full name of a service of the server. Default: the server as a whole.
+            timeout: The seconds that the call may take; None sets no deadline. Default: the client's timeout.
+
+        Raises:
+            FlywheelError: The server cannot be reached, or does not know the service (code NOT_FOUND).
+        """
+        options = self._connection.call_options(timeout)
+        check = self._channel().unary_unary(HEALTH_CHECK, health_request, health_response)
+        return serving_status(await _unary(check, StringValue(value=service), options))
+
+    async def close(self) -> None:
+        """Closes the running loop's channel, which cancels its calls. The client makes no further calls."""
+        self._closed = True
+        channels, self._channels = self._channels, {}
+        if channel := channels.get(asyncio.get_running_loop()):
+            await channel.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def _channel(self) -> grpc.aio.Channel:
+        if self._closed:
+            raise RuntimeError("the client is closed")
+        loop = asyncio.get_running_loop()
+        if loop not in self._channels:
+            # The channels of closed loops can only be dropped: closing one would need its loop.
+            self._channels = {other: channel for other, channel in self._channels.items() if not other.is_closed()}
+            self._channels[loop] = self._connection.open_async()
+        return self._channels[loop]
+
+    def _stub(self) -> "generation_pb2_grpc.GenerationServiceAsyncStub":
+        return generation_pb2_grpc.GenerationServiceStub(self._channel())
+
+    def _stream(
+        self,
+        method: "grpc.aio.UnaryStreamMultiCallable[generation_pb2.GenerationRequest, MessageT]",
+        request: generation_pb2.GenerationRequest,
+        result_from: Callable[[MessageT], ResultT],
+        timeout: Timeout,
+        request_id: str | None,
+    ) -> AsyncStream[ResultT]:
+        options = self._connection.call_options(timeout, request_id)
+        call = method(request, timeout=options.timeout, metadata=options.metadata)
+        return AsyncStream(call, result_from, options.request_id)
+
+
+async def _messages(call: "grpc.aio.UnaryStreamCall[Any, MessageT]") -> AsyncIterator[MessageT]:
+    """Yields the messages of a call. A generator, because an event loop that shuts down ends those left in it."""
+    try:
+        async for message in call:
+            yield message
+    finally:
+        call.cancel()
+
+
+async def _unary(
+    method: "grpc.aio.UnaryUnaryMultiCallable[RequestT, MessageT]", request: RequestT, options: CallOptions
+) -> MessageT:
+    try:
+        return await method(request, timeout=options.timeout, metadata=options.metadata)
+    except grpc.aio.AioRpcError as error:
+        raise _flywheel_error(error, options.request_id) from error
+    except asyncio.CancelledError:
+        _raise_if_call_was_cancelled(options.request_id)
+        raise
+
+
+def _raise_if_call_was_cancelled(request_id: str) -> None:
+    """Raises `CallCancelledError` unless the running task is being cancelled.
+
+    grpc.aio raises `asyncio.CancelledError` in both cases: where the task is cancelled, and where `cancel()` or closing
+    the channel cancelled the call alone. To a task that nobody cancelled, the latter would look like its own end.
+    """
+    task = asyncio.current_task()
+    if task is not None and not task.cancelling():
+        raise CallCancelledError(grpc.StatusCode.CANCELLED, "the call was cancelled", request_id=request_id) from None
+
+
+def _flywheel_error(error: grpc.aio.AioRpcError, request_id: str) -> FlywheelError:
+    return error_from_status(
+        error.code(),
+        error.details(),
+        error.trailing_metadata() or (),
+        request_id_in(error.initial_metadata(), request_id),
+    )

@@ -1,0 +1,165 @@
+"""The exceptions of the client, one for each status that a caller treats differently.
+
+    FlywheelError                the base, and every status without a class of its own
+      InvalidArgumentError       fields of the request are out of range; has the violations
+      UnauthenticatedError       no key, or a wrong one
+      FailedPreconditionError    the deployment is not set up for this call
+      ResourceExhaustedError     the server is full, or a message is too large
+      DeadlineExceededError      the deadline of the call passed
+      UnavailableError           the server or its engine cannot be reached now
+      CallCancelledError         the call was cancelled, by `cancel()`, by closing the client, or by the server
+      InternalError              the engine failed
+
+The codes and their details are those of `flywheel/v1/generation.proto`, which follows google.rpc (AIP-193).
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final
+
+import grpc
+from google.protobuf.message import DecodeError, Message
+from google.rpc import error_details_pb2, status_pb2
+
+REQUEST_ID_KEY: Final = "x-request-id"
+STATUS_DETAILS_KEY: Final = "grpc-status-details-bin"
+
+
+@dataclass(frozen=True, slots=True)
+class FieldViolation:
+    """One field of a request that is not as it must be: its path, such as `stop[1]`, and what is accepted."""
+
+    field: str
+    description: str
+
+
+class FlywheelError(Exception):
+    """A call that did not end with OK.
+
+    Attributes:
+        code: The status code.
+        message: The server's message.
+        reason: The reason of the status' `ErrorInfo`, such as `OVERLOADED`; empty where it has none.
+        request_id: The id under which the server knows the call.
+        retry_delay: The seconds after which the server asks to try again; None where it does not.
+    """
+
+    def __init__(
+        self,
+        code: grpc.StatusCode,
+        message: str,
+        *,
+        reason: str = "",
+        request_id: str = "",
+        retry_delay: float | None = None,
+    ) -> None:
+        super().__init__(code, message)
+        self.code = code
+        self.message = message
+        self.reason = reason
+        self.request_id = request_id
+        self.retry_delay = retry_delay
+
+    def __str__(self) -> str:
+        return f"{self.code.name}: {self.message}"
+
+
+class InvalidArgumentError(FlywheelError):
+    """Fields of the request are out of range; repeating the call unchanged fails again.
+
+    Attributes:
+        violations: Every field that is out of range; empty where the server names none.
+    """
+
+    violations: list[FieldViolation]
+
+    def __init__(
+        self,
+        code: grpc.StatusCode,
+        message: str,
+        *,
+        violations: Iterable[FieldViolation] = (),
+        reason: str = "",
+        request_id: str = "",
+        retry_delay: float | None = None,
+    ) -> None:
+        super().__init__(code, message, reason=reason, request_id=request_id, retry_delay=retry_delay)
+        self.violations = list(violations)
+
+
+class UnauthenticatedError(FlywheelError):
+    """The call has no key, or a wrong one."""
+
+
+class FailedPreconditionError(FlywheelError):
+    """The deployment is not set up for this call; trying again helps only after it was changed."""
+
+
+class ResourceExhaustedError(FlywheelError):
+    """The server is full, or a message is larger than the transport allows (then there is no `retry_delay`)."""
+
+
+class DeadlineExceededError(FlywheelError):
+    """The deadline passed; `reason` is `IN_QUEUE` or `IN_GENERATION`, or empty where the client's timer was first."""
+
+
+class UnavailableError(FlywheelError):
+    """The server cannot be reached or is stopping, or its engine is starting or cannot be reached."""
+
+
+class CallCancelledError(FlywheelError):
+    """The call was cancelled: by `cancel()`, by closing the client, or by the server."""
+
+
+class InternalError(FlywheelError):
+    """The engine failed; the cause is in the server's log, under the request id."""
+
+
+_CLASSES: Final[dict[grpc.StatusCode, type[FlywheelError]]] = {
+    grpc.StatusCode.INVALID_ARGUMENT: InvalidArgumentError,
+    grpc.StatusCode.UNAUTHENTICATED: UnauthenticatedError,
+    grpc.StatusCode.FAILED_PRECONDITION: FailedPreconditionError,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: ResourceExhaustedError,
+    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceededError,
+    grpc.StatusCode.UNAVAILABLE: UnavailableError,
+    grpc.StatusCode.CANCELLED: CallCancelledError,
+    grpc.StatusCode.INTERNAL: InternalError,
+}
+
+
+def error_from_status(
+    code: grpc.StatusCode,
+    message: str | None,
+    trailing_metadata: Iterable[tuple[str, str | bytes]],
+    request_id: str,
+) -> FlywheelError:
+    """Returns the exception for a status, with what the google.rpc details in its trailing metadata say."""
+    error = _CLASSES.get(code, FlywheelError)(code, message or "", request_id=request_id)
+    for detail in _details(trailing_metadata):
+        match detail:
+            case error_details_pb2.ErrorInfo():
+                error.reason = detail.reason
+            case error_details_pb2.RetryInfo():
+                # Not ToTimedelta(): it raises for a duration beyond the range of datetime.
+                error.retry_delay = detail.retry_delay.seconds + detail.retry_delay.nanos / 1e9
+            case error_details_pb2.BadRequest() if isinstance(error, InvalidArgumentError):
+                error.violations = [FieldViolation(v.field, v.description) for v in detail.field_violations]
+    return error
+
+
+def _details(trailing_metadata: Iterable[tuple[str, str | bytes]]) -> Iterable[Message]:
+    """Yields the known details of a status. One that cannot be read must not hide the status, so it is left out."""
+    status = status_pb2.Status()
+    for key, value in trailing_metadata:
+        if key == STATUS_DETAILS_KEY and isinstance(value, bytes):
+            try:
+                status.ParseFromString(value)
+            except DecodeError:
+                return
+    for packed in status.details:
+        for kind in (error_details_pb2.ErrorInfo, error_details_pb2.RetryInfo, error_details_pb2.BadRequest):
+            if packed.Is(kind.DESCRIPTOR):
+                try:
+                    yield kind.FromString(packed.value)
+                except DecodeError:
+                    continue

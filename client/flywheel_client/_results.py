@@ -1,0 +1,164 @@
+"""What the calls return: the messages of the contract as frozen dataclasses, with the same fields.
+
+`flywheel/v1/generation.proto` says what each field means. Times are seconds since the epoch, on the server's clock.
+"""
+
+from dataclasses import dataclass
+
+from flywheel_proto.v1 import generation_pb2
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One finished continuation of the prompt: all its text, without the prompt."""
+
+    text: str
+    generated_tokens: int
+    finished: float
+    finish_reason: str
+    index: int
+    prompt_tokens: int
+    stop_sequence: str
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """The next piece of the text of the sample `index`.
+
+    `generated_tokens` counts this sample's tokens so far. The last delta of a sample has a `finish_reason`; only there
+    `finished`, `prompt_tokens` and `stop_sequence` are set, and before they are 0 or empty.
+    """
+
+    index: int
+    text: str
+    generated_tokens: int
+    finished: float
+    finish_reason: str
+    prompt_tokens: int
+    stop_sequence: str
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """All samples of a request, in the order of their index."""
+
+    created: float
+    finished: float
+    num_samples: int
+    responses: tuple[Sample, ...]
+    prompt: str
+    prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The limits of a request; lengths are bytes of UTF-8."""
+
+    max_text_bytes: int
+    max_num_samples: int
+    max_eos_token_ids: int
+    max_stop_sequences: int
+    max_stop_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Defaults:
+    """The values that unset fields of a request take where they are not zero."""
+
+    num_samples: int
+    temperature: float
+    top_k: int
+    top_p: float
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What is served: the model, the engine that runs it, the limits of a request and the defaults of unset fields."""
+
+    name: str
+    engine: str
+    context_tokens: int
+    limits: Limits
+    defaults: Defaults
+    penalizes_prompt: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """How busy the service is: requests and runners of the engine, then the calls of this server."""
+
+    backlog: int
+    num_total_runners: int
+    active: int
+    queued: int
+
+
+def sample_from(message: generation_pb2.GenerationResponseSample) -> Sample:
+    """Returns the sample that a message holds."""
+    return Sample(
+        text=message.text,
+        generated_tokens=message.generated_tokens,
+        finished=message.finished,
+        finish_reason=message.finish_reason,
+        index=message.index,
+        prompt_tokens=message.prompt_tokens,
+        stop_sequence=message.stop_sequence,
+    )
+
+
+def delta_from(message: generation_pb2.GenerationDelta) -> Delta:
+    """Returns the delta that a message holds."""
+    return Delta(
+        index=message.index,
+        text=message.text,
+        generated_tokens=message.generated_tokens,
+        finished=message.finished,
+        finish_reason=message.finish_reason,
+        prompt_tokens=message.prompt_tokens,
+        stop_sequence=message.stop_sequence,
+    )
+
+
+def response_from(message: generation_pb2.GenerationResponse) -> Response:
+    """Returns the response that a message holds."""
+    return Response(
+        created=message.created,
+        finished=message.finished,
+        num_samples=message.num_samples,
+        responses=tuple(map(sample_from, message.responses)),
+        prompt=message.prompt,
+        prompt_tokens=message.prompt_tokens,
+    )
+
+
+def model_from(message: generation_pb2.Model) -> Model:
+    """Returns the model that a message describes."""
+    return Model(
+        name=message.name,
+        engine=message.engine,
+        context_tokens=message.context_tokens,
+        limits=Limits(
+            max_text_bytes=message.limits.max_text_bytes,
+            max_num_samples=message.limits.max_num_samples,
+            max_eos_token_ids=message.limits.max_eos_token_ids,
+            max_stop_sequences=message.limits.max_stop_sequences,
+            max_stop_bytes=message.limits.max_stop_bytes,
+        ),
+        defaults=Defaults(
+            num_samples=message.defaults.num_samples,
+            temperature=message.defaults.temperature,
+            top_k=message.defaults.top_k,
+            top_p=message.defaults.top_p,
+        ),
+        penalizes_prompt=message.penalizes_prompt,
+    )
+
+
+def stats_from(message: generation_pb2.Stats) -> Stats:
+    """Returns the statistics that a message holds."""
+    return Stats(
+        backlog=message.backlog,
+        num_total_runners=message.num_total_runners,
+        active=message.active,
+        queued=message.queued,
+    )

@@ -1,0 +1,279 @@
+"""The client for threads."""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+from typing import Any, Generic, Protocol, Self, TypeVar, Unpack
+
+import grpc
+from flywheel_proto.v1 import generation_pb2, generation_pb2_grpc
+from google.protobuf.wrappers_pb2 import StringValue
+
+from flywheel_client._channel import (
+    CLIENT_TIMEOUT,
+    HEALTH_CHECK,
+    CallOptions,
+    Connection,
+    Timeout,
+    health_request,
+    health_response,
+    request_id_in,
+    serving_status,
+)
+from flywheel_client._errors import FlywheelError, error_from_status
+from flywheel_client._request import GenerationFields, generation_request
+from flywheel_client._results import (
+    Delta,
+    Model,
+    Response,
+    Sample,
+    Stats,
+    delta_from,
+    model_from,
+    response_from,
+    sample_from,
+    stats_from,
+)
+
+RequestT = TypeVar("RequestT")
+MessageT = TypeVar("MessageT")
+ResultT = TypeVar("ResultT")
+
+
+class _StreamCall(Protocol):
+    """What is used of a server stream of grpc."""
+
+    def __next__(self) -> Any: ...  # noqa: ANN401 - a message of the method, which `result_from` knows
+    def initial_metadata(self) -> Sequence[tuple[str, str | bytes]] | None: ...
+    def cancel(self) -> object: ...
+
+
+class Stream(Generic[ResultT]):
+    """The results of a call, one after another as the server sends them.
+
+    Iterate over it; leaving it cancels the call on the server: the end of a `with` block, `close()`, an exception while
+    waiting for the next result, or no longer holding the stream. Iterating raises `FlywheelError` where the call fails.
+    """
+
+    def __init__(self, call: _StreamCall, result_from: Callable[[Any], ResultT], request_id: str) -> None:
+        self._call = call
+        self._result_from = result_from
+        self._request_id = request_id
+        self._begun = False
+        self._ended = False
+
+    @property
+    def request_id(self) -> str:
+        """The id under which the server knows the call: the one that was sent, or what the server replaced it with."""
+        return self._request_id
+
+    def __iter__(self) -> Iterator[ResultT]:
+        return self
+
+    def __next__(self) -> ResultT:
+        if self._ended:
+            raise StopIteration
+        try:
+            message = next(self._call)
+        except StopIteration:
+            self._ended = True
+            raise
+        except grpc.RpcError as error:
+            self._ended = True
+            raise _flywheel_error(error, self._request_id) from error
+        except BaseException:
+            self.close()
+            raise
+        if not self._begun:
+            self._begun = True
+            self._request_id = request_id_in(self._call.initial_metadata(), self._request_id)
+        return self._result_from(message)
+
+    def cancel(self) -> None:
+        """Cancels the call on the server. May be called in any thread; who iterates gets `CallCancelledError`."""
+        self._call.cancel()
+
+    def close(self) -> None:
+        """Cancels the call unless it has ended, and ends the iteration."""
+        if not self._ended:
+            self._ended = True
+            self._call.cancel()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class Client:
+    """A client of the generation service, for threads, which may share it.
+
+    It connects at its first call, in plaintext unless it has credentials. Use it as a context manager, or `close()` it.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        timeout: float | None = None,
+        metadata: Sequence[tuple[str, str | bytes]] = (),
+        channel_options: Sequence[tuple[str, Any]] = (),
+        credentials: grpc.ChannelCredentials | None = None,
+    ) -> None:
+        """Makes a client.
+
+        Args:
+            address: The server's `host:port`, or any other target of gRPC.
+            timeout: The seconds that a call may take unless it says otherwise. Default: no deadline.
+            metadata: What every call carries, such as `[("authorization", "Bearer …")]`. Keys are lowercase.
+            channel_options: Options of the channel, which take precedence over the client's own.
+            credentials: For TLS, such as `grpc.ssl_channel_credentials()`.
+        """
+        self._connection = Connection(address, timeout, tuple(metadata), channel_options, credentials)
+        self._lock = threading.Lock()
+        self._channel: grpc.Channel | None = None
+        self._closed = False
+
+    def generate(
+        self,
+        text: str,
+        *,
+        timeout: Timeout = CLIENT_TIMEOUT,
+        request_id: str | None = None,
+        **fields: Unpack[GenerationFields],
+    ) -> Stream[Sample]:
+        """Generates samples and streams each, whole, as soon as it has finished, in the order of finishing.
+
+        Args:
+            text: The prompt, exactly as the model shall read it.
+            timeout: The seconds that the call may take; None sets no deadline. Default: the client's timeout.
+            request_id: Names the call in the server's log: 1 to 128 printable ASCII characters. Default: a new one.
+            **fields: The other fields of the request: `max_tokens`, which is required, and those of `GenerationFields`.
+
+        Raises:
+            TypeError: A field has the wrong type or is unknown, or max_tokens is missing.
+            ValueError: A value cannot be put into its field.
+            FlywheelError: The call failed; the stream raises it while it is iterated over.
+        """
+        request = generation_request(text, **fields)
+        return self._stream(self._stub().Generate, request, sample_from, timeout, request_id)
+
+    def generate_deltas(
+        self,
+        text: str,
+        *,
+        timeout: Timeout = CLIENT_TIMEOUT,
+        request_id: str | None = None,
+        **fields: Unpack[GenerationFields],
+    ) -> Stream[Delta]:
+        """Generates samples and streams the text of all of them while it is made; `Delta.index` tells them apart.
+
+        Takes and raises what `generate` does.
+        """
+        request = generation_request(text, **fields)
+        return self._stream(self._stub().GenerateDeltas, request, delta_from, timeout, request_id)
+
+    def generate_all(
+        self,
+        text: str,
+        *,
+        timeout: Timeout = CLIENT_TIMEOUT,
+        request_id: str | None = None,
+        **fields: Unpack[GenerationFields],
+    ) -> Response:
+        """Generates samples and returns them together, in the order of their index, after the last has finished.
+
+        Takes and raises what `generate` does.
+        """
+        request = generation_request(text, **fields)
+        options = self._connection.call_options(timeout, request_id)
+        return response_from(_unary(self._stub().GenerateAll, request, options))
+
+    def model(self, *, timeout: Timeout = CLIENT_TIMEOUT) -> Model:
+        """Returns what is served: the model, its engine, the limits of a request and the defaults of unset fields.
+
+        Raises:
+            UnavailableError: The engine has not started yet, or the server cannot be reached.
+        """
+        options = self._connection.call_options(timeout)
+        return model_from(_unary(self._stub().GetModel, generation_pb2.GetModelRequest(), options))
+
+    def stats(self, *, timeout: Timeout = CLIENT_TIMEOUT) -> Stats:
+        """Returns how busy the service is at this moment; raises `FlywheelError`."""
+        options = self._connection.call_options(timeout)
+        return stats_from(_unary(self._stub().GetStats, generation_pb2.GetStatsRequest(), options))
+
+    def health(self, service: str = "", *, timeout: Timeout = CLIENT_TIMEOUT) -> str:
+        """Returns the serving status by grpc.health.v1: `SERVING`, `NOT_SERVING` or `UNKNOWN`.
+
+        Args:
+            service: The full name of a service of the server. Default: the server as a whole.
+            timeout: The seconds that the call may take; None sets no deadline. Default: the client's timeout.
+
+        Raises:
+            FlywheelError: The server cannot be reached, or does not know the service (code NOT_FOUND).
+        """
+        options = self._connection.call_options(timeout)
+        check = self._opened().unary_unary(HEALTH_CHECK, health_request, health_response)
+        return serving_status(_unary(check, StringValue(value=service), options))
+
+    def close(self) -> None:
+        """Closes the channel, which cancels the calls under way. The client makes no further calls."""
+        with self._lock:
+            self._closed = True
+            if self._channel is not None:
+                self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()
+
+    def _opened(self) -> grpc.Channel:
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("the client is closed")
+            if self._channel is None:
+                self._channel = self._connection.open()
+            return self._channel
+
+    def _stub(self) -> generation_pb2_grpc.GenerationServiceStub:
+        return generation_pb2_grpc.GenerationServiceStub(self._opened())
+
+    def _stream(
+        self,
+        method: "grpc.UnaryStreamMultiCallable[generation_pb2.GenerationRequest, MessageT]",
+        request: generation_pb2.GenerationRequest,
+        result_from: Callable[[MessageT], ResultT],
+        timeout: Timeout,
+        request_id: str | None,
+    ) -> Stream[ResultT]:
+        options = self._connection.call_options(timeout, request_id)
+        call = method(request, timeout=options.timeout, metadata=options.metadata)
+        return Stream(call, result_from, options.request_id)
+
+
+def _unary(method: "grpc.UnaryUnaryMultiCallable[RequestT, MessageT]", request: RequestT, options: CallOptions) -> MessageT:
+    # A future, because a call that blocks cannot be cancelled when Ctrl-C interrupts it.
+    call = method.future(request, timeout=options.timeout, metadata=options.metadata)
+    try:
+        return call.result()
+    except grpc.RpcError as error:
+        raise _flywheel_error(error, options.request_id) from error
+    except BaseException:
+        call.cancel()
+        raise
+
+
+def _flywheel_error(error: Any, request_id: str) -> FlywheelError:  # noqa: ANN401 - grpc has no public type for it
+    return error_from_status(
+        error.code(),
+        error.details(),
+        error.trailing_metadata() or (),
+        request_id_in(error.initial_metadata(), request_id),
+    )
