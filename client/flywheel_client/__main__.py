@@ -1,0 +1,26 @@
+"""The command `flywheel`, also `python -m flywheel_client`."""
+
+import os
+import sys
+from typing import Final
+
+INTERRUPTED: Final = 130
+
+
+def main() -> None:
+    """Runs the command and exits with its code."""
+    # The command reports what goes wrong in its own words; grpc's log would come between them.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    try:
+        from flywheel_client._cli import app
+    except ModuleNotFoundError as error:
+        if error.name not in {"typer", "rich"}:
+            raise
+        sys.exit(f"flywheel: the command needs {error.name}; install it with: pip install 'flywheel-grpc[cli]'")
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    app(prog_name="flywheel")
+
+
+if __name__ == "__main__":
+    main()

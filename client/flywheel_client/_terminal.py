@@ -1,0 +1,189 @@
+"""What the command `flywheel` shows: text of a model, which is not trusted, made safe for a terminal and put in order.
+
+A model may generate escape sequences, which could rewrite the screen, set the clipboard, or pose as the shell. On a terminal
+control characters are therefore shown as pictures; into a pipe or file the text goes as it is.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Final, TextIO
+
+import typer
+
+from flywheel_client._errors import FlywheelError, InvalidArgumentError, UnavailableError
+from flywheel_client._results import Delta
+
+# C0 except tab and newline, DEL and C1. The first 32 and DEL have pictures in Unicode.
+_PICTURES: Final = (
+    {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n"}
+    | {0x7F: 0x2421}
+    | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
+)
+
+
+def visible(text: str) -> str:
+    """Returns the text with every control character but tab and newline replaced by a picture of it."""
+    return text.translate(_PICTURES)
+
+
+class Output:
+    """Writes text at once, knows whether it is at the start of a line, and lets no control character reach a terminal."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self.is_terminal = stream.isatty()
+        self._line_is_open = False
+
+    def write(self, text: str) -> None:
+        """Writes text of a model."""
+        if text:
+            self._stream.write(visible(text) if self.is_terminal else text)
+            self._stream.flush()
+            self._line_is_open = not text.endswith("\n")
+
+    def end_line(self) -> None:
+        """Begins a new line unless there is one already."""
+        if self._line_is_open:
+            self.write("\n")
+
+    def heading(self, text: str) -> None:
+        """Writes a heading on its own line, bold on a terminal."""
+        self.end_line()
+        typer.secho(text, self._stream, bold=True)
+
+
+@dataclass(slots=True)
+class _Progress:
+    """What has arrived of one sample, with times in seconds since the call began."""
+
+    pending: list[str] = field(default_factory=list)
+    first_text: float | None = None
+    tokens_at_first_text: int = 0
+    last: float = 0.0
+    end: Delta | None = None
+
+
+class SampleWriter:
+    """Writes samples whose deltas arrive interleaved one after another, in the order of their index.
+
+    The first unfinished sample is written while it is made; the text of later ones waits until it is their turn. So nothing
+    that was written has to be moved or drawn again, and all of it stays in the terminal's history, however long it is.
+    """
+
+    def __init__(self, output: Output, num_samples: int) -> None:
+        self._output = output
+        self._num_samples = num_samples
+        self._samples: dict[int, _Progress] = {}
+        self._current = -1
+
+    def add(self, delta: Delta, seconds: float) -> None:
+        """Takes the next delta, which arrived so many seconds after the call began."""
+        sample = self._samples.setdefault(delta.index, _Progress())
+        if delta.text and sample.first_text is None:
+            sample.first_text = seconds
+            sample.tokens_at_first_text = delta.generated_tokens
+        sample.last = seconds
+        sample.pending.append(delta.text)
+        if delta.finish_reason:
+            sample.end = delta
+        if self._current < 0:
+            self._begin(0)
+        self._write_pending()
+        while (current := self._samples.get(self._current)) and current.end and self._current + 1 in self._samples:
+            self._begin(self._current + 1)
+            self._write_pending()
+
+    def finish(self) -> None:
+        """Writes what still waits, which there is only where the call ended early."""
+        for index in sorted(self._samples):
+            if self._samples[index].pending:
+                if index != self._current:
+                    self._begin(index)
+                self._write_pending()
+        if self._output.is_terminal or self._num_samples > 1:
+            self._output.end_line()
+
+    def summary(self) -> Iterator[str]:
+        """Yields a line on each finished sample: its tokens, why it ended, how long its text took to begin, and its speed."""
+        for index, sample in sorted(self._samples.items()):
+            if (end := sample.end) is None:
+                continue
+            facts = [
+                f"{end.prompt_tokens} prompt + {end.generated_tokens} generated tokens",
+                f"{end.finish_reason} {json.dumps(end.stop_sequence)}" if end.stop_sequence else end.finish_reason,
+            ]
+            if sample.first_text is not None:
+                facts.append(f"first text after {sample.first_text:.2f} s")
+                tokens, seconds = end.generated_tokens - sample.tokens_at_first_text, sample.last - sample.first_text
+                if tokens > 0 and seconds > 0:
+                    facts.append(f"{tokens / seconds:.1f} tokens/s")
+            name = f"sample {index}: " if self._num_samples > 1 else ""
+            yield name + ", ".join(facts)
+
+    def _begin(self, index: int) -> None:
+        if self._num_samples > 1:
+            if self._current >= 0:
+                self._output.end_line()
+                self._output.write("\n")
+            self._output.heading(f"── sample {index} ──")
+        self._current = index
+
+    def _write_pending(self) -> None:
+        if current := self._samples.get(self._current):
+            self._output.write("".join(current.pending))
+            current.pending.clear()
+
+
+def show_aside(lines: Iterable[str]) -> None:
+    """Writes lines to stderr, dim on a terminal, so that they do not mix with the text."""
+    for line in lines:
+        typer.secho(visible(line), err=True, dim=True)
+
+
+def show(line: str) -> None:
+    """Writes a line to stdout."""
+    Output(sys.stdout).write(f"{line}\n")
+
+
+def show_table(rows: Iterable[tuple[str, object]]) -> None:
+    """Writes names and values in two columns to stdout."""
+    rows = list(rows)
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        show(f"{name.ljust(width)}  {value}")
+
+
+def show_json(value: object) -> None:
+    """Writes a value as one line of JSON to stdout; ASCII, so that it is harmless on a terminal and right in any encoding."""
+    sys.stdout.write(json.dumps(value) + "\n")
+    sys.stdout.flush()
+
+
+def show_error(message: str) -> None:
+    """Writes why the command failed to stderr."""
+    sys.stderr.write(visible(f"flywheel: {message}") + "\n")
+
+
+def describe(error: FlywheelError, address: str) -> str:
+    """Returns an error in words: the status, each violation on its own line, what to do, and the request id."""
+    lines = [f"{error.code.name}: {error.message}"]
+    if isinstance(error, InvalidArgumentError) and error.violations:
+        if all(violation.description in error.message for violation in error.violations):
+            lines = [f"{error.code.name}:"]
+        lines += [f"{violation.field} {violation.description}" for violation in error.violations]
+    if isinstance(error, UnavailableError) and not error.reason:
+        lines.append(f"Is flywheel-server running at {address}?")
+    if error.retry_delay is not None:
+        lines.append(f"Try again in {error.retry_delay:g} s.")
+    lines.append(f"request id: {error.request_id}")
+    return "\n  ".join(lines)
+
+
+def discard_output() -> None:
+    """Lets what is still buffered for stdout go nowhere, once nobody reads it any more."""
+    with suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

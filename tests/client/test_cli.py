@@ -1,0 +1,326 @@
+"""The command `flywheel`, run as a user runs it: as a process of its own, in a pipe or on a terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import flywheel_client
+import grpc
+import pytest
+from flywheel_client import Delta
+from flywheel_client._terminal import Output, SampleWriter, visible
+from flywheel_proto.v1.generation_pb2 import GenerationDelta, GenerationRequest
+from google.protobuf.duration_pb2 import Duration
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
+from grpc_health.v1 import health_pb2
+
+if TYPE_CHECKING:
+    from grpc_health.v1.health import HealthServicer
+
+    from tests.client.conftest import FakeService
+
+WAIT = 20.0
+FLYWHEEL = [sys.executable, "-m", "flywheel_client"]
+
+
+def delta(index: int, text: str, tokens: int, finish_reason: str = "") -> GenerationDelta:
+    return GenerationDelta(index=index, text=text, generated_tokens=tokens, finish_reason=finish_reason, prompt_tokens=5)
+
+
+def flywheel(fake: FakeService, *arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(  # noqa: S603 - our own program
+        [*FLYWHEEL, *arguments], input=stdin, capture_output=True, env=environment(fake), timeout=WAIT, check=False
+    )
+
+
+def environment(fake: FakeService) -> dict[str, str]:
+    return os.environ | {"FLYWHEEL_ADDRESS": fake.address, "COLUMNS": "80"}
+
+
+def on_terminal(fake: FakeService, *arguments: str) -> bytes:
+    """Returns what the command writes to a terminal that is both its stdout and its stderr."""
+    controller, terminal = pty.openpty()
+    with subprocess.Popen(  # noqa: S603 - our own program
+        [*FLYWHEEL, *arguments], stdin=subprocess.DEVNULL, stdout=terminal, stderr=terminal, env=environment(fake)
+    ):
+        os.close(terminal)
+        written = b""
+        try:
+            while chunk := os.read(controller, 4096):
+                written += chunk
+        except OSError:  # Linux reports the end of a terminal as EIO.
+            pass
+        finally:
+            os.close(controller)
+    return written.replace(b"\r\n", b"\n")
+
+
+def test_one_sample_in_a_pipe_is_its_raw_text(fake: FakeService) -> None:
+    fake.deltas = [delta(0, "a\x1b[31m", 1), delta(0, "[bold]b\r\n", 2), delta(0, "é", 3, "length")]
+    process = flywheel(fake, "generate", "p")
+    assert process.returncode == 0
+    assert process.stdout == "a\x1b[31m[bold]b\r\né".encode()
+    assert process.stderr.startswith(b"5 prompt + 3 generated tokens, length, first text after ")
+    assert process.stderr.count(b"\n") == 1
+
+
+def test_every_option_arrives(fake: FakeService) -> None:
+    options = {
+        "--max-tokens": "7",
+        "--samples": "3",
+        "--max-input-tokens": "9",
+        "--temperature": "0",
+        "--top-k": "0",
+        "--top-p": "0.25",
+        "--presence-penalty": "-1",
+        "--frequency-penalty": "2",
+    }
+    repeated = ["--stop", "END", "--stop", "\n", "--eos-token-id", "2", "--eos-token-id", "5"]
+    flywheel(fake, "generate", "p", *(word for option in options.items() for word in option), *repeated, "--timeout", "50")
+    expected = GenerationRequest(
+        text="p",
+        max_tokens=7,
+        num_samples=3,
+        max_input_tokens=9,
+        temperature=0.0,
+        top_k=0,
+        top_p=0.25,
+        presence_penalty=-1.0,
+        frequency_penalty=2.0,
+        stop=["END", "\n"],
+        eos_token_ids=[2, 5],
+    )
+    assert fake.requests == [expected]
+    assert fake.seconds_remaining[0] is not None
+    assert fake.seconds_remaining[0] < 51
+
+
+def test_an_option_left_out_is_unset(fake: FakeService) -> None:
+    flywheel(fake, "generate", "p")
+    assert fake.requests == [GenerationRequest(text="p", max_tokens=128)]
+
+
+@pytest.mark.parametrize("arguments", [[], ["-"]])
+def test_the_prompt_may_be_piped_in(fake: FakeService, arguments: list[str]) -> None:
+    process = flywheel(fake, "generate", *arguments, stdin="Grüße\n\n".encode())
+    assert process.returncode == 0
+    assert fake.requests[0].text == "Grüße\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stdin", "message"),
+    [
+        ([], b"", b"the prompt is empty"),
+        ([""], b"", b"the prompt is empty"),
+        (["-"], b"\n", b"the prompt is empty"),
+        ([], b"\xff", b"not UTF-8"),
+        (["p", "--max-tokens", "9999999999"], b"", b"max_tokens"),
+        (["p", "--max-tokens", "many"], b"", b"--max-tokens"),
+        (["p", "--wat"], b"", b"--wat"),
+    ],
+)
+def test_wrong_usage(fake: FakeService, arguments: list[str], stdin: bytes, message: bytes) -> None:
+    process = flywheel(fake, "generate", *arguments, stdin=stdin)
+    assert process.returncode == 2
+    assert process.stdout == b""
+    assert message in process.stderr
+    assert not fake.requests
+
+
+def test_several_samples_follow_one_another(fake: FakeService) -> None:
+    fake.deltas = [
+        delta(1, "B1", 1),
+        delta(0, "A1", 1),
+        delta(2, "C1", 1, "stop"),
+        delta(0, "A2", 2, "stop"),
+        delta(1, "B2\n", 2, "length"),
+    ]
+    process = flywheel(fake, "generate", "p", "-n", "3")
+    assert process.returncode == 0
+    expected = "── sample 0 ──\nA1A2\n\n── sample 1 ──\nB1B2\n\n── sample 2 ──\nC1\n"
+    assert process.stdout.decode() == expected
+    assert [line.split(b",")[0] for line in process.stderr.splitlines()] == [
+        b"sample 0: 5 prompt + 2 generated tokens",
+        b"sample 1: 5 prompt + 2 generated tokens",
+        b"sample 2: 5 prompt + 1 generated tokens",
+    ]
+
+
+def test_no_text_is_lost_where_a_call_fails(fake: FakeService) -> None:
+    fake.deltas = [delta(0, "A1", 1), delta(1, "B1", 1), delta(2, "C1", 1)]
+    fake.fail(grpc.StatusCode.INTERNAL, "the engine failed")
+    process = flywheel(fake, "generate", "p", "-n", "3")
+    assert process.returncode == 1
+    assert process.stdout.decode() == "── sample 0 ──\nA1\n\n── sample 1 ──\nB1\n\n── sample 2 ──\nC1\n"
+    assert process.stderr.startswith(b"flywheel: INTERNAL: the engine failed\n  request id: ")
+
+
+def test_a_terminal_gets_no_control_characters_of_the_model(fake: FakeService) -> None:
+    fake.deltas = [delta(0, "a\x1b]52;c;x\x07\x9b31m\x7f\r[red]b[/red]\tc\n", 1), delta(0, "d", 2, "\x1b[2Jstop")]
+    written = on_terminal(fake, "generate", "p").decode()
+    text, summary = written.split("\nd\n")
+    assert text == "a␛]52;c;x␇\ufffd31m␡␍[red]b[/red]\tc"
+    assert "␛[2Jstop" in summary
+    assert summary.startswith("\x1b[2m5 prompt + 2 generated tokens")
+
+
+def test_headings_on_a_terminal_are_bold(fake: FakeService) -> None:
+    fake.deltas = [delta(0, "A", 1, "stop"), delta(1, "B", 1, "stop")]
+    written = on_terminal(fake, "generate", "p", "-n", "2").decode()
+    assert written.startswith("\x1b[1m── sample 0 ──\x1b[0m\nA\n\n\x1b[1m── sample 1 ──\x1b[0m\nB\n")
+
+
+def test_the_message_of_an_error_is_made_visible(fake: FakeService) -> None:
+    fake.fail(grpc.StatusCode.INTERNAL, "\x1b[2Jbad")
+    assert b"\x1b" not in flywheel(fake, "stats").stderr
+
+
+def test_json_is_one_line_for_each_finished_sample(fake: FakeService) -> None:
+    fake.samples[0].text = "a\x9bé\n"
+    process = flywheel(fake, "generate", "p", "--json")
+    assert process.stdout.count(b"\n") == 1
+    assert process.stdout.isascii()
+    assert json.loads(process.stdout) == {
+        "text": "a\x9bé\n",
+        "generated_tokens": 2,
+        "finished": 1700000000.5,
+        "finish_reason": "stop",
+        "index": 0,
+        "prompt_tokens": 5,
+        "stop_sequence": "###",
+    }
+    assert process.stderr == b""
+
+
+@pytest.mark.parametrize("arguments", [[], ["--json"]])
+def test_interrupt_cancels_and_exits_with_130(fake: FakeService, arguments: list[str]) -> None:
+    fake.hangs = True
+    with subprocess.Popen(  # noqa: S603 - our own program
+        [*FLYWHEEL, "generate", "p", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(fake)
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.read(3)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=WAIT)
+    assert process.returncode == 130
+    assert errors == b""
+    assert fake.cancelled.wait(WAIT)
+
+
+def test_a_reader_that_has_seen_enough_ends_the_command_quietly(fake: FakeService) -> None:
+    fake.deltas = [delta(0, "x" * 4096 + "\n", 1)] * 1000
+    fake.hangs = True
+    with subprocess.Popen(  # noqa: S603 - our own program
+        [*FLYWHEEL, "generate", "p"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(fake)
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(WAIT) == 141
+    assert fake.cancelled.wait(WAIT)
+
+
+def test_an_invalid_argument_lists_every_violation(fake: FakeService) -> None:
+    violations = [
+        BadRequest.FieldViolation(field="max_tokens", description="must be 1 to 2048"),
+        BadRequest.FieldViolation(field="stop[1]", description="must not be empty"),
+    ]
+    fake.deltas = []
+    fake.fail(grpc.StatusCode.INVALID_ARGUMENT, "two fields", BadRequest(field_violations=violations))
+    fake.request_id = "r1"
+    process = flywheel(fake, "generate", "p")
+    assert process.returncode == 2
+    assert process.stderr.decode() == (
+        "flywheel: INVALID_ARGUMENT: two fields\n"
+        "  max_tokens must be 1 to 2048\n"
+        "  stop[1] must not be empty\n"
+        "  request id: r1\n"
+    )
+
+
+def test_an_error_says_when_to_try_again(fake: FakeService) -> None:
+    retry = RetryInfo(retry_delay=Duration(seconds=1, nanos=500_000_000))
+    fake.fail(grpc.StatusCode.UNAVAILABLE, "the server is full", retry, ErrorInfo(reason="OVERLOADED"))
+    process = flywheel(fake, "model")
+    assert process.returncode == 1
+    assert process.stderr.decode().startswith(
+        "flywheel: UNAVAILABLE: the server is full\n  Try again in 1.5 s.\n  request id: "
+    )
+
+
+def test_an_unreachable_server(fake: FakeService) -> None:
+    process = flywheel(fake, "health", "--address", "127.0.0.1:1")
+    assert process.returncode == 1
+    assert b"Is flywheel-server running at 127.0.0.1:1?" in process.stderr
+    assert b"Traceback" not in process.stderr
+
+
+@pytest.mark.parametrize(("status", "code"), [("SERVING", 0), ("NOT_SERVING", 1), ("UNKNOWN", 1)])
+def test_health(fake: FakeService, health: HealthServicer, status: str, code: int) -> None:
+    health.set("", health_pb2.HealthCheckResponse.ServingStatus.Value(status))
+    process = flywheel(fake, "health")
+    assert (process.returncode, process.stdout.decode()) == (code, f"{status}\n")
+    process = flywheel(fake, "health", "--json")
+    assert (process.returncode, json.loads(process.stdout)) == (code, {"status": status})
+
+
+def test_stats(fake: FakeService) -> None:
+    assert flywheel(fake, "stats").stdout.decode() == (
+        "active calls           2\nqueued calls           1\nbacklog of the engine  3\nrunners of the engine  1\n"
+    )
+    expected = {"backlog": 3, "num_total_runners": 1, "active": 2, "queued": 1}
+    assert json.loads(flywheel(fake, "stats", "--json").stdout) == expected
+
+
+def test_model(fake: FakeService) -> None:
+    lines = flywheel(fake, "model").stdout.decode().splitlines()
+    assert lines[0].split() == ["name", "SmolLM2-135M"]
+    assert lines[-1].split() == ["defaults.top_p", "1"]
+    found = json.loads(flywheel(fake, "model", "--json").stdout)
+    assert (found["limits"]["max_num_samples"], found["defaults"]["top_k"]) == (16, 50)
+
+
+def test_version(fake: FakeService) -> None:
+    assert flywheel(fake, "--version").stdout.decode() == f"flywheel {flywheel_client.__version__}\n"
+
+
+def test_help_tells_the_exit_codes(fake: FakeService) -> None:
+    assert b"Exit codes: 0" in flywheel(fake, "--help").stdout
+
+
+def test_a_base_install_says_what_is_missing() -> None:
+    program = "import sys; sys.modules['typer'] = None; from flywheel_client.__main__ import main; main()"
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)  # noqa: S603
+    assert process.returncode == 1
+    assert process.stderr == "flywheel: the command needs typer; install it with: pip install 'flywheel-grpc[cli]'\n"
+
+
+def test_control_characters_have_pictures() -> None:
+    shown = visible("".join(map(chr, range(0x100))))
+    assert len(shown) == 0x100
+    assert [character for character in shown if not character.isprintable()] == ["\t", "\n", "\xa0", "\xad"]
+
+
+def test_the_second_sample_is_written_while_it_is_made(capsys: pytest.CaptureFixture[str]) -> None:
+    writer = SampleWriter(Output(sys.stdout), 2)
+    for index, text, end in [(0, "A", "stop"), (1, "B", ""), (1, "C", "")]:
+        writer.add(Delta(index, text, 1, 0.0, end, 0, ""), 0.5)
+    assert capsys.readouterr().out == "── sample 0 ──\nA\n\n── sample 1 ──\nBC"
+
+
+def test_the_summary_tells_the_speed_after_the_first_text(capsys: pytest.CaptureFixture[str]) -> None:
+    writer = SampleWriter(Output(sys.stdout), 1)
+    writer.add(Delta(0, "A", 2, 0.0, "", 0, ""), 0.5)
+    writer.add(Delta(0, "B", 12, 1.0, "stop", 5, "\n"), 1.5)
+    writer.finish()
+    assert capsys.readouterr().out == "AB"
+    expected = '5 prompt + 12 generated tokens, stop "\\n", first text after 0.50 s, 10.0 tokens/s'
+    assert list(writer.summary()) == [expected]
