@@ -113,11 +113,11 @@ class SampleWriter:
             if (end := sample.end) is None:
                 continue
             facts = [
-                f"{end.prompt_tokens} prompt + {end.generated_tokens} generated tokens",
+                f"{end.generated_tokens} tokens (prompt {end.prompt_tokens})",
                 f"{end.finish_reason} {json.dumps(end.stop_sequence)}" if end.stop_sequence else end.finish_reason,
             ]
             if sample.first_text is not None:
-                facts.append(f"first text after {sample.first_text:.2f} s")
+                facts.append(f"first text {sample.first_text:.2f} s")
                 tokens, seconds = end.generated_tokens - sample.tokens_at_first_text, sample.last - sample.first_text
                 if tokens > 0 and seconds > 0:
                     facts.append(f"{tokens / seconds:.1f} tokens/s")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from typing import TYPE_CHECKING, Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
 import pytest_asyncio
@@ -12,17 +13,24 @@ from flywheel_client import AsyncClient, CallCancelledError, DeadlineExceededErr
 
 if TYPE_CHECKING:
     import threading
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Coroutine
 
     from tests.client.conftest import FakeService
 
 WAIT = 20.0
+T = TypeVar("T")
 
 
 @pytest_asyncio.fixture
 async def client(fake: FakeService) -> AsyncIterator[AsyncClient]:
     async with AsyncClient(fake.address) as client:
         yield client
+
+
+def run(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Runs a coroutine with `asyncio.run`, in another thread: in this one it would take away the loop of the tests."""
+    with ThreadPoolExecutor(1) as executor:
+        return executor.submit(asyncio.run, coroutine).result()
 
 
 async def happened(event: threading.Event) -> bool:
@@ -194,10 +202,10 @@ def test_one_client_in_two_loops(fake: FakeService) -> None:
     async def texts() -> list[str]:
         return [sample.text async for sample in client.generate("p", max_tokens=2)]
 
-    assert asyncio.run(texts()) == ["abc"]
-    assert asyncio.run(texts()) == ["abc"]
+    assert run(texts()) == ["abc"]
+    assert run(texts()) == ["abc"]
     assert len(client._channels) == 1
-    asyncio.run(client.close())
+    run(client.close())
 
 
 def test_a_stream_left_behind_by_its_loop_does_no_harm(fake: FakeService) -> None:
@@ -209,11 +217,11 @@ def test_a_stream_left_behind_by_its_loop_does_no_harm(fake: FakeService) -> Non
         left.append(client.generate_deltas("p", max_tokens=1))
         await anext(left[0])
 
-    asyncio.run(leave())
+    run(leave())
     left.clear()
-    assert asyncio.run(client.stats())
+    assert run(client.stats())
     assert fake.cancelled.wait(WAIT)
-    asyncio.run(client.close())
+    run(client.close())
 
 
 def test_nothing_of_grpc_exists_before_the_first_call() -> None:

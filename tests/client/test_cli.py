@@ -66,7 +66,7 @@ def test_one_sample_in_a_pipe_is_its_raw_text(fake: FakeService) -> None:
     process = flywheel(fake, "generate", "p")
     assert process.returncode == 0
     assert process.stdout == "a\x1b[31m[bold]b\r\né".encode()
-    assert process.stderr.startswith(b"5 prompt + 3 generated tokens, length, first text after ")
+    assert process.stderr.startswith(b"3 tokens (prompt 5), length, first text ")
     assert process.stderr.count(b"\n") == 1
 
 
@@ -146,9 +146,9 @@ def test_several_samples_follow_one_another(fake: FakeService) -> None:
     expected = "── sample 0 ──\nA1A2\n\n── sample 1 ──\nB1B2\n\n── sample 2 ──\nC1\n"
     assert process.stdout.decode() == expected
     assert [line.split(b",")[0] for line in process.stderr.splitlines()] == [
-        b"sample 0: 5 prompt + 2 generated tokens",
-        b"sample 1: 5 prompt + 2 generated tokens",
-        b"sample 2: 5 prompt + 1 generated tokens",
+        b"sample 0: 2 tokens (prompt 5)",
+        b"sample 1: 2 tokens (prompt 5)",
+        b"sample 2: 1 tokens (prompt 5)",
     ]
 
 
@@ -167,7 +167,7 @@ def test_a_terminal_gets_no_control_characters_of_the_model(fake: FakeService) -
     text, summary = written.split("\nd\n")
     assert text == "a␛]52;c;x␇\ufffd31m␡␍[red]b[/red]\tc"
     assert "␛[2Jstop" in summary
-    assert summary.startswith("\x1b[2m5 prompt + 2 generated tokens")
+    assert summary.startswith("\x1b[2m2 tokens (prompt 5)")
 
 
 def test_headings_on_a_terminal_are_bold(fake: FakeService) -> None:
@@ -228,18 +228,25 @@ def test_a_reader_that_has_seen_enough_ends_the_command_quietly(fake: FakeServic
     assert fake.cancelled.wait(WAIT)
 
 
-def test_an_invalid_argument_lists_every_violation(fake: FakeService) -> None:
+@pytest.mark.parametrize(
+    ("message", "headline"),
+    [
+        ("two fields", " two fields"),
+        ("Invalid request: max_tokens must be 1 to 2048; stop[1] must not be empty.", ""),
+    ],
+)
+def test_an_invalid_argument_lists_every_violation_once(fake: FakeService, message: str, headline: str) -> None:
     violations = [
         BadRequest.FieldViolation(field="max_tokens", description="must be 1 to 2048"),
         BadRequest.FieldViolation(field="stop[1]", description="must not be empty"),
     ]
     fake.deltas = []
-    fake.fail(grpc.StatusCode.INVALID_ARGUMENT, "two fields", BadRequest(field_violations=violations))
+    fake.fail(grpc.StatusCode.INVALID_ARGUMENT, message, BadRequest(field_violations=violations))
     fake.request_id = "r1"
     process = flywheel(fake, "generate", "p")
     assert process.returncode == 2
     assert process.stderr.decode() == (
-        "flywheel: INVALID_ARGUMENT: two fields\n"
+        f"flywheel: INVALID_ARGUMENT:{headline}\n"
         "  max_tokens must be 1 to 2048\n"
         "  stop[1] must not be empty\n"
         "  request id: r1\n"
@@ -322,5 +329,5 @@ def test_the_summary_tells_the_speed_after_the_first_text(capsys: pytest.Capture
     writer.add(Delta(0, "B", 12, 1.0, "stop", 5, "\n"), 1.5)
     writer.finish()
     assert capsys.readouterr().out == "AB"
-    expected = '5 prompt + 12 generated tokens, stop "\\n", first text after 0.50 s, 10.0 tokens/s'
+    expected = '12 tokens (prompt 5), stop "\\n", first text 0.50 s, 10.0 tokens/s'
     assert list(writer.summary()) == [expected]
