@@ -4,7 +4,7 @@ They mirror `GenerationRequest`, `GenerationResponseSample` and `GenerationRespo
 the comments in `proto/flywheel/v1/generation.proto` state.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Final, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo
@@ -17,16 +17,19 @@ INT32_MAX: Final = 2**31 - 1
 _ACCEPTED: Final = {
     "text": "must not be empty and have at most {max_text_bytes} bytes in UTF-8",
     "max_tokens": "must be 1 to {context_tokens}, the model's context",
-    "eos_token_ids": f"must be at most {MAX_EOS_TOKEN_IDS} token ids, each at least 0",
+    "eos_token_ids": f"must be at most {MAX_EOS_TOKEN_IDS} token ids",
+    "eos_token_ids[]": "must be at least 0",
     "max_input_tokens": "must be at least 0, where 0 keeps the whole prompt",
     "num_samples": "must be 1 to {max_num_samples}",
-    "stop": f"must be at most {MAX_STOP_SEQUENCES} texts, each not empty and of at most {MAX_STOP_BYTES} bytes in UTF-8",
+    "stop": f"must be at most {MAX_STOP_SEQUENCES} texts",
+    "stop[]": f"must not be empty and have at most {MAX_STOP_BYTES} bytes in UTF-8",
     "temperature": "must be finite and at least 0, where 0 is greedy",
     "top_k": "must be at least 0, where 0 does not restrict",
     "top_p": "must be greater than 0 and at most 1",
     "presence_penalty": "must be -2 to 2",
     "frequency_penalty": "must be -2 to 2",
 }
+"""What is accepted of each field, and of each element of a repeated one, in words for the caller."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,12 +111,12 @@ class GenerationRequest(BaseModel):
 
 
 def _violations(error: ValidationError, limits: RequestLimits) -> list[FieldViolation]:
-    """Returns one violation for each field that is wrong; of a repeated field, its first element that is."""
-    bounds = {name: getattr(limits, name) for name in limits.__slots__}
+    """Returns one violation for each field that is wrong; of a repeated field, the first that is wrong of its elements."""
+    bounds = asdict(limits)
     violations: dict[str, FieldViolation] = {}
-    for name, *path in (map(str, item["loc"]) for item in error.errors(include_url=False, include_input=False)):
-        field = name + "".join(f"[{index}]" for index in path)
-        violations.setdefault(name, FieldViolation(field, _ACCEPTED[name].format(**bounds)))
+    for name, *index in (map(str, item["loc"]) for item in error.errors(include_url=False, include_input=False)):
+        accepted = _ACCEPTED[f"{name}[]" if index else name].format(**bounds)
+        violations.setdefault(name, FieldViolation(f"{name}[{index[0]}]" if index else name, accepted))
     return list(violations.values())
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 from flywheel_proto import __version__
-from pydantic import Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 from pydantic.fields import FieldInfo
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from flywheel_server.engines.base import PromptFormat
 from flywheel_server.engines.scripted import Script
@@ -25,6 +25,10 @@ Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 def _option(group: str, default: Any, description: str) -> Any:  # noqa: ANN401 - as generic as pydantic's Field
     return Field(default=default, description=description, json_schema_extra={"group": group})
+
+
+def _from_json(value: Script | str) -> Script:
+    return Script.model_validate_json(value) if isinstance(value, str) else value
 
 
 class Settings(BaseSettings):
@@ -51,7 +55,9 @@ class Settings(BaseSettings):
     embedded_prompt: PromptFormat = _option(
         "Engine", "chat", "How the model reads a prompt: chat (in the model's template, unless it has special tokens) or raw."
     )
-    script: Script = _option("Engine", Script(), "What the scripted engine plays, as JSON; see engines/scripted.py.")
+    script: Annotated[Script, NoDecode, BeforeValidator(_from_json)] = _option(
+        "Engine", Script(), "What the scripted engine plays, as JSON; see engines/scripted.py."
+    )
 
     address: str = _option("Listening", "127.0.0.1:50051", "HOST:PORT to listen on. Port 0 is any free one, which is printed.")
     max_message_bytes: Positive = _option("Listening", 16 * 2**20, "The largest message that is received.")
@@ -77,11 +83,13 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
     try:
         return Settings(**given)
     except ValidationError as error:
-        problems = [
-            f"{flag(str(item['loc'][0]))} ({PREFIX}{str(item['loc'][0]).upper()}): {item['msg']}"
-            for item in error.errors(include_url=False)
-        ]
-        parser.error("; ".join(problems))
+        problems = [_problem(item["loc"], item["msg"]) for item in error.errors(include_url=False)]
+        parser.exit(2, "\n".join(["flywheel-server: some settings are wrong", *problems, ""]))
+
+
+def _problem(location: tuple[int | str, ...], message: str) -> str:
+    name, *within = map(str, location)
+    return "  ".join(["", f"{flag(name)} ({PREFIX}{name.upper()}):", *within, message])
 
 
 def flag(name: str) -> str:
