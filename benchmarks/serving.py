@@ -1,0 +1,22 @@
+"""The server under measurement: the real command, in a process of its own."""
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def flywheel_server(*arguments: str) -> Iterator[str]:
+    """Runs `flywheel-server` with these arguments on a free port, and gives its address once it is ready."""
+    command = [sys.executable, "-m", "flywheel_server", "--address", "127.0.0.1:0", "--log-level", "warning", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:  # noqa: S603 - our own command
+        try:
+            line = process.stdout.readline() if process.stdout else ""
+            address = re.search(r"[\d.]+:\d+", line)
+            if address is None:
+                raise RuntimeError(f"the server did not start: {line}")
+            yield address[0]
+        finally:
+            process.terminate()

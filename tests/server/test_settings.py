@@ -1,0 +1,62 @@
+"""Settings come from flags and variables alike, and what is wrong is named."""
+
+import pytest
+from flywheel_server.settings import PREFIX, Settings, flag, parse
+
+
+def test_the_fixed_names_and_defaults() -> None:
+    settings = parse([])
+    assert settings.address == "127.0.0.1:50051"
+    assert settings.engine == "embedded"
+    assert settings.model is None
+    for name in ("drain_timeout", "max_text_bytes", "max_num_samples", "log_level", "log_format"):
+        assert name in Settings.model_fields
+
+
+def test_a_flag_wins_over_the_variable_and_the_variable_over_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLYWHEEL_MAX_NUM_SAMPLES", "5")
+    assert parse([]).max_num_samples == 5
+    assert parse(["--max-num-samples", "6"]).max_num_samples == 6
+    monkeypatch.setenv("FLYWHEEL_SCRIPT", '{"text": "hi", "token_delay": 0.5}')
+    assert parse([]).script.token_delay == 0.5
+    assert parse(["--script", '{"token_delay": 0.25}']).script.token_delay == 0.25
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (["--max-num-samples", "none"], ["--max-num-samples", "FLYWHEEL_MAX_NUM_SAMPLES"]),
+        (["--engine", "steam", "--log-level", "loud"], ["--engine", "'embedded'", "--log-level", "'debug'"]),
+        (["--drain-timeout", "-1"], ["--drain-timeout"]),
+        (["--script", "{"], ["--script"]),
+        (["--script", '{"text": ""}'], ["--script"]),
+        (["--nonsense"], ["--nonsense"]),
+    ],
+)
+def test_what_is_wrong_is_named(arguments: list[str], names: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        parse(arguments)
+    assert left.value.code == 2
+    message = capsys.readouterr().err
+    assert "Traceback" not in message
+    for name in names:
+        assert name in message
+
+
+def test_a_wrong_variable_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for variable, value in [("FLYWHEEL_KEEPALIVE_TIME", "soon"), ("FLYWHEEL_SCRIPT", "{")]:
+        monkeypatch.setenv(variable, value)
+        with pytest.raises(SystemExit):
+            parse([])
+        assert variable in capsys.readouterr().err
+
+
+def test_help_has_every_setting_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        parse(["--help"])
+    assert left.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for name, field in Settings.model_fields.items():
+        assert flag(name) in text
+        assert str(field.description) in text
+        assert f"{PREFIX}{name}".isascii()

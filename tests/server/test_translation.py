@@ -1,0 +1,198 @@
+"""Between protobuf and pydantic nothing is lost, added, or let through that should not be."""
+
+import math
+import struct
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+from flywheel_proto.v1 import generation_pb2 as pb
+from flywheel_server.engines.base import EngineModel, EngineStats, TextDelta
+from flywheel_server.messages import (
+    GenerationRequest,
+    GenerationResponse,
+    GenerationResponseSample,
+    InvalidRequestError,
+    RequestLimits,
+)
+from flywheel_server.translation import (
+    delta_to_proto,
+    last_delta_to_proto,
+    model_to_proto,
+    request_from_proto,
+    response_to_proto,
+    sample_to_proto,
+    stats_to_proto,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+LIMITS = RequestLimits(max_text_bytes=200, max_num_samples=16, context_tokens=8192)
+INT32 = st.integers(-(2**31), 2**31 - 1)
+FLOAT = st.floats(width=32)
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
+
+any_fields = st.fixed_dictionaries(
+    {},
+    optional={
+        "text": TEXT,
+        "max_tokens": INT32,
+        "eos_token_ids": st.lists(INT32, max_size=70),
+        "max_input_tokens": INT32,
+        "num_samples": INT32,
+        "stop": st.lists(TEXT, max_size=20),
+        "temperature": FLOAT,
+        "top_k": INT32,
+        "top_p": FLOAT,
+        "presence_penalty": FLOAT,
+        "frequency_penalty": FLOAT,
+    },
+)
+NATURAL = st.integers(0, 2**31 - 1)
+POSITIVE_FLOAT = st.floats(0, width=32, allow_nan=False, allow_infinity=False)
+PENALTY = st.floats(-2, 2, width=32)
+valid_fields = st.fixed_dictionaries(
+    {"text": TEXT.filter(lambda text: 0 < len(text.encode()) <= 200), "max_tokens": st.integers(1, 8192)},
+    optional={
+        "eos_token_ids": st.lists(NATURAL, max_size=64),
+        "max_input_tokens": NATURAL,
+        "num_samples": st.integers(1, 16),
+        "stop": st.lists(TEXT.filter(lambda text: 0 < len(text.encode()) <= 256), max_size=16),
+        "temperature": POSITIVE_FLOAT,
+        "top_k": NATURAL,
+        "top_p": st.floats(0, 1, width=32, exclude_min=True),
+        "presence_penalty": PENALTY,
+        "frequency_penalty": PENALTY,
+    },
+)
+samples = st.builds(
+    GenerationResponseSample,
+    text=TEXT,
+    generated_tokens=NATURAL,
+    finished=POSITIVE_FLOAT,
+    finish_reason=TEXT,
+    index=NATURAL,
+    prompt_tokens=NATURAL,
+    stop_sequence=TEXT,
+)
+
+
+def fits(name: str, value: Any) -> bool:
+    """Whether the contract accepts the value of this field."""
+    match name:
+        case "text":
+            return 0 < len(value.encode()) <= LIMITS.max_text_bytes
+        case "max_tokens":
+            return bool(1 <= value <= LIMITS.context_tokens)
+        case "eos_token_ids":
+            return len(value) <= 64 and all(token >= 0 for token in value)
+        case "stop":
+            return len(value) <= 16 and all(0 < len(stop.encode()) <= 256 for stop in value)
+        case "max_input_tokens" | "top_k":
+            return bool(value >= 0)
+        case "num_samples":
+            return bool(1 <= value <= LIMITS.max_num_samples)
+        case "temperature":
+            return math.isfinite(value) and value >= 0
+        case "top_p":
+            return bool(0 < value <= 1)
+        case _:
+            return bool(-2 <= value <= 2)
+
+
+@given(valid_fields)
+def test_a_valid_request_arrives_as_it_was_sent(fields: dict[str, Any]) -> None:
+    message = pb.GenerationRequest.FromString(pb.GenerationRequest(**fields).SerializeToString())
+    request = request_from_proto(message, LIMITS)
+    defaults = {name: field.default for name, field in GenerationRequest.model_fields.items() if not field.is_required()}
+    for name, value in {**defaults, **fields}.items():
+        assert getattr(request, name) == (tuple(value) if isinstance(value, list) else value)
+
+
+@given(any_fields)
+def test_exactly_the_fields_out_of_range_are_named(fields: dict[str, Any]) -> None:
+    sent = {"text": "", "max_tokens": 0, **fields}
+    wrong = {name for name, value in sent.items() if not fits(name, value)}
+    with pytest.raises(InvalidRequestError) if wrong else nullcontext() as caught:
+        request_from_proto(pb.GenerationRequest(**fields), LIMITS)
+    named = [violation.field.partition("[")[0] for violation in caught.value.violations] if caught else []
+    assert sorted(named) == sorted(wrong)
+
+
+@pytest.mark.parametrize(("name", "default"), [("num_samples", 1), ("temperature", 1.0), ("top_k", 50), ("top_p", 1.0)])
+def test_unset_is_the_default_and_zero_is_zero(name: str, default: float) -> None:
+    unset = pb.GenerationRequest(text="x", max_tokens=1)
+    assert getattr(request_from_proto(unset, LIMITS), name) == default
+    zero = pb.GenerationRequest(text="x", max_tokens=1, **{name: 0})
+    if name in {"temperature", "top_k"}:
+        assert getattr(request_from_proto(zero, LIMITS), name) == 0
+    else:
+        with pytest.raises(InvalidRequestError, match=name):
+            request_from_proto(zero, LIMITS)
+
+
+@pytest.mark.parametrize("name", ["temperature", "top_p", "presence_penalty", "frequency_penalty"])
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7F800001, 0xFFC00000, 0x7F800000, 0xFF800000])
+def test_every_kind_of_nan_and_infinity_is_refused(name: str, bits: int) -> None:
+    (value,) = struct.unpack(">f", struct.pack(">I", bits))
+    with pytest.raises(InvalidRequestError, match=name):
+        request_from_proto(pb.GenerationRequest(text="x", max_tokens=1, **{name: value}), LIMITS)
+
+
+@given(samples)
+def test_a_sample_goes_out_whole(sample: GenerationResponseSample) -> None:
+    message = pb.GenerationResponseSample.FromString(sample_to_proto(sample).SerializeToString())
+    assert (
+        GenerationResponseSample.model_validate(
+            {field.name: getattr(message, field.name) for field in message.DESCRIPTOR.fields}
+        )
+        == sample
+    )
+
+
+@given(st.lists(samples, max_size=3), TEXT, NATURAL, POSITIVE_FLOAT)
+def test_a_response_goes_out_whole(several: list[GenerationResponseSample], prompt: str, tokens: int, time: float) -> None:
+    response = GenerationResponse(
+        created=time, finished=time, num_samples=len(several), responses=several, prompt=prompt, prompt_tokens=tokens
+    )
+    message = pb.GenerationResponse.FromString(response_to_proto(response).SerializeToString())
+    assert list(message.responses) == [sample_to_proto(sample) for sample in several]
+    for name in ("created", "finished", "num_samples", "prompt", "prompt_tokens"):
+        assert getattr(message, name) == getattr(response, name)
+
+
+@given(samples, TEXT)
+def test_the_last_delta_has_all_of_the_sample_but_its_text(sample: GenerationResponseSample, rest: str) -> None:
+    message = last_delta_to_proto(sample, rest)
+    assert message.text == rest
+    for field in message.DESCRIPTOR.fields:
+        if field.name != "text":
+            assert getattr(message, field.name) == getattr(sample, field.name)
+
+
+def test_an_ordinary_delta_has_no_end() -> None:
+    assert delta_to_proto(TextDelta(1, "x", 2)) == pb.GenerationDelta(index=1, text="x", generated_tokens=2)
+
+
+def test_model_and_stats_go_out_whole() -> None:
+    model = model_to_proto(EngineModel("m", "e", 10, penalizes_prompt=True, prompt_format="chat"), LIMITS)
+    assert all(model.HasField(name) for name in ("limits", "defaults"))
+    assert (model.name, model.engine, model.context_tokens, model.penalizes_prompt, model.prompt_format) == (
+        "m",
+        "e",
+        10,
+        True,
+        "chat",
+    )
+    assert model.limits.max_text_bytes == LIMITS.max_text_bytes
+    stats = stats_to_proto(EngineStats(backlog=3, num_total_runners=2), active=4, queued=5)
+    assert stats == pb.Stats(backlog=3, num_total_runners=2, active=4, queued=5)
+
+
+def test_the_models_have_the_fields_of_the_contract() -> None:
+    for model, message in [
+        (GenerationRequest, pb.GenerationRequest),
+        (GenerationResponseSample, pb.GenerationResponseSample),
+        (GenerationResponse, pb.GenerationResponse),
+    ]:
+        assert list(model.model_fields) == [field.name for field in message.DESCRIPTOR.fields]
