@@ -50,7 +50,7 @@ async def until(condition: Callable[[], bool | Awaitable[bool]], what: str, with
         raise AssertionError(f"not within {within} s: {what}") from None
 
 
-async def drained(call: grpc.aio.Call) -> None:
+async def drained(call: Any) -> None:
     """Reads the call to its end."""
     if isinstance(call, grpc.aio.UnaryUnaryCall):
         await call

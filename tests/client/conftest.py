@@ -70,21 +70,21 @@ class FakeService(generation_pb2_grpc.GenerationServiceServicer):
             status.details.append(packed)
         self.failure = (code, message, (("grpc-status-details-bin", status.SerializeToString()),))
 
-    def Generate(  # noqa: N802 - the name in the contract
+    def Generate(
         self, request: generation_pb2.GenerationRequest, context: grpc.ServicerContext
     ) -> Iterator[generation_pb2.GenerationResponseSample]:
         self._begin(request, context)
         yield from self.samples
         self._end(context)
 
-    def GenerateDeltas(  # noqa: N802
+    def GenerateDeltas(
         self, request: generation_pb2.GenerationRequest, context: grpc.ServicerContext
     ) -> Iterator[generation_pb2.GenerationDelta]:
         self._begin(request, context)
         yield from self.deltas
         self._end(context)
 
-    def GenerateAll(  # noqa: N802
+    def GenerateAll(
         self, request: generation_pb2.GenerationRequest, context: grpc.ServicerContext
     ) -> generation_pb2.GenerationResponse:
         self._begin(request, context)
@@ -98,9 +98,7 @@ class FakeService(generation_pb2_grpc.GenerationServiceServicer):
             prompt_tokens=5,
         )
 
-    def GetModel(  # noqa: N802
-        self, request: generation_pb2.GetModelRequest, context: grpc.ServicerContext
-    ) -> generation_pb2.Model:
+    def GetModel(self, request: generation_pb2.GetModelRequest, context: grpc.ServicerContext) -> generation_pb2.Model:
         del request
         self._fail(context)
         return generation_pb2.Model(
@@ -118,9 +116,7 @@ class FakeService(generation_pb2_grpc.GenerationServiceServicer):
             penalizes_prompt=True,
         )
 
-    def GetStats(  # noqa: N802
-        self, request: generation_pb2.GetStatsRequest, context: grpc.ServicerContext
-    ) -> generation_pb2.Stats:
+    def GetStats(self, request: generation_pb2.GetStatsRequest, context: grpc.ServicerContext) -> generation_pb2.Stats:
         del request
         self._fail(context)
         return generation_pb2.Stats(backlog=3, num_total_runners=1, active=2, queued=1)

@@ -34,7 +34,7 @@ def delta(index: int, text: str, tokens: int, finish_reason: str = "") -> Genera
 
 
 def flywheel(fake: FakeService, *arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
-    return subprocess.run(  # noqa: S603 - our own program
+    return subprocess.run(
         [*FLYWHEEL, *arguments], input=stdin, capture_output=True, env=environment(fake), timeout=WAIT, check=False
     )
 
@@ -46,7 +46,7 @@ def environment(fake: FakeService) -> dict[str, str]:
 def on_terminal(fake: FakeService, *arguments: str) -> bytes:
     """Returns what the command writes to a terminal that is both its stdout and its stderr."""
     controller, terminal = pty.openpty()
-    with subprocess.Popen(  # noqa: S603 - our own program
+    with subprocess.Popen(
         [*FLYWHEEL, *arguments], stdin=subprocess.DEVNULL, stdout=terminal, stderr=terminal, env=environment(fake)
     ):
         os.close(terminal)
@@ -201,7 +201,7 @@ def test_json_is_one_line_for_each_finished_sample(fake: FakeService) -> None:
 @pytest.mark.parametrize("arguments", [[], ["--json"]])
 def test_interrupt_cancels_and_exits_with_130(fake: FakeService, arguments: list[str]) -> None:
     fake.hangs = True
-    with subprocess.Popen(  # noqa: S603 - our own program
+    with subprocess.Popen(
         [*FLYWHEEL, "generate", "p", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(fake)
     ) as process:
         assert process.stdout is not None
@@ -216,7 +216,7 @@ def test_interrupt_cancels_and_exits_with_130(fake: FakeService, arguments: list
 def test_a_reader_that_has_seen_enough_ends_the_command_quietly(fake: FakeService) -> None:
     fake.deltas = [delta(0, "x" * 4096 + "\n", 1)] * 1000
     fake.hangs = True
-    with subprocess.Popen(  # noqa: S603 - our own program
+    with subprocess.Popen(
         [*FLYWHEEL, "generate", "p"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(fake)
     ) as process:
         assert process.stdout is not None
@@ -305,7 +305,7 @@ def test_help_tells_the_exit_codes(fake: FakeService) -> None:
 
 def test_a_base_install_says_what_is_missing() -> None:
     program = "import sys; sys.modules['typer'] = None; from flywheel_client.__main__ import main; main()"
-    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)  # noqa: S603
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert process.returncode == 1
     assert process.stderr == "flywheel: the command needs typer; install it with: pip install 'flywheel-grpc[cli]'\n"
 

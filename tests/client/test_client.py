@@ -251,7 +251,7 @@ def test_an_interrupt_cancels_a_blocking_call(fake: FakeService) -> None:
         "try: Client(sys.argv[1]).generate_all('p', max_tokens=1)\n"
         "except KeyboardInterrupt: print('interrupted', flush=True); sys.stdin.read()\n"
     )
-    with subprocess.Popen(  # noqa: S603 - our own program
+    with subprocess.Popen(
         [sys.executable, "-c", program, fake.address], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
         assert fake.called.wait(WAIT)
@@ -275,7 +275,7 @@ def _is_module(value: object) -> bool:
 def test_the_base_install_imports_only_what_it_needs() -> None:
     program = "import sys, flywheel_client; print(*{name.partition('.')[0] for name in sys.modules})"
     command = [sys.executable, "-c", program]
-    modules = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()  # noqa: S603 - our own program
+    modules = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     assert {"grpc", "google", "flywheel_proto"} < set(modules)
     assert not {"flywheel_server", "pydantic", "typer", "rich", "structlog"} & set(modules)
 

@@ -3,6 +3,7 @@
 import asyncio
 from collections import defaultdict
 from collections.abc import AsyncIterable
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -12,8 +13,8 @@ from flywheel_proto.v1 import generation_pb2 as pb
 from tests.serving import Target, drained, until
 
 LIST = "List the numbers from one to thirty, one after the other, separated by commas."
-GREEDY = {"temperature": 0.0, "max_tokens": 24}
-ENDLESS = {"text": "Write a very long story about a llama.", "max_tokens": 1500, "num_samples": 4}
+GREEDY: dict[str, Any] = {"temperature": 0.0, "max_tokens": 24}
+ENDLESS: dict[str, Any] = {"text": "Write a very long story about a llama.", "max_tokens": 1500, "num_samples": 4}
 METHODS = ["Generate", "GenerateDeltas", "GenerateAll"]
 
 

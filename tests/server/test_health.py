@@ -107,6 +107,7 @@ async def test_running_calls_finish_within_the_drain_timeout() -> None:
 
 async def _last(call: grpc.aio.UnaryStreamCall[pb.GenerationRequest, pb.GenerationDelta]) -> pb.GenerationDelta:
     last = pb.GenerationDelta()
-    while (delta := await call.read()) is not grpc.aio.EOF:
+    # Read as it was begun: iterating over a call that was read is an error.
+    while isinstance(delta := await call.read(), pb.GenerationDelta):
         last = delta
     return last

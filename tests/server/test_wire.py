@@ -19,7 +19,7 @@ NOT_UTF8 = b"\x0a\x02\xc3\x28\x10\x01"
 
 async def send(target: Target, method: str, data: bytes) -> None:
     kind = target.channel.unary_unary if method.startswith("Get") or method == "GenerateAll" else target.channel.unary_stream
-    await drained(kind(PATH + method)(data))
+    await drained(kind(PATH + method, bytes, bytes)(data))
 
 
 @pytest.mark.parametrize("method", ["Generate", "GenerateDeltas", "GenerateAll"])

@@ -1,0 +1,1 @@
+"""Generated from `flywheel/v1/generation.proto`."""

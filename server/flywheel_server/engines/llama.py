@@ -52,7 +52,6 @@ class Llama:
         params.api_keys = [self._key]
         params.ui = False
         params.endpoint_slots = False
-        params.endpoint_metrics = True
         # Without it a silent connection would draw comments into the stream, which the binding does not expect.
         params.sse_ping_interval = -1
         params.verbosity = verbosity
@@ -82,11 +81,6 @@ class Llama:
     def trained_context(self) -> int:
         """Returns how many tokens of context the model was trained for."""
         return int(self._get("/v1/models")["data"][0]["meta"]["n_ctx_train"])
-
-    def busy_slots(self) -> int:
-        """Returns how many samples llama.cpp is working on."""
-        lines = str(self._server.handle_metrics()).splitlines()
-        return next(int(float(line.split()[1])) for line in lines if line.startswith("llamacpp:requests_processing "))
 
     def _get(self, path: str, data: bytes | None = None) -> Any:  # noqa: ANN401 - JSON
         request = urllib.request.Request(  # noqa: S310 - the address is llama.cpp's own

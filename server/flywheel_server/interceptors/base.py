@@ -18,7 +18,7 @@ Deserializer = Callable[[bytes], Any]
 _SERVICE = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name
 
 
-class CallInterceptor(grpc.aio.ServerInterceptor, ABC):  # type: ignore[type-arg] # not subscriptable at run time
+class CallInterceptor(grpc.aio.ServerInterceptor, ABC):
     """Runs `around` each call of the generation service; health and reflection pass untouched.
 
     The calls are coroutines, as the methods of our servicer are: unary ones return their response, streaming ones write to
