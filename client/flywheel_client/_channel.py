@@ -40,7 +40,7 @@ CHANNEL_OPTIONS: Final[Mapping[str, int | str]] = {
 }
 
 MAX_REQUEST_ID_LENGTH: Final = 128
-_PRINTABLE_ASCII: Final = frozenset(string.ascii_letters + string.digits + string.punctuation + " ")
+_VISIBLE_ASCII: Final = frozenset(string.ascii_letters + string.digits + string.punctuation)
 
 # grpc.health.v1.Health by hand, so that the client does not need grpcio-health-checking, which wants a protobuf of its
 # own age (grpc#42906). On the wire its messages are what those of the well-known wrappers are: one value in field 1.
@@ -103,8 +103,8 @@ class Connection:
         """
         if request_id is None:
             request_id = uuid.uuid4().hex
-        elif not 1 <= len(request_id) <= MAX_REQUEST_ID_LENGTH or not _PRINTABLE_ASCII.issuperset(request_id):
-            raise ValueError(f"request_id must be 1 to {MAX_REQUEST_ID_LENGTH} printable ASCII characters")
+        elif not 1 <= len(request_id) <= MAX_REQUEST_ID_LENGTH or not _VISIBLE_ASCII.issuperset(request_id):
+            raise ValueError(f"request_id must be 1 to {MAX_REQUEST_ID_LENGTH} visible ASCII characters")
         return CallOptions(
             timeout=self.timeout if isinstance(timeout, ClientDefault) else timeout,
             metadata=(*self.metadata, (REQUEST_ID_KEY, request_id)),

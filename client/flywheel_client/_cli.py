@@ -229,6 +229,7 @@ def model(timeout: Timeout = 10.0, address: Address = DEFAULT_ADDRESS, as_json: 
                     ("engine", found.engine),
                     ("context_tokens", found.context_tokens),
                     ("penalizes_prompt", "yes" if found.penalizes_prompt else "no"),
+                    ("prompt_format", found.prompt_format),
                     *((f"limits.{name}", value) for name, value in asdict(found.limits).items()),
                     *((f"defaults.{name}", f"{value:g}") for name, value in asdict(found.defaults).items()),
                 ]

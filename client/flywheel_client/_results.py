@@ -81,6 +81,7 @@ class Model:
     limits: Limits
     defaults: Defaults
     penalizes_prompt: bool
+    prompt_format: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +152,7 @@ def model_from(message: generation_pb2.Model) -> Model:
             top_p=message.defaults.top_p,
         ),
         penalizes_prompt=message.penalizes_prompt,
+        prompt_format=message.prompt_format,
     )
 
 

@@ -149,9 +149,9 @@ class Client:
         """Generates samples and streams each, whole, as soon as it has finished, in the order of finishing.
 
         Args:
-            text: The prompt, exactly as the model shall read it.
+            text: The prompt; `Model.prompt_format` tells how the model reads it.
             timeout: The seconds that the call may take; None sets no deadline. Default: the client's timeout.
-            request_id: Names the call in the server's log: 1 to 128 printable ASCII characters. Default: a new one.
+            request_id: Names the call in the server's log: 1 to 128 visible ASCII characters. Default: a new one.
             **fields: The other fields of the request: `max_tokens`, which is required, and those of `GenerationFields`.
 
         Raises:

@@ -114,6 +114,7 @@ class FakeService(generation_pb2_grpc.GenerationServiceServicer):
             ),
             defaults=generation_pb2.Defaults(num_samples=1, temperature=1.0, top_k=50, top_p=1.0),
             penalizes_prompt=True,
+            prompt_format="chat",
         )
 
     def GetStats(self, request: generation_pb2.GetStatsRequest, context: grpc.ServicerContext) -> generation_pb2.Stats:

@@ -63,7 +63,8 @@ def test_generate_all_returns_a_response(client: Client) -> None:
 
 def test_model_and_stats(client: Client) -> None:
     model = client.model()
-    assert (model.name, model.engine, model.context_tokens, model.penalizes_prompt) == ("SmolLM2-135M", "fake", 2048, True)
+    assert (model.name, model.engine, model.context_tokens) == ("SmolLM2-135M", "fake", 2048)
+    assert (model.penalizes_prompt, model.prompt_format) == (True, "chat")
     assert (model.limits.max_num_samples, model.defaults.top_k) == (16, 50)
     assert client.stats() == flywheel_client.Stats(backlog=3, num_total_runners=1, active=2, queued=1)
 

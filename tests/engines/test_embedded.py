@@ -111,7 +111,7 @@ async def test_the_temperature_comes_before_top_p(generate: Any) -> None:
 @pytest.mark.parametrize("penalty", ["presence_penalty", "frequency_penalty"])
 async def test_penalties_make_the_text_more_or_less_varied(embedded: EmbeddedEngine, generate: Any, penalty: str) -> None:
     async def distinct_tokens(value: float) -> int:
-        (sample,) = await generate(COUNTING, max_tokens=60, **{penalty: value})
+        (sample,) = await generate(LLAMA, max_tokens=60, **{penalty: value})
         return len(set(embedded._llama.tokenize(sample.text)))
 
     assert await distinct_tokens(-2.0) < await distinct_tokens(2.0)

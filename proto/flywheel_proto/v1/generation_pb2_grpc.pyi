@@ -12,8 +12,8 @@ Conventions
     is the default. Everywhere else unset and zero mean the same.
   - Times are seconds since the Unix epoch as a double, with fractions, on the clock of the machine that generates.
   - Tokens are the model's own tokens. `GetModel` tells which model that is.
-  - Metadata: the caller may send `x-request-id` (1 to 128 printable ASCII characters); the initial metadata of every
-    response carries it, or a new one where the caller sent none or one that does not fit.
+  - Metadata: the caller may send `x-request-id` (1 to 128 visible ASCII characters, no spaces); the initial metadata of
+    every response carries it, or a new one where the caller sent none or one that does not fit.
 
 Errors follow google.rpc (AIP-193): the status code, a brief message, and details in `grpc-status-details-bin`. The
 domain of every ErrorInfo is `flywheel.v1`.
