@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +37,43 @@ async def serving(engine: Engine, **settings: Any) -> AsyncIterator[Target]:
         yield target
 
 
-async def until(condition: Callable[[], bool | Awaitable[bool]], what: str, within: float = 20.0) -> None:
+@asynccontextmanager
+async def through_a_cable(address: str) -> AsyncIterator[tuple[str, Callable[[], None]]]:
+    """Gives an address that leads to this one, and a function that cuts every connection made through it."""
+    host, _, port = address.rpartition(":")
+    writers: list[asyncio.StreamWriter] = []
+    pumps: list[asyncio.Task[None]] = []
+
+    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(ConnectionError):
+            while data := await reader.read(2**16):
+                writer.write(data)
+                await writer.drain()
+
+    async def connect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        onward_reader, onward_writer = await asyncio.open_connection(host, int(port))
+        writers.extend((writer, onward_writer))
+        pumps.extend(asyncio.create_task(pump(*ends)) for ends in ((reader, onward_writer), (onward_reader, writer)))
+
+    def cut() -> None:
+        for writer in writers:
+            writer.transport.abort()
+
+    cable = await asyncio.start_server(connect, "127.0.0.1", 0)
+    try:
+        yield f"127.0.0.1:{cable.sockets[0].getsockname()[1]}", cut
+    finally:
+        cut()
+        cable.close()
+        await asyncio.gather(*pumps, return_exceptions=True)
+
+
+def as_dict(metadata: Any) -> dict[str, Any]:
+    """Returns metadata as a dictionary, which `dict` makes of it only with newer versions of grpcio."""
+    return dict(tuple(metadata or ()))
+
+
+async def until(condition: Callable[[], bool | Awaitable[bool]], what: str, within: float = 60.0) -> None:
     """Returns when the condition holds; fails where it does not within so many seconds."""
     try:
         async with asyncio.timeout(within):

@@ -10,9 +10,10 @@ import grpc.aio
 import pytest
 from flywheel_proto.v1 import generation_pb2 as pb
 
-from tests.serving import Target, drained, until
+from tests.serving import Target, as_dict, drained, until
 
-LIST = "List the numbers from one to thirty, one after the other, separated by commas."
+# With a special token, so that no chat template is put around it, and a model of any size is sure of how it goes on.
+LIST = "<|im_start|>1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13,"
 GREEDY: dict[str, Any] = {"temperature": 0.0, "max_tokens": 24}
 ENDLESS: dict[str, Any] = {"text": "Write a very long story about a llama.", "max_tokens": 1500, "num_samples": 4}
 METHODS = ["Generate", "GenerateDeltas", "GenerateAll"]
@@ -99,14 +100,14 @@ async def test_every_request_id_comes_back(target: Target) -> None:
     request = pb.GenerationRequest(text=LIST, max_tokens=1)
     for method in METHODS:
         call = getattr(target.stub, method)(request, metadata=(("x-request-id", "mine-1"),))
-        assert dict(await call.initial_metadata())["x-request-id"] == "mine-1"
+        assert as_dict(await call.initial_metadata())["x-request-id"] == "mine-1"
         await drained(call)
     for unfit in ("", "with space", "x" * 129):
         call = target.stub.GenerateAll(request, metadata=(("x-request-id", unfit),))
-        assert dict(await call.initial_metadata())["x-request-id"] not in ("", unfit)
+        assert as_dict(await call.initial_metadata())["x-request-id"] not in ("", unfit)
         await call
     call = target.stub.GetStats(pb.GetStatsRequest())
-    assert dict(await call.initial_metadata())["x-request-id"]
+    assert as_dict(await call.initial_metadata())["x-request-id"]
     await call
 
 
@@ -114,7 +115,7 @@ async def test_an_error_carries_the_request_id_too(target: Target) -> None:
     call = target.stub.GenerateAll(pb.GenerationRequest(), metadata=(("x-request-id", "mine-2"),))
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await call
-    assert dict(caught.value.initial_metadata())["x-request-id"] == "mine-2"
+    assert as_dict(caught.value.initial_metadata())["x-request-id"] == "mine-2"
 
 
 async def nothing_runs(target: Target) -> bool:

@@ -10,7 +10,7 @@ from flywheel_proto.v1 import generation_pb2 as pb
 from google.rpc.error_details_pb2 import BadRequest
 from google.rpc.status_pb2 import Status
 
-from tests.serving import Target, drained
+from tests.serving import Target, as_dict, drained
 
 TEXT = "Tell me about llamas."
 
@@ -43,7 +43,7 @@ async def violations(target: Target, method: str, request: pb.GenerationRequest)
 def bad_request(error: grpc.aio.AioRpcError) -> dict[str, str]:
     """Returns field and description of each violation in the details of an INVALID_ARGUMENT."""
     assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
-    status = Status.FromString(dict(error.trailing_metadata())["grpc-status-details-bin"])
+    status = Status.FromString(as_dict(error.trailing_metadata())["grpc-status-details-bin"])
     assert status.code == grpc.StatusCode.INVALID_ARGUMENT.value[0]
     details = BadRequest()
     assert any(detail.Unpack(details) for detail in status.details)

@@ -12,7 +12,7 @@ from flywheel_server.engines.embedded import EmbeddedEngine
 from flywheel_server.engines.scripted import Script, ScriptedEngine
 
 from tests.engines.conftest import SLOTS, Work
-from tests.serving import Target, connected, drained, serving, until
+from tests.serving import Target, connected, drained, serving, through_a_cable, until
 
 METHODS = ["Generate", "GenerateDeltas", "GenerateAll"]
 STORY = "<|im_start|>user\nWrite a very long story about a llama.<|im_end|>\n<|im_start|>assistant\n"
@@ -36,17 +36,19 @@ async def cancelled(target: Target, method: str, request: pb.GenerationRequest, 
 async def disconnected(
     target: Target, method: str, request: pb.GenerationRequest, reached: Callable[[], Awaitable[None]]
 ) -> None:
-    """Calls, and closes the connection at the point that `reached` waits for."""
-    async with connected(target.address) as other:
+    """Calls, and breaks the connection at the point that `reached` waits for."""
+    async with through_a_cable(target.address) as (address, cut), connected(address) as other:
         reading = asyncio.ensure_future(drained(getattr(other.stub, method)(request)))
         await reached()
-    with pytest.raises((asyncio.CancelledError, grpc.aio.AioRpcError)):
-        await reading
+        cut()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await reading
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
 
 
 async def expired(target: Target, method: str, request: pb.GenerationRequest, reached: Callable[[], Awaitable[None]]) -> None:
     """Calls with a deadline that is over some time after the point that `reached` waits for."""
-    deadline = asyncio.ensure_future(drained(getattr(target.stub, method)(request, timeout=1.0)))
+    deadline = asyncio.ensure_future(drained(getattr(target.stub, method)(request, timeout=1.5)))
     await reached()
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await deadline
@@ -107,7 +109,7 @@ class TestEmbedded:
             return await stats(embedded_target) == (1, 0, 0)
 
         await until(left, "the call has left the queue")
-        assert Work.of(embedded).busy_slots == SLOTS, "the other call goes on"
+        assert Work.of(embedded).busy_slots > 0, "the other call goes on"
         first.cancel()
         await lets_go(embedded)
 

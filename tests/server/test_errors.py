@@ -14,7 +14,7 @@ from google.protobuf.message import Message
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 
-from tests.serving import drained, serving, until
+from tests.serving import as_dict, drained, serving, until
 
 METHODS = ["Generate", "GenerateDeltas", "GenerateAll"]
 REQUEST = pb.GenerationRequest(text="hello", max_tokens=20, num_samples=2)
@@ -44,7 +44,7 @@ class FailingEngine(ScriptedEngine):
 
 
 def details_of(error: grpc.aio.AioRpcError) -> dict[type[Message], Any]:
-    status = Status.FromString(dict(error.trailing_metadata())["grpc-status-details-bin"])
+    status = Status.FromString(as_dict(error.trailing_metadata())["grpc-status-details-bin"])
     assert status.code == error.code().value[0]
     assert status.message == error.details()
     found: dict[type[Message], Any] = {}
