@@ -12,6 +12,8 @@ from typing import assert_never
 # grpcio 1.80 turned this experiment on, and on asyncio it makes every message dearer, by up to a half (grpcio 1.85.1). It is
 # read when grpc is imported.
 os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_listener")
+# gRPC's own log of ordinary events, such as connections that end, is not in the form of ours.
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 from flywheel_server import logs
 from flywheel_server.engines.base import Engine, EngineError

@@ -166,4 +166,5 @@ TABLE: Final[Mapping[type[Exception], Callable[[Any, str], CallStatus]]] = {
 
 def status_of(error: Exception, request_id: str) -> CallStatus:
     """Returns the status that a call ends with when `error` is raised in it."""
-    return TABLE.get(type(error), _failed)(error, request_id)
+    row = next(TABLE[kind] for kind in (*type(error).__mro__, EngineFailedError) if kind in TABLE)
+    return row(error, request_id)

@@ -2,10 +2,10 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Final
 
-from flywheel_server.engines.base import Engine, EngineFailedError, Event, Started, TextDelta
+from flywheel_server.engines.base import Engine, EngineFailedError, EngineUnavailableError, Event, Started, TextDelta
 from flywheel_server.errors import DeadlineExceededError
 from flywheel_server.messages import GenerationRequest, GenerationResponseSample
 
@@ -25,6 +25,27 @@ class Generations:
         self.queued = 0
         self.active = 0
         self._engine = engine
+        self._stopped = False
+        self._deadlines: set[asyncio.Timeout] = set()
+        self._one_has_left = asyncio.Event()
+
+    async def drain(self, timeout: float) -> None:  # noqa: ASYNC109 - not the caller's, but that of the generations
+        """Gives the generations under way `timeout` seconds to finish, and ends the others with `EngineUnavailableError`."""
+        try:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(timeout):
+                    await self._all_left()
+        finally:
+            self._stopped = True
+            for deadline in self._deadlines:
+                if not deadline.expired():
+                    deadline.reschedule(asyncio.get_running_loop().time())
+            await self._all_left()
+
+    async def _all_left(self) -> None:
+        while self._deadlines:
+            self._one_has_left.clear()
+            await self._one_has_left.wait()
 
     @asynccontextmanager
     async def run(self, request: GenerationRequest, time_remaining: float | None) -> AsyncIterator[Events]:
@@ -33,9 +54,11 @@ class Generations:
         `time_remaining` is in seconds; when it is over, `DeadlineExceededError` is raised from within the context.
         """
         generation = _Generation(self, request.num_samples)
+        deadline = asyncio.timeout(_within(time_remaining))
+        self._deadlines.add(deadline)
         try:
             async with (
-                asyncio.timeout(_within(time_remaining)) as deadline,
+                deadline,
                 aclosing(self._engine.generate(request)) as events,
                 aclosing(generation.watch(events)) as watched,
             ):
@@ -43,9 +66,13 @@ class Generations:
         except TimeoutError as error:
             if not deadline.expired():
                 raise
+            if self._stopped:
+                raise EngineUnavailableError("the server is stopping") from error
             raise DeadlineExceededError("IN_GENERATION" if generation.started else "IN_QUEUE") from error
         finally:
             generation.leave()
+            self._deadlines.remove(deadline)
+            self._one_has_left.set()
 
 
 def _within(time_remaining: float | None) -> float | None:
@@ -78,6 +105,8 @@ class _Generation:
             raise EngineFailedError(f"samples {sorted(self._unfinished)} did not finish")
 
     def _start(self) -> None:
+        if self.started:
+            raise EngineFailedError("the generation was started twice")
         self.started = True
         self._generations.queued -= 1
         self._generations.active += 1

@@ -7,6 +7,12 @@ from typing import Any, Literal
 import structlog
 
 
+def _exceptions_without_locals() -> structlog.processors.ExceptionRenderer:
+    """Renders exceptions without the local variables of their frames, which hold prompts."""
+    transformer = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+    return structlog.processors.ExceptionRenderer(transformer)
+
+
 def configure(level: Literal["debug", "info", "warning", "error"], form: Literal["text", "json"]) -> None:
     """Writes everything that is logged at `level` or above to standard error, as text or as JSON lines."""
     shared: list[Any] = [
@@ -16,9 +22,16 @@ def configure(level: Literal["debug", "info", "warning", "error"], form: Literal
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
     render: list[Any] = (
-        [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer()]
+        [_exceptions_without_locals(), structlog.processors.JSONRenderer()]
         if form == "json"
-        else [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), pad_event_to=0, pad_level=False)]
+        else [
+            structlog.dev.ConsoleRenderer(
+                colors=sys.stderr.isatty(),
+                pad_event_to=0,
+                pad_level=False,
+                exception_formatter=structlog.dev.plain_traceback,
+            )
+        ]
     )
     structlog.configure(
         processors=[

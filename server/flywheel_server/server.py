@@ -15,6 +15,9 @@ from flywheel_server.reflection import add_reflection
 from flywheel_server.service import GenerationService
 from flywheel_server.settings import Settings
 
+LAST_WORDS: Final = 0.5
+"""Seconds between the end of the last generation and that of the connections."""
+
 SERVICE: Final = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name
 
 
@@ -23,7 +26,7 @@ async def serve(engine: Engine, settings: Settings) -> AsyncIterator[int]:
     """Serves the engine for the length of the context, which gets the port that the server listens on.
 
     It listens before the engine has started, so that a probe learns that it is not serving yet, and serves once the engine has
-    produced a token. On leaving, running calls have `settings.drain_timeout` to finish; cancelling that ends them.
+    produced a token. On leaving, running calls have `settings.drain_timeout` to finish; cancelling that ends them at once.
 
     Raises `OSError` where it cannot listen, and `EngineError` where the engine does not start.
     """
@@ -43,8 +46,8 @@ async def serve(engine: Engine, settings: Settings) -> AsyncIterator[int]:
         port = server.add_insecure_port(settings.address)
     except RuntimeError as error:
         raise OSError(f"cannot listen on {settings.address}: is the address right, and free?") from error
-    await server.start()
     try:
+        await server.start()
         async with engine:
             await engine.check()
             service.open()
@@ -53,9 +56,10 @@ async def serve(engine: Engine, settings: Settings) -> AsyncIterator[int]:
                 yield port
             finally:
                 await health_servicer.enter_graceful_shutdown()
-                await server.stop(settings.drain_timeout)
+                await service.close(settings.drain_timeout)
     finally:
-        await server.stop(grace=None)
+        # Time for the last messages and statuses to be sent. Streams that never end, such as those of health, are cut.
+        await server.stop(LAST_WORDS)
 
 
 def _channel_arguments(settings: Settings) -> list[tuple[str, int]]:

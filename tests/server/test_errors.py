@@ -1,5 +1,7 @@
 """The table of errors: every exception has its row, and every row reaches the caller as it is written."""
 
+import subprocess
+import sys
 from typing import Any
 
 import grpc
@@ -100,7 +102,6 @@ async def test_each_row_reaches_the_caller(
 @pytest.mark.parametrize("method", METHODS)
 async def test_a_deadline_says_where_it_caught_the_call(script: Script, reason: str, method: str) -> None:
     engine = ScriptedEngine(script)
-    engine.check = _nothing  # type: ignore[method-assign] # it would hang like everything else
     async with serving(engine) as target:
         first = target.stub.GenerateAll(REQUEST) if reason == "IN_QUEUE" else None
         if first:
@@ -111,10 +112,6 @@ async def test_a_deadline_says_where_it_caught_the_call(script: Script, reason: 
         assert details_of(caught.value)[ErrorInfo].reason == reason
         if first:
             first.cancel()
-
-
-async def _nothing() -> None:
-    pass
 
 
 class ForgetfulEngine(ScriptedEngine):
@@ -140,6 +137,31 @@ async def test_an_engine_that_breaks_its_promise_is_an_error(indexes: tuple[int,
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await drained(getattr(target.stub, method)(REQUEST))
         assert caught.value.code() is grpc.StatusCode.INTERNAL
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_the_log_has_the_cause_but_no_prompt_and_no_text(form: str) -> None:
+    program = """
+import asyncio, sys
+from flywheel_server import logs
+from flywheel_server.engines.scripted import Script, ScriptedEngine
+from flywheel_proto.v1 import generation_pb2 as pb
+from tests.serving import drained, serving
+
+async def main():
+    async with serving(ScriptedEngine(Script(text="SECRET-SAMPLE ", fail_after=5))) as target:
+        try:
+            await drained(target.stub.GenerateDeltas(pb.GenerationRequest(text="SECRET-PROMPT", max_tokens=20)))
+        except Exception:
+            pass
+
+logs.configure("info", sys.argv[1])
+asyncio.run(main())
+"""
+    ran = subprocess.run([sys.executable, "-c", program, form], capture_output=True, text=True, check=True)
+    assert "the script says so" in ran.stderr
+    assert "EngineFailedError" in ran.stderr
+    assert "SECRET" not in ran.stderr
 
 
 def test_every_engine_error_has_a_row() -> None:

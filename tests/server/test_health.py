@@ -2,6 +2,7 @@
 
 import asyncio
 from contextlib import AsyncExitStack
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -15,7 +16,7 @@ from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.server.test_errors import details_of
-from tests.serving import connected, serving
+from tests.serving import Target, connected, drained, serving, until
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -87,9 +88,12 @@ async def test_health_answers_while_the_engine_is_full() -> None:
 
 
 async def test_an_engine_that_does_not_work_ends_the_start() -> None:
-    engine = ScriptedEngine(Script(fail_after=0))
+    class BrokenEngine(ScriptedEngine):
+        async def check(self) -> None:
+            raise EngineFailedError("it makes no token")
+
     with pytest.raises(EngineFailedError):
-        async with serving(engine):
+        async with serving(BrokenEngine()):
             pass
 
 
@@ -103,6 +107,42 @@ async def test_running_calls_finish_within_the_drain_timeout() -> None:
             await call.read()
             reading = asyncio.ensure_future(_last(call))
         assert (await reading).finish_reason == "length"
+
+
+REQUEST = pb.GenerationRequest(text="x", max_tokens=50)
+
+
+async def test_what_is_not_over_after_the_drain_timeout_ends_with_a_status_that_says_why() -> None:
+    engine = ScriptedEngine(Script(hang_after=2))
+    async with AsyncExitStack() as client:
+        async with serve(engine, Settings(address="127.0.0.1:0", drain_timeout=1)) as port:
+            target = await client.enter_async_context(connected(f"127.0.0.1:{port}"))
+            watch = health_pb2_grpc.HealthStub(target.channel).Watch(health_pb2.HealthCheckRequest())
+            assert (await watch.read()).status == SERVING
+            calls = [target.stub.GenerateDeltas(REQUEST), target.stub.Generate(REQUEST), target.stub.GenerateAll(REQUEST)]
+            endings = [asyncio.ensure_future(drained(call)) for call in calls]
+            await until(lambda: engine.running == 3, "the calls run")
+            late = asyncio.ensure_future(_call_while_draining(watch, target))
+        for ending in (*endings, late):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await ending
+            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+            assert details_of(caught.value)[ErrorInfo].reason == "ENGINE_UNAVAILABLE"
+            assert RetryInfo in details_of(caught.value)
+    assert engine.running == 0
+
+
+async def _call_while_draining(watch: Any, target: Target) -> None:
+    assert (await watch.read()).status == NOT_SERVING
+    await target.stub.GenerateAll(REQUEST)
+
+
+async def test_a_stream_that_never_ends_does_not_keep_the_server_from_stopping() -> None:
+    settings = Settings(address="127.0.0.1:0", drain_timeout=60)
+    async with AsyncExitStack() as client, asyncio.timeout(20), serve(ScriptedEngine(), settings) as port:
+        target = await client.enter_async_context(connected(f"127.0.0.1:{port}"))
+        watch = health_pb2_grpc.HealthStub(target.channel).Watch(health_pb2.HealthCheckRequest())
+        assert (await watch.read()).status == SERVING
 
 
 async def _last(call: grpc.aio.UnaryStreamCall[pb.GenerationRequest, pb.GenerationDelta]) -> pb.GenerationDelta:

@@ -2,6 +2,7 @@
 
 import math
 import struct
+import time
 from contextlib import nullcontext
 from typing import Any
 
@@ -140,6 +141,15 @@ def test_every_kind_of_nan_and_infinity_is_refused(name: str, bits: int) -> None
         request_from_proto(pb.GenerationRequest(text="x", max_tokens=1, **{name: value}), LIMITS)
 
 
+def test_a_message_full_of_bad_elements_is_refused_at_once() -> None:
+    message = pb.GenerationRequest(text="x", max_tokens=1, stop=[""] * 500_000, eos_token_ids=[-1] * 500_000)
+    start = time.process_time()
+    with pytest.raises(InvalidRequestError) as caught:
+        request_from_proto(message, LIMITS)
+    assert {violation.field.partition("[")[0] for violation in caught.value.violations} == {"stop", "eos_token_ids"}
+    assert time.process_time() - start < 0.5, "checking each element takes seconds, on the event loop"
+
+
 @given(samples)
 def test_a_sample_goes_out_whole(sample: GenerationResponseSample) -> None:
     message = pb.GenerationResponseSample.FromString(sample_to_proto(sample).SerializeToString())
@@ -152,9 +162,9 @@ def test_a_sample_goes_out_whole(sample: GenerationResponseSample) -> None:
 
 
 @given(st.lists(samples, max_size=3), TEXT, NATURAL, POSITIVE_FLOAT)
-def test_a_response_goes_out_whole(several: list[GenerationResponseSample], prompt: str, tokens: int, time: float) -> None:
+def test_a_response_goes_out_whole(several: list[GenerationResponseSample], prompt: str, tokens: int, seconds: float) -> None:
     response = GenerationResponse(
-        created=time, finished=time, num_samples=len(several), responses=several, prompt=prompt, prompt_tokens=tokens
+        created=seconds, finished=seconds, num_samples=len(several), responses=several, prompt=prompt, prompt_tokens=tokens
     )
     message = pb.GenerationResponse.FromString(response_to_proto(response).SerializeToString())
     assert list(message.responses) == [sample_to_proto(sample) for sample in several]

@@ -22,11 +22,11 @@ domain of every ErrorInfo is `flywheel.v1`.
                       both numbers. A field that the engine cannot honour: BadRequest and ErrorInfo
                       `UNSUPPORTED_FIELD`. Repeating the call unchanged fails again.
   RESOURCE_EXHAUSTED  The server is full: RetryInfo and ErrorInfo `OVERLOADED`. Also a message over the size limit of
-                      the transport, which has no details.
+                      the transport, which is refused before it is read: without details and without a request id.
   DEADLINE_EXCEEDED   The caller's deadline passed: ErrorInfo `IN_QUEUE` (nothing was generated yet) or
                       `IN_GENERATION`. A caller's own timer may fire first; then there are no details.
   UNAVAILABLE         The engine is starting or cannot be reached, or the server is stopping: RetryInfo and ErrorInfo
-                      `ENGINE_UNAVAILABLE`.
+                      `ENGINE_UNAVAILABLE`. Where there is no server, or none any more, there are no details.
   INTERNAL            The engine failed: ErrorInfo `ENGINE_FAILED` with the request id. The cause is in the server's
                       log.
 """
@@ -99,7 +99,7 @@ class GenerationRequest(_message.Message):
     @_builtins.property
     def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Token ids that end a sample, besides the model's own end-of-generation tokens. The text of the token is not part of
-        the sample. Default: none. Each at least 0; at most `Limits.max_eos_token_ids` of them.
+        the sample. A token that is only a part of a character may go unnoticed. Default: none. Each at least 0; at most `Limits.max_eos_token_ids` of them.
         """
 
     @_builtins.property
@@ -327,7 +327,7 @@ class Model(_message.Message):
     """Whether presence_penalty and frequency_penalty also count the tokens of the prompt."""
     prompt_format: _builtins.str
     """How the model reads the text of a request. "raw": as it is. "chat": as the message of a user in the model's chat
-    template, unless it has special tokens of the model and so brings a template of its own. The set grows; take a value
+    template, which may add to it, unless it has special tokens of the model and so brings a template of its own. The set grows; take a value
     that you do not know as "raw".
     """
     @_builtins.property
@@ -457,7 +457,7 @@ class Stats(_message.Message):
     ACTIVE_FIELD_NUMBER: _builtins.int
     QUEUED_FIELD_NUMBER: _builtins.int
     backlog: _builtins.int
-    """How many requests wait in the engine, from all its callers."""
+    """How many requests, or parts of requests, wait in the engine, from all its callers."""
     num_total_runners: _builtins.int
     """How many runners the engine has: containers, or 1 for an engine within the server."""
     active: _builtins.int

@@ -22,11 +22,11 @@ domain of every ErrorInfo is `flywheel.v1`.
                       both numbers. A field that the engine cannot honour: BadRequest and ErrorInfo
                       `UNSUPPORTED_FIELD`. Repeating the call unchanged fails again.
   RESOURCE_EXHAUSTED  The server is full: RetryInfo and ErrorInfo `OVERLOADED`. Also a message over the size limit of
-                      the transport, which has no details.
+                      the transport, which is refused before it is read: without details and without a request id.
   DEADLINE_EXCEEDED   The caller's deadline passed: ErrorInfo `IN_QUEUE` (nothing was generated yet) or
                       `IN_GENERATION`. A caller's own timer may fire first; then there are no details.
   UNAVAILABLE         The engine is starting or cannot be reached, or the server is stopping: RetryInfo and ErrorInfo
-                      `ENGINE_UNAVAILABLE`.
+                      `ENGINE_UNAVAILABLE`. Where there is no server, or none any more, there are no details.
   INTERNAL            The engine failed: ErrorInfo `ENGINE_FAILED` with the request id. The cause is in the server's
                       log.
 """

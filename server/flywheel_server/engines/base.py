@@ -52,7 +52,7 @@ class EngineModel:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """How busy an engine is: requests that wait in it from all its callers, and how many runners it has."""
+    """How busy an engine is: requests, or parts of them, that wait in it from all its callers, and how many runners it has."""
 
     backlog: int
     num_total_runners: int

@@ -1,12 +1,14 @@
 """One completion of llama.cpp: some samples of a request that share one reading of the prompt."""
 
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import Any, Final
 
 from flywheel_server.engines.base import EngineFailedError, Event
 from flywheel_server.engines.llama import Chunk, Llama
 from flywheel_server.engines.samples import GrowingSample
 from flywheel_server.messages import GenerationRequest
+
+LOWEST_TEMPERATURE: Final = 1e-6
 
 
 class Completion:
@@ -29,23 +31,23 @@ class Completion:
         self._samples = [GrowingSample(index, len(prompt), request.stop) for index in indexes]
         self._eos_token_ids = frozenset(request.eos_token_ids)
         self._emit = emit
-        self._cancelled = False
+        self.cancelled = False
         self._error: Exception | None = None
 
     def cancel(self) -> None:
         """Ends the completion with the next step of llama.cpp, whether that reads the prompt or makes text."""
-        self._cancelled = True
+        self.cancelled = True
 
     def run(self) -> None:
         """Returns when all samples have finished, or the completion was cancelled; raises `EngineFailedError`."""
         self._llama.complete(self._body, self._on_chunk)
         if self._error is not None:
             raise EngineFailedError("the answer of llama.cpp cannot be used") from self._error
-        if not self._cancelled and not self._all_finished():
+        if not self.cancelled and not self._all_finished():
             raise EngineFailedError("llama.cpp ended before the samples did")
 
     def _on_chunk(self, chunk: Chunk) -> bool:
-        if self._cancelled:
+        if self.cancelled:
             return True
         try:
             self._take(chunk)
@@ -83,7 +85,8 @@ def _body(request: GenerationRequest, prompt: list[int], samples: int) -> dict[s
         "prompt": prompt,
         "n": samples,
         "max_tokens": request.max_tokens,
-        "temperature": request.temperature,
+        # One so low that the logits overflow is greedy in all but name.
+        "temperature": request.temperature if request.temperature > LOWEST_TEMPERATURE else 0.0,
         "top_k": request.top_k,
         "top_p": request.top_p,
         # llama.cpp's own defaults would cut off unlikely tokens, and apply top_p before the temperature.

@@ -4,9 +4,9 @@ import asyncio
 import importlib.util
 import signal
 import threading
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Final, Self
 
@@ -70,6 +70,9 @@ class EmbeddedEngine:
         self._batch_tokens = batch_tokens
         self._prompt_format = prompt_format
         self._capacity = Capacity(slots, context_tokens)
+        self._stopping = False
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._running: set[Completion] = set()
         self._stack = AsyncExitStack()
         self._llama: Llama
         self._tokenizing: ThreadPoolExecutor
@@ -80,25 +83,32 @@ class EmbeddedEngine:
             raise EngineUnavailableError(f"there is no file {self._path}; --model must name a GGUF file")
         async with AsyncExitStack() as stack:
             stack.enter_context(native_log.captured())
+            stack.push_async_callback(asyncio.to_thread, self._unload)
             try:
-                self._llama = await asyncio.to_thread(self._load)
+                # xllamacpp holds the interpreter while it loads, so nothing else runs meanwhile, on whichever thread.
+                await _to_its_end(asyncio.get_running_loop().run_in_executor(None, self._load))
             except RuntimeError as error:
                 raise EngineUnavailableError(f"llama.cpp cannot load {self._path}: is it a GGUF model?") from error
             finally:
                 _take_back_signals()
-            stack.callback(self._unload)
             self._context_tokens = min(self._pool_tokens, await asyncio.to_thread(self._llama.trained_context))
-            self._tokenizing = stack.enter_context(ThreadPoolExecutor(2, "llama.cpp tokenize"))
-            self._completing = stack.enter_context(ThreadPoolExecutor(self._slots, "llama.cpp complete"))
+            self._tokenizing = ThreadPoolExecutor(2, "llama.cpp tokenize")
+            self._completing = ThreadPoolExecutor(self._slots, "llama.cpp complete")
             self._stack = stack.pop_all()
         log.info("model loaded", model=self._path.stem, context_tokens=self._context_tokens, slots=self._slots)
         return self
 
     async def __aexit__(self, *exception: object) -> None:
+        self._stopping = True
+        for completion in self._running:
+            completion.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for executor in (self._tokenizing, self._completing):
+            await asyncio.to_thread(executor.shutdown)
         await self._stack.aclose()
 
-    def _load(self) -> Llama:
-        return Llama(
+    def _load(self) -> None:
+        self._llama = Llama(
             self._path,
             context_tokens=self._pool_tokens,
             slots=self._slots,
@@ -108,7 +118,8 @@ class EmbeddedEngine:
         )
 
     def _unload(self) -> None:
-        del self._llama
+        with suppress(AttributeError):
+            del self._llama
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """Yields the events of the request; see `Engine.generate`."""
@@ -118,6 +129,7 @@ class EmbeddedEngine:
             asyncio.create_task(self._complete(request, prompt, indexes, events))
             for indexes in self._groups(request, len(prompt))
         ]
+        self._tasks.update(tasks)
         unfinished = request.num_samples
         started = False
         try:
@@ -131,13 +143,18 @@ class EmbeddedEngine:
                 unfinished -= isinstance(event, GenerationResponseSample)
                 yield event
         finally:
+            # They end with the next step of llama.cpp, and hold their room until then; the caller need not wait for that.
             for task in tasks:
+                task.add_done_callback(self._tasks.discard)
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _prompt(self, request: GenerationRequest) -> list[int]:
+        self._refuse_if_stopping()
         read = self._llama.tokenize if self._prompt_format == "raw" else self._llama.tokenize_chat
-        tokens = await asyncio.get_running_loop().run_in_executor(self._tokenizing, read, request.text)
+        try:
+            tokens = await asyncio.get_running_loop().run_in_executor(self._tokenizing, read, request.text)
+        except (OSError, ValueError, KeyError) as error:
+            raise EngineFailedError("llama.cpp could not make tokens of the prompt") from error
         tokens = tokens[-request.max_input_tokens :]
         if len(tokens) + request.max_tokens > self._context_tokens:
             raise PromptTooLongError(len(tokens), request.max_tokens, self._context_tokens)
@@ -170,22 +187,26 @@ class EmbeddedEngine:
 
         try:
             async with self._capacity.reserve(len(indexes), len(prompt) + len(indexes) * request.max_tokens):
+                self._refuse_if_stopping()
                 events.put_nowait(Started())
                 completion = Completion(self._llama, request, prompt, indexes, emit)
-                running = loop.run_in_executor(self._completing, completion.run)
+                self._running.add(completion)
                 try:
-                    await asyncio.shield(running)
-                except asyncio.CancelledError:
-                    completion.cancel()
                     # The room is free only when llama.cpp has let go of it.
-                    await asyncio.wait([running])
-                    raise
+                    await _to_its_end(loop.run_in_executor(self._completing, completion.run), completion.cancel)
+                finally:
+                    self._running.remove(completion)
+                self._refuse_if_stopping()
         except EngineError as error:
             events.put_nowait(error)
         except Exception as error:  # noqa: BLE001 - an event that never comes would hang the call
             failure = EngineFailedError("the completion failed")
             failure.__cause__ = error
             events.put_nowait(failure)
+
+    def _refuse_if_stopping(self) -> None:
+        if self._stopping:
+            raise EngineUnavailableError("the engine is stopping")
 
     async def check(self) -> None:
         """Generates a token."""
@@ -206,6 +227,19 @@ class EmbeddedEngine:
             penalizes_prompt=True,
             prompt_format=self._prompt_format,
         )
+
+
+async def _to_its_end(work: asyncio.Future[None], cancel: Callable[[], None] = lambda: None) -> None:
+    """Awaits work on another thread. Cancelled, it calls `cancel`, and still returns only when the work is over."""
+    try:
+        await asyncio.shield(work)
+    except asyncio.CancelledError:
+        cancel()
+        while not work.done():
+            # A second cancel, as by grpc after our own deadline, must not let go of what the work still holds.
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait([work])
+        raise
 
 
 def _take_back_signals() -> None:

@@ -8,7 +8,7 @@ import os
 import re
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from queue import SimpleQueue
 from typing import Final
 
@@ -46,11 +46,13 @@ def captured() -> Iterator[None]:
     try:
         yield
     finally:
-        # This closes the last writing end of the pipe, which ends the reader, which ends the writer.
+        # This closes our writing end of the pipe, which ends the reader, which ends the writer. A child process that has
+        # inherited it may hold it open longer: its lines go nowhere then.
         os.dup2(stderr, 2)
-        reader.join()
-        writer.join()
-        os.close(stderr)
+        reader.join(timeout=1)
+        writer.join(timeout=1)
+        if not reader.is_alive():
+            os.close(stderr)
 
 
 def _read(reading: int, stderr: int, records: _Records) -> None:
@@ -60,7 +62,9 @@ def _read(reading: int, stderr: int, records: _Records) -> None:
                 text = _COLOR.sub("", match["text"].decode(errors="replace")).rstrip()
                 records.put((logging.DEBUG if _ORDINARY.search(text) else _LEVELS[match["level"]], text))
             else:
-                os.write(stderr, line)
+                # Whoever read standard error may be gone; the pipe must be emptied all the same.
+                with suppress(OSError):
+                    os.write(stderr, line)
     records.put(None)
 
 

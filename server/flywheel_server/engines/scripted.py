@@ -139,9 +139,7 @@ class ScriptedEngine:
         return _FAILURES[self.script.failure]("the script says so")
 
     async def check(self) -> None:
-        """Plays one token, as a model would be tried."""
-        async for _ in self.generate(GenerationRequest(text="check", max_tokens=1)):
-            pass
+        """Returns: there is no model that might not work, and a script that fails is to fail its callers, not the start."""
 
     async def stats(self) -> EngineStats:
         """Returns how many generations wait for a slot."""
