@@ -49,10 +49,10 @@ def outdated(committed: Path) -> list[str]:
         generate(Path(fresh))
 
         def contents(directory: Path) -> dict[str, str]:
-            return {str(path.relative_to(directory)): path.read_text() for path in directory.rglob("*_pb2*.py*")}
+            files = (path for path in directory.rglob("*_pb2*") if path.suffix in {".py", ".pyi"})
+            return {str(path.relative_to(directory)): path.read_text() for path in files}
 
-        have = {name: text for name, text in contents(committed).items() if "__pycache__" not in name}
-        want = contents(Path(fresh))
+        have, want = contents(committed), contents(Path(fresh))
         return sorted(name for name in have.keys() | want.keys() if have.get(name) != want.get(name))
 
 
