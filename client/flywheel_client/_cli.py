@@ -32,7 +32,7 @@ app = typer.Typer(
 Address = Annotated[
     str, typer.Option("--address", "-a", envvar="FLYWHEEL_ADDRESS", metavar="HOST:PORT", help="The server.", show_envvar=True)
 ]
-Timeout = Annotated[float, typer.Option(metavar="SECONDS", help="How long the call may take.")]
+Timeout = Annotated[float, typer.Option(metavar="SECONDS", min=0.001, help="How long the call may take.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 DEFAULT_ADDRESS: Final = "localhost:50051"
@@ -113,7 +113,7 @@ def generate(
         float | None, typer.Option(metavar="X", help="The same, by how often they have: -2 to 2.", show_default="0.0")
     ] = None,
     timeout: Annotated[
-        float | None, typer.Option(metavar="SECONDS", help="How long the call may take.", show_default="no deadline")
+        float | None, typer.Option(metavar="SECONDS", min=0.001, help="How long the call may take.", show_default="no deadline")
     ] = None,
     address: Address = DEFAULT_ADDRESS,
     as_json: Annotated[bool, typer.Option("--json", help="Print each finished sample as a line of JSON.")] = False,

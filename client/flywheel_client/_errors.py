@@ -134,8 +134,12 @@ def error_from_status(
     request_id: str,
 ) -> FlywheelError:
     """Returns the exception for a status, with what the google.rpc details in its trailing metadata say."""
+    details = list(_details(trailing_metadata))
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED and not details:
+        # The timer of this side was first, and what grpc says then is about streams rather than about the call.
+        message = "The deadline passed before the call finished."
     error = _CLASSES.get(code, FlywheelError)(code, message or "", request_id=request_id)
-    for detail in _details(trailing_metadata):
+    for detail in details:
         match detail:
             case error_details_pb2.ErrorInfo():
                 error.reason = detail.reason

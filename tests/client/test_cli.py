@@ -123,6 +123,7 @@ def test_the_prompt_may_be_piped_in(fake: FakeService, arguments: list[str]) -> 
         (["p", "--max-tokens", "9999999999"], b"", b"max_tokens"),
         (["p", "--max-tokens", "many"], b"", b"--max-tokens"),
         (["p", "--wat"], b"", b"--wat"),
+        (["p", "--timeout", "0"], b"", b"--timeout"),
     ],
 )
 def test_wrong_usage(fake: FakeService, arguments: list[str], stdin: bytes, message: bytes) -> None:

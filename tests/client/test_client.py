@@ -181,7 +181,7 @@ def test_timeout_of_the_client_and_of_the_call(fake: FakeService) -> None:
 
 def test_the_deadline_ends_the_call_on_both_sides(fake: FakeService, client: Client) -> None:
     fake.hangs = True
-    with pytest.raises(DeadlineExceededError):
+    with pytest.raises(DeadlineExceededError, match="The deadline passed"):
         list(client.generate_deltas("p", max_tokens=1, timeout=0.2))
     with pytest.raises(DeadlineExceededError):
         client.generate_all("p", max_tokens=1, timeout=0.2)

@@ -48,7 +48,7 @@ async def disconnected(
 
 async def expired(target: Target, method: str, request: pb.GenerationRequest, reached: Callable[[], Awaitable[None]]) -> None:
     """Calls with a deadline that is over some time after the point that `reached` waits for."""
-    deadline = asyncio.ensure_future(drained(getattr(target.stub, method)(request, timeout=1.5)))
+    deadline = asyncio.ensure_future(drained(getattr(target.stub, method)(request, timeout=2.5)))
     await reached()
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await deadline

