@@ -10,7 +10,7 @@
     EngineUnavailableError     UNAVAILABLE         RetryInfo, ErrorInfo ENGINE_UNAVAILABLE
     anything else              INTERNAL            ErrorInfo ENGINE_FAILED with the request id
 
-Messages say what to do and hold no engine internals, stack traces or prompt text: those go to the log.
+Messages say what to do. Engine internals and stack traces go to the log instead, and the text of a prompt to neither.
 """
 
 from collections.abc import Callable, Mapping

@@ -20,7 +20,6 @@ from flywheel_server.messages import INT32_MAX
 PREFIX: Final = "FLYWHEEL_"
 MAX_PORT: Final = 65535
 
-Count = Annotated[int, Field(ge=0, le=INT32_MAX)]
 Positive = Annotated[int, Field(ge=1, le=INT32_MAX)]
 # What grpc counts in milliseconds has 24 days at most.
 Seconds = Annotated[float, Field(ge=0, le=INT32_MAX // 1000, allow_inf_nan=False)]

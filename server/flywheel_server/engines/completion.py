@@ -31,23 +31,23 @@ class Completion:
         self._samples = [GrowingSample(index, len(prompt), request.stop) for index in indexes]
         self._eos_token_ids = frozenset(request.eos_token_ids)
         self._emit = emit
-        self.cancelled = False
+        self._cancelled = False
         self._error: Exception | None = None
 
     def cancel(self) -> None:
         """Ends the completion with the next step of llama.cpp, whether that reads the prompt or makes text."""
-        self.cancelled = True
+        self._cancelled = True
 
     def run(self) -> None:
         """Returns when all samples have finished, or the completion was cancelled; raises `EngineFailedError`."""
         self._llama.complete(self._body, self._on_chunk)
         if self._error is not None:
             raise EngineFailedError("the answer of llama.cpp cannot be used") from self._error
-        if not self.cancelled and not self._all_finished():
+        if not self._cancelled and not self._all_finished():
             raise EngineFailedError("llama.cpp ended before the samples did")
 
     def _on_chunk(self, chunk: Chunk) -> bool:
-        if self.cancelled:
+        if self._cancelled:
             return True
         try:
             self._take(chunk)

@@ -129,7 +129,9 @@ class EmbeddedEngine:
             asyncio.create_task(self._complete(request, prompt, indexes, events))
             for indexes in self._groups(request, len(prompt))
         ]
-        self._tasks.update(tasks)
+        for task in tasks:
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
         unfinished = request.num_samples
         started = False
         try:
@@ -145,7 +147,6 @@ class EmbeddedEngine:
         finally:
             # They end with the next step of llama.cpp, and hold their room until then; the caller need not wait for that.
             for task in tasks:
-                task.add_done_callback(self._tasks.discard)
                 task.cancel()
 
     async def _prompt(self, request: GenerationRequest) -> list[int]:
