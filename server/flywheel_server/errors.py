@@ -7,6 +7,9 @@
     MalformedRequestError      INVALID_ARGUMENT    ErrorInfo MALFORMED_REQUEST
     EngineOverloadedError      RESOURCE_EXHAUSTED  RetryInfo, ErrorInfo OVERLOADED
     DeadlineExceededError      DEADLINE_EXCEEDED   ErrorInfo IN_QUEUE or IN_GENERATION
+    EngineTimeoutError         DEADLINE_EXCEEDED   ErrorInfo ENGINE_TIMEOUT with the seconds
+    UnauthenticatedError       UNAUTHENTICATED     ErrorInfo API_KEY_MISSING or API_KEY_INVALID
+    EngineSetupError           FAILED_PRECONDITION ErrorInfo ENGINE_NOT_SET_UP with what was looked for, and the setting
     EngineUnavailableError     UNAVAILABLE         RetryInfo, ErrorInfo ENGINE_UNAVAILABLE
     anything else              INTERNAL            ErrorInfo ENGINE_FAILED with the request id
 
@@ -27,6 +30,8 @@ from grpc import StatusCode
 from flywheel_server.engines.base import (
     EngineFailedError,
     EngineOverloadedError,
+    EngineSetupError,
+    EngineTimeoutError,
     EngineUnavailableError,
     PromptTooLongError,
     UnsupportedFieldError,
@@ -48,6 +53,14 @@ class DeadlineExceededError(TimeoutError):
     """The caller's deadline passed, and where it caught the generation."""
 
     def __init__(self, reason: Literal["IN_QUEUE", "IN_GENERATION"]) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class UnauthenticatedError(PermissionError):
+    """The call has no API key, or one that is not accepted here."""
+
+    def __init__(self, reason: Literal["API_KEY_MISSING", "API_KEY_INVALID"]) -> None:
         super().__init__(reason)
         self.reason = reason
 
@@ -136,6 +149,31 @@ def _deadline_exceeded(error: DeadlineExceededError, _: str) -> CallStatus:
     return CallStatus(StatusCode.DEADLINE_EXCEEDED, f"The deadline passed {where[error.reason]}.", (_error_info(error.reason),))
 
 
+def _engine_timeout(error: EngineTimeoutError, _: str) -> CallStatus:
+    return CallStatus(
+        StatusCode.DEADLINE_EXCEEDED,
+        f"The generation took longer than the {error.seconds:g} s that the deployment allows. Ask for fewer tokens or samples.",
+        (_error_info("ENGINE_TIMEOUT", timeout_seconds=f"{error.seconds:g}"),),
+    )
+
+
+def _unauthenticated(error: UnauthenticatedError, _: str) -> CallStatus:
+    what = "needs an API key" if error.reason == "API_KEY_MISSING" else "has an API key that is not accepted"
+    return CallStatus(
+        StatusCode.UNAUTHENTICATED,
+        f"The call {what}. Send one as metadata: authorization: Bearer KEY.",
+        (_error_info(error.reason),),
+    )
+
+
+def _setup(error: EngineSetupError, _: str) -> CallStatus:
+    return CallStatus(
+        StatusCode.FAILED_PRECONDITION,
+        f"The engine is not set up: {error.problem}.",
+        (_error_info("ENGINE_NOT_SET_UP", **error.facts),),
+    )
+
+
 def _unavailable(error: EngineUnavailableError, _: str) -> CallStatus:
     return CallStatus(
         StatusCode.UNAVAILABLE,
@@ -159,6 +197,9 @@ TABLE: Final[Mapping[type[Exception], Callable[[Any, str], CallStatus]]] = {
     MalformedRequestError: _malformed_request,
     EngineOverloadedError: _overloaded,
     DeadlineExceededError: _deadline_exceeded,
+    EngineTimeoutError: _engine_timeout,
+    UnauthenticatedError: _unauthenticated,
+    EngineSetupError: _setup,
     EngineUnavailableError: _unavailable,
     EngineFailedError: _failed,
 }

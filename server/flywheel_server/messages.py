@@ -4,6 +4,7 @@ They mirror `GenerationRequest`, `GenerationResponseSample` and `GenerationRespo
 the comments in `proto/flywheel/v1/generation.proto` state.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Final, Self
 
@@ -145,3 +146,15 @@ class GenerationResponse(BaseModel):
     responses: tuple[GenerationResponseSample, ...]
     prompt: str = ""
     prompt_tokens: Int32 = 0
+
+    @classmethod
+    def of(cls, request: GenerationRequest, created: float, samples: Sequence[GenerationResponseSample]) -> Self:
+        """Returns the response to a request that was accepted at `created`, with its samples in whichever order."""
+        return cls(
+            created=created,
+            finished=max(sample.finished for sample in samples),
+            num_samples=len(samples),
+            responses=tuple(sorted(samples, key=lambda sample: sample.index)),
+            prompt=request.text,
+            prompt_tokens=samples[0].prompt_tokens,
+        )

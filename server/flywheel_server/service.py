@@ -72,16 +72,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         generation_request = self._translate(request)
         async with self._run(generation_request, context) as events:
             samples = [event async for event in events if isinstance(event, GenerationResponseSample)]
-        return response_to_proto(
-            GenerationResponse(
-                created=created,
-                finished=max(sample.finished for sample in samples),
-                num_samples=len(samples),
-                responses=tuple(sorted(samples, key=lambda sample: sample.index)),
-                prompt=generation_request.text,
-                prompt_tokens=samples[0].prompt_tokens,
-            )
-        )
+        return response_to_proto(GenerationResponse.of(generation_request, created, samples))
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.Model:
         """Returns what is served."""

@@ -59,11 +59,15 @@ def details_of(error: grpc.aio.AioRpcError) -> dict[type[Message], Any]:
     return found
 
 
+SETUP = grpc.StatusCode.FAILED_PRECONDITION
+
 ROWS = [
     (base.PromptTooLongError(9000, 5, 8192), grpc.StatusCode.INVALID_ARGUMENT, None),
     (base.UnsupportedFieldError("top_k", "it samples elsewhere"), grpc.StatusCode.INVALID_ARGUMENT, "UNSUPPORTED_FIELD"),
     (base.EngineOverloadedError(INTERNALS, 2.5), grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED"),
     (base.EngineUnavailableError(INTERNALS, 2.5), grpc.StatusCode.UNAVAILABLE, "ENGINE_UNAVAILABLE"),
+    (base.EngineTimeoutError(600), grpc.StatusCode.DEADLINE_EXCEEDED, "ENGINE_TIMEOUT"),
+    (base.EngineSetupError("no such class", {"app": "a", "setting": "FLYWHEEL_MODAL_APP"}), SETUP, "ENGINE_NOT_SET_UP"),
     (base.EngineFailedError(INTERNALS), grpc.StatusCode.INTERNAL, "ENGINE_FAILED"),
     (RuntimeError(INTERNALS), grpc.StatusCode.INTERNAL, "ENGINE_FAILED"),
     (TimeoutError(INTERNALS), grpc.StatusCode.INTERNAL, "ENGINE_FAILED"),
@@ -91,6 +95,10 @@ async def test_each_row_reaches_the_caller(
             assert details[RetryInfo].retry_delay.ToNanoseconds() == 2_500_000_000
         if code is grpc.StatusCode.INTERNAL:
             assert details[ErrorInfo].metadata["request_id"] == "id-1"
+        if reason == "ENGINE_TIMEOUT":
+            assert details[ErrorInfo].metadata == {"timeout_seconds": "600"}
+        if code is SETUP:
+            assert details[ErrorInfo].metadata == {"app": "a", "setting": "FLYWHEEL_MODAL_APP"}
         stats = await target.stub.GetStats(pb.GetStatsRequest())
         assert (stats.active, stats.queued) == (0, 0)
 

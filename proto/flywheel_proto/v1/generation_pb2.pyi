@@ -24,7 +24,14 @@ domain of every ErrorInfo is `flywheel.v1`.
   RESOURCE_EXHAUSTED  The server is full: RetryInfo and ErrorInfo `OVERLOADED`. Also a message over the size limit of
                       the transport, which is refused before it is read: without details and without a request id.
   DEADLINE_EXCEEDED   The caller's deadline passed: ErrorInfo `IN_QUEUE` (nothing was generated yet) or
-                      `IN_GENERATION`. A caller's own timer may fire first; then there are no details.
+                      `IN_GENERATION`. A caller's own timer may fire first; then there are no details. Or the
+                      generation took longer than the deployment allows: ErrorInfo `ENGINE_TIMEOUT`, whose metadata
+                      has the `timeout_seconds`.
+  UNAUTHENTICATED     The server wants an API key, as metadata `authorization: Bearer KEY`: ErrorInfo `API_KEY_MISSING`
+                      or `API_KEY_INVALID`. Health checks need none.
+  FAILED_PRECONDITION The engine is not where the server's settings say, or refuses the server: ErrorInfo
+                      `ENGINE_NOT_SET_UP`, whose metadata names what was looked for and the `setting` to look at.
+                      Trying again helps only after the deployment was changed.
   UNAVAILABLE         The engine is starting or cannot be reached, or the server is stopping: RetryInfo and ErrorInfo
                       `ENGINE_UNAVAILABLE`. Where there is no server, or none any more, there are no details.
   INTERNAL            The engine failed: ErrorInfo `ENGINE_FAILED` with the request id. The cause is in the server's

@@ -6,6 +6,8 @@ The errors, each of which has its row in `flywheel_server.errors`:
       EngineUnavailableError    starting, stopped, or out of reach; may be tried again later
       EngineOverloadedError     cannot take more work now; may be tried again later
       EngineFailedError         broke while it worked on the request
+      EngineTimeoutError        took longer than its deployment allows
+      EngineSetupError          is not where the settings say, or may not be used from here
       PromptTooLongError        prompt and max_tokens exceed the context
       UnsupportedFieldError     cannot honour a field of this request
 """
@@ -59,46 +61,89 @@ class EngineStats:
 
 
 class EngineError(Exception):
-    """The base of what an engine may raise. Its text is for the server's log; callers see what `errors` makes of it."""
+    """The base of what an engine may raise. Its text is for the server's log; callers see what `errors` makes of it.
+
+    Engines may run on other machines, so each error can be pickled: `args` is what it is made of.
+    """
 
 
 class EngineUnavailableError(EngineError):
     """The engine is starting, stopped, or out of reach. `retry_delay` (seconds) is when to try again."""
 
     def __init__(self, message: str, retry_delay: float = 1.0) -> None:
-        super().__init__(message)
+        super().__init__(message, retry_delay)
         self.retry_delay = retry_delay
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class EngineOverloadedError(EngineError):
     """The engine cannot take more work now. `retry_delay` (seconds) is when to try again."""
 
     def __init__(self, message: str, retry_delay: float = 1.0) -> None:
-        super().__init__(message)
+        super().__init__(message, retry_delay)
         self.retry_delay = retry_delay
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class EngineFailedError(EngineError):
     """The engine broke while it worked on the request."""
 
 
+class EngineTimeoutError(EngineError):
+    """The engine ended the work because it took longer than the deployment allows, which is `seconds`."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(seconds)
+        self.seconds = seconds
+
+    def __str__(self) -> str:
+        return f"the engine ended the work after {self.seconds:g} s"
+
+
+class EngineSetupError(EngineError):
+    """The engine is not where the settings say, or may not be used from here: somebody has to change the deployment.
+
+    `problem` says so in words for the caller; `facts` name what was looked for, and the `setting` to look at.
+    """
+
+    def __init__(self, problem: str, facts: dict[str, str]) -> None:
+        super().__init__(problem, facts)
+        self.problem = problem
+        self.facts = facts
+
+    def __str__(self) -> str:
+        return self.problem
+
+
 class PromptTooLongError(EngineError):
     """Prompt and max_tokens exceed the context; all three in tokens."""
 
     def __init__(self, prompt_tokens: int, max_tokens: int, context_tokens: int) -> None:
-        super().__init__(f"{prompt_tokens} prompt tokens and max_tokens {max_tokens} exceed the context of {context_tokens}")
+        super().__init__(prompt_tokens, max_tokens, context_tokens)
         self.prompt_tokens = prompt_tokens
         self.max_tokens = max_tokens
         self.context_tokens = context_tokens
+
+    def __str__(self) -> str:
+        return (
+            f"{self.prompt_tokens} prompt tokens and max_tokens {self.max_tokens} exceed the context of {self.context_tokens}"
+        )
 
 
 class UnsupportedFieldError(EngineError):
     """The engine cannot honour a field of this request. `reason` says so in words for the caller."""
 
     def __init__(self, field: str, reason: str) -> None:
-        super().__init__(f"{field}: {reason}")
+        super().__init__(field, reason)
         self.field = field
         self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.reason}"
 
 
 class Engine(Protocol):
@@ -117,10 +162,13 @@ class Engine(Protocol):
         """
 
     async def check(self) -> None:
-        """Returns when the engine has shown that it works, by producing a token; raises `EngineError` where it fails."""
+        """Returns when the engine has shown that it works, by producing a token; raises `EngineError` where it fails.
+
+        An engine on other machines, which must not be woken for nothing, may leave that to the first call.
+        """
 
     async def stats(self) -> EngineStats:
-        """Returns how busy the engine is now."""
+        """Returns how busy the engine is now; raises `EngineError` where it cannot be reached, which makes it unhealthy."""
 
     def model(self) -> EngineModel:
         """Returns what the engine runs, once it has started."""
