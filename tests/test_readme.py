@@ -22,7 +22,8 @@ def table() -> str:
     rows = ["| flag | variable | default | meaning |", "|---|---|---|---|"]
     for name, field in Settings.model_fields.items():
         default = f"`{default_text(field)}`" if default_text(field) else ""
-        rows.append(f"| `{flag(name)}` | `{PREFIX}{name.upper()}` | {default} | {field.description} |")
+        option = f"`{flag(name)}`" if flag(name) else ""
+        rows.append(f"| {option} | `{PREFIX}{name.upper()}` | {default} | {field.description} |")
     return "\n".join(rows) + "\n"
 
 

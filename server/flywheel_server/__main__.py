@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 from contextlib import suppress
-from typing import assert_never
 
 # grpcio 1.80 turned this experiment on, and on asyncio it makes every message dearer, by up to a half (grpcio 1.85.1). It is
 # read when grpc is imported.
@@ -16,8 +15,10 @@ os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_listener")
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 from flywheel_server import logs
-from flywheel_server.engines.base import Engine, EngineError
-from flywheel_server.server import SERVICE, serve
+from flywheel_server.engines.base import EngineError
+from flywheel_server.engines.chosen import chosen_engine
+from flywheel_server.health import SERVICE
+from flywheel_server.server import serve
 from flywheel_server.settings import Settings, parse
 
 if sys.platform == "win32":
@@ -44,33 +45,11 @@ async def _serve_until_signal(settings: Settings) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             # The first one cancels whatever is under way, starting or serving, and a second one the drain too.
             asyncio.get_running_loop().add_signal_handler(number, task.cancel)
-    async with serve(_engine(settings), settings) as port:
+    async with serve(chosen_engine(settings), settings) as port:
         host = settings.address.rpartition(":")[0]
         request = json.dumps({"text": "What is the difference between a llama and an alpaca?", "max_tokens": 64})
         print(f"ready: grpcurl -plaintext -d '{request}' {host}:{port} {SERVICE}/GenerateDeltas", flush=True)
         await asyncio.Event().wait()
-
-
-def _engine(settings: Settings) -> Engine:
-    """Returns the engine that the settings name. Each is imported only where it is used: what it needs may not be there."""
-    match settings.engine:
-        case "embedded":
-            from flywheel_server.engines.embedded import EmbeddedEngine, default_model
-
-            return EmbeddedEngine(
-                settings.model or default_model(),
-                context_tokens=settings.embedded_context,
-                slots=settings.embedded_slots,
-                threads=settings.embedded_threads or os.cpu_count() or 1,
-                batch_tokens=settings.embedded_batch,
-                prompt_format=settings.embedded_prompt,
-            )
-        case "scripted":
-            from flywheel_server.engines.scripted import ScriptedEngine
-
-            return ScriptedEngine(settings.script)
-        case unknown:
-            assert_never(unknown)
 
 
 if __name__ == "__main__":

