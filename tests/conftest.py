@@ -1,12 +1,33 @@
-"""What pytest needs before anything else is imported, and the options of the suite."""
+"""What pytest needs before anything else is imported, the options of the suite, and what many of its tests share."""
 
 import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 
 # As `flywheel-server` has it; grpc reads it when it is imported.
 os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_listener")
 
+if TYPE_CHECKING:
+    from tests.modal_cloud import ModalCloud
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--address", help="HOST:PORT of a running server: the conformance suite tests it too")
+
+
+@pytest.fixture(scope="session")
+def cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator["ModalCloud"]:
+    """The stand-in of Modal's cloud that the modal client of this process finds."""
+    import modal.client
+
+    from tests.modal_cloud import ModalCloud
+
+    with ModalCloud(tmp_path_factory.mktemp("cloud")) as cloud, pytest.MonkeyPatch.context() as patch:
+        for name, value in cloud.environ.items():
+            patch.setenv(name, value)
+        modal.client._Client._set_env_client(None)
+        yield cloud
+        modal.client._Client._set_env_client(None)
+        assert not cloud.unimplemented

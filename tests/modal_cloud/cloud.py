@@ -1,0 +1,241 @@
+"""Modal's cloud on this machine: what tests hold in their hands."""
+
+import asyncio
+import os
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Coroutine
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from grpclib import Status
+from modal_proto import api_pb2
+
+from tests.modal_cloud.apps import Apps
+from tests.modal_cloud.calls import Calls
+from tests.modal_cloud.container import Container
+from tests.modal_cloud.control_plane import ControlPlane
+from tests.modal_cloud.fleet import Fleet
+from tests.modal_cloud.images import Images
+from tests.modal_cloud.launching import Launcher
+from tests.modal_cloud.state import Call
+from tests.modal_cloud.storage import Storage
+from tests.modal_cloud.tunnels import Certificates, Tunnel, Tunnels
+from tests.modal_cloud.web import fetch
+
+Result = TypeVar("Result")
+
+
+class ModalCloud:
+    """A stand-in of Modal's cloud, behind the real client and the real container entry point.
+
+    It runs on an event loop in a thread of its own. Its methods are called from any other thread, and raise
+    TimeoutError where something takes longer than it says. They take the name of a class, a function or a server, as
+    `name` of the app that was deployed last, or as `app/name`; they raise KeyError where there is none.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory.resolve()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="modal-cloud", daemon=True)
+        self._certificates = Certificates()
+        self._storage = Storage(self._directory)
+        self._images = Images()
+        self._launcher = Launcher(self._directory, self._storage, self._images)
+        self._fleet = Fleet(self._launcher)
+        self._apps = Apps(self._fleet, self._certificates)
+        self._calls = Calls(self._apps.functions, self._fleet)
+        self._tunnels = Tunnels(self._certificates)
+        rooms = (self._storage, self._images, self._apps, self._calls, self._tunnels)
+        self._control_plane = ControlPlane(rooms, self._live)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        self._run(self._start())
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._run(self._stop())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    async def _start(self) -> None:
+        await self._storage.start()
+        await self._control_plane.start()
+        self._launcher.server_url = self._control_plane.url_for_containers
+
+    async def _stop(self) -> None:
+        await self._fleet.stop()
+        await self._control_plane.stop()
+        await self._storage.stop()
+        for function in self._apps.functions.values():
+            if function.relay is not None:
+                function.relay.close()
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
+
+    def _run(self, work: Coroutine[Any, Any, Result], timeout: float = 60.0) -> Result:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout)
+
+    def _live(self, task_id: str) -> Container | None:
+        return next((container for container in self._fleet.live if container.task_id == task_id), None)
+
+    @property
+    def directory(self) -> Path:
+        """Where everything of this cloud is kept; volumes are mounted nowhere else."""
+        return self._directory
+
+    # For clients
+
+    @property
+    def environ(self) -> dict[str, str]:
+        """What a client process needs to find this cloud, and nothing else."""
+        return {
+            "MODAL_SERVER_URL": self._control_plane.url,
+            "MODAL_TOKEN_ID": "ak-stand-in",
+            "MODAL_TOKEN_SECRET": "as-stand-in",
+            "MODAL_CONFIG_PATH": str(self._directory / "no-modal.toml"),
+            "NO_PROXY": "127.0.0.1,localhost",
+            "NO_COLOR": "1",
+            "COLUMNS": "200",
+        }
+
+    def cli(
+        self, *arguments: str, env: dict[str, str] | None = None, cwd: Path | None = None, timeout: float = 120.0
+    ) -> subprocess.CompletedProcess[str]:
+        """Runs the `modal` command."""
+        environ = {name: value for name, value in os.environ.items() if not name.startswith("MODAL_")}
+        return subprocess.run(
+            [sys.executable, "-m", "modal", *arguments],
+            env={**environ, **self.environ, **(env or {})},
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+
+    @property
+    def ca_certificate(self) -> bytes:
+        """The certificate (PEM) of the authority that signs those of the relays."""
+        return self._certificates.authority
+
+    # What there is
+
+    def create_secret(self, name: str, values: dict[str, str], environment: str = "") -> None:
+        self._storage.secrets.put(dict(values), name, environment)
+
+    def volume_dir(self, name: str) -> Path:
+        """Returns the directory of the named volume."""
+        return self._storage.volume_directory(name)
+
+    @property
+    def functions(self) -> dict[str, api_pb2.Function]:
+        """The definitions by tag, as they arrived at deployment."""
+        return {tag: function.definition for tag, function in self._apps.by_tag().items()}
+
+    def function(self, name: str) -> api_pb2.Function:
+        """Returns the definition as it arrived at deployment."""
+        return self._apps.named(name).definition
+
+    def image_commands(self, name: str) -> list[str]:
+        """Returns the Dockerfile commands of the function's image, those of the images it is based on first."""
+        return self._images.commands(self.function(name).image_id)
+
+    def mounted_files(self, name: str) -> set[str]:
+        """Returns the absolute names of the files in the function's containers."""
+        definition = self.function(name)
+        mount_ids = (*definition.mount_ids, *self._images.context_mounts(definition.image_id))
+        return {file for mount_id in mount_ids for file in self._storage.mounted(mount_id)}
+
+    @property
+    def tunnels(self) -> list[Tunnel]:
+        return list(self._tunnels.all)
+
+    @property
+    def calls(self) -> list[Call]:
+        return list(self._calls.all)
+
+    @property
+    def cancelled(self) -> list[str]:
+        """The ids of the function calls whose cancellation was asked for."""
+        return list(self._calls.cancelled)
+
+    @property
+    def rpcs(self) -> Counter[str]:
+        """How many RPCs arrived, by name."""
+        return self._control_plane.rpcs
+
+    @property
+    def unimplemented(self) -> set[str]:
+        """The RPCs that arrived and are not played."""
+        return self._control_plane.unimplemented
+
+    # Containers
+
+    def containers(self, name: str) -> list[Container]:
+        """Returns the live containers of the function and its variants."""
+        family = self._apps.family(name)
+        return [container for container in list(self._fleet.live) if container.function in family]
+
+    def start_container(self, name: str) -> Container:
+        async def start() -> Container:
+            return self._fleet.start(self._apps.named(name))
+
+        return self._run(start())
+
+    def scale_to_zero(self, name: str) -> None:
+        """Lets the idle containers of the function and its variants end, and waits for it."""
+
+        async def end() -> None:
+            idle = [container for container in self.containers(name) if not container.inputs]
+            for container in idle:
+                container.drain()
+            await self._fleet.ended(idle)
+
+        self._run(end())
+
+    @property
+    def reschedules_inputs(self) -> bool:
+        """Whether inputs of a container that is lost run again in another one, as on Modal, or fail."""
+        return self._fleet.reschedules
+
+    @reschedules_inputs.setter
+    def reschedules_inputs(self, reschedules: bool) -> None:
+        self._fleet.reschedules = reschedules
+
+    @property
+    def replaces_containers(self) -> bool:
+        """Whether a container that is lost is replaced where its function keeps some warm, as on Modal."""
+        return self._fleet.replaces
+
+    @replaces_containers.setter
+    def replaces_containers(self, replaces: bool) -> None:
+        self._fleet.replaces = replaces
+
+    # What befalls clients
+
+    def set_stats(self, backlog: int | None, runners: int = 0) -> None:
+        """Has `get_current_stats` answer this, or the truth with None."""
+        self._calls.stats = None if backlog is None else (backlog, runners)
+
+    def down(self) -> None:
+        """Closes the connections, and refuses new ones; containers go on, but reach nothing outside themselves."""
+        self._run(self._control_plane.down())
+
+    def up(self) -> None:
+        self._run(self._control_plane.up())
+
+    def refuse(self, status: Status | None, message: str = "", rpcs: set[str] | None = None) -> None:
+        """Fails every RPC of clients, or the named ones, with the status, until called with None."""
+        self._control_plane.refuse(status, message, rpcs)
+
+    def web_get(self, name: str, path: str, timeout: float = 60.0) -> tuple[int, dict[str, str], bytes]:
+        """Returns the status, the headers and the body of a GET to a web function."""
+        return self._run(fetch(self._calls, self._apps.named(name), path), timeout)

@@ -1,0 +1,135 @@
+"""An app for Modal whose classes answer like Flywheel's, quickly, slowly or wrongly, as the scripted engine does.
+
+`SCRIPTED_APP` names the app, and `SCRIPT` is what its engine plays.
+"""
+
+import asyncio
+import os
+import sys
+from typing import Any
+
+import modal
+from flywheel_server.deployment import model
+from flywheel_server.engines.base import PromptTooLongError
+from flywheel_server.engines.scripted import Script, ScriptedEngine
+
+environment: dict[str, str | None] = {name: os.environ[name] for name in ("SCRIPTED_APP", "SCRIPT")}
+image = modal.Image.debian_slim().add_local_python_source("flywheel_proto", "flywheel_server")
+app = modal.App(environment["SCRIPTED_APP"])
+
+
+@app.cls(image=image, env=environment, max_containers=1)
+@modal.concurrent(max_inputs=1000)
+class Model:
+    """Has all that the class of this project has."""
+
+    @modal.enter()
+    def load(self) -> None:
+        self.engine = ScriptedEngine(Script.model_validate_json(os.environ["SCRIPT"]))
+
+    @modal.method()
+    async def generate(self, /, **fields: Any) -> dict[str, Any]:
+        return await model.generate(self.engine, **fields)
+
+    @modal.method()
+    async def generate_deltas(self, /, queue: modal.Queue, partition: str, **fields: Any) -> None:
+        await model.generate_deltas(self.engine, queue, partition, **fields)
+
+    @modal.method()
+    async def running(self) -> int:
+        return self.engine.running
+
+
+@app.cls(image=image, env=environment, max_containers=1)
+@modal.concurrent(max_inputs=1000)
+class Flywheel:
+    """Has only what MK1 Flywheel's class has, and answers as it does: without indexes, and numbers of tokens once."""
+
+    @modal.enter()
+    def load(self) -> None:
+        self.engine = ScriptedEngine(Script.model_validate_json(os.environ["SCRIPT"]))
+
+    @modal.method()
+    async def generate(  # noqa: PLR0917 - Flywheel's
+        self,
+        text: str,
+        max_tokens: int,
+        eos_token_ids: list[int],
+        max_input_tokens: int,
+        num_samples: int,
+        stop: list[str],
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        presence_penalty: float,
+        frequency_penalty: float,
+    ) -> dict[str, Any]:
+        fields = {name: value for name, value in locals().items() if name != "self"}
+        answer = await model.generate(self.engine, **fields)
+        for sample in answer["responses"]:
+            for ours in ("index", "prompt_tokens", "stop_sequence"):
+                del sample[ours]
+        return answer
+
+
+class UnpicklableError(Exception):
+    """Cannot be made again from what it was pickled as."""
+
+    def __init__(self, one: str, other: str) -> None:
+        super().__init__(one + other)
+
+
+async def misbehave(text: str) -> Any:  # noqa: C901 - a table
+    """Does what the text of the request says, or returns None."""
+    match text:
+        case "raise":
+            raise ValueError("SECRET of the class")
+        case "raise what cannot be unpickled":
+            raise UnpicklableError("SECRET", "of the class")
+        case "raise CancelledError":
+            raise asyncio.CancelledError
+        case "exit":
+            sys.exit("SECRET of the class")
+        case "die":
+            os._exit(3)
+        case "hang":
+            await asyncio.Event().wait()
+        case "too long":
+            raise PromptTooLongError(9000, 5, 8192)
+        case "nothing":
+            return None
+        case "no samples":
+            return {"created": 1.0, "finished": 2.0, "num_samples": 0, "responses": []}
+        case "half a sample":
+            return {"created": 1.0, "finished": 2.0, "num_samples": 1, "responses": [{"text": "SECRET"}]}
+        case "a wrong type":
+            return {"created": "SECRET", "finished": 2.0, "num_samples": 1, "responses": []}
+    return None
+
+
+@app.cls(image=image, env=environment, max_containers=1)
+@modal.concurrent(max_inputs=100)
+class Faulty:
+    """Misbehaves as the request's text says, and has no `generate_deltas`."""
+
+    @modal.method()
+    async def generate(self, /, text: str, **fields: Any) -> Any:
+        return await misbehave(text)
+
+
+@app.cls(image=image, env=environment, max_containers=1)
+@modal.concurrent(max_inputs=100)
+class FaultyStream:
+    """Misbehaves as the request's text says, after the first delta."""
+
+    @modal.method()
+    async def generate(self, /, text: str, **fields: Any) -> Any:
+        return await misbehave(text)
+
+    @modal.method()
+    async def generate_deltas(self, /, queue: modal.Queue, partition: str, text: str, **fields: Any) -> Any:
+        started, delta = {"event": "started"}, {"event": "delta", "index": 0, "text": "SECRET", "generated_tokens": 1}
+        await queue.put.aio([started, delta], partition=partition)
+        answer = await misbehave(text)
+        if answer is not None:
+            await queue.put.aio(answer, partition=partition)

@@ -1,0 +1,257 @@
+"""The stand-in of Modal's cloud does what the real client and real containers expect of it."""
+
+import asyncio
+import queue
+import signal
+import socket
+import ssl
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import modal
+import pytest
+from grpclib import Status
+from modal.exception import AuthError, FunctionTimeoutError, InternalFailure, NotFoundError, RemoteError
+from modal.exception import ConnectionError as NoConnection
+from modal_proto import api_pb2
+
+from tests.modal_cloud import Container, ModalCloud
+from tests.serving import until
+
+SAMPLE = Path(__file__).parent / "sample_app.py"
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModalCloud]:
+    directory = tmp_path_factory.mktemp("cloud")
+    with ModalCloud(directory) as cloud:
+        arguments = ("deploy", str(SAMPLE))
+        variables = {"SAMPLE_VOLUME": str(directory / "mounted"), "SAMPLE_PORT": str(free_port())}
+        refused = cloud.cli(*arguments, env=variables)
+        assert (refused.returncode, "Secret 'sample-keys' not found" in refused.stderr) == (1, True)
+        cloud.create_secret("sample-keys", {"KEY": "value"})
+        deployed = cloud.cli(*arguments, env=variables)
+        assert deployed.returncode == 0, deployed.stdout + deployed.stderr
+        yield cloud
+        assert not cloud.unimplemented
+
+
+@pytest.fixture(scope="module")
+async def client(cloud: ModalCloud) -> AsyncIterator[modal.Client]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in cloud.environ.items():
+            patch.setenv(name, value)
+        client = await modal.Client.from_credentials.aio("ak-stand-in", "as-stand-in")
+        yield client
+        await client.close.aio()
+
+
+@pytest.fixture
+def model(client: modal.Client) -> Any:
+    return modal.Cls.from_name("sample", "Model", client=client)()
+
+
+async def running(cloud: ModalCloud, name: str) -> Container:
+    """Returns the container that prints the name."""
+    await until(lambda: any(name in container.output() for container in cloud.containers("Model")), f"{name} runs")
+    return next(container for container in cloud.containers("Model") if name in container.output())
+
+
+def test_a_deployment_is_as_it_was_defined(cloud: ModalCloud) -> None:
+    assert cloud.function("Gateway").warm_pool_size == 1
+    assert cloud.function("GatewayServer").http_config.h2_enabled
+    assert set(cloud.functions) == {"Gateway.*", "GatewayServer", "Model.*", "Broken.*", "hello", "web"}
+    assert "RUN python -m pip install numpy" in cloud.image_commands("Gateway")
+    assert cloud.mounted_files("Gateway") == {"/root/sample_app.py"}
+
+
+async def test_containers_have_their_own_surroundings(cloud: ModalCloud, model: Any, monkeypatch: Any) -> None:
+    monkeypatch.setenv("FLYWHEEL_ADDRESS", "of the parent")
+    environ, file = await model.surroundings.remote.aio()
+    (container,) = cloud.containers("Model")
+    assert (environ["FROM_IMAGE"], environ["KEY"], environ["MODAL_TASK_ID"]) == ("an image", "value", container.task_id)
+    assert "FLYWHEEL_ADDRESS" not in environ
+    assert file == str(container.root / "root" / "sample_app.py")
+    await model.write.remote.aio("name", "text")
+    assert (cloud.volume_dir("sample-volume") / "name").read_text() == "text"
+
+
+async def test_values_large_and_streamed_come_back(model: Any) -> None:
+    large = "x" * 2**20
+    assert await (await model.echo.spawn.aio(large)).get.aio() == large
+    assert [number async for number in model.count.remote_gen.aio(3)] == [0, 1, 2]
+    with pytest.raises(ValueError, match="as asked"):
+        await model.fail.remote.aio()
+
+
+async def test_many_calls_at_once_answer_through_queues(model: Any, client: modal.Client) -> None:
+    async with modal.Queue.ephemeral(client=client) as answers:
+
+        async def call(number: int) -> Any:
+            spawned = await model.send.spawn.aio(answers, f"p{number}", [number, -number])
+            received: list[int] = []
+            while len(received) < 2:
+                received += await answers.get_many.aio(2, timeout=60, partition=f"p{number}")
+            await spawned.get.aio()
+            return received
+
+        assert await asyncio.gather(*(call(number) for number in range(512))) == [[number, -number] for number in range(512)]
+        assert await answers.len.aio(total=True) == 0
+        await answers.put_many.aio([1, 2, 3])
+        await answers.clear.aio()
+        with pytest.raises(queue.Empty):
+            await answers.get_many.aio(1, timeout=0.01)
+
+
+async def test_dicts_are_shared_by_name(client: modal.Client) -> None:
+    shared = modal.Dict.from_name("shared", create_if_missing=True, client=client)
+    await shared.put.aio("key", {"value": 1})
+    found = modal.Dict.from_name("shared", client=client)
+    assert [item async for item in found.items.aio()] == [("key", {"value": 1})]
+    assert await found.pop.aio("key") == {"value": 1}
+    assert await found.get.aio("key") is None
+    with pytest.raises(NotFoundError, match="Dict 'other' not found"):
+        await modal.Dict.from_name("other", client=client).len.aio()
+
+
+async def test_what_is_not_deployed_is_not_found(client: modal.Client) -> None:
+    for lookup in (modal.Cls.from_name, modal.Function.from_name):
+        for app, name in (("sample", "Other"), ("other", "Model")):
+            with pytest.raises(NotFoundError):
+                await lookup(app, name, client=client).hydrate.aio()
+    with pytest.raises(NotFoundError):
+        await modal.Server.from_name("sample", "Other", client=client).get_url.aio()
+
+
+async def test_cancelled_calls_end_in_the_container_together(cloud: ModalCloud, model: Any) -> None:
+    calls = [await model.sleep.spawn.aio(f"c{number}") for number in range(8)]
+    container = await running(cloud, "sleeping c7")
+    await asyncio.gather(*(call.cancel.aio() for call in calls))
+    await until(lambda: all(f"awake c{number}" in container.output() for number in range(8)), "all have ended", within=3)
+    with pytest.raises(RemoteError):
+        await calls[0].get.aio()
+    assert {call.state for call in cloud.calls if call.id in {call.object_id for call in calls}} == {"cancelled"}
+    assert {call.object_id for call in calls} <= set(cloud.cancelled)
+
+
+async def test_options_make_a_variant_with_containers_of_its_own(cloud: ModalCloud, client: modal.Client) -> None:
+    variant = modal.Cls.from_name("sample", "Model", client=client).with_options(gpu="A10G", timeout=1)()
+    with pytest.raises(FunctionTimeoutError):
+        await variant.sleep.remote.aio("briefly")
+    container = await running(cloud, "sleeping briefly")
+    assert (container.definition.timeout_secs, container.definition.resources.gpu_config.gpu_type) == (1, "A10G")
+    await until(lambda: "awake briefly" in container.output(), "it was cancelled in the container")
+    await asyncio.to_thread(cloud.scale_to_zero, "Model")
+    assert (cloud.containers("Model"), container.wait()) == ([], 0)
+
+
+async def test_stats_tell_backlog_and_runners(cloud: ModalCloud, model: Any) -> None:
+    await model.echo.remote.aio(1)
+    assert (await model.echo.get_current_stats.aio()).num_total_runners == 1
+    cloud.set_stats(7, 0)
+    stats = await model.echo.get_current_stats.aio()
+    cloud.set_stats(None)
+    assert (stats.backlog, stats.num_total_runners) == (7, 0)
+
+
+async def test_inputs_of_a_lost_container_run_again_or_fail(cloud: ModalCloud, model: Any) -> None:
+    call = await model.sleep.spawn.aio("lost")
+    for lose, code in ((Container.interrupt, 0), (Container.kill, -signal.SIGKILL)):
+        container = await running(cloud, "sleeping lost")
+        lose(container)
+        assert await asyncio.to_thread(container.wait) == code
+    cloud.reschedules_inputs = False
+    (await running(cloud, "sleeping lost")).kill()
+    with pytest.raises(InternalFailure):
+        await call.get.aio()
+    cloud.reschedules_inputs = True
+
+
+async def test_a_container_that_cannot_start_fails_its_inputs(client: modal.Client) -> None:
+    with pytest.raises(RuntimeError, match="no such weights"):
+        await modal.Cls.from_name("sample", "Broken", client=client)().answer.remote.aio()
+
+
+def speak(cloud: ModalCloud, port: int, alpn: list[str]) -> tuple[str | None, bytes]:
+    """Returns the protocol and the answer through a relay."""
+    context = ssl.create_default_context(cadata=cloud.ca_certificate.decode())
+    context.set_alpn_protocols(alpn)
+    with socket.create_connection(("localhost", port)) as plain, context.wrap_socket(plain, server_hostname="localhost") as tls:
+        tls.sendall(b"hello")
+        return tls.selected_alpn_protocol(), tls.recv(5)
+
+
+async def test_tunnels_live_as_long_as_their_container(cloud: ModalCloud) -> None:
+    await until(lambda: len(cloud.tunnels) == 2, "the tunnels are open")
+    h2, plain = cloud.tunnels
+    assert (h2.type, plain.type) == (api_pb2.TUNNEL_TYPE_H2, api_pb2.TUNNEL_TYPE_UNSPECIFIED)
+    assert await asyncio.to_thread(speak, cloud, h2.port, ["h2"]) == ("h2", b"hello")
+    assert await asyncio.to_thread(speak, cloud, plain.port, ["h2"]) == (None, b"hello")
+    (gateway,) = cloud.containers("Gateway")
+    gateway.interrupt()
+    assert await asyncio.to_thread(gateway.wait) == 0
+    assert gateway.output() == "entered\nleft\n"
+    assert not h2.open
+    with pytest.raises(OSError, match="refused"):
+        speak(cloud, h2.port, ["h2"])
+    await until(lambda: len(cloud.tunnels) == 4, "another container has come in its place")
+
+
+async def test_a_server_is_reached_at_its_url(cloud: ModalCloud, client: modal.Client) -> None:
+    url = await modal.Server.from_name("sample", "GatewayServer", client=client).get_url.aio()
+    assert url is not None
+    port = int(url.removeprefix("https://localhost:"))
+    for _ in range(2):
+        assert await asyncio.to_thread(speak, cloud, port, ["h2"]) == ("h2", b"hello")
+        (server,) = cloud.containers("GatewayServer")
+        server.interrupt()
+        assert await asyncio.to_thread(server.wait) == 0
+        assert "left" in server.output()
+
+
+async def test_web_functions_answer(cloud: ModalCloud) -> None:
+    status, headers, body = await asyncio.to_thread(cloud.web_get, "web", "/path?query=1")
+    assert (status, headers["content-type"], body) == (203, "text/plain", b"/path?query=1")
+
+
+def test_a_function_runs_from_the_command_line(cloud: ModalCloud) -> None:
+    ran = cloud.cli(
+        "run", f"{SAMPLE}::hello", "--name", "world", env={"SAMPLE_VOLUME": cloud.function("Model").volume_mounts[0].mount_path}
+    )
+    assert (ran.returncode, "hello world" in ran.stdout) == (0, True), ran.stdout + ran.stderr
+
+
+async def test_clients_may_be_refused_or_cut_off(cloud: ModalCloud, model: Any) -> None:
+    await model.echo.remote.aio(1)
+    cloud.refuse(Status.UNAUTHENTICATED, "no such token", {"FunctionMap"})
+    with pytest.raises(AuthError, match="no such token"):
+        await model.echo.remote.aio(1)
+    cloud.refuse(None)
+    call = await model.sleep.spawn.aio("through it")
+    container = await running(cloud, "sleeping through it")
+    cloud.down()
+    with pytest.raises(NoConnection):
+        await call.get.aio(timeout=1)
+    cloud.up()
+    await call.cancel.aio()
+    await until(lambda: "awake through it" in container.output(), "the container heard of it")
+
+
+async def test_a_redeployment_replaces_containers(cloud: ModalCloud, client: modal.Client) -> None:
+    (old,) = cloud.containers("Gateway")
+    mount = cloud.function("Model").volume_mounts[0].mount_path
+    deployed = await asyncio.to_thread(cloud.cli, "deploy", str(SAMPLE), env={"SAMPLE_VOLUME": mount})
+    assert deployed.returncode == 0
+    assert await asyncio.to_thread(old.wait) == 0
+    (new,) = cloud.containers("Gateway")
+    assert new.task_id != old.task_id
+    assert cloud.cli("app", "stop", "sample", "--yes").returncode == 0
+    await until(lambda: not cloud.containers("Gateway"), "all have ended")
+    with pytest.raises(NotFoundError):
+        await modal.Cls.from_name("sample", "Model", client=client).hydrate.aio()

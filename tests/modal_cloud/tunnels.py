@@ -1,0 +1,133 @@
+"""Modal's relay: public TLS in front of a container's plaintext port."""
+
+import asyncio
+import ssl
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass
+
+import trustme
+from grpclib import GRPCError, Status
+from modal_proto import api_pb2
+
+from tests.modal_cloud.container import Container
+from tests.modal_cloud.state import calling_container
+
+HOST = "localhost"
+
+
+class Certificates:
+    """A certificate authority of the cloud's own, and what its relays show."""
+
+    def __init__(self) -> None:
+        self._authority = trustme.CA()
+        self._certificate = self._authority.issue_cert(HOST)
+
+    @property
+    def authority(self) -> bytes:
+        """The authority's certificate, in PEM."""
+        return self._authority.cert_pem.bytes()
+
+    def context(self, *, h2: bool) -> ssl.SSLContext:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self._certificate.configure_cert(context)
+        if h2:
+            context.set_alpn_protocols(["h2"])
+        return context
+
+
+class Relay:
+    """A TLS listener that passes bytes on to a port, which is asked for at each connection."""
+
+    def __init__(self, context: ssl.SSLContext, target: Callable[[], Awaitable[int]]) -> None:
+        self._context = context
+        self._target = target
+        self._listener: asyncio.Server | None = None
+        self._writers: set[asyncio.StreamWriter] = set()
+
+    async def open(self) -> int:
+        """Starts to listen, and returns the port."""
+        self._listener = await asyncio.start_server(self._relay, "127.0.0.1", 0, ssl=self._context)
+        return int(self._listener.sockets[0].getsockname()[1])
+
+    def close(self) -> None:
+        """Stops listening, and cuts the connections."""
+        if self._listener is not None:
+            self._listener.close()
+        for writer in self._writers:
+            writer.transport.abort()
+
+    async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writers.add(writer)
+        try:
+            onward_reader, onward_writer = await asyncio.open_connection("127.0.0.1", await self._target())
+        except (OSError, GRPCError):
+            self._writers.discard(writer)
+            writer.transport.abort()
+            return
+        self._writers.add(onward_writer)
+        try:
+            await asyncio.gather(_pump(reader, onward_writer), _pump(onward_reader, writer))
+        finally:
+            self._writers -= {writer, onward_writer}
+            for end in (writer, onward_writer):
+                end.transport.abort()
+
+
+async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    with suppress(OSError):
+        while data := await reader.read(2**16):
+            writer.write(data)
+            await writer.drain()
+    writer.close()
+
+
+@dataclass(eq=False)
+class Tunnel:
+    """A port of a container at a public address."""
+
+    task_id: str
+    container_port: int
+    type: "api_pb2.TunnelType.ValueType"
+    host: str
+    port: int
+    relay: Relay
+    open: bool = True
+
+    def close(self) -> None:
+        self.open = False
+        self.relay.close()
+
+
+class Tunnels:
+    """Plays the RPCs of `modal.forward`."""
+
+    def __init__(self, certificates: Certificates) -> None:
+        self._certificates = certificates
+        self.all: list[Tunnel] = []
+
+    def _open(self, container: Container, port: int) -> Tunnel | None:
+        tunnels = (tunnel for tunnel in self.all if (tunnel.task_id, tunnel.container_port) == (container.task_id, port))
+        return next((tunnel for tunnel in tunnels if tunnel.open), None)
+
+    async def TunnelStart(self, request: api_pb2.TunnelStartRequest) -> api_pb2.TunnelStartResponse:
+        container = calling_container()
+        if request.unencrypted:
+            raise GRPCError(Status.UNIMPLEMENTED, "the stand-in of Modal's cloud has no unencrypted tunnels")
+        if self._open(container, request.port) is not None:
+            raise GRPCError(Status.ALREADY_EXISTS, f"port {request.port} is forwarded already")
+
+        async def target() -> int:
+            return request.port
+
+        relay = Relay(self._certificates.context(h2=request.tunnel_type == api_pb2.TUNNEL_TYPE_H2), target)
+        tunnel = Tunnel(container.task_id, request.port, request.tunnel_type, HOST, await relay.open(), relay)
+        self.all.append(tunnel)
+        container.at_exit.append(tunnel.close)
+        return api_pb2.TunnelStartResponse(host=tunnel.host, port=tunnel.port)
+
+    async def TunnelStop(self, request: api_pb2.TunnelStopRequest) -> api_pb2.TunnelStopResponse:
+        tunnel = self._open(calling_container(), request.port)
+        if tunnel is not None:
+            tunnel.close()
+        return api_pb2.TunnelStopResponse(exists=tunnel is not None)
