@@ -7,7 +7,7 @@ a generator on Modal could stream it too, but a generator cannot be cancelled.
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import AbstractContextManager, AsyncExitStack, aclosing, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Final, Self, TypeAlias
@@ -23,6 +23,7 @@ from flywheel_server.engines.base import (
     EngineModel,
     EngineSetupError,
     EngineStats,
+    EngineUnavailableError,
     Event,
     Started,
 )
@@ -37,11 +38,14 @@ MAX_PILES: Final = 100
 QUEUE_GRACE: Final = 10.0
 """Seconds for the rest of the events to come out of the queue once the call that put them there has returned."""
 
+CLEAN_UP_INTERVAL: Final = 1.0
+"""Seconds between two tries to cancel what is to be cancelled, while Modal cannot be reached."""
+
 STOP_GRACE: Final = 10.0
 """Seconds for the cancels that are under way when the engine stops."""
 
 
-Method: TypeAlias = "modal.Function[..., Any, Any]"
+Method: TypeAlias = modal.Function[..., Any, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +83,11 @@ class FlywheelEngine:
 
     async def __aexit__(self, *exception: object) -> None:
         for call in self._calls:
-            self._clean_up(call.cancel())
+            self._clean_up(call.cancel)
         if self._cleanups:
-            await asyncio.wait(self._cleanups, timeout=STOP_GRACE)
+            _, unfinished = await asyncio.wait(self._cleanups, timeout=STOP_GRACE)
+            for task in unfinished:
+                task.cancel()
         with suppress(EngineError), self._translated_errors():
             await self._queues.aclose()
 
@@ -113,7 +119,7 @@ class FlywheelEngine:
         arguments = {"queue": queue, "partition": partition, **request.model_dump(mode="json")}
         try:
             with self._spawned(method, arguments) as call:
-                async with aclosing(_events(call, queue, partition)) as events:
+                async with aclosing(_once(_events(call, queue, partition))) as events:
                     async for event in events:
                         unfinished -= isinstance(event, GenerationResponseSample)
                         if unfinished == 0:
@@ -123,7 +129,7 @@ class FlywheelEngine:
                             return
         finally:
             if unfinished:
-                self._clean_up(queue.clear.aio(partition=partition))
+                self._clean_up(lambda: queue.clear.aio(partition=partition))
 
     @contextmanager
     def _spawned(self, method: Method, arguments: dict[str, Any]) -> Iterator["RemoteCall"]:
@@ -134,17 +140,28 @@ class FlywheelEngine:
             yield call
         finally:
             self._calls.discard(call)
-            self._clean_up(call.cancel())
+            self._clean_up(call.cancel)
 
-    def _clean_up(self, work: Coroutine[Any, Any, None]) -> None:
-        """Runs what nobody waits for, so that a caller who has gone is let go at once."""
+    def _clean_up(self, work: Callable[[], Awaitable[None]]) -> None:
+        """Does what nobody waits for, so that a caller who has gone is let go at once.
+
+        As long as Modal cannot be reached, it is tried again: by the time it could end a call by itself, there is no need.
+        """
 
         async def clean_up() -> None:
-            try:
-                with self._translated_errors():
-                    await work
-            except EngineError as error:
-                log.warning("clean-up on Modal failed", error=str(error))
+            given_up = asyncio.get_running_loop().time() + self._timeout
+            while True:
+                try:
+                    with self._translated_errors():
+                        return await work()
+                except EngineUnavailableError as error:
+                    if asyncio.get_running_loop().time() > given_up:
+                        log.warning("clean-up on Modal given up", error=str(error))
+                        return None
+                except EngineError as error:
+                    log.warning("clean-up on Modal failed", error=str(error))
+                    return None
+                await asyncio.sleep(CLEAN_UP_INTERVAL)
 
         task = asyncio.create_task(clean_up())
         self._cleanups.add(task)
@@ -222,15 +239,35 @@ class RemoteCall:
         self._ended = True
 
     async def cancel(self) -> None:
-        """Cancels the call on Modal unless it has ended."""
+        """Cancels the call on Modal unless it has ended. It may be tried again where that fails."""
         if self._ended:
             return
-        self._ended = True
         try:
-            call = await self._spawning
+            call = await self.accepted()
         except Exception:  # noqa: BLE001 - whoever spawned it was told, and there is no call
             return
         await call.cancel.aio()
+        self._ended = True
+
+
+async def _once(events: AsyncGenerator[Event, None]) -> AsyncGenerator[Event, None]:
+    """Passes the events on, as long as they are of one attempt.
+
+    When Modal loses a container, it runs the calls in it again in another one. Nobody notices as long as nothing was sent;
+    after that, the text would begin anew, and differ.
+    """
+    started = sent = False
+    async with aclosing(events):
+        async for event in events:
+            if isinstance(event, Started):
+                if sent:
+                    raise EngineUnavailableError("Modal lost the container, and began the call anew in another one")
+                if started:
+                    continue
+                started = True
+            else:
+                sent = True
+            yield event
 
 
 async def _events(call: RemoteCall, queue: modal.Queue, partition: str) -> AsyncGenerator[Event, None]:

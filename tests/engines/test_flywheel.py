@@ -1,0 +1,362 @@
+"""The flywheel engine, over the real client of Modal and real containers: what it sends, what it takes, what it cancels."""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import grpc.aio
+import pytest
+from flywheel_proto.v1 import generation_pb2 as pb
+from flywheel_server.engines.scripted import Script
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpclib import Status
+
+from tests.modal_cloud import Container, ModalCloud, scripted
+from tests.modal_cloud.state import Call
+from tests.server.test_errors import details_of
+from tests.serving import Target, drained, serving, through_a_cable, until
+
+METHODS = ["Generate", "GenerateDeltas", "GenerateAll"]
+APP = "scripted"
+SLOW = "slow"
+TEXT = "The llama 🦙 is a domesticated South American camelid. "
+
+
+@pytest.fixture(scope="module")
+def deployed(cloud: ModalCloud) -> ModalCloud:
+    scripted.deploy(cloud, APP)
+    return cloud
+
+
+@pytest.fixture(scope="module")
+def slow(cloud: ModalCloud) -> ModalCloud:
+    scripted.deploy(cloud, SLOW, Script(token_delay=0.01))
+    return cloud
+
+
+@pytest.fixture(params=["Model", "Flywheel"])
+async def target(deployed: ModalCloud, request: pytest.FixtureRequest) -> AsyncIterator[Target]:
+    async with serving(scripted.engine(APP, request.param)) as target:
+        yield target
+
+
+def request(**fields: Any) -> pb.GenerationRequest:
+    return pb.GenerationRequest(**{"text": "hello", "max_tokens": 12, **fields})
+
+
+async def test_all_three_methods_bring_all_samples(target: Target) -> None:
+    whole = [sample async for sample in target.stub.Generate(request(num_samples=3))]
+    deltas = [delta async for delta in target.stub.GenerateDeltas(request(num_samples=3))]
+    response = await target.stub.GenerateAll(request(num_samples=3))
+    expected = TEXT.encode()[:48].decode()
+    assert sorted((sample.index, sample.text, sample.prompt_tokens) for sample in whole) == [(i, expected, 2) for i in range(3)]
+    assert [(sample.index, sample.text) for sample in response.responses] == [(i, expected) for i in range(3)]
+    for index in range(3):
+        assert "".join(delta.text for delta in deltas if delta.index == index) == expected
+
+
+async def test_deltas_come_while_they_are_made(slow: ModalCloud) -> None:
+    async with serving(scripted.engine(SLOW)) as target:
+        call = target.stub.GenerateDeltas(request(max_tokens=2000))
+        assert (await call.read()).text
+        assert await scripted.running(SLOW) == 1
+        call.cancel()
+        await until(lambda: nothing_runs(slow), "the call has ended")
+
+
+def nothing_runs(cloud: ModalCloud) -> bool:
+    return all(call.state not in {"pending", "running"} for call in cloud.calls)
+
+
+async def none_running() -> bool:
+    return await scripted.running(SLOW) == 0
+
+
+def container_of(call: Call) -> Container:
+    assert call.container is not None
+    return call.container
+
+
+async def test_the_eleven_fields_arrive_and_the_options_too(deployed: ModalCloud) -> None:
+    fields = request(
+        num_samples=2,
+        eos_token_ids=[4],
+        max_input_tokens=1,
+        stop=["South"],
+        temperature=0.0,
+        top_k=0,
+        top_p=0.5,
+        presence_penalty=-1.0,
+        frequency_penalty=1.0,
+    )
+    # `Flywheel.generate` takes exactly the eleven as keywords.
+    for class_name in ("Model", "Flywheel"):
+        async with serving(scripted.engine(APP, class_name)) as target:
+            response = await target.stub.GenerateAll(fields)
+        assert [sample.text for sample in response.responses] == [TEXT.encode()[:16].decode()] * 2
+        assert response.prompt_tokens == 1
+        definition = container_of(deployed.calls[-1]).definition
+        assert definition.resources.gpu_config.gpu_type == "A10G"
+        assert definition.timeout_secs == 600
+
+
+async def test_stats_are_those_of_modal(deployed: ModalCloud) -> None:
+    async with serving(scripted.engine(APP)) as target:
+        deployed.set_stats(7, 3)
+        try:
+            stats = await target.stub.GetStats(pb.GetStatsRequest())
+        finally:
+            deployed.set_stats(None)
+        assert (stats.backlog, stats.num_total_runners) == (7, 3)
+
+
+async def cancelled(target: Target, method: str, begun: asyncio.Event) -> None:
+    call = getattr(target.stub, method)(request(max_tokens=2000))
+    reading = asyncio.create_task(drained(call))
+    await begun.wait()
+    call.cancel()
+    await asyncio.gather(reading, return_exceptions=True)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("how", ["cancel", "deadline", "cut"])
+@pytest.mark.parametrize("class_name", ["Model", "Flywheel"])
+async def test_whoever_goes_away_takes_the_call_along(slow: ModalCloud, class_name: str, how: str, method: str) -> None:
+    async with serving(scripted.engine(SLOW, class_name)) as direct, through_a_cable(direct.address) as (address, cut):
+        before = len(slow.calls)
+        async with grpc.aio.insecure_channel(address) as channel:
+            stub: Any = scripted_stub(channel)
+            call = getattr(stub, method)(request(max_tokens=2000), timeout=1.5 if how == "deadline" else None)
+            reading = asyncio.create_task(drained(call))
+            await until(lambda: any(made.state == "running" for made in slow.calls[before:]), "the call runs", within=20)
+            if how == "cancel":
+                call.cancel()
+            if how == "cut":
+                cut()
+            await asyncio.gather(reading, return_exceptions=True)
+        (made,) = slow.calls[before:]
+        await until(lambda: made.id in slow.cancelled, "the cancel has reached Modal")
+        await until(lambda: made.state == "cancelled", "the call has ended on Modal")
+        await until(lambda: idle(direct), "the server is idle")
+    await until(none_running, "the class works on nothing")
+
+
+def scripted_stub(channel: grpc.aio.Channel) -> Any:
+    from flywheel_proto.v1 import generation_pb2_grpc
+
+    return generation_pb2_grpc.GenerationServiceStub(channel)
+
+
+async def idle(target: Target) -> bool:
+    stats = await target.stub.GetStats(pb.GetStatsRequest())
+    return (stats.active, stats.queued) == (0, 0)
+
+
+async def test_nothing_is_left_of_200_calls_cancelled_at_random(slow: ModalCloud) -> None:
+    chance = random.Random(3)
+    begun = len(slow.calls)
+    async with serving(scripted.engine(SLOW)) as target:
+        await target.stub.GetStats(pb.GetStatsRequest())
+
+        async def one() -> None:
+            call = getattr(target.stub, chance.choice(METHODS))(request(max_tokens=3000, num_samples=chance.choice([1, 2])))
+            reading = asyncio.create_task(drained(call))
+            await asyncio.sleep(chance.uniform(0, 0.5))
+            call.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await reading
+
+        for _ in range(4):
+            await asyncio.gather(*(one() for _ in range(50)))
+        await until(lambda: idle(target), "the server is idle")
+        await until(lambda: nothing_runs(slow), "no call is left on Modal")
+        states = {call.state for call in slow.calls[begun:]}
+        assert states == {"cancelled"}
+    await until(none_running, "the class works on nothing")
+
+
+async def test_a_stopping_server_cancels_what_it_cannot_finish(slow: ModalCloud) -> None:
+    begun = len(slow.calls)
+    async with serving(scripted.engine(SLOW)) as target:
+        call = target.stub.GenerateDeltas(request(max_tokens=3000))
+        await call.read()
+    await until(lambda: nothing_runs(slow), "no call is left on Modal", within=5)
+    assert slow.calls[begun].state == "cancelled"
+
+
+async def failure(engine: Any, text: str, method: str) -> grpc.aio.AioRpcError:
+    async with serving(engine, health_interval=30) as target:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await drained(getattr(target.stub, method)(request(text=text)))
+        assert "SECRET" not in str(caught.value)
+    return caught.value
+
+
+FAULTS = [
+    ("raise", grpc.StatusCode.INTERNAL, ErrorInfo),
+    ("raise what cannot be unpickled", grpc.StatusCode.INTERNAL, ErrorInfo),
+    ("exit", grpc.StatusCode.INTERNAL, ErrorInfo),
+    ("raise CancelledError", grpc.StatusCode.INTERNAL, ErrorInfo),
+    ("too long", grpc.StatusCode.INVALID_ARGUMENT, BadRequest),
+    ("hang", grpc.StatusCode.DEADLINE_EXCEEDED, ErrorInfo),
+    ("nothing", grpc.StatusCode.INTERNAL, ErrorInfo),
+    ("no samples", grpc.StatusCode.INTERNAL, ErrorInfo),
+    ("half a sample", grpc.StatusCode.INTERNAL, ErrorInfo),
+    ("a wrong type", grpc.StatusCode.INTERNAL, ErrorInfo),
+]
+
+
+@pytest.mark.parametrize("method", ["Generate", "GenerateDeltas"])
+@pytest.mark.parametrize("class_name", ["Faulty", "FaultyStream"])
+@pytest.mark.parametrize(("text", "code", "detail"), FAULTS, ids=[text for text, *_ in FAULTS])
+async def test_what_the_class_does_wrong_has_its_status(  # noqa: PLR0917 - its parameters
+    deployed: ModalCloud,
+    monkeypatch: pytest.MonkeyPatch,
+    text: str,
+    code: grpc.StatusCode,
+    detail: Any,
+    class_name: str,
+    method: str,
+) -> None:
+    monkeypatch.setattr("flywheel_server.engines.flywheel.QUEUE_GRACE", 0.2)
+    error = await failure(scripted.engine(APP, class_name, timeout=1), text, method)
+    assert error.code() is code
+    assert detail in details_of(error)
+    await works(deployed)
+
+
+async def test_whatever_keeps_it_from_the_class_has_its_status(deployed: ModalCloud) -> None:
+    async def refused(status: Status | None = None, app: str = APP, class_name: str = "Model") -> grpc.aio.AioRpcError:
+        """The calls before and after go to the same engine, which has looked the class up, or not yet."""
+        deployed.refuse(status)
+        try:
+            return await failure(scripted.engine(app, class_name), "hello", "Generate")
+        finally:
+            deployed.refuse(None)
+
+    for status, code, setting in (
+        (Status.NOT_FOUND, grpc.StatusCode.FAILED_PRECONDITION, "FLYWHEEL_MODAL_APP"),
+        (Status.PERMISSION_DENIED, grpc.StatusCode.FAILED_PRECONDITION, "FLYWHEEL_MODAL_ENVIRONMENT"),
+        (Status.UNAUTHENTICATED, grpc.StatusCode.FAILED_PRECONDITION, "MODAL_TOKEN_ID"),
+        (Status.RESOURCE_EXHAUSTED, grpc.StatusCode.RESOURCE_EXHAUSTED, None),
+        (Status.UNAVAILABLE, grpc.StatusCode.UNAVAILABLE, None),
+        (Status.INTERNAL, grpc.StatusCode.UNAVAILABLE, None),
+    ):
+        error = await refused(status)
+        assert error.code() is code, status
+        details = details_of(error)
+        if setting:
+            assert details[ErrorInfo].reason == "ENGINE_NOT_SET_UP"
+            assert details[ErrorInfo].metadata == {"app": APP, "class": "Model", "environment": "", "setting": setting}
+        else:
+            assert RetryInfo in details
+        await works(deployed)
+    for app, class_name in (("no-such-app", "Model"), (APP, "NoSuchClass")):
+        error = await refused(app=app, class_name=class_name)
+        assert error.code() is grpc.StatusCode.FAILED_PRECONDITION
+        assert f"class {class_name} of app {app}" in str(error.details())
+
+
+@pytest.mark.parametrize("method", METHODS)
+async def test_a_refusal_passes(deployed: ModalCloud, method: str) -> None:
+    """An engine that was refused, before or after it had found the class, works again as soon as it is not."""
+    for status in (Status.UNAVAILABLE, Status.UNAUTHENTICATED, Status.NOT_FOUND):
+        async with serving(scripted.engine(APP), health_interval=30) as target:
+            for _ in range(2):
+                deployed.refuse(status)
+                with pytest.raises(grpc.aio.AioRpcError):
+                    await drained(getattr(target.stub, method)(request()))
+                deployed.refuse(None)
+                await drained(getattr(target.stub, method)(request()))
+
+
+async def test_the_control_plane_goes_down_and_comes_back(slow: ModalCloud) -> None:
+    async with serving(scripted.engine(SLOW), health_interval=0.2) as target:
+        health = health_pb2_grpc.HealthStub(target.channel)
+
+        async def is_serving() -> bool:
+            found = await health.Check(health_pb2.HealthCheckRequest())
+            return bool(found.status == health_pb2.HealthCheckResponse.SERVING)
+
+        async def is_not_serving() -> bool:
+            return not await is_serving()
+
+        await until(is_serving, "it is serving")
+        stream = target.stub.GenerateDeltas(request(max_tokens=3000))
+        messages = aiter(stream)
+        await anext(messages)
+        stream_call = slow.calls[-1]
+        slow.down()
+        try:
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await drained(messages)
+            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await target.stub.GenerateAll(request())
+            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+            assert RetryInfo in details_of(caught.value)
+            await until(is_not_serving, "it is not serving")
+            assert stream_call.id not in slow.cancelled
+        finally:
+            slow.up()
+        await until(is_serving, "it is serving again")
+        await until(lambda: stream_call.id in slow.cancelled, "the cancel arrives late rather than never")
+        assert (await target.stub.GenerateAll(request())).num_samples == 1
+
+
+@pytest.mark.parametrize("class_name", ["Model", "Flywheel"])
+async def test_a_container_that_is_killed_before_it_sent_text_is_replaced(cloud: ModalCloud, class_name: str) -> None:
+    scripted.deploy(cloud, "late", Script(prompt_delay=1))
+    async with serving(scripted.engine("late", class_name)) as target:
+        before = len(cloud.calls)
+        call = target.stub.GenerateAll(request(num_samples=2))
+        await until(lambda: any(made.state == "running" for made in cloud.calls[before:]), "the call runs")
+        container_of(cloud.calls[before]).kill()
+        assert len((await call).responses) == 2
+
+
+async def test_a_container_that_is_killed_after_it_sent_text_ends_the_call(slow: ModalCloud) -> None:
+    async with serving(scripted.engine(SLOW)) as target:
+        stream = target.stub.GenerateDeltas(request(max_tokens=3000))
+        messages = aiter(stream)
+        await anext(messages)
+        container_of(slow.calls[-1]).kill()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await drained(messages)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert RetryInfo in details_of(caught.value)
+        await until(lambda: nothing_runs(slow), "the second attempt is cancelled")
+        assert (await target.stub.GenerateAll(request())).num_samples == 1
+
+
+async def test_512_at_a_time_are_all_answered_and_none_for_another(deployed: ModalCloud) -> None:
+    chance = random.Random(5)
+
+    async with serving(scripted.engine(APP)) as target:
+
+        async def one(number: int) -> None:
+            fields = request(
+                text="x" * 4 * chance.randrange(1, 200), max_tokens=1 + number % 12, num_samples=chance.choice([1, 2, 3])
+            )
+            expected = (fields.num_samples, len(fields.text) // 4)
+            method = METHODS[number % 3]
+            if method == "GenerateAll":
+                response = await target.stub.GenerateAll(fields)
+                found = [(sample.index, sample.generated_tokens, sample.prompt_tokens) for sample in response.responses]
+            else:
+                call = getattr(target.stub, method)(fields)
+                finished = [message async for message in call if message.finished]
+                found = sorted((message.index, message.generated_tokens, message.prompt_tokens) for message in finished)
+            assert found == [(index, fields.max_tokens, expected[1]) for index in range(expected[0])]
+
+        await asyncio.gather(*(one(number) for number in range(512)))
+        await until(lambda: idle(target), "the server is idle")
+    await until(lambda: nothing_runs(deployed), "nothing is left on Modal")
+
+
+async def works(cloud: ModalCloud) -> None:
+    async with serving(scripted.engine(APP)) as target:
+        assert len((await target.stub.GenerateAll(request(num_samples=2))).responses) == 2
