@@ -1,0 +1,223 @@
+"""The service on Modal: `modal deploy modal_deploy.py`. docs/modal.md goes through it step by step.
+
+    Gateway         the gRPC server in a container, behind a tunnel of its own
+    GatewayServer   the same behind one stable address, which Modal balances and scales
+    endpoints       a public HTTPS page that says where the gateways are
+    Model           llama.cpp on a GPU, with the methods of MK1 Flywheel's class
+    fetch_weights   puts the weights of the Model into its volume: `modal run modal_deploy.py::fetch_weights`
+
+What can be set is in `flywheel_server.deployment.settings`: variables of the environment in which this is deployed.
+"""
+
+import os
+import sys
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+import modal
+from flywheel_server.deployment.settings import configured
+from flywheel_server.deployment.weights import find_gpu
+from flywheel_server.settings import Settings
+
+if TYPE_CHECKING:
+    from flywheel_server.deployment.gateway import GatewayThread
+    from flywheel_server.engines.embedded import EmbeddedEngine
+
+KEYS = "flywheel-grpc-keys"
+KEYS_VARIABLE = "FLYWHEEL_API_KEYS"
+VOLUME = "flywheel-grpc-weights"
+PYTHON = "3.12"
+CUDA_IMAGE = "nvidia/cuda:12.8.1-devel-ubuntu22.04"
+SOURCES = ("flywheel_proto", "flywheel_server", "flywheel_client")
+LOCKS = Path(__file__).parent / "requirements"
+
+NO_KEYS = f"""\
+There is no modal.Secret "{KEYS}" with {KEYS_VARIABLE} in it, so nothing was deployed.
+The gateway's address is on the open Internet: it lets in only callers with a key. Make one, and note it for your callers:
+
+  KEY=$(openssl rand -hex 32)
+  modal secret create {KEYS} {KEYS_VARIABLE}=$KEY
+  echo "$KEY"
+"""
+
+try:
+    # In a container, the environment holds what was configured when it was deployed.
+    configuration = configured(os.environ)
+except ValueError as error:
+    sys.exit(str(error))
+deployment, settings = configuration.deployment, configuration.server
+environment: dict[str, str | None] = {**configuration.environment}
+
+keys = modal.Secret.from_name(KEYS, required_keys=[KEYS_VARIABLE])
+if modal.is_local():
+    try:
+        keys.hydrate()
+    except modal.exception.NotFoundError:
+        sys.exit(NO_KEYS)
+    except modal.exception.Error:
+        pass  # whatever it is, the command that imports this says it better
+
+
+def locked(image: modal.Image, lock: str, options: str = "--only-binary :all:") -> modal.Image:
+    """Returns the image with the packages of a lock, each in its version and with one of its hashes."""
+    return image.pip_install_from_requirements(str(LOCKS / lock), extra_options=f"--no-deps --require-hashes {options}")
+
+
+gateway_image = locked(modal.Image.debian_slim(PYTHON), "modal-gateway.txt").add_local_python_source(*SOURCES)
+
+app = modal.App(deployment.app)
+
+
+class Serving:
+    """What a container of a gateway does, however it is reached."""
+
+    gateway: "GatewayThread"
+
+    def serve(self, tunnelled_app: str | None) -> None:
+        """Starts the server, and returns when it can be reached."""
+        from flywheel_server.deployment.gateway import GatewayThread
+
+        self.gateway = GatewayThread(Settings(), tunnelled_app)
+        self.gateway.start()
+
+    @modal.exit()
+    def stop(self) -> None:
+        """Withdraws the address, and lets running calls finish."""
+        self.gateway.stop()
+
+
+if deployment.tunnelled:
+
+    @app.cls(
+        image=gateway_image,
+        env=environment,
+        secrets=[keys],
+        min_containers=deployment.gateway_min_containers,
+        max_containers=deployment.gateway_max_containers,
+        startup_timeout=120,
+    )
+    class Gateway(Serving):
+        """The server on a port that is tunnelled to the Internet."""
+
+        @modal.enter()
+        def start(self) -> None:
+            """Serves, and publishes the address of the tunnel."""
+            self.serve(deployment.app)
+
+
+if deployment.served:
+
+    @app.server(
+        image=gateway_image,
+        env=environment,
+        secrets=[keys],
+        min_containers=deployment.gateway_min_containers,
+        max_containers=deployment.gateway_max_containers,
+        target_concurrency=deployment.gateway_concurrency,
+        port=settings.port,
+        h2_enabled=True,
+        unauthenticated=True,  # by Modal: clients of gRPC send a key of ours instead
+        exit_grace_period=30,
+        startup_timeout=120,
+        routing_region=deployment.routing_region,
+    )
+    class GatewayServer(Serving):
+        """The server on a port that Modal forwards, balances and scales."""
+
+        @modal.enter()
+        def start(self) -> None:
+            """Serves."""
+            self.serve(None)
+
+
+@app.function(image=gateway_image, env=environment, max_containers=1)
+@modal.concurrent(max_inputs=100)
+@modal.asgi_app()
+def endpoints() -> Any:  # noqa: ANN401 - an ASGI application
+    """Says where the gateways are, to everybody: `{"endpoints": [{"address": "HOST:PORT", …}]}`."""
+    from flywheel_client import published_endpoints
+    from flywheel_server.deployment.page import json_page
+
+    return json_page(lambda: published_endpoints(deployment.app))
+
+
+if configuration.weights is not None:
+    weights = configuration.weights
+    volume = modal.Volume.from_name(VOLUME, create_if_missing=True)
+    volumes: dict[str | PurePosixPath, modal.Volume | modal.CloudBucketMount] = {deployment.weights_path: volume}
+    if settings.modal_gpu:
+        # There is no wheel with CUDA on PyPI, so it is built, from the sources of the same release.
+        cuda_image = (
+            modal.Image.from_registry(CUDA_IMAGE, add_python=PYTHON)
+            .entrypoint([])  # NVIDIA's prints a banner
+            .apt_install("build-essential", "cmake")
+            .env(
+                {
+                    "CC": "gcc",  # rather than the compiler that the added Python was made with
+                    "CXX": "g++",
+                    "XLLAMACPP_BUILD_CUDA": "1",
+                    "XLLAMACPP_RELEASE": "1",  # the machine that builds is not the one that runs
+                    "CUDA_ARCHITECTURES": str(find_gpu(settings.modal_gpu)[0].architecture),
+                    # Rust and BoringSSL, which the build would fetch by git, for what is not used here.
+                    "CMAKE_ARGS": "-DLLAMA_LLGUIDANCE=OFF -DLLAMA_BUILD_BORINGSSL=OFF -DGGML_CUDA_NCCL=OFF",
+                }
+            )
+        )
+        model_image = locked(cuda_image, "modal-model.txt", "--no-binary xllamacpp")
+    else:
+        model_image = locked(modal.Image.debian_slim(PYTHON), "modal-model.txt")
+    model_image = model_image.add_local_python_source(*SOURCES)
+
+    @app.cls(
+        image=model_image,
+        env=environment,
+        gpu=settings.modal_gpu or None,
+        volumes=volumes,
+        timeout=settings.modal_timeout,
+        min_containers=deployment.model_min_containers,
+        max_containers=deployment.model_max_containers,
+        scaledown_window=deployment.model_scaledown,
+        startup_timeout=1200,
+    )
+    @modal.concurrent(max_inputs=deployment.model_concurrency)
+    class Model:
+        """Generates on a GPU. `generate` takes and returns what that of MK1 Flywheel does."""
+
+        engine: "EmbeddedEngine"
+
+        @modal.enter()
+        async def load(self) -> None:
+            """Loads the weights into the GPU's memory, and generates a token."""
+            from flywheel_server.deployment.model import started
+
+            self.engine = await started(weights, deployment, settings)
+
+        @modal.exit()
+        async def unload(self) -> None:
+            """Ends what is still running."""
+            await self.engine.__aexit__()
+
+        @modal.method()
+        async def generate(self, /, **fields: Any) -> dict[str, Any]:  # noqa: ANN401 - checked where it is used
+            """Returns the samples of a request, whose eleven fields are keyword arguments."""
+            from flywheel_server.deployment.model import generate
+
+            return await generate(self.engine, **fields)
+
+        @modal.method()
+        async def generate_deltas(self, /, queue: modal.Queue, partition: str, **fields: Any) -> None:  # noqa: ANN401 - as above
+            """Puts the samples of a request into a queue while they are made."""
+            from flywheel_server.deployment.model import generate_deltas
+
+            await generate_deltas(self.engine, queue, partition, **fields)
+
+    # An app of its own: running it starts no gateway.
+    weights_app = modal.App(f"{deployment.app}-weights")
+
+    @weights_app.function(image=model_image, env=environment, volumes=volumes, timeout=4 * 3600)
+    def fetch_weights() -> None:
+        """Downloads the weights of the Model into its volume, unless they are there."""
+        from flywheel_server.deployment.download import fetch
+
+        fetch(weights, Path(deployment.weights_path), print)
+        volume.commit()

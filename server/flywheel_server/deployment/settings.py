@@ -1,0 +1,120 @@
+"""What `modal deploy modal_deploy.py` takes from the environment, each as `FLYWHEEL_DEPLOY_X`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from flywheel_server.deployment.weights import DEFAULT, Weights, check_fit, find
+from flywheel_server.settings import PREFIX, Settings
+
+DEPLOY_PREFIX: Final = f"{PREFIX}DEPLOY_"
+
+Count = Annotated[int, Field(ge=0)]
+
+
+def _option(default: Any, description: str) -> Any:  # noqa: ANN401 - as generic as pydantic's Field
+    return Field(default=default, description=description)
+
+
+class Deployment(BaseModel):
+    """The settings of a deployment. Those of the server that it deploys are the server's own `FLYWHEEL_X`."""
+
+    model_config = ConfigDict(frozen=True)
+
+    app: str = _option("flywheel-grpc", "The name of the app on Modal.")
+    expose: Literal["tunnel", "server", "both"] = _option(
+        "tunnel",
+        "How callers reach the gateway: tunnel (an address for each container), server (a stable one, balanced and scaled by "
+        "Modal) or both.",
+    )
+    routing_region: str = _option("us-east", "Where Modal takes in the calls of the server.")
+    gateway_min_containers: Count = _option(1, "Gateways that run always. A tunnel does not start one: keep at least 1.")
+    gateway_max_containers: Annotated[int, Field(ge=1)] | None = _option(None, "Gateways that run at most. Default: no limit.")
+    gateway_concurrency: Annotated[int, Field(ge=1)] = _option(
+        256, "Calls on one gateway beyond which the server starts another."
+    )
+    weights: str = _option(DEFAULT, "What the Model runs: a name of `flywheel_server.deployment.weights`.")
+    weights_path: str = _option("/weights", "Where its containers see the volume with the weights.")
+    model_slots: Annotated[int, Field(ge=1, le=256)] = _option(8, "Samples that one container generates at a time.")
+    model_concurrency: Annotated[int, Field(ge=1)] = _option(
+        16, "Calls that one container takes in; those beyond its slots wait in it, and are next."
+    )
+    model_min_containers: Count = _option(0, "Containers with a GPU that run always. 0 lets all stop when nobody calls.")
+    model_max_containers: Annotated[int, Field(ge=1)] | None = _option(
+        None, "Containers with a GPU that run at most. Default: no limit."
+    )
+    model_scaledown: Annotated[int, Field(ge=2, le=3600)] = _option(
+        300, "Seconds without a call after which a container with a GPU stops."
+    )
+
+    @property
+    def tunnelled(self) -> bool:
+        """Whether each gateway has a tunnel."""
+        return self.expose in {"tunnel", "both"}
+
+    @property
+    def served(self) -> bool:
+        """Whether there is a server with a stable address."""
+        return self.expose in {"server", "both"}
+
+
+@dataclass(frozen=True, slots=True)
+class Configuration:
+    """All that a deployment is made from.
+
+    Attributes:
+        deployment: What is deployed.
+        server: The settings of the server in it, without its API keys.
+        weights: What the Model runs, which fit its GPU; None where the class of another app generates.
+        environment: The variables of the containers. In a container they lead to the same configuration again.
+    """
+
+    deployment: Deployment
+    server: Settings
+    weights: Weights | None
+    environment: dict[str, str]
+
+
+def configured(environment: Mapping[str, str]) -> Configuration:
+    """Returns the configuration that the variables of the environment describe; raises `ValueError` where they are wrong."""
+    try:
+        deployment = Deployment(**_own(environment, DEPLOY_PREFIX, Deployment))
+        variables = _server_environment(deployment, environment)
+        server = Settings(**_own(variables, PREFIX, Settings))
+    except ValidationError as error:
+        prefix = DEPLOY_PREFIX if error.title == Deployment.__name__ else PREFIX
+        found = error.errors(include_url=False, include_input=False)
+        problems = [f"  {prefix}{str(item['loc'][0]).upper()}: {item['msg']}" for item in found]
+        raise ValueError("\n".join(["Some settings are wrong:", *problems])) from None
+    if server.modal_app != deployment.app:
+        return Configuration(deployment, server, None, variables)
+    weights = find(deployment.weights)
+    check_fit(weights, server.modal_gpu, server.modal_context)
+    return Configuration(deployment, server, weights, variables)
+
+
+def _own(environment: Mapping[str, str], prefix: str, settings: type[BaseModel]) -> dict[str, Any]:
+    names = {name: f"{prefix}{name.upper()}" for name in settings.model_fields}
+    return {name: environment[variable] for name, variable in names.items() if variable in environment}
+
+
+def _server_environment(deployment: Deployment, environment: Mapping[str, str]) -> dict[str, str]:
+    defaults = {
+        "ENGINE": "flywheel",
+        "ADDRESS": "0.0.0.0:50051",
+        "MODAL_APP": deployment.app,
+        # Of the 30 s that Modal grants, some are for withdrawing the address before, and for closing after.
+        "DRAIN_TIMEOUT": "22",
+        "LOG_FORMAT": "json",
+    }
+    variables = {f"{PREFIX}{name}": value for name, value in defaults.items()}
+    for prefix, settings in ((PREFIX, Settings), (DEPLOY_PREFIX, Deployment)):
+        variables |= {f"{prefix}{name.upper()}": value for name, value in _own(environment, prefix, settings).items()}
+    if variables[f"{PREFIX}MODAL_APP"] == deployment.app:
+        variables.setdefault(f"{PREFIX}MODEL", deployment.weights)
+    # They come from a modal.Secret, and not from the shell of who deploys.
+    variables.pop(f"{PREFIX}API_KEYS", None)
+    # Read when grpc is imported; see flywheel_server.__main__.
+    return variables | {"GRPC_EXPERIMENTS": "-event_engine_listener", "GRPC_VERBOSITY": "ERROR"}

@@ -1,0 +1,258 @@
+"""The weights that a deployment can serve, the GPUs that it can ask for, and whether one fits the other.
+
+Sizes are bytes, of the file and of the memory that the weights take alike: llama.cpp keeps them as they are in the file.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+GIB: Final = 2**30
+
+ALLOWANCE_BYTES: Final = GIB
+"""Memory of a GPU that is neither weights nor KV cache.
+
+An estimate: some 0.4 GiB for the CUDA context with the kernels of llama.cpp and cuBLAS; 0.2 GiB for the buffers of a step of
+512 tokens of Mixtral, most of it what its experts give; the rest for llama.cpp's pool of temporary memory, and because a card
+may offer less than another. 1 GiB is also the margin that llama.cpp keeps when it fits a model by itself.
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weights:
+    """A GGUF file on the Hugging Face hub.
+
+    Attributes:
+        name: What it is called here.
+        repository: The repository on the hub.
+        file: The file in it.
+        revision: The commit, or None for the newest: then nobody recorded the file's size with its commit.
+        size_bytes: At most so many bytes: exactly so many where there is a revision, else the model card's number rounded up.
+        layers: Layers that have a KV cache.
+        kv_heads: Heads of keys and values in a layer.
+        head_dim: Numbers in a key, and in a value, of one head.
+        trained_context: Tokens of context that the model was trained for.
+        licence: SPDX identifier.
+    """
+
+    name: str
+    repository: str
+    file: str
+    revision: str | None
+    size_bytes: int
+    layers: int
+    kv_heads: int
+    head_dim: int
+    trained_context: int
+    licence: str
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of KV cache that a token takes: a key and a value in each layer, of fp16, which is llama.cpp's default."""
+        return self.layers * self.kv_heads * self.head_dim * 2 * 2
+
+    def path(self, directory: Path) -> Path:
+        """Returns where the file is in a directory of weights: each revision has a path of its own."""
+        return directory / self.repository / (self.revision or "main") / self.file
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """A GPU that Modal rents.
+
+    Attributes:
+        name: Modal's name for it.
+        memory_gib: GiB that CUDA offers a process.
+        architecture: The number of CUDA's that its kernels are compiled for.
+    """
+
+    name: str
+    memory_gib: float
+    architecture: int
+
+
+# Mixtral's experts must be one tensor a layer. The files of TheBloke, whose Q3_K_M is the well-known one of 20.36 GB, have one
+# for each expert, which llama.cpp has refused since November 2024 (its issue 10244). Made again, Q3_K_M is 22.55 GB, too much
+# for 24 GB cards, and Q3_K_S is 20.43 GB.
+WEIGHTS: Final[Mapping[str, Weights]] = {
+    weights.name: weights
+    for weights in (
+        Weights(
+            name="mixtral-8x7b-instruct-q3_k_s",
+            repository="tensorblock/Mixtral-8x7B-Instruct-v0.1-GGUF",
+            file="Mixtral-8x7B-Instruct-v0.1-Q3_K_S.gguf",
+            revision=None,
+            size_bytes=20_434_000_000,
+            layers=32,
+            kv_heads=8,
+            head_dim=128,
+            trained_context=32768,
+            licence="Apache-2.0",
+        ),
+        Weights(
+            name="mixtral-8x7b-instruct-q4_k_m",
+            repository="mradermacher/Mixtral-8x7B-Instruct-v0.1-i1-GGUF",
+            file="Mixtral-8x7B-Instruct-v0.1.i1-Q4_K_M.gguf",
+            revision="0e8d21e9cc0d28b59173d329348f60f8628d1c05",
+            size_bytes=28_448_468_608,
+            layers=32,
+            kv_heads=8,
+            head_dim=128,
+            trained_context=32768,
+            licence="Apache-2.0",
+        ),
+        Weights(
+            name="mistral-7b-instruct-q8_0",
+            repository="bartowski/Mistral-7B-Instruct-v0.3-GGUF",
+            file="Mistral-7B-Instruct-v0.3-Q8_0.gguf",
+            revision="61fd4167fff3ab01ee1cfe0da183fa27a944db48",
+            size_bytes=7_702_565_088,
+            layers=32,
+            kv_heads=8,
+            head_dim=128,
+            trained_context=32768,
+            licence="Apache-2.0",
+        ),
+        Weights(
+            name="smollm2-135m-instruct-q8_0",
+            repository="bartowski/SmolLM2-135M-Instruct-GGUF",
+            file="SmolLM2-135M-Instruct-Q8_0.gguf",
+            revision="09816acd5d99df7be770d85ea30822623dab342c",
+            size_bytes=144_811_360,
+            layers=30,
+            kv_heads=3,
+            head_dim=64,
+            trained_context=8192,
+            licence="Apache-2.0",
+        ),
+    )
+}
+
+DEFAULT: Final = "mixtral-8x7b-instruct-q3_k_s"
+
+# The cheapest first. Memory is what CUDA programs have reported as their GPU's total ("GPU 0 has a total capacity of …"), the
+# least of it, rounded down. That is less than nvidia-smi counts, and much less than the name on the card: the A10 of 24 GB has
+# 23028 MiB on Modal (pull request 2797 of modal-client), of which CUDA offers 22.06 GiB there, and 21.99 on other machines.
+GPUS: Final[Mapping[str, Gpu]] = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("T4", 14.5, 75),
+        Gpu("L4", 21.9, 89),
+        Gpu("A10", 21.9, 86),
+        Gpu("L40S", 44.3, 89),
+        Gpu("A100-40GB", 39.3, 80),
+        Gpu("A100-80GB", 79.1, 80),
+        Gpu("RTX-PRO-6000", 94.9, 120),
+        Gpu("H100", 79.1, 90),
+        Gpu("H200", 139.8, 90),
+        Gpu("B200", 178.3, 100),
+    )
+}
+
+# Where a name allows Modal to give a larger GPU (A100, H100, B200+), the smallest that it may give counts.
+ALIASES: Final[Mapping[str, str]] = {"A10G": "A10", "A100": "A100-40GB", "H100!": "H100", "B200+": "B200"}
+
+
+class DoesNotFitError(ValueError):
+    """Weights and context that need more memory than a GPU has. The message has the arithmetic, and what would fit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """What becomes of a GPU's memory. As a string, it is a table of that.
+
+    Attributes:
+        weights: The weights that are loaded.
+        gpu: Modal's name of the GPU with ":n" for several, or None where the CPU computes, which has the memory one asks for.
+        context_tokens: Tokens of context that all samples share.
+        memory_bytes: The memory that CUDA offers, of all GPUs together; 0 without one.
+        allowance_bytes: What is left aside for buffers and for CUDA itself.
+    """
+
+    weights: Weights
+    gpu: str | None
+    context_tokens: int
+    memory_bytes: int
+    allowance_bytes: int
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the KV cache for the whole context."""
+        return self.context_tokens * self.weights.kv_bytes_per_token
+
+    @property
+    def left_bytes(self) -> int:
+        """Bytes that nothing needs, or that are missing where it is negative."""
+        return self.memory_bytes - self.weights.size_bytes - self.kv_bytes - self.allowance_bytes
+
+    @property
+    def max_context_tokens(self) -> int:
+        """The largest context that would fit, in tokens; 0 where the weights alone do not."""
+        return max(0, self.context_tokens + self.left_bytes // self.weights.kv_bytes_per_token)
+
+    def __str__(self) -> str:
+        weights = self.weights
+        if self.gpu is None:
+            return f"{weights.name} on the CPU with {self.context_tokens} tokens of context: not checked"
+        per_token = weights.kv_bytes_per_token / 1024
+        rows = (
+            (f"memory of {self.gpu}", self.memory_bytes, ""),
+            ("weights", -weights.size_bytes, weights.name),
+            ("KV cache", -self.kv_bytes, f"{self.context_tokens} tokens x {per_token:g} KiB"),
+            ("buffers and CUDA", -self.allowance_bytes, ""),
+            ("left" if self.left_bytes >= 0 else "missing", abs(self.left_bytes), ""),
+        )
+        width = max(len(what) for what, *_ in rows)
+        return "\n".join(f"  {what:{width}} {size / GIB:8.2f} GiB  {note}".rstrip() for what, size, note in rows)
+
+
+def find(name: str) -> Weights:
+    """Returns the weights of that name. ValueError with the known names where there are none."""
+    try:
+        return WEIGHTS[name]
+    except KeyError:
+        raise ValueError(f"Unknown weights {name!r}. Known: {', '.join(WEIGHTS)}.") from None
+
+
+def find_gpu(gpu: str) -> tuple[Gpu, int]:
+    """Returns the GPU that Modal gives for "name" or "name:count", and how many of it. ValueError where it is unknown."""
+    name, colon, count = gpu.upper().partition(":")
+    known = GPUS.get(ALIASES.get(name, name))
+    if known is None or (colon and not re.fullmatch("[1-9][0-9]*", count)):
+        raise ValueError(f"Unknown GPU {gpu!r}. Known: {', '.join([*GPUS, *ALIASES])}, each also as NAME:COUNT.")
+    return known, int(count or 1)
+
+
+def check_fit(weights: Weights, gpu: str | None, context_tokens: int) -> Fit:
+    """Returns how the memory of the GPU is used; raises where it is not enough.
+
+    The memory of several GPUs is added up. llama.cpp gives each of them whole layers, so with several it is wise to leave the
+    size of a layer.
+
+    Args:
+        weights: The weights that are to be served.
+        gpu: As Modal takes it, "A10G" or "A10G:2"; None or "" for the CPU, where everything fits.
+        context_tokens: Tokens of context that all samples share.
+
+    Raises:
+        DoesNotFitError: It is too much for the GPU.
+        ValueError: The GPU is unknown.
+    """
+    if not gpu:
+        return Fit(weights, None, context_tokens, 0, 0)
+    fit = _fit(weights, gpu, context_tokens)
+    if fit.left_bytes >= 0:
+        return fit
+    fitting = [name for name in GPUS if _fit(weights, name, context_tokens).left_bytes >= 0]
+    raise DoesNotFitError(
+        f"{weights.name} with {context_tokens} tokens of context does not fit {gpu}:\n{fit}\n"
+        f"It fits {', '.join(fitting) if fitting else 'no single GPU'}"
+        + (f", and {gpu} fits it with at most {fit.max_context_tokens} tokens." if fit.max_context_tokens else ".")
+    )
+
+
+def _fit(weights: Weights, name: str, context_tokens: int) -> Fit:
+    gpu, count = find_gpu(name)
+    return Fit(weights, name, context_tokens, count * int(gpu.memory_gib * GIB), count * ALLOWANCE_BYTES)

@@ -1,0 +1,233 @@
+"""The deployed service: what arrives at Modal, and a real client through TLS into the real container."""
+
+import asyncio
+import json
+import time
+from typing import Any
+
+import grpc
+import grpc.aio
+import modal
+import pytest
+from flywheel_proto.v1 import generation_pb2 as pb
+from flywheel_server.deployment.weights import find
+from flywheel_server.engines.scripted import Script
+from flywheel_server.health import RUNNERS
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from modal_proto import api_pb2
+
+from tests.deployment.conftest import AUTHORIZATION, ROOT, VOLUME, deploy, deployed, through
+from tests.modal_cloud import Container, ModalCloud, Tunnel, scripted
+from tests.serving import until
+
+REQUEST = pb.GenerationRequest(text="What is a llama?", max_tokens=12, num_samples=3)
+DIRECTORY = "flywheel-grpc-endpoints"
+
+
+def tunnels(cloud: ModalCloud, app: str) -> list[Tunnel]:
+    tasks = {container.task_id for container in cloud.containers(f"{app}/Gateway")}
+    return [tunnel for tunnel in cloud.tunnels if tunnel.open and tunnel.task_id in tasks]
+
+
+async def records(app: str) -> dict[str, dict[str, Any]]:
+    directory = modal.Dict.from_name(DIRECTORY, create_if_missing=True)
+    return {task: record async for task, record in directory.items.aio() if record["app"] == app}
+
+
+async def published(cloud: ModalCloud, app: str, count: int = 1) -> list[Tunnel]:
+    """Returns the tunnels of the app, once so many are published."""
+
+    async def all_published() -> bool:
+        return len(await records(app)) == count
+
+    await until(all_published, "the addresses are published")
+    return tunnels(cloud, app)
+
+
+async def health(target: Any, service: str = "") -> int:
+    stub = health_pb2_grpc.HealthStub(target.channel)
+    return int((await stub.Check(health_pb2.HealthCheckRequest(service=service))).status)
+
+
+def test_without_a_key_nothing_is_deployed(cloud: ModalCloud) -> None:
+    refused = deploy(cloud, "keyless")
+    assert refused.returncode == 1
+    for expected in ('no modal.Secret "flywheel-grpc-keys"', "modal secret create flywheel-grpc-keys FLYWHEEL_API_KEYS="):
+        assert expected in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert not [tag for tag in cloud.functions if tag.startswith("keyless/")]
+
+
+def test_what_does_not_fit_is_not_deployed(prepared: ModalCloud) -> None:
+    refused = deploy(prepared, "large", FLYWHEEL_DEPLOY_WEIGHTS="mixtral-8x7b-instruct-q4_k_m")
+    assert refused.returncode == 1
+    assert "does not fit A10G" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_what_arrives_at_modal(prepared: ModalCloud) -> None:
+    """All defaults, except that the stand-in mounts volumes in its own directory, and that no gateway starts here."""
+    done = deploy(
+        prepared,
+        "defaults",
+        FLYWHEEL_DEPLOY_WEIGHTS="mixtral-8x7b-instruct-q3_k_s",
+        FLYWHEEL_DEPLOY_GATEWAY_MIN_CONTAINERS="0",
+        FLYWHEEL_DEPLOY_EXPOSE="both",
+        FLYWHEEL_ADDRESS="127.0.0.1:50051",
+    )
+    assert done.returncode == 0, done.stderr
+    gateway, server, model = (prepared.function(f"defaults/{name}") for name in ("Gateway", "GatewayServer", "Model"))
+    assert model.resources.gpu_config.gpu_type == "A10G"
+    assert model.resources.gpu_config.count == 1
+    assert model.timeout_secs == 600
+    assert model.max_concurrent_inputs == 16
+    assert [mount.mount_path for mount in model.volume_mounts] == [str(prepared.directory / "weights")]
+    assert not model.secret_ids or prepared.function("defaults/Model").secret_ids != gateway.secret_ids
+    for function in (gateway, server):
+        assert not function.resources.gpu_config.gpu_type
+        assert not function.volume_mounts
+        assert len(function.secret_ids) == 2  # the keys, and the environment
+    assert (server.http_config.port, server.http_config.h2_enabled) == (50051, True)
+
+    built = "\n".join(prepared.image_commands("defaults/Gateway"))
+    assert "--require-hashes" in built
+    for heavy in ("cuda", "xllamacpp", "nvidia", "huggingface"):
+        assert heavy not in built.lower()
+    built = "\n".join(prepared.image_commands("defaults/Model"))
+    for expected in ("nvidia/cuda", "CUDA_ARCHITECTURES=86", "--require-hashes", "--no-binary xllamacpp"):
+        assert expected in built
+    files = prepared.mounted_files("defaults/Gateway")
+    assert {"/root/modal_deploy.py", "/root/flywheel_server/server.py", "/root/flywheel_proto/v1/generation_pb2.py"} <= files
+
+
+async def test_a_real_client_gets_samples_and_deltas_through_the_tunnel(prepared: ModalCloud) -> None:
+    await deployed(prepared, "service")
+    (tunnel,) = await published(prepared, "service")
+    assert tunnel.type == api_pb2.TUNNEL_TYPE_H2
+    assert prepared.function("service/Gateway").autoscaler_settings.min_containers == 1
+    async with through(tunnel, prepared) as target:
+        assert await health(target) == health_pb2.HealthCheckResponse.SERVING
+        assert await health(target, RUNNERS) == health_pb2.HealthCheckResponse.NOT_SERVING
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await target.stub.GenerateAll(REQUEST)
+        assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+        samples = [sample async for sample in target.stub.Generate(REQUEST, metadata=AUTHORIZATION)]
+        assert sorted(sample.index for sample in samples) == [0, 1, 2]
+        assert all(sample.text and sample.prompt_tokens > 4 for sample in samples)
+        deltas = [delta async for delta in target.stub.GenerateDeltas(REQUEST, metadata=AUTHORIZATION)]
+        assert len([delta for delta in deltas if delta.text]) > 3
+        assert sorted(delta.index for delta in deltas if delta.finished) == [0, 1, 2]
+        assert await health(target, RUNNERS) == health_pb2.HealthCheckResponse.SERVING
+        stats = await target.stub.GetStats(pb.GetStatsRequest(), metadata=AUTHORIZATION)
+        assert stats.num_total_runners == 1
+        model = await target.stub.GetModel(pb.GetModelRequest(), metadata=AUTHORIZATION)
+        assert (model.engine, model.context_tokens) == ("flywheel", 8192)
+
+    (record,) = (await records("service")).values()
+    status, headers, body = await asyncio.to_thread(prepared.web_get, "service/endpoints", "/")
+    assert (status, headers["content-type"]) == (200, "application/json")
+    (endpoint,) = json.loads(body)["endpoints"]
+    assert endpoint["address"] == record["address"] == f"{tunnel.host}:{tunnel.port}"
+    assert abs(record["refreshed"] - time.time()) < 60
+
+
+@pytest.fixture
+async def slow(prepared: ModalCloud) -> ModalCloud:
+    """A gateway to a class that generates a token each 10 ms, in another app: one setting points there."""
+    await asyncio.to_thread(scripted.deploy, prepared, "unhurried", Script(token_delay=0.01))
+    await deployed(prepared, "slow-service", FLYWHEEL_MODAL_APP="unhurried")
+    return prepared
+
+
+def container(cloud: ModalCloud, app: str) -> Container:
+    (only,) = cloud.containers(f"{app}/Gateway")
+    return only
+
+
+async def test_preemption_withdraws_the_address_and_lets_calls_finish(slow: ModalCloud) -> None:
+    (tunnel,) = await published(slow, "slow-service")
+    gateway = container(slow, "slow-service")
+    assert not slow.function("slow-service/Gateway").resources.gpu_config.gpu_type
+    assert "slow-service/Model" not in slow.functions
+    async with through(tunnel, slow) as target:
+        request = pb.GenerationRequest(text="hello", max_tokens=400)
+        messages = aiter(target.stub.GenerateDeltas(request, metadata=AUTHORIZATION))
+        text = (await anext(messages)).text
+        gateway.interrupt()
+
+        async def withdrawn() -> bool:
+            return gateway.task_id not in await records("slow-service")
+
+        await until(withdrawn, "the address is withdrawn", within=5)
+        text += (await anext(messages)).text
+        assert gateway.alive
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await target.stub.GenerateAll(request, metadata=AUTHORIZATION)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        finish_reason = ""
+        async for message in messages:
+            text += message.text
+            finish_reason = message.finish_reason
+        assert finish_reason == "length"
+        assert len(text.encode()) > 1500
+    assert await asyncio.to_thread(gateway.wait, 20) == 0
+    # Modal replaces it, and callers find the new one.
+    (replacement,) = await published(slow, "slow-service")
+    async with through(replacement, slow) as target:
+        assert (await target.stub.GenerateAll(REQUEST, metadata=AUTHORIZATION)).num_samples == 3
+
+
+async def test_a_stable_address_instead_of_a_tunnel(prepared: ModalCloud, unused_tcp_port: int) -> None:
+    await asyncio.to_thread(scripted.deploy, prepared, "unhurried", Script(token_delay=0.01))
+    await deployed(
+        prepared,
+        "stable",
+        FLYWHEEL_DEPLOY_EXPOSE="server",
+        FLYWHEEL_MODAL_APP="unhurried",
+        FLYWHEEL_ADDRESS=f"127.0.0.1:{unused_tcp_port}",
+    )
+    url = await modal.Server.from_name("stable", "GatewayServer").get_url.aio()
+    assert url is not None
+    host, _, port = url.removeprefix("https://").partition(":")
+    credentials = grpc.ssl_channel_credentials(root_certificates=prepared.ca_certificate)
+    async with grpc.aio.secure_channel(f"{host}:{port or 443}", credentials) as channel:
+        stub = scripted_stub(channel)
+        response = await stub.GenerateAll(REQUEST, metadata=AUTHORIZATION, wait_for_ready=True, timeout=30)
+        assert response.num_samples == 3
+    assert await records("stable") == {}
+    with pytest.raises(KeyError):
+        prepared.function("stable/Gateway")
+
+
+def scripted_stub(channel: grpc.aio.Channel) -> Any:
+    from flywheel_proto.v1 import generation_pb2_grpc
+
+    return generation_pb2_grpc.GenerationServiceStub(channel)
+
+
+async def test_a_redeployment_replaces_the_gateway_and_loses_no_call(slow: ModalCloud) -> None:
+    (tunnel,) = await published(slow, "slow-service")
+    async with through(tunnel, slow) as target:
+        request = pb.GenerationRequest(text="hello", max_tokens=300)
+        messages = aiter(target.stub.GenerateDeltas(request, metadata=AUTHORIZATION))
+        await anext(messages)
+        await deployed(slow, "slow-service", FLYWHEEL_MODAL_APP="unhurried")
+        last = [message async for message in messages][-1]
+        assert last.finish_reason == "length"
+    (other,) = await published(slow, "slow-service")
+    assert other.port != tunnel.port
+
+
+def test_the_weights_are_fetched_into_the_volume(prepared: ModalCloud) -> None:
+    done = prepared.cli(
+        "run",
+        "modal_deploy.py::fetch_weights",
+        env={
+            "FLYWHEEL_DEPLOY_WEIGHTS": "smollm2-135m-instruct-q8_0",
+            "FLYWHEEL_DEPLOY_WEIGHTS_PATH": str(prepared.directory / "weights"),
+        },
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "smollm2-135m-instruct-q8_0: is there" in done.stdout
+    assert find("smollm2-135m-instruct-q8_0").path(prepared.volume_dir(VOLUME)).exists()

@@ -1,0 +1,67 @@
+"""The configuration of a deployment: checked before anything is deployed, and the same again in its containers."""
+
+import pytest
+from flywheel_server.deployment.settings import configured
+
+
+@pytest.fixture(autouse=True)
+def nothing_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("FLYWHEEL_API_KEYS", "FLYWHEEL_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        {"FLYWHEEL_DEPLOY_EXPOSE": "both", "FLYWHEEL_DEPLOY_GATEWAY_MAX_CONTAINERS": "3", "FLYWHEEL_ADDRESS": "127.0.0.1:0"},
+        {"FLYWHEEL_MODAL_APP": "mk1-flywheel-latest-mistral-7b-instruct", "FLYWHEEL_MODAL_PROMPT": "raw"},
+        {"FLYWHEEL_DEPLOY_WEIGHTS": "smollm2-135m-instruct-q8_0", "FLYWHEEL_MODAL_GPU": ""},
+    ],
+)
+def test_a_container_comes_to_the_same_configuration(environment: dict[str, str]) -> None:
+    deployed = configured(environment)
+    assert configured({**deployed.environment, "MODAL_TASK_ID": "ta-1"}) == deployed
+
+
+def test_the_defaults() -> None:
+    found = configured({})
+    assert (found.deployment.app, found.deployment.expose, found.deployment.gateway_min_containers) == (
+        "flywheel-grpc",
+        "tunnel",
+        1,
+    )
+    assert (found.server.engine, found.server.modal_app, found.server.modal_gpu) == ("flywheel", "flywheel-grpc", "A10G")
+    assert found.weights is not None
+    assert found.server.model == found.weights.name
+    assert found.weights.name.startswith("mixtral-8x7b")
+    assert found.server.drain_timeout < 30, "Modal grants no more"
+
+
+def test_the_class_of_another_app_needs_no_model_here() -> None:
+    found = configured({"FLYWHEEL_MODAL_APP": "mk1-flywheel-latest-mistral-7b-instruct"})
+    assert found.weights is None
+    assert found.server.model is None
+
+
+def test_keys_are_not_taken_from_the_shell_of_who_deploys() -> None:
+    assert "FLYWHEEL_API_KEYS" not in configured({"FLYWHEEL_API_KEYS": "0123456789abcdef"}).environment
+
+
+@pytest.mark.parametrize(
+    ("environment", "named"),
+    [
+        ({"FLYWHEEL_DEPLOY_EXPOSE": "telnet"}, ["FLYWHEEL_DEPLOY_EXPOSE", "'tunnel', 'server' or 'both'"]),
+        ({"FLYWHEEL_DEPLOY_MODEL_SLOTS": "0", "FLYWHEEL_DEPLOY_MODEL_SCALEDOWN": "x"}, ["MODEL_SLOTS", "MODEL_SCALEDOWN"]),
+        ({"FLYWHEEL_ADDRESS": "nowhere"}, ["FLYWHEEL_ADDRESS", "HOST:PORT"]),
+        ({"FLYWHEEL_DEPLOY_WEIGHTS": "gpt"}, ["'gpt'", "mixtral-8x7b-instruct-q3_k_s"]),
+        ({"FLYWHEEL_MODAL_GPU": "A11"}, ["'A11'", "A10G"]),
+        ({"FLYWHEEL_DEPLOY_WEIGHTS": "mixtral-8x7b-instruct-q4_k_m"}, ["does not fit A10G", "missing", "GiB", "It fits L40S"]),
+        ({"FLYWHEEL_MODAL_CONTEXT": "32768"}, ["32768 tokens x 128 KiB", "with at most 15"]),
+    ],
+)
+def test_what_is_wrong_is_named(environment: dict[str, str], named: list[str]) -> None:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - what matters is the message
+        configured(environment)
+    for expected in named:
+        assert expected in str(caught.value)
