@@ -6,12 +6,13 @@ import pytest
 from flywheel_server.engines.embedded import EmbeddedEngine, default_model
 from flywheel_server.engines.scripted import Script, ScriptedEngine
 
+from tests.modal_cloud import ModalCloud, scripted
 from tests.serving import Target, connected, serving
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "target" in metafunc.fixturenames:
-        engines = ["scripted", "embedded"]
+        engines = ["scripted", "embedded", "flywheel", "flywheel-whole"]
         if metafunc.config.getoption("address"):
             engines.append("running")
         metafunc.parametrize("target", engines, indirect=True, scope="session")
@@ -21,12 +22,26 @@ def embedded() -> EmbeddedEngine:
     return EmbeddedEngine(default_model(), context_tokens=8192, slots=8, threads=2, batch_tokens=32, prompt_format="chat")
 
 
+SCRIPT = Script(text="The llama 🦙 says: é, 1, 2, 3 and ends. ", bytes_per_token=3, token_delay=0.001)
+
+
+@pytest.fixture(scope="session")
+def on_modal(cloud: ModalCloud) -> str:
+    scripted.deploy(cloud, "conformance", SCRIPT)
+    return "conformance"
+
+
 @pytest.fixture(scope="session")
 async def target(request: pytest.FixtureRequest) -> AsyncIterator[Target]:
     match request.param:
         case "scripted":
-            script = Script(text="The llama 🦙 says: é, 1, 2, 3 and ends. ", bytes_per_token=3, token_delay=0.001)
-            async with serving(ScriptedEngine(script)) as server:
+            async with serving(ScriptedEngine(SCRIPT)) as server:
+                yield server
+        case "flywheel" | "flywheel-whole":
+            # Our class, which streams, and one that returns samples whole, as MK1's does.
+            class_name = "Model" if request.param == "flywheel" else "Flywheel"
+            app = request.getfixturevalue("on_modal")
+            async with serving(scripted.engine(app, class_name, name=request.param)) as server:
                 yield server
         case "embedded":
             async with serving(embedded()) as server:

@@ -187,11 +187,10 @@ async def test_a_stopping_server_cancels_what_it_cannot_finish(slow: ModalCloud)
     assert slow.calls[begun].state == "cancelled"
 
 
-async def failure(engine: Any, text: str, method: str) -> grpc.aio.AioRpcError:
-    async with serving(engine, health_interval=30) as target:
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await drained(getattr(target.stub, method)(request(text=text)))
-        assert "SECRET" not in str(caught.value)
+async def failure(target: Target, text: str, method: str) -> grpc.aio.AioRpcError:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await drained(getattr(target.stub, method)(request(text=text)))
+    assert "SECRET" not in str(caught.value)
     return caught.value
 
 
@@ -211,29 +210,25 @@ FAULTS = [
 
 @pytest.mark.parametrize("method", ["Generate", "GenerateDeltas"])
 @pytest.mark.parametrize("class_name", ["Faulty", "FaultyStream"])
-@pytest.mark.parametrize(("text", "code", "detail"), FAULTS, ids=[text for text, *_ in FAULTS])
-async def test_what_the_class_does_wrong_has_its_status(  # noqa: PLR0917 - its parameters
-    deployed: ModalCloud,
-    monkeypatch: pytest.MonkeyPatch,
-    text: str,
-    code: grpc.StatusCode,
-    detail: Any,
-    class_name: str,
-    method: str,
+async def test_what_the_class_does_wrong_has_its_status(
+    deployed: ModalCloud, monkeypatch: pytest.MonkeyPatch, class_name: str, method: str
 ) -> None:
     monkeypatch.setattr("flywheel_server.engines.flywheel.QUEUE_GRACE", 0.2)
-    error = await failure(scripted.engine(APP, class_name, timeout=1), text, method)
-    assert error.code() is code
-    assert detail in details_of(error)
-    await works(deployed)
+    async with serving(scripted.engine(APP, class_name, timeout=1)) as target:
+        for text, code, detail in FAULTS:
+            error = await failure(target, text, method)
+            assert error.code() is code, text
+            assert detail in details_of(error), text
+        if class_name == "Faulty":
+            assert (await target.stub.GenerateAll(request(text="leave the stop sequence in"))).num_samples == 1
 
 
 async def test_whatever_keeps_it_from_the_class_has_its_status(deployed: ModalCloud) -> None:
     async def refused(status: Status | None = None, app: str = APP, class_name: str = "Model") -> grpc.aio.AioRpcError:
-        """The calls before and after go to the same engine, which has looked the class up, or not yet."""
         deployed.refuse(status)
         try:
-            return await failure(scripted.engine(app, class_name), "hello", "Generate")
+            async with serving(scripted.engine(app, class_name), health_interval=30) as target:
+                return await failure(target, "hello", "Generate")
         finally:
             deployed.refuse(None)
 
@@ -253,11 +248,42 @@ async def test_whatever_keeps_it_from_the_class_has_its_status(deployed: ModalCl
             assert details[ErrorInfo].metadata == {"app": APP, "class": "Model", "environment": "", "setting": setting}
         else:
             assert RetryInfo in details
-        await works(deployed)
     for app, class_name in (("no-such-app", "Model"), (APP, "NoSuchClass")):
         error = await refused(app=app, class_name=class_name)
         assert error.code() is grpc.StatusCode.FAILED_PRECONDITION
         assert f"class {class_name} of app {app}" in str(error.details())
+
+
+async def test_a_class_that_leaves_the_stop_sequence_in_does_not_get_it_past_the_server(deployed: ModalCloud) -> None:
+    async with serving(scripted.engine(APP, "Faulty")) as target:
+        response = await target.stub.GenerateAll(request(text="leave the stop sequence in", stop=["END"]))
+    (sample,) = response.responses
+    assert (sample.text, sample.stop_sequence) == ("one ", "END")
+
+
+async def test_a_server_without_its_class_is_not_healthy(deployed: ModalCloud) -> None:
+    async with serving(scripted.engine("no-such-app")) as target:
+        health = health_pb2_grpc.HealthStub(target.channel)
+        found = await health.Check(health_pb2.HealthCheckRequest())
+        assert found.status == health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+@pytest.mark.parametrize("method", METHODS)
+async def test_a_container_that_modal_gives_up_is_unavailable(slow: ModalCloud, method: str) -> None:
+    slow.reschedules_inputs = False
+    try:
+        async with serving(scripted.engine(SLOW)) as target:
+            before = len(slow.calls)
+            call = getattr(target.stub, method)(request(max_tokens=3000))
+            reading = asyncio.create_task(drained(call))
+            await until(lambda: any(made.state == "running" for made in slow.calls[before:]), "the call runs")
+            container_of(slow.calls[before]).kill()
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await reading
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert RetryInfo in details_of(caught.value)
+    finally:
+        slow.reschedules_inputs = True
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -330,33 +356,3 @@ async def test_a_container_that_is_killed_after_it_sent_text_ends_the_call(slow:
         assert RetryInfo in details_of(caught.value)
         await until(lambda: nothing_runs(slow), "the second attempt is cancelled")
         assert (await target.stub.GenerateAll(request())).num_samples == 1
-
-
-async def test_512_at_a_time_are_all_answered_and_none_for_another(deployed: ModalCloud) -> None:
-    chance = random.Random(5)
-
-    async with serving(scripted.engine(APP)) as target:
-
-        async def one(number: int) -> None:
-            fields = request(
-                text="x" * 4 * chance.randrange(1, 200), max_tokens=1 + number % 12, num_samples=chance.choice([1, 2, 3])
-            )
-            expected = (fields.num_samples, len(fields.text) // 4)
-            method = METHODS[number % 3]
-            if method == "GenerateAll":
-                response = await target.stub.GenerateAll(fields)
-                found = [(sample.index, sample.generated_tokens, sample.prompt_tokens) for sample in response.responses]
-            else:
-                call = getattr(target.stub, method)(fields)
-                finished = [message async for message in call if message.finished]
-                found = sorted((message.index, message.generated_tokens, message.prompt_tokens) for message in finished)
-            assert found == [(index, fields.max_tokens, expected[1]) for index in range(expected[0])]
-
-        await asyncio.gather(*(one(number) for number in range(512)))
-        await until(lambda: idle(target), "the server is idle")
-    await until(lambda: nothing_runs(deployed), "nothing is left on Modal")
-
-
-async def works(cloud: ModalCloud) -> None:
-    async with serving(scripted.engine(APP)) as target:
-        assert len((await target.stub.GenerateAll(request(num_samples=2))).responses) == 2

@@ -98,6 +98,9 @@ async def misbehave(text: str) -> Any:  # noqa: C901 - a table
             raise PromptTooLongError(9000, 5, 8192)
         case "nothing":
             return None
+        case "leave the stop sequence in":
+            sample = {"text": "one END two", "generated_tokens": 3, "finished": 2.0, "finish_reason": "stop"}
+            return {"created": 1.0, "finished": 2.0, "num_samples": 1, "responses": [sample]}
         case "no samples":
             return {"created": 1.0, "finished": 2.0, "num_samples": 0, "responses": []}
         case "half a sample":

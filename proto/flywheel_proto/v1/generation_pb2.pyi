@@ -184,7 +184,9 @@ class GenerationResponseSample(_message.Message):
     prompt_tokens: _builtins.int
     """How many tokens of the prompt the model read, after max_input_tokens."""
     stop_sequence: _builtins.str
-    """The stop sequence that ended the sample, as it was written in the request. Empty where none did."""
+    """The stop sequence that ended the sample, as it was written in the request. Empty where none did, or where the engine
+    does not tell which.
+    """
     def __init__(
         self,
         *,
@@ -274,7 +276,9 @@ class GenerationDelta(_message.Message):
     prompt_tokens: _builtins.int
     """How many tokens of the prompt the model read, after max_input_tokens. Only in the sample's last delta; 0 before."""
     stop_sequence: _builtins.str
-    """The stop sequence that ended the sample. Only in the sample's last delta, and empty where none did."""
+    """The stop sequence that ended the sample. Only in the sample's last delta, and empty where none did, or where the engine
+    does not tell which.
+    """
     def __init__(
         self,
         *,

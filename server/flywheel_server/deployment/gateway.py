@@ -1,8 +1,6 @@
 """The server inside a container on Modal: on a thread of its own, behind a tunnel, found through a `modal.Dict`."""
 
 import asyncio
-import os
-import signal
 import threading
 from concurrent.futures import Future
 from contextlib import AsyncExitStack, suppress
@@ -55,12 +53,10 @@ class GatewayThread:
             try:
                 runner.run(self._serve())
             except Exception as error:
-                if not self._ready.done():
+                if self._ready.done():
+                    log.exception("the gateway did not end well")
+                else:
                     self._ready.set_exception(error)
-                    return
-                log.exception("the gateway broke")
-                # Ends the container, as Modal would: another takes its place.
-                os.kill(os.getpid(), signal.SIGINT)
 
     async def _serve(self) -> None:
         async with AsyncExitStack() as tunnel, AsyncExitStack() as server:

@@ -105,8 +105,8 @@ def _server_environment(deployment: Deployment, environment: Mapping[str, str]) 
         "ENGINE": "flywheel",
         "ADDRESS": "0.0.0.0:50051",
         "MODAL_APP": deployment.app,
-        # Of the 30 s that Modal grants, some are for withdrawing the address before, and for closing after.
-        "DRAIN_TIMEOUT": "22",
+        # Of the 30 s that Modal grants, up to 5 are for withdrawing the address before, and for cancelling the rest after.
+        "DRAIN_TIMEOUT": "20",
         "LOG_FORMAT": "json",
     }
     variables = {f"{PREFIX}{name}": value for name, value in defaults.items()}

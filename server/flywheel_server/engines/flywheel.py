@@ -7,7 +7,7 @@ a generator on Modal could stream it too, but a generator cannot be cancelled.
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, AsyncExitStack, aclosing, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Final, Self, TypeAlias
@@ -28,6 +28,7 @@ from flywheel_server.engines.base import (
     Started,
 )
 from flywheel_server.engines.modal_errors import Target, as_engine_errors
+from flywheel_server.engines.samples import StopGate
 from flywheel_server.messages import GenerationRequest, GenerationResponse, GenerationResponseSample
 
 log = structlog.stdlib.get_logger(__name__)
@@ -41,7 +42,7 @@ QUEUE_GRACE: Final = 10.0
 CLEAN_UP_INTERVAL: Final = 1.0
 """Seconds between two tries to cancel what is to be cancelled, while Modal cannot be reached."""
 
-STOP_GRACE: Final = 10.0
+STOP_GRACE: Final = 5.0
 """Seconds for the cancels that are under way when the engine stops."""
 
 
@@ -109,7 +110,7 @@ class FlywheelEngine:
             await call.accepted()
             # Where it waits, for a container or in one, Modal does not tell.
             yield Started()
-            for sample in _samples(await call.result()):
+            for sample in _samples(await call.result(), request.stop):
                 yield sample
 
     async def _streamed(self, method: Method, queue: modal.Queue, request: GenerationRequest) -> AsyncGenerator[Event, None]:
@@ -294,17 +295,26 @@ async def _events(call: RemoteCall, queue: modal.Queue, partition: str) -> Async
         await asyncio.gather(*pending, return_exceptions=True)
 
 
-def _samples(answer: Any) -> tuple[GenerationResponseSample, ...]:  # noqa: ANN401 - what has come is to be found out
-    """Returns the samples of what `generate` returned, or raises `EngineFailedError`.
+def _samples(answer: Any, stop: Sequence[str]) -> Iterator[GenerationResponseSample]:  # noqa: ANN401 - to be found out
+    """Yields the samples of what `generate` returned, or raises `EngineFailedError`.
 
-    Flywheel's samples do not say their index: it is their position.
+    Flywheel's samples do not say their index, which is their position, nor which stop sequence ended them if they leave it out.
     """
     try:
         response = GenerationResponse.model_validate(answer)
     except ValidationError as error:
+        # Without the input, which holds text of the model.
         problems = error.errors(include_url=False, include_input=False, include_context=False)
         raise EngineFailedError(f"the class returned what is no GenerationResponse: {problems}") from None
-    return tuple(
-        sample.model_copy(update={"index": index, "prompt_tokens": sample.prompt_tokens or response.prompt_tokens})
-        for index, sample in enumerate(response.responses)
-    )
+    for index, sample in enumerate(response.responses):
+        gate = StopGate(stop)
+        text = gate.feed(sample.text)
+        ending = {"finish_reason": "stop", "stop_sequence": gate.matched} if gate.matched else {}
+        yield sample.model_copy(
+            update={
+                "index": index,
+                "text": text if gate.matched else sample.text,
+                "prompt_tokens": sample.prompt_tokens or response.prompt_tokens,
+                **ending,
+            }
+        )
