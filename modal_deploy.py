@@ -21,6 +21,7 @@ from flywheel_server.settings import Settings
 
 if TYPE_CHECKING:
     from flywheel_server.deployment.gateway import GatewayThread
+    from flywheel_server.deployment.model import RemoteModel
     from flywheel_server.engines.embedded import EmbeddedEngine
 
 KEYS = "flywheel-grpc-keys"
@@ -184,13 +185,15 @@ if configuration.weights is not None:
         """Generates on a GPU. `generate` takes and returns what that of MK1 Flywheel does."""
 
         engine: "EmbeddedEngine"
+        remote: "RemoteModel"
 
         @modal.enter()
         async def load(self) -> None:
             """Loads the weights into the GPU's memory, and generates a token."""
-            from flywheel_server.deployment.model import started
+            from flywheel_server.deployment.model import RemoteModel, started
 
             self.engine = await started(weights, deployment, settings)
+            self.remote = RemoteModel(self.engine)
 
         @modal.exit()
         async def unload(self) -> None:
@@ -200,16 +203,12 @@ if configuration.weights is not None:
         @modal.method()
         async def generate(self, /, **fields: Any) -> dict[str, Any]:  # noqa: ANN401 - checked where it is used
             """Returns the samples of a request, whose eleven fields are keyword arguments."""
-            from flywheel_server.deployment.model import generate
-
-            return await generate(self.engine, **fields)
+            return await self.remote.generate(**fields)
 
         @modal.method()
-        async def generate_deltas(self, /, queue: modal.Queue, partition: str, **fields: Any) -> None:  # noqa: ANN401 - as above
-            """Puts the samples of a request into a queue while they are made."""
-            from flywheel_server.deployment.model import generate_deltas
-
-            await generate_deltas(self.engine, queue, partition, **fields)
+        async def generate_deltas(self, /, **arguments: Any) -> None:  # noqa: ANN401 - as above
+            """Sends the samples of a request to a queue while they are made."""
+            await self.remote.generate_deltas(**arguments)
 
     # An app of its own: running it starts no gateway.
     weights_app = modal.App(f"{deployment.app}-weights")

@@ -1,5 +1,6 @@
 """Runs every benchmark: `python -m benchmarks`."""
 
-from benchmarks import embedded
+from benchmarks import embedded, modal
 
 embedded.main()
+modal.main()

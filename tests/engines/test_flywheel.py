@@ -219,7 +219,11 @@ async def test_what_the_class_does_wrong_has_its_status(
             error = await failure(target, text, method)
             assert error.code() is code, text
             assert detail in details_of(error), text
-        if class_name == "Faulty":
+        if class_name == "FaultyStream":
+            assert (await failure(target, "nothing of this kind", method)).code() is grpc.StatusCode.INTERNAL
+            error = await failure(target, "leave a gap", method)
+            assert (error.code(), RetryInfo in details_of(error)) == (grpc.StatusCode.UNAVAILABLE, True)
+        else:
             assert (await target.stub.GenerateAll(request(text="leave the stop sequence in"))).num_samples == 1
 
 

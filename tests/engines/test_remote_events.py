@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 from flywheel_server.engines.base import EngineFailedError, Event, Started, TextDelta
-from flywheel_server.engines.remote_events import pack, unpack
+from flywheel_server.engines.remote_events import Pile
 from flywheel_server.messages import GenerationResponseSample
 
 SAMPLE = GenerationResponseSample(
@@ -24,26 +24,32 @@ def plain(data: Any) -> bool:
 
 
 def test_there_and_back() -> None:
-    packed = pack(EVENTS)
-    assert plain(packed)
-    assert unpack(packed) == EVENTS
+    pile = Pile("call-1", 3, EVENTS)
+    assert plain(pile.pack())
+    assert Pile.unpack(pile.pack()) == pile
+
+
+def pile(*events: Any, **fields: Any) -> dict[str, Any]:
+    return {"call": "call-1", "number": 0, "events": list(events), **fields}
 
 
 @pytest.mark.parametrize(
     "data",
     [
         None,
-        "started",
-        [None],
-        [{"event": "ended"}],
-        [{"event": "delta", "index": 0, "text": b"x", "generated_tokens": 1}],
-        [{"event": "delta", "index": "0", "text": "SECRET", "generated_tokens": 1}],
-        [{"event": "delta", "index": -1, "text": "SECRET", "generated_tokens": 1}],
-        [{"event": "sample", "sample": {"text": "SECRET"}}],
+        "SECRET",
+        pile(number=-1),
+        pile(call=1),
+        pile(None),
+        pile({"event": "ended"}),
+        pile({"event": "delta", "index": 0, "text": b"SECRET", "generated_tokens": 1}),
+        pile({"event": "delta", "index": "0", "text": "SECRET", "generated_tokens": 1}),
+        pile({"event": "delta", "index": -1, "text": "SECRET", "generated_tokens": 1}),
+        pile({"event": "sample", "sample": {"text": "SECRET"}}),
     ],
 )
 def test_anything_else_is_refused_without_its_text(data: Any) -> None:
     with pytest.raises(EngineFailedError) as caught:
-        unpack(data)
+        Pile.unpack(data)
     assert "SECRET" not in str(caught.value)
     assert caught.value.__context__ is None or caught.value.__suppress_context__

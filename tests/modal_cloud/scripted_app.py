@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 import modal
-from flywheel_server.deployment import model
+from flywheel_server.deployment.model import RemoteModel
 from flywheel_server.engines.base import PromptTooLongError
 from flywheel_server.engines.scripted import Script, ScriptedEngine
 
@@ -26,14 +26,15 @@ class Model:
     @modal.enter()
     def load(self) -> None:
         self.engine = ScriptedEngine(Script.model_validate_json(os.environ["SCRIPT"]))
+        self.remote = RemoteModel(self.engine)
 
     @modal.method()
     async def generate(self, /, **fields: Any) -> dict[str, Any]:
-        return await model.generate(self.engine, **fields)
+        return await self.remote.generate(**fields)
 
     @modal.method()
-    async def generate_deltas(self, /, queue: modal.Queue, partition: str, **fields: Any) -> None:
-        await model.generate_deltas(self.engine, queue, partition, **fields)
+    async def generate_deltas(self, /, **arguments: Any) -> None:
+        await self.remote.generate_deltas(**arguments)
 
     @modal.method()
     async def running(self) -> int:
@@ -48,6 +49,7 @@ class Flywheel:
     @modal.enter()
     def load(self) -> None:
         self.engine = ScriptedEngine(Script.model_validate_json(os.environ["SCRIPT"]))
+        self.remote = RemoteModel(self.engine)
 
     @modal.method()
     async def generate(  # noqa: PLR0917 - Flywheel's
@@ -65,7 +67,7 @@ class Flywheel:
         frequency_penalty: float,
     ) -> dict[str, Any]:
         fields = {name: value for name, value in locals().items() if name != "self"}
-        answer = await model.generate(self.engine, **fields)
+        answer = await self.remote.generate(**fields)
         for sample in answer["responses"]:
             for ours in ("index", "prompt_tokens", "stop_sequence"):
                 del sample[ours]
@@ -130,9 +132,13 @@ class FaultyStream:
         return await misbehave(text)
 
     @modal.method()
-    async def generate_deltas(self, /, queue: modal.Queue, partition: str, text: str, **fields: Any) -> Any:
+    async def generate_deltas(self, /, queue: modal.Queue, partition: str, call: str, text: str, **fields: Any) -> Any:
         started, delta = {"event": "started"}, {"event": "delta", "index": 0, "text": "SECRET", "generated_tokens": 1}
-        await queue.put.aio([started, delta], partition=partition)
-        answer = await misbehave(text)
-        if answer is not None:
-            await queue.put.aio(answer, partition=partition)
+        await queue.put.aio({"call": call, "number": 0, "events": [started, delta]}, partition=partition)
+        match text:
+            case "nothing of this kind":
+                await queue.put.aio({"call": call, "number": 1, "events": [{"event": "SECRET"}]}, partition=partition)
+            case "leave a gap":
+                await queue.put.aio({"call": call, "number": 2, "events": [delta]}, partition=partition)
+            case _:
+                await misbehave(text)

@@ -5,23 +5,21 @@ import time
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any, Final
+from weakref import WeakValueDictionary
 
 import modal
 from pydantic import ValidationError
 
 from flywheel_server import logs
+from flywheel_server.deployment.outbox import Outbox
 from flywheel_server.deployment.settings import Deployment
 from flywheel_server.deployment.weights import Weights
-from flywheel_server.engines import remote_events
 from flywheel_server.engines.base import Engine
 from flywheel_server.engines.embedded import EmbeddedEngine
+from flywheel_server.engines.remote_events import Pile
 from flywheel_server.merging import in_piles
 from flywheel_server.messages import GenerationRequest, GenerationResponse, GenerationResponseSample
 from flywheel_server.settings import Settings
-
-PARTITION_TTL: Final = 3600
-"""Seconds after which Modal clears what nobody has read of a generation, because its caller has gone."""
-
 
 GPU_BATCH_TOKENS: Final = 512
 """Tokens that a GPU computes in one step: with fewer it idles, and still a step takes well under a second."""
@@ -51,23 +49,36 @@ def _request(fields: dict[str, Any]) -> GenerationRequest:
         raise ValueError(str(error)) from None
 
 
-async def generate(engine: Engine, **fields: Any) -> dict[str, Any]:  # noqa: ANN401 - checked at once
-    """Returns the samples as Flywheel does: a dictionary in the shape of `GenerationResponse`.
+class RemoteModel:
+    """The methods of the class, over an engine that has started."""
 
-    Raises `ValueError` for fields that are wrong, and `EngineError`.
-    """
-    created = time.time()
-    request = _request(fields)
-    async with aclosing(engine.generate(request)) as events:
-        samples = [event async for event in events if isinstance(event, GenerationResponseSample)]
-    return GenerationResponse.of(request, created, samples).model_dump(mode="json")
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        # One for each gateway that has a call here now.
+        self._outboxes: WeakValueDictionary[str, Outbox] = WeakValueDictionary()
 
+    async def generate(self, **fields: Any) -> dict[str, Any]:  # noqa: ANN401 - checked at once
+        """Returns the samples as Flywheel does: a dictionary in the shape of `GenerationResponse`.
 
-async def generate_deltas(engine: Engine, queue: modal.Queue, partition: str, **fields: Any) -> None:  # noqa: ANN401 - as above
-    """Puts the events of the generation into a partition of the queue, in piles, and returns when all are there.
+        Raises `ValueError` for fields that are wrong, and `EngineError`.
+        """
+        created = time.time()
+        request = _request(fields)
+        async with aclosing(self._engine.generate(request)) as events:
+            samples = [event async for event in events if isinstance(event, GenerationResponseSample)]
+        return GenerationResponse.of(request, created, samples).model_dump(mode="json")
 
-    Raises what `generate` does. A queue that is full, because nobody reads it fast enough, is waited for.
-    """
-    async with aclosing(engine.generate(_request(fields))) as events, aclosing(in_piles(events)) as piles:
-        async for pile in piles:
-            await queue.put.aio(remote_events.pack(pile), partition=partition, partition_ttl=PARTITION_TTL)
+    async def generate_deltas(self, queue: modal.Queue, partition: str, call: str, **fields: Any) -> None:  # noqa: ANN401 - as above
+        """Sends the events of the generation to a partition of the queue, and returns when all are there.
+
+        They go in the piles of `engines.remote_events`, under the id that the caller gave the call. Raises what `generate`
+        and `Outbox.send` do.
+        """
+        outbox = self._outboxes.get(partition)
+        if outbox is None:
+            outbox = self._outboxes[partition] = Outbox(queue, partition)
+        number = 0
+        async with aclosing(self._engine.generate(_request(fields))) as events, aclosing(in_piles(events)) as piles:
+            async for pile in piles:
+                await outbox.send(Pile(call, number, pile).pack())
+                number += 1

@@ -6,7 +6,6 @@ a generator on Modal could stream it too, but a generator cannot be cancelled.
 """
 
 import asyncio
-import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, AsyncExitStack, aclosing, contextmanager, suppress
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ import modal
 import structlog
 from pydantic import ValidationError
 
-from flywheel_server.engines import remote_events
 from flywheel_server.engines.base import (
     EngineError,
     EngineFailedError,
@@ -27,14 +25,13 @@ from flywheel_server.engines.base import (
     Event,
     Started,
 )
+from flywheel_server.engines.inbox import Arrivals, Inbox
 from flywheel_server.engines.modal_errors import Target, as_engine_errors
+from flywheel_server.engines.remote_events import Pile
 from flywheel_server.engines.samples import StopGate
 from flywheel_server.messages import GenerationRequest, GenerationResponse, GenerationResponseSample
 
 log = structlog.stdlib.get_logger(__name__)
-
-MAX_PILES: Final = 100
-"""How many piles of events one read of the queue brings at most."""
 
 QUEUE_GRACE: Final = 10.0
 """Seconds for the rest of the events to come out of the queue once the call that put them there has returned."""
@@ -51,11 +48,10 @@ Method: TypeAlias = modal.Function[..., Any, Any]
 
 @dataclass(frozen=True, slots=True)
 class _Class:
-    """The class as it was found: its methods, as far as it has them, and the queue that brings what `generate_deltas` sends."""
+    """The methods of the class as it was found, as far as it has them."""
 
     generate: Method
     generate_deltas: Method | None
-    queue: modal.Queue | None
 
 
 class FlywheelEngine:
@@ -75,7 +71,8 @@ class FlywheelEngine:
         self._model = model
         self._class: _Class | None = None
         self._looking_up = asyncio.Lock()
-        self._queues = AsyncExitStack()
+        self._inbox: Inbox | None = None
+        self._queue = AsyncExitStack()
         self._calls: set[RemoteCall] = set()
         self._cleanups: set[asyncio.Task[None]] = set()
 
@@ -89,17 +86,16 @@ class FlywheelEngine:
             _, unfinished = await asyncio.wait(self._cleanups, timeout=STOP_GRACE)
             for task in unfinished:
                 task.cancel()
-        with suppress(EngineError), self._translated_errors():
-            await self._queues.aclose()
+        await self._close_inbox()
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """Yields the events of the request; see `Engine.generate`."""
         with self._translated_errors():
             found = await self._found()
-            if found.generate_deltas is None or found.queue is None:
+            if found.generate_deltas is None:
                 source = self._whole(found.generate, request)
             else:
-                source = self._streamed(found.generate_deltas, found.queue, request)
+                source = self._streamed(found.generate_deltas, await self._open_inbox(), request)
             async with aclosing(source) as events:
                 async for event in events:
                     yield event
@@ -113,14 +109,13 @@ class FlywheelEngine:
             for sample in _samples(await call.result(), request.stop):
                 yield sample
 
-    async def _streamed(self, method: Method, queue: modal.Queue, request: GenerationRequest) -> AsyncGenerator[Event, None]:
-        """Yields what the method puts into the queue."""
-        partition = uuid.uuid4().hex
+    async def _streamed(self, method: Method, inbox: Inbox, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        """Yields what the method sends to the inbox."""
         unfinished = request.num_samples
-        arguments = {"queue": queue, "partition": partition, **request.model_dump(mode="json")}
-        try:
-            with self._spawned(method, arguments) as call:
-                async with aclosing(_once(_events(call, queue, partition))) as events:
+        with inbox.receiving() as (call_id, arrivals):
+            sender = {"queue": inbox.queue, "partition": inbox.partition, "call": call_id}
+            with self._spawned(method, sender | request.model_dump(mode="json")) as call:
+                async with aclosing(_in_order(_piles(call, arrivals))) as events:
                     async for event in events:
                         unfinished -= isinstance(event, GenerationResponseSample)
                         if unfinished == 0:
@@ -128,9 +123,6 @@ class FlywheelEngine:
                         yield event
                         if unfinished == 0:
                             return
-        finally:
-            if unfinished:
-                self._clean_up(lambda: queue.clear.aio(partition=partition))
 
     @contextmanager
     def _spawned(self, method: Method, arguments: dict[str, Any]) -> Iterator["RemoteCall"]:
@@ -194,9 +186,22 @@ class FlywheelEngine:
         try:
             generate_deltas = await instance.generate_deltas.hydrate.aio()
         except modal.exception.NotFoundError:
-            return _Class(generate, None, None)
-        queue = await self._queues.enter_async_context(modal.Queue.ephemeral(environment_name=environment))
-        return _Class(generate, generate_deltas, queue)
+            return _Class(generate, None)
+        return _Class(generate, generate_deltas)
+
+    async def _open_inbox(self) -> Inbox:
+        async with self._looking_up:
+            if self._inbox is None or not self._inbox.reads:
+                await self._close_inbox()
+                queue = modal.Queue.ephemeral(environment_name=self._target.environment or None)
+                self._inbox = Inbox(await self._queue.enter_async_context(queue), self._translated_errors)
+            return self._inbox
+
+    async def _close_inbox(self) -> None:
+        if self._inbox is not None:
+            await self._inbox.close()
+        with suppress(EngineError), self._translated_errors():
+            await self._queue.aclose()
 
     async def check(self) -> None:
         """Returns: a call would wake a container, which bills for its time, for nothing."""
@@ -251,48 +256,51 @@ class RemoteCall:
         self._ended = True
 
 
-async def _once(events: AsyncGenerator[Event, None]) -> AsyncGenerator[Event, None]:
-    """Passes the events on, as long as they are of one attempt.
+async def _piles(call: RemoteCall, arrivals: Arrivals) -> AsyncGenerator[Pile, None]:
+    """Yields what arrives from the call; raises what becomes of it."""
+    returned = asyncio.ensure_future(call.result())
+
+    def end(_: object) -> None:
+        if returned.cancelled():
+            return
+        if error := returned.exception():
+            arrivals.put_nowait(error if isinstance(error, EngineError) else EngineFailedError(str(error)))
+        else:
+            error = EngineFailedError("the class returned before it had sent all samples")
+            asyncio.get_running_loop().call_later(QUEUE_GRACE, arrivals.put_nowait, error)
+
+    returned.add_done_callback(end)
+    try:
+        while True:
+            arrival = await arrivals.get()
+            if isinstance(arrival, EngineError):
+                raise arrival
+            yield arrival
+    finally:
+        returned.cancel()
+        await asyncio.gather(returned, return_exceptions=True)
+
+
+async def _in_order(piles: AsyncGenerator[Pile, None]) -> AsyncGenerator[Event, None]:
+    """Yields the events of the piles, as long as none is missing and all are of one attempt.
 
     When Modal loses a container, it runs the calls in it again in another one. Nobody notices as long as nothing was sent;
     after that, the text would begin anew, and differ.
     """
+    expected = 0
     started = sent = False
-    async with aclosing(events):
-        async for event in events:
-            if isinstance(event, Started):
-                if sent:
-                    raise EngineUnavailableError("Modal lost the container, and began the call anew in another one")
-                if started:
-                    continue
-                started = True
-            else:
-                sent = True
-            yield event
-
-
-async def _events(call: RemoteCall, queue: modal.Queue, partition: str) -> AsyncGenerator[Event, None]:
-    """Yields what the call puts into its partition of the queue; raises what becomes of the call."""
-    returned = asyncio.ensure_future(call.result())
-    read: asyncio.Future[list[Any]] | None = None
-    try:
-        while True:
-            read = asyncio.ensure_future(queue.get_many.aio(MAX_PILES, partition=partition))
-            await asyncio.wait((read, returned), return_when=asyncio.FIRST_COMPLETED)
-            if not read.done():
-                await returned
-                # Whatever it has sent was in the queue before it returned.
-                await asyncio.wait((read,), timeout=QUEUE_GRACE)
-            if not read.done():
-                raise EngineFailedError("the class returned before it had sent all samples")
-            for pile in await read:
-                for event in remote_events.unpack(pile):
+    async with aclosing(piles):
+        async for pile in piles:
+            if pile.number == 0 and sent:
+                raise EngineUnavailableError("Modal lost the container, and began the call anew in another one")
+            if pile.number not in {0, expected}:
+                raise EngineUnavailableError("Modal lost events of the call")
+            expected = pile.number + 1
+            for event in pile.events:
+                sent = sent or not isinstance(event, Started)
+                if not (started and isinstance(event, Started)):
                     yield event
-    finally:
-        pending = [future for future in (returned, read) if future is not None]
-        for future in pending:
-            future.cancel()
-        await asyncio.gather(*pending, return_exceptions=True)
+                started = True
 
 
 def _samples(answer: Any, stop: Sequence[str]) -> Iterator[GenerationResponseSample]:  # noqa: ANN401 - to be found out

@@ -3,9 +3,10 @@
 Plain data, rather than pickled objects of ours, because the two containers may run different versions of this package.
 """
 
-from typing import Annotated, Any, Final, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from flywheel_server.engines.base import EngineFailedError, Event, Started, TextDelta
 from flywheel_server.messages import GenerationResponseSample, Int32
@@ -31,12 +32,42 @@ class _Sample(BaseModel):
     sample: GenerationResponseSample
 
 
-_EVENTS: Final = TypeAdapter(list[Annotated[_Started | _Delta | _Sample, Field(discriminator="event")]])
+class _Pile(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    call: str
+    number: Int32
+    events: list[Annotated[_Started | _Delta | _Sample, Field(discriminator="event")]]
 
 
-def pack(events: list[Event]) -> list[dict[str, Any]]:
-    """Returns the events as plain data."""
-    return [_packed(event) for event in events]
+@dataclass(frozen=True, slots=True)
+class Pile:
+    """Some events of a call that were sent together.
+
+    Attributes:
+        call: The id that the caller gave the call.
+        number: How many piles of this attempt at the call were sent before.
+        events: What happened, in its order.
+    """
+
+    call: str
+    number: int
+    events: list[Event]
+
+    def pack(self) -> dict[str, Any]:
+        """Returns the pile as plain data."""
+        return {"call": self.call, "number": self.number, "events": [_packed(event) for event in self.events]}
+
+    @classmethod
+    def unpack(cls, data: Any) -> Self:  # noqa: ANN401 - what has come is to be found out
+        """Returns the pile that the data stands for; raises `EngineFailedError` where it is something else."""
+        try:
+            pile = _Pile.model_validate(data)
+        except ValidationError as error:
+            # Without the input, which holds text of the model.
+            problems = error.errors(include_url=False, include_input=False, include_context=False)
+            raise EngineFailedError(f"the class sent what is no pile of events: {problems}") from None
+        return cls(pile.call, pile.number, [_unpacked(event) for event in pile.events])
 
 
 def _packed(event: Event) -> dict[str, Any]:
@@ -52,16 +83,6 @@ def _packed(event: Event) -> dict[str, Any]:
             }
         case GenerationResponseSample():
             return {"event": "sample", "sample": event.model_dump()}
-
-
-def unpack(data: Any) -> list[Event]:  # noqa: ANN401 - what has come is to be found out
-    """Returns the events that the data stands for; raises `EngineFailedError` where it is something else."""
-    try:
-        return [_unpacked(event) for event in _EVENTS.validate_python(data)]
-    except ValidationError as error:
-        # Without the input, which holds text of the model.
-        problems = error.errors(include_url=False, include_input=False, include_context=False)
-        raise EngineFailedError(f"the class sent events that are none: {problems}") from None
 
 
 def _unpacked(event: _Started | _Delta | _Sample) -> Event:

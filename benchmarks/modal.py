@@ -1,0 +1,111 @@
+"""What the gateway adds to a call on Modal: over gRPC, against `Model.generate` called with the modal client directly.
+
+    python -m benchmarks.modal
+
+Both sides call the same container, which plays a script without delays, so that what is left is the way there and back. Modal
+itself is the stand-in of the tests, in a process of its own on this machine: its share of a call is that of loopback and of
+Python. On the real Modal it is many times larger, and what the gateway adds by itself stays.
+"""
+
+import asyncio
+import multiprocessing
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Final
+
+import modal
+from flywheel_client import AsyncClient
+
+from benchmarks.serving import flywheel_server
+
+CONCURRENCY: Final = (1, 16, 128)
+CALLS: Final = 256
+ROUNDS: Final = 5
+APP: Final = "benchmark"
+FIELDS: Final[dict[str, Any]] = {"text": "x" * 400, "max_tokens": 16}
+
+
+def main() -> None:
+    """Measures, and prints a table."""
+    with _modal_cloud() as environ:
+        os.environ.update(environ)
+        with flywheel_server("--engine", "flywheel", "--modal-app", APP) as address:
+            asyncio.run(_compare(address))
+
+
+async def _compare(address: str) -> None:
+    model = modal.Cls.from_name(APP, "Model").with_options(gpu="A10G", timeout=600)()
+    async with AsyncClient(address) as client:
+
+        async def unary() -> None:
+            await client.generate_all(**FIELDS)
+
+        async def deltas() -> None:
+            async with client.generate_deltas(**FIELDS) as stream:
+                async for _ in stream:
+                    pass
+
+        async def direct() -> None:
+            await model.generate.remote.aio(**FIELDS)
+
+        ways = {"direct": direct, "GenerateAll": unary, "GenerateDeltas": deltas}
+        print(f"{'at a time':>10} {'call':>15} {'ms/call':>8} {'added ms':>9} {'ratio':>6}   (ratio of each round)")
+        for concurrency in CONCURRENCY:
+            for call in ways.values():
+                await _milliseconds(call, concurrency)
+            rounds = [{name: await _milliseconds(call, concurrency) for name, call in ways.items()} for _ in range(ROUNDS)]
+            for name in ways:
+                times = [measured[name] for measured in rounds]
+                added = [measured[name] - measured["direct"] for measured in rounds]
+                ratios = [measured[name] / measured["direct"] for measured in rounds]
+                print(
+                    f"{concurrency:>10} {name:>15} {statistics.median(times):>8.1f} {statistics.median(added):>9.1f} "
+                    f"{statistics.median(ratios):>6.2f}   ({', '.join(f'{ratio:.2f}' for ratio in ratios)})"
+                )
+
+
+async def _milliseconds(call: Callable[[], Awaitable[None]], concurrency: int) -> float:
+    """Returns the milliseconds that a call takes on average, with so many at a time."""
+    taken: list[float] = []
+
+    async def caller() -> None:
+        for _ in range(max(1, CALLS // concurrency)):
+            start = time.perf_counter()
+            await call()
+            taken.append(time.perf_counter() - start)
+
+    await asyncio.gather(*(caller() for _ in range(concurrency)))
+    return 1000 * statistics.mean(taken)
+
+
+@contextmanager
+def _modal_cloud() -> Iterator[dict[str, str]]:
+    """Runs the stand-in of Modal's cloud with a class in it, and gives the environment of its clients."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_run_cloud, args=(theirs,))
+    process.start()
+    try:
+        yield ours.recv()
+    finally:
+        ours.send(None)
+        process.join()
+
+
+def _run_cloud(pipe: Connection) -> None:
+    from tests.modal_cloud import ModalCloud, scripted
+
+    with tempfile.TemporaryDirectory() as directory, ModalCloud(Path(directory)) as cloud:
+        scripted.deploy(cloud, APP)
+        pipe.send(cloud.environ)
+        pipe.recv()
+
+
+if __name__ == "__main__":
+    main()
