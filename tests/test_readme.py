@@ -1,6 +1,6 @@
-"""The README says what the code does: its table of settings is made from them, and its Python runs.
+"""The documents say what the code does: their tables of settings are made from them, and their Python runs.
 
-`python -m tests.test_readme` writes the table.
+`python -m tests.test_readme` writes the tables.
 """
 
 import asyncio
@@ -9,12 +9,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from flywheel_server.deployment.settings import DEPLOY_PREFIX, Deployment
+from flywheel_server.deployment.weights import DoesNotFitError, check_fit, find
 from flywheel_server.engines.scripted import ScriptedEngine
 from flywheel_server.settings import PREFIX, Settings, default_text, flag
 
 from tests.serving import serving
 
 README = Path(__file__).parent.parent / "README.md"
+MODAL = README.parent / "docs" / "modal.md"
 TABLE = re.compile(r"(?<=<!-- settings: written by `python -m tests.test_readme` -->\n).*?(?=<!-- /settings -->)", re.DOTALL)
 
 
@@ -27,9 +31,27 @@ def table() -> str:
     return "\n".join(rows) + "\n"
 
 
-def test_the_table_of_settings_is_up_to_date() -> None:
-    (written,) = TABLE.findall(README.read_text())
-    assert written == table(), "run `python -m tests.test_readme`"
+def deployment_table() -> str:
+    rows = ["| variable | default | meaning |", "|---|---|---|"]
+    for name, field in Deployment.model_fields.items():
+        default = "" if field.default is None else f"`{field.default}`"
+        rows.append(f"| `{DEPLOY_PREFIX}{name.upper()}` | {default} | {field.description} |")
+    return "\n".join(rows) + "\n"
+
+
+TABLES = {README: table, MODAL: deployment_table}
+
+
+@pytest.mark.parametrize("document", TABLES, ids=lambda document: document.name)
+def test_the_tables_of_settings_are_up_to_date(document: Path) -> None:
+    (written,) = TABLE.findall(document.read_text())
+    assert written == TABLES[document](), "run `python -m tests.test_readme`"
+
+
+def test_the_refusal_in_the_documentation_is_what_is_said() -> None:
+    with pytest.raises(DoesNotFitError) as refused:
+        check_fit(find("mixtral-8x7b-instruct-q4_k_m"), "A10G", 8192)
+    assert str(refused.value) in MODAL.read_text()
 
 
 async def test_the_python_of_the_readme_runs() -> None:
@@ -44,4 +66,5 @@ async def test_the_python_of_the_readme_runs() -> None:
 
 
 if __name__ == "__main__":
-    README.write_text(TABLE.sub(lambda _: table(), README.read_text()))
+    for path, make in TABLES.items():
+        path.write_text(TABLE.sub(lambda _, make=make: make(), path.read_text()))  # type: ignore[misc]
