@@ -55,7 +55,8 @@ def test_the_refusal_in_the_documentation_is_what_is_said() -> None:
 
 
 async def test_the_python_of_the_readme_runs() -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    examples = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    (example,) = [example for example in examples if "localhost:50051" in example]
     async with serving(ScriptedEngine()) as target:
         program = example.replace("localhost:50051", target.address)
         process = await asyncio.create_subprocess_exec(sys.executable, "-c", program, stdout=subprocess.PIPE)
