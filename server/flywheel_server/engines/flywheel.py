@@ -6,7 +6,7 @@ a generator on Modal could stream it too, but a generator cannot be cancelled.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, AsyncExitStack, aclosing, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Final, Self, TypeAlias
@@ -36,8 +36,8 @@ log = structlog.stdlib.get_logger(__name__)
 QUEUE_GRACE: Final = 10.0
 """Seconds for the rest of the events to come out of the queue once the call that put them there has returned."""
 
-CLEAN_UP_INTERVAL: Final = 1.0
-"""Seconds between two tries to cancel what is to be cancelled, while Modal cannot be reached."""
+CANCEL_INTERVAL: Final = 1.0
+"""Seconds between two tries to cancel a call while Modal cannot be reached."""
 
 STOP_GRACE: Final = 5.0
 """Seconds for the cancels that are under way when the engine stops."""
@@ -74,16 +74,16 @@ class FlywheelEngine:
         self._inbox: Inbox | None = None
         self._queue = AsyncExitStack()
         self._calls: set[RemoteCall] = set()
-        self._cleanups: set[asyncio.Task[None]] = set()
+        self._cancels: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *exception: object) -> None:
         for call in self._calls:
-            self._clean_up(call.cancel)
-        if self._cleanups:
-            _, unfinished = await asyncio.wait(self._cleanups, timeout=STOP_GRACE)
+            self._cancel(call)
+        if self._cancels:
+            _, unfinished = await asyncio.wait(self._cancels, timeout=STOP_GRACE)
             for task in unfinished:
                 task.cancel()
         await self._close_inbox()
@@ -118,8 +118,8 @@ class FlywheelEngine:
                 async with aclosing(_in_order(_piles(call, arrivals))) as events:
                     async for event in events:
                         unfinished -= isinstance(event, GenerationResponseSample)
-                        if unfinished == 0:
-                            call.has_ended()
+                        # Whatever it does after its last sample, there is nothing left to cancel.
+                        call.ended = unfinished == 0
                         yield event
                         if unfinished == 0:
                             return
@@ -133,32 +133,29 @@ class FlywheelEngine:
             yield call
         finally:
             self._calls.discard(call)
-            self._clean_up(call.cancel)
+            if not call.ended:
+                self._cancel(call)
 
-    def _clean_up(self, work: Callable[[], Awaitable[None]]) -> None:
-        """Does what nobody waits for, so that a caller who has gone is let go at once.
+    def _cancel(self, call: "RemoteCall") -> None:
+        """Cancels the call without waiting for it, so that a caller who has gone is let go at once."""
+        task = asyncio.create_task(self._cancelled(call))
+        self._cancels.add(task)
+        task.add_done_callback(self._cancels.discard)
 
-        As long as Modal cannot be reached, it is tried again: by the time it could end a call by itself, there is no need.
-        """
-
-        async def clean_up() -> None:
-            given_up = asyncio.get_running_loop().time() + self._timeout
-            while True:
-                try:
-                    with self._translated_errors():
-                        return await work()
-                except EngineUnavailableError as error:
-                    if asyncio.get_running_loop().time() > given_up:
-                        log.warning("clean-up on Modal given up", error=str(error))
-                        return None
-                except EngineError as error:
-                    log.warning("clean-up on Modal failed", error=str(error))
-                    return None
-                await asyncio.sleep(CLEAN_UP_INTERVAL)
-
-        task = asyncio.create_task(clean_up())
-        self._cleanups.add(task)
-        task.add_done_callback(self._cleanups.discard)
+    async def _cancelled(self, call: "RemoteCall") -> None:
+        """Tries until Modal can be reached, or would have ended the call by itself."""
+        given_up = asyncio.get_running_loop().time() + self._timeout
+        while asyncio.get_running_loop().time() < given_up:
+            try:
+                with self._translated_errors():
+                    return await call.cancel()
+            except EngineUnavailableError:
+                await asyncio.sleep(CANCEL_INTERVAL)
+            except EngineError as error:
+                log.warning("call not cancelled", error=str(error))
+                return None
+        log.warning("call not cancelled", error="Modal cannot be reached")
+        return None
 
     @contextmanager
     def _translated_errors(self) -> Iterator[None]:
@@ -226,7 +223,8 @@ class RemoteCall:
         self._translated_errors = translated_errors
         # A task of its own: cancelled half way, it might leave a call behind that nobody knows.
         self._spawning = asyncio.ensure_future(method.spawn.aio(**arguments))
-        self._ended = False
+        self.ended = False
+        """Whether there is nothing left to cancel."""
 
     async def accepted(self) -> "modal.FunctionCall[Any]":
         """Returns the call on Modal, once Modal has accepted it."""
@@ -237,23 +235,17 @@ class RemoteCall:
         # Here, before a task is left by it: what a method raises may be a SystemExit, which would end the event loop.
         with self._translated_errors():
             result = await (await self.accepted()).get.aio()
-        self._ended = True
+        self.ended = True
         return result
 
-    def has_ended(self) -> None:
-        """Says that the method has nothing left to do."""
-        self._ended = True
-
     async def cancel(self) -> None:
-        """Cancels the call on Modal unless it has ended. It may be tried again where that fails."""
-        if self._ended:
-            return
+        """Cancels the call on Modal. It may be tried again where that fails."""
         try:
             call = await self.accepted()
         except Exception:  # noqa: BLE001 - whoever spawned it was told, and there is no call
             return
         await call.cancel.aio()
-        self._ended = True
+        self.ended = True
 
 
 async def _piles(call: RemoteCall, arrivals: Arrivals) -> AsyncGenerator[Pile, None]:
