@@ -4,6 +4,8 @@ Example:
     with Client("localhost:50051") as client, client.generate_deltas("Once upon a time", max_tokens=64) as deltas:
         for delta in deltas:
             print(delta.text, end="", flush=True)
+
+`Client.from_modal()` finds a deployment on Modal by the name of its app, and balances its calls over the containers.
 """
 
 from flywheel_proto import __version__
@@ -21,6 +23,7 @@ from flywheel_client._errors import (
     UnauthenticatedError,
     UnavailableError,
 )
+from flywheel_client._modal import Endpoint, published_endpoints
 from flywheel_client._request import GenerationFields
 from flywheel_client._results import Defaults, Delta, Limits, Model, Response, Sample, Stats
 from flywheel_client._sync import Client, Stream
@@ -33,6 +36,7 @@ __all__ = [
     "DeadlineExceededError",
     "Defaults",
     "Delta",
+    "Endpoint",
     "FailedPreconditionError",
     "FieldViolation",
     "FlywheelError",
@@ -49,4 +53,5 @@ __all__ = [
     "UnauthenticatedError",
     "UnavailableError",
     "__version__",
+    "published_endpoints",
 ]

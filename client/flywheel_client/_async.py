@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar, Unpack
+from weakref import WeakKeyDictionary
 
 import grpc
 import grpc.aio
@@ -18,12 +19,14 @@ from flywheel_client._channel import (
     CallOptions,
     Connection,
     Timeout,
+    call_metadata,
     health_request,
     health_response,
-    request_id_in,
     serving_status,
 )
-from flywheel_client._errors import CallCancelledError, FlywheelError, error_from_status
+from flywheel_client._errors import FlywheelError, call_cancelled, error_from_status, request_id_in
+from flywheel_client._modal import APP, ModalDirectory
+from flywheel_client._pool import Directory
 from flywheel_client._request import GenerationFields, generation_request
 from flywheel_client._results import (
     Delta,
@@ -127,25 +130,71 @@ class AsyncClient:
 
     def __init__(
         self,
-        address: str,
+        address: str | Directory,
         *,
         timeout: float | None = None,
         metadata: Sequence[tuple[str, str | bytes]] = (),
         channel_options: Sequence[tuple[str, Any]] = (),
         credentials: grpc.ChannelCredentials | None = None,
+        api_key: str | None = None,
     ) -> None:
         """Makes a client.
 
         Args:
-            address: The server's `host:port`, or any other target of gRPC.
+            address: The server's `host:port`, or any other target of gRPC. (`from_modal` gives a directory of them.)
             timeout: The seconds that a call may take unless it says otherwise. Default: no deadline.
-            metadata: What every call carries, such as `[("authorization", "Bearer …")]`. Keys are lowercase.
+            metadata: What every call carries, such as `[("tenant", "a")]`. Keys are lowercase.
             channel_options: Options of the channel, which take precedence over the client's own.
             credentials: For TLS, such as `grpc.ssl_channel_credentials()`.
+            api_key: The key that the server asks for; sent as `authorization: Bearer KEY`.
+
+        Raises:
+            ValueError: The key is empty, or has characters that are not visible ASCII.
         """
-        self._connection = Connection(address, timeout, tuple(metadata), channel_options, credentials)
+        self._connection = Connection(address, timeout, call_metadata(metadata, api_key), channel_options, credentials)
         self._channels: dict[asyncio.AbstractEventLoop, grpc.aio.Channel] = {}
+        self._streams: WeakKeyDictionary[AsyncStream[Any], asyncio.AbstractEventLoop] = WeakKeyDictionary()
         self._closed = False
+
+    @classmethod
+    def from_modal(
+        cls,
+        app: str = APP,
+        *,
+        environment: str | None = None,
+        api_key: str | None = None,
+        timeout: float | None = None,
+        metadata: Sequence[tuple[str, str | bytes]] = (),
+        channel_options: Sequence[tuple[str, Any]] = (),
+        credentials: grpc.ChannelCredentials | None = None,
+    ) -> Self:
+        """Makes a client of a deployment on Modal, which it finds by name and follows as containers come and go.
+
+        Each call goes to the endpoint with the fewest calls of this client. One that finds its endpoint gone, or about to stop,
+        before it has delivered anything is tried on another; one deadline holds for all tries. What has delivered something
+        is never repeated: it raises `UnavailableError`. Its first call asks Modal for the addresses, and waits for them.
+
+        Args:
+            app: The name of the deployed app.
+            environment: The Modal environment it is deployed in. Default: that of the Modal configuration.
+            api_key: The key that the server asks for; sent as `authorization: Bearer KEY`.
+            timeout: The seconds that a call may take unless it says otherwise. Default: no deadline.
+            metadata: What every call carries. Keys are lowercase.
+            channel_options: Options of the channels, which take precedence over the client's own.
+            credentials: Default: `grpc.ssl_channel_credentials()`.
+
+        Raises:
+            ModuleNotFoundError: The package modal is not installed: `pip install 'flywheel-grpc[modal]'`.
+            ValueError: The key is empty, or has characters that are not visible ASCII.
+        """
+        return cls(
+            ModalDirectory(app, environment),
+            timeout=timeout,
+            metadata=metadata,
+            channel_options=channel_options,
+            credentials=grpc.ssl_channel_credentials() if credentials is None else credentials,
+            api_key=api_key,
+        )
 
     def generate(
         self,
@@ -233,6 +282,10 @@ class AsyncClient:
     async def close(self) -> None:
         """Closes the running loop's channel, which cancels its calls. The client makes no further calls."""
         self._closed = True
+        for stream, loop in list(self._streams.items()):
+            # Older versions of grpcio, such as 1.73, do not end streams when their channel is closed.
+            if loop is asyncio.get_running_loop():
+                stream.cancel()
         channels, self._channels = self._channels, {}
         if channel := channels.get(asyncio.get_running_loop()):
             await channel.close()
@@ -268,7 +321,9 @@ class AsyncClient:
     ) -> AsyncStream[ResultT]:
         options = self._connection.call_options(timeout, request_id)
         call = method(request, timeout=options.timeout, metadata=options.metadata)
-        return AsyncStream(call, result_from, options.request_id)
+        stream = AsyncStream(call, result_from, options.request_id)
+        self._streams[stream] = asyncio.get_running_loop()
+        return stream
 
 
 async def _messages(call: "grpc.aio.UnaryStreamCall[Any, MessageT]") -> AsyncIterator[MessageT]:
@@ -300,7 +355,7 @@ def _raise_if_call_was_cancelled(request_id: str) -> None:
     """
     task = asyncio.current_task()
     if task is not None and not task.cancelling():
-        raise CallCancelledError(grpc.StatusCode.CANCELLED, "the call was cancelled", request_id=request_id) from None
+        raise call_cancelled(request_id) from None
 
 
 def _flywheel_error(error: grpc.aio.AioRpcError, request_id: str) -> FlywheelError:

@@ -7,16 +7,19 @@ makes its first call (grpc#41768).
 import enum
 import string
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Final
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, cast
 
 import grpc
 import grpc.aio
 from flywheel_proto import __version__
 from google.protobuf.wrappers_pb2 import Int32Value, StringValue
 
+from flywheel_client._async_failover import AsyncFailoverChannel
 from flywheel_client._errors import REQUEST_ID_KEY
+from flywheel_client._failover import FailoverChannel
+from flywheel_client._pool import Directory
 
 # The caller decided how much text it asks for; grpc's default of 4 MiB would refuse it after it was generated.
 MAX_RECEIVE_MESSAGE_BYTES: Final = -1
@@ -74,27 +77,37 @@ class CallOptions:
     request_id: str
 
 
+def call_metadata(metadata: Sequence[tuple[str, str | bytes]], api_key: str | None) -> tuple[tuple[str, str | bytes], ...]:
+    """Returns what every call of a client carries; raises `ValueError` for a key that no header can hold."""
+    if api_key is None:
+        return tuple(metadata)
+    if not api_key or not _VISIBLE_ASCII.issuperset(api_key):
+        # Without the key itself: messages end up in logs.
+        raise ValueError("api_key must be one or more visible ASCII characters")
+    return (*metadata, ("authorization", f"Bearer {api_key}"))
+
+
 @dataclass(frozen=True, slots=True)
 class Connection:
     """The arguments of a client, which every channel it opens and every call it makes take from here."""
 
-    address: str
+    target: str | Directory
     timeout: float | None
-    metadata: tuple[tuple[str, str | bytes], ...]
+    metadata: tuple[tuple[str, str | bytes], ...] = field(repr=False)
     channel_options: Sequence[tuple[str, Any]]
     credentials: grpc.ChannelCredentials | None
 
     def open(self) -> grpc.Channel:
         """Returns a new channel for threads."""
-        if self.credentials is None:
-            return grpc.insecure_channel(self.address, self._options())
-        return grpc.secure_channel(self.address, self.credentials, self._options())
+        if isinstance(self.target, str):
+            return self._open(self.target)
+        return cast("grpc.Channel", FailoverChannel(self.target, self._open))
 
     def open_async(self) -> grpc.aio.Channel:
         """Returns a new channel that belongs to the running event loop."""
-        if self.credentials is None:
-            return grpc.aio.insecure_channel(self.address, self._options())
-        return grpc.aio.secure_channel(self.address, self.credentials, self._options())
+        if isinstance(self.target, str):
+            return self._open_async(self.target)
+        return cast("grpc.aio.Channel", AsyncFailoverChannel(self.target, self._open_async))
 
     def call_options(self, timeout: Timeout = CLIENT_TIMEOUT, request_id: str | None = None) -> CallOptions:
         """Returns the deadline and the metadata of a call. Without a request id it gets a new one.
@@ -111,13 +124,15 @@ class Connection:
             request_id=request_id,
         )
 
+    def _open(self, address: str) -> grpc.Channel:
+        if self.credentials is None:
+            return grpc.insecure_channel(address, self._options())
+        return grpc.secure_channel(address, self.credentials, self._options())
+
+    def _open_async(self, address: str) -> grpc.aio.Channel:
+        if self.credentials is None:
+            return grpc.aio.insecure_channel(address, self._options())
+        return grpc.aio.secure_channel(address, self.credentials, self._options())
+
     def _options(self) -> list[tuple[str, Any]]:
         return list((dict(CHANNEL_OPTIONS) | dict(self.channel_options)).items())
-
-
-def request_id_in(metadata: Iterable[tuple[str, str | bytes]] | None, sent: str) -> str:
-    """Returns the request id in initial metadata, or the one that was sent where they hold none."""
-    for key, value in metadata or ():
-        if key == REQUEST_ID_KEY and isinstance(value, str):
-            return value
-    return sent

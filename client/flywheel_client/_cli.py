@@ -1,17 +1,23 @@
 """The subcommands of `flywheel`: their options, and which exit code they end with."""
 
+import asyncio
+import functools
+import inspect
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Annotated, Any, Final
 
+import grpc
 import typer
 from flywheel_proto import __version__
 
 from flywheel_client import _terminal as terminal
 from flywheel_client._errors import FlywheelError, InvalidArgumentError
+from flywheel_client._modal import APP, STALE_AFTER, no_endpoint, read_published
 from flywheel_client._sync import Client
 
 FAILED: Final = 1
@@ -29,23 +35,96 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Address = Annotated[
-    str, typer.Option("--address", "-a", envvar="FLYWHEEL_ADDRESS", metavar="HOST:PORT", help="The server.", show_envvar=True)
-]
 Timeout = Annotated[float, typer.Option(metavar="SECONDS", min=0.001, help="How long the call may take.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
-DEFAULT_ADDRESS: Final = "localhost:50051"
+
+@dataclass(frozen=True, kw_only=True)
+class Server:
+    """The options of every subcommand that calls a server: which one, and how."""
+
+    address: Annotated[
+        str,
+        typer.Option("--address", "-a", envvar="FLYWHEEL_ADDRESS", metavar="HOST:PORT", help="The server.", show_envvar=True),
+    ] = "localhost:50051"
+    modal_app: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Call the servers of this app on Modal, instead of an address.")
+    ] = None
+    modal_environment: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Its environment.", show_default="that of the modal command")
+    ] = None
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="FLYWHEEL_API_KEY",
+            metavar="KEY",
+            help="The key that the server asks for. Others on this machine can see options, but not variables.",
+            show_envvar=True,
+        ),
+    ] = field(default=None, repr=False)
+    tls: Annotated[
+        bool, typer.Option(envvar="FLYWHEEL_TLS", help="Connect with TLS. Servers on Modal always have it.", show_envvar=True)
+    ] = False
+    cacert: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            exists=True,
+            dir_okay=False,
+            help="With TLS, trust the certificates in this PEM file.",
+            show_default="those of public authorities",
+        ),
+    ] = None
+
+    def client(self, timeout: float | None = None) -> Client:
+        """Returns a client of the server."""
+        trusted = None if self.cacert is None else self.cacert.read_bytes()
+        credentials = grpc.ssl_channel_credentials(trusted) if self.modal_app or self.tls or trusted else None
+        arguments: dict[str, Any] = {"timeout": timeout, "credentials": credentials, "api_key": self.api_key}
+        if self.modal_app is None:
+            return Client(self.address, **arguments)
+        return Client.from_modal(self.modal_app, environment=self.modal_environment, **arguments)
+
+    def advice(self) -> str:
+        """Returns what to look at where the server cannot be reached."""
+        if self.modal_app is None:
+            return f"Is flywheel-server running at {self.address}?"
+        environment = f" --environment {self.modal_environment}" if self.modal_environment else ""
+        return f"To see what is live: flywheel endpoints --app {self.modal_app}{environment}"
+
+
+def _command(run: Callable[..., None]) -> Callable[..., None]:
+    """Makes a subcommand of a function, whose parameter `server` becomes the options of `Server`."""
+
+    @app.command()
+    @functools.wraps(run)
+    def command(context: typer.Context, **options: Any) -> None:  # noqa: ANN401 - as many kinds as there are options
+        server = Server(**{each.name: options.pop(each.name) for each in fields(Server)})
+        with _exit_codes(server.advice()):
+            if server.modal_app is None and server.modal_environment is not None:
+                raise ValueError("--modal-environment needs --modal-app")
+            address = context.get_parameter_source("address")
+            if server.modal_app is not None and address is not None and address.name == "COMMANDLINE":
+                raise ValueError("give --address or --modal-app, not both")
+            run(server=server, **options)
+
+    signature = inspect.signature(run)
+    own = [parameter for parameter in signature.parameters.values() if parameter.name != "server"]
+    context = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+    parameters = [context, *own, *inspect.signature(Server).parameters.values()]
+    # This is what typer reads.
+    command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return command
 
 
 @contextmanager
-def _exit_codes(address: str) -> Iterator[None]:
+def _exit_codes(advice: str = "") -> Iterator[None]:
     """Turns what may go wrong in a subcommand into a message and an exit code."""
     try:
         yield
         sys.stdout.flush()
     except FlywheelError as error:
-        terminal.show_error(terminal.describe(error, address))
+        terminal.show_error(terminal.describe(error, advice))
         raise typer.Exit(INVALID if isinstance(error, InvalidArgumentError) else FAILED) from None
     except (TypeError, ValueError) as error:
         terminal.show_error(str(error))
@@ -54,7 +133,7 @@ def _exit_codes(address: str) -> Iterator[None]:
         # Whoever read the output, such as head, has seen enough. The code is that of a program which SIGPIPE ended.
         terminal.discard_output()
         raise typer.Exit(BROKEN_PIPE) from None
-    except OSError as error:
+    except (OSError, ImportError) as error:
         terminal.show_error(str(error))
         raise typer.Exit(FAILED) from None
     except KeyboardInterrupt:
@@ -76,7 +155,7 @@ def _flywheel(
     pass
 
 
-@app.command()
+@_command
 def generate(
     prompt: Annotated[
         str | None,
@@ -115,33 +194,32 @@ def generate(
     timeout: Annotated[
         float | None, typer.Option(metavar="SECONDS", min=0.001, help="How long the call may take.", show_default="no deadline")
     ] = None,
-    address: Address = DEFAULT_ADDRESS,
     as_json: Annotated[bool, typer.Option("--json", help="Print each finished sample as a line of JSON.")] = False,
+    server: Server,
 ) -> None:
     """Continue a prompt, and print the text while it is made.
 
     Several samples are printed one after another. A summary of each goes to stderr. A newline at the end of stdin is not
     taken as part of the prompt. Exit codes: see flywheel --help.
     """
-    with _exit_codes(address):
-        fields: dict[str, Any] = {
-            "text": _text(prompt),
-            "max_tokens": max_tokens,
-            "num_samples": samples,
-            "stop": stop,
-            "eos_token_ids": eos_token_id,
-            "max_input_tokens": max_input_tokens,
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "presence_penalty": presence_penalty,
-            "frequency_penalty": frequency_penalty,
-        }
-        with Client(address, timeout=timeout) as client:
-            if as_json:
-                _print_samples(client, fields)
-            else:
-                _print_text(client, fields, samples or 1)
+    options: dict[str, Any] = {
+        "text": _text(prompt),
+        "max_tokens": max_tokens,
+        "num_samples": samples,
+        "stop": stop,
+        "eos_token_ids": eos_token_id,
+        "max_input_tokens": max_input_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty,
+    }
+    with server.client(timeout) as client:
+        if as_json:
+            _print_samples(client, options)
+        else:
+            _print_text(client, options, samples or 1)
 
 
 def _text(prompt: str | None) -> str:
@@ -179,58 +257,90 @@ def _print_text(client: Client, fields: dict[str, Any], num_samples: int) -> Non
     terminal.show_aside(writer.summary())
 
 
-@app.command()
+@_command
 def health(
     service: Annotated[str, typer.Option(help="The full name of one service.", show_default="the server as a whole")] = "",
     timeout: Timeout = 10.0,
-    address: Address = DEFAULT_ADDRESS,
     as_json: Json = False,
+    *,
+    server: Server,
 ) -> None:
     """Say whether the server is SERVING (exit code 0) or not (1)."""
-    with _exit_codes(address), Client(address, timeout=timeout) as client:
+    with server.client(timeout) as client:
         status = client.health(service)
-        if as_json:
-            terminal.show_json({"status": status})
-        else:
-            terminal.show(status)
+    if as_json:
+        terminal.show_json({"status": status})
+    else:
+        terminal.show(status)
     if status != "SERVING":
         raise typer.Exit(FAILED)
 
 
-@app.command()
-def stats(timeout: Timeout = 10.0, address: Address = DEFAULT_ADDRESS, as_json: Json = False) -> None:
+@_command
+def stats(timeout: Timeout = 10.0, as_json: Json = False, *, server: Server) -> None:
     """Say how busy the server and its engine are."""
-    with _exit_codes(address), Client(address, timeout=timeout) as client:
+    with server.client(timeout) as client:
         found = client.stats()
-        if as_json:
-            terminal.show_json(asdict(found))
-        else:
-            terminal.show_table(
-                [
-                    ("active calls", found.active),
-                    ("queued calls", found.queued),
-                    ("backlog of the engine", found.backlog),
-                    ("runners of the engine", found.num_total_runners),
-                ]
-            )
+    if as_json:
+        terminal.show_json(asdict(found))
+    else:
+        terminal.show_table(
+            [
+                ("active calls", found.active),
+                ("queued calls", found.queued),
+                ("backlog of the engine", found.backlog),
+                ("runners of the engine", found.num_total_runners),
+            ]
+        )
+
+
+@_command
+def model(timeout: Timeout = 10.0, as_json: Json = False, *, server: Server) -> None:
+    """Say what is served, with the limits and defaults."""
+    with server.client(timeout) as client:
+        found = client.model()
+    if as_json:
+        terminal.show_json(asdict(found))
+    else:
+        terminal.show_table(
+            [
+                ("name", found.name),
+                ("engine", found.engine),
+                ("context_tokens", found.context_tokens),
+                ("penalizes_prompt", "yes" if found.penalizes_prompt else "no"),
+                ("prompt_format", found.prompt_format),
+                *((f"limits.{name}", value) for name, value in asdict(found.limits).items()),
+                *((f"defaults.{name}", f"{value:g}") for name, value in asdict(found.defaults).items()),
+            ]
+        )
 
 
 @app.command()
-def model(timeout: Timeout = 10.0, address: Address = DEFAULT_ADDRESS, as_json: Json = False) -> None:
-    """Say what is served, with the limits and defaults."""
-    with _exit_codes(address), Client(address, timeout=timeout) as client:
-        found = client.model()
+def endpoints(
+    app_name: Annotated[str, typer.Option("--app", metavar="NAME", help="The name of the deployed app.")] = APP,
+    environment: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Its environment.", show_default="that of the modal command")
+    ] = None,
+    first: Annotated[
+        bool,
+        typer.Option("--first", help="Print the first address only, as for a script: ADDRESS=$(flywheel endpoints --first)."),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """List the live addresses of a deployment on Modal.
+
+    All of them speak TLS. The one of a GatewayServer, which stays the same, is first; then those that were refreshed last.
+    """
+    with _exit_codes():
+        found = asyncio.run(read_published(app_name, environment))
+        if not found.live:
+            raise no_endpoint(app_name, environment, found.stale)
+        shown = found.live[:1] if first else found.live
         if as_json:
-            terminal.show_json(asdict(found))
+            terminal.show_json([asdict(endpoint) for endpoint in shown])
+        elif first:
+            terminal.show(shown[0].address)
         else:
-            terminal.show_table(
-                [
-                    ("name", found.name),
-                    ("engine", found.engine),
-                    ("context_tokens", found.context_tokens),
-                    ("penalizes_prompt", "yes" if found.penalizes_prompt else "no"),
-                    ("prompt_format", found.prompt_format),
-                    *((f"limits.{name}", value) for name, value in asdict(found.limits).items()),
-                    *((f"defaults.{name}", f"{value:g}") for name, value in asdict(found.defaults).items()),
-                ]
-            )
+            terminal.show_endpoints(shown, time.time())
+            if found.stale:
+                terminal.show_aside([f"{found.stale} more not refreshed for {STALE_AFTER:g} s or longer"])

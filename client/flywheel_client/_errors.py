@@ -6,7 +6,7 @@
       FailedPreconditionError    the deployment is not set up for this call
       ResourceExhaustedError     the server is full, or a message is too large
       DeadlineExceededError      the deadline of the call passed
-      UnavailableError           the server or its engine cannot be reached now
+      UnavailableError           the server or its engine cannot be reached now, or no endpoint of a Modal app is live
       CallCancelledError         the call was cancelled, by `cancel()`, by closing the client, or by the server
       InternalError              the engine failed
 
@@ -149,6 +149,25 @@ def error_from_status(
             case error_details_pb2.BadRequest() if isinstance(error, InvalidArgumentError):
                 error.violations = [FieldViolation(v.field, v.description) for v in detail.field_violations]
     return error
+
+
+def call_cancelled(request_id: str) -> CallCancelledError:
+    """Returns the exception for a call that this side cancelled."""
+    return CallCancelledError(grpc.StatusCode.CANCELLED, "the call was cancelled", request_id=request_id)
+
+
+def deadline_exceeded(request_id: str) -> DeadlineExceededError:
+    """Returns the exception for a call whose deadline passed before there was an endpoint to send it to."""
+    message = "The deadline passed before it was known where to send the call."
+    return DeadlineExceededError(grpc.StatusCode.DEADLINE_EXCEEDED, message, request_id=request_id)
+
+
+def request_id_in(metadata: Iterable[tuple[str, str | bytes]] | None, sent: str) -> str:
+    """Returns the request id in initial metadata, or the one that was sent where they hold none."""
+    for key, value in metadata or ():
+        if key == REQUEST_ID_KEY and isinstance(value, str):
+            return value
+    return sent
 
 
 def _details(trailing_metadata: Iterable[tuple[str, str | bytes]]) -> Iterable[Message]:

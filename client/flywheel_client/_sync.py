@@ -15,12 +15,14 @@ from flywheel_client._channel import (
     CallOptions,
     Connection,
     Timeout,
+    call_metadata,
     health_request,
     health_response,
-    request_id_in,
     serving_status,
 )
-from flywheel_client._errors import FlywheelError, error_from_status
+from flywheel_client._errors import FlywheelError, error_from_status, request_id_in
+from flywheel_client._modal import APP, ModalDirectory
+from flywheel_client._pool import Directory
 from flywheel_client._request import GenerationFields, generation_request
 from flywheel_client._results import (
     Delta,
@@ -117,26 +119,71 @@ class Client:
 
     def __init__(
         self,
-        address: str,
+        address: str | Directory,
         *,
         timeout: float | None = None,
         metadata: Sequence[tuple[str, str | bytes]] = (),
         channel_options: Sequence[tuple[str, Any]] = (),
         credentials: grpc.ChannelCredentials | None = None,
+        api_key: str | None = None,
     ) -> None:
         """Makes a client.
 
         Args:
-            address: The server's `host:port`, or any other target of gRPC.
+            address: The server's `host:port`, or any other target of gRPC. (`from_modal` gives a directory of them.)
             timeout: The seconds that a call may take unless it says otherwise. Default: no deadline.
-            metadata: What every call carries, such as `[("authorization", "Bearer …")]`. Keys are lowercase.
+            metadata: What every call carries, such as `[("tenant", "a")]`. Keys are lowercase.
             channel_options: Options of the channel, which take precedence over the client's own.
             credentials: For TLS, such as `grpc.ssl_channel_credentials()`.
+            api_key: The key that the server asks for; sent as `authorization: Bearer KEY`.
+
+        Raises:
+            ValueError: The key is empty, or has characters that are not visible ASCII.
         """
-        self._connection = Connection(address, timeout, tuple(metadata), channel_options, credentials)
+        self._connection = Connection(address, timeout, call_metadata(metadata, api_key), channel_options, credentials)
         self._lock = threading.Lock()
         self._channel: grpc.Channel | None = None
         self._closed = False
+
+    @classmethod
+    def from_modal(
+        cls,
+        app: str = APP,
+        *,
+        environment: str | None = None,
+        api_key: str | None = None,
+        timeout: float | None = None,
+        metadata: Sequence[tuple[str, str | bytes]] = (),
+        channel_options: Sequence[tuple[str, Any]] = (),
+        credentials: grpc.ChannelCredentials | None = None,
+    ) -> Self:
+        """Makes a client of a deployment on Modal, which it finds by name and follows as containers come and go.
+
+        Each call goes to the endpoint with the fewest calls of this client. One that finds its endpoint gone, or about to stop,
+        before it has delivered anything is tried on another; one deadline holds for all tries. What has delivered something
+        is never repeated: it raises `UnavailableError`. Its first call asks Modal for the addresses, and waits for them.
+
+        Args:
+            app: The name of the deployed app.
+            environment: The Modal environment it is deployed in. Default: that of the Modal configuration.
+            api_key: The key that the server asks for; sent as `authorization: Bearer KEY`.
+            timeout: The seconds that a call may take unless it says otherwise. Default: no deadline.
+            metadata: What every call carries. Keys are lowercase.
+            channel_options: Options of the channels, which take precedence over the client's own.
+            credentials: Default: `grpc.ssl_channel_credentials()`.
+
+        Raises:
+            ModuleNotFoundError: The package modal is not installed: `pip install 'flywheel-grpc[modal]'`.
+            ValueError: The key is empty, or has characters that are not visible ASCII.
+        """
+        return cls(
+            ModalDirectory(app, environment),
+            timeout=timeout,
+            metadata=metadata,
+            channel_options=channel_options,
+            credentials=grpc.ssl_channel_credentials() if credentials is None else credentials,
+            api_key=api_key,
+        )
 
     def generate(
         self,

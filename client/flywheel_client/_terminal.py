@@ -6,6 +6,7 @@ control characters are therefore shown as pictures; into a pipe or file the text
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -15,6 +16,7 @@ from typing import Final, TextIO
 import typer
 
 from flywheel_client._errors import FlywheelError, InvalidArgumentError, UnavailableError
+from flywheel_client._modal import Endpoint
 from flywheel_client._results import Delta
 
 # C0 except tab and newline, DEL and C1. The first 32 and DEL have pictures in Unicode.
@@ -157,6 +159,29 @@ def show_table(rows: Iterable[tuple[str, object]]) -> None:
         show(f"{name.ljust(width)}  {value}")
 
 
+def show_endpoints(endpoints: Iterable[Endpoint], now: float) -> None:
+    """Writes a table of endpoints as they are at the time `now`; on a terminal it cuts the ids of containers to fit."""
+    table = [("ADDRESS", "KIND", "AGE", "REFRESHED", "CONTAINER")]
+    table += [(it.address, it.kind, _ago(it.started, now), _ago(it.refreshed, now), it.container or "-") for it in endpoints]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)][:-1]
+    room = shutil.get_terminal_size().columns - sum(widths) - 2 * len(widths)
+    for *cells, container in table:
+        cut = sys.stdout.isatty() and len(container) > room
+        last = container[: max(room - 1, 0)] + "…" if cut else container
+        show("  ".join([*(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)), last]))
+
+
+def _ago(then: float | None, now: float) -> str:
+    """Returns how long ago that was, in the unit that tells most."""
+    if then is None:
+        return "-"
+    seconds = max(round(now - then), 0)
+    for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds // length}{unit}"
+    return f"{seconds}s"
+
+
 def show_json(value: object) -> None:
     """Writes a value as one line of JSON to stdout; ASCII, so that it is harmless on a terminal and right in any encoding."""
     sys.stdout.write(json.dumps(value) + "\n")
@@ -168,18 +193,19 @@ def show_error(message: str) -> None:
     sys.stderr.write(visible(f"flywheel: {message}") + "\n")
 
 
-def describe(error: FlywheelError, address: str) -> str:
+def describe(error: FlywheelError, advice: str) -> str:
     """Returns an error in words: the status, each violation on its own line, what to do, and the request id."""
     lines = [f"{error.code.name}: {error.message}"]
     if isinstance(error, InvalidArgumentError) and error.violations:
         if all(violation.description in error.message for violation in error.violations):
             lines = [f"{error.code.name}:"]
         lines += [f"{violation.field} {violation.description}" for violation in error.violations]
-    if isinstance(error, UnavailableError) and not error.reason:
-        lines.append(f"Is flywheel-server running at {address}?")
+    if isinstance(error, UnavailableError) and not error.reason and error.request_id:
+        lines.append(advice)
     if error.retry_delay is not None:
         lines.append(f"Try again in {error.retry_delay:g} s.")
-    lines.append(f"request id: {error.request_id}")
+    if error.request_id:
+        lines.append(f"request id: {error.request_id}")
     return "\n  ".join(lines)
 
 

@@ -1,8 +1,9 @@
 """A server that does what a test tells it to, for the tests of the client to call over the wire."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent import futures
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import grpc
@@ -53,8 +54,13 @@ class FakeService(generation_pb2_grpc.GenerationServiceServicer):
     """After its messages a generation waits until it is cancelled."""
     request_id: str | None = None
     """Is answered instead of the caller's."""
+    refuses: bool = False
+    """The failure comes before any message."""
     failure: tuple[grpc.StatusCode, str, tuple[tuple[str, bytes], ...]] | None = None
     """After its messages a call ends with this status, message and trailing metadata."""
+
+    stop: Callable[[], object] = lambda: None
+    """Stops the server at once."""
 
     requests: list[generation_pb2.GenerationRequest] = field(default_factory=list)
     metadata: list[dict[str, str | bytes]] = field(default_factory=list)
@@ -133,6 +139,8 @@ class FakeService(generation_pb2_grpc.GenerationServiceServicer):
         context.add_callback(self._note_end)
         context.send_initial_metadata((("x-request-id", self.request_id or str(metadata["x-request-id"])),))
         self.called.set()
+        if self.refuses:
+            self._fail(context)
 
     def _note_end(self) -> None:
         if self._answering:
@@ -143,7 +151,8 @@ class FakeService(generation_pb2_grpc.GenerationServiceServicer):
         if self.hangs:
             self._ended.wait(WAIT)
         self._answering = False
-        self._fail(context)
+        if not self.refuses:
+            self._fail(context)
 
     def _fail(self, context: grpc.ServicerContext) -> None:
         if self.failure is not None:
@@ -160,13 +169,38 @@ def health() -> HealthServicer:
     return servicer
 
 
+@contextmanager
+def serving_fake(
+    health: HealthServicer | None = None,
+    credentials: grpc.ServerCredentials | None = None,
+    host: str = "127.0.0.1",
+    port: int = 0,
+) -> Iterator[FakeService]:
+    """Serves a `FakeService` of its own, in plaintext unless it has credentials."""
+    service = FakeService()
+    server = grpc.server(futures.ThreadPoolExecutor(max_workers=16))
+    generation_pb2_grpc.add_GenerationServiceServicer_to_server(service, server)
+    if health is not None:
+        health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    address = f"127.0.0.1:{port}"
+    port = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
+    service.address = f"{host}:{port}"
+    server.start()
+    service.stop = lambda: server.stop(None).wait()
+    try:
+        yield service
+    finally:
+        server.stop(None).wait()
+
+
 @pytest.fixture
 def fake(health: HealthServicer) -> Iterator[FakeService]:
-    service = FakeService()
-    server = grpc.server(futures.ThreadPoolExecutor(max_workers=8))
-    generation_pb2_grpc.add_GenerationServiceServicer_to_server(service, server)
-    health_pb2_grpc.add_HealthServicer_to_server(health, server)
-    service.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
-    server.start()
-    yield service
-    server.stop(None).wait()
+    with serving_fake(health) as service:
+        yield service
+
+
+@pytest.fixture
+def fakes() -> Iterator[list[FakeService]]:
+    """Three of them."""
+    with ExitStack() as stack:
+        yield [stack.enter_context(serving_fake()) for _ in range(3)]

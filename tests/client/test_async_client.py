@@ -188,9 +188,18 @@ async def test_closing_the_client_cancels_and_is_final(fake: FakeService) -> Non
     client = AsyncClient(fake.address)
     unary = asyncio.create_task(client.generate_all("p", max_tokens=1))
     assert await happened(fake.called)
+    stream = client.generate_deltas("p", max_tokens=1)
+    assert [(await anext(stream)).text, (await anext(stream)).text] == ["ab", "c"]
+
+    async def read() -> None:
+        await anext(stream)
+
+    streamed = asyncio.create_task(read())
     await client.close()
     with pytest.raises(CallCancelledError):
         await unary
+    with pytest.raises(CallCancelledError):
+        await streamed
     assert await happened(fake.cancelled)
     with pytest.raises(RuntimeError, match="closed"):
         await client.stats()

@@ -13,14 +13,19 @@ from typing import TYPE_CHECKING
 import flywheel_client
 import grpc
 import pytest
-from flywheel_client import Delta
-from flywheel_client._terminal import Output, SampleWriter, visible
+import trustme
+from flywheel_client import Delta, Endpoint
+from flywheel_client._terminal import Output, SampleWriter, show_endpoints, visible
 from flywheel_proto.v1.generation_pb2 import GenerationDelta, GenerationRequest
 from google.protobuf.duration_pb2 import Duration
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from grpc_health.v1 import health_pb2
 
+from tests.client.conftest import serving_fake
+
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from grpc_health.v1.health import HealthServicer
 
     from tests.client.conftest import FakeService
@@ -294,6 +299,77 @@ def test_model(fake: FakeService) -> None:
     assert lines[-1].split() == ["defaults.top_p", "1"]
     found = json.loads(flywheel(fake, "model", "--json").stdout)
     assert (found["limits"]["max_num_samples"], found["defaults"]["top_k"]) == (16, 50)
+
+
+@pytest.mark.parametrize("options", [["--api-key", "key-1"], []])
+def test_the_key_arrives_and_is_never_shown(fake: FakeService, options: list[str]) -> None:
+    variables = environment(fake) | ({} if options else {"FLYWHEEL_API_KEY": "key-1"})
+    shown = b""
+    for arguments in (["generate", "p"], ["stats", "--address", "localhost:1"], ["stats", "--wat"], ["stats", "--help"]):
+        process = subprocess.run(
+            [*FLYWHEEL, *arguments, *options], capture_output=True, env=variables, timeout=WAIT, check=False
+        )
+        shown += process.stdout + process.stderr
+    assert fake.metadata[0]["authorization"] == "Bearer key-1"
+    assert b"key-1" not in shown
+    assert b"FLYWHEEL_API_KEY" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--api-key", "ü"], "flywheel: api_key must be one or more visible ASCII characters\n"),
+        (["--modal-app", "a", "--address", "localhost:1"], "flywheel: give --address or --modal-app, not both\n"),
+        (["--modal-environment", "a"], "flywheel: --modal-environment needs --modal-app\n"),
+        (["--cacert", "/absent"], "ile '/absent' does not exist.\n"),
+    ],
+)
+def test_wrong_options_of_the_server(fake: FakeService, arguments: list[str], message: str) -> None:
+    process = flywheel(fake, "stats", *arguments)
+    assert (process.returncode, process.stdout) == (2, b"")
+    assert process.stderr.decode().endswith(message)
+
+
+def test_tls(tmp_path: Path) -> None:
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    certificate = authority.issue_cert("localhost")
+    chain = b"".join(blob.bytes() for blob in certificate.cert_chain_pems)
+    credentials = grpc.ssl_server_credentials([(certificate.private_key_pem.bytes(), chain)])
+    with serving_fake(credentials=credentials, host="localhost") as fake:
+        trusting = flywheel(fake, "model", "--cacert", str(tmp_path / "ca.pem"))
+        assert trusting.returncode == 0, trusting.stderr
+        for options, code in ((["--tls"], 1), (["--tls", "--cacert", str(tmp_path / "ca.pem")], 0), ([], 1)):
+            assert flywheel(fake, "model", *options).returncode == code
+        roots = {"GRPC_DEFAULT_SSL_ROOTS_FILE_PATH": str(tmp_path / "ca.pem"), "FLYWHEEL_TLS": "1"}
+        for options, code in (([], 0), (["--no-tls"], 1)):
+            variables = environment(fake) | roots
+            process = subprocess.run(
+                [*FLYWHEEL, "model", *options], capture_output=True, env=variables, timeout=WAIT, check=False
+            )
+            assert process.returncode == code, process.stderr
+
+
+def test_the_table_of_endpoints(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1_800_000_000.0
+    endpoints = [
+        Endpoint("workspace--gatewayserver.test:443", "server", None, None, None),
+        Endpoint("wtqcahqwhd4tu0.r5.modal.test:443", "tunnel", "ta-01JABCDEFGHJKMNPQRSTVWXYZ0", now - 200_000, now - 12),
+        Endpoint("r5.modal.test:40001", "tunnel", "ta-2", now - 7_300, now + 2),
+    ]
+    monkeypatch.setenv("COLUMNS", "80")
+    show_endpoints(endpoints, now)
+    assert capsys.readouterr().out == (
+        "ADDRESS                            KIND    AGE  REFRESHED  CONTAINER\n"
+        "workspace--gatewayserver.test:443  server  -    -          -\n"
+        "wtqcahqwhd4tu0.r5.modal.test:443   tunnel  2d   12s        ta-01JABCDEFGHJKMNPQRSTVWXYZ0\n"
+        "r5.modal.test:40001                tunnel  2h   0s         ta-2\n"
+    )
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    show_endpoints(endpoints, now)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2] == "wtqcahqwhd4tu0.r5.modal.test:443   tunnel  2d   12s        ta-01JABCDEFGHJKMNPQ…"
+    assert max(map(len, lines)) == 80
 
 
 def test_version(fake: FakeService) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import subprocess
 import sys
@@ -147,6 +148,21 @@ def test_metadata_and_request_id_travel_with_the_call(fake: FakeService) -> None
     assert str(fake.metadata[0]["user-agent"]).startswith(f"flywheel-client/{flywheel_client.__version__} ")
 
 
+def test_the_api_key_travels_with_the_call(fake: FakeService) -> None:
+    with Client(fake.address, api_key="key!~", metadata=[("tenant", "a")]) as client:
+        client.generate_all("p", max_tokens=1)
+        assert "key!~" not in repr(client._connection)
+    assert (fake.metadata[0]["authorization"], fake.metadata[0]["tenant"]) == ("Bearer key!~", "a")
+
+
+@pytest.mark.parametrize("key", ["", " ", "a b", "a\n", "schlüssel", "\x7f"])
+@pytest.mark.parametrize("kind", [Client, flywheel_client.AsyncClient])
+def test_a_key_that_no_header_can_hold_is_refused(kind: type[Client], key: str) -> None:
+    for make in (functools.partial(kind, "localhost:1"), kind.from_modal):
+        with pytest.raises(ValueError, match=r"^api_key must be one or more visible ASCII characters$"):
+            make(api_key=key)
+
+
 def test_the_server_may_replace_the_request_id(fake: FakeService, client: Client) -> None:
     fake.request_id = "theirs"
     stream = client.generate("p", max_tokens=1)
@@ -278,7 +294,7 @@ def test_the_base_install_imports_only_what_it_needs() -> None:
     command = [sys.executable, "-c", program]
     modules = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     assert {"grpc", "google", "flywheel_proto"} < set(modules)
-    assert not {"flywheel_server", "pydantic", "typer", "rich", "structlog"} & set(modules)
+    assert not {"flywheel_server", "modal", "pydantic", "typer", "rich", "structlog"} & set(modules)
 
 
 def test_nothing_of_grpc_exists_before_the_first_call() -> None:

@@ -1,0 +1,593 @@
+"""Clients of several servers, which come and go: over the wire, and in both clients alike."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+from collections import Counter
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import pytest
+from flywheel_client import (
+    AsyncClient,
+    CallCancelledError,
+    Client,
+    DeadlineExceededError,
+    FlywheelError,
+    InternalError,
+    UnavailableError,
+    _pool,
+)
+from flywheel_proto.v1 import generation_pb2
+from flywheel_server.engines.scripted import Script, ScriptedEngine
+from google.rpc.error_details_pb2 import ErrorInfo
+
+from tests.serving import serving, through_a_cable, until
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    from tests.client.conftest import FakeService
+
+WAIT = 20.0
+CLIENTS: Any = (Client, AsyncClient)
+
+
+class FakeDirectory:
+    """Lists what the test has put here."""
+
+    def __init__(self, *addresses: str) -> None:
+        self.addresses = list(addresses)
+        self.error: Exception | None = None
+        self.readings = 0
+        self.answers = threading.Event()
+        self.answers.set()
+
+    async def read(self) -> list[str]:
+        self.readings += 1
+        if not self.answers.is_set():
+            await asyncio.to_thread(self.answers.wait, WAIT)
+        if self.error is not None:
+            raise self.error
+        return list(self.addresses)
+
+    def no_endpoint(self) -> FlywheelError:
+        return UnavailableError(grpc.StatusCode.UNAVAILABLE, "nothing is live")
+
+
+class Caller:
+    """Either client, as a test on an event loop uses it."""
+
+    def __init__(self, kind: type, directory: FakeDirectory, **arguments: Any) -> None:
+        self.client: Any = kind(directory, **arguments)
+        self.is_async = kind is AsyncClient
+
+    async def call(self, **arguments: Any) -> str:
+        """Returns the prompt as the server has seen it."""
+        answer = await self._run(self.client.generate_all, "p", max_tokens=1, **arguments)
+        return str(answer.prompt)
+
+    async def stream(self, **arguments: Any) -> Any:
+        if self.is_async:
+            return self.client.generate_deltas("p", max_tokens=1, **arguments)
+        return await asyncio.to_thread(self.client.generate_deltas, "p", max_tokens=1, **arguments)
+
+    async def next(self, stream: Any) -> Any:
+        """Returns the text of the next delta; None at the end."""
+        delta = await (anext(stream, None) if self.is_async else asyncio.to_thread(next, stream, None))
+        return None if delta is None else delta.text
+
+    async def rest(self, stream: Any) -> None:
+        """Reads to the end."""
+        while await self.next(stream) is not None:
+            pass
+
+    async def close_stream(self, stream: Any) -> None:
+        await (stream.aclose() if self.is_async else asyncio.to_thread(stream.close))
+
+    async def close(self) -> None:
+        await self._run(self.client.close)
+
+    async def _run(self, function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+        if self.is_async:
+            return await function(*arguments, **keywords)
+        return await asyncio.to_thread(function, *arguments, **keywords)
+
+    @property
+    def pool(self) -> _pool.Pool[Any]:
+        (channel,) = self.client._channels.values() if self.is_async else (self.client._channel,)
+        pool: _pool.Pool[Any] = channel._pool
+        return pool
+
+    async def expect(self, kind: type[FlywheelError], match: str | None = None, **arguments: Any) -> FlywheelError:
+        with pytest.raises(kind, match=match) as caught:
+            await self.call(**arguments)
+        with pytest.raises(kind, match=match):
+            await self.next(await self.stream(**arguments))
+        return caught.value
+
+
+@pytest.fixture(params=CLIENTS, ids=["threads", "asyncio"])
+async def caller(request: Any) -> AsyncIterator[Callable[..., Caller]]:
+    """Makes clients of the one kind and then of the other, and closes them."""
+    async with AsyncExitStack() as stack:
+
+        def make(*arguments: Any, **keywords: Any) -> Caller:
+            made = Caller(request.param, *arguments, **keywords)
+            stack.push_async_callback(made.close)
+            return made
+
+        yield make
+
+
+def directory_of(fakes: list[FakeService]) -> FakeDirectory:
+    return FakeDirectory(*(fake.address for fake in fakes))
+
+
+async def happened(event: threading.Event) -> None:
+    assert await asyncio.to_thread(event.wait, WAIT)
+
+
+def unavailable(fake: FakeService, reason: str = "ENGINE_UNAVAILABLE") -> None:
+    """Has the server answer as one that is draining."""
+    fake.refuses = True
+    fake.fail(grpc.StatusCode.UNAVAILABLE, "stopping", ErrorInfo(reason=reason, domain="flywheel.v1"))
+
+
+async def test_calls_one_after_another_go_round(caller: Callable[..., Caller], fakes: list[FakeService]) -> None:
+    one = caller(directory_of(fakes))
+    for _ in range(6):
+        await one.call()
+        assert await one.next(await one.stream()) == "ab"
+    assert [len(fake.requests) for fake in fakes] == [4, 4, 4]
+
+
+async def test_a_call_goes_where_the_fewest_are(caller: Callable[..., Caller], fakes: list[FakeService]) -> None:
+    one = caller(directory_of(fakes))
+    for fake in fakes[:2]:
+        fake.hangs = True
+    streams = [await one.stream() for _ in range(3)]
+    for stream in streams:
+        assert await one.next(stream) == "ab"
+    await one.rest(streams[2])
+    for _ in range(4):
+        await one.call()
+    assert [len(fake.requests) for fake in fakes] == [1, 1, 5]
+    await one.close_stream(streams[0])
+    await until(lambda: sorted(member.calls for member in one.pool._members.values()) == [0, 0, 1], "the call is over")
+
+
+async def test_a_refused_connection_moves_the_call(caller: Callable[..., Caller], fakes: list[FakeService]) -> None:
+    one = caller(directory_of(fakes))
+    fakes[0].stop()
+    fakes[1].stop()
+    for _ in range(3):
+        assert await one.call() == "p"
+        assert await one.next(await one.stream()) == "ab"
+    assert len(fakes[2].requests) == 6
+
+
+async def test_what_a_draining_server_refuses_goes_elsewhere(caller: Callable[..., Caller], fakes: list[FakeService]) -> None:
+    one = caller(directory_of(fakes))
+    unavailable(fakes[0])
+    unavailable(fakes[1])
+    assert await one.call(request_id="same") == "p"
+    assert await one.next(await one.stream()) == "ab"
+    assert [fake.metadata[0]["x-request-id"] for fake in fakes] == ["same"] * 3
+    # The two are the last choice for a while.
+    for _ in range(4):
+        await one.call()
+    assert [len(fake.requests) for fake in fakes] == [1, 1, 6]
+
+
+@asynccontextmanager
+async def behind_cables(fakes: list[FakeService]) -> AsyncIterator[list[tuple[str, Callable[[], None]]]]:
+    async with AsyncExitStack() as stack:
+        yield [await stack.enter_async_context(through_a_cable(fake.address)) for fake in fakes]
+
+
+async def test_a_cut_before_the_first_message_moves_the_call(caller: Callable[..., Caller], fakes: list[FakeService]) -> None:
+    for fake in fakes[:2]:
+        fake.hangs = True
+        fake.deltas = []
+    async with behind_cables(fakes[:2]) as cables:
+        one = caller(FakeDirectory(cables[0][0]))
+        stream = await one.stream()
+        waiting = asyncio.create_task(one.next(stream))
+        unary = asyncio.create_task(one.call())
+        await until(lambda: len(fakes[0].requests) == 2, "both calls have arrived")
+        one.client._connection.target.addresses = [fakes[2].address]
+        cables[0][1]()
+        assert await waiting == "ab"
+        assert await unary == "p"
+        assert stream.request_id in {metadata["x-request-id"] for metadata in fakes[2].metadata}
+        await one.close()
+
+
+async def test_one_endpoint_alone_is_tried_again_after_a_cut(caller: Callable[..., Caller], fakes: list[FakeService]) -> None:
+    fakes[0].hangs = True
+    async with behind_cables(fakes[:1]) as cables:
+        directory = FakeDirectory(cables[0][0])
+        one = caller(directory)
+        unary = asyncio.create_task(one.call())
+        await happened(fakes[0].called)
+        fakes[0].hangs = False
+        # As a real one, the directory takes a moment, in which grpc lets go of the broken connection.
+        directory.answers.clear()
+        cables[0][1]()
+        await until(lambda: directory.readings == 2, "it is read again")
+        asyncio.get_running_loop().call_later(0.05, directory.answers.set)
+        assert await unary == "p"
+        await one.close()
+
+
+async def test_what_has_delivered_is_not_repeated(caller: Callable[..., Caller], fakes: list[FakeService]) -> None:
+    for fake in fakes[:2]:
+        fake.hangs = True
+    async with behind_cables(fakes[:2]) as cables:
+        one = caller(FakeDirectory(*(address for address, _ in cables)))
+        stream = await one.stream()
+        assert await one.next(stream) == "ab"
+        for _, cut in cables:
+            cut()
+        with pytest.raises(UnavailableError):
+            await one.rest(stream)
+        assert await one.next(stream) is None
+        assert sum(len(fake.requests) for fake in fakes) == 1
+        await one.close()
+
+
+async def test_other_failures_are_not_repeated(caller: Callable[..., Caller], fakes: list[FakeService]) -> None:
+    for fake in fakes:
+        fake.deltas = []
+        fake.fail(grpc.StatusCode.INTERNAL, "the engine failed")
+    one = caller(directory_of(fakes))
+    await one.expect(InternalError)
+    assert sum(len(fake.requests) for fake in fakes) == 2
+
+
+async def test_every_endpoint_is_tried_once_and_the_last_error_stands(
+    caller: Callable[..., Caller], fakes: list[FakeService]
+) -> None:
+    for fake in fakes:
+        unavailable(fake)
+    one = caller(directory_of(fakes))
+    error = await one.expect(UnavailableError, "stopping", request_id="r1")
+    assert (error.reason, error.request_id) == ("ENGINE_UNAVAILABLE", "r1")
+    assert [len(fake.requests) for fake in fakes] == [2, 2, 2]
+
+
+async def test_an_endpoint_that_the_reading_again_finds_is_tried(
+    caller: Callable[..., Caller], fakes: list[FakeService]
+) -> None:
+    directory = directory_of(fakes[:1])
+    one = caller(directory)
+    await one.call()
+    unavailable(fakes[0])
+    directory.addresses = [fake.address for fake in fakes[:2]]
+    assert await one.call() == "p"
+    assert [len(fake.requests) for fake in fakes] == [2, 1, 0]
+    assert directory.readings == 2
+
+
+async def test_one_deadline_holds_for_all_tries(caller: Callable[..., Caller], fakes: list[FakeService]) -> None:
+    unavailable(fakes[0])
+    fakes[1].hangs = True
+    directory = directory_of(fakes[:2])
+    directory.answers.clear()
+    one = caller(directory, timeout=100.0)
+    asyncio.get_running_loop().call_later(0.3, directory.answers.set)
+    with pytest.raises(DeadlineExceededError):
+        await one.call(timeout=0.6)
+    await happened(fakes[1].cancelled)
+    first, second = fakes[0].seconds_remaining[0], fakes[1].seconds_remaining[0]
+    assert first is not None
+    assert second is not None
+    assert second < first < 0.35
+    fakes[1].deltas = []
+    with pytest.raises(DeadlineExceededError):
+        await one.next(await one.stream(timeout=0.1))
+
+
+async def test_the_deadline_covers_the_reading(caller: Callable[..., Caller], fakes: list[FakeService]) -> None:
+    directory = directory_of(fakes)
+    directory.answers.clear()
+    one = caller(directory)
+    error = await one.expect(DeadlineExceededError, timeout=0.1, request_id="r1")
+    assert (error.message, error.request_id) == ("The deadline passed before it was known where to send the call.", "r1")
+    assert directory.readings == 1
+    directory.answers.set()
+    assert await one.call() == "p"
+
+
+@pytest.mark.parametrize("how", ["cancel", "close the stream", "close the client"])
+async def test_cancelling_between_two_tries(caller: Callable[..., Caller], fakes: list[FakeService], how: str) -> None:
+    directory = directory_of(fakes[:1])
+    one = caller(directory)
+    await one.call()
+    unavailable(fakes[0])
+    directory.answers.clear()
+    stream = await one.stream()
+    waiting = asyncio.create_task(one.next(stream))
+    await until(lambda: directory.readings == 2, "the call waits for the directory")
+    if how == "cancel":
+        stream.cancel()
+    elif how == "close the stream":
+        await one.close_stream(stream)
+    else:
+        await one.close()
+    with pytest.raises(CallCancelledError):
+        await waiting
+    directory.answers.set()
+    assert len(fakes[0].requests) == 2
+
+
+async def test_cancelling_after_a_try_failed_and_before_the_next(
+    caller: Callable[..., Caller], fakes: list[FakeService]
+) -> None:
+    one = caller(directory_of(fakes))
+    await one.call()
+    for fake in fakes:
+        unavailable(fake)
+    stream = await one.stream()
+    await until(lambda: sum(len(fake.requests) for fake in fakes) == 2, "the call has arrived")
+    await until(lambda: all(member.calls == 0 for member in one.pool._members.values()), "the call has failed")
+    stream.cancel()
+    with pytest.raises(CallCancelledError):
+        await one.next(stream)
+    assert sum(len(fake.requests) for fake in fakes) == 2
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_cancelling_a_task_between_two_tries(fakes: list[FakeService], streamed: bool) -> None:
+    directory = directory_of(fakes[:1])
+    one = Caller(AsyncClient, directory)
+    await one.call()
+    unavailable(fakes[0])
+    directory.answers.clear()
+    task = asyncio.create_task(one.next(await one.stream()) if streamed else one.call())
+    await until(lambda: directory.readings == 2, "the call waits for the directory")
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert len(fakes[0].requests) == 2
+    directory.answers.set()
+    await one.close()
+
+
+async def test_closing_the_client_cancels_the_calls(caller: Callable[..., Caller], fakes: list[FakeService]) -> None:
+    for fake in fakes:
+        fake.hangs = True
+    one = caller(directory_of(fakes))
+    stream = await one.stream()
+    assert [await one.next(stream), await one.next(stream)] == ["ab", "c"]
+    calls = [asyncio.create_task(one.next(stream)), asyncio.create_task(one.call())]
+    await until(lambda: sum(len(fake.requests) for fake in fakes) == 2, "both calls have arrived")
+    await one.close()
+    for call in calls:
+        with pytest.raises(CallCancelledError):
+            await call
+    with pytest.raises(RuntimeError, match="closed"):
+        await one.call()
+
+
+async def test_dropping_a_stream_frees_its_endpoint(caller: Callable[..., Caller], fakes: list[FakeService]) -> None:
+    fakes[0].hangs = True
+    one = caller(directory_of(fakes[:1]))
+    stream = await one.stream()
+    assert await one.next(stream) == "ab"
+    del stream
+    gc.collect()
+    await happened(fakes[0].cancelled)
+    await until(lambda: all(member.calls == 0 for member in one.pool._members.values()), "the call is over")
+
+
+async def test_channels_of_endpoints_that_are_gone_are_closed(
+    caller: Callable[..., Caller], fakes: list[FakeService], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_pool, "FRESH", 0.0)
+    fakes[0].hangs = True
+    directory = directory_of(fakes)
+    one = caller(directory)
+    stream = await one.stream()
+    assert await one.next(stream) == "ab"
+    closed = []
+    for member in one.pool._members.values():
+        close = member.channel.close
+        if one.is_async:
+
+            async def note(close: Any = close, address: str = member.address) -> None:
+                closed.append(address)
+                await close()
+        else:
+
+            def note(close: Any = close, address: str = member.address) -> None:  # type: ignore[misc]
+                closed.append(address)
+                close()
+
+        member.channel.close = note
+    directory.addresses = [fakes[2].address]
+
+    async def is_listed_no_more() -> bool:
+        await one.call()
+        return closed == [fakes[1].address]
+
+    await until(is_listed_no_more, "the idle channel is closed")
+    assert await one.next(stream) == "c"
+    await one.close_stream(stream)
+    await until(lambda: closed == [fakes[1].address, fakes[0].address], "the other is closed after its call")
+    assert list(one.pool._members) == [fakes[2].address]
+    assert not one.pool._unlisted
+    assert len(one.pool.channels()) == 1
+
+
+async def test_an_old_reading_is_renewed_while_calls_go_on(
+    caller: Callable[..., Caller], fakes: list[FakeService], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = directory_of(fakes[:1])
+    one = caller(directory)
+    await one.call()
+    await one.call()
+    assert directory.readings == 1
+    monkeypatch.setattr(_pool, "FRESH", 0.0)
+    directory.addresses = [fakes[1].address]
+    directory.answers.clear()
+    # The directory does not answer, and no call waits for it.
+    await one.call()
+    await one.call()
+    assert (len(fakes[0].requests), directory.readings) == (4, 2)
+    directory.answers.set()
+
+    async def moved() -> bool:
+        await one.call()
+        return bool(fakes[1].requests)
+
+    await until(moved, "calls go to the new endpoint")
+
+
+async def test_a_call_after_a_long_pause_waits_for_a_reading(
+    caller: Callable[..., Caller], fakes: list[FakeService], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = directory_of(fakes[:1])
+    one = caller(directory)
+    await one.call()
+    directory.addresses = [fakes[1].address]
+    monkeypatch.setattr(_pool, "USABLE", -1.0)
+    await one.call()
+    assert [len(fake.requests) for fake in fakes] == [1, 1, 0]
+
+
+async def test_known_endpoints_serve_while_the_directory_cannot_be_read(
+    caller: Callable[..., Caller], fakes: list[FakeService], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = directory_of(fakes)
+    one = caller(directory)
+    await one.call()
+    directory.error = UnavailableError(grpc.StatusCode.UNAVAILABLE, "the directory is down")
+    monkeypatch.setattr(_pool, "USABLE", -1.0)
+    assert await one.call() == "p"
+    fakes[1].stop()
+    fakes[2].stop()
+    for _ in range(3):
+        assert await one.call() == "p"
+
+
+async def test_no_endpoint(caller: Callable[..., Caller], fakes: list[FakeService]) -> None:
+    directory = FakeDirectory()
+    one = caller(directory)
+    error = await one.expect(UnavailableError, "nothing is live")
+    assert error.request_id == ""
+    assert directory.readings == 2
+    directory.addresses = [fakes[0].address]
+    assert await one.call() == "p"
+
+
+async def test_the_error_of_the_directory(caller: Callable[..., Caller]) -> None:
+    directory = FakeDirectory()
+    directory.error = InternalError(grpc.StatusCode.INTERNAL, "the directory is down")
+    await caller(directory).expect(InternalError, "the directory is down")
+
+
+async def test_many_calls_share_one_reading(caller: Callable[..., Caller], fakes: list[FakeService]) -> None:
+    directory = directory_of(fakes)
+    directory.answers.clear()
+    one = caller(directory)
+    calls = [asyncio.create_task(one.call()) for _ in range(8)]
+    await until(lambda: directory.readings == 1, "it is read")
+    directory.answers.set()
+    assert await asyncio.gather(*calls) == ["p"] * 8
+    assert directory.readings == 1
+
+
+async def test_streams_begin_before_they_are_iterated_over(caller: Callable[..., Caller], fakes: list[FakeService]) -> None:
+    one = caller(directory_of(fakes))
+    streams = [await one.stream() for _ in range(3)]
+    await until(lambda: [len(fake.requests) for fake in fakes] == [1, 1, 1], "all have begun")
+    for stream in streams:
+        await one.close_stream(stream)
+
+
+async def test_the_servers_own_drain_moves_calls_and_lets_the_running_one_finish(caller: Callable[..., Caller]) -> None:
+    slow = ScriptedEngine(Script(token_delay=0.02))
+    async with AsyncExitStack() as stack:
+        other = await stack.enter_async_context(serving(ScriptedEngine()))
+        draining = serving(slow, drain_timeout=30)
+        target = await draining.__aenter__()
+        directory = FakeDirectory(target.address)
+        one = caller(directory)
+        stream = await one.stream()
+        assert await one.next(stream)
+        directory.addresses.append(other.address)
+        stopping = asyncio.create_task(draining.__aexit__(None, None, None))
+        for _ in range(3):
+            assert await one.call() == "p"
+        await one.rest(stream)
+        await stopping
+        assert await one.call() == "p"
+        await one.close()
+
+
+async def test_eight_threads_notice_nothing_while_servers_stop_and_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_pool, "FRESH", 0.01)
+    engine = ScriptedEngine(Script(text="abc", bytes_per_token=1))
+    directory = FakeDirectory()
+    texts: Counter[str] = Counter()
+    errors: list[BaseException] = []
+    stopped = threading.Event()
+
+    def work(client: Client) -> None:
+        try:
+            while not stopped.is_set():
+                with client.generate_deltas("p", max_tokens=3) as deltas:
+                    texts["".join(delta.text for delta in deltas)] += 1
+                texts[client.generate_all("p", max_tokens=3).responses[0].text] += 1
+        except BaseException as error:  # noqa: BLE001 - the test looks at it
+            errors.append(error)
+
+    async with serving(engine) as first:
+        directory.addresses = [first.address]
+        client: Any = Client(directory)
+        with client:
+            threads = [threading.Thread(target=work, args=(client,)) for _ in range(8)]
+            for thread in threads:
+                thread.start()
+            for _ in range(3):
+                async with serving(engine, drain_timeout=30) as other:
+                    directory.addresses.append(other.address)
+
+                    def gone_on(enough: int = texts.total() + 50) -> bool:
+                        return bool(errors) or texts.total() > enough
+
+                    await until(gone_on, "calls go on")
+                directory.addresses.remove(other.address)
+            stopped.set()
+            await asyncio.gather(*(asyncio.to_thread(thread.join, WAIT) for thread in threads))
+            assert not errors
+            assert set(texts) == {"abc"}
+            await until(lambda: all(member.calls == 0 for member in client._channel._pool._members.values()), "all is over")
+
+
+def test_one_client_in_two_loops(fakes: list[FakeService]) -> None:
+    client = AsyncClient(directory_of(fakes))
+
+    async def call() -> str:
+        return (await client.generate_all("p", max_tokens=1)).prompt
+
+    results: list[str] = []
+    for _ in range(2):
+        thread = threading.Thread(target=lambda: results.append(asyncio.run(call())))
+        thread.start()
+        thread.join(WAIT)
+    assert results == ["p", "p"]
+
+
+def test_a_plain_client_has_a_plain_channel_and_repeats_nothing(fakes: list[FakeService]) -> None:
+    unavailable(fakes[0])
+    with Client(fakes[0].address) as client:
+        with pytest.raises(UnavailableError):
+            client.generate_all("p", max_tokens=1)
+        assert isinstance(client._channel, grpc.Channel)
+    assert fakes[0].requests == [generation_pb2.GenerationRequest(text="p", max_tokens=1)]

@@ -1,0 +1,361 @@
+"""Finding a deployment on Modal: the real client library of Modal, against the stand-in of its cloud."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import modal
+import pytest
+import trustme
+from flywheel_client import (
+    AsyncClient,
+    Client,
+    Endpoint,
+    FailedPreconditionError,
+    FlywheelError,
+    UnauthenticatedError,
+    UnavailableError,
+    published_endpoints,
+)
+from flywheel_client._modal import APP, DICT, STALE_AFTER, published
+from grpclib import Status
+
+from tests.client.conftest import serving_fake
+from tests.modal_cloud import ModalCloud
+from tests.serving import until
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+    from tests.client.conftest import FakeService
+
+WAIT = 60.0
+NOW = 1_800_000_000.0
+
+
+@pytest.fixture(scope="module")
+def cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModalCloud]:
+    with ModalCloud(tmp_path_factory.mktemp("cloud")) as cloud:
+        yield cloud
+        assert not cloud.unimplemented
+
+
+@pytest.fixture(scope="module", autouse=True)
+async def connected(cloud: ModalCloud) -> AsyncIterator[None]:
+    """Has the Modal client library of this process use the cloud."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in cloud.environ.items():
+            patch.setenv(name, value)
+        yield
+        client = await modal.Client.from_env.aio()
+        await client.close.aio()
+
+
+@pytest.fixture
+async def records() -> AsyncIterator[modal.Dict]:
+    """The Dict that endpoints are published in, empty."""
+    records = modal.Dict.from_name(DICT, create_if_missing=True)
+    await records.clear.aio()
+    yield records
+    await records.clear.aio()
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> tuple[trustme.CA, Path]:
+    """Who signs the certificates of the servers, and the file that says so."""
+    authority = trustme.CA()
+    path = tmp_path_factory.mktemp("authority") / "ca.pem"
+    authority.cert_pem.write_to_path(str(path))
+    return authority, path
+
+
+@pytest.fixture
+def secured(authority: tuple[trustme.CA, Path]) -> Iterator[list[FakeService]]:
+    """Two servers that speak TLS, as tunnels do."""
+    certificate = authority[0].issue_cert("localhost")
+    chain = b"".join(blob.bytes() for blob in certificate.cert_chain_pems)
+    credentials = grpc.ssl_server_credentials([(certificate.private_key_pem.bytes(), chain)])
+    with (
+        serving_fake(credentials=credentials, host="localhost") as first,
+        serving_fake(credentials=credentials, host="localhost") as second,
+    ):
+        yield [first, second]
+
+
+@pytest.fixture
+def credentials(authority: tuple[trustme.CA, Path]) -> grpc.ChannelCredentials:
+    return grpc.ssl_channel_credentials(authority[0].cert_pem.bytes())
+
+
+def record(address: str, age: float = 5.0, **more: Any) -> dict[str, Any]:
+    now = time.time()
+    return {"address": address, "started": now - 3600.0, "refreshed": now - age, **more}
+
+
+def flywheel(cloud: ModalCloud, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MODAL_", "FLYWHEEL_"))}
+    return subprocess.run(
+        [sys.executable, "-m", "flywheel_client", *arguments],
+        env=environment | cloud.environ | {"COLUMNS": "80"} | variables,
+        capture_output=True,
+        text=True,
+        timeout=WAIT,
+        check=False,
+    )
+
+
+async def test_both_clients_balance_over_what_is_published(
+    records: modal.Dict, secured: list[FakeService], credentials: grpc.ChannelCredentials
+) -> None:
+    await records.put.aio("ta-1", record(secured[0].address, app=APP))
+    await records.put.aio("ta-2", record(secured[1].address))
+    await records.put.aio("ta-3", record("localhost:1", age=STALE_AFTER + 10))
+    await records.put.aio("ta-4", record("localhost:1", app="another"))
+
+    def in_threads() -> str:
+        with Client.from_modal(credentials=credentials, api_key="key-1", timeout=WAIT) as client:
+            for _ in range(3):
+                client.generate_all("p", max_tokens=1)
+            return "".join(delta.text for delta in client.generate_deltas("p", max_tokens=1))
+
+    assert await asyncio.to_thread(in_threads) == "abc"
+    assert [len(fake.requests) for fake in secured] == [2, 2]
+    async with AsyncClient.from_modal(credentials=credentials, api_key="key-1", timeout=WAIT) as client:
+        for _ in range(3):
+            await client.generate_all("p", max_tokens=1)
+        assert [delta.text async for delta in client.generate_deltas("p", max_tokens=1)] == ["ab", "c"]
+    assert [len(fake.requests) for fake in secured] == [4, 4]
+    assert {metadata["authorization"] for fake in secured for metadata in fake.metadata} == {"Bearer key-1"}
+
+
+async def test_a_container_that_is_replaced(
+    records: modal.Dict, secured: list[FakeService], credentials: grpc.ChannelCredentials
+) -> None:
+    await records.put.aio("ta-1", record(secured[0].address))
+    async with AsyncClient.from_modal(credentials=credentials, timeout=WAIT) as client:
+        await client.generate_all("p", max_tokens=1)
+        await records.put.aio("ta-2", record(secured[1].address))
+        await asyncio.to_thread(secured[0].stop)
+        # Its record is still there, as that of a container that was lost.
+        for _ in range(3):
+            await client.generate_all("p", max_tokens=1)
+    assert [len(fake.requests) for fake in secured] == [1, 3]
+
+
+async def test_a_synchronous_client_within_a_running_loop(
+    records: modal.Dict, secured: list[FakeService], credentials: grpc.ChannelCredentials
+) -> None:
+    await records.put.aio("ta-1", record(secured[0].address))
+    with Client.from_modal(credentials=credentials, timeout=WAIT) as client:
+        assert client.generate_all("p", max_tokens=1).prompt == "p"
+
+
+async def test_the_event_loop_goes_on_while_modal_is_asked(records: modal.Dict) -> None:
+    program = (
+        "import asyncio, sys, time\n"
+        "from flywheel_client import published_endpoints\n"
+        "async def main():\n"
+        "    asked = asyncio.create_task(published_endpoints())\n"
+        "    longest = 0.0\n"
+        "    while not asked.done():\n"
+        "        begun = time.perf_counter()\n"
+        "        await asyncio.sleep(0)\n"
+        "        longest = max(longest, time.perf_counter() - begun)\n"
+        "    print(len(await asked), 'modal' in sys.modules)\n"
+        "import warnings; warnings.simplefilter('error'); asyncio.run(main())\n"
+    )
+    await records.put.aio("ta-1", record("localhost:1"))
+    process = await asyncio.to_thread(
+        subprocess.run, [sys.executable, "-c", program], capture_output=True, text=True, timeout=WAIT, check=False
+    )
+    assert (process.stdout, process.stderr) == ("1 True\n", "")
+
+
+@pytest.mark.parametrize("kind", ["Client", "AsyncClient"])
+@pytest.mark.parametrize("closes", [False, True])
+async def test_a_process_that_ends_while_the_addresses_are_read_again(
+    records: modal.Dict, secured: list[FakeService], authority: tuple[trustme.CA, Path], kind: str, closes: bool
+) -> None:
+    program = (
+        "import asyncio, pathlib, sys, warnings; warnings.simplefilter('error')\n"
+        "import flywheel_client, grpc\n"
+        "flywheel_client._pool.FRESH = 0.0\n"
+        "async def main():\n"
+        "    credentials = grpc.ssl_channel_credentials(pathlib.Path(sys.argv[1]).read_bytes())\n"
+        "    client = flywheel_client.{kind}.from_modal(credentials=credentials)\n"
+        "    for _ in range(2):\n"
+        "        {wait} client.generate_all('p', max_tokens=1)\n"
+        "    {ending}\n"
+        "asyncio.run(main())\n"
+    )
+    wait = "await" if kind == "AsyncClient" else ""
+    program = program.format(kind=kind, wait=wait, ending=f"{wait} client.close()".strip() if closes else "")
+    await records.put.aio("ta-1", record(secured[0].address))
+    process = await asyncio.to_thread(
+        subprocess.run, [sys.executable, "-c", program, str(authority[1])], capture_output=True, text=True, check=False
+    )
+    assert (process.returncode, process.stderr) == (0, "")
+    assert len(secured[0].requests) == 2
+
+
+async def test_no_endpoint(records: modal.Dict) -> None:
+    async with AsyncClient.from_modal("absent", environment="dev", timeout=WAIT) as client:
+        with pytest.raises(
+            UnavailableError, match=r"'absent' in the environment 'dev' has no live .* modal deploy modal_deploy.py"
+        ):
+            await client.generate_all("p", max_tokens=1)
+    await records.put.aio("ta-1", record("localhost:1", age=STALE_AFTER + 10))
+    async with AsyncClient.from_modal(timeout=WAIT) as client:
+        with pytest.raises(
+            UnavailableError, match=r"in the default environment has no live endpoint \(1 not refreshed for 90 s"
+        ):
+            assert [delta async for delta in client.generate_deltas("p", max_tokens=1)]
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "message"),
+    [
+        (Status.UNAUTHENTICATED, UnauthenticatedError, "modal token new"),
+        (Status.PERMISSION_DENIED, FailedPreconditionError, "no entry"),
+        (Status.INVALID_ARGUMENT, FailedPreconditionError, "no entry"),
+        (Status.INTERNAL, UnavailableError, "no entry"),
+    ],
+)
+async def test_what_modal_refuses(cloud: ModalCloud, status: Status, error: type[FlywheelError], message: str) -> None:
+    cloud.refuse(status, "no entry")
+    try:
+        with pytest.raises(error, match=message) as caught:
+            await published_endpoints()
+    finally:
+        cloud.refuse(None)
+    assert not isinstance(caught.value, modal.exception.Error)
+    assert "'flywheel-grpc'" in caught.value.message
+
+
+async def test_modal_is_down(cloud: ModalCloud, records: modal.Dict) -> None:
+    cloud.down()
+    try:
+        with pytest.raises(UnavailableError, match="Modal cannot be asked"):
+            await published_endpoints()
+    finally:
+        cloud.up()
+
+    async def succeeds() -> bool:
+        try:
+            return not await published_endpoints()
+        except UnavailableError:
+            return False
+
+    await until(succeeds, "Modal is back")
+
+
+def test_without_the_modal_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "modal", None)
+    for kind in (Client, AsyncClient):
+        with pytest.raises(ModuleNotFoundError, match=r"pip install 'flywheel-grpc\[modal\]'"):
+            kind.from_modal()
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'flywheel-grpc\[modal\]'"):
+        asyncio.run(published_endpoints())
+
+
+def test_modal_is_imported_only_when_it_is_asked() -> None:
+    program = "import sys, flywheel_client; flywheel_client.Client.from_modal(); print('modal' in sys.modules)"
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert process.stdout == "False\n"
+
+
+def test_records_are_sorted_out() -> None:
+    live = {"address": "a:1", "started": NOW - 100, "refreshed": NOW - 50}
+    items: list[tuple[object, object]] = [
+        ("ta-old", {**live, "refreshed": NOW - STALE_AFTER - 1}),
+        ("ta-1", live),
+        ("ta-2", {**live, "address": "b:2", "refreshed": int(NOW)}),
+        ("ta-other", {**live, "app": "other"}),
+        ("ta-text", "a:1"),
+        ("ta-half", {"address": "a:1"}),
+        ("ta-wrong", {**live, "refreshed": "yesterday"}),
+    ]
+    found = published(items, "server:443", APP, NOW)
+    assert found.live == [
+        Endpoint("server:443", "server", None, None, None),
+        Endpoint("b:2", "tunnel", "ta-2", NOW - 100, NOW),
+        Endpoint("a:1", "tunnel", "ta-1", NOW - 100, NOW - 50),
+    ]
+    assert found.stale == 1
+    assert [endpoint.container for endpoint in published(items, None, "other", NOW).live] == ["ta-other"]
+
+
+async def test_the_command_lists_endpoints(cloud: ModalCloud, records: modal.Dict) -> None:
+    await records.put.aio("ta-1", record("r1.modal.test:40001", age=10.2))
+    await records.put.aio("ta-22", record("r22.modal.test:443", age=3.2))
+    await records.put.aio("ta-3", record("r3.modal.test:40003", age=STALE_AFTER + 10))
+    process = await asyncio.to_thread(flywheel, cloud, "endpoints")
+    lines = [line.split() for line in process.stdout.splitlines()]
+    assert lines[0] == ["ADDRESS", "KIND", "AGE", "REFRESHED", "CONTAINER"]
+    assert [(line[0], line[1], line[2], line[4]) for line in lines[1:]] == [
+        ("r22.modal.test:443", "tunnel", "60m", "ta-22"),
+        ("r1.modal.test:40001", "tunnel", "60m", "ta-1"),
+    ]
+    assert process.stderr == "1 more not refreshed for 90 s or longer\n"
+    process = await asyncio.to_thread(flywheel, cloud, "endpoints", "--json")
+    assert [(each["address"], each["kind"], each["container"]) for each in json.loads(process.stdout)] == [
+        ("r22.modal.test:443", "tunnel", "ta-22"),
+        ("r1.modal.test:40001", "tunnel", "ta-1"),
+    ]
+    process = await asyncio.to_thread(flywheel, cloud, "endpoints", "--first")
+    assert (process.returncode, process.stdout, process.stderr) == (0, "r22.modal.test:443\n", "")
+
+
+async def test_the_command_says_that_there_is_none(cloud: ModalCloud, records: modal.Dict) -> None:
+    for arguments in ([], ["--first"], ["--json"]):
+        process = await asyncio.to_thread(flywheel, cloud, "endpoints", "--app", "absent", "--environment", "dev", *arguments)
+        assert (process.returncode, process.stdout) == (1, "")
+        assert process.stderr.startswith("flywheel: UNAVAILABLE: the Modal app 'absent' in the environment 'dev' has no live")
+
+
+async def test_the_command_without_a_token(cloud: ModalCloud) -> None:
+    process = await asyncio.to_thread(flywheel, cloud, "stats", "--modal-app", APP, MODAL_TOKEN_ID="", MODAL_TOKEN_SECRET="")
+    assert (process.returncode, process.stdout) == (1, "")
+    assert process.stderr.startswith("flywheel: UNAUTHENTICATED: Modal cannot be asked")
+    assert "modal token new" in process.stderr
+
+
+async def test_the_command_calls_a_deployment(
+    cloud: ModalCloud, records: modal.Dict, secured: list[FakeService], authority: tuple[trustme.CA, Path]
+) -> None:
+    await records.put.aio("ta-1", record(secured[0].address))
+    options = ["--modal-app", APP, "--cacert", str(authority[1])]
+    # The address of the variable is not one that was asked for.
+    variables = {"FLYWHEEL_ADDRESS": "localhost:1", "FLYWHEEL_API_KEY": "key-2"}
+    process = await asyncio.to_thread(flywheel, cloud, "generate", "p", *options, **variables)
+    assert (process.returncode, process.stdout) == (0, "abc")
+    assert secured[0].metadata[0]["authorization"] == "Bearer key-2"
+    process = await asyncio.to_thread(flywheel, cloud, "model", *options, **variables)
+    assert process.stdout.startswith("name")
+    secured[0].stop()
+    process = await asyncio.to_thread(flywheel, cloud, "stats", *options, **variables)
+    assert process.returncode == 1
+    assert "To see what is live: flywheel endpoints --app flywheel-grpc\n" in process.stderr
+
+
+async def test_the_stable_address_of_a_server(cloud: ModalCloud, records: modal.Dict) -> None:
+    with serving_fake() as fake:
+        await records.put.aio("ta-1", record("localhost:1", app="with-server"))
+        app = Path(__file__).with_name("modal_app.py")
+        deployed = await asyncio.to_thread(cloud.cli, "deploy", str(app), env={"PORT": fake.address.rpartition(":")[2]})
+        assert deployed.returncode == 0, deployed.stderr
+        found = await published_endpoints("with-server")
+        assert [endpoint.kind for endpoint in found] == ["server", "tunnel"]
+        credentials = grpc.ssl_channel_credentials(cloud.ca_certificate)
+        async with AsyncClient.from_modal("with-server", credentials=credentials, timeout=WAIT) as client:
+            for _ in range(3):
+                assert (await client.generate_all("p", max_tokens=1)).prompt == "p"
+        assert len(fake.requests) == 3
