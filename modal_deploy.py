@@ -206,14 +206,16 @@ if configuration.weights is not None:
             return await self.remote.generate(**fields)
 
         @modal.method()
-        async def generate_deltas(self, /, **arguments: Any) -> None:  # noqa: ANN401 - as above
+        async def generate_deltas(self, /, **arguments: Any) -> int:  # noqa: ANN401 - as above
             """Sends the samples of a request to a queue while they are made."""
-            await self.remote.generate_deltas(**arguments)
+            return await self.remote.generate_deltas(**arguments)
 
+    # The token of the Hugging Face hub, for weights that are not for everybody.
+    hub_token = [modal.Secret.from_dict({"HF_TOKEN": os.environ["HF_TOKEN"]})] if "HF_TOKEN" in os.environ else []
     # An app of its own: running it starts no gateway.
     weights_app = modal.App(f"{deployment.app}-weights")
 
-    @weights_app.function(image=model_image, env=environment, volumes=volumes, timeout=4 * 3600)
+    @weights_app.function(image=model_image, env=environment, secrets=hub_token, volumes=volumes, timeout=4 * 3600)
     def fetch_weights() -> None:
         """Downloads the weights of the Model into its volume, unless they are there."""
         from flywheel_server.deployment.download import fetch

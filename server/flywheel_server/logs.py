@@ -53,4 +53,6 @@ def configure(level: Literal["debug", "info", "warning", "error"], form: Literal
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(level.upper())
-    logging.getLogger("asyncio").setLevel(logging.WARNING)
+    # Those of the transport below Modal's client log every header at the level of debug, tokens included.
+    for name in ("asyncio", "grpclib", "h2", "hpack"):
+        logging.getLogger(name).setLevel(logging.WARNING)

@@ -43,7 +43,8 @@ def _api_key(key: SecretStr) -> SecretStr:
     return key
 
 
-def _host_and_port(address: str) -> str:
+def host_and_port(address: str) -> str:
+    """Returns an address that is HOST:PORT; raises `ValueError` for any other."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or int(port) > MAX_PORT:
         raise ValueError(f"must be HOST:PORT, with a port of 0 to {MAX_PORT}")
@@ -87,6 +88,11 @@ class Settings(BaseSettings):
     modal_timeout: Annotated[int, Field(ge=1, le=86400)] = _option(
         "Engine", 600, "Seconds after which Modal ends a generation."
     )
+    modal_as_deployed: bool = _option(
+        "Engine",
+        False,
+        "Whether it is deployed with that GPU and timeout: true or false. If not, Modal runs it in containers of their own.",
+    )
     modal_context: Annotated[int, Field(ge=1, le=INT32_MAX)] = _option(
         "Engine", 8192, "Tokens of context that the class has; Modal cannot be asked without waking it."
     )
@@ -98,7 +104,7 @@ class Settings(BaseSettings):
         "Engine", Script(), "What the scripted engine plays, as JSON; `pydoc flywheel_server.engines.scripted` has its fields."
     )
 
-    address: Annotated[str, AfterValidator(_host_and_port)] = _option(
+    address: Annotated[str, AfterValidator(host_and_port)] = _option(
         "Listening", "127.0.0.1:50051", "HOST:PORT to listen on. Port 0 is any free one, which is printed."
     )
     api_keys: Annotated[tuple[Annotated[SecretStr, AfterValidator(_api_key)], ...], NoDecode, BeforeValidator(_split)] = (

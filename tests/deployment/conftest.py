@@ -29,7 +29,7 @@ def deploy(cloud: ModalCloud, app: str, **variables: str) -> subprocess.Complete
         "FLYWHEEL_DEPLOY_APP": app,
         "FLYWHEEL_DEPLOY_WEIGHTS": SMALL.name,
         "FLYWHEEL_DEPLOY_WEIGHTS_PATH": str(cloud.directory / "weights"),
-        "FLYWHEEL_ADDRESS": "127.0.0.1:0",
+        "FLYWHEEL_DEPLOY_ADDRESS": "127.0.0.1:0",
         "FLYWHEEL_HEALTH_INTERVAL": "0.1",
     }
     return cloud.cli("deploy", "modal_deploy.py", env=settings | variables, cwd=ROOT)

@@ -8,6 +8,7 @@ import pytest
 from flywheel_server.deployment import directory
 from flywheel_server.deployment.directory import DICT, published
 from grpclib import Status
+from grpclib.exceptions import StreamTerminatedError
 
 from tests.modal_cloud import ModalCloud
 from tests.serving import until
@@ -49,6 +50,23 @@ async def test_a_control_plane_that_is_away_for_a_while_makes_it_stale_not_gone(
         cloud.refuse(Status.UNAVAILABLE, rpcs={"DictUpdate"})
         await until(lambda: cloud.rpcs["DictUpdate"] > 3, "it has tried")
         cloud.refuse(None)
+        moment = time.time()
+        await until(lambda: refreshed_after(moment), "it is refreshed again")
+
+
+async def test_no_error_of_any_kind_ends_the_refreshing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modal's client lets those of its transport through."""
+    errors: list[Exception] = [StreamTerminatedError("gone"), TimeoutError(), RuntimeError("a bug")]
+    put = directory._put
+
+    async def failing(*arguments: Any) -> None:
+        if errors:
+            raise errors.pop()
+        await put(*arguments)
+
+    async with published("some-app", "localhost:1234"):
+        monkeypatch.setattr(directory, "_put", failing)
+        await until(lambda: not errors, "it has failed in all ways")
         moment = time.time()
         await until(lambda: refreshed_after(moment), "it is refreshed again")
 

@@ -18,7 +18,7 @@ from flywheel_server.health import RUNNERS
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from modal_proto import api_pb2
 
-from tests.deployment.conftest import AUTHORIZATION, ROOT, VOLUME, deploy, deployed, through
+from tests.deployment.conftest import AUTHORIZATION, KEY, ROOT, VOLUME, deploy, deployed, through
 from tests.modal_cloud import Container, ModalCloud, Tunnel, scripted
 from tests.serving import until
 
@@ -75,7 +75,7 @@ def test_what_arrives_at_modal(prepared: ModalCloud) -> None:
         FLYWHEEL_DEPLOY_WEIGHTS="mixtral-8x7b-instruct-q3_k_s",
         FLYWHEEL_DEPLOY_GATEWAY_MIN_CONTAINERS="0",
         FLYWHEEL_DEPLOY_EXPOSE="both",
-        FLYWHEEL_ADDRESS="127.0.0.1:50051",
+        FLYWHEEL_DEPLOY_ADDRESS="127.0.0.1:50051",
     )
     assert done.returncode == 0, done.stderr
     gateway, server, model = (prepared.function(f"defaults/{name}") for name in ("Gateway", "GatewayServer", "Model"))
@@ -186,7 +186,7 @@ async def test_a_stable_address_instead_of_a_tunnel(prepared: ModalCloud, unused
         "stable",
         FLYWHEEL_DEPLOY_EXPOSE="server",
         FLYWHEEL_MODAL_APP="unhurried",
-        FLYWHEEL_ADDRESS=f"127.0.0.1:{unused_tcp_port}",
+        FLYWHEEL_DEPLOY_ADDRESS=f"127.0.0.1:{unused_tcp_port}",
     )
     url = await modal.Server.from_name("stable", "GatewayServer").get_url.aio()
     assert url is not None
@@ -220,6 +220,25 @@ async def test_a_redeployment_replaces_the_gateway_and_loses_no_call(slow: Modal
     assert other.port != tunnel.port
 
 
+async def test_weights_that_were_not_fetched_are_named(prepared: ModalCloud) -> None:
+    await deployed(prepared, "empty", FLYWHEEL_DEPLOY_WEIGHTS="mistral-7b-instruct-q8_0")
+    (tunnel,) = await published(prepared, "empty")
+    async with through(tunnel, prepared) as target:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await target.stub.GenerateAll(REQUEST, metadata=AUTHORIZATION)
+        assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+        assert "modal run modal_deploy.py::fetch_weights" in str(caught.value.details())
+
+
+async def test_containers_that_the_deployment_keeps_warm_are_those_that_are_called(prepared: ModalCloud) -> None:
+    await deployed(prepared, "warm", FLYWHEEL_DEPLOY_MODEL_MIN_CONTAINERS="1")
+    (tunnel,) = await published(prepared, "warm")
+    async with through(tunnel, prepared) as target:
+        await target.stub.GenerateAll(REQUEST, metadata=AUTHORIZATION)
+    (only,) = prepared.containers("warm/Model")
+    assert only.definition.resources.gpu_config.gpu_type == "A10G"
+
+
 def test_the_weights_are_fetched_into_the_volume(prepared: ModalCloud) -> None:
     done = prepared.cli(
         "run",
@@ -242,14 +261,20 @@ def resident_kib(container: Container) -> int:
     return int(found.split()[1])
 
 
-async def test_512_calls_at_a_time_none_lost_none_mixed_up_and_memory_flat(prepared: ModalCloud) -> None:
-    await asyncio.to_thread(scripted.deploy, prepared, "quick")
-    await deployed(prepared, "busy-service", FLYWHEEL_MODAL_APP="quick")
-    (tunnel,) = await published(prepared, "busy-service")
-    gateway = container(prepared, "busy-service")
+async def test_512_calls_at_a_time_none_lost_none_mixed_up_and_memory_flat(tmp_path: Path) -> None:
+    # As many streams as HTTP/2 has by default: Modal does not say how many it allows.
+    with ModalCloud(tmp_path, max_streams=100) as cloud:
+        cloud.create_secret("flywheel-grpc-keys", {"FLYWHEEL_API_KEYS": KEY})
+        await asyncio.to_thread(scripted.deploy, cloud, "quick")
+        await deployed(cloud, "busy-service", FLYWHEEL_MODAL_APP="quick")
+        await until(lambda: bool(cloud.tunnels), "the gateway can be reached")
+        await _512_calls_at_a_time(cloud.tunnels[0], cloud, container(cloud, "busy-service"))
+
+
+async def _512_calls_at_a_time(tunnel: Tunnel, cloud: ModalCloud, gateway: Container) -> None:
     chance = random.Random(5)
 
-    async with through(tunnel, prepared) as target:
+    async with through(tunnel, cloud) as target:
 
         async def one(number: int) -> None:
             prompt_tokens, samples = chance.randrange(1, 200), chance.choice([1, 2, 3])

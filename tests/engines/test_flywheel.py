@@ -1,8 +1,12 @@
 """The flywheel engine, over the real client of Modal and real containers: what it sends, what it takes, what it cancels."""
 
 import asyncio
+import os
 import random
+import subprocess
+import sys
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -20,6 +24,7 @@ from tests.server.test_errors import details_of
 from tests.serving import Target, drained, serving, through_a_cable, until
 
 METHODS = ["Generate", "GenerateDeltas", "GenerateAll"]
+ROOT = Path(__file__).parent.parent.parent
 APP = "scripted"
 SLOW = "slow"
 TEXT = "The llama 🦙 is a domesticated South American camelid. "
@@ -129,7 +134,7 @@ async def test_whoever_goes_away_takes_the_call_along(slow: ModalCloud, class_na
         before = len(slow.calls)
         async with grpc.aio.insecure_channel(address) as channel:
             stub: Any = scripted_stub(channel)
-            call = getattr(stub, method)(request(max_tokens=2000), timeout=1.5 if how == "deadline" else None)
+            call = getattr(stub, method)(request(max_tokens=2000), timeout=1 if how == "deadline" else None)
             reading = asyncio.create_task(drained(call))
             await until(lambda: any(made.state == "running" for made in slow.calls[before:]), "the call runs", within=20)
             if how == "cancel":
@@ -208,12 +213,11 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize("method", ["Generate", "GenerateDeltas"])
-@pytest.mark.parametrize("class_name", ["Faulty", "FaultyStream"])
+@pytest.mark.parametrize(("class_name", "method"), [("Faulty", "GenerateAll"), ("FaultyStream", "GenerateDeltas")])
 async def test_what_the_class_does_wrong_has_its_status(
     deployed: ModalCloud, monkeypatch: pytest.MonkeyPatch, class_name: str, method: str
 ) -> None:
-    monkeypatch.setattr("flywheel_server.engines.flywheel.QUEUE_GRACE", 0.2)
+    monkeypatch.setattr("flywheel_server.engines.remote_call.EVENTS_GRACE", 0.2)
     async with serving(scripted.engine(APP, class_name, timeout=1)) as target:
         for text, code, detail in FAULTS:
             error = await failure(target, text, method)
@@ -221,10 +225,44 @@ async def test_what_the_class_does_wrong_has_its_status(
             assert detail in details_of(error), text
         if class_name == "FaultyStream":
             assert (await failure(target, "nothing of this kind", method)).code() is grpc.StatusCode.INTERNAL
-            error = await failure(target, "leave a gap", method)
-            assert (error.code(), RetryInfo in details_of(error)) == (grpc.StatusCode.UNAVAILABLE, True)
+            for text in ("leave a gap", "lose the end", "begin anew too late"):
+                error = await failure(target, text, method)
+                assert (error.code(), RetryInfo in details_of(error)) == (grpc.StatusCode.UNAVAILABLE, True), text
+            assert (await target.stub.GenerateAll(request(text="begin anew"))).responses[0].text == "new"
+            messages = [message async for message in target.stub.GenerateDeltas(request(text="begin anew"))]
+            assert "".join(message.text for message in messages) == "new"
         else:
             assert (await target.stub.GenerateAll(request(text="leave the stop sequence in"))).num_samples == 1
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_the_log_has_neither_the_token_nor_what_the_class_said(deployed: ModalCloud, form: str) -> None:
+    program = """
+import asyncio, sys
+from flywheel_server import logs
+from flywheel_proto.v1 import generation_pb2 as pb
+from tests.modal_cloud import scripted
+from tests.serving import drained, serving
+
+async def main():
+    for class_name in ("Faulty", "FaultyStream", "Model"):
+        async with serving(scripted.engine(sys.argv[2], class_name)) as target:
+            for method in ("Generate", "GenerateDeltas"):
+                try:
+                    await drained(getattr(target.stub, method)(pb.GenerationRequest(text="raise", max_tokens=3)))
+                except Exception:
+                    pass
+
+logs.configure("debug", sys.argv[1])
+asyncio.run(main())
+"""
+    environ = {**os.environ, **deployed.environ, "PYTHONPATH": str(ROOT)}
+    ran = subprocess.run(
+        [sys.executable, "-c", program, form, APP], capture_output=True, text=True, check=True, env=environ, cwd=ROOT
+    )
+    assert "raised ValueError" in ran.stderr
+    for secret in ("SECRET", deployed.environ["MODAL_TOKEN_SECRET"]):
+        assert secret not in ran.stderr
 
 
 async def test_whatever_keeps_it_from_the_class_has_its_status(deployed: ModalCloud) -> None:
@@ -339,7 +377,7 @@ async def test_the_control_plane_goes_down_and_comes_back(slow: ModalCloud) -> N
 
 @pytest.mark.parametrize("class_name", ["Model", "Flywheel"])
 async def test_a_container_that_is_killed_before_it_sent_text_is_replaced(cloud: ModalCloud, class_name: str) -> None:
-    scripted.deploy(cloud, "late", Script(prompt_delay=1))
+    scripted.deploy(cloud, "late", Script(prompt_delay=0.3))
     async with serving(scripted.engine("late", class_name)) as target:
         before = len(cloud.calls)
         call = target.stub.GenerateAll(request(num_samples=2))

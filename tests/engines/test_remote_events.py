@@ -24,13 +24,13 @@ def plain(data: Any) -> bool:
 
 
 def test_there_and_back() -> None:
-    pile = Pile("call-1", 3, EVENTS)
+    pile = Pile("call-1", "attempt-1", 3, EVENTS)
     assert plain(pile.pack())
     assert Pile.unpack(pile.pack()) == pile
 
 
 def pile(*events: Any, **fields: Any) -> dict[str, Any]:
-    return {"call": "call-1", "number": 0, "events": list(events), **fields}
+    return {"call": "call-1", "attempt": "attempt-1", "number": 0, "events": list(events), **fields}
 
 
 @pytest.mark.parametrize(

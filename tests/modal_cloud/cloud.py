@@ -32,12 +32,13 @@ Result = TypeVar("Result")
 class ModalCloud:
     """A stand-in of Modal's cloud, behind the real client and the real container entry point.
 
-    It runs on an event loop in a thread of its own. Its methods are called from any other thread, and raise
-    TimeoutError where something takes longer than it says. They take the name of a class, a function or a server, as
-    `name` of the app that was deployed last, or as `app/name`; they raise KeyError where there is none.
+    It runs on an event loop in a thread of its own, and lets each connection have `max_streams` RPCs at a time. Its methods are
+    called from any other thread, and raise TimeoutError where something takes longer than it says. They take the name of a
+    class, a function or a server, as `name` of the app that was deployed last, or as `app/name`; they raise KeyError where
+    there is none.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, max_streams: int = 10_000) -> None:
         self._directory = directory.resolve()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="modal-cloud", daemon=True)
@@ -50,7 +51,7 @@ class ModalCloud:
         self._calls = Calls(self._apps.functions, self._fleet)
         self._tunnels = Tunnels(self._certificates)
         rooms = (self._storage, self._images, self._apps, self._calls, self._tunnels)
-        self._control_plane = ControlPlane(rooms, self._live)
+        self._control_plane = ControlPlane(rooms, self._live, max_streams)
 
     def __enter__(self) -> Self:
         self._thread.start()

@@ -40,26 +40,30 @@ ACKNOWLEDGED = {
 
 
 class _Protocol(H2Protocol):
-    """An HTTP/2 connection with room for more than h2's 100 streams: each waiting call is one."""
+    """An HTTP/2 connection that says how many streams it has room for: each call that waits is one."""
+
+    max_streams: int
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self.connection._connection.update_settings({SettingCodes.MAX_CONCURRENT_STREAMS: 10_000})
+        self.connection._connection.update_settings({SettingCodes.MAX_CONCURRENT_STREAMS: self.max_streams})
         self.connection.flush()
 
 
 class _Server(Server):
     """A server that can cut its connections."""
 
-    def __init__(self, handlers: Any) -> None:
+    def __init__(self, handlers: Any, max_streams: int) -> None:
+        self._max_streams = max_streams
         super().__init__(handlers, config=Configuration(http2_connection_window_size=2**26, http2_stream_window_size=2**25))
         self._protocols: list[H2Protocol] = []
 
     def _protocol_factory(self) -> H2Protocol:
         protocol = super()._protocol_factory()
-        wider = _Protocol(protocol.handler, protocol.config, protocol.h2_config)
-        self._protocols.append(wider)
-        return wider
+        limited = _Protocol(protocol.handler, protocol.config, protocol.h2_config)
+        limited.max_streams = self._max_streams
+        self._protocols.append(limited)
+        return limited
 
     async def stop(self) -> None:
         self.close()
@@ -72,7 +76,8 @@ class _Server(Server):
 class ControlPlane:
     """The service as clients and containers reach it, each at an address of its own."""
 
-    def __init__(self, rooms: Sequence[object], container: Callable[[str], Container | None]) -> None:
+    def __init__(self, rooms: Sequence[object], container: Callable[[str], Container | None], max_streams: int) -> None:
+        self._max_streams = max_streams
         self._rooms = rooms
         self._container = container
         self._for_clients: _Server | None = None
@@ -134,14 +139,14 @@ class ControlPlane:
         self._refusal = (status, message, rpcs) if status is not None else None
 
     async def start(self) -> None:
-        self._for_containers = _Server([self])
+        self._for_containers = _Server([self], self._max_streams)
         await self._for_containers.start("127.0.0.1", 0)
         await self.up()
 
     async def up(self) -> None:
         """Listens for clients, on the same port each time."""
         if self._for_clients is None:
-            self._for_clients = _Server([self])
+            self._for_clients = _Server([self], self._max_streams)
             await self._for_clients.start("127.0.0.1", self._port)
             self._port = _port(self._for_clients)
 

@@ -26,7 +26,9 @@ def deploy(cloud: ModalCloud, app: str, script: Script | None = None) -> None:
 def engine(app: str, class_name: str = "Model", timeout: int = TIMEOUT, **model: Any) -> FlywheelEngine:
     """Returns an engine that calls a class of the app."""
     described = {"name": app, "engine": "flywheel", "context_tokens": 8192, "penalizes_prompt": False, "prompt_format": "raw"}
-    return FlywheelEngine(Target(app, class_name), gpu=GPU, timeout=timeout, model=EngineModel(**{**described, **model}))
+    return FlywheelEngine(
+        Target(app, class_name), gpu=GPU, timeout=timeout, as_deployed=False, model=EngineModel(**{**described, **model})
+    )
 
 
 async def running(app: str) -> int:

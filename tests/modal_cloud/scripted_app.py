@@ -33,8 +33,8 @@ class Model:
         return await self.remote.generate(**fields)
 
     @modal.method()
-    async def generate_deltas(self, /, **arguments: Any) -> None:
-        await self.remote.generate_deltas(**arguments)
+    async def generate_deltas(self, /, **arguments: Any) -> int:
+        return await self.remote.generate_deltas(**arguments)
 
     @modal.method()
     async def running(self) -> int:
@@ -134,11 +134,29 @@ class FaultyStream:
     @modal.method()
     async def generate_deltas(self, /, queue: modal.Queue, partition: str, call: str, text: str, **fields: Any) -> Any:
         started, delta = {"event": "started"}, {"event": "delta", "index": 0, "text": "SECRET", "generated_tokens": 1}
-        await queue.put.aio({"call": call, "number": 0, "events": [started, delta]}, partition=partition)
+
+        async def send(number: int, *events: Any, attempt: str = "a") -> None:
+            pile = {"call": call, "attempt": attempt, "number": number, "events": list(events)}
+            await queue.put.aio(pile, partition=partition)
+
+        await send(0, started)
+        if text != "begin anew":
+            await send(1, delta)
         match text:
             case "nothing of this kind":
-                await queue.put.aio({"call": call, "number": 1, "events": [{"event": "SECRET"}]}, partition=partition)
+                await send(2, {"event": "SECRET"})
             case "leave a gap":
-                await queue.put.aio({"call": call, "number": 2, "events": [delta]}, partition=partition)
+                await send(3, delta)
+            case "lose the end":
+                return 3
+            case "begin anew":
+                await send(0, started, attempt="b")
+                await send(1, {**delta, "text": "late"}, attempt="a")
+                sample = {"text": "new", "generated_tokens": 1, "finished": 1.0, "finish_reason": "length"}
+                await send(1, {**delta, "text": "new"}, {"event": "sample", "sample": sample}, attempt="b")
+                return 2
+            case "begin anew too late":
+                await send(0, started, attempt="b")
             case _:
                 await misbehave(text)
+        return 2

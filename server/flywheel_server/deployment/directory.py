@@ -28,7 +28,7 @@ REFRESH_INTERVAL: Final = 20.0
 FORGOTTEN_AFTER: Final = 3600.0
 """Seconds without a refresh after which a record is removed: its container was killed before it could withdraw it."""
 
-WITHDRAW_TIMEOUT: Final = 5.0
+WITHDRAW_TIMEOUT: Final = 2.0
 """Seconds for the withdrawal, which must not eat up the time that running calls have to finish."""
 
 
@@ -45,23 +45,27 @@ async def published(app: str, address: str) -> AsyncIterator[None]:
     finally:
         refreshing.cancel()
         await asyncio.gather(refreshing, return_exceptions=True)
-        try:
-            await asyncio.wait_for(directory.pop.aio(task), WITHDRAW_TIMEOUT)
-        except (modal.exception.Error, KeyError, OSError) as error:
-            log.warning("address not withdrawn", error=type(error).__name__)
+        async with _tolerant("address not withdrawn", WITHDRAW_TIMEOUT):
+            await directory.pop.aio(task)
 
 
 async def _keep_fresh(directory: modal.Dict, task: str, record: dict[str, Any]) -> None:
-    try:
+    async with _tolerant("old addresses not removed", REFRESH_INTERVAL):
         await _forget_the_dead(directory)
-    except (modal.exception.Error, KeyError, OSError) as error:
-        log.warning("old addresses not removed", error=type(error).__name__)
     while True:
         await asyncio.sleep(REFRESH_INTERVAL)
-        try:
+        async with _tolerant("address not refreshed", REFRESH_INTERVAL):
             await _put(directory, task, record)
-        except (modal.exception.Error, OSError) as error:
-            log.warning("address not refreshed", error=type(error).__name__)
+
+
+@asynccontextmanager
+async def _tolerant(failure: str, timeout: float) -> AsyncIterator[None]:  # noqa: ASYNC109 - of the work in the context
+    """Logs what goes wrong: whatever it is, the next try may work, and the server goes on meanwhile."""
+    try:
+        async with asyncio.timeout(timeout):
+            yield
+    except Exception as error:  # noqa: BLE001
+        log.warning(failure, error=type(error).__name__)
 
 
 async def _put(directory: modal.Dict, task: str, record: dict[str, Any]) -> None:
@@ -70,6 +74,6 @@ async def _put(directory: modal.Dict, task: str, record: dict[str, Any]) -> None
 
 async def _forget_the_dead(directory: modal.Dict) -> None:
     limit = time.time() - FORGOTTEN_AFTER
-    dead = [task async for task, record in directory.items.aio() if record["refreshed"] < limit]
+    dead = [task async for task, record in directory.items.aio() if record.get("refreshed", 0.0) < limit]
     for task in dead:
         await directory.pop.aio(task)

@@ -2,8 +2,10 @@
 
 import asyncio
 import threading
+from collections.abc import AsyncIterator
 from concurrent.futures import Future
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from typing import Final
 
 import modal
 import structlog
@@ -16,6 +18,9 @@ from flywheel_server.server import serve
 from flywheel_server.settings import Settings
 
 log = structlog.stdlib.get_logger(__name__)
+
+TUNNEL_CLOSE_TIMEOUT: Final = 2.0
+"""Seconds to tell Modal that the tunnel is no longer needed."""
 
 
 class GatewayThread:
@@ -64,9 +69,23 @@ class GatewayThread:
             async with AsyncExitStack() as directory:
                 if self._tunnelled_app is not None:
                     # It outlasts the server, whose last calls still need it when the address has long been withdrawn.
-                    forwarded = await tunnel.enter_async_context(modal.forward(port, h2_enabled=True))
-                    address = f"{forwarded.host}:{forwarded.port}"
+                    address = await tunnel.enter_async_context(_tunnel(port))
                     await directory.enter_async_context(published(self._tunnelled_app, address))
                     log.info("reachable", address=address)
                 self._ready.set_result(None)
                 await self._stop.wait()
+
+
+@asynccontextmanager
+async def _tunnel(port: int) -> AsyncIterator[str]:
+    """Opens the port to the Internet for the length of the context, which gets the address; raises `modal.exception.Error`."""
+    async with AsyncExitStack() as stack:
+        forwarded = await stack.enter_async_context(modal.forward(port, h2_enabled=True))
+        closing = stack.pop_all()
+    try:
+        yield f"{forwarded.host}:{forwarded.port}"
+    finally:
+        # It ends with the container anyway.
+        with suppress(modal.exception.Error, OSError):
+            async with asyncio.timeout(TUNNEL_CLOSE_TIMEOUT):
+                await closing.aclose()

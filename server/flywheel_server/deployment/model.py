@@ -2,6 +2,7 @@
 
 import os
 import time
+import uuid
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any, Final
@@ -14,7 +15,7 @@ from flywheel_server import logs
 from flywheel_server.deployment.outbox import Outbox
 from flywheel_server.deployment.settings import Deployment
 from flywheel_server.deployment.weights import Weights
-from flywheel_server.engines.base import Engine
+from flywheel_server.engines.base import Engine, EngineSetupError
 from flywheel_server.engines.embedded import EmbeddedEngine
 from flywheel_server.engines.remote_events import Pile
 from flywheel_server.merging import in_piles
@@ -28,14 +29,20 @@ GPU_BATCH_TOKENS: Final = 512
 async def started(weights: Weights, deployment: Deployment, settings: Settings) -> EmbeddedEngine:
     """Returns the engine that runs the weights in the volume, once it has produced a token; raises `EngineError`."""
     logs.configure(settings.log_level, settings.log_format)
+    path = weights.path(Path(deployment.weights_path))
     engine = EmbeddedEngine(
-        weights.path(Path(deployment.weights_path)),
+        path,
         context_tokens=settings.modal_context,
         slots=deployment.model_slots,
         threads=os.cpu_count() or 1,
         batch_tokens=GPU_BATCH_TOKENS if settings.modal_gpu else settings.embedded_batch,
         prompt_format=settings.modal_prompt,
     )
+    if not path.is_file():
+        raise EngineSetupError(
+            f"the weights {weights.name} are not in the volume; fetch them: modal run modal_deploy.py::fetch_weights",
+            {"weights": weights.name, "setting": "FLYWHEEL_DEPLOY_WEIGHTS"},
+        )
     await engine.__aenter__()
     await engine.check()
     return engine
@@ -45,8 +52,9 @@ def _request(fields: dict[str, Any]) -> GenerationRequest:
     try:
         return GenerationRequest(**fields)
     except ValidationError as error:
-        # One that the caller can unpickle without this package, or pydantic.
-        raise ValueError(str(error)) from None
+        # One that the caller can unpickle without this package, or pydantic; and without the values, which may be prompts.
+        problems = error.errors(include_url=False, include_input=False, include_context=False)
+        raise ValueError("; ".join(f"{problem['loc'][0]}: {problem['msg']}" for problem in problems)) from None
 
 
 class RemoteModel:
@@ -68,17 +76,19 @@ class RemoteModel:
             samples = [event async for event in events if isinstance(event, GenerationResponseSample)]
         return GenerationResponse.of(request, created, samples).model_dump(mode="json")
 
-    async def generate_deltas(self, queue: modal.Queue, partition: str, call: str, **fields: Any) -> None:  # noqa: ANN401 - as above
-        """Sends the events of the generation to a partition of the queue, and returns when all are there.
+    async def generate_deltas(self, queue: modal.Queue, partition: str, call: str, **fields: Any) -> int:  # noqa: ANN401 - as above
+        """Sends the events of the generation to a partition of the queue, and returns in how many piles, when all are there.
 
-        They go in the piles of `engines.remote_events`, under the id that the caller gave the call. Raises what `generate`
-        and `Outbox.send` do.
+        The piles are those of `engines.remote_events`, under the id that the caller gave the call. Raises what `generate` does,
+        and `EngineUnavailableError` where nobody reads the queue.
         """
         outbox = self._outboxes.get(partition)
         if outbox is None:
             outbox = self._outboxes[partition] = Outbox(queue, partition)
+        attempt = uuid.uuid4().hex
         number = 0
         async with aclosing(self._engine.generate(_request(fields))) as events, aclosing(in_piles(events)) as piles:
             async for pile in piles:
-                await outbox.send(Pile(call, number, pile).pack())
+                await outbox.send(Pile(call, attempt, number, pile).pack())
                 number += 1
+        return number

@@ -5,6 +5,8 @@ from typing import Any, Final
 
 import modal
 
+from flywheel_server.engines.base import EngineUnavailableError
+
 PARTITION_TTL: Final = 3600
 """Seconds after which Modal clears what nobody has read, because the gateway that asked for it has gone."""
 
@@ -23,7 +25,7 @@ class Outbox:
         self._sending: asyncio.Task[None] | None = None
 
     async def send(self, item: Any) -> None:  # noqa: ANN401 - whatever can be pickled
-        """Returns when the item is in the queue; raises `modal.exception.Error`, or `queue.Full` after a minute."""
+        """Returns when the item is in the queue; raises `EngineUnavailableError` where that cannot be."""
         self._items.append(item)
         if self._sent is None:
             self._sent = asyncio.get_running_loop().create_future()
@@ -39,8 +41,8 @@ class Outbox:
                 await self._queue.put_many.aio(
                     items, timeout=PUT_TIMEOUT, partition=self._partition, partition_ttl=PARTITION_TTL
                 )
-            except Exception as error:  # noqa: BLE001 - whatever it is, it is for those who sent
-                sent.set_exception(error)
-                sent.exception()  # they may all have gone
+            except Exception as error:  # noqa: BLE001 - of Modal, of its transport, or because the queue is full
+                sent.set_exception(EngineUnavailableError(f"events not sent: {type(error).__name__}"))
+                sent.exception()  # those who sent may all have gone
             else:
                 sent.set_result(None)

@@ -7,6 +7,10 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any, Final
 
+import structlog
+
+log = structlog.stdlib.get_logger(__name__)
+
 CACHE_SECONDS: Final = 5.0
 """How old an answer may be: many callers cost one look at the directory."""
 
@@ -22,15 +26,19 @@ def json_page(read: Callable[[], Awaitable[Iterable[Any]]]) -> Asgi:
     Where `read` fails, the answer is 503.
     """
     reading = asyncio.Lock()
-    known: bytes = b""
+    known: tuple[int, bytes] = (503, b"")
     known_until = 0.0
 
-    async def body() -> bytes:
+    async def answer() -> tuple[int, bytes]:
         nonlocal known, known_until
         async with reading:
             if time.monotonic() > known_until:
-                endpoints = [dataclasses.asdict(endpoint) for endpoint in await read()]
-                known = json.dumps({"endpoints": endpoints}).encode()
+                try:
+                    endpoints = [dataclasses.asdict(endpoint) for endpoint in await read()]
+                    known = 200, json.dumps({"endpoints": endpoints}).encode()
+                except Exception as error:  # noqa: BLE001 - the page has no other words for it
+                    log.warning("addresses not read", error=str(error))
+                    known = 503, b'{"error": "Modal does not say where the gateways are. Try again later."}'
                 known_until = time.monotonic() + CACHE_SECONDS
             return known
 
@@ -44,10 +52,7 @@ def json_page(read: Callable[[], Awaitable[Iterable[Any]]]) -> Asgi:
         if scope["method"] not in {"GET", "HEAD"}:
             status, content = 405, b'{"error": "use GET"}'
         else:
-            try:
-                status, content = 200, await body()
-            except Exception as error:  # noqa: BLE001 - the page has no other words for it
-                status, content = 503, json.dumps({"error": str(error)}).encode()
+            status, content = await answer()
         headers = [(b"content-type", b"application/json"), (b"cache-control", b"no-store")]
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else content})

@@ -4,12 +4,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from flywheel_server.deployment.weights import DEFAULT, Weights, check_fit, find
-from flywheel_server.settings import PREFIX, Settings
+from flywheel_server.settings import PREFIX, Settings, host_and_port
 
 DEPLOY_PREFIX: Final = f"{PREFIX}DEPLOY_"
+
+MAX_DRAIN_TIMEOUT: Final = 20.0
+"""Seconds. The rest of the 30 that Modal grants is for withdrawing the address before, and for cancelling and closing after."""
+
+NOT_FROM_THE_SHELL: Final = ("address", "api_keys", "engine", "model")
+"""Settings that mean something else where one deploys: those of the client, or of a server there. The keys are in a secret."""
 
 Count = Annotated[int, Field(ge=0)]
 
@@ -28,6 +34,9 @@ class Deployment(BaseModel):
         "tunnel",
         "How callers reach the gateway: tunnel (an address for each container), server (a stable one, balanced and scaled by "
         "Modal) or both.",
+    )
+    address: Annotated[str, AfterValidator(host_and_port)] = _option(
+        "0.0.0.0:50051", "HOST:PORT that a gateway listens on in its container."
     )
     routing_region: str = _option("us-east", "Where Modal takes in the calls of the server.")
     gateway_min_containers: Count = _option(1, "Gateways that run always. A tunnel does not start one: keep at least 1.")
@@ -88,6 +97,12 @@ def configured(environment: Mapping[str, str]) -> Configuration:
         found = error.errors(include_url=False, include_input=False)
         problems = [f"  {prefix}{str(item['loc'][0]).upper()}: {item['msg']}" for item in found]
         raise ValueError("\n".join(["Some settings are wrong:", *problems])) from None
+    if server.drain_timeout > MAX_DRAIN_TIMEOUT:
+        raise ValueError(
+            f"{PREFIX}DRAIN_TIMEOUT: must be at most {MAX_DRAIN_TIMEOUT:g} s, because Modal ends a container after 30 s."
+        )
+    if deployment.served and server.port == 0:
+        raise ValueError(f"{DEPLOY_PREFIX}ADDRESS: must name a port, because Modal forwards that of a server.")
     if server.modal_app != deployment.app:
         return Configuration(deployment, server, None, variables)
     weights = find(deployment.weights)
@@ -101,20 +116,28 @@ def _own(environment: Mapping[str, str], prefix: str, settings: type[BaseModel])
 
 
 def _server_environment(deployment: Deployment, environment: Mapping[str, str]) -> dict[str, str]:
-    defaults = {
-        "ENGINE": "flywheel",
-        "ADDRESS": "0.0.0.0:50051",
-        "MODAL_APP": deployment.app,
-        # Of the 30 s that Modal grants, up to 5 are for withdrawing the address before, and for cancelling the rest after.
-        "DRAIN_TIMEOUT": "20",
-        "LOG_FORMAT": "json",
+    given = _own(environment, PREFIX, Settings)
+    for name in NOT_FROM_THE_SHELL:
+        given.pop(name, None)
+    ours = given.get("modal_app", deployment.app) == deployment.app
+    settings = {
+        "engine": "flywheel",
+        "address": deployment.address,
+        "modal_app": deployment.app,
+        # A Model of ours is deployed with the options that the gateway would ask for.
+        "modal_as_deployed": str(ours).lower(),
+        "drain_timeout": f"{MAX_DRAIN_TIMEOUT:g}",
+        "log_format": "json",
+        **({"model": deployment.weights} if ours else {}),
+        **given,
     }
-    variables = {f"{PREFIX}{name}": value for name, value in defaults.items()}
-    for prefix, settings in ((PREFIX, Settings), (DEPLOY_PREFIX, Deployment)):
-        variables |= {f"{prefix}{name.upper()}": value for name, value in _own(environment, prefix, settings).items()}
-    if variables[f"{PREFIX}MODAL_APP"] == deployment.app:
-        variables.setdefault(f"{PREFIX}MODEL", deployment.weights)
-    # They come from a modal.Secret, and not from the shell of who deploys.
-    variables.pop(f"{PREFIX}API_KEYS", None)
-    # Read when grpc is imported; see flywheel_server.__main__.
-    return variables | {"GRPC_EXPERIMENTS": "-event_engine_listener", "GRPC_VERBOSITY": "ERROR"}
+    deployed = _own(environment, DEPLOY_PREFIX, Deployment)
+    return {
+        **{f"{PREFIX}{name.upper()}": value for name, value in settings.items()},
+        **{f"{DEPLOY_PREFIX}{name.upper()}": value for name, value in deployed.items()},
+        # Read when grpc is imported; see flywheel_server.__main__.
+        "GRPC_EXPERIMENTS": "-event_engine_listener",
+        "GRPC_VERBOSITY": "ERROR",
+        # Seconds. By default Modal's client waits for as long as it is throttled, and the caller learns nothing.
+        "MODAL_MAX_THROTTLE_WAIT": "5",
+    }

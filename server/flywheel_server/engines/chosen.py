@@ -30,6 +30,7 @@ def chosen_engine(settings: Settings) -> Engine:
                 Target(settings.modal_app, settings.modal_class, settings.modal_environment),
                 gpu=settings.modal_gpu,
                 timeout=settings.modal_timeout,
+                as_deployed=settings.modal_as_deployed,
                 model=EngineModel(
                     name=settings.model or settings.modal_app,
                     engine="flywheel",

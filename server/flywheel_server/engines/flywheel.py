@@ -6,10 +6,11 @@ a generator on Modal could stream it too, but a generator cannot be cancelled.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, AsyncExitStack, aclosing, contextmanager, suppress
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import AsyncExitStack, aclosing, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Final, Self, TypeAlias
+from functools import partial
+from typing import Any, Final, Self
 
 import modal
 import structlog
@@ -25,25 +26,22 @@ from flywheel_server.engines.base import (
     Event,
     Started,
 )
-from flywheel_server.engines.inbox import Arrivals, Inbox
+from flywheel_server.engines.inbox import Inbox
 from flywheel_server.engines.modal_errors import Target, as_engine_errors
-from flywheel_server.engines.remote_events import Pile
+from flywheel_server.engines.remote_call import Method, RemoteCall, events_of
 from flywheel_server.engines.samples import StopGate
 from flywheel_server.messages import GenerationRequest, GenerationResponse, GenerationResponseSample
 
 log = structlog.stdlib.get_logger(__name__)
 
-QUEUE_GRACE: Final = 10.0
-"""Seconds for the rest of the events to come out of the queue once the call that put them there has returned."""
+WATCHERS: Final = 64
+"""How many calls that stream are looked at at a time: more take turns, and only their failure is noticed later for it."""
 
 CANCEL_INTERVAL: Final = 1.0
 """Seconds between two tries to cancel a call while Modal cannot be reached."""
 
-STOP_GRACE: Final = 5.0
+STOP_GRACE: Final = 3.0
 """Seconds for the cancels that are under way when the engine stops."""
-
-
-Method: TypeAlias = modal.Function[..., Any, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,14 +59,19 @@ class FlywheelEngine:
         target: The class, which is looked up at the first call, and again after a call that did not find it.
         gpu: The GPU for its containers, as Modal names it; empty leaves that to the deployment of the class.
         timeout: The seconds after which Modal ends a call.
+        as_deployed: Whether both are those of its deployment already. Modal gives a class with options of ours containers of
+            their own, apart from those that its deployment keeps warm.
         model: What the class runs. Asking it would wake a container that was scaled to zero.
     """
 
-    def __init__(self, target: Target, *, gpu: str, timeout: int, model: EngineModel) -> None:
+    def __init__(self, target: Target, *, gpu: str, timeout: int, as_deployed: bool, model: EngineModel) -> None:
         self._target = target
         self._gpu = gpu
         self._timeout = timeout
+        self._as_deployed = as_deployed
         self._model = model
+        self._errors = partial(as_engine_errors, target, timeout)
+        self._watchers = asyncio.Semaphore(WATCHERS)
         self._class: _Class | None = None
         self._looking_up = asyncio.Lock()
         self._inbox: Inbox | None = None
@@ -90,7 +93,7 @@ class FlywheelEngine:
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """Yields the events of the request; see `Engine.generate`."""
-        with self._translated_errors():
+        with self._forgetting():
             found = await self._found()
             if found.generate_deltas is None:
                 source = self._whole(found.generate, request)
@@ -115,7 +118,7 @@ class FlywheelEngine:
         with inbox.receiving() as (call_id, arrivals):
             sender = {"queue": inbox.queue, "partition": inbox.partition, "call": call_id}
             with self._spawned(method, sender | request.model_dump(mode="json")) as call:
-                async with aclosing(_in_order(_piles(call, arrivals))) as events:
+                async with aclosing(events_of(call, arrivals, self._watchers)) as events:
                     async for event in events:
                         unfinished -= isinstance(event, GenerationResponseSample)
                         # Whatever it does after its last sample, there is nothing left to cancel.
@@ -127,7 +130,7 @@ class FlywheelEngine:
     @contextmanager
     def _spawned(self, method: Method, arguments: dict[str, Any]) -> Iterator["RemoteCall"]:
         """Gives a call with these arguments; leaving the context cancels it unless it has ended."""
-        call = RemoteCall(method, arguments, self._translated_errors)
+        call = RemoteCall(method, arguments, self._errors)
         self._calls.add(call)
         try:
             yield call
@@ -147,8 +150,7 @@ class FlywheelEngine:
         given_up = asyncio.get_running_loop().time() + self._timeout
         while asyncio.get_running_loop().time() < given_up:
             try:
-                with self._translated_errors():
-                    return await call.cancel()
+                return await call.cancel()
             except EngineUnavailableError:
                 await asyncio.sleep(CANCEL_INTERVAL)
             except EngineError as error:
@@ -158,9 +160,9 @@ class FlywheelEngine:
         return None
 
     @contextmanager
-    def _translated_errors(self) -> Iterator[None]:
+    def _forgetting(self) -> Iterator[None]:
         try:
-            with as_engine_errors(self._target, self._timeout):
+            with self._errors():
                 yield
         except EngineSetupError:
             # It may have been deployed anew, or be gone: the next call looks.
@@ -177,8 +179,10 @@ class FlywheelEngine:
         environment = self._target.environment or None
         found = modal.Cls.from_name(self._target.app, self._target.class_name, environment_name=environment)
         await found.hydrate.aio()
-        options: dict[str, Any] = {"gpu": self._gpu} if self._gpu else {}
-        instance = found.with_options(timeout=self._timeout, **options)()
+        if not self._as_deployed:
+            options: dict[str, Any] = {"gpu": self._gpu} if self._gpu else {}
+            found = found.with_options(timeout=self._timeout, **options)
+        instance = found()
         generate = await instance.generate.hydrate.aio()
         try:
             generate_deltas = await instance.generate_deltas.hydrate.aio()
@@ -191,13 +195,13 @@ class FlywheelEngine:
             if self._inbox is None or not self._inbox.reads:
                 await self._close_inbox()
                 queue = modal.Queue.ephemeral(environment_name=self._target.environment or None)
-                self._inbox = Inbox(await self._queue.enter_async_context(queue), self._translated_errors)
+                self._inbox = Inbox(await self._queue.enter_async_context(queue), self._errors)
             return self._inbox
 
     async def _close_inbox(self) -> None:
         if self._inbox is not None:
             await self._inbox.close()
-        with suppress(EngineError), self._translated_errors():
+        with suppress(EngineError), self._errors():
             await self._queue.aclose()
 
     async def check(self) -> None:
@@ -205,94 +209,13 @@ class FlywheelEngine:
 
     async def stats(self) -> EngineStats:
         """Returns what Modal says of the class; see `Engine.stats`."""
-        with self._translated_errors():
+        with self._forgetting():
             stats = await (await self._found()).generate.get_current_stats.aio()
         return EngineStats(backlog=stats.backlog, num_total_runners=stats.num_total_runners)
 
     def model(self) -> EngineModel:
         """Returns what the settings say."""
         return self._model
-
-
-class RemoteCall:
-    """One call of a method on Modal."""
-
-    def __init__(
-        self, method: Method, arguments: dict[str, Any], translated_errors: Callable[[], AbstractContextManager[None]]
-    ) -> None:
-        self._translated_errors = translated_errors
-        # A task of its own: cancelled half way, it might leave a call behind that nobody knows.
-        self._spawning = asyncio.ensure_future(method.spawn.aio(**arguments))
-        self.ended = False
-        """Whether there is nothing left to cancel."""
-
-    async def accepted(self) -> "modal.FunctionCall[Any]":
-        """Returns the call on Modal, once Modal has accepted it."""
-        return await asyncio.shield(self._spawning)
-
-    async def result(self) -> Any:  # noqa: ANN401 - what has come is to be found out
-        """Returns what the method returned; raises what became of it as an error of `engines.base`."""
-        # Here, before a task is left by it: what a method raises may be a SystemExit, which would end the event loop.
-        with self._translated_errors():
-            result = await (await self.accepted()).get.aio()
-        self.ended = True
-        return result
-
-    async def cancel(self) -> None:
-        """Cancels the call on Modal. It may be tried again where that fails."""
-        try:
-            call = await self.accepted()
-        except Exception:  # noqa: BLE001 - whoever spawned it was told, and there is no call
-            return
-        await call.cancel.aio()
-        self.ended = True
-
-
-async def _piles(call: RemoteCall, arrivals: Arrivals) -> AsyncGenerator[Pile, None]:
-    """Yields what arrives from the call; raises what becomes of it."""
-    returned = asyncio.ensure_future(call.result())
-
-    def end(_: object) -> None:
-        if returned.cancelled():
-            return
-        if error := returned.exception():
-            arrivals.put_nowait(error if isinstance(error, EngineError) else EngineFailedError(str(error)))
-        else:
-            error = EngineFailedError("the class returned before it had sent all samples")
-            asyncio.get_running_loop().call_later(QUEUE_GRACE, arrivals.put_nowait, error)
-
-    returned.add_done_callback(end)
-    try:
-        while True:
-            arrival = await arrivals.get()
-            if isinstance(arrival, EngineError):
-                raise arrival
-            yield arrival
-    finally:
-        returned.cancel()
-        await asyncio.gather(returned, return_exceptions=True)
-
-
-async def _in_order(piles: AsyncGenerator[Pile, None]) -> AsyncGenerator[Event, None]:
-    """Yields the events of the piles, as long as none is missing and all are of one attempt.
-
-    When Modal loses a container, it runs the calls in it again in another one. Nobody notices as long as nothing was sent;
-    after that, the text would begin anew, and differ.
-    """
-    expected = 0
-    started = sent = False
-    async with aclosing(piles):
-        async for pile in piles:
-            if pile.number == 0 and sent:
-                raise EngineUnavailableError("Modal lost the container, and began the call anew in another one")
-            if pile.number not in {0, expected}:
-                raise EngineUnavailableError("Modal lost events of the call")
-            expected = pile.number + 1
-            for event in pile.events:
-                sent = sent or not isinstance(event, Started)
-                if not (started and isinstance(event, Started)):
-                    yield event
-                started = True
 
 
 def _samples(answer: Any, stop: Sequence[str]) -> Iterator[GenerationResponseSample]:  # noqa: ANN401 - to be found out

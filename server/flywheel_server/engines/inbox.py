@@ -5,6 +5,7 @@ more there is to do, the fewer requests it takes for each.
 """
 
 import asyncio
+import contextvars
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -24,7 +25,8 @@ MAX_PILES: Final = 500
 RETRY_INTERVAL: Final = 1.0
 """Seconds between two tries to read while Modal cannot be reached."""
 
-Arrivals = asyncio.Queue[Pile | EngineError]
+Arrivals = asyncio.Queue[Any]
+"""What arrives for one call: a `Pile`, or an `EngineError`."""
 
 
 class Inbox:
@@ -33,12 +35,13 @@ class Inbox:
     The reading never pauses: a request that is cancelled may still take events out of the queue, and lose them.
     """
 
-    def __init__(self, queue: modal.Queue, translated_errors: Callable[[], AbstractContextManager[None]]) -> None:
+    def __init__(self, queue: modal.Queue, errors: Callable[[], AbstractContextManager[None]]) -> None:
         self.queue = queue
         self.partition = uuid.uuid4().hex
-        self._translated_errors = translated_errors
+        self._errors = errors
         self._calls: dict[str, Arrivals] = {}
-        self._reading = asyncio.create_task(self._read())
+        # In no call's context: what it logs is of none.
+        self._reading = asyncio.create_task(self._read(), context=contextvars.Context())
 
     @property
     def reads(self) -> bool:
@@ -63,17 +66,18 @@ class Inbox:
     async def _read(self) -> None:
         while True:
             try:
-                with self._translated_errors():
+                with self._errors():
                     for data in await self.queue.get_many.aio(MAX_PILES, partition=self.partition):
                         self._hand_over(data)
-            except EngineError as error:
-                # What was on its way may be lost, to any of them.
-                for arrivals in self._calls.values():
-                    arrivals.put_nowait(error)
-                if not isinstance(error, EngineUnavailableError):
-                    log.warning("events no longer read", error=str(error))
-                    return
+            except EngineUnavailableError as error:
+                # What was on its way may be lost; the calls see that by the numbers of their piles.
+                log.warning("events not read", error=str(error))
                 await asyncio.sleep(RETRY_INTERVAL)
+            except EngineError as error:
+                log.warning("events no longer read", error=str(error))
+                for arrivals in self._calls.values():
+                    arrivals.put_nowait(EngineUnavailableError("Modal no longer has the queue"))
+                return
 
     def _hand_over(self, data: Any) -> None:  # noqa: ANN401 - what has come is to be found out
         arrivals = self._calls.get(data.get("call", "")) if isinstance(data, dict) else None

@@ -106,4 +106,5 @@ def as_engine_errors(target: Target, timeout: float) -> Iterator[None]:
         translated = engine_error(error, target, timeout)
         if translated is error:
             raise
-        raise translated from error
+        # What the class raised may hold a prompt, and is in its own log: here is only which kind of error it was.
+        raise translated from (None if isinstance(translated, EngineFailedError) else error)

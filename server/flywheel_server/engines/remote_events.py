@@ -36,6 +36,7 @@ class _Pile(BaseModel):
     model_config = ConfigDict(strict=True)
 
     call: str
+    attempt: str
     number: Int32
     events: list[Annotated[_Started | _Delta | _Sample, Field(discriminator="event")]]
 
@@ -46,17 +47,20 @@ class Pile:
 
     Attributes:
         call: The id that the caller gave the call.
+        attempt: An id of this run of the call: Modal runs one again whose container it has lost.
         number: How many piles of this attempt at the call were sent before.
         events: What happened, in its order.
     """
 
     call: str
+    attempt: str
     number: int
     events: list[Event]
 
     def pack(self) -> dict[str, Any]:
         """Returns the pile as plain data."""
-        return {"call": self.call, "number": self.number, "events": [_packed(event) for event in self.events]}
+        events = [_packed(event) for event in self.events]
+        return {"call": self.call, "attempt": self.attempt, "number": self.number, "events": events}
 
     @classmethod
     def unpack(cls, data: Any) -> Self:  # noqa: ANN401 - what has come is to be found out
@@ -67,7 +71,7 @@ class Pile:
             # Without the input, which holds text of the model.
             problems = error.errors(include_url=False, include_input=False, include_context=False)
             raise EngineFailedError(f"the class sent what is no pile of events: {problems}") from None
-        return cls(pile.call, pile.number, [_unpacked(event) for event in pile.events])
+        return cls(pile.call, pile.attempt, pile.number, [_unpacked(event) for event in pile.events])
 
 
 def _packed(event: Event) -> dict[str, Any]:

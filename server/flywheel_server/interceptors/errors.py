@@ -6,6 +6,7 @@ import grpc
 import grpc.aio
 import structlog
 
+from flywheel_server.engines.base import EngineError
 from flywheel_server.errors import MalformedRequestError, status_of
 from flywheel_server.interceptors.base import Call, CallInterceptor, Context, Deserializer
 from flywheel_server.interceptors.request_id import request_id
@@ -40,5 +41,6 @@ class ErrorInterceptor(CallInterceptor):
             if status.code is grpc.StatusCode.INTERNAL:
                 log.exception("call failed")
             else:
-                log.info("call refused", code=status.code.name, error=type(error).__name__)
+                cause = {"cause": str(error)} if isinstance(error, EngineError) else {}
+                log.info("call refused", code=status.code.name, error=type(error).__name__, **cause)
             await context.abort(status.code, status.message, status.trailing_metadata())

@@ -4,17 +4,15 @@ import pytest
 from flywheel_server.deployment.settings import configured
 
 
-@pytest.fixture(autouse=True)
-def nothing_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("FLYWHEEL_API_KEYS", "FLYWHEEL_ADDRESS"):
-        monkeypatch.delenv(name, raising=False)
-
-
 @pytest.mark.parametrize(
     "environment",
     [
         {},
-        {"FLYWHEEL_DEPLOY_EXPOSE": "both", "FLYWHEEL_DEPLOY_GATEWAY_MAX_CONTAINERS": "3", "FLYWHEEL_ADDRESS": "127.0.0.1:0"},
+        {
+            "FLYWHEEL_DEPLOY_EXPOSE": "both",
+            "FLYWHEEL_DEPLOY_GATEWAY_MAX_CONTAINERS": "3",
+            "FLYWHEEL_DEPLOY_ADDRESS": "127.0.0.1:5",
+        },
         {"FLYWHEEL_MODAL_APP": "mk1-flywheel-latest-mistral-7b-instruct", "FLYWHEEL_MODAL_PROMPT": "raw"},
         {"FLYWHEEL_DEPLOY_WEIGHTS": "smollm2-135m-instruct-q8_0", "FLYWHEEL_MODAL_GPU": ""},
     ],
@@ -44,8 +42,14 @@ def test_the_class_of_another_app_needs_no_model_here() -> None:
     assert found.server.model is None
 
 
-def test_keys_are_not_taken_from_the_shell_of_who_deploys() -> None:
-    assert "FLYWHEEL_API_KEYS" not in configured({"FLYWHEEL_API_KEYS": "0123456789abcdef"}).environment
+def test_what_means_something_else_in_the_shell_of_who_deploys_is_left_there() -> None:
+    shell = {
+        "FLYWHEEL_API_KEYS": "0123456789abcdef",
+        "FLYWHEEL_ADDRESS": "localhost:50051",
+        "FLYWHEEL_ENGINE": "embedded",
+        "FLYWHEEL_MODEL": "some.gguf",
+    }
+    assert configured(shell) == configured({})
 
 
 @pytest.mark.parametrize(
@@ -53,7 +57,9 @@ def test_keys_are_not_taken_from_the_shell_of_who_deploys() -> None:
     [
         ({"FLYWHEEL_DEPLOY_EXPOSE": "telnet"}, ["FLYWHEEL_DEPLOY_EXPOSE", "'tunnel', 'server' or 'both'"]),
         ({"FLYWHEEL_DEPLOY_MODEL_SLOTS": "0", "FLYWHEEL_DEPLOY_MODEL_SCALEDOWN": "x"}, ["MODEL_SLOTS", "MODEL_SCALEDOWN"]),
-        ({"FLYWHEEL_ADDRESS": "nowhere"}, ["FLYWHEEL_ADDRESS", "HOST:PORT"]),
+        ({"FLYWHEEL_DEPLOY_ADDRESS": "nowhere"}, ["FLYWHEEL_DEPLOY_ADDRESS", "HOST:PORT"]),
+        ({"FLYWHEEL_DEPLOY_ADDRESS": "0.0.0.0:0", "FLYWHEEL_DEPLOY_EXPOSE": "server"}, ["FLYWHEEL_DEPLOY_ADDRESS", "a port"]),
+        ({"FLYWHEEL_DRAIN_TIMEOUT": "21"}, ["FLYWHEEL_DRAIN_TIMEOUT", "at most 20 s", "30 s"]),
         ({"FLYWHEEL_DEPLOY_WEIGHTS": "gpt"}, ["'gpt'", "mixtral-8x7b-instruct-q3_k_s"]),
         ({"FLYWHEEL_MODAL_GPU": "A11"}, ["'A11'", "A10G"]),
         ({"FLYWHEEL_DEPLOY_WEIGHTS": "mixtral-8x7b-instruct-q4_k_m"}, ["does not fit A10G", "missing", "GiB", "It fits L40S"]),
