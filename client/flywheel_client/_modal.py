@@ -94,8 +94,8 @@ def published(items: Iterable[tuple[object, object]], server: str | None, app: s
                 "address": str(address),
                 "started": int() | float() as started,
                 "refreshed": int() | float() as refreshed,
-                **others,
-            } if others.get("app", APP) == app:
+                "app": str(named),
+            } if named == app:
                 tunnels.append((refreshed, Endpoint(address, "tunnel", str(container), started, refreshed)))
     tunnels.sort(key=lambda tunnel: tunnel[0], reverse=True)
     live = [tunnel for refreshed, tunnel in tunnels if now - refreshed <= STALE_AFTER]

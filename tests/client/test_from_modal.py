@@ -29,34 +29,21 @@ from flywheel_client._modal import APP, DICT, STALE_AFTER, published
 from grpclib import Status
 
 from tests.client.conftest import serving_fake
-from tests.modal_cloud import ModalCloud
 from tests.serving import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
     from tests.client.conftest import FakeService
+    from tests.modal_cloud import ModalCloud
 
 WAIT = 60.0
 NOW = 1_800_000_000.0
 
 
-@pytest.fixture(scope="module")
-def cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModalCloud]:
-    with ModalCloud(tmp_path_factory.mktemp("cloud")) as cloud:
-        yield cloud
-        assert not cloud.unimplemented
-
-
-@pytest.fixture(scope="module", autouse=True)
-async def connected(cloud: ModalCloud) -> AsyncIterator[None]:
+@pytest.fixture(autouse=True)
+def connected(cloud: ModalCloud) -> None:
     """Has the Modal client library of this process use the cloud."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in cloud.environ.items():
-            patch.setenv(name, value)
-        yield
-        client = await modal.Client.from_env.aio()
-        await client.close.aio()
 
 
 @pytest.fixture
@@ -97,7 +84,7 @@ def credentials(authority: tuple[trustme.CA, Path]) -> grpc.ChannelCredentials:
 
 def record(address: str, age: float = 5.0, **more: Any) -> dict[str, Any]:
     now = time.time()
-    return {"address": address, "started": now - 3600.0, "refreshed": now - age, **more}
+    return {"app": APP, "address": address, "started": now - 3600.0, "refreshed": now - age, **more}
 
 
 def flywheel(cloud: ModalCloud, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -115,7 +102,7 @@ def flywheel(cloud: ModalCloud, *arguments: str, **variables: str) -> subprocess
 async def test_both_clients_balance_over_what_is_published(
     records: modal.Dict, secured: list[FakeService], credentials: grpc.ChannelCredentials
 ) -> None:
-    await records.put.aio("ta-1", record(secured[0].address, app=APP))
+    await records.put.aio("ta-1", record(secured[0].address))
     await records.put.aio("ta-2", record(secured[1].address))
     await records.put.aio("ta-3", record("localhost:1", age=STALE_AFTER + 10))
     await records.put.aio("ta-4", record("localhost:1", app="another"))
@@ -273,14 +260,15 @@ def test_modal_is_imported_only_when_it_is_asked() -> None:
 
 
 def test_records_are_sorted_out() -> None:
-    live = {"address": "a:1", "started": NOW - 100, "refreshed": NOW - 50}
+    live = {"app": APP, "address": "a:1", "started": NOW - 100, "refreshed": NOW - 50}
     items: list[tuple[object, object]] = [
         ("ta-old", {**live, "refreshed": NOW - STALE_AFTER - 1}),
         ("ta-1", live),
         ("ta-2", {**live, "address": "b:2", "refreshed": int(NOW)}),
         ("ta-other", {**live, "app": "other"}),
         ("ta-text", "a:1"),
-        ("ta-half", {"address": "a:1"}),
+        ("ta-half", {"app": APP, "address": "a:1"}),
+        ("ta-nobody's", {"address": "a:1", "started": NOW - 100, "refreshed": NOW - 50}),
         ("ta-wrong", {**live, "refreshed": "yesterday"}),
     ]
     found = published(items, "server:443", APP, NOW)

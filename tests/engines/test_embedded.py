@@ -132,11 +132,11 @@ async def test_prompt_and_max_tokens_may_fill_the_context() -> None:
 
 
 async def test_what_the_context_does_not_hold_at_a_time_is_done_one_after_the_other() -> None:
-    async with engine_of(default_model(), slots=4) as engine:
+    async with engine_of(default_model(), slots=4, context_tokens=256) as engine:
         # Two at a time fit.
-        calls = (samples_of(engine, GenerationRequest(text=f"{COUNTING} {number}", max_tokens=180)) for number in range(5))
+        calls = (samples_of(engine, GenerationRequest(text=f"{COUNTING} {number}", max_tokens=60)) for number in range(5))
         assert [len(samples) for samples in await asyncio.gather(*calls)] == [1] * 5
-        samples = await samples_of(engine, GenerationRequest(text=COUNTING, max_tokens=180, num_samples=5))
+        samples = await samples_of(engine, GenerationRequest(text=COUNTING, max_tokens=60, num_samples=5))
         assert sorted(sample.index for sample in samples) == list(range(5))
 
 
@@ -181,8 +181,8 @@ async def test_chat_puts_a_bare_text_into_the_template(embedded: EmbeddedEngine,
     assert llama.tokenize_chat(LLAMA) == llama.tokenize(LLAMA)
 
 
-def engine_of(model: Path, slots: int = 1) -> EmbeddedEngine:
-    return EmbeddedEngine(model, context_tokens=512, slots=slots, threads=2, batch_tokens=16, prompt_format="raw")
+def engine_of(model: Path, slots: int = 1, context_tokens: int = 512) -> EmbeddedEngine:
+    return EmbeddedEngine(model, context_tokens=context_tokens, slots=slots, threads=2, batch_tokens=16, prompt_format="raw")
 
 
 async def test_a_file_that_is_missing_or_no_model_is_named(tmp_path: Path) -> None:
