@@ -76,6 +76,10 @@ def nothing_runs(cloud: ModalCloud) -> bool:
     return all(call.state not in {"pending", "running"} for call in cloud.calls)
 
 
+async def some_running() -> bool:
+    return await scripted.running(SLOW) > 0
+
+
 async def none_running() -> bool:
     return await scripted.running(SLOW) == 0
 
@@ -326,6 +330,21 @@ async def test_a_container_that_modal_gives_up_is_unavailable(slow: ModalCloud, 
         assert RetryInfo in details_of(caught.value)
     finally:
         slow.reschedules_inputs = True
+
+
+@pytest.mark.parametrize("method", METHODS)
+async def test_a_container_that_is_preempted_is_unavailable(slow: ModalCloud, method: str) -> None:
+    async with serving(scripted.engine(SLOW)) as target:
+        before = len(slow.calls)
+        reading = asyncio.create_task(drained(getattr(target.stub, method)(request(max_tokens=3000))))
+        await until(lambda: any(made.state == "running" for made in slow.calls[before:]), "the call runs")
+        await until(some_running, "the class works on it")
+        container_of(slow.calls[before]).interrupt()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await reading
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert RetryInfo in details_of(caught.value)
+        assert (await target.stub.GenerateAll(request())).num_samples == 1
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -6,8 +6,8 @@
     ResourceExhaustedError                               EngineOverloadedError
     FunctionTimeoutError                                 EngineTimeoutError
     ServiceError, InternalError, InternalFailure,        EngineUnavailableError: the control plane is out of reach, or has
-    ConnectionError, ClientClosed, other timeouts, and   lost the container that worked on the call
-    those of the transport below
+    ConnectionError, ClientClosed, RemoteError, other    lost the container that worked on the call, or ended the call
+    timeouts, and those of the transport below
     anything else, and what the class itself raised      EngineFailedError
     an error of `engines.base`, raised by our own class  itself
 
@@ -68,6 +68,8 @@ _UNREACHABLE: Final = (
     exception.ConnectionError,
     exception.ClientClosed,
     exception.TimeoutError,
+    # Of a call that Modal ended: its container was preempted, or somebody cancelled it.
+    exception.RemoteError,
     # Of the transport, once Modal's client has given up repeating the request.
     StreamTerminatedError,
     ProtocolError,
@@ -87,7 +89,7 @@ def engine_error(error: BaseException, target: Target, timeout: float) -> Engine
     if isinstance(error, exception.ResourceExhaustedError):
         return EngineOverloadedError(f"Modal is full or limits its calls: {error}")
     if isinstance(error, _UNREACHABLE):
-        return EngineUnavailableError(f"Modal cannot be reached, or lost the call: {type(error).__name__}: {error}")
+        return EngineUnavailableError(f"Modal cannot be reached, or lost or ended the call: {type(error).__name__}: {error}")
     for kind, (problem, setting) in _SETUP.items():
         if isinstance(error, kind):
             return EngineSetupError(problem.format(target=target), target.facts(setting))
