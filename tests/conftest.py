@@ -5,6 +5,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
+import structlog
+
+# By default, tracebacks are made beautiful, which takes longer than the tests that provoke them.
+structlog.configure(processors=[structlog.processors.format_exc_info, structlog.processors.KeyValueRenderer()])
 
 # As `flywheel-server` has it; grpc reads it when it is imported.
 os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_listener")
