@@ -206,7 +206,7 @@ if configuration.weights is not None:
             return await self.remote.generate(**fields)
 
         @modal.method()
-        async def generate_deltas(self, /, **arguments: Any) -> int:  # noqa: ANN401 - as above
+        async def generate_deltas(self, /, **arguments: Any) -> dict[str, Any]:  # noqa: ANN401 - as above
             """Sends the samples of a request to a queue while they are made."""
             return await self.remote.generate_deltas(**arguments)
 

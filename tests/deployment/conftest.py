@@ -53,9 +53,9 @@ def prepared(cloud: ModalCloud) -> ModalCloud:
 
 
 @asynccontextmanager
-async def through(tunnel: Tunnel, cloud: ModalCloud) -> AsyncIterator[Target]:
-    """Gives a channel through the tunnel's TLS."""
+async def through(relay: Tunnel | str, cloud: ModalCloud) -> AsyncIterator[Target]:
+    """Gives a channel through the TLS of a tunnel, or of an address."""
     credentials = grpc.ssl_channel_credentials(root_certificates=cloud.ca_certificate)
-    address = f"{tunnel.host}:{tunnel.port}"
+    address = relay if isinstance(relay, str) else f"{relay.host}:{relay.port}"
     async with grpc.aio.secure_channel(address, credentials) as channel:
         yield Target(address, channel, generation_pb2_grpc.GenerationServiceStub(channel))

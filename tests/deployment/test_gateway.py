@@ -190,21 +190,12 @@ async def test_a_stable_address_instead_of_a_tunnel(prepared: ModalCloud, unused
     )
     url = await modal.Server.from_name("stable", "GatewayServer").get_url.aio()
     assert url is not None
-    host, _, port = url.removeprefix("https://").partition(":")
-    credentials = grpc.ssl_channel_credentials(root_certificates=prepared.ca_certificate)
-    async with grpc.aio.secure_channel(f"{host}:{port or 443}", credentials) as channel:
-        stub = scripted_stub(channel)
-        response = await stub.GenerateAll(REQUEST, metadata=AUTHORIZATION, wait_for_ready=True, timeout=30)
+    async with through(url.removeprefix("https://"), prepared) as target:
+        response = await target.stub.GenerateAll(REQUEST, metadata=AUTHORIZATION, wait_for_ready=True, timeout=30)
         assert response.num_samples == 3
     assert await records("stable") == {}
     with pytest.raises(KeyError):
         prepared.function("stable/Gateway")
-
-
-def scripted_stub(channel: grpc.aio.Channel) -> Any:
-    from flywheel_proto.v1 import generation_pb2_grpc
-
-    return generation_pb2_grpc.GenerationServiceStub(channel)
 
 
 async def test_a_redeployment_replaces_the_gateway_and_loses_no_call(slow: ModalCloud) -> None:

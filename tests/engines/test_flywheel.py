@@ -21,7 +21,7 @@ from grpclib import Status
 from tests.modal_cloud import Container, ModalCloud, scripted
 from tests.modal_cloud.state import Call
 from tests.server.test_errors import details_of
-from tests.serving import Target, drained, serving, through_a_cable, until
+from tests.serving import Target, connected, drained, serving, through_a_cable, until
 
 METHODS = ["Generate", "GenerateDeltas", "GenerateAll"]
 ROOT = Path(__file__).parent.parent.parent
@@ -136,9 +136,8 @@ async def cancelled(target: Target, method: str, begun: asyncio.Event) -> None:
 async def test_whoever_goes_away_takes_the_call_along(slow: ModalCloud, class_name: str, how: str, method: str) -> None:
     async with serving(scripted.engine(SLOW, class_name)) as direct, through_a_cable(direct.address) as (address, cut):
         before = len(slow.calls)
-        async with grpc.aio.insecure_channel(address) as channel:
-            stub: Any = scripted_stub(channel)
-            call = getattr(stub, method)(request(max_tokens=2000), timeout=1 if how == "deadline" else None)
+        async with connected(address) as target:
+            call = getattr(target.stub, method)(request(max_tokens=2000), timeout=1 if how == "deadline" else None)
             reading = asyncio.create_task(drained(call))
             await until(lambda: any(made.state == "running" for made in slow.calls[before:]), "the call runs", within=20)
             if how == "cancel":
@@ -151,12 +150,6 @@ async def test_whoever_goes_away_takes_the_call_along(slow: ModalCloud, class_na
         await until(lambda: made.state == "cancelled", "the call has ended on Modal")
         await until(lambda: idle(direct), "the server is idle")
     await until(none_running, "the class works on nothing")
-
-
-def scripted_stub(channel: grpc.aio.Channel) -> Any:
-    from flywheel_proto.v1 import generation_pb2_grpc
-
-    return generation_pb2_grpc.GenerationServiceStub(channel)
 
 
 async def idle(target: Target) -> bool:
@@ -228,7 +221,8 @@ async def test_what_the_class_does_wrong_has_its_status(
             assert error.code() is code, text
             assert detail in details_of(error), text
         if class_name == "FaultyStream":
-            assert (await failure(target, "nothing of this kind", method)).code() is grpc.StatusCode.INTERNAL
+            for text in ("nothing of this kind", "return no receipt"):
+                assert (await failure(target, text, method)).code() is grpc.StatusCode.INTERNAL, text
             for text in ("leave a gap", "lose the end", "begin anew too late"):
                 error = await failure(target, text, method)
                 assert (error.code(), RetryInfo in details_of(error)) == (grpc.StatusCode.UNAVAILABLE, True), text

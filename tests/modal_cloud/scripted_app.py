@@ -33,7 +33,7 @@ class Model:
         return await self.remote.generate(**fields)
 
     @modal.method()
-    async def generate_deltas(self, /, **arguments: Any) -> int:
+    async def generate_deltas(self, /, **arguments: Any) -> dict[str, Any]:
         return await self.remote.generate_deltas(**arguments)
 
     @modal.method()
@@ -147,16 +147,20 @@ class FaultyStream:
                 await send(2, {"event": "SECRET"})
             case "leave a gap":
                 await send(3, delta)
+                return {"attempt": "a", "piles": 4}
             case "lose the end":
-                return 3
+                return {"attempt": "a", "piles": 3}
             case "begin anew":
                 await send(0, started, attempt="b")
                 await send(1, {**delta, "text": "late"}, attempt="a")
                 sample = {"text": "new", "generated_tokens": 1, "finished": 1.0, "finish_reason": "length"}
                 await send(1, {**delta, "text": "new"}, {"event": "sample", "sample": sample}, attempt="b")
-                return 2
+                return {"attempt": "b", "piles": 2}
             case "begin anew too late":
                 await send(0, started, attempt="b")
+                return {"attempt": "b", "piles": 2}
+            case "return no receipt":
+                return 2
             case _:
                 await misbehave(text)
-        return 2
+        return {"attempt": "a", "piles": 2}

@@ -17,7 +17,7 @@ from flywheel_server.deployment.settings import Deployment
 from flywheel_server.deployment.weights import Weights
 from flywheel_server.engines.base import Engine, EngineSetupError
 from flywheel_server.engines.embedded import EmbeddedEngine
-from flywheel_server.engines.remote_events import Pile
+from flywheel_server.engines.remote_events import Pile, Receipt
 from flywheel_server.merging import in_piles
 from flywheel_server.messages import GenerationRequest, GenerationResponse, GenerationResponseSample
 from flywheel_server.settings import Settings
@@ -76,11 +76,11 @@ class RemoteModel:
             samples = [event async for event in events if isinstance(event, GenerationResponseSample)]
         return GenerationResponse.of(request, created, samples).model_dump(mode="json")
 
-    async def generate_deltas(self, queue: modal.Queue, partition: str, call: str, **fields: Any) -> int:  # noqa: ANN401 - as above
-        """Sends the events of the generation to a partition of the queue, and returns in how many piles, when all are there.
+    async def generate_deltas(self, queue: modal.Queue, partition: str, call: str, **fields: Any) -> dict[str, Any]:  # noqa: ANN401 - as above
+        """Sends the events of the generation to a partition of the queue, and returns a receipt when all are there.
 
-        The piles are those of `engines.remote_events`, under the id that the caller gave the call. Raises what `generate` does,
-        and `EngineUnavailableError` where nobody reads the queue.
+        Piles and receipt are those of `engines.remote_events`, the piles under the id that the caller gave the call. Raises
+        what `generate` does, and `EngineUnavailableError` where nobody reads the queue.
         """
         outbox = self._outboxes.get(partition)
         if outbox is None:
@@ -91,4 +91,4 @@ class RemoteModel:
             async for pile in piles:
                 await outbox.send(Pile(call, attempt, number, pile).pack())
                 number += 1
-        return number
+        return Receipt(attempt=attempt, piles=number).model_dump()

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 from typing import Any, Final, TypeAlias
 
 import modal
+from pydantic import ValidationError
 
 from flywheel_server.engines.base import (
     EngineError,
@@ -16,7 +17,7 @@ from flywheel_server.engines.base import (
     Started,
 )
 from flywheel_server.engines.inbox import Arrivals
-from flywheel_server.engines.remote_events import Pile
+from flywheel_server.engines.remote_events import Pile, Receipt
 
 Method: TypeAlias = modal.Function[..., Any, Any]
 Errors: TypeAlias = Callable[[], AbstractContextManager[None]]
@@ -104,11 +105,11 @@ async def events_of(call: RemoteCall, arrivals: Arrivals, watchers: asyncio.Sema
 
     watching.add_done_callback(end)
     order = _Order()
-    total: int | None = None
+    receipt: Receipt | None = None
     try:
-        while total is None or order.received < total:
+        while receipt is None or not order.has_all(receipt):
             try:
-                async with asyncio.timeout(None if total is None else EVENTS_GRACE):
+                async with asyncio.timeout(None if receipt is None else EVENTS_GRACE):
                     arrival = await arrivals.get()
             except TimeoutError:
                 raise EngineUnavailableError("Modal lost the last events of the call") from None
@@ -116,16 +117,21 @@ async def events_of(call: RemoteCall, arrivals: Arrivals, watchers: asyncio.Sema
                 case Pile():
                     for event in order.take(arrival):
                         yield event
-                case int():
-                    total = arrival
                 case BaseException():
                     raise arrival
-                case _:
-                    raise EngineFailedError("the class returned what is no number of piles")
+                case returned:
+                    receipt = _receipt(returned)
         raise EngineFailedError("the class returned before all samples had finished")
     finally:
         watching.cancel()
         await asyncio.gather(watching, return_exceptions=True)
+
+
+def _receipt(returned: Any) -> Receipt:  # noqa: ANN401 - what has come is to be found out
+    try:
+        return Receipt.model_validate(returned)
+    except ValidationError:
+        raise EngineFailedError("the class returned what is no receipt") from None
 
 
 class _Order:
@@ -136,12 +142,15 @@ class _Order:
     """
 
     def __init__(self) -> None:
-        self.received = 0
-        """How many piles of the attempt have come."""
+        self._received = 0
         self._attempt = ""
         self._abandoned: set[str] = set()
         self._started = False
         self._sent = False
+
+    def has_all(self, receipt: Receipt) -> bool:
+        """Whether all piles have come that the receipt is for."""
+        return (self._attempt, self._received) == (receipt.attempt, receipt.piles)
 
     def take(self, pile: Pile) -> list[Event]:
         """Returns the events of the pile that are news; raises `EngineUnavailableError`."""
@@ -152,10 +161,10 @@ class _Order:
                 raise EngineUnavailableError("Modal lost the container, and began the call anew in another one")
             self._abandoned.add(self._attempt)
             self._attempt = pile.attempt
-            self.received = 0
-        if pile.number != self.received:
+            self._received = 0
+        if pile.number != self._received:
             raise EngineUnavailableError("Modal lost events of the call")
-        self.received += 1
+        self._received += 1
         news = [event for event in pile.events if not (self._started and isinstance(event, Started))]
         self._started = True
         self._sent = self._sent or any(not isinstance(event, Started) for event in news)

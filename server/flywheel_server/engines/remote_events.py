@@ -74,6 +74,15 @@ class Pile:
         return cls(pile.call, pile.attempt, pile.number, [_unpacked(event) for event in pile.events])
 
 
+class Receipt(BaseModel):
+    """What the method returns when it has sent all: in how many piles, of which attempt."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    attempt: str
+    piles: Int32
+
+
 def _packed(event: Event) -> dict[str, Any]:
     match event:
         case Started():
