@@ -200,6 +200,7 @@ FAULTS = [
     ("raise", grpc.StatusCode.INTERNAL, ErrorInfo),
     ("raise what cannot be unpickled", grpc.StatusCode.INTERNAL, ErrorInfo),
     ("exit", grpc.StatusCode.INTERNAL, ErrorInfo),
+    ("raise TimeoutError", grpc.StatusCode.UNAVAILABLE, RetryInfo),
     ("raise CancelledError", grpc.StatusCode.UNAVAILABLE, RetryInfo),
     ("too long", grpc.StatusCode.INVALID_ARGUMENT, BadRequest),
     ("hang", grpc.StatusCode.DEADLINE_EXCEEDED, ErrorInfo),

@@ -88,6 +88,8 @@ async def misbehave(text: str) -> Any:  # noqa: C901 - a table
             raise ValueError("SECRET of the class")
         case "raise what cannot be unpickled":
             raise UnpicklableError("SECRET", "of the class")
+        case "raise TimeoutError":
+            raise TimeoutError("SECRET of the class")
         case "raise CancelledError":
             raise asyncio.CancelledError
         case "exit":
@@ -98,8 +100,6 @@ async def misbehave(text: str) -> Any:  # noqa: C901 - a table
             await asyncio.Event().wait()
         case "too long":
             raise PromptTooLongError(9000, 5, 8192)
-        case "nothing":
-            return None
         case "leave the stop sequence in":
             sample = {"text": "one END two", "generated_tokens": 3, "finished": 2.0, "finish_reason": "stop"}
             return {"created": 1.0, "finished": 2.0, "num_samples": 1, "responses": [sample]}

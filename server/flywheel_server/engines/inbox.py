@@ -26,7 +26,7 @@ RETRY_INTERVAL: Final = 1.0
 """Seconds between two tries to read while Modal cannot be reached."""
 
 Arrivals = asyncio.Queue[Any]
-"""What arrives for one call: a `Pile`, or an `EngineError`."""
+"""What arrives for one call: a `Pile`, an `EngineError`, or what the method returned."""
 
 
 class Inbox:

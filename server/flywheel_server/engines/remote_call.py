@@ -65,13 +65,15 @@ class RemoteCall:
 
     async def _get(self, call: modal.FunctionCall[Any], timeout: float | None) -> Any:  # noqa: ANN401, ASYNC109 - as Modal has it
         timed_out: TimeoutError | None = None
+        begun = asyncio.get_running_loop().time()
         try:
             # Here, before a task is left by it: what a method raises may be a SystemExit, which would end the event loop.
             with self._errors():
                 try:
                     result = await call.get.aio(timeout=timeout)
                 except TimeoutError as error:
-                    if timeout is None:
+                    # One that comes at once is what the method raised: to wait for that again would never end.
+                    if timeout is None or asyncio.get_running_loop().time() - begun < timeout / 2:
                         raise
                     timed_out = error
         except EngineSetupError as error:
