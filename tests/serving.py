@@ -32,7 +32,7 @@ async def connected(address: str) -> AsyncIterator[Target]:
 @asynccontextmanager
 async def serving(engine: Engine, **settings: Any) -> AsyncIterator[Target]:
     """Serves the engine, and stops without a drain."""
-    configured = Settings(address="127.0.0.1:0", **{"drain_timeout": 0, **settings})
+    configured = Settings(address="127.0.0.1:0", **{"withdraw_window": 0, "drain_timeout": 0, **settings})
     async with serve(engine, configured) as port, connected(f"127.0.0.1:{port}") as target:
         yield target
 

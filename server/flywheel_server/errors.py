@@ -5,13 +5,18 @@
     PromptTooLongError         INVALID_ARGUMENT    BadRequest with both numbers
     UnsupportedFieldError      INVALID_ARGUMENT    BadRequest, ErrorInfo UNSUPPORTED_FIELD
     MalformedRequestError      INVALID_ARGUMENT    ErrorInfo MALFORMED_REQUEST
+    ServerFullError            RESOURCE_EXHAUSTED  RetryInfo, ErrorInfo OVERLOADED
     EngineOverloadedError      RESOURCE_EXHAUSTED  RetryInfo, ErrorInfo OVERLOADED
+    QuotaExceededError         RESOURCE_EXHAUSTED  QuotaFailure, ErrorInfo QUOTA_EXCEEDED, RetryInfo where that helps
+    SlowReaderError            RESOURCE_EXHAUSTED  ErrorInfo SLOW_READER
     DeadlineExceededError      DEADLINE_EXCEEDED   ErrorInfo IN_QUEUE or IN_GENERATION
     EngineTimeoutError         DEADLINE_EXCEEDED   ErrorInfo ENGINE_TIMEOUT with the seconds
-    UnauthenticatedError       UNAUTHENTICATED     ErrorInfo API_KEY_MISSING or API_KEY_INVALID
+    UnauthenticatedError       UNAUTHENTICATED     ErrorInfo API_KEY_MISSING, _INVALID, _EXPIRED or _REVOKED
     EngineSetupError           FAILED_PRECONDITION ErrorInfo ENGINE_NOT_SET_UP with what was looked for, and the setting
     EngineUnavailableError     UNAVAILABLE         RetryInfo, ErrorInfo ENGINE_UNAVAILABLE
     anything else              INTERNAL            ErrorInfo ENGINE_FAILED with the request id
+
+Where there is a RetryInfo, the metadata `grpc-retry-pushback-ms` says the same to the retries of gRPC itself (gRFC A6).
 
 Messages say what to do. Engine internals and stack traces go to the log instead, and the text of a prompt to neither.
 """
@@ -24,7 +29,7 @@ from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.rpc import status_pb2
-from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, QuotaFailure, RetryInfo
 from grpc import StatusCode
 
 from flywheel_server.engines.base import (
@@ -40,6 +45,7 @@ from flywheel_server.messages import FieldViolation, InvalidRequestError
 
 DOMAIN: Final = "flywheel.v1"
 DETAILS_KEY: Final = "grpc-status-details-bin"
+PUSHBACK_KEY: Final = "grpc-retry-pushback-ms"
 
 
 class MalformedRequestError(ValueError):
@@ -57,12 +63,37 @@ class DeadlineExceededError(TimeoutError):
         self.reason = reason
 
 
+class ServerFullError(Exception):
+    """Too many calls wait already. `retry_delay` (seconds) is when there should be a place."""
+
+    def __init__(self, retry_delay: float) -> None:
+        super().__init__(retry_delay)
+        self.retry_delay = retry_delay
+
+
+class QuotaExceededError(Exception):
+    """The caller has as much as it may have. `retry_delay` (seconds) is when it may have more; None is never."""
+
+    def __init__(self, caller: str, quota: str, retry_delay: float | None) -> None:
+        super().__init__(caller, quota, retry_delay)
+        self.caller = caller
+        self.quota = quota
+        self.retry_delay = retry_delay
+
+
+class SlowReaderError(Exception):
+    """The caller does not read what was generated for it."""
+
+
+UnauthenticatedReason = Literal["API_KEY_MISSING", "API_KEY_INVALID", "API_KEY_EXPIRED", "API_KEY_REVOKED"]
+
+
 class UnauthenticatedError(PermissionError):
     """The call has no API key, or one that is not accepted here."""
 
-    def __init__(self, reason: Literal["API_KEY_MISSING", "API_KEY_INVALID"]) -> None:
+    def __init__(self, reason: UnauthenticatedReason) -> None:
         super().__init__(reason)
-        self.reason = reason
+        self.reason: UnauthenticatedReason = reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,14 +104,17 @@ class CallStatus:
     message: str
     details: tuple[Message, ...]
 
-    def trailing_metadata(self) -> tuple[tuple[str, bytes], ...]:
+    def trailing_metadata(self) -> tuple[tuple[str, str | bytes], ...]:
         """Returns the metadata that carries the details, as google.rpc.Status."""
         status = status_pb2.Status(code=self.code.value[0], message=self.message)
+        pushback: tuple[tuple[str, str], ...] = ()
         for detail in self.details:
             packed = AnyMessage()
             packed.Pack(detail)
             status.details.append(packed)
-        return ((DETAILS_KEY, status.SerializeToString()),)
+            if isinstance(detail, RetryInfo):
+                pushback = ((PUSHBACK_KEY, str(detail.retry_delay.ToMilliseconds())),)
+        return ((DETAILS_KEY, status.SerializeToString()), *pushback)
 
 
 def _bad_request(violations: list[FieldViolation]) -> BadRequest:
@@ -136,11 +170,29 @@ def _malformed_request(error: MalformedRequestError, _: str) -> CallStatus:
     return CallStatus(StatusCode.INVALID_ARGUMENT, str(error), (_error_info("MALFORMED_REQUEST"),))
 
 
-def _overloaded(error: EngineOverloadedError, _: str) -> CallStatus:
+def _overloaded(error: EngineOverloadedError | ServerFullError, _: str) -> CallStatus:
     return CallStatus(
         StatusCode.RESOURCE_EXHAUSTED,
         "The server is full. Try again later.",
         (_retry_info(error.retry_delay), _error_info("OVERLOADED")),
+    )
+
+
+def _quota_exceeded(error: QuotaExceededError, _: str) -> CallStatus:
+    failure = QuotaFailure(violations=[QuotaFailure.Violation(subject=error.caller, description=error.quota)])
+    info = _error_info("QUOTA_EXCEEDED")
+    if error.retry_delay is None:
+        message = f"The call exceeds the quota of {error.caller}: {error.quota}."
+        return CallStatus(StatusCode.RESOURCE_EXHAUSTED, message, (failure, info))
+    message = f"The quota of {error.caller} is used up: {error.quota}. Try again later."
+    return CallStatus(StatusCode.RESOURCE_EXHAUSTED, message, (_retry_info(error.retry_delay), failure, info))
+
+
+def _slow_reader(_: SlowReaderError, __: str) -> CallStatus:
+    return CallStatus(
+        StatusCode.RESOURCE_EXHAUSTED,
+        "The stream was not read in time. Read faster, ask for less, or call GenerateAll.",
+        (_error_info("SLOW_READER"),),
     )
 
 
@@ -158,10 +210,15 @@ def _engine_timeout(error: EngineTimeoutError, _: str) -> CallStatus:
 
 
 def _unauthenticated(error: UnauthenticatedError, _: str) -> CallStatus:
-    what = "needs an API key" if error.reason == "API_KEY_MISSING" else "has an API key that is not accepted"
+    what: dict[UnauthenticatedReason, str] = {
+        "API_KEY_MISSING": "The call needs an API key",
+        "API_KEY_INVALID": "The call has an API key that is not accepted",
+        "API_KEY_EXPIRED": "The API key of the call has expired",
+        "API_KEY_REVOKED": "The API key of the call was revoked",
+    }
     return CallStatus(
         StatusCode.UNAUTHENTICATED,
-        f"The call {what}. Send one as metadata: authorization: Bearer KEY.",
+        f"{what[error.reason]}. Send one as metadata: authorization: Bearer KEY.",
         (_error_info(error.reason),),
     )
 
@@ -195,7 +252,10 @@ TABLE: Final[Mapping[type[Exception], Callable[[Any, str], CallStatus]]] = {
     PromptTooLongError: _prompt_too_long,
     UnsupportedFieldError: _unsupported_field,
     MalformedRequestError: _malformed_request,
+    ServerFullError: _overloaded,
     EngineOverloadedError: _overloaded,
+    QuotaExceededError: _quota_exceeded,
+    SlowReaderError: _slow_reader,
     DeadlineExceededError: _deadline_exceeded,
     EngineTimeoutError: _engine_timeout,
     UnauthenticatedError: _unauthenticated,

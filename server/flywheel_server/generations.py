@@ -1,13 +1,24 @@
-"""The generations that are under way: each within its deadline, counted, and held to the first promise of the contract."""
+"""The generations that are under way: each admitted, within its deadline, counted, and held to the first promise."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection
 from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Final
 
-from flywheel_server.engines.base import Engine, EngineFailedError, EngineUnavailableError, Event, Started, TextDelta
-from flywheel_server.errors import DeadlineExceededError
+from flywheel_server.admission import UNKNOWN, Admission
+from flywheel_server.callers import Caller
+from flywheel_server.engines.base import (
+    Engine,
+    EngineError,
+    EngineFailedError,
+    EngineUnavailableError,
+    Event,
+    Started,
+    TextDelta,
+)
+from flywheel_server.errors import DeadlineExceededError, UnauthenticatedError
 from flywheel_server.messages import GenerationRequest, GenerationResponseSample
+from flywheel_server.quotas import Quotas, Usage
 
 Events = AsyncIterator[TextDelta | GenerationResponseSample]
 
@@ -19,14 +30,22 @@ The caller's own timer fires at the deadline and drops whatever comes later; onl
 
 
 class Generations:
-    """Runs requests on the engine. `queued` waits for the engine's attention, `active` has it."""
+    """Runs requests on the engine. `queued` waits for its turn or for the engine's attention, `active` has it.
 
-    def __init__(self, engine: Engine) -> None:
+    Attributes:
+        last_sign: When the engine last made something of a sample, on the clock of the event loop.
+        failed: Is set when the engine has failed in a way that may be more than this one call's.
+    """
+
+    def __init__(self, engine: Engine, admission: Admission) -> None:
         self.queued = 0
         self.active = 0
+        self.last_sign = 0.0
+        self.failed = asyncio.Event()
         self._engine = engine
-        self._stopped = False
-        self._deadlines: set[asyncio.Timeout] = set()
+        self._admission = admission
+        self._quotas = Quotas(lambda: UNKNOWN if admission.service_time is None else admission.service_time)
+        self._running: set[_Generation] = set()
         self._one_has_left = asyncio.Event()
 
     async def drain(self, timeout: float) -> None:  # noqa: ASYNC109 - not the caller's, but that of the generations
@@ -36,42 +55,60 @@ class Generations:
                 async with asyncio.timeout(timeout):
                     await self._all_left()
         finally:
-            self._stopped = True
-            for deadline in self._deadlines:
-                if not deadline.expired():
-                    deadline.reschedule(asyncio.get_running_loop().time())
+            self.end_all("the server is stopping")
             await self._all_left()
 
+    def end_all(self, why: str) -> None:
+        """Ends all generations with `EngineUnavailableError`."""
+        for generation in self._running:
+            generation.end(EngineUnavailableError(why))
+
+    def end_those_of(self, callers: Collection[str]) -> None:
+        """Ends the generations of the callers with these names, whose keys were revoked."""
+        for generation in self._running:
+            if generation.caller.name in callers:
+                generation.end(UnauthenticatedError("API_KEY_REVOKED"))
+
     async def _all_left(self) -> None:
-        while self._deadlines:
+        while self._running:
             self._one_has_left.clear()
             await self._one_has_left.wait()
 
     @asynccontextmanager
-    async def run(self, request: GenerationRequest, time_remaining: float | None) -> AsyncIterator[Events]:
+    async def run(
+        self,
+        request: GenerationRequest,
+        caller: Caller,
+        time_remaining: float | None,
+        on_start: Callable[[], Awaitable[None]],
+    ) -> AsyncIterator[Events]:
         """Gives the events of the request for the length of the context; leaving it stops the work.
 
-        `time_remaining` is in seconds; when it is over, `DeadlineExceededError` is raised from within the context.
+        Arguments:
+            request: What to generate.
+            caller: For whom.
+            time_remaining: Seconds; when they are over, `DeadlineExceededError` is raised from within the context.
+            on_start: Is awaited when the engine begins.
         """
-        generation = _Generation(self, request.num_samples)
-        deadline = asyncio.timeout(_within(time_remaining))
-        self._deadlines.add(deadline)
+        time_remaining = _within(time_remaining)
+        generation = _Generation(self, caller, request.num_samples, asyncio.timeout(time_remaining))
+        self._running.add(generation)
         try:
-            async with (
-                deadline,
-                aclosing(self._engine.generate(request)) as events,
-                aclosing(generation.watch(events)) as watched,
-            ):
-                yield watched
+            async with generation.deadline:
+                with self._quotas.held(caller, request) as usage:
+                    async with (
+                        self._admission.turn(request.num_samples, priority=caller.priority, time_remaining=time_remaining),
+                        aclosing(self._engine.generate(request)) as events,
+                        aclosing(generation.watch(events, usage, on_start)) as watched,
+                    ):
+                        yield watched
         except TimeoutError as error:
-            if not deadline.expired():
+            if not generation.deadline.expired():
                 raise
-            if self._stopped:
-                raise EngineUnavailableError("the server is stopping") from error
-            raise DeadlineExceededError("IN_GENERATION" if generation.started else "IN_QUEUE") from error
+            raise generation.why_it_ended() from error
         finally:
             generation.leave()
-            self._deadlines.remove(deadline)
+            self._running.remove(generation)
             self._one_has_left.set()
 
 
@@ -84,35 +121,62 @@ def _within(time_remaining: float | None) -> float | None:
 class _Generation:
     """One request on its way through the engine."""
 
-    def __init__(self, generations: Generations, num_samples: int) -> None:
-        self.started = False
+    def __init__(self, generations: Generations, caller: Caller, num_samples: int, deadline: asyncio.Timeout) -> None:
+        self.caller = caller
+        self.deadline = deadline
+        self._started = False
         self._generations = generations
         self._unfinished = set(range(num_samples))
+        self._ended_by: Exception | None = None
         generations.queued += 1
 
-    async def watch(self, events: AsyncIterator[Event]) -> AsyncGenerator[TextDelta | GenerationResponseSample, None]:
+    def end(self, error: Exception) -> None:
+        """Ends the generation with an error, unless it is ending already."""
+        if self._ended_by is None and not self.deadline.expired():
+            self._ended_by = error
+            self.deadline.reschedule(asyncio.get_running_loop().time())
+
+    def why_it_ended(self) -> Exception:
+        """Returns what to raise for a deadline that has passed, or was made to."""
+        return self._ended_by or DeadlineExceededError("IN_GENERATION" if self._started else "IN_QUEUE")
+
+    async def watch(
+        self, events: AsyncIterator[Event], usage: Usage, on_start: Callable[[], Awaitable[None]]
+    ) -> AsyncGenerator[TextDelta | GenerationResponseSample, None]:
         """Passes the events on; raises `EngineFailedError` unless each sample finishes once, and none more."""
-        async for event in events:
-            if isinstance(event, Started):
-                self._start()
-                continue
-            if event.index not in self._unfinished:
-                raise EngineFailedError(f"sample {event.index} was not asked for or had finished")
-            if isinstance(event, GenerationResponseSample):
-                self._unfinished.remove(event.index)
-            yield event
-        if self._unfinished:
-            raise EngineFailedError(f"samples {sorted(self._unfinished)} did not finish")
+        clock = asyncio.get_running_loop().time
+        try:
+            async for event in events:
+                if isinstance(event, Started):
+                    self._start()
+                    await on_start()
+                    continue
+                self._generations.last_sign = clock()
+                if event.index not in self._unfinished:
+                    raise EngineFailedError(f"sample {event.index} was not asked for or had finished")
+                if isinstance(event, GenerationResponseSample):
+                    self._unfinished.remove(event.index)
+                usage.count(event)
+                yield event
+            if self._unfinished:
+                raise EngineFailedError(f"samples {sorted(self._unfinished)} did not finish")
+        except Exception as error:
+            if isinstance(error, EngineFailedError) or not isinstance(error, EngineError):
+                self._generations.failed.set()
+            raise
 
     def _start(self) -> None:
-        if self.started:
+        if self._started:
             raise EngineFailedError("the generation was started twice")
-        self.started = True
+        self._started = True
         self._generations.queued -= 1
         self._generations.active += 1
+        # A sign too, or the first call after a quiet hour would find the engine silent for as long.
+        self._generations.last_sign = asyncio.get_running_loop().time()
 
     def leave(self) -> None:
-        if self.started:
+        """Is no longer under way."""
+        if self._started:
             self._generations.active -= 1
         else:
             self._generations.queued -= 1

@@ -3,11 +3,13 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Final
+from typing import Any, Final
 
+import grpc
+import grpc.aio
 import structlog
 from flywheel_proto.v1 import generation_pb2
-from grpc_health.v1 import health, health_pb2
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from flywheel_server.engines.base import Engine
 
@@ -24,18 +26,67 @@ It is not the server's own health: the first call wakes an engine that was scale
 SERVING: Final = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING: Final = health_pb2.HealthCheckResponse.NOT_SERVING
 
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc] # it has no types
+    """Answers with the statuses that were set.
+
+    Instead of the one in grpcio-health-checking, which has no List, and whose `set` waits for every watcher to read.
+    """
+
+    def __init__(self) -> None:
+        self._statuses: dict[str, int] = {}
+        self._changed = asyncio.Event()
+
+    def set(self, statuses: dict[str, int]) -> None:
+        """Sets the statuses of the services with these names."""
+        self._statuses |= statuses
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+    async def Check(self, request: health_pb2.HealthCheckRequest, context: Context) -> health_pb2.HealthCheckResponse:
+        """Returns the status of a service; NOT_FOUND for one that is not there."""
+        status = self._statuses.get(request.service)
+        if status is None:
+            await context.abort(grpc.StatusCode.NOT_FOUND, "There is no such service here; List has those that are.")
+        return health_pb2.HealthCheckResponse(status=status)
+
+    async def Watch(self, request: health_pb2.HealthCheckRequest, context: Context) -> None:
+        """Streams the status of a service, now and whenever it changes; SERVICE_UNKNOWN for one that is not there."""
+        last: int | None = None
+        while True:
+            changed = self._changed
+            status = self._statuses.get(request.service, health_pb2.HealthCheckResponse.SERVICE_UNKNOWN)
+            if status != last:
+                await context.write(health_pb2.HealthCheckResponse(status=status))
+                last = status
+            await changed.wait()
+
+    async def List(self, request: Any, context: Context) -> Any:  # noqa: ANN401 - older versions have no type
+        """Returns the statuses of all services."""
+        statuses = {name: health_pb2.HealthCheckResponse(status=status) for name, status in self._statuses.items()}
+        return health_pb2.HealthListResponse(statuses=statuses)
+
 
 class Health:
     """Reports what the engine's statistics say: reachable or not, with runners or without."""
 
     def __init__(self) -> None:
-        self.servicer = health.aio.HealthServicer()
+        self.servicer = HealthServicer()
         self._reachable = True
+        self._withdrawn = False
+        self.report(serving=False, runners=False)
 
-    async def report(self, *, serving: bool, runners: bool) -> None:
+    def report(self, *, serving: bool, runners: bool) -> None:
         """Sets the status of the server, of its service, and of the engine's runners."""
-        for name, good in ((health.OVERALL_HEALTH, serving), (SERVICE, serving), (RUNNERS, runners)):
-            await self.servicer.set(name, SERVING if good else NOT_SERVING)
+        good = {health.OVERALL_HEALTH: serving, SERVICE: serving, RUNNERS: runners}
+        self.servicer.set({name: SERVING if good[name] and not self._withdrawn else NOT_SERVING for name in good})
+
+    def withdraw(self) -> None:
+        """Says NOT_SERVING from now on, whatever is reported."""
+        self._withdrawn = True
+        self.report(serving=False, runners=False)
 
     @asynccontextmanager
     async def following(self, engine: Engine, interval: float) -> AsyncIterator[None]:
@@ -53,7 +104,7 @@ class Health:
         finally:
             following.cancel()
             await asyncio.gather(following, return_exceptions=True)
-            await self.servicer.enter_graceful_shutdown()
+            self.report(serving=False, runners=False)
 
     async def _look(self, engine: Engine, within: float) -> None:
         try:
@@ -63,9 +114,9 @@ class Health:
             if self._reachable:
                 log.warning("engine out of reach", error=str(error) or type(error).__name__)
             self._reachable = False
-            await self.report(serving=False, runners=False)
+            self.report(serving=False, runners=False)
         else:
             if not self._reachable:
                 log.info("engine within reach again")
             self._reachable = True
-            await self.report(serving=True, runners=stats.num_total_runners > 0)
+            self.report(serving=True, runners=stats.num_total_runners > 0)

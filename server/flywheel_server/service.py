@@ -1,7 +1,9 @@
 """The servicer of `flywheel.v1.GenerationService`: it conducts, and leaves the work to the rooms around it."""
 
 import time
-from contextlib import AbstractAsyncContextManager, aclosing
+from collections.abc import Collection
+from contextlib import AbstractAsyncContextManager
+from functools import partial
 from typing import Any
 
 import grpc.aio
@@ -9,15 +11,16 @@ import structlog
 from flywheel_proto.v1 import generation_pb2 as pb
 from flywheel_proto.v1 import generation_pb2_grpc
 
+from flywheel_server.callers import caller
+from flywheel_server.delivery import DeltaBuffer, Patience, SampleBuffer, deliver
 from flywheel_server.engines.base import Engine, EngineModel, EngineUnavailableError
 from flywheel_server.generations import Events, Generations
-from flywheel_server.merging import DeltaMerger, in_piles
+from flywheel_server.interceptors.request_id import send_request_id
 from flywheel_server.messages import GenerationRequest, GenerationResponse, GenerationResponseSample, RequestLimits
 from flywheel_server.translation import (
     model_to_proto,
     request_from_proto,
     response_to_proto,
-    sample_to_proto,
     stats_to_proto,
 )
 
@@ -33,19 +36,42 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     the engine at once rather than when the abandoned generator is collected. (The generated types know only generators.)
     """
 
-    def __init__(self, engine: Engine, *, max_text_bytes: int, max_num_samples: int) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        generations: Generations,
+        patience: Patience,
+        *,
+        max_text_bytes: int,
+        max_num_samples: int,
+        log_prompts: bool,
+    ) -> None:
         self._engine = engine
-        self._generations = Generations(engine)
+        self._generations = generations
+        self._patience = patience
         self._max_text_bytes = max_text_bytes
         self._max_num_samples = max_num_samples
+        self._log_prompts = log_prompts
         self._model: EngineModel | None = None
+        self._closed = False
 
     def open(self) -> None:
-        """Begins to serve: the engine has started."""
-        self._model = self._engine.model()
+        """Serves from now on, unless it was closed: the engine has started."""
+        if not self._closed:
+            self._model = self._engine.model()
+
+    def interrupt(self) -> None:
+        """Refuses new calls and ends the running ones: the engine stops."""
+        self._model = None
+        self._generations.end_all("the engine stops")
+
+    def revoke(self, callers: Collection[str]) -> None:
+        """Ends the calls of these callers, who may no longer make any."""
+        self._generations.end_those_of(callers)
 
     async def close(self, drain_timeout: float) -> None:
         """Refuses new calls, and returns when the running ones have ended, after `drain_timeout` seconds at the latest."""
+        self._closed = True
         self._model = None
         running = self._generations.active + self._generations.queued
         log.info("stopping", running_calls=running, drain_timeout=drain_timeout if running else 0)
@@ -54,17 +80,12 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     async def Generate(self, request: pb.GenerationRequest, context: Context) -> None:  # type: ignore[override]
         """Streams each sample, whole, as soon as it has finished."""
         async with self._run(self._translate(request), context) as events:
-            async for event in events:
-                if isinstance(event, GenerationResponseSample):
-                    await context.write(sample_to_proto(event))
+            await deliver(events, SampleBuffer(), context.write, self._patience)
 
     async def GenerateDeltas(self, request: pb.GenerationRequest, context: Context) -> None:  # type: ignore[override]
         """Streams the text of all samples while it is made."""
-        merger = DeltaMerger()
-        async with self._run(self._translate(request), context) as events, aclosing(in_piles(events)) as piles:
-            async for pile in piles:
-                for delta in merger.merge(pile):
-                    await context.write(delta)
+        async with self._run(self._translate(request), context) as events:
+            await deliver(events, DeltaBuffer(), context.write, self._patience)
 
     async def GenerateAll(self, request: pb.GenerationRequest, context: Context) -> pb.GenerationResponse:
         """Returns all samples, in the order of their index."""
@@ -76,17 +97,24 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.Model:
         """Returns what is served."""
-        return model_to_proto(self._serving(), self._limits())
+        model = model_to_proto(self._serving(), self._limits())
+        await send_request_id(context)
+        return model
 
     async def GetStats(self, request: pb.GetStatsRequest, context: Context) -> pb.Stats:
         """Returns how busy the service is."""
-        return stats_to_proto(await self._engine.stats(), active=self._generations.active, queued=self._generations.queued)
+        stats = await self._engine.stats()
+        await send_request_id(context)
+        return stats_to_proto(stats, active=self._generations.active, queued=self._generations.queued)
 
     def _run(self, request: GenerationRequest, context: Context) -> AbstractAsyncContextManager[Events]:
-        return self._generations.run(request, context.time_remaining())
+        return self._generations.run(request, caller.get(), context.time_remaining(), partial(send_request_id, context))
 
-    def _translate(self, request: pb.GenerationRequest) -> GenerationRequest:
-        return request_from_proto(request, self._limits())
+    def _translate(self, message: pb.GenerationRequest) -> GenerationRequest:
+        request = request_from_proto(message, self._limits())
+        if self._log_prompts:
+            log.info("prompt", text=request.text)
+        return request
 
     def _limits(self) -> RequestLimits:
         return RequestLimits(self._max_text_bytes, self._max_num_samples, self._serving().context_tokens)

@@ -111,11 +111,40 @@ class Settings(BaseSettings):
         _option(
             "Listening",
             (),
-            "Keys, separated by commas: callers must send one as `authorization: Bearer KEY`. Without any, everybody may call.",
+            "Keys, separated by commas, of which callers must send one as `authorization: Bearer KEY`. They have no quotas.",
             has_flag=False,  # other users of the machine see the command line
         )
     )
+    api_keys_file: str | None = _option(
+        "Listening",
+        None,
+        "The file with the keys that callers may send, as `flywheel-server keys` writes it. Read again when it changes.",
+    )
+    tls_cert: str | None = _option(
+        "Listening", None, "The PEM file with the server's certificate chain, which turns on TLS. Read again when it changes."
+    )
+    tls_key: str | None = _option("Listening", None, "The PEM file with the private key of that certificate.")
+    tls_client_ca: str | None = _option(
+        "Listening", None, "The PEM file with the authorities whose certificates callers must have, which makes it mutual TLS."
+    )
+    allow_unauthenticated_network_callers: bool = _option(
+        "Listening",
+        False,
+        "Whether to listen beyond the loopback interface although anybody could then call: true or false.",
+    )
+    reflection: bool = _option("Listening", True, "Whether callers may ask for the contract by reflection: true or false.")
     max_message_bytes: Positive = _option("Listening", 16 * 2**20, "The largest message that is received.")
+    max_header_bytes: Annotated[int, Field(ge=1024, le=2**20)] = _option(
+        "Listening", 16 * 2**10, "The most metadata that a call may have, as HTTP/2 counts it."
+    )
+    max_streams: Positive = _option("Listening", 1024, "Calls that one connection may have at a time.")
+    max_connections: Positive = _option("Listening", 1000, "Connections at a time; further ones are closed at once.")
+    max_connection_age: Seconds = _option(
+        "Listening", 1800.0, "Seconds after which a client is asked to connect anew, so that load spreads; 0 is never."
+    )
+    max_connection_age_grace: Seconds = _option(
+        "Listening", 3600.0, "Seconds that the calls of a connection have to finish after that."
+    )
     keepalive_time: Annotated[Seconds, Field(ge=1)] = _option(
         "Listening", 60.0, "Seconds without traffic after which the server pings a client."
     )
@@ -125,8 +154,40 @@ class Settings(BaseSettings):
     health_interval: Annotated[Seconds, Field(gt=0)] = _option(
         "Listening", 5.0, "Seconds between two looks at whether the engine can be reached, which health reports."
     )
+    withdraw_window: Seconds = _option(
+        "Listening",
+        2.0,
+        "Seconds after SIGTERM in which health is NOT_SERVING but calls are taken, for load balancers to notice.",
+    )
     drain_timeout: Seconds = _option(
         "Listening", 30.0, "Seconds that running calls have to finish after SIGINT or SIGTERM; a second one ends them."
+    )
+
+    max_concurrent: Positive = _option(
+        "Admission", 512, "Samples that are generated at a time; a call counts as its num_samples."
+    )
+    max_queued: Annotated[int, Field(ge=0, le=INT32_MAX)] = _option(
+        "Admission", 128, "Samples that wait for their turn; calls beyond are refused with RESOURCE_EXHAUSTED."
+    )
+    max_stream_bytes: Annotated[int, Field(ge=1024, le=INT32_MAX)] = _option(
+        "Admission", 2**18, "Text that may wait for the reader of a stream, in bytes of UTF-8."
+    )
+    slow_reader: Literal["wait", "end"] = _option(
+        "Admission", "wait", "What happens to a stream when that is full: wait for the reader, or end with RESOURCE_EXHAUSTED."
+    )
+    slow_reader_timeout: Annotated[Seconds, Field(gt=0)] = _option(
+        "Admission", 60.0, "Seconds without a sign of the reader after which a stream with text for it ends in any case."
+    )
+
+    engine_timeout: Annotated[Seconds, Field(gt=0)] = _option(
+        "Supervision",
+        300.0,
+        "Seconds of silence of an engine that works, and then for its answer to a check, after which it counts as dead.",
+    )
+    engine_death: Literal["restart", "exit"] = _option(
+        "Supervision",
+        "restart",
+        "What follows: restart the engine (and exit where that fails), or exit with a status of 1.",
     )
 
     max_text_bytes: Positive = _option("Requests", 2**20, "The longest prompt, in bytes of UTF-8.")
@@ -138,6 +199,7 @@ class Settings(BaseSettings):
     log_format: Literal["text", "json"] = _option(
         "Logging", "text", "How a line of the log is written to standard error: text or json."
     )
+    log_prompts: bool = _option("Logging", False, "Whether the log has the text of prompts: true or false.")
 
     @property
     def port(self) -> int:

@@ -31,6 +31,7 @@ def deploy(cloud: ModalCloud, app: str, **variables: str) -> subprocess.Complete
         "FLYWHEEL_DEPLOY_WEIGHTS_PATH": str(cloud.directory / "weights"),
         "FLYWHEEL_DEPLOY_ADDRESS": "127.0.0.1:0",
         "FLYWHEEL_HEALTH_INTERVAL": "0.1",
+        "FLYWHEEL_WITHDRAW_WINDOW": "0",
     }
     return cloud.cli("deploy", "modal_deploy.py", env=settings | variables, cwd=ROOT)
 

@@ -59,7 +59,7 @@ def test_what_means_something_else_in_the_shell_of_who_deploys_is_left_there() -
         ({"FLYWHEEL_DEPLOY_MODEL_SLOTS": "0", "FLYWHEEL_DEPLOY_MODEL_SCALEDOWN": "x"}, ["MODEL_SLOTS", "MODEL_SCALEDOWN"]),
         ({"FLYWHEEL_DEPLOY_ADDRESS": "nowhere"}, ["FLYWHEEL_DEPLOY_ADDRESS", "HOST:PORT"]),
         ({"FLYWHEEL_DEPLOY_ADDRESS": "0.0.0.0:0", "FLYWHEEL_DEPLOY_EXPOSE": "server"}, ["FLYWHEEL_DEPLOY_ADDRESS", "a port"]),
-        ({"FLYWHEEL_DRAIN_TIMEOUT": "21"}, ["FLYWHEEL_DRAIN_TIMEOUT", "at most 20 s", "30 s"]),
+        ({"FLYWHEEL_DRAIN_TIMEOUT": "21"}, ["FLYWHEEL_DRAIN_TIMEOUT", "at most 22 s", "WITHDRAW_WINDOW", "30 s"]),
         ({"FLYWHEEL_DEPLOY_WEIGHTS": "gpt"}, ["'gpt'", "mixtral-8x7b-instruct-q3_k_s"]),
         ({"FLYWHEEL_MODAL_GPU": "A11"}, ["'A11'", "A10G"]),
         ({"FLYWHEEL_DEPLOY_WEIGHTS": "mixtral-8x7b-instruct-q4_k_m"}, ["does not fit A10G", "missing", "GiB", "It fits L40S"]),

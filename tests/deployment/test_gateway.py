@@ -257,7 +257,7 @@ async def test_512_calls_at_a_time_none_lost_none_mixed_up_and_memory_flat(tmp_p
     with ModalCloud(tmp_path, max_streams=100) as cloud:
         cloud.create_secret("flywheel-grpc-keys", {"FLYWHEEL_API_KEYS": KEY})
         await asyncio.to_thread(scripted.deploy, cloud, "quick")
-        await deployed(cloud, "busy-service", FLYWHEEL_MODAL_APP="quick")
+        await deployed(cloud, "busy-service", FLYWHEEL_MODAL_APP="quick", FLYWHEEL_MAX_CONCURRENT="1536")
         await until(lambda: bool(cloud.tunnels), "the gateway can be reached")
         await _512_calls_at_a_time(cloud.tunnels[0], cloud, container(cloud, "busy-service"))
 

@@ -7,7 +7,7 @@ import re
 import signal
 import sys
 from asyncio.subprocess import PIPE, Process
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -21,9 +21,12 @@ SCRIPTED = ["--engine", "scripted", "--address", "127.0.0.1:0"]
 
 
 @asynccontextmanager
-async def command(*arguments: str) -> AsyncIterator[Process]:
+async def command(*arguments: str, environment: Mapping[str, str] | None = None) -> AsyncIterator[Process]:
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "flywheel_server", *arguments, stdout=PIPE, stderr=PIPE, env={**os.environ, "NO_COLOR": "1"}
+        *(sys.executable, "-m", "flywheel_server", *arguments),
+        stdout=PIPE,
+        stderr=PIPE,
+        env={**os.environ, "NO_COLOR": "1", "FLYWHEEL_WITHDRAW_WINDOW": "0", **(environment or {})},
     )
     try:
         yield process

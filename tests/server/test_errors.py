@@ -13,7 +13,7 @@ from flywheel_server.engines.scripted import Script, ScriptedEngine
 from flywheel_server.errors import TABLE
 from flywheel_server.messages import GenerationRequest, GenerationResponseSample
 from google.protobuf.message import Message
-from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, QuotaFailure, RetryInfo
 from google.rpc.status_pb2 import Status
 
 from tests.serving import as_dict, drained, serving, until
@@ -46,16 +46,20 @@ class FailingEngine(ScriptedEngine):
 
 
 def details_of(error: grpc.aio.AioRpcError) -> dict[type[Message], Any]:
-    status = Status.FromString(as_dict(error.trailing_metadata())["grpc-status-details-bin"])
+    metadata = as_dict(error.trailing_metadata())
+    assert metadata["x-request-id"]
+    status = Status.FromString(metadata["grpc-status-details-bin"])
     assert status.code == error.code().value[0]
     assert status.message == error.details()
     found: dict[type[Message], Any] = {}
     for packed in status.details:
-        for kind in (BadRequest, ErrorInfo, RetryInfo):
+        for kind in (BadRequest, ErrorInfo, QuotaFailure, RetryInfo):
             message = kind()
             if packed.Unpack(message):
                 found[kind] = message
     assert len(found) == len(status.details)
+    delay = found[RetryInfo].retry_delay.ToMilliseconds() if RetryInfo in found else None
+    assert metadata.get("grpc-retry-pushback-ms") == (None if delay is None else str(delay))
     return found
 
 

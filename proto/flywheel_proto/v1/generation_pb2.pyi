@@ -13,7 +13,9 @@ Conventions
   - Times are seconds since the Unix epoch as a double, with fractions, on the clock of the machine that generates.
   - Tokens are the model's own tokens. `GetModel` tells which model that is.
   - Metadata: the caller may send `x-request-id` (1 to 128 visible ASCII characters, no spaces); the initial metadata of
-    every response carries it, or a new one where the caller sent none or one that does not fit.
+    every response carries it, or a new one where the caller sent none or one that does not fit. They are sent when the
+    engine begins. A call that fails carries it in its trailing metadata too, and where it is refused before the engine
+    has begun, only there: gRPC's own retries may repeat such a call.
 
 Errors follow google.rpc (AIP-193): the status code, a brief message, and details in `grpc-status-details-bin`. The
 domain of every ErrorInfo is `flywheel.v1`.
@@ -21,19 +23,24 @@ domain of every ErrorInfo is `flywheel.v1`.
                       ErrorInfo `MALFORMED_REQUEST`. Prompt and max_tokens exceed the model's context: BadRequest with
                       both numbers. A field that the engine cannot honour: BadRequest and ErrorInfo
                       `UNSUPPORTED_FIELD`. Repeating the call unchanged fails again.
-  RESOURCE_EXHAUSTED  The server is full: RetryInfo and ErrorInfo `OVERLOADED`. Also a message over the size limit of
-                      the transport, which is refused before it is read: without details and without a request id.
-  DEADLINE_EXCEEDED   The caller's deadline passed: ErrorInfo `IN_QUEUE` (nothing was generated yet) or
-                      `IN_GENERATION`. A caller's own timer may fire first; then there are no details. Or the
+  RESOURCE_EXHAUSTED  The server is full: RetryInfo and ErrorInfo `OVERLOADED`. A quota of the caller is used up:
+                      QuotaFailure, ErrorInfo `QUOTA_EXCEEDED`, and RetryInfo unless the call alone exceeds it. The
+                      stream is not read in time: ErrorInfo `SLOW_READER`. Try again only where there is RetryInfo.
+                      Also a message, or metadata, over the size limit of the transport, which is refused before it is
+                      read: without details and without a request id.
+  DEADLINE_EXCEEDED   The caller's deadline passed: ErrorInfo `IN_QUEUE` (nothing was generated yet; at once, where the
+                      wait is going to be longer than the deadline) or `IN_GENERATION`. A caller's own timer may fire first; then there are no details. Or the
                       generation took longer than the deployment allows: ErrorInfo `ENGINE_TIMEOUT`, whose metadata
                       has the `timeout_seconds`.
-  UNAUTHENTICATED     The server wants an API key, as metadata `authorization: Bearer KEY`: ErrorInfo `API_KEY_MISSING`
-                      or `API_KEY_INVALID`. Health checks need none.
+  UNAUTHENTICATED     The server wants an API key, as metadata `authorization: Bearer KEY`: ErrorInfo `API_KEY_MISSING`,
+                      `API_KEY_INVALID`, `API_KEY_EXPIRED`, or `API_KEY_REVOKED` where that happens while the call runs.
+                      Health checks need none.
   FAILED_PRECONDITION The engine is not where the server's settings say, or refuses the server: ErrorInfo
                       `ENGINE_NOT_SET_UP`, whose metadata names what was looked for and the `setting` to look at.
                       Trying again helps only after the deployment was changed.
   UNAVAILABLE         The engine is starting or cannot be reached, or the server is stopping: RetryInfo and ErrorInfo
                       `ENGINE_UNAVAILABLE`. Where there is no server, or none any more, there are no details.
+                      A delay in RetryInfo is also in the trailing metadata `grpc-retry-pushback-ms` (gRFC A6).
   INTERNAL            The engine failed: ErrorInfo `ENGINE_FAILED` with the request id. The cause is in the server's
                       log.
 """

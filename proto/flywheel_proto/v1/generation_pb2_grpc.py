@@ -36,7 +36,9 @@ class GenerationServiceStub(object):
     4. Text is sent as soon as it exists. Deltas are merged only while the reader is behind.
     5. Cancelling the call, its deadline, or a broken connection stops the work in the engine, be it queued, reading the
     prompt, or generating.
-    6. The initial metadata carries `x-request-id`.
+    6. The first metadata of the response carry `x-request-id`.
+    7. A call whose reader is slow holds no more than the text of its samples: the engine waits for the reader, where it can,
+    or the call ends, as the deployment has it.
     """
 
     def __init__(self, channel):
@@ -83,7 +85,9 @@ class GenerationServiceServicer(object):
     4. Text is sent as soon as it exists. Deltas are merged only while the reader is behind.
     5. Cancelling the call, its deadline, or a broken connection stops the work in the engine, be it queued, reading the
     prompt, or generating.
-    6. The initial metadata carries `x-request-id`.
+    6. The first metadata of the response carry `x-request-id`.
+    7. A call whose reader is slow holds no more than the text of its samples: the engine waits for the reader, where it can,
+    or the call ends, as the deployment has it.
     """
 
     def Generate(self, request, context):
@@ -171,7 +175,9 @@ class GenerationService(object):
     4. Text is sent as soon as it exists. Deltas are merged only while the reader is behind.
     5. Cancelling the call, its deadline, or a broken connection stops the work in the engine, be it queued, reading the
     prompt, or generating.
-    6. The initial metadata carries `x-request-id`.
+    6. The first metadata of the response carry `x-request-id`.
+    7. A call whose reader is slow holds no more than the text of its samples: the engine waits for the reader, where it can,
+    or the call ends, as the deployment has it.
     """
 
     @staticmethod

@@ -13,12 +13,12 @@ from pydantic import ValidationError
 
 from flywheel_server import logs
 from flywheel_server.deployment.outbox import Outbox
+from flywheel_server.deployment.piles import in_piles
 from flywheel_server.deployment.settings import Deployment
 from flywheel_server.deployment.weights import Weights
 from flywheel_server.engines.base import Engine, EngineSetupError
 from flywheel_server.engines.embedded import EmbeddedEngine
 from flywheel_server.engines.remote_events import Pile, Receipt
-from flywheel_server.merging import in_piles
 from flywheel_server.messages import GenerationRequest, GenerationResponse, GenerationResponseSample
 from flywheel_server.settings import Settings
 

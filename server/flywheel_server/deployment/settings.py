@@ -11,7 +11,7 @@ from flywheel_server.settings import PREFIX, Settings, host_and_port
 
 DEPLOY_PREFIX: Final = f"{PREFIX}DEPLOY_"
 
-MAX_DRAIN_TIMEOUT: Final = 20.0
+MAX_STOP_TIME: Final = 22.0
 """Seconds. The rest of the 30 that Modal grants is for withdrawing the address before, and for cancelling and closing after."""
 
 NOT_FROM_THE_SHELL: Final = ("address", "api_keys", "engine", "model")
@@ -97,9 +97,10 @@ def configured(environment: Mapping[str, str]) -> Configuration:
         found = error.errors(include_url=False, include_input=False)
         problems = [f"  {prefix}{str(item['loc'][0]).upper()}: {item['msg']}" for item in found]
         raise ValueError("\n".join(["Some settings are wrong:", *problems])) from None
-    if server.drain_timeout > MAX_DRAIN_TIMEOUT:
+    if server.withdraw_window + server.drain_timeout > MAX_STOP_TIME:
         raise ValueError(
-            f"{PREFIX}DRAIN_TIMEOUT: must be at most {MAX_DRAIN_TIMEOUT:g} s, because Modal ends a container after 30 s."
+            f"{PREFIX}DRAIN_TIMEOUT: must be at most {MAX_STOP_TIME:g} s together with {PREFIX}WITHDRAW_WINDOW, because Modal "
+            "ends a container after 30 s."
         )
     if deployment.served and server.port == 0:
         raise ValueError(f"{DEPLOY_PREFIX}ADDRESS: must name a port, because Modal forwards that of a server.")
@@ -126,7 +127,7 @@ def _server_environment(deployment: Deployment, environment: Mapping[str, str]) 
         "modal_app": deployment.app,
         # A Model of ours is deployed with the options that the gateway would ask for.
         "modal_as_deployed": str(ours).lower(),
-        "drain_timeout": f"{MAX_DRAIN_TIMEOUT:g}",
+        "drain_timeout": "20",
         "log_format": "json",
         **({"model": deployment.weights} if ours else {}),
         **given,

@@ -58,8 +58,12 @@ class Script(BaseModel):
     """Tokens after which to fail; 0 fails while the prompt is read."""
     failure: Literal["failed", "overloaded", "unavailable"] = "failed"
     """How to fail."""
+    fail_on: str = ""
+    """Only a prompt with this text in it fails; the default is in every prompt."""
     hang_after: Count | None = None
     """Tokens after which nothing happens any more."""
+    die_after: Count | None = None
+    """Calls after which the engine is dead: it fails all further ones, and its check, until it is started again."""
     slots: Annotated[int, Field(ge=1)] = 512
     """How many generations run at a time; further ones wait."""
     context_tokens: Annotated[int, Field(ge=1)] = 8192
@@ -77,10 +81,12 @@ class ScriptedEngine:
         self.script = script or Script()
         self.running = 0
         """How many generations are under way: not queued, not ended."""
+        self._calls = 0
         self._tokens = self.script.tokens()
         self._capacity = Capacity(slots=self.script.slots, tokens=0)
 
     async def __aenter__(self) -> Self:
+        self._calls = 0
         return self
 
     async def __aexit__(self, *exception: object) -> None:
@@ -88,10 +94,12 @@ class ScriptedEngine:
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """Yields the events of the script; see `Engine.generate`."""
+        self._calls += 1
+        self._raise_if_dead()
         prompt_tokens = len(_tokenize(request.text, self.script.bytes_per_token)[-request.max_input_tokens :])
         if prompt_tokens + request.max_tokens > self.script.context_tokens:
             raise PromptTooLongError(prompt_tokens, request.max_tokens, self.script.context_tokens)
-        if self.script.fail_in_queue:
+        if self.script.fail_in_queue and self.script.fail_on in request.text:
             raise self._failure()
         async with self._capacity.reserve(slots=1, tokens=0):
             self.running += 1
@@ -107,9 +115,10 @@ class ScriptedEngine:
         samples = [GrowingSample(index, prompt_tokens, request.stop) for index in range(request.num_samples)]
         decoders = [codecs.getincrementaldecoder("utf-8")() for _ in samples]
         ends = [self._end(request, index) for index in range(request.num_samples)]
+        fail_after = self.script.fail_after if self.script.fail_on in request.text else None
         generated = 0
         while not all(sample.finished for sample in samples):
-            if generated == self.script.fail_after:
+            if generated == fail_after:
                 raise self._failure()
             if generated == self.script.hang_after:
                 await asyncio.Event().wait()
@@ -138,8 +147,13 @@ class ScriptedEngine:
     def _failure(self) -> EngineError:
         return _FAILURES[self.script.failure]("the script says so")
 
+    def _raise_if_dead(self) -> None:
+        if self.script.die_after is not None and self._calls > self.script.die_after:
+            raise EngineFailedError("the engine is dead")
+
     async def check(self) -> None:
-        """Returns: there is no model that might not work, and a script that fails is to fail its callers, not the start."""
+        """Returns unless the engine is dead; a script that fails is to fail its callers, not the start."""
+        self._raise_if_dead()
 
     async def stats(self) -> EngineStats:
         """Returns how many generations wait for a slot."""

@@ -1,34 +1,77 @@
-"""Lets only callers with an API key through, where the server has any: `authorization: Bearer KEY` (RFC 6750)."""
+"""Finds out who calls, and lets only those through who may.
 
-import hashlib
-import hmac
+A key is sent as `authorization: Bearer KEY` (RFC 6750). A certificate is that of the client in mutual TLS.
+"""
+
+import re
 from collections.abc import Iterable
 from typing import Any, Final
 
+import structlog
+
+from flywheel_server.callers import ANYBODY, Caller, caller
 from flywheel_server.errors import UnauthenticatedError
 from flywheel_server.interceptors.base import Call, CallInterceptor, Context
+from flywheel_server.keys import KeyRing
 
 KEY: Final = "authorization"
-
-
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode()).digest()
+_BEARER: Final = re.compile(r"bearer +(.*)", re.IGNORECASE | re.DOTALL)
+_VISIBLE: Final = re.compile(r"[\x21-\x7e]+")
 
 
 class AuthenticationInterceptor(CallInterceptor):
-    """Raises `UnauthenticatedError` for a call without one of the keys. It holds only their hashes."""
+    """Raises `UnauthenticatedError` for a call that has neither a key nor a certificate of the ring.
 
-    def __init__(self, keys: Iterable[str]) -> None:
-        self._digests = [_digest(key) for key in keys]
+    Where the ring is not required, everybody may call: mutual TLS has turned away who has no certificate.
+    """
 
-    async def around(self, call: Call, request: Any, context: Context) -> Any:  # noqa: ANN401 - any method's messages
-        """Runs the call if its key is one of the server's."""
-        sent = next((value for key, value in context.invocation_metadata() or () if key == KEY), "")
-        scheme, _, key = str(sent).partition(" ")
-        if scheme.lower() != "bearer" or not key:
+    def __init__(self, keys: KeyRing) -> None:
+        self._keys = keys
+
+    async def around(self, call: Call, request: bytes, context: Context) -> Any:  # noqa: ANN401 - any method's response
+        """Runs the call as its caller."""
+        who = self._caller_of(context)
+        caller.set(who)
+        with structlog.contextvars.bound_contextvars(**{"caller": who.name} if who.name else {}):
+            return await call(request, context)
+
+    def _caller_of(self, context: Context) -> Caller:
+        if not self._keys.is_required:
+            name = next(iter(_identities(context)), None)
+            return Caller(name) if name else ANYBODY
+        key = _key(context)
+        if key is not None:
+            return self._keys.caller_of_key(key)
+        listed = self._keys.caller_of_certificate(_identities(context))
+        if listed is None:
             raise UnauthenticatedError("API_KEY_MISSING")
-        digest = _digest(key)
-        # Every key is compared, in constant time each: how long it takes tells nothing about them.
-        if not any([hmac.compare_digest(digest, known) for known in self._digests]):  # noqa: C419 - all, not the first
-            raise UnauthenticatedError("API_KEY_INVALID")
-        return await call(request, context)
+        return listed
+
+
+def _key(context: Context) -> str | None:
+    """Returns the key of the call; None where it has none; raises `UnauthenticatedError` for what cannot be one."""
+    sent = [value for key, value in context.invocation_metadata() or () if key == KEY]
+    if len(sent) > 1:
+        # Which of them counts is for nobody to guess: proxies and servers may guess differently.
+        raise UnauthenticatedError("API_KEY_INVALID")
+    bearer = _BEARER.fullmatch(sent[0]) if sent and isinstance(sent[0], str) else None
+    if bearer is None or not bearer[1]:
+        return None
+    if not _VISIBLE.fullmatch(bearer[1]):
+        raise UnauthenticatedError("API_KEY_INVALID")
+    return bearer[1]
+
+
+def _identities(context: Context) -> Iterable[str]:
+    """Returns the names of the client's certificate, the most telling first: URIs such as SPIFFE IDs, then host names.
+
+    The common name counts only where there is no other (RFC 9525): authorities seldom verify it. For the same reason only a URI
+    is taken for one.
+    """
+    properties = context.auth_context()
+
+    def names(kind: str) -> list[str]:
+        return [name for value in properties.get(kind, ()) if (name := value.decode(errors="replace")) and name.isprintable()]
+
+    hosts = names("peer_dns") if properties.get("x509_subject_alternative_name") else names("x509_common_name")
+    return [*names("peer_uri"), *(host for host in hosts if "://" not in host)]

@@ -17,13 +17,20 @@ request_id: ContextVar[str] = ContextVar("request_id")
 
 
 class RequestIdInterceptor(CallInterceptor):
-    """Sends the request id with the initial metadata, and adds it to every line of the log that the call writes."""
+    """Chooses the request id, and adds it to every line of the log that the call writes."""
 
-    async def around(self, call: Call, request: Any, context: Context) -> Any:  # noqa: ANN401 - any method's messages
+    async def around(self, call: Call, request: bytes, context: Context) -> Any:  # noqa: ANN401 - any method's response
         """Runs the call under its request id."""
         sent = next((value for key, value in context.invocation_metadata() or () if key == KEY), "")
         own = sent if isinstance(sent, str) and _ACCEPTED.fullmatch(sent) else uuid.uuid4().hex
         request_id.set(own)
         with structlog.contextvars.bound_contextvars(request_id=own):
-            await context.send_initial_metadata(((KEY, own),))
             return await call(request, context)
+
+
+async def send_request_id(context: Context) -> None:
+    """Sends the initial metadata, which hold the request id: the call has begun.
+
+    Not before that: a call that is refused without any is one that gRPC's own retries, and those of proxies, may repeat.
+    """
+    await context.send_initial_metadata(((KEY, request_id.get()),))

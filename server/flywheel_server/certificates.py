@@ -1,0 +1,77 @@
+"""TLS with files that are read again when they change, so that certificates are renewed without a restart."""
+
+import ssl
+from pathlib import Path
+
+import grpc
+import structlog
+
+from flywheel_server.reloading import Reloadable
+
+log = structlog.stdlib.get_logger(__name__)
+
+
+def server_credentials(cert: str, key: str, client_ca: str | None = None) -> grpc.ServerCredentials:
+    """Returns credentials that each new connection gets as the files are then; the connections there are go on.
+
+    Files that change to something that is wrong, or not whole yet, change nothing. All of them are PEM.
+
+    Args:
+        cert: The file with the certificate chain (`FLYWHEEL_TLS_CERT`).
+        key: The file with its private key, not encrypted (`FLYWHEEL_TLS_KEY`).
+        client_ca: The file with the authorities that clients must have a certificate of (`FLYWHEEL_TLS_CLIENT_CA`); None asks
+            clients for none.
+
+    Raises:
+        OSError: A file cannot be read.
+        ValueError: The files do not hold what they should.
+    """
+    paths = [Path(file) for file in (cert, key, client_ca) if file is not None]
+    certificates = Reloadable("TLS certificates", paths, lambda: _load(*paths))
+
+    def fetch() -> grpc.ServerCertificateConfiguration | None:
+        if configuration := certificates.load_if_changed():
+            log.info("TLS certificates reloaded")
+        return configuration
+
+    # gRPC asks at each connection, on a thread of its own.
+    return grpc.dynamic_ssl_server_credentials(
+        certificates.first,
+        fetch,  # type: ignore[arg-type] # None means that nothing has changed
+        require_client_authentication=client_ca is not None,
+    )
+
+
+def _load(cert: Path, key: Path, client_ca: Path | None = None) -> grpc.ServerCertificateConfiguration:
+    chain, private_key = _read(cert, "FLYWHEEL_TLS_CERT"), _read(key, "FLYWHEEL_TLS_KEY")
+    authorities = _read(client_ca, "FLYWHEEL_TLS_CLIENT_CA") if client_ca else None
+    # gRPC takes what it is given, and fails at the connections; OpenSSL tells what is wrong.
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        # Without a password, it would ask for that of an encrypted key at the terminal.
+        context.load_cert_chain(cert, key, password="")
+    except ssl.SSLError as error:
+        raise ValueError(
+            f"FLYWHEEL_TLS_CERT ({cert}) and FLYWHEEL_TLS_KEY ({key}) are not a certificate chain and its private key, without "
+            f"a password: {_reason(error)}"
+        ) from None
+    if (chain, private_key) != (cert.read_bytes(), key.read_bytes()):
+        raise ValueError(f"{cert} and {key} change while they are read")
+    if authorities is not None:
+        try:
+            context.load_verify_locations(cadata=authorities.decode("ascii", "replace"))
+        except (ssl.SSLError, ValueError) as error:
+            raise ValueError(f"FLYWHEEL_TLS_CLIENT_CA ({client_ca}) has no certificates: {_reason(error)}") from None
+    return grpc.ssl_server_certificate_configuration([(private_key, chain)], authorities)
+
+
+def _read(file: Path, setting: str) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise OSError(f"{setting} cannot be read ({file}): {error.strerror}") from None
+
+
+def _reason(error: Exception) -> str:
+    reason = getattr(error, "reason", None)
+    return str(reason or error).lower().replace("_", " ")

@@ -1,0 +1,91 @@
+"""Where the server listens, for whom, and what each connection may have."""
+
+import ipaddress
+from typing import Final
+
+import grpc.aio
+import structlog
+
+from flywheel_server.certificates import server_credentials
+from flywheel_server.settings import Settings
+
+log = structlog.stdlib.get_logger(__name__)
+
+HANDSHAKE_TIMEOUT: Final = 20.0
+"""Seconds that a new connection has for the handshakes of TLS and HTTP/2."""
+
+
+class UnsafeError(ValueError):
+    """The settings would let in callers whom nobody has thought of."""
+
+
+def listen(server: grpc.aio.Server, settings: Settings, *, authenticates: bool) -> int:
+    """Makes the server listen, and returns its port.
+
+    Raises:
+        OSError: It cannot listen there, or a file of TLS cannot be read.
+        ValueError: The settings do not fit together, or the files of TLS do not hold what they should.
+        UnsafeError: Anybody on a network could call, and the settings do not say that this is meant.
+    """
+    credentials = _credentials(settings)
+    if not _is_loopback(settings.address):
+        if not authenticates and not settings.allow_unauthenticated_network_callers:
+            raise UnsafeError(
+                f"anybody who reaches {settings.address} could call. Ask for keys (--api-keys-file or FLYWHEEL_API_KEYS) or "
+                "certificates (--tls-client-ca), listen on 127.0.0.1, or say --allow-unauthenticated-network-callers true"
+            )
+        if credentials is None:
+            log.warning("no TLS: prompts and keys cross the network in the clear, unless something before the server ends TLS")
+    try:
+        if credentials is None:
+            return server.add_insecure_port(settings.address)
+        return server.add_secure_port(settings.address, credentials)
+    except RuntimeError as error:
+        certificate = ", and is the certificate of a kind that gRPC takes (RSA, ECDSA P-256)" if credentials else ""
+        raise OSError(f"cannot listen on {settings.address}: is the address right, and free{certificate}?") from error
+
+
+def _credentials(settings: Settings) -> grpc.ServerCredentials | None:
+    if settings.tls_cert is not None and settings.tls_key is not None:
+        return server_credentials(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
+    if any(file is not None for file in (settings.tls_cert, settings.tls_key, settings.tls_client_ca)):
+        raise ValueError("TLS needs both --tls-cert and --tls-key")
+    return None
+
+
+def _is_loopback(address: str) -> bool:
+    host = address.rpartition(":")[0].strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def channel_arguments(settings: Settings) -> list[tuple[str, int]]:
+    """Returns what gRPC itself is to hold connections to."""
+    age = [
+        ("grpc.max_connection_age_ms", _milliseconds(settings.max_connection_age)),
+        ("grpc.max_connection_age_grace_ms", _milliseconds(settings.max_connection_age_grace)),
+    ]
+    return [
+        ("grpc.max_receive_message_length", settings.max_message_bytes),
+        ("grpc.max_send_message_length", -1),
+        # Between the two, gRPC refuses at random; the same for both is one limit.
+        ("grpc.max_metadata_size", settings.max_header_bytes),
+        ("grpc.absolute_max_metadata_size", settings.max_header_bytes),
+        ("grpc.max_concurrent_streams", settings.max_streams),
+        ("grpc.max_allowed_incoming_connections", settings.max_connections),
+        ("grpc.server_handshake_timeout_ms", _milliseconds(HANDSHAKE_TIMEOUT)),
+        *(age if settings.max_connection_age else ()),
+        # A long generation is silent between its messages, so clients ping to keep it alive through proxies: let them.
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.keepalive_time_ms", _milliseconds(settings.keepalive_time)),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.http2.min_ping_interval_without_data_ms", _milliseconds(settings.min_ping_interval)),
+        # With it, a second server on the same port starts without an error and takes half of the calls.
+        ("grpc.so_reuseport", 0),
+    ]
+
+
+def _milliseconds(seconds: float) -> int:
+    return round(seconds * 1000)

@@ -1,0 +1,100 @@
+"""What each caller may have: samples at a time, and tokens per minute."""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Final
+
+from flywheel_server.callers import Caller
+from flywheel_server.engines.base import TextDelta
+from flywheel_server.errors import QuotaExceededError
+from flywheel_server.messages import GenerationRequest, GenerationResponseSample
+
+MINUTE: Final = 60.0
+
+
+class Usage:
+    """The tokens that one call has cost so far: its prompt once, and what was generated of each sample."""
+
+    def __init__(self) -> None:
+        self._prompt_tokens = 0
+        self._generated: dict[int, int] = {}
+
+    @property
+    def tokens(self) -> int:
+        """All of them. Those of the prompt count from the first finished sample on, which tells how many they are."""
+        return self._prompt_tokens + sum(self._generated.values())
+
+    def count(self, event: TextDelta | GenerationResponseSample) -> None:
+        """Takes in an event of the call."""
+        self._generated[event.index] = event.generated_tokens
+        if isinstance(event, GenerationResponseSample):
+            self._prompt_tokens = event.prompt_tokens
+
+
+@dataclass(slots=True)
+class _Bucket:
+    """Fills up with the tokens of a minute, and holds no more. Prompts, whose length is known late, may empty it below 0."""
+
+    tokens: float
+    filled: float
+
+
+class Quotas:
+    """Holds callers to their quotas.
+
+    A call takes all the tokens that it may generate, but no more than a minute's, and gives back what it has not used. So many
+    calls at a time cannot together exceed the quota by more than their prompts.
+
+    Arguments:
+        service_time: Returns the seconds that a call takes at present.
+        clock: Seconds that only ever increase.
+    """
+
+    def __init__(self, service_time: Callable[[], float], clock: Callable[[], float] = time.monotonic) -> None:
+        self._service_time = service_time
+        self._clock = clock
+        self._samples: Counter[str] = Counter()
+        self._buckets: dict[str, _Bucket] = {}
+
+    @contextmanager
+    def held(self, caller: Caller, request: GenerationRequest) -> Iterator[Usage]:
+        """Counts the call for its length against the caller's quotas; what it uses is to be told to `Usage.count`.
+
+        Raises `QuotaExceededError` where the caller has no room for it now.
+        """
+        usage = Usage()
+        self._check_samples(caller, request.num_samples)
+        taken = self._take_tokens(caller, request.num_samples * request.max_tokens)
+        self._samples[caller.name] += request.num_samples
+        try:
+            yield usage
+        finally:
+            self._samples[caller.name] -= request.num_samples
+            if not self._samples[caller.name]:
+                del self._samples[caller.name]
+            if caller.tokens_per_minute is not None:
+                self._buckets[caller.name].tokens += taken - usage.tokens
+
+    def _check_samples(self, caller: Caller, samples: int) -> None:
+        limit = caller.max_concurrent
+        if limit is not None and self._samples[caller.name] + samples > limit:
+            # One of `limit` calls ends every service_time / limit seconds. A call with more samples than that never fits.
+            delay = self._service_time() * samples / limit if samples <= limit else None
+            raise QuotaExceededError(caller.name, f"{limit} samples at a time", delay)
+
+    def _take_tokens(self, caller: Caller, tokens: int) -> int:
+        limit = caller.tokens_per_minute
+        if limit is None:
+            return 0
+        taken = min(tokens, limit)
+        now = self._clock()
+        bucket = self._buckets.setdefault(caller.name, _Bucket(limit, now))
+        bucket.tokens = min(bucket.tokens + (now - bucket.filled) * limit / MINUTE, limit)
+        bucket.filled = now
+        if bucket.tokens < taken:
+            raise QuotaExceededError(caller.name, f"{limit} tokens per minute", (taken - bucket.tokens) * MINUTE / limit)
+        bucket.tokens -= taken
+        return taken

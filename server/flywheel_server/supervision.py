@@ -1,0 +1,151 @@
+"""Keeps the engine alive: starts it, notices when it is dead, and then starts it again or gives up."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Final
+
+import structlog
+
+from flywheel_server.engines.base import Engine
+from flywheel_server.generations import Generations
+from flywheel_server.health import Health
+from flywheel_server.service import GenerationService
+
+log = structlog.stdlib.get_logger(__name__)
+
+STOP_TIMEOUT: Final = 10.0
+"""Seconds that an engine has to stop. One that is dead may never do so."""
+
+
+class EngineDiedError(Exception):
+    """The engine is dead, and was not or could not be started again."""
+
+
+class Supervisor:
+    """Runs the engine.
+
+    An engine is in doubt when it fails a call, or when it works on some and makes nothing of any of them for `timeout` seconds.
+    Then it has as long to produce a token, for us or for anybody; otherwise it is dead.
+
+    Arguments:
+        engine: The engine, not yet started.
+        generations: Those that it works on.
+        service: Is open while the engine is up.
+        health: Reports how the engine is.
+        health_interval: Seconds between two looks at that.
+        timeout: Seconds.
+        restarts: Whether a dead engine is started again.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        generations: Generations,
+        service: GenerationService,
+        health: Health,
+        *,
+        health_interval: float,
+        timeout: float,
+        restarts: bool,
+    ) -> None:
+        self._engine = engine
+        self._generations = generations
+        self._service = service
+        self._health = health
+        self._health_interval = health_interval
+        self._timeout = timeout
+        self._restarts = restarts
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Keeps the engine up for the length of the context, which it cancels when the engine is dead for good.
+
+        Raises `EngineError` where the engine does not start, and `EngineDiedError`.
+        """
+        up = asyncio.Event()
+        living = asyncio.create_task(self._live(up))
+        living.add_done_callback(lambda _: up.set())
+        body = asyncio.current_task()
+
+        def interrupt(_: asyncio.Task[None]) -> None:
+            if body:
+                body.cancel()
+
+        try:
+            await up.wait()
+            if not living.done():
+                living.add_done_callback(interrupt)
+                yield
+        except asyncio.CancelledError:
+            if living.done() and body:
+                body.uncancel()
+            else:
+                raise
+        finally:
+            living.remove_done_callback(interrupt)
+            living.cancel()
+            await asyncio.wait({living})
+            if not living.cancelled() and (error := living.exception()):
+                raise error
+
+    async def _live(self, up: asyncio.Event) -> None:
+        async with self._lifetime():
+            up.set()
+            await self._death()
+        while self._restarts:
+            log.warning("engine is started again")
+            try:
+                async with self._lifetime():
+                    await self._death()
+            except EngineDiedError:
+                raise
+            except Exception as error:
+                raise EngineDiedError("the engine died, and does not start again") from error
+        raise EngineDiedError("the engine died")
+
+    @asynccontextmanager
+    async def _lifetime(self) -> AsyncIterator[None]:
+        """Starts the engine, serves, and stops it."""
+        await self._engine.__aenter__()
+        try:
+            await self._engine.check()
+            self._service.open()
+            async with self._health.following(self._engine, self._health_interval):
+                yield
+        finally:
+            self._service.interrupt()
+            stopping = asyncio.create_task(self._engine.__aexit__(None, None, None))
+            await asyncio.wait({stopping}, timeout=STOP_TIMEOUT)
+            if not stopping.done():
+                raise EngineDiedError("the engine does not stop")
+            stopping.result()
+
+    async def _death(self) -> None:
+        """Returns when the engine is dead."""
+        while True:
+            self._generations.failed.clear()
+            try:
+                async with asyncio.timeout(self._timeout):
+                    await self._generations.failed.wait()
+            except TimeoutError:
+                if not self._generations.active or self._silence() < self._timeout:
+                    continue
+                log.warning("engine is silent", seconds=round(self._silence()))
+            if not await self._answers():
+                log.error("engine is dead")
+                return
+
+    def _silence(self) -> float:
+        return asyncio.get_running_loop().time() - self._generations.last_sign
+
+    async def _answers(self) -> bool:
+        """Whether the engine shows a sign of life within the timeout."""
+        checking = asyncio.ensure_future(self._engine.check())
+        try:
+            # Where it has much to do, the check waits for its turn; what it makes meanwhile for others will do.
+            done, _ = await asyncio.wait({checking}, timeout=self._timeout)
+            return checking.exception() is None if done else self._silence() < self._timeout
+        finally:
+            checking.cancel()
+            await asyncio.gather(checking, return_exceptions=True)

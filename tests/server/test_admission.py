@@ -1,0 +1,301 @@
+"""Who is let in, who waits and for how long, and who is turned away with what to do about it."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+import grpc
+import grpc.aio
+import pytest
+from flywheel_proto.v1 import generation_pb2 as pb
+from flywheel_server.admission import LATEST, UNKNOWN, Admission
+from flywheel_server.engines.scripted import Script, ScriptedEngine
+from flywheel_server.errors import DeadlineExceededError, ServerFullError
+from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from tests.server.test_errors import METHODS, details_of
+from tests.serving import Target, drained, serving, until
+
+ONE = pb.GenerationRequest(text="x", max_tokens=1)
+
+
+class Clock:
+    """A clock that goes when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+async def settled() -> None:
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+class Crowd:
+    """Callers of an admission, by name, and who of them has been let in."""
+
+    def __init__(self, admission: Admission) -> None:
+        self.admission = admission
+        self.inside: list[str] = []
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._leave: dict[str, asyncio.Event] = {}
+
+    async def come(self, name: str, samples: int = 1, **options: Any) -> None:
+        """Comes, and waits or is inside after this."""
+        self._leave[name] = asyncio.Event()
+
+        async def stay() -> None:
+            async with self.admission.turn(samples, **options):
+                self.inside.append(name)
+                await self._leave[name].wait()
+                self.inside.remove(name)
+
+        self._tasks[name] = asyncio.create_task(stay())
+        await settled()
+        if self._tasks[name].done():
+            await self._tasks.pop(name)
+
+    async def leave(self, name: str) -> None:
+        self._leave[name].set()
+        await self._tasks.pop(name)
+        await settled()
+
+    async def give_up(self, name: str) -> None:
+        self._tasks[name].cancel()
+        await asyncio.gather(self._tasks.pop(name), return_exceptions=True)
+        await settled()
+
+    async def go_home(self) -> None:
+        for name in list(self._tasks):
+            await self.give_up(name)
+        assert (self.admission.active, self.admission.queued) == (0, 0)
+
+
+@asynccontextmanager
+async def crowd(max_concurrent: int, max_queued: int = 100, clock: Callable[[], float] | None = None) -> AsyncIterator[Crowd]:
+    people = Crowd(Admission(max_concurrent, max_queued, clock or Clock()))
+    yield people
+    await people.go_home()
+
+
+async def test_first_come_first_served() -> None:
+    async with crowd(2) as people:
+        for name in "abcd":
+            await people.come(name)
+        assert people.inside == ["a", "b"]
+        assert (people.admission.active, people.admission.queued) == (2, 2)
+        await people.leave("b")
+        assert people.inside == ["a", "c"]
+        await people.leave("a")
+        assert people.inside == ["c", "d"]
+
+
+async def test_a_call_weighs_its_samples_and_nobody_overtakes_it() -> None:
+    async with crowd(4) as people:
+        await people.come("a", 3)
+        await people.come("big", 3)
+        await people.come("small", 1)
+        assert people.inside == ["a"], "there is room for one, but it is not its turn"
+        await people.leave("a")
+        assert people.inside == ["big", "small"]
+
+
+async def test_one_that_gives_up_lets_those_behind_it_in() -> None:
+    async with crowd(4) as people:
+        await people.come("a", 3)
+        await people.come("big", 3)
+        await people.come("small", 1)
+        await people.give_up("big")
+        assert people.inside == ["a", "small"]
+
+
+async def test_a_call_with_more_samples_than_may_ever_run_has_the_server_for_itself() -> None:
+    async with crowd(4) as people:
+        await people.come("a")
+        await people.come("huge", 9)
+        assert people.inside == ["a"]
+        await people.leave("a")
+        assert people.inside == ["huge"]
+        await people.come("b")
+        assert people.inside == ["huge"]
+
+
+async def test_a_higher_priority_is_served_first() -> None:
+    async with crowd(1) as people:
+        await people.come("a")
+        await people.come("low")
+        await people.come("high", priority=5)
+        await people.come("high too", priority=5)
+        await people.come("lowest", priority=-1)
+        for expected in ("high", "high too", "low", "lowest"):
+            await people.leave(people.inside[0])
+            assert people.inside == [expected]
+
+
+async def test_a_higher_priority_does_not_wait_for_a_large_call_of_a_lower_one() -> None:
+    async with crowd(4) as people:
+        await people.come("a", 3)
+        await people.come("large", 4)
+        await people.come("urgent", 1, priority=1)
+        assert people.inside == ["a", "urgent"]
+
+
+async def test_more_than_may_wait_are_turned_away() -> None:
+    async with crowd(1, max_queued=3) as people:
+        await people.come("a")
+        await people.come("b", 1)
+        await people.come("c", 1)
+        await people.come("d", 1)
+        with pytest.raises(ServerFullError):
+            await people.come("e")
+        await people.give_up("c")
+        await people.come("f")
+        assert people.admission.queued == 3
+
+
+async def test_with_no_queue_who_cannot_start_is_turned_away() -> None:
+    async with crowd(2, max_queued=0) as people:
+        await people.come("a")
+        await people.come("b")
+        with pytest.raises(ServerFullError):
+            await people.come("c")
+        await people.leave("a")
+        await people.come("c")
+        assert people.inside == ["b", "c"]
+
+
+async def learn(people: Crowd, clock: Clock, seconds: float) -> None:
+    await people.come("teacher")
+    clock.now += seconds
+    await people.leave("teacher")
+
+
+async def test_the_retry_delay_is_when_there_should_be_a_place_a_later_one_for_each() -> None:
+    clock = Clock()
+    async with crowd(4, max_queued=2, clock=clock) as people:
+        await learn(people, clock, 8)
+        for name in "abcd":
+            await people.come(name)
+        await people.come("e", 2)
+        delays = []
+        for _ in range(9):
+            with pytest.raises(ServerFullError) as caught:
+                await people.come("f")
+            delays.append(caught.value.retry_delay)
+        # One of the four leaves every two seconds; after 12 seconds all six who are here have.
+        assert delays == pytest.approx([2, 4, 6, 8, 10, 12, 12, 12, 12])
+        clock.now += 100
+        with pytest.raises(ServerFullError) as caught:
+            await people.come("g", 2)
+        assert caught.value.retry_delay == pytest.approx(4)
+
+
+async def test_before_anything_is_known_the_retry_delay_is_a_guess() -> None:
+    async with crowd(1, max_queued=0) as people:
+        await people.come("a")
+        with pytest.raises(ServerFullError) as caught:
+            await people.come("b")
+        assert caught.value.retry_delay == UNKNOWN
+
+
+async def test_a_deadline_that_cannot_be_met_is_refused_at_once() -> None:
+    clock = Clock()
+    async with crowd(2, clock=clock) as people:
+        await learn(people, clock, 10)
+        for name in "abc":
+            await people.come(name)
+        # Every five seconds one leaves: after five it is c's turn, and after ten that of the next.
+        with pytest.raises(DeadlineExceededError) as caught:
+            await people.come("hasty", time_remaining=9.9)
+        assert caught.value.reason == "IN_QUEUE"
+        await people.come("patient", time_remaining=10.1)
+        await people.come("urgent", time_remaining=5.1, priority=1)
+        assert people.admission.queued == 3
+
+
+async def test_a_deadline_that_has_passed_does_not_wait() -> None:
+    async with crowd(1) as people:
+        await people.come("a")
+        with pytest.raises(DeadlineExceededError):
+            await people.come("late", time_remaining=-0.1)
+        await people.come("unbounded")
+        assert people.admission.queued == 1
+
+
+async def test_the_service_time_follows_what_is_measured() -> None:
+    clock = Clock()
+    async with crowd(1, clock=clock) as people:
+        assert people.admission.service_time is None
+        await learn(people, clock, 10)
+        assert people.admission.service_time == 10
+        await learn(people, clock, 20)
+        assert people.admission.service_time == pytest.approx(10 + LATEST * 10)
+
+
+async def full(target: Target, engine: ScriptedEngine, calls: int) -> AsyncExitStack:
+    """Fills the server with calls that hang."""
+    stack = AsyncExitStack()
+    for _ in range(calls):
+        call = target.stub.GenerateAll(pb.GenerationRequest(text="x", max_tokens=9))
+        stack.callback(call.cancel)
+    await until(lambda: engine.running == calls, "the server is full")
+    return stack
+
+
+@pytest.mark.parametrize("method", METHODS)
+async def test_a_full_server_refuses_with_when_to_come_back(method: str) -> None:
+    engine = ScriptedEngine(Script(hang_after=1))
+    async with serving(engine, max_concurrent=2, max_queued=0) as target, await full(target, engine, 2):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await drained(getattr(target.stub, method)(ONE))
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        details = details_of(caught.value)
+        assert details[ErrorInfo].reason == "OVERLOADED"
+        assert details[RetryInfo].retry_delay.ToMilliseconds() > 0
+
+
+async def test_what_does_not_generate_never_queues() -> None:
+    engine = ScriptedEngine(Script(hang_after=1))
+    async with serving(engine, max_concurrent=1, max_queued=1) as target, await full(target, engine, 1):
+        waiting = target.stub.GenerateAll(ONE)
+        health = health_pb2_grpc.HealthStub(target.channel)
+
+        async def queued() -> bool:
+            return bool((await target.stub.GetStats(pb.GetStatsRequest())).queued == 1)
+
+        await until(queued, "one waits")
+        assert (await target.stub.GetModel(pb.GetModelRequest())).name
+        assert (await health.Check(health_pb2.HealthCheckRequest())).status == health_pb2.HealthCheckResponse.SERVING
+        assert not waiting.done()
+
+
+@pytest.mark.parametrize("method", METHODS)
+async def test_who_waits_is_let_in_and_who_cancels_is_not(method: str) -> None:
+    engine = ScriptedEngine(Script(hang_after=5))
+    async with serving(engine, max_concurrent=1, max_queued=2) as target:
+        holding = await full(target, engine, 1)
+        leaving = target.stub.GenerateAll(ONE)
+        staying = asyncio.ensure_future(drained(getattr(target.stub, method)(ONE)))
+
+        async def queued(number: int) -> bool:
+            return bool((await target.stub.GetStats(pb.GetStatsRequest())).queued == number)
+
+        await until(lambda: queued(2), "both wait")
+        leaving.cancel()
+        await until(lambda: queued(1), "one has left")
+        await holding.aclose()
+        await staying
+
+
+async def test_a_deadline_bounds_the_wait() -> None:
+    engine = ScriptedEngine(Script(hang_after=1))
+    async with serving(engine, max_concurrent=1) as target, await full(target, engine, 1):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await target.stub.GenerateAll(ONE, timeout=0.3)
+        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert details_of(caught.value)[ErrorInfo].reason == "IN_QUEUE"

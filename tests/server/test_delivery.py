@@ -1,0 +1,222 @@
+"""How events become messages for readers who keep up, fall behind, and stop reading."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+import grpc.aio
+import pytest
+from flywheel_proto.v1 import generation_pb2 as pb
+from flywheel_proto.v1 import generation_pb2_grpc
+from flywheel_server.delivery import Buffer, DeltaBuffer, Event, Patience, SampleBuffer, deliver
+from flywheel_server.engines.base import TextDelta
+from flywheel_server.engines.scripted import Script, ScriptedEngine
+from flywheel_server.errors import SlowReaderError
+from flywheel_server.messages import GenerationResponseSample
+from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
+
+from tests.server.test_errors import details_of
+from tests.serving import serving, until
+
+PATIENT = Patience(max_bytes=10, when_full="wait", timeout=60)
+
+
+def finished(index: int, text: str) -> GenerationResponseSample:
+    return GenerationResponseSample(text=text, generated_tokens=9, finished=1.0, finish_reason="stop", index=index)
+
+
+class Source:
+    """Events, and how many of them were taken."""
+
+    def __init__(self, *events: Event, error: Exception | None = None) -> None:
+        self.taken = 0
+        self._events = events
+        self._error = error
+
+    async def __aiter__(self) -> AsyncIterator[Event]:
+        for event in self._events:
+            self.taken += 1
+            yield event
+        if self._error:
+            raise self._error
+
+
+class Reader:
+    """Takes a message when it is let."""
+
+    def __init__(self) -> None:
+        self.read: list[Any] = []
+        self._may = asyncio.Semaphore(0)
+
+    def may_read(self, messages: int = 1) -> None:
+        for _ in range(messages):
+            self._may.release()
+
+    async def write(self, message: Any) -> None:
+        await self._may.acquire()
+        self.read.append(message)
+
+
+def delivered(source: Source, buffer: Buffer, reader: Reader, patience: Patience) -> asyncio.Task[None]:
+    return asyncio.create_task(deliver(source.__aiter__(), buffer, reader.write, patience))
+
+
+async def settled() -> None:
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+async def test_what_piles_up_leaves_as_one_message_for_each_sample() -> None:
+    source = Source(
+        TextDelta(0, "a", 1),
+        TextDelta(0, "b", 2),
+        TextDelta(1, "x", 1),
+        TextDelta(0, "é", 3),
+        finished(1, "xyz"),
+        finished(0, "abé"),
+    )
+    reader = Reader()
+    delivering = delivered(source, DeltaBuffer(), reader, PATIENT)
+    await settled()
+    reader.may_read(10)
+    await delivering
+    texts = [(message.index, message.text, message.generated_tokens, message.finish_reason) for message in reader.read]
+    assert texts[-1] == (1, "xyz", 9, "stop")
+    assert "".join(text for index, text, _, _ in texts if index == 0) == "abé"
+    assert len(texts) <= 3, "six events"
+
+
+async def test_the_source_waits_for_a_reader_that_is_behind() -> None:
+    source = Source(*(TextDelta(0, "äb", number) for number in range(1, 101)), finished(0, "äb" * 100))
+    reader = Reader()
+    delivering = delivered(source, DeltaBuffer(), reader, PATIENT)
+    await settled()
+    # Three deltas of three bytes are being written, as many wait, and one is at the door.
+    assert source.taken == 7
+    reader.may_read()
+    await settled()
+    assert source.taken == 10
+    reader.may_read(200)
+    await delivering
+    assert "".join(message.text for message in reader.read) == "äb" * 100
+
+
+async def test_one_event_may_be_larger_than_the_buffer() -> None:
+    source = Source(finished(0, "x" * 1000), finished(1, "y" * 1000))
+    reader = Reader()
+    delivering = delivered(source, SampleBuffer(), reader, PATIENT)
+    reader.may_read(2)
+    await delivering
+    assert [message.index for message in reader.read] == [0, 1]
+
+
+async def test_the_stream_ends_at_once_where_it_is_to() -> None:
+    source = Source(*(TextDelta(0, "abc", number) for number in range(1, 101)))
+    reader = Reader()
+    with pytest.raises(SlowReaderError):
+        await delivered(source, DeltaBuffer(), reader, Patience(max_bytes=10, when_full="end", timeout=60))
+    assert source.taken < 10
+
+
+async def test_a_reader_that_takes_nothing_ends_the_stream() -> None:
+    reader = Reader()
+    with pytest.raises(SlowReaderError):
+        await delivered(Source(TextDelta(0, "abc", 1)), DeltaBuffer(), reader, Patience(10, "wait", timeout=0.05))
+
+
+async def test_a_source_that_is_slow_is_not_the_readers_fault() -> None:
+    async def slow() -> AsyncIterator[Event]:
+        await asyncio.sleep(0.2)
+        yield finished(0, "x")
+
+    reader = Reader()
+    reader.may_read(5)
+    await deliver(slow(), DeltaBuffer(), reader.write, Patience(10, "wait", timeout=0.05))
+    assert len(reader.read) == 1
+
+
+async def test_an_error_comes_after_what_came_before_it() -> None:
+    reader = Reader()
+    reader.may_read(5)
+    with pytest.raises(KeyError):
+        await delivered(Source(TextDelta(0, "abc", 1), error=KeyError()), DeltaBuffer(), reader, PATIENT)
+    assert [message.text for message in reader.read] == ["abc"]
+
+
+async def test_a_cancel_stops_both_sides() -> None:
+    reader = Reader()
+    source = Source(*(TextDelta(0, "abc", number) for number in range(1, 101)))
+    delivering = delivered(source, DeltaBuffer(), reader, PATIENT)
+    await settled()
+    delivering.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await delivering
+    taken = source.taken
+    reader.may_read(100)
+    await settled()
+    assert (reader.read, source.taken) == ([], taken)
+
+
+class CountingEngine(ScriptedEngine):
+    """Counts the events that were taken from it."""
+
+    taken = 0
+
+    async def generate(self, request: Any) -> Any:
+        async for event in super().generate(request):
+            self.taken += 1
+            yield event
+
+
+@asynccontextmanager
+async def one_that_stops_reading(method: str, **settings: Any) -> AsyncIterator[tuple[CountingEngine, Any]]:
+    """Gives an engine that generates a lot, and a call of which nothing is read. Little fits between the two."""
+    engine = CountingEngine(Script(text="x" * 20000, bytes_per_token=20000, token_delay=0.001))
+    options = [("grpc.http2.bdp_probe", 0), ("grpc.max_receive_message_length", -1)]
+    async with (
+        serving(engine, max_stream_bytes=300_000, **settings) as target,
+        grpc.aio.insecure_channel(target.address, options=options) as channel,
+    ):
+        stub: Any = generation_pb2_grpc.GenerationServiceStub(channel)
+        # Samples come only when they are whole: enough of them, of 2 MB each.
+        asked = (500, 5) if method == "GenerateDeltas" else (100, 16)
+        call = getattr(stub, method)(pb.GenerationRequest(text="x", max_tokens=asked[0], num_samples=asked[1]))
+        await until(lambda: engine.running == 1, "it has begun")
+        yield engine, call
+
+
+async def rest(call: Any) -> tuple[int, grpc.aio.AioRpcError | None]:
+    """Reads on, and returns how many samples finished, and the error that it ended with."""
+    finished = 0
+    try:
+        while message := await call.read():
+            finished += bool(message.finish_reason)
+    except grpc.aio.AioRpcError as error:
+        return finished, error
+    return finished, None
+
+
+async def test_the_engine_waits_for_a_reader_that_stops_and_goes_on_with_it() -> None:
+    async with one_that_stops_reading("GenerateDeltas") as (engine, call):
+        before = -1
+        while engine.taken != before:
+            before = engine.taken
+            await asyncio.sleep(0.1)
+        assert engine.running == 1
+        assert 0 < engine.taken < 1000, "of 2500"
+        assert await rest(call) == (5, None)
+
+
+@pytest.mark.parametrize("method", ["Generate", "GenerateDeltas"])
+@pytest.mark.parametrize("settings", [{"slow_reader": "end"}, {"slow_reader_timeout": 0.3}], ids=["end", "wait"])
+async def test_a_reader_that_stops_loses_the_stream_and_learns_why(settings: dict[str, Any], method: str) -> None:
+    async with one_that_stops_reading(method, **settings) as (engine, call):
+        await until(lambda: engine.running == 0, "its work and its place are given up although it reads nothing")
+        finished, error = await rest(call)
+        assert finished < 16
+        assert error is not None
+        assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert details_of(error)[ErrorInfo].reason == "SLOW_READER"
+        assert RetryInfo not in details_of(error)

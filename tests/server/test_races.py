@@ -1,0 +1,211 @@
+"""What happens at the same moment: no slot is lost, nothing waits for ever, and every call ends in one of the ways it may."""
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Coroutine
+from typing import Any
+
+import grpc
+import grpc.aio
+import pytest
+from flywheel_proto.v1 import generation_pb2 as pb
+from flywheel_server import server
+from flywheel_server.admission import Admission
+from flywheel_server.callers import Caller
+from flywheel_server.engines.base import EngineUnavailableError
+from flywheel_server.engines.scripted import Script, ScriptedEngine
+from flywheel_server.errors import DeadlineExceededError, ServerFullError, UnauthenticatedError
+from flywheel_server.generations import Generations
+from flywheel_server.messages import GenerationRequest, GenerationResponseSample
+
+from tests.serving import Target, drained, serving, until
+
+ROUNDS = 1000
+PATIENCE = 30.0
+CALLER = Caller("team", max_concurrent=10, tokens_per_minute=10**9)
+
+
+async def hops(number: int) -> None:
+    """Lets the event loop go round so many times."""
+    for _ in range(number):
+        await asyncio.sleep(0)
+
+
+class DelayedEngine(ScriptedEngine):
+    """Pauses at every seam for as long as chance has it."""
+
+    def __init__(self, chance: random.Random, script: Script | None = None) -> None:
+        super().__init__(script)
+        self.chance = chance
+
+    async def generate(self, request: Any) -> Any:
+        await hops(self.chance.randrange(3))
+        try:
+            async for event in super().generate(request):
+                yield event
+                await hops(self.chance.randrange(3))
+        finally:
+            await hops(self.chance.randrange(3))
+
+
+class Race:
+    """A server's inside without the wire, so that a thousand rounds are quick."""
+
+    def __init__(self, seed: int, max_concurrent: int = 2, script: Script | None = None) -> None:
+        self.chance = random.Random(seed)
+        self.engine = DelayedEngine(self.chance, script)
+        self.admission = Admission(max_concurrent, max_queued=100)
+        self.generations = Generations(self.engine, self.admission)
+        self.outcomes: Counter[str] = Counter()
+
+    async def call(self, samples: int = 1, time_remaining: float | None = None, tokens: int = 2) -> None:
+        """Makes a call, and counts how it ended."""
+        request = GenerationRequest(text="x", max_tokens=tokens, num_samples=samples)
+        finished = 0
+        try:
+            async with self.generations.run(request, CALLER, time_remaining, lambda: hops(self.chance.randrange(2))) as events:
+                async for event in events:
+                    finished += isinstance(event, GenerationResponseSample)
+        except (DeadlineExceededError, EngineUnavailableError, UnauthenticatedError) as error:
+            self.outcomes[type(error).__name__] += 1
+        except asyncio.CancelledError:
+            self.outcomes["cancelled"] += 1
+            raise
+        else:
+            assert finished == samples
+            self.outcomes["finished"] += 1
+
+    def begin(self, call: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        return asyncio.create_task(call)
+
+    async def end(self, *tasks: asyncio.Task[None]) -> None:
+        """Ends a round: all have ended in a way that they may, and nothing is left."""
+        async with asyncio.timeout(PATIENCE):
+            for result in await asyncio.gather(*tasks, return_exceptions=True):
+                assert result is None or isinstance(result, asyncio.CancelledError), repr(result)
+        inside = (self.admission.active, self.admission.queued, self.generations.active, self.generations.queued)
+        assert inside == (0, 0, 0, 0)
+        assert self.engine.running == 0
+
+
+async def test_a_cancel_against_the_grant_of_a_place() -> None:
+    race = Race(seed=1)
+    for _ in range(ROUNDS):
+        holder = race.begin(race.call(samples=2))
+        await hops(race.chance.randrange(12))
+        waiter, next_one = race.begin(race.call(samples=race.chance.choice([1, 2]))), race.begin(race.call())
+        await hops(race.chance.randrange(25))
+        waiter.cancel()
+        await race.end(holder, waiter, next_one)
+    assert race.outcomes["cancelled"] > ROUNDS / 10
+    assert race.outcomes["finished"] > 2 * ROUNDS
+
+
+async def test_a_cancel_against_the_finish() -> None:
+    race = Race(seed=2)
+    for _ in range(ROUNDS):
+        calls = [race.begin(race.call()) for _ in range(3)]
+        await hops(race.chance.randrange(30))
+        for call in race.chance.sample(calls, 2):
+            call.cancel()
+            await hops(race.chance.randrange(3))
+        await race.end(*calls)
+    assert race.outcomes["cancelled"] > ROUNDS / 10
+    assert race.outcomes["finished"] > ROUNDS
+
+
+async def test_a_deadline_against_the_finish() -> None:
+    race = Race(seed=3, max_concurrent=3)
+    for _ in range(ROUNDS):
+        calls = [race.begin(race.call(tokens=3, time_remaining=race.chance.random() * 0.0008)) for _ in range(4)]
+        await race.end(*calls)
+    assert race.outcomes.keys() <= {"finished", "DeadlineExceededError"}
+    assert min(race.outcomes["finished"], race.outcomes["DeadlineExceededError"]) > ROUNDS / 10
+
+
+async def test_a_drain_against_the_start() -> None:
+    race = Race(seed=4)
+    for _ in range(ROUNDS):
+        calls = []
+        for _ in range(4):
+            calls.append(race.begin(race.call(tokens=3)))
+            await hops(race.chance.randrange(6))
+        async with asyncio.timeout(PATIENCE):
+            await race.generations.drain(race.chance.choice([0, 0, 0.0002, 5]))
+        await race.end(*calls)
+    assert race.outcomes.keys() <= {"finished", "EngineUnavailableError"}
+    assert min(race.outcomes.values()) > ROUNDS / 10
+
+
+async def test_a_revocation_against_cancel_deadline_and_finish() -> None:
+    race = Race(seed=5)
+    for _ in range(ROUNDS):
+        limits = race.chance.choices([None, 0.0005], k=3)
+        calls = [race.begin(race.call(time_remaining=limit)) for limit in limits]
+        await hops(race.chance.randrange(30))
+        race.generations.end_those_of({CALLER.name})
+        await hops(race.chance.randrange(2))
+        calls[0].cancel()
+        await race.end(*calls)
+    assert race.outcomes["UnauthenticatedError"] > ROUNDS / 10
+
+
+async def one_call(target: Target, chance: random.Random, seen: Counter[str]) -> None:
+    """Makes a call over the wire that may be cancelled at any moment, or have too little time."""
+    request = pb.GenerationRequest(text="x", max_tokens=chance.randrange(1, 6), num_samples=chance.randrange(1, 4))
+    method = getattr(target.stub, chance.choice(["Generate", "GenerateDeltas", "GenerateAll"]))
+    timeout = chance.choice([None, None, chance.random() * 0.05])
+    call = method(request, timeout=timeout)
+    reading = asyncio.ensure_future(drained(call))
+    if chance.random() < 0.4:
+        await asyncio.sleep(chance.random() * 0.02)
+        call.cancel()
+    try:
+        await reading
+        seen["OK"] += 1
+    except grpc.aio.AioRpcError as error:
+        seen[error.code().name] += 1
+    except asyncio.CancelledError:
+        seen["CANCELLED"] += 1
+
+
+async def test_over_the_wire_no_place_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Admission] = []
+
+    class Seen(Admission):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            made.append(self)
+
+    monkeypatch.setattr(server, "Admission", Seen)
+    chance = random.Random(6)
+    seen: Counter[str] = Counter()
+    engine = DelayedEngine(chance, Script(token_delay=0.0002))
+    async with serving(engine, max_concurrent=6, max_queued=20) as target:
+        async with asyncio.timeout(PATIENCE):
+            for _ in range(ROUNDS // 25):
+                await asyncio.gather(*(one_call(target, chance, seen) for _ in range(25)))
+        (admission,) = made
+        await until(lambda: (admission.active, admission.queued, engine.running) == (0, 0, 0), "nothing is left")
+        await target.stub.GenerateAll(pb.GenerationRequest(text="x", max_tokens=1, num_samples=6))
+    assert sum(seen.values()) == ROUNDS
+    assert seen.keys() <= {"OK", "CANCELLED", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED"}
+    assert min(seen["OK"], seen["CANCELLED"], seen["DEADLINE_EXCEEDED"], seen["RESOURCE_EXHAUSTED"]) > 10, seen
+
+
+async def test_places_are_not_lost_to_those_who_are_turned_away() -> None:
+    admission = Admission(2, max_queued=1)
+    chance = random.Random(7)
+
+    async def visit() -> None:
+        try:
+            async with admission.turn(chance.choice([1, 2]), priority=chance.randrange(3)):
+                await hops(chance.randrange(4))
+        except ServerFullError:
+            pass
+
+    async with asyncio.timeout(PATIENCE):
+        for _ in range(ROUNDS):
+            await asyncio.gather(*(visit() for _ in range(5)))
+            assert (admission.active, admission.queued) == (0, 0)
