@@ -5,7 +5,7 @@ PYTHON ?= python3
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-floor check format generate bench lock baseline clean
+.PHONY: help install serve test test-floor check format generate bench soak fuzz lock baseline clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,6 +24,12 @@ test-floor: .venv-floor/.installed ## Run the tests with the lowest supported ve
 
 bench: .venv/.installed ## Run the benchmarks
 	.venv/bin/python -m benchmarks $(ARGS)
+
+fuzz: .venv/.installed ## Fuzz the server, and abuse its HTTP/2, for some minutes
+	.venv/bin/python -m fuzz
+
+soak: .venv/.installed ## Call a server for ten minutes, and look for what it holds on to
+	.venv/bin/python -m benchmarks.soak $(ARGS)
 
 # Prints the name of a step and its result; what the tool has to say only where it fails.
 step = @printf '%-16s' '$(1)'; if out=$$({ $(2); } 2>&1); then echo ok; else echo FAILED; echo "$$out"; exit 1; fi
@@ -68,7 +74,7 @@ lock: .venv/.installed ## Bring requirements/*.txt in line with pyproject.toml
 
 clean: ## Remove environments, caches and builds
 	rm -rf $(ENVIRONMENTS) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	find client proto server tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+	find client proto server tests benchmarks fuzz -name __pycache__ -prune -exec rm -rf {} +
 
 # Environments. Each is made anew from its locks. The stamp is written last, so that an interrupted one is begun again, and
 # holds the folder's path, as the environment itself does: one that was moved or copied is made anew too.

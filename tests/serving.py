@@ -37,35 +37,61 @@ async def serving(engine: Engine, **settings: Any) -> AsyncIterator[Target]:
         yield target
 
 
-@asynccontextmanager
-async def through_a_cable(address: str) -> AsyncIterator[tuple[str, Callable[[], None]]]:
-    """Gives an address that leads to this one, and a function that cuts every connection made through it."""
-    host, _, port = address.rpartition(":")
-    writers: list[asyncio.StreamWriter] = []
-    pumps: list[asyncio.Task[None]] = []
+class Cable:
+    """What runs between a client and a server."""
 
-    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(self, onward: str) -> None:
+        self.address = ""
+        """Leads to the server."""
+        self._onward = onward
+        self._whole = asyncio.Event()
+        self._whole.set()
+        self._writers: list[asyncio.StreamWriter] = []
+        self._pumps: list[asyncio.Task[None]] = []
+
+    def cut(self) -> None:
+        """Resets every connection."""
+        for writer in self._writers:
+            writer.transport.abort()
+
+    def unplug(self) -> None:
+        """Carries nothing any more, and neither end can tell."""
+        self._whole.clear()
+
+    async def connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Takes in a connection."""
+        host, _, port = self._onward.rpartition(":")
+        onward_reader, onward_writer = await asyncio.open_connection(host, int(port))
+        self._writers.extend((writer, onward_writer))
+        ends = ((reader, onward_writer), (onward_reader, writer))
+        self._pumps.extend(asyncio.create_task(self._pump(*each)) for each in ends)
+
+    async def close(self) -> None:
+        """Ends everything."""
+        self.cut()
+        for pump in self._pumps:
+            pump.cancel()
+        await asyncio.gather(*self._pumps, return_exceptions=True)
+
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(ConnectionError):
             while data := await reader.read(2**16):
+                await self._whole.wait()
                 writer.write(data)
                 await writer.drain()
 
-    async def connect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        onward_reader, onward_writer = await asyncio.open_connection(host, int(port))
-        writers.extend((writer, onward_writer))
-        pumps.extend(asyncio.create_task(pump(*ends)) for ends in ((reader, onward_writer), (onward_reader, writer)))
 
-    def cut() -> None:
-        for writer in writers:
-            writer.transport.abort()
-
-    cable = await asyncio.start_server(connect, "127.0.0.1", 0)
+@asynccontextmanager
+async def through_a_cable(address: str) -> AsyncIterator[Cable]:
+    """Gives a cable to the address."""
+    cable = Cable(address)
+    listening = await asyncio.start_server(cable.connect, "127.0.0.1", 0)
+    cable.address = f"127.0.0.1:{listening.sockets[0].getsockname()[1]}"
     try:
-        yield f"127.0.0.1:{cable.sockets[0].getsockname()[1]}", cut
+        yield cable
     finally:
-        cut()
-        cable.close()
-        await asyncio.gather(*pumps, return_exceptions=True)
+        await cable.close()
+        listening.close()
 
 
 def as_dict(metadata: Any) -> dict[str, Any]:

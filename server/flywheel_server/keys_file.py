@@ -67,14 +67,21 @@ def _identity(identity: str) -> str:
     return identity
 
 
+def _in_utc(time: datetime) -> datetime:
+    try:
+        return time.astimezone(UTC)
+    except OverflowError:
+        raise ValueError("must be within the years 1 to 9999 in UTC") from None
+
+
 def _whole_seconds(time: datetime) -> str:
-    return time.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return time.isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 Name = Annotated[str, AfterValidator(_name)]
 Hash = Annotated[str, AfterValidator(_hash)]
 Identity = Annotated[str, AfterValidator(_identity)]
-Time = Annotated[AwareDatetime, PlainSerializer(_whole_seconds)]
+Time = Annotated[AwareDatetime, AfterValidator(_in_utc), PlainSerializer(_whole_seconds)]
 Priority = Annotated[int, Field(ge=-INT32_MAX, le=INT32_MAX)]
 Quota = Annotated[int, Field(ge=1, le=INT32_MAX)]
 
@@ -137,7 +144,8 @@ class KeysFile(BaseModel):
             problems = [
                 _problem(text, item["loc"], item["msg"]) for item in error.errors(include_url=False, include_input=False)
             ]
-            raise ValueError("; ".join(problems)) from None
+        # Not while that error is handled: see `GenerationRequest.within`.
+        raise ValueError("; ".join(problems))
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -195,10 +203,16 @@ def _problem(text: bytes, location: tuple[int | str, ...], message: str) -> str:
             # Pydantic says which entry by its number alone.
             entry = from_json(text)["keys"][index]
             name = f" ({entry['name']})" if isinstance(entry, dict) and _is_name(entry.get("name")) else ""
-            where = [f"entry {index + 1}{name}", *map(str, within)]
+            where = [f"entry {index + 1}{name}", *map(_shown, within)]
         case _:
-            where = [*map(str, location)]
+            where = [*map(_shown, location)]
     return ": ".join([*where, _message(message)])
+
+
+def _shown(part: int | str) -> str:
+    """Returns a part of where something is wrong: a field that nobody knows may be called anything."""
+    text = str(part)
+    return text if text.isprintable() else ascii(text)
 
 
 def _is_name(name: Any) -> bool:  # noqa: ANN401 - anything that JSON can be

@@ -108,7 +108,10 @@ class GenerationRequest(BaseModel):
         try:
             return cls.model_validate(fields, context=limits)
         except ValidationError as error:
-            raise InvalidRequestError(_violations(error, limits)) from None
+            violations = _violations(error, limits)
+        # Not while that error is handled, of which it would then hold on to: an error of pydantic's is out of sight for the
+        # garbage collector, and has those of our validators, whose frames lead back to it, and to the request.
+        raise InvalidRequestError(violations)
 
 
 def _violations(error: ValidationError, limits: RequestLimits) -> list[FieldViolation]:

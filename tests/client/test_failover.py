@@ -18,22 +18,20 @@ from flywheel_client import (
     DeadlineExceededError,
     FlywheelError,
     InternalError,
+    Retry,
     UnavailableError,
     _pool,
 )
 from flywheel_proto.v1 import generation_pb2
 from flywheel_server.engines.scripted import Script, ScriptedEngine
-from google.rpc.error_details_pb2 import ErrorInfo
 
+from tests.client.conftest import WAIT, Caller, happened, unavailable
 from tests.serving import serving, through_a_cable, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
     from tests.client.conftest import FakeService
-
-WAIT = 20.0
-CLIENTS: Any = (Client, AsyncClient)
 
 
 class FakeDirectory:
@@ -58,83 +56,8 @@ class FakeDirectory:
         return UnavailableError(grpc.StatusCode.UNAVAILABLE, "nothing is live")
 
 
-class Caller:
-    """Either client, as a test on an event loop uses it."""
-
-    def __init__(self, kind: type, directory: FakeDirectory, **arguments: Any) -> None:
-        self.client: Any = kind(directory, **arguments)
-        self.is_async = kind is AsyncClient
-
-    async def call(self, **arguments: Any) -> str:
-        """Returns the prompt as the server has seen it."""
-        answer = await self._run(self.client.generate_all, "p", max_tokens=1, **arguments)
-        return str(answer.prompt)
-
-    async def stream(self, **arguments: Any) -> Any:
-        if self.is_async:
-            return self.client.generate_deltas("p", max_tokens=1, **arguments)
-        return await asyncio.to_thread(self.client.generate_deltas, "p", max_tokens=1, **arguments)
-
-    async def next(self, stream: Any) -> Any:
-        """Returns the text of the next delta; None at the end."""
-        delta = await (anext(stream, None) if self.is_async else asyncio.to_thread(next, stream, None))
-        return None if delta is None else delta.text
-
-    async def rest(self, stream: Any) -> None:
-        """Reads to the end."""
-        while await self.next(stream) is not None:
-            pass
-
-    async def close_stream(self, stream: Any) -> None:
-        await (stream.aclose() if self.is_async else asyncio.to_thread(stream.close))
-
-    async def close(self) -> None:
-        await self._run(self.client.close)
-
-    async def _run(self, function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
-        if self.is_async:
-            return await function(*arguments, **keywords)
-        return await asyncio.to_thread(function, *arguments, **keywords)
-
-    @property
-    def pool(self) -> _pool.Pool[Any]:
-        (channel,) = self.client._channels.values() if self.is_async else (self.client._channel,)
-        pool: _pool.Pool[Any] = channel._pool
-        return pool
-
-    async def expect(self, kind: type[FlywheelError], match: str | None = None, **arguments: Any) -> FlywheelError:
-        with pytest.raises(kind, match=match) as caught:
-            await self.call(**arguments)
-        with pytest.raises(kind, match=match):
-            await self.next(await self.stream(**arguments))
-        return caught.value
-
-
-@pytest.fixture(params=CLIENTS, ids=["threads", "asyncio"])
-async def caller(request: Any) -> AsyncIterator[Callable[..., Caller]]:
-    """Makes clients of the one kind and then of the other, and closes them."""
-    async with AsyncExitStack() as stack:
-
-        def make(*arguments: Any, **keywords: Any) -> Caller:
-            made = Caller(request.param, *arguments, **keywords)
-            stack.push_async_callback(made.close)
-            return made
-
-        yield make
-
-
 def directory_of(fakes: list[FakeService]) -> FakeDirectory:
     return FakeDirectory(*(fake.address for fake in fakes))
-
-
-async def happened(event: threading.Event) -> None:
-    assert await asyncio.to_thread(event.wait, WAIT)
-
-
-def unavailable(fake: FakeService, reason: str = "ENGINE_UNAVAILABLE") -> None:
-    """Has the server answer as one that is draining."""
-    fake.refuses = True
-    fake.fail(grpc.StatusCode.UNAVAILABLE, "stopping", ErrorInfo(reason=reason, domain="flywheel.v1"))
 
 
 async def test_calls_one_after_another_go_round(caller: Callable[..., Caller], fakes: list[FakeService]) -> None:
@@ -186,7 +109,8 @@ async def test_what_a_draining_server_refuses_goes_elsewhere(caller: Callable[..
 @asynccontextmanager
 async def behind_cables(fakes: list[FakeService]) -> AsyncIterator[list[tuple[str, Callable[[], None]]]]:
     async with AsyncExitStack() as stack:
-        yield [await stack.enter_async_context(through_a_cable(fake.address)) for fake in fakes]
+        cables = [await stack.enter_async_context(through_a_cable(fake.address)) for fake in fakes]
+        yield [(cable.address, cable.cut) for cable in cables]
 
 
 async def test_a_cut_before_the_first_message_moves_the_call(caller: Callable[..., Caller], fakes: list[FakeService]) -> None:
@@ -254,10 +178,32 @@ async def test_every_endpoint_is_tried_once_and_the_last_error_stands(
 ) -> None:
     for fake in fakes:
         unavailable(fake)
-    one = caller(directory_of(fakes))
+    one = caller(directory_of(fakes), retry=None)
     error = await one.expect(UnavailableError, "stopping", request_id="r1")
     assert (error.reason, error.request_id) == ("ENGINE_UNAVAILABLE", "r1")
     assert [len(fake.requests) for fake in fakes] == [2, 2, 2]
+
+
+async def test_all_endpoints_are_tried_again_after_a_while(caller: Callable[..., Caller], fakes: list[FakeService]) -> None:
+    for fake in fakes:
+        unavailable(fake)
+        fake.recovers_after = 2
+    one = caller(directory_of(fakes), retry=Retry(max_attempts=3, initial_backoff=0.01))
+    assert await one.call(request_id="same") == "p"
+    assert sorted(len(fake.requests) for fake in fakes) == [2, 2, 3]
+    assert {metadata["x-request-id"] for fake in fakes for metadata in fake.metadata} == {"same"}
+
+
+async def test_a_call_may_wait_until_there_is_an_endpoint(caller: Callable[..., Caller], fakes: list[FakeService]) -> None:
+    directory = FakeDirectory()
+    one = caller(directory, retry=Retry(max_attempts=1, initial_backoff=0.01), wait_for_ready=True)
+    calls = [asyncio.create_task(one.call()), asyncio.create_task(one.call(timeout=WAIT))]
+    await until(lambda: directory.readings > 6, "they wait")
+    await one.expect(UnavailableError, "nothing is live", wait_for_ready=False)
+    hurried = caller(directory, retry=Retry(initial_backoff=1000.0, max_backoff=1000.0), wait_for_ready=True, timeout=100.0)
+    await hurried.expect(UnavailableError, "nothing is live")
+    directory.addresses = [fakes[0].address]
+    assert await asyncio.gather(*calls) == ["p", "p"]
 
 
 async def test_an_endpoint_that_the_reading_again_finds_is_tried(
@@ -567,7 +513,9 @@ async def test_eight_threads_notice_nothing_while_servers_stop_and_start(monkeyp
             await asyncio.gather(*(asyncio.to_thread(thread.join, WAIT) for thread in threads))
             assert not errors
             assert set(texts) == {"abc"}
-            await until(lambda: all(member.calls == 0 for member in client._channel._pool._members.values()), "all is over")
+            await until(
+                lambda: all(member.calls == 0 for member in client._channels[False]._pool._members.values()), "all is over"
+            )
 
 
 def test_one_client_in_two_loops(fakes: list[FakeService]) -> None:
@@ -584,10 +532,10 @@ def test_one_client_in_two_loops(fakes: list[FakeService]) -> None:
     assert results == ["p", "p"]
 
 
-def test_a_plain_client_has_a_plain_channel_and_repeats_nothing(fakes: list[FakeService]) -> None:
+def test_a_client_of_one_target_that_tries_nothing_again_has_a_plain_channel(fakes: list[FakeService]) -> None:
     unavailable(fakes[0])
-    with Client(fakes[0].address) as client:
+    with Client(fakes[0].address, retry=None) as client:
         with pytest.raises(UnavailableError):
             client.generate_all("p", max_tokens=1)
-        assert isinstance(client._channel, grpc.Channel)
+        assert isinstance(client._channels[False], grpc.Channel)
     assert fakes[0].requests == [generation_pb2.GenerationRequest(text="p", max_tokens=1)]

@@ -37,10 +37,10 @@ async def disconnected(
     target: Target, method: str, request: pb.GenerationRequest, reached: Callable[[], Awaitable[None]]
 ) -> None:
     """Calls, and breaks the connection at the point that `reached` waits for."""
-    async with through_a_cable(target.address) as (address, cut), connected(address) as other:
+    async with through_a_cable(target.address) as cable, connected(cable.address) as other:
         reading = asyncio.ensure_future(drained(getattr(other.stub, method)(request)))
         await reached()
-        cut()
+        cable.cut()
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await reading
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE

@@ -134,16 +134,16 @@ async def cancelled(target: Target, method: str, begun: asyncio.Event) -> None:
 @pytest.mark.parametrize("how", ["cancel", "deadline", "cut"])
 @pytest.mark.parametrize("class_name", ["Model", "Flywheel"])
 async def test_whoever_goes_away_takes_the_call_along(slow: ModalCloud, class_name: str, how: str, method: str) -> None:
-    async with serving(scripted.engine(SLOW, class_name)) as direct, through_a_cable(direct.address) as (address, cut):
+    async with serving(scripted.engine(SLOW, class_name)) as direct, through_a_cable(direct.address) as cable:
         before = len(slow.calls)
-        async with connected(address) as target:
+        async with connected(cable.address) as target:
             call = getattr(target.stub, method)(request(max_tokens=2000), timeout=1 if how == "deadline" else None)
             reading = asyncio.create_task(drained(call))
             await until(lambda: any(made.state == "running" for made in slow.calls[before:]), "the call runs", within=20)
             if how == "cancel":
                 call.cancel()
             if how == "cut":
-                cut()
+                cable.cut()
             await asyncio.gather(reading, return_exceptions=True)
         (made,) = slow.calls[before:]
         await until(lambda: made.id in slow.cancelled, "the cancel has reached Modal")

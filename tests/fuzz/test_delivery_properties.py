@@ -1,0 +1,56 @@
+"""However events pile up before a reader, what it gets is the same text."""
+
+import random
+
+from flywheel_server.delivery import DeltaBuffer
+from flywheel_server.engines.base import TextDelta
+from flywheel_server.engines.samples import GrowingSample
+from hypothesis import given
+from hypothesis import strategies as st
+
+PIECES = st.lists(st.text(alphabet="ab🦙é", max_size=4), max_size=6)
+
+
+@given(
+    pieces=st.lists(PIECES, min_size=1, max_size=4),
+    stop=st.lists(st.text(alphabet="ab🦙", min_size=1, max_size=3), max_size=2),
+    order=st.randoms(use_true_random=False),
+    takes=st.lists(st.booleans(), min_size=40, max_size=40),
+)
+def test_the_deltas_of_a_sample_are_its_text(
+    pieces: list[list[str]], stop: list[str], order: random.Random, takes: list[bool]
+) -> None:
+    samples = [GrowingSample(index, prompt_tokens=1, stop=stop) for index in range(len(pieces))]
+    turns = [index for index, some in enumerate(pieces) for _ in range(len(some) + 1)]
+    order.shuffle(turns)
+    buffer = DeltaBuffer()
+    finished: dict[int, str] = {}
+    received = [*buffer.take()]
+    generated = [0] * len(pieces)
+    for turn, index in enumerate(turns):
+        if samples[index].finished:
+            continue
+        number = generated[index]
+        generated[index] += 1
+        more = number < len(pieces[index])
+        for event in (
+            samples[index].add(pieces[index][number], number + 1) if more else samples[index].end("length", number + 1)
+        ):
+            expected = buffer.size + buffer.adds(event)
+            buffer.add(event)
+            assert buffer.size == expected
+            if not isinstance(event, TextDelta):
+                finished[index] = event.text
+        if takes[turn]:
+            pile = list(buffer.take())
+            assert len({delta.index for delta in pile}) == len(pile), "one message for each sample"
+            received += pile
+    received += buffer.take()
+    assert buffer.size == 0
+    for index in range(len(pieces)):
+        deltas = [delta for delta in received if delta.index == index]
+        assert "".join(delta.text for delta in deltas) == finished[index]
+        assert [bool(delta.finish_reason) for delta in deltas] == [False] * (len(deltas) - 1) + [True]
+        assert all(delta.text for delta in deltas[:-1])
+        counts = [delta.generated_tokens for delta in deltas]
+        assert counts == sorted(counts)

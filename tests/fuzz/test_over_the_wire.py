@@ -1,0 +1,70 @@
+"""In small doses, what `make fuzz` sends to a server for minutes: it answers by the contract, and goes on serving others."""
+
+import gc
+from typing import Any
+
+import grpc
+import grpc.aio
+import pytest
+from flywheel_proto.v1 import generation_pb2 as pb
+from flywheel_server.engines.scripted import Script, ScriptedEngine
+from flywheel_server.messages import RequestLimits
+
+from fuzz.attacks import ATTACKS, Attack, idle_connections, ping_flood, unfinished_calls
+from fuzz.targets import LIMITS
+from fuzz.wire import send
+from tests.serving import connected, serving
+
+
+async def test_every_answer_to_random_messages_is_one_of_the_contract() -> None:
+    limits = {"max_text_bytes": LIMITS.max_text_bytes, "max_num_samples": LIMITS.max_num_samples}
+    async with serving(ScriptedEngine(Script(context_tokens=LIMITS.context_tokens)), **limits) as target:
+        statuses, unexpected = await send(target.address, messages=1500, seed=3)
+    assert not unexpected
+    assert {code for _, code in statuses} == {"OK", "INVALID_ARGUMENT"}
+    assert len(statuses) == 10, "each of five methods has answered both"
+
+
+async def test_a_refused_request_leaves_nothing_behind() -> None:
+    calls = 20
+    async with serving(ScriptedEngine()) as target:
+        for _ in range(calls):
+            with pytest.raises(grpc.aio.AioRpcError):
+                await target.stub.GenerateAll(pb.GenerationRequest(stop=[""], num_samples=99))
+    gc.collect()
+    # Each call has limits of its own, which whatever is left of the call holds on to.
+    assert sum(type(thing) is RequestLimits for thing in gc.get_objects()) < calls
+
+
+async def attacked(attack: Attack, **settings: Any) -> tuple[dict[str, int], int]:
+    """Returns what the server answered to the attack, and how many samples it then gave another client."""
+    async with serving(ScriptedEngine(), **settings) as target:
+        host, _, port = target.address.rpartition(":")
+        tally = await attack.run(host, int(port), seconds=0.2)
+        async with connected(target.address) as other:
+            response = await other.stub.GenerateAll(
+                pb.GenerationRequest(text="x", max_tokens=1), timeout=30, wait_for_ready=True
+            )
+    assert tally.connections
+    return dict(tally.answers), response.num_samples
+
+
+@pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.name)
+async def test_it_survives(attack: Attack) -> None:
+    _, samples = await attacked(Attack(attack.name, attack.script, connections=min(attack.connections, 4)))
+    assert samples == 1
+
+
+async def test_who_pings_too_often_is_told_to_calm_down() -> None:
+    answers, _ = await attacked(Attack("ping flood", ping_flood))
+    assert answers["GOAWAY ENHANCE_YOUR_CALM"]
+
+
+async def test_calls_beyond_max_streams_are_refused() -> None:
+    answers, _ = await attacked(Attack("unfinished calls", unfinished_calls), max_streams=10)
+    assert answers["RST_STREAM REFUSED_STREAM"]
+
+
+async def test_connections_beyond_max_connections_are_closed() -> None:
+    answers, _ = await attacked(Attack("idle connections", idle_connections, connections=20), max_connections=10)
+    assert answers["closed"]
