@@ -80,6 +80,9 @@ def channel_arguments(settings: Settings) -> list[tuple[str, int]]:
         # A long generation is silent between its messages, so clients ping to keep it alive through proxies: let them.
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.keepalive_time_ms", _milliseconds(settings.keepalive_time)),
+        # The latter is 60 s by default, and the longer of the two counts.
+        ("grpc.keepalive_timeout_ms", _milliseconds(settings.keepalive_timeout)),
+        ("grpc.http2.ping_timeout_ms", _milliseconds(settings.keepalive_timeout)),
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.http2.min_ping_interval_without_data_ms", _milliseconds(settings.min_ping_interval)),
         # With it, a second server on the same port starts without an error and takes half of the calls.

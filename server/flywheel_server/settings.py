@@ -148,6 +148,9 @@ class Settings(BaseSettings):
     keepalive_time: Annotated[Seconds, Field(ge=1)] = _option(
         "Listening", 60.0, "Seconds without traffic after which the server pings a client."
     )
+    keepalive_timeout: Annotated[Seconds, Field(gt=0)] = _option(
+        "Listening", 20.0, "Seconds that a client has to answer a ping; without an answer its calls end."
+    )
     min_ping_interval: Seconds = _option(
         "Listening", 10.0, "Seconds that a client must leave between two pings; one that pings faster is disconnected."
     )

@@ -9,14 +9,14 @@ import grpc
 import grpc.aio
 import pytest
 from flywheel_proto.v1 import generation_pb2 as pb
+from flywheel_proto.v1 import generation_pb2_grpc
 from flywheel_server.engines.scripted import Script, ScriptedEngine
 from flywheel_server.server import serve
 from flywheel_server.settings import Settings
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from structlog.testing import capture_logs
 
 from tests.server.test_command import command, ready_line
-from tests.serving import connected, drained, serving, until
+from tests.serving import drained, serving, until
 
 KEY = "0123456789abcdef"
 ONE = pb.GenerationRequest(text="x", max_tokens=1)
@@ -87,11 +87,11 @@ async def test_the_example_that_the_command_prints_fits_its_settings() -> None:
 
 async def test_reflection_can_be_switched_off() -> None:
     async with serving(ScriptedEngine(), reflection=False) as target:
-        reflection: Any = reflection_pb2_grpc.ServerReflectionStub(target.channel)
-        asked = iter([reflection_pb2.ServerReflectionRequest(list_services="")])
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await drained(reflection.ServerReflectionInfo(asked))
-        assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+        for version in ("v1", "v1alpha"):
+            path = f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo"
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await target.channel.unary_unary(path, bytes, bytes)(b"")
+            assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
         await target.stub.GenerateAll(ONE)
 
 
@@ -107,16 +107,18 @@ async def test_more_metadata_than_the_limit_is_refused_and_less_is_not() -> None
 async def test_a_connection_has_so_many_calls_at_a_time_and_further_ones_wait() -> None:
     engine = ScriptedEngine(Script(hang_after=1))
     async with serving(engine, max_streams=3) as target:
+        # After it, the client knows the limit, and holds back what exceeds it.
+        await target.stub.GenerateAll(ONE)
         calls = [target.stub.GenerateAll(pb.GenerationRequest(text="x", max_tokens=9)) for _ in range(5)]
         await until(lambda: engine.running == 3, "as many run as may")
         # Another connection has calls of its own.
-        async with connected(target.address.replace("127.0.0.1", "localhost")) as other:
-            await other.stub.GenerateAll(ONE)
+        own = [("grpc.use_local_subchannel_pool", 1)]
+        async with grpc.aio.insecure_channel(target.address, options=own) as channel:
+            other: Any = generation_pb2_grpc.GenerationServiceStub(channel)
+            await other.GenerateAll(ONE, timeout=20)
         assert engine.running == 3
-        for call in calls[:3]:
-            call.cancel()
-        await until(lambda: engine.running == 2, "the others have their turn")
-        for call in calls[3:]:
+        assert not any(call.done() for call in calls)
+        for call in calls:
             call.cancel()
 
 

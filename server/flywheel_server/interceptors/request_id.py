@@ -1,5 +1,6 @@
 """Gives each call a request id: the caller's `x-request-id`, or a new one."""
 
+import asyncio
 import re
 import uuid
 from contextvars import ContextVar
@@ -33,4 +34,10 @@ async def send_request_id(context: Context) -> None:
 
     Not before that: a call that is refused without any is one that gRPC's own retries, and those of proxies, may repeat.
     """
-    await context.send_initial_metadata(((KEY, request_id.get()),))
+    sending = asyncio.ensure_future(context.send_initial_metadata(((KEY, request_id.get()),)))
+    try:
+        await asyncio.shield(sending)
+    except asyncio.CancelledError:
+        # Only when they are sent does grpc note it. A status before that would send them again, which fails, and get lost.
+        await asyncio.gather(sending, return_exceptions=True)
+        raise

@@ -1,0 +1,151 @@
+"""The faults of design and life: whatever breaks, each call ends with a status, the others go on, and nothing is left behind.
+
+Certificates and keys that change are in test_tls and test_keys, dead engines in test_supervision, readers that stop reading in
+test_delivery, and servers that are stopped, killed and started again in tests/client/test_restart.
+"""
+
+import asyncio
+import random
+import resource
+from contextlib import suppress
+from typing import Any
+
+import grpc
+import grpc.aio
+import pytest
+from flywheel_proto.v1 import generation_pb2 as pb
+from flywheel_server import server
+from flywheel_server.engines.scripted import Script, ScriptedEngine
+from flywheel_server.generations import Generations
+from google.rpc.error_details_pb2 import ErrorInfo
+
+from tests.server.test_command import command, ready_line
+from tests.server.test_errors import METHODS, FailingEngine, details_of
+from tests.serving import as_dict, connected, drained, serving, through_a_cable, until
+
+REQUEST = pb.GenerationRequest(text="x", max_tokens=8, num_samples=2)
+EVENTS = 1 + 2 * 8 + 2
+"""`Started`, the deltas of two samples, and their ends."""
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("after", [0, 1, 2, 9, EVENTS - 1, EVENTS], ids=lambda after: f"after-{after}-events")
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("a bug"), ExceptionGroup("several", [OSError()])], ids=repr)
+async def test_an_engine_that_breaks_never_ends_with_ok(error: Exception, after: int, method: str) -> None:
+    class Engine(FailingEngine):
+        async def generate(self, request: Any) -> Any:
+            async for event in super().generate(request):
+                yield event
+            # After the last event there is none that FailingEngine could fail at.
+            raise self.error
+
+    async with serving(Engine(error, after)) as target:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await drained(getattr(target.stub, method)(REQUEST))
+        assert caught.value.code() is grpc.StatusCode.INTERNAL
+        assert details_of(caught.value)[ErrorInfo].reason == "ENGINE_FAILED"
+        stats = await target.stub.GetStats(pb.GetStatsRequest())
+        assert (stats.active, stats.queued) == (0, 0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+async def test_an_engine_that_hangs_holds_nobody_past_the_deadline(method: str) -> None:
+    engine = ScriptedEngine(Script(hang_after=3))
+    async with serving(engine) as target:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await drained(getattr(target.stub, method)(REQUEST, timeout=0.3))
+        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        await until(lambda: engine.running == 0, "its place is free")
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("how", ["reset", "half-open"])
+async def test_a_client_that_vanishes_gives_its_place_up(how: str, method: str) -> None:
+    engine = ScriptedEngine(Script(hang_after=3))
+    async with (
+        serving(engine, max_concurrent=2, keepalive_time=1, keepalive_timeout=0.2) as target,
+        through_a_cable(target.address) as cable,
+        connected(cable.address) as other,
+    ):
+        call = asyncio.ensure_future(drained(getattr(other.stub, method)(REQUEST)))
+        await until(lambda: engine.running == 1, "it runs")
+        if how == "reset":
+            cable.cut()
+        else:
+            cable.unplug()
+        await until(lambda: engine.running == 0, "its place is free", within=10)
+        assert how == "reset" or not call.done(), "nobody has told the client"
+        cable.cut()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        await target.stub.GenerateAll(pb.GenerationRequest(text="x", max_tokens=1))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("later", range(4))
+async def test_a_call_that_is_ended_while_it_begins_gets_its_status(
+    later: int, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Generations] = []
+
+    class Seen(Generations):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            made.append(self)
+
+    class Engine(ScriptedEngine):
+        async def generate(self, request: Any) -> Any:
+            asyncio.get_running_loop().call_soon(end, later)
+            async for event in super().generate(request):
+                yield event
+
+    def end(later: int) -> None:
+        if later:
+            asyncio.get_running_loop().call_soon(end, later - 1)
+        else:
+            made[0].end_all("just now")
+
+    monkeypatch.setattr(server, "Generations", Seen)
+    async with serving(Engine(Script(hang_after=1))) as target:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await drained(getattr(target.stub, method)(REQUEST, timeout=20))
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert details_of(caught.value)[ErrorInfo].reason == "ENGINE_UNAVAILABLE"
+        assert as_dict(caught.value.trailing_metadata())["x-request-id"]
+
+
+async def test_an_engine_without_memory_ends_calls_with_a_status_and_does_not_hang() -> None:
+    async with command("--address", "127.0.0.1:0", "--embedded-threads", "1") as process:
+        _, address = await ready_line(process)
+        async with connected(address) as target:
+            await target.stub.GenerateAll(pb.GenerationRequest(text="Hello", max_tokens=2))
+            with open(f"/proc/{process.pid}/statm", encoding="ascii") as sizes:  # noqa: PTH123, ASYNC230 - not on a disk
+                size = int(sizes.read().split()[0]) * resource.getpagesize()
+            # No further thread finds room for its stack, and large buffers none.
+            resource.prlimit(process.pid, resource.RLIMIT_AS, (size + 2**20, resource.RLIM_INFINITY))
+            chance = random.Random(1)
+            request = pb.GenerationRequest(text="word " * 1500, max_tokens=8)
+            calls = [getattr(target.stub, chance.choice(METHODS))(request, timeout=60) for _ in range(8)]
+            endings = await asyncio.gather(*(ending(call) for call in calls))
+        assert set(endings) <= {grpc.StatusCode.OK, grpc.StatusCode.INTERNAL, grpc.StatusCode.UNAVAILABLE}
+        with suppress(ProcessLookupError):
+            resource.prlimit(process.pid, resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+        async def serves_or_is_gone() -> bool:
+            if process.returncode is not None:
+                return process.returncode != 0
+            async with connected(address) as target:
+                call = target.stub.GenerateAll(pb.GenerationRequest(text="Hello", max_tokens=2), timeout=30)
+                return await ending(call) is grpc.StatusCode.OK
+
+        # How far it got is the system's affair.
+        await until(serves_or_is_gone, "it goes on, has started its engine again, or has ended for all to see")
+
+
+async def ending(call: Any) -> grpc.StatusCode:
+    try:
+        await drained(call)
+    except grpc.aio.AioRpcError as error:
+        return error.code()
+    return grpc.StatusCode.OK
