@@ -19,6 +19,7 @@ from flywheel_client._errors import (
     FlywheelError,
     InternalError,
     InvalidArgumentError,
+    QuotaViolation,
     ResourceExhaustedError,
     UnauthenticatedError,
     UnavailableError,
@@ -26,9 +27,12 @@ from flywheel_client._errors import (
 from flywheel_client._modal import Endpoint, published_endpoints
 from flywheel_client._request import GenerationFields
 from flywheel_client._results import Defaults, Delta, Limits, Model, Response, Sample, Stats
+from flywheel_client._retry import Retry
+from flywheel_client._service_config import SERVICE_CONFIG
 from flywheel_client._sync import Client, Stream
 
 __all__ = [
+    "SERVICE_CONFIG",
     "AsyncClient",
     "AsyncStream",
     "CallCancelledError",
@@ -45,8 +49,10 @@ __all__ = [
     "InvalidArgumentError",
     "Limits",
     "Model",
+    "QuotaViolation",
     "ResourceExhaustedError",
     "Response",
+    "Retry",
     "Sample",
     "Stats",
     "Stream",

@@ -24,7 +24,7 @@ from flywheel_client._channel import (
     health_response,
     serving_status,
 )
-from flywheel_client._errors import FlywheelError, call_cancelled, error_from_status, request_id_in
+from flywheel_client._errors import call_cancelled, error_from_call, request_id_in
 from flywheel_client._modal import APP, ModalDirectory
 from flywheel_client._pool import Directory
 from flywheel_client._request import GenerationFields, generation_request
@@ -40,6 +40,7 @@ from flywheel_client._results import (
     sample_from,
     stats_from,
 )
+from flywheel_client._retry import DEFAULT_RETRY, Retry
 
 RequestT = TypeVar("RequestT")
 MessageT = TypeVar("MessageT")
@@ -86,7 +87,7 @@ class AsyncStream(Generic[ResultT]):
             raise
         except grpc.aio.AioRpcError as error:
             self._ended = True
-            raise _flywheel_error(error, self._request_id) from error
+            raise error_from_call(error, self._request_id) from error
         except asyncio.CancelledError:
             await self.aclose()
             _raise_if_call_was_cancelled(self._request_id)
@@ -137,22 +138,31 @@ class AsyncClient:
         channel_options: Sequence[tuple[str, Any]] = (),
         credentials: grpc.ChannelCredentials | None = None,
         api_key: str | None = None,
+        retry: Retry | None = DEFAULT_RETRY,
+        wait_for_ready: bool = False,
     ) -> None:
         """Makes a client.
 
         Args:
-            address: The server's `host:port`, or any other target of gRPC. (`from_modal` gives a directory of them.)
+            address: The server's `host:port`, or any other target of gRPC, such as `dns:///host:port` or
+                `ipv4:10.0.0.1:50051,10.0.0.2:50051`: calls go in turn to all of its servers that are SERVING by their health.
+                (`from_modal` gives a directory of them.)
             timeout: The seconds that a call may take unless it says otherwise. Default: no deadline.
             metadata: What every call carries, such as `[("tenant", "a")]`. Keys are lowercase.
             channel_options: Options of the channel, which take precedence over the client's own.
-            credentials: For TLS, such as `grpc.ssl_channel_credentials()`.
+            credentials: For TLS, such as `grpc.ssl_channel_credentials()`; with a key and a certificate it is mutual TLS.
             api_key: The key that the server asks for; sent as `authorization: Bearer KEY`.
+            retry: How a call is tried again that failed before its first message; None never does. Default: up to 5 attempts.
+            wait_for_ready: Whether a call waits, within its deadline, for a server that can be reached and is SERVING. By
+                default it fails, once it was tried again, where there is none.
 
         Raises:
             ValueError: The key is empty, or has characters that are not visible ASCII.
         """
-        self._connection = Connection(address, timeout, call_metadata(metadata, api_key), channel_options, credentials)
-        self._channels: dict[asyncio.AbstractEventLoop, grpc.aio.Channel] = {}
+        self._connection = Connection(
+            address, timeout, call_metadata(metadata, api_key), channel_options, credentials, retry, wait_for_ready
+        )
+        self._channels: dict[tuple[asyncio.AbstractEventLoop, bool], grpc.aio.Channel] = {}
         self._streams: WeakKeyDictionary[AsyncStream[Any], asyncio.AbstractEventLoop] = WeakKeyDictionary()
         self._closed = False
 
@@ -167,6 +177,8 @@ class AsyncClient:
         metadata: Sequence[tuple[str, str | bytes]] = (),
         channel_options: Sequence[tuple[str, Any]] = (),
         credentials: grpc.ChannelCredentials | None = None,
+        retry: Retry | None = DEFAULT_RETRY,
+        wait_for_ready: bool = False,
     ) -> Self:
         """Makes a client of a deployment on Modal, which it finds by name and follows as containers come and go.
 
@@ -182,6 +194,8 @@ class AsyncClient:
             metadata: What every call carries. Keys are lowercase.
             channel_options: Options of the channels, which take precedence over the client's own.
             credentials: Default: `grpc.ssl_channel_credentials()`.
+            retry: How a call is tried again that found all endpoints gone, or a full one. Default: up to 5 attempts.
+            wait_for_ready: Whether a call waits, within its deadline, for as long as there is no endpoint.
 
         Raises:
             ModuleNotFoundError: The package modal is not installed: `pip install 'flywheel-grpc[modal]'`.
@@ -194,6 +208,8 @@ class AsyncClient:
             channel_options=channel_options,
             credentials=grpc.ssl_channel_credentials() if credentials is None else credentials,
             api_key=api_key,
+            retry=retry,
+            wait_for_ready=wait_for_ready,
         )
 
     def generate(
@@ -202,6 +218,7 @@ class AsyncClient:
         *,
         timeout: Timeout = CLIENT_TIMEOUT,
         request_id: str | None = None,
+        wait_for_ready: bool | None = None,
         **fields: Unpack[GenerationFields],
     ) -> AsyncStream[Sample]:
         """Generates samples and streams each, whole, as soon as it has finished, in the order of finishing.
@@ -210,6 +227,7 @@ class AsyncClient:
             text: The prompt; `Model.prompt_format` tells how the model reads it.
             timeout: The seconds that the call may take; None sets no deadline. Default: the client's timeout.
             request_id: Names the call in the server's log: 1 to 128 visible ASCII characters. Default: a new one.
+            wait_for_ready: Whether the call waits for a server that is ready. Default: what the client does.
             **fields: The other fields of the request: `max_tokens`, which is required, and those of `GenerationFields`.
 
         Raises:
@@ -218,7 +236,8 @@ class AsyncClient:
             FlywheelError: The call failed; the stream raises it while it is iterated over.
         """
         request = generation_request(text, **fields)
-        return self._stream(self._stub().Generate, request, sample_from, timeout, request_id)
+        options = self._connection.call_options(timeout, request_id, wait_for_ready)
+        return self._stream(self._stub().Generate, request, sample_from, options)
 
     def generate_deltas(
         self,
@@ -226,6 +245,7 @@ class AsyncClient:
         *,
         timeout: Timeout = CLIENT_TIMEOUT,
         request_id: str | None = None,
+        wait_for_ready: bool | None = None,
         **fields: Unpack[GenerationFields],
     ) -> AsyncStream[Delta]:
         """Generates samples and streams the text of all of them while it is made; `Delta.index` tells them apart.
@@ -233,7 +253,8 @@ class AsyncClient:
         Takes and raises what `generate` does.
         """
         request = generation_request(text, **fields)
-        return self._stream(self._stub().GenerateDeltas, request, delta_from, timeout, request_id)
+        options = self._connection.call_options(timeout, request_id, wait_for_ready)
+        return self._stream(self._stub().GenerateDeltas, request, delta_from, options)
 
     async def generate_all(
         self,
@@ -241,6 +262,7 @@ class AsyncClient:
         *,
         timeout: Timeout = CLIENT_TIMEOUT,
         request_id: str | None = None,
+        wait_for_ready: bool | None = None,
         **fields: Unpack[GenerationFields],
     ) -> Response:
         """Generates samples and returns them together, in the order of their index, after the last has finished.
@@ -248,35 +270,36 @@ class AsyncClient:
         Takes and raises what `generate` does.
         """
         request = generation_request(text, **fields)
-        options = self._connection.call_options(timeout, request_id)
+        options = self._connection.call_options(timeout, request_id, wait_for_ready)
         return response_from(await _unary(self._stub().GenerateAll, request, options))
 
-    async def model(self, *, timeout: Timeout = CLIENT_TIMEOUT) -> Model:
+    async def model(self, *, timeout: Timeout = CLIENT_TIMEOUT, wait_for_ready: bool | None = None) -> Model:
         """Returns what is served: the model, its engine, the limits of a request and the defaults of unset fields.
 
         Raises:
             UnavailableError: The engine has not started yet, or the server cannot be reached.
         """
-        options = self._connection.call_options(timeout)
-        return model_from(await _unary(self._stub().GetModel, generation_pb2.GetModelRequest(), options))
+        options = self._connection.call_options(timeout, wait_for_ready=wait_for_ready)
+        return model_from(await _unary(self._stub(any_health=True).GetModel, generation_pb2.GetModelRequest(), options))
 
-    async def stats(self, *, timeout: Timeout = CLIENT_TIMEOUT) -> Stats:
+    async def stats(self, *, timeout: Timeout = CLIENT_TIMEOUT, wait_for_ready: bool | None = None) -> Stats:
         """Returns how busy the service is at this moment; raises `FlywheelError`."""
-        options = self._connection.call_options(timeout)
-        return stats_from(await _unary(self._stub().GetStats, generation_pb2.GetStatsRequest(), options))
+        options = self._connection.call_options(timeout, wait_for_ready=wait_for_ready)
+        return stats_from(await _unary(self._stub(any_health=True).GetStats, generation_pb2.GetStatsRequest(), options))
 
-    async def health(self, service: str = "", *, timeout: Timeout = CLIENT_TIMEOUT) -> str:
+    async def health(self, service: str = "", *, timeout: Timeout = CLIENT_TIMEOUT, wait_for_ready: bool | None = None) -> str:
         """Returns the serving status by grpc.health.v1: `SERVING`, `NOT_SERVING` or `UNKNOWN`.
 
         Args:
             service: The full name of a service of the server. Default: the server as a whole.
             timeout: The seconds that the call may take; None sets no deadline. Default: the client's timeout.
+            wait_for_ready: Whether the call waits for a server that can be reached. Default: what the client does.
 
         Raises:
             FlywheelError: The server cannot be reached, or does not know the service (code NOT_FOUND).
         """
-        options = self._connection.call_options(timeout)
-        check = self._channel().unary_unary(HEALTH_CHECK, health_request, health_response)
+        options = self._connection.call_options(timeout, wait_for_ready=wait_for_ready)
+        check = self._channel(any_health=True).unary_unary(HEALTH_CHECK, health_request, health_response)
         return serving_status(await _unary(check, StringValue(value=service), options))
 
     async def close(self) -> None:
@@ -287,8 +310,9 @@ class AsyncClient:
             if loop is asyncio.get_running_loop():
                 stream.cancel()
         channels, self._channels = self._channels, {}
-        if channel := channels.get(asyncio.get_running_loop()):
-            await channel.close()
+        for (loop, _), channel in channels.items():
+            if loop is asyncio.get_running_loop():
+                await channel.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -298,29 +322,27 @@ class AsyncClient:
     ) -> None:
         await self.close()
 
-    def _channel(self) -> grpc.aio.Channel:
+    def _channel(self, *, any_health: bool) -> grpc.aio.Channel:
         if self._closed:
             raise RuntimeError("the client is closed")
-        loop = asyncio.get_running_loop()
-        if loop not in self._channels:
+        key = asyncio.get_running_loop(), any_health and self._connection.checks_health
+        if key not in self._channels:
             # The channels of closed loops can only be dropped: closing one would need its loop.
-            self._channels = {other: channel for other, channel in self._channels.items() if not other.is_closed()}
-            self._channels[loop] = self._connection.open_async()
-        return self._channels[loop]
+            self._channels = {other: channel for other, channel in self._channels.items() if not other[0].is_closed()}
+            self._channels[key] = self._connection.open_async(any_health=key[1])
+        return self._channels[key]
 
-    def _stub(self) -> "generation_pb2_grpc.GenerationServiceAsyncStub":
-        return generation_pb2_grpc.GenerationServiceStub(self._channel())
+    def _stub(self, *, any_health: bool = False) -> "generation_pb2_grpc.GenerationServiceAsyncStub":
+        return generation_pb2_grpc.GenerationServiceStub(self._channel(any_health=any_health))
 
     def _stream(
         self,
         method: "grpc.aio.UnaryStreamMultiCallable[generation_pb2.GenerationRequest, MessageT]",
         request: generation_pb2.GenerationRequest,
         result_from: Callable[[MessageT], ResultT],
-        timeout: Timeout,
-        request_id: str | None,
+        options: CallOptions,
     ) -> AsyncStream[ResultT]:
-        options = self._connection.call_options(timeout, request_id)
-        call = method(request, timeout=options.timeout, metadata=options.metadata)
+        call = method(request, timeout=options.timeout, metadata=options.metadata, wait_for_ready=options.wait_for_ready)
         stream = AsyncStream(call, result_from, options.request_id)
         self._streams[stream] = asyncio.get_running_loop()
         return stream
@@ -339,9 +361,9 @@ async def _unary(
     method: "grpc.aio.UnaryUnaryMultiCallable[RequestT, MessageT]", request: RequestT, options: CallOptions
 ) -> MessageT:
     try:
-        return await method(request, timeout=options.timeout, metadata=options.metadata)
+        return await method(request, timeout=options.timeout, metadata=options.metadata, wait_for_ready=options.wait_for_ready)
     except grpc.aio.AioRpcError as error:
-        raise _flywheel_error(error, options.request_id) from error
+        raise error_from_call(error, options.request_id) from error
     except asyncio.CancelledError:
         _raise_if_call_was_cancelled(options.request_id)
         raise
@@ -356,12 +378,3 @@ def _raise_if_call_was_cancelled(request_id: str) -> None:
     task = asyncio.current_task()
     if task is not None and not task.cancelling():
         raise call_cancelled(request_id) from None
-
-
-def _flywheel_error(error: grpc.aio.AioRpcError, request_id: str) -> FlywheelError:
-    return error_from_status(
-        error.code(),
-        error.details(),
-        error.trailing_metadata() or (),
-        request_id_in(error.initial_metadata(), request_id),
-    )

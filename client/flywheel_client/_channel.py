@@ -16,17 +16,23 @@ import grpc.aio
 from flywheel_proto import __version__
 from google.protobuf.wrappers_pb2 import Int32Value, StringValue
 
+from flywheel_client._async_calls import AsyncTargetChannel
 from flywheel_client._async_failover import AsyncFailoverChannel
+from flywheel_client._calls import TargetChannel
 from flywheel_client._errors import REQUEST_ID_KEY
 from flywheel_client._failover import FailoverChannel
 from flywheel_client._pool import Directory
+from flywheel_client._retry import Retry
+from flywheel_client._service_config import BALANCING_CONFIG
 
 # The caller decided how much text it asks for; grpc's default of 4 MiB would refuse it after it was generated.
 MAX_RECEIVE_MESSAGE_BYTES: Final = -1
 
-# Seconds of silence after which a ping tests the connection, and to wait for its answer. Long generations are silent,
-# and load balancers and NAT drop silent connections after minutes. The server permits a ping every 10 s.
-KEEPALIVE_TIME: Final = 60
+# Seconds of silence after which a ping tests the connection, and to wait for its answer. By default servers in C++, Go, Java
+# and Python end a connection, and every call on it, whose client pings more often than every 5 min (gRFC A8). What keeps a
+# connection that is silent for long alive through load balancers and NAT are the pings of our server, which no client
+# punishes, and each of which puts off the client's own.
+KEEPALIVE_TIME: Final = 360
 KEEPALIVE_TIMEOUT: Final = 20
 
 CHANNEL_OPTIONS: Final[Mapping[str, int | str]] = {
@@ -37,10 +43,19 @@ CHANNEL_OPTIONS: Final[Mapping[str, int | str]] = {
     "grpc.keepalive_permit_without_calls": 0,
     # By default pings stop after two without data, which is when a long silent call needs them.
     "grpc.http2.max_pings_without_data": 0,
-    # Only the transparent retries of calls that no server has begun to work on: no service config asks for others.
+    # A server that has restarted is found again within a second. By default the attempts grow two minutes apart.
+    "grpc.initial_reconnect_backoff_ms": 200,
+    "grpc.max_reconnect_backoff_ms": 1000,
+    # The transparent retries of calls that no server has begun to work on. Other retries are in `_retry`.
     "grpc.enable_retries": 1,
     "grpc.primary_user_agent": f"flywheel-client/{__version__}",
 }
+
+# What a channel has besides: to a target, with calls only for servers that are SERVING by their health, or for any of them,
+# which share their connections; and to an endpoint of a directory, which the client picks itself.
+SERVING_ONLY: Final[Mapping[str, int | str]] = {"grpc.service_config": BALANCING_CONFIG}
+ANY_HEALTH: Final[Mapping[str, int | str]] = {**SERVING_ONLY, "grpc.inhibit_health_checking": 1}
+NO_BALANCING: Final[Mapping[str, int | str]] = {}
 
 MAX_REQUEST_ID_LENGTH: Final = 128
 _VISIBLE_ASCII: Final = frozenset(string.ascii_letters + string.digits + string.punctuation)
@@ -75,6 +90,7 @@ class CallOptions:
     timeout: float | None
     metadata: tuple[tuple[str, str | bytes], ...]
     request_id: str
+    wait_for_ready: bool
 
 
 def call_metadata(metadata: Sequence[tuple[str, str | bytes]], api_key: str | None) -> tuple[tuple[str, str | bytes], ...]:
@@ -96,20 +112,31 @@ class Connection:
     metadata: tuple[tuple[str, str | bytes], ...] = field(repr=False)
     channel_options: Sequence[tuple[str, Any]]
     credentials: grpc.ChannelCredentials | None
+    retry: Retry | None
+    wait_for_ready: bool
 
-    def open(self) -> grpc.Channel:
-        """Returns a new channel for threads."""
-        if isinstance(self.target, str):
-            return self._open(self.target)
-        return cast("grpc.Channel", FailoverChannel(self.target, self._open))
+    @property
+    def checks_health(self) -> bool:
+        """Whether some channels look at the health of servers. Those of a directory do not: a refused call goes elsewhere."""
+        return isinstance(self.target, str)
 
-    def open_async(self) -> grpc.aio.Channel:
-        """Returns a new channel that belongs to the running event loop."""
-        if isinstance(self.target, str):
-            return self._open_async(self.target)
-        return cast("grpc.aio.Channel", AsyncFailoverChannel(self.target, self._open_async))
+    def open(self, *, any_health: bool) -> grpc.Channel:
+        """Returns a new channel for threads. With `any_health` its calls go to a server that is NOT_SERVING too."""
+        if not isinstance(self.target, str):
+            return cast("grpc.Channel", FailoverChannel(self.target, self._open, self.retry))
+        channel = self._open(self.target, ANY_HEALTH if any_health else SERVING_ONLY)
+        return channel if self.retry is None else cast("grpc.Channel", TargetChannel(self.target, channel, self.retry))
 
-    def call_options(self, timeout: Timeout = CLIENT_TIMEOUT, request_id: str | None = None) -> CallOptions:
+    def open_async(self, *, any_health: bool) -> grpc.aio.Channel:
+        """The same for asyncio: the channel belongs to the running event loop."""
+        if not isinstance(self.target, str):
+            return cast("grpc.aio.Channel", AsyncFailoverChannel(self.target, self._open_async, self.retry))
+        channel = self._open_async(self.target, ANY_HEALTH if any_health else SERVING_ONLY)
+        return channel if self.retry is None else cast("grpc.aio.Channel", AsyncTargetChannel(self.target, channel, self.retry))
+
+    def call_options(
+        self, timeout: Timeout = CLIENT_TIMEOUT, request_id: str | None = None, wait_for_ready: bool | None = None
+    ) -> CallOptions:
         """Returns the deadline and the metadata of a call. Without a request id it gets a new one.
 
         The client chooses the id, rather than the server, so that a call that never arrives has one too.
@@ -122,17 +149,20 @@ class Connection:
             timeout=self.timeout if isinstance(timeout, ClientDefault) else timeout,
             metadata=(*self.metadata, (REQUEST_ID_KEY, request_id)),
             request_id=request_id,
+            wait_for_ready=self.wait_for_ready if wait_for_ready is None else wait_for_ready,
         )
 
-    def _open(self, address: str) -> grpc.Channel:
+    def _open(self, address: str, balancing: Mapping[str, int | str] = NO_BALANCING) -> grpc.Channel:
+        options = self._options(balancing)
         if self.credentials is None:
-            return grpc.insecure_channel(address, self._options())
-        return grpc.secure_channel(address, self.credentials, self._options())
+            return grpc.insecure_channel(address, options)
+        return grpc.secure_channel(address, self.credentials, options)
 
-    def _open_async(self, address: str) -> grpc.aio.Channel:
+    def _open_async(self, address: str, balancing: Mapping[str, int | str] = NO_BALANCING) -> grpc.aio.Channel:
+        options = self._options(balancing)
         if self.credentials is None:
-            return grpc.aio.insecure_channel(address, self._options())
-        return grpc.aio.secure_channel(address, self.credentials, self._options())
+            return grpc.aio.insecure_channel(address, options)
+        return grpc.aio.secure_channel(address, self.credentials, options)
 
-    def _options(self) -> list[tuple[str, Any]]:
-        return list((dict(CHANNEL_OPTIONS) | dict(self.channel_options)).items())
+    def _options(self, balancing: Mapping[str, int | str]) -> list[tuple[str, Any]]:
+        return list({**CHANNEL_OPTIONS, **balancing, **dict(self.channel_options)}.items())

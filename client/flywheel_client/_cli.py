@@ -18,6 +18,7 @@ from flywheel_proto import __version__
 from flywheel_client import _terminal as terminal
 from flywheel_client._errors import FlywheelError, InvalidArgumentError
 from flywheel_client._modal import APP, STALE_AFTER, no_endpoint, read_published
+from flywheel_client._retry import DEFAULT_RETRY, Retry
 from flywheel_client._sync import Client
 
 FAILED: Final = 1
@@ -75,15 +76,52 @@ class Server:
             show_default="those of public authorities",
         ),
     ] = None
+    cert: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="FLYWHEEL_CERT",
+            metavar="FILE",
+            exists=True,
+            dir_okay=False,
+            help="With TLS, show the server the certificate chain in this PEM file.",
+            show_envvar=True,
+        ),
+    ] = None
+    key: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="FLYWHEEL_KEY",
+            metavar="FILE",
+            exists=True,
+            dir_okay=False,
+            help="The PEM file with the private key of that certificate.",
+            show_envvar=True,
+        ),
+    ] = None
+    wait_for_ready: Annotated[
+        bool, typer.Option("--wait-for-ready", help="Wait, within --timeout, for a server that cannot be reached yet.")
+    ] = False
 
-    def client(self, timeout: float | None = None) -> Client:
-        """Returns a client of the server."""
-        trusted = None if self.cacert is None else self.cacert.read_bytes()
-        credentials = grpc.ssl_channel_credentials(trusted) if self.modal_app or self.tls or trusted else None
-        arguments: dict[str, Any] = {"timeout": timeout, "credentials": credentials, "api_key": self.api_key}
+    def client(self, timeout: float | None, retry: Retry | None = None) -> Client:
+        """Returns a client of the server, which tries nothing again unless it is told how."""
+        arguments: dict[str, Any] = {
+            "timeout": timeout,
+            "credentials": self._credentials(),
+            "api_key": self.api_key,
+            "retry": retry,
+            "wait_for_ready": self.wait_for_ready,
+        }
         if self.modal_app is None:
             return Client(self.address, **arguments)
         return Client.from_modal(self.modal_app, environment=self.modal_environment, **arguments)
+
+    def _credentials(self) -> grpc.ChannelCredentials | None:
+        if (self.cert is None) != (self.key is None):
+            raise ValueError("--cert and --key need each other")
+        trusted, chain, key = (None if path is None else path.read_bytes() for path in (self.cacert, self.cert, self.key))
+        if self.modal_app or self.tls or trusted or chain:
+            return grpc.ssl_channel_credentials(trusted, key, chain)
+        return None
 
     def advice(self) -> str:
         """Returns what to look at where the server cannot be reached."""
@@ -200,7 +238,8 @@ def generate(
     """Continue a prompt, and print the text while it is made.
 
     Several samples are printed one after another. A summary of each goes to stderr. A newline at the end of stdin is not
-    taken as part of the prompt. Exit codes: see flywheel --help.
+    taken as part of the prompt. A call that fails before any text is tried again for some seconds. Exit codes: see
+    flywheel --help.
     """
     options: dict[str, Any] = {
         "text": _text(prompt),
@@ -215,7 +254,7 @@ def generate(
         "presence_penalty": presence_penalty,
         "frequency_penalty": frequency_penalty,
     }
-    with server.client(timeout) as client:
+    with server.client(timeout, DEFAULT_RETRY) as client:
         if as_json:
             _print_samples(client, options)
         else:

@@ -4,7 +4,7 @@
       InvalidArgumentError       fields of the request are out of range; has the violations
       UnauthenticatedError       no key, or a wrong one
       FailedPreconditionError    the deployment is not set up for this call
-      ResourceExhaustedError     the server is full, or a message is too large
+      ResourceExhaustedError     the server is full, a quota is used up, or a message is too large
       DeadlineExceededError      the deadline of the call passed
       UnavailableError           the server or its engine cannot be reached now, or no endpoint of a Modal app is live
       CallCancelledError         the call was cancelled, by `cancel()`, by closing the client, or by the server
@@ -15,7 +15,7 @@ The codes and their details are those of `flywheel/v1/generation.proto`, which f
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import grpc
 from google.protobuf.message import DecodeError, Message
@@ -30,6 +30,14 @@ class FieldViolation:
     """One field of a request that is not as it must be: its path, such as `stop[1]`, and what is accepted."""
 
     field: str
+    description: str
+
+
+@dataclass(frozen=True, slots=True)
+class QuotaViolation:
+    """A quota that the call exceeds: the caller whose it is, and what the quota is."""
+
+    subject: str
     description: str
 
 
@@ -96,7 +104,26 @@ class FailedPreconditionError(FlywheelError):
 
 
 class ResourceExhaustedError(FlywheelError):
-    """The server is full, or a message is larger than the transport allows (then there is no `retry_delay`)."""
+    """The server is full, a quota is used up, or a message is larger than the transport allows (then without `retry_delay`).
+
+    Attributes:
+        quota_violations: The quotas that are used up; empty where the server names none.
+    """
+
+    quota_violations: list[QuotaViolation]
+
+    def __init__(
+        self,
+        code: grpc.StatusCode,
+        message: str,
+        *,
+        quota_violations: Iterable[QuotaViolation] = (),
+        reason: str = "",
+        request_id: str = "",
+        retry_delay: float | None = None,
+    ) -> None:
+        super().__init__(code, message, reason=reason, request_id=request_id, retry_delay=retry_delay)
+        self.quota_violations = list(quota_violations)
 
 
 class DeadlineExceededError(FlywheelError):
@@ -126,6 +153,13 @@ _CLASSES: Final[dict[grpc.StatusCode, type[FlywheelError]]] = {
     grpc.StatusCode.INTERNAL: InternalError,
 }
 
+_KINDS: Final = (
+    error_details_pb2.ErrorInfo,
+    error_details_pb2.RetryInfo,
+    error_details_pb2.BadRequest,
+    error_details_pb2.QuotaFailure,
+)
+
 
 def error_from_status(
     code: grpc.StatusCode,
@@ -148,7 +182,19 @@ def error_from_status(
                 error.retry_delay = detail.retry_delay.seconds + detail.retry_delay.nanos / 1e9
             case error_details_pb2.BadRequest() if isinstance(error, InvalidArgumentError):
                 error.violations = [FieldViolation(v.field, v.description) for v in detail.field_violations]
+            case error_details_pb2.QuotaFailure() if isinstance(error, ResourceExhaustedError):
+                error.quota_violations = [QuotaViolation(v.subject, v.description) for v in detail.violations]
     return error
+
+
+def error_from_call(error: Any, request_id: str) -> FlywheelError:  # noqa: ANN401 - grpc has no public type for it
+    """Returns the exception for a call that grpc ended with an error; one of ours is returned as it is."""
+    if isinstance(error, FlywheelError):
+        return error
+    trailing_metadata = error.trailing_metadata() or ()
+    # What is refused has no initial metadata, so that whoever is on the way may try it again.
+    request_id = request_id_in(error.initial_metadata(), request_id_in(trailing_metadata, request_id))
+    return error_from_status(error.code(), error.details(), trailing_metadata, request_id)
 
 
 def call_cancelled(request_id: str) -> CallCancelledError:
@@ -163,7 +209,7 @@ def deadline_exceeded(request_id: str) -> DeadlineExceededError:
 
 
 def request_id_in(metadata: Iterable[tuple[str, str | bytes]] | None, sent: str) -> str:
-    """Returns the request id in initial metadata, or the one that was sent where they hold none."""
+    """Returns the request id in metadata, or the one that was sent where they hold none."""
     for key, value in metadata or ():
         if key == REQUEST_ID_KEY and isinstance(value, str):
             return value
@@ -180,7 +226,7 @@ def _details(trailing_metadata: Iterable[tuple[str, str | bytes]]) -> Iterable[M
             except DecodeError:
                 return
     for packed in status.details:
-        for kind in (error_details_pb2.ErrorInfo, error_details_pb2.RetryInfo, error_details_pb2.BadRequest):
+        for kind in _KINDS:
             if packed.Is(kind.DESCRIPTOR):
                 try:
                     yield kind.FromString(packed.value)

@@ -4,13 +4,14 @@ Nothing here waits, locks, or looks at a clock: `now` is the caller's, in second
 """
 
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import inf
 from typing import Any, Final, Generic, Protocol, TypeVar
 
 import grpc
 
-from flywheel_client._errors import FlywheelError, error_from_status
+from flywheel_client._errors import FlywheelError, error_from_call
+from flywheel_client._retry import Tries
 
 ChannelT = TypeVar("ChannelT")
 
@@ -35,26 +36,6 @@ class Directory(Protocol):
 
     def no_endpoint(self) -> FlywheelError:
         """Returns what to tell a caller where the last reading found none."""
-
-
-@dataclass(slots=True)
-class Tries:
-    """What one call has tried so far, and until when it may go on."""
-
-    deadline: float
-    failed: set[str] = field(default_factory=set)
-    refused: set[str] = field(default_factory=set)
-    error: Exception | None = None
-    may_reread: bool = True
-
-    @classmethod
-    def begin(cls, timeout: float | None, now: float) -> "Tries":
-        """Returns those of a call that begins now."""
-        return cls(deadline=inf if timeout is None else now + timeout)
-
-    def remaining(self, now: float) -> float | None:
-        """Returns the seconds until the deadline; None where there is none."""
-        return None if self.deadline == inf else max(self.deadline - now, 0.0)
 
 
 @dataclass(slots=True, eq=False)
@@ -123,7 +104,7 @@ class Pool(Generic[ChannelT]):
         self._read = min(self._read, now - FRESH)
         tries.error = error
         tries.failed.add(member.address)
-        if error_from_status(error.code(), "", error.trailing_metadata() or (), "").reason:
+        if error_from_call(error, "").reason:
             tries.refused.add(member.address)
         return True
 

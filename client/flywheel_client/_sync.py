@@ -20,7 +20,7 @@ from flywheel_client._channel import (
     health_response,
     serving_status,
 )
-from flywheel_client._errors import FlywheelError, error_from_status, request_id_in
+from flywheel_client._errors import error_from_call, request_id_in
 from flywheel_client._modal import APP, ModalDirectory
 from flywheel_client._pool import Directory
 from flywheel_client._request import GenerationFields, generation_request
@@ -36,6 +36,7 @@ from flywheel_client._results import (
     sample_from,
     stats_from,
 )
+from flywheel_client._retry import DEFAULT_RETRY, Retry
 
 RequestT = TypeVar("RequestT")
 MessageT = TypeVar("MessageT")
@@ -82,7 +83,7 @@ class Stream(Generic[ResultT]):
             raise
         except grpc.RpcError as error:
             self._ended = True
-            raise _flywheel_error(error, self._request_id) from error
+            raise error_from_call(error, self._request_id) from error
         except BaseException:
             self.close()
             raise
@@ -126,23 +127,32 @@ class Client:
         channel_options: Sequence[tuple[str, Any]] = (),
         credentials: grpc.ChannelCredentials | None = None,
         api_key: str | None = None,
+        retry: Retry | None = DEFAULT_RETRY,
+        wait_for_ready: bool = False,
     ) -> None:
         """Makes a client.
 
         Args:
-            address: The server's `host:port`, or any other target of gRPC. (`from_modal` gives a directory of them.)
+            address: The server's `host:port`, or any other target of gRPC, such as `dns:///host:port` or
+                `ipv4:10.0.0.1:50051,10.0.0.2:50051`: calls go in turn to all of its servers that are SERVING by their health.
+                (`from_modal` gives a directory of them.)
             timeout: The seconds that a call may take unless it says otherwise. Default: no deadline.
             metadata: What every call carries, such as `[("tenant", "a")]`. Keys are lowercase.
             channel_options: Options of the channel, which take precedence over the client's own.
-            credentials: For TLS, such as `grpc.ssl_channel_credentials()`.
+            credentials: For TLS, such as `grpc.ssl_channel_credentials()`; with a key and a certificate it is mutual TLS.
             api_key: The key that the server asks for; sent as `authorization: Bearer KEY`.
+            retry: How a call is tried again that failed before its first message; None never does. Default: up to 5 attempts.
+            wait_for_ready: Whether a call waits, within its deadline, for a server that can be reached and is SERVING. By
+                default it fails, once it was tried again, where there is none.
 
         Raises:
             ValueError: The key is empty, or has characters that are not visible ASCII.
         """
-        self._connection = Connection(address, timeout, call_metadata(metadata, api_key), channel_options, credentials)
+        self._connection = Connection(
+            address, timeout, call_metadata(metadata, api_key), channel_options, credentials, retry, wait_for_ready
+        )
         self._lock = threading.Lock()
-        self._channel: grpc.Channel | None = None
+        self._channels: dict[bool, grpc.Channel] = {}
         self._closed = False
 
     @classmethod
@@ -156,6 +166,8 @@ class Client:
         metadata: Sequence[tuple[str, str | bytes]] = (),
         channel_options: Sequence[tuple[str, Any]] = (),
         credentials: grpc.ChannelCredentials | None = None,
+        retry: Retry | None = DEFAULT_RETRY,
+        wait_for_ready: bool = False,
     ) -> Self:
         """Makes a client of a deployment on Modal, which it finds by name and follows as containers come and go.
 
@@ -171,6 +183,8 @@ class Client:
             metadata: What every call carries. Keys are lowercase.
             channel_options: Options of the channels, which take precedence over the client's own.
             credentials: Default: `grpc.ssl_channel_credentials()`.
+            retry: How a call is tried again that found all endpoints gone, or a full one. Default: up to 5 attempts.
+            wait_for_ready: Whether a call waits, within its deadline, for as long as there is no endpoint.
 
         Raises:
             ModuleNotFoundError: The package modal is not installed: `pip install 'flywheel-grpc[modal]'`.
@@ -183,6 +197,8 @@ class Client:
             channel_options=channel_options,
             credentials=grpc.ssl_channel_credentials() if credentials is None else credentials,
             api_key=api_key,
+            retry=retry,
+            wait_for_ready=wait_for_ready,
         )
 
     def generate(
@@ -191,6 +207,7 @@ class Client:
         *,
         timeout: Timeout = CLIENT_TIMEOUT,
         request_id: str | None = None,
+        wait_for_ready: bool | None = None,
         **fields: Unpack[GenerationFields],
     ) -> Stream[Sample]:
         """Generates samples and streams each, whole, as soon as it has finished, in the order of finishing.
@@ -199,6 +216,7 @@ class Client:
             text: The prompt; `Model.prompt_format` tells how the model reads it.
             timeout: The seconds that the call may take; None sets no deadline. Default: the client's timeout.
             request_id: Names the call in the server's log: 1 to 128 visible ASCII characters. Default: a new one.
+            wait_for_ready: Whether the call waits for a server that is ready. Default: what the client does.
             **fields: The other fields of the request: `max_tokens`, which is required, and those of `GenerationFields`.
 
         Raises:
@@ -207,7 +225,8 @@ class Client:
             FlywheelError: The call failed; the stream raises it while it is iterated over.
         """
         request = generation_request(text, **fields)
-        return self._stream(self._stub().Generate, request, sample_from, timeout, request_id)
+        options = self._connection.call_options(timeout, request_id, wait_for_ready)
+        return self._stream(self._stub().Generate, request, sample_from, options)
 
     def generate_deltas(
         self,
@@ -215,6 +234,7 @@ class Client:
         *,
         timeout: Timeout = CLIENT_TIMEOUT,
         request_id: str | None = None,
+        wait_for_ready: bool | None = None,
         **fields: Unpack[GenerationFields],
     ) -> Stream[Delta]:
         """Generates samples and streams the text of all of them while it is made; `Delta.index` tells them apart.
@@ -222,7 +242,8 @@ class Client:
         Takes and raises what `generate` does.
         """
         request = generation_request(text, **fields)
-        return self._stream(self._stub().GenerateDeltas, request, delta_from, timeout, request_id)
+        options = self._connection.call_options(timeout, request_id, wait_for_ready)
+        return self._stream(self._stub().GenerateDeltas, request, delta_from, options)
 
     def generate_all(
         self,
@@ -230,6 +251,7 @@ class Client:
         *,
         timeout: Timeout = CLIENT_TIMEOUT,
         request_id: str | None = None,
+        wait_for_ready: bool | None = None,
         **fields: Unpack[GenerationFields],
     ) -> Response:
         """Generates samples and returns them together, in the order of their index, after the last has finished.
@@ -237,43 +259,44 @@ class Client:
         Takes and raises what `generate` does.
         """
         request = generation_request(text, **fields)
-        options = self._connection.call_options(timeout, request_id)
+        options = self._connection.call_options(timeout, request_id, wait_for_ready)
         return response_from(_unary(self._stub().GenerateAll, request, options))
 
-    def model(self, *, timeout: Timeout = CLIENT_TIMEOUT) -> Model:
+    def model(self, *, timeout: Timeout = CLIENT_TIMEOUT, wait_for_ready: bool | None = None) -> Model:
         """Returns what is served: the model, its engine, the limits of a request and the defaults of unset fields.
 
         Raises:
             UnavailableError: The engine has not started yet, or the server cannot be reached.
         """
-        options = self._connection.call_options(timeout)
-        return model_from(_unary(self._stub().GetModel, generation_pb2.GetModelRequest(), options))
+        options = self._connection.call_options(timeout, wait_for_ready=wait_for_ready)
+        return model_from(_unary(self._stub(any_health=True).GetModel, generation_pb2.GetModelRequest(), options))
 
-    def stats(self, *, timeout: Timeout = CLIENT_TIMEOUT) -> Stats:
+    def stats(self, *, timeout: Timeout = CLIENT_TIMEOUT, wait_for_ready: bool | None = None) -> Stats:
         """Returns how busy the service is at this moment; raises `FlywheelError`."""
-        options = self._connection.call_options(timeout)
-        return stats_from(_unary(self._stub().GetStats, generation_pb2.GetStatsRequest(), options))
+        options = self._connection.call_options(timeout, wait_for_ready=wait_for_ready)
+        return stats_from(_unary(self._stub(any_health=True).GetStats, generation_pb2.GetStatsRequest(), options))
 
-    def health(self, service: str = "", *, timeout: Timeout = CLIENT_TIMEOUT) -> str:
+    def health(self, service: str = "", *, timeout: Timeout = CLIENT_TIMEOUT, wait_for_ready: bool | None = None) -> str:
         """Returns the serving status by grpc.health.v1: `SERVING`, `NOT_SERVING` or `UNKNOWN`.
 
         Args:
             service: The full name of a service of the server. Default: the server as a whole.
             timeout: The seconds that the call may take; None sets no deadline. Default: the client's timeout.
+            wait_for_ready: Whether the call waits for a server that can be reached. Default: what the client does.
 
         Raises:
             FlywheelError: The server cannot be reached, or does not know the service (code NOT_FOUND).
         """
-        options = self._connection.call_options(timeout)
-        check = self._opened().unary_unary(HEALTH_CHECK, health_request, health_response)
+        options = self._connection.call_options(timeout, wait_for_ready=wait_for_ready)
+        check = self._opened(any_health=True).unary_unary(HEALTH_CHECK, health_request, health_response)
         return serving_status(_unary(check, StringValue(value=service), options))
 
     def close(self) -> None:
         """Closes the channel, which cancels the calls under way. The client makes no further calls."""
         with self._lock:
             self._closed = True
-            if self._channel is not None:
-                self._channel.close()
+            for channel in self._channels.values():
+                channel.close()
 
     def __enter__(self) -> Self:
         return self
@@ -281,46 +304,36 @@ class Client:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.close()
 
-    def _opened(self) -> grpc.Channel:
+    def _opened(self, *, any_health: bool) -> grpc.Channel:
+        any_health = any_health and self._connection.checks_health
         with self._lock:
             if self._closed:
                 raise RuntimeError("the client is closed")
-            if self._channel is None:
-                self._channel = self._connection.open()
-            return self._channel
+            if any_health not in self._channels:
+                self._channels[any_health] = self._connection.open(any_health=any_health)
+            return self._channels[any_health]
 
-    def _stub(self) -> generation_pb2_grpc.GenerationServiceStub:
-        return generation_pb2_grpc.GenerationServiceStub(self._opened())
+    def _stub(self, *, any_health: bool = False) -> generation_pb2_grpc.GenerationServiceStub:
+        return generation_pb2_grpc.GenerationServiceStub(self._opened(any_health=any_health))
 
     def _stream(
         self,
         method: "grpc.UnaryStreamMultiCallable[generation_pb2.GenerationRequest, MessageT]",
         request: generation_pb2.GenerationRequest,
         result_from: Callable[[MessageT], ResultT],
-        timeout: Timeout,
-        request_id: str | None,
+        options: CallOptions,
     ) -> Stream[ResultT]:
-        options = self._connection.call_options(timeout, request_id)
-        call = method(request, timeout=options.timeout, metadata=options.metadata)
+        call = method(request, timeout=options.timeout, metadata=options.metadata, wait_for_ready=options.wait_for_ready)
         return Stream(call, result_from, options.request_id)
 
 
 def _unary(method: "grpc.UnaryUnaryMultiCallable[RequestT, MessageT]", request: RequestT, options: CallOptions) -> MessageT:
     # A future, because a call that blocks cannot be cancelled when Ctrl-C interrupts it.
-    call = method.future(request, timeout=options.timeout, metadata=options.metadata)
+    call = method.future(request, timeout=options.timeout, metadata=options.metadata, wait_for_ready=options.wait_for_ready)
     try:
         return call.result()
     except grpc.RpcError as error:
-        raise _flywheel_error(error, options.request_id) from error
+        raise error_from_call(error, options.request_id) from error
     except BaseException:
         call.cancel()
         raise
-
-
-def _flywheel_error(error: Any, request_id: str) -> FlywheelError:  # noqa: ANN401 - grpc has no public type for it
-    return error_from_status(
-        error.code(),
-        error.details(),
-        error.trailing_metadata() or (),
-        request_id_in(error.initial_metadata(), request_id),
-    )

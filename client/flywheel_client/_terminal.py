@@ -5,6 +5,7 @@ control characters are therefore shown as pictures; into a pipe or file the text
 """
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -15,7 +16,7 @@ from typing import Final, TextIO
 
 import typer
 
-from flywheel_client._errors import FlywheelError, InvalidArgumentError, UnavailableError
+from flywheel_client._errors import FlywheelError, InvalidArgumentError, ResourceExhaustedError, UnavailableError
 from flywheel_client._modal import Endpoint
 from flywheel_client._results import Delta
 
@@ -194,7 +195,7 @@ def show_error(message: str) -> None:
 
 
 def describe(error: FlywheelError, advice: str) -> str:
-    """Returns an error in words: the status, each violation on its own line, what to do, and the request id."""
+    """Returns an error in words: the status, each violation and quota on its own line, what to do, and the request id."""
     lines = [f"{error.code.name}: {error.message}"]
     if isinstance(error, InvalidArgumentError) and error.violations:
         if all(violation.description in error.message for violation in error.violations):
@@ -202,8 +203,12 @@ def describe(error: FlywheelError, advice: str) -> str:
         lines += [f"{violation.field} {violation.description}" for violation in error.violations]
     if isinstance(error, UnavailableError) and not error.reason and error.request_id:
         lines.append(advice)
+    if isinstance(error, ResourceExhaustedError):
+        quotas = (quota for quota in error.quota_violations if quota.description not in error.message)
+        lines += [f"{quota.subject}: {quota.description}" for quota in quotas]
     if error.retry_delay is not None:
-        lines.append(f"Try again in {error.retry_delay:g} s.")
+        # Rather a tenth too late than too early.
+        lines.append(f"Try again in {math.ceil(error.retry_delay * 10) / 10:g} s.")
     if error.request_id:
         lines.append(f"request id: {error.request_id}")
     return "\n  ".join(lines)

@@ -1,22 +1,29 @@
 """A server that does what a test tells it to, for the tests of the client to call over the wire."""
 
+import asyncio
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent import futures
-from contextlib import ExitStack, contextmanager
+from contextlib import AsyncExitStack, ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import Any as AnyType
 
 import grpc
 import pytest
+from flywheel_client import AsyncClient, Client, FlywheelError, _pool
 from flywheel_proto.v1 import generation_pb2, generation_pb2_grpc
 from google.protobuf.any_pb2 import Any
 from google.protobuf.message import Message
 from google.rpc import status_pb2
+from google.rpc.error_details_pb2 import ErrorInfo
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import HealthServicer
 
 WAIT = 20.0
 """Seconds after which something that a test waits for is taken as not happening."""
+
+SERVICE = "flywheel.v1.GenerationService"
 
 
 def delta(text: str, index: int = 0, tokens: int = 1, finish_reason: str = "") -> generation_pb2.GenerationDelta:
@@ -55,7 +62,9 @@ class FakeService(generation_pb2_grpc.GenerationServiceServicer):
     request_id: str | None = None
     """Is answered instead of the caller's."""
     refuses: bool = False
-    """The failure comes before any message."""
+    """The failure comes before any message, and with no initial metadata."""
+    recovers_after: int | None = None
+    """How many generations fail; the default is all."""
     failure: tuple[grpc.StatusCode, str, tuple[tuple[str, bytes], ...]] | None = None
     """After its messages a call ends with this status, message and trailing metadata."""
 
@@ -63,6 +72,10 @@ class FakeService(generation_pb2_grpc.GenerationServiceServicer):
     """Stops the server at once."""
 
     requests: list[generation_pb2.GenerationRequest] = field(default_factory=list)
+    arrivals: list[float] = field(default_factory=list)
+    """When they arrived, on the monotonic clock."""
+    peers: set[str] = field(default_factory=set)
+    """The connections of all calls."""
     metadata: list[dict[str, str | bytes]] = field(default_factory=list)
     seconds_remaining: list[float | None] = field(default_factory=list)
     called: threading.Event = field(default_factory=threading.Event)
@@ -106,6 +119,7 @@ class FakeService(generation_pb2_grpc.GenerationServiceServicer):
 
     def GetModel(self, request: generation_pb2.GetModelRequest, context: grpc.ServicerContext) -> generation_pb2.Model:
         del request
+        self.peers.add(context.peer())
         self._fail(context)
         return generation_pb2.Model(
             name="SmolLM2-135M",
@@ -125,22 +139,26 @@ class FakeService(generation_pb2_grpc.GenerationServiceServicer):
 
     def GetStats(self, request: generation_pb2.GetStatsRequest, context: grpc.ServicerContext) -> generation_pb2.Stats:
         del request
+        self.peers.add(context.peer())
         self._fail(context)
         return generation_pb2.Stats(backlog=3, num_total_runners=1, active=2, queued=1)
 
     def _begin(self, request: generation_pb2.GenerationRequest, context: grpc.ServicerContext) -> None:
         metadata = dict(context.invocation_metadata())
         self.requests.append(request)
+        self.arrivals.append(time.monotonic())
+        self.peers.add(context.peer())
         self.metadata.append(metadata)
         self.seconds_remaining.append(context.time_remaining())
         self._answering = True
         self._ended = threading.Event()
         # Not after the wait in _end: grpc abandons a handler that yields to a caller who is gone.
         context.add_callback(self._note_end)
-        context.send_initial_metadata((("x-request-id", self.request_id or str(metadata["x-request-id"])),))
+        own_id = self.request_id or str(metadata.get("x-request-id", "new"))
         self.called.set()
         if self.refuses:
-            self._fail(context)
+            self._fail(context, ("x-request-id", own_id))
+        context.send_initial_metadata((("x-request-id", own_id),))
 
     def _note_end(self) -> None:
         if self._answering:
@@ -154,10 +172,10 @@ class FakeService(generation_pb2_grpc.GenerationServiceServicer):
         if not self.refuses:
             self._fail(context)
 
-    def _fail(self, context: grpc.ServicerContext) -> None:
-        if self.failure is not None:
+    def _fail(self, context: grpc.ServicerContext, *more_metadata: tuple[str, str]) -> None:
+        if self.failure is not None and (self.recovers_after is None or len(self.requests) <= self.recovers_after):
             code, message, trailing_metadata = self.failure
-            context.set_trailing_metadata(trailing_metadata)
+            context.set_trailing_metadata((*trailing_metadata, *more_metadata))
             context.abort(code, message)
 
 
@@ -165,7 +183,8 @@ class FakeService(generation_pb2_grpc.GenerationServiceServicer):
 def health() -> HealthServicer:
     """The health service of `fake`."""
     servicer = HealthServicer()
-    servicer.set("", health_pb2.HealthCheckResponse.SERVING)
+    for name in ("", SERVICE):
+        servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
     return servicer
 
 
@@ -204,3 +223,79 @@ def fakes() -> Iterator[list[FakeService]]:
     """Three of them."""
     with ExitStack() as stack:
         yield [stack.enter_context(serving_fake()) for _ in range(3)]
+
+
+class Caller:
+    """Either client, as a test on an event loop uses it."""
+
+    def __init__(self, kind: type, target: AnyType, **arguments: AnyType) -> None:
+        self.client: AnyType = kind(target, **arguments)
+        self.is_async = kind is AsyncClient
+
+    async def call(self, **arguments: AnyType) -> str:
+        """Returns the prompt as the server has seen it."""
+        answer = await self.ask(self.client.generate_all, "p", max_tokens=1, **arguments)
+        return str(answer.prompt)
+
+    async def stream(self, **arguments: AnyType) -> AnyType:
+        arguments = {"text": "p", "max_tokens": 1} | arguments
+        if self.is_async:
+            return self.client.generate_deltas(**arguments)
+        return await asyncio.to_thread(self.client.generate_deltas, **arguments)
+
+    async def next(self, stream: AnyType) -> AnyType:
+        """Returns the text of the next delta; None at the end."""
+        delta = await (anext(stream, None) if self.is_async else asyncio.to_thread(next, stream, None))
+        return None if delta is None else delta.text
+
+    async def rest(self, stream: AnyType) -> None:
+        """Reads to the end."""
+        while await self.next(stream) is not None:
+            pass
+
+    async def close_stream(self, stream: AnyType) -> None:
+        await (stream.aclose() if self.is_async else asyncio.to_thread(stream.close))
+
+    async def close(self) -> None:
+        await self.ask(self.client.close)
+
+    async def ask(self, function: Callable[..., AnyType], *arguments: AnyType, **keywords: AnyType) -> AnyType:
+        if self.is_async:
+            return await function(*arguments, **keywords)
+        return await asyncio.to_thread(function, *arguments, **keywords)
+
+    @property
+    def pool(self) -> _pool.Pool[AnyType]:
+        (channel,) = self.client._channels.values()
+        pool: _pool.Pool[AnyType] = channel._pool
+        return pool
+
+    async def expect(self, kind: type[FlywheelError], match: str | None = None, **arguments: AnyType) -> FlywheelError:
+        with pytest.raises(kind, match=match) as caught:
+            await self.call(**arguments)
+        with pytest.raises(kind, match=match):
+            await self.next(await self.stream(**arguments))
+        return caught.value
+
+
+@pytest.fixture(params=(Client, AsyncClient), ids=["threads", "asyncio"])
+async def caller(request: AnyType) -> AsyncIterator[Callable[..., Caller]]:
+    """Makes clients of the one kind and then of the other, and closes them."""
+    async with AsyncExitStack() as stack:
+
+        def make(*arguments: AnyType, **keywords: AnyType) -> Caller:
+            made = Caller(request.param, *arguments, **keywords)
+            stack.push_async_callback(made.close)
+            return made
+
+        yield make
+
+
+async def happened(event: threading.Event) -> None:
+    assert await asyncio.to_thread(event.wait, WAIT)
+
+
+def unavailable(fake: FakeService, reason: str = "ENGINE_UNAVAILABLE") -> None:
+    """Has the server answer as one that is draining."""
+    fake.refuses = True
+    fake.fail(grpc.StatusCode.UNAVAILABLE, "stopping", ErrorInfo(reason=reason, domain="flywheel.v1"))

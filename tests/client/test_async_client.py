@@ -239,7 +239,7 @@ def test_nothing_of_grpc_exists_before_the_first_call() -> None:
 
 async def test_an_unreachable_server(client: AsyncClient) -> None:
     del client
-    async with AsyncClient("127.0.0.1:1") as unreachable:
+    async with AsyncClient("127.0.0.1:1", retry=None) as unreachable:
         with pytest.raises(FlywheelError) as caught:
             await unreachable.stats()
     assert caught.value.request_id

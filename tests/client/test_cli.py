@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import signal
+import socket
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -18,10 +19,10 @@ from flywheel_client import Delta, Endpoint
 from flywheel_client._terminal import Output, SampleWriter, show_endpoints, visible
 from flywheel_proto.v1.generation_pb2 import GenerationDelta, GenerationRequest
 from google.protobuf.duration_pb2 import Duration
-from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, QuotaFailure, RetryInfo
 from grpc_health.v1 import health_pb2
 
-from tests.client.conftest import serving_fake
+from tests.client.conftest import serving_fake, unavailable
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -260,13 +261,66 @@ def test_an_invalid_argument_lists_every_violation_once(fake: FakeService, messa
 
 
 def test_an_error_says_when_to_try_again(fake: FakeService) -> None:
-    retry = RetryInfo(retry_delay=Duration(seconds=1, nanos=500_000_000))
+    retry = RetryInfo(retry_delay=Duration(seconds=1, nanos=420_000_000))
     fake.fail(grpc.StatusCode.UNAVAILABLE, "the server is full", retry, ErrorInfo(reason="OVERLOADED"))
     process = flywheel(fake, "model")
     assert process.returncode == 1
     assert process.stderr.decode().startswith(
         "flywheel: UNAVAILABLE: the server is full\n  Try again in 1.5 s.\n  request id: "
     )
+
+
+def test_an_error_names_the_quotas(fake: FakeService) -> None:
+    failure = QuotaFailure(
+        violations=[
+            QuotaFailure.Violation(subject="ci", description="100 tokens per minute"),
+            QuotaFailure.Violation(subject="ci", description="2 samples at a time"),
+        ]
+    )
+    fake.fail(grpc.StatusCode.RESOURCE_EXHAUSTED, "The quota of ci is used up: 100 tokens per minute.", failure)
+    assert (
+        flywheel(fake, "stats")
+        .stderr.decode()
+        .startswith(
+            "flywheel: RESOURCE_EXHAUSTED: The quota of ci is used up: 100 tokens per minute.\n"
+            "  ci: 2 samples at a time\n"
+            "  request id: "
+        )
+    )
+
+
+def test_a_generation_is_tried_again(fake: FakeService) -> None:
+    unavailable(fake)
+    fake.recovers_after = 1
+    process = flywheel(fake, "generate", "p")
+    assert (process.returncode, process.stdout) == (0, b"abc")
+    assert len(fake.requests) == 2
+
+
+def test_an_interrupt_ends_the_wait_for_another_attempt(fake: FakeService) -> None:
+    fake.refuses = True
+    fake.fail(grpc.StatusCode.UNAVAILABLE, "stopping", RetryInfo(retry_delay=Duration(seconds=1000)))
+    with subprocess.Popen(
+        [*FLYWHEEL, "generate", "p"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(fake)
+    ) as process:
+        assert fake.called.wait(WAIT)
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=WAIT) == (b"", b"")
+    assert process.returncode == 130
+    assert len(fake.requests) == 1
+
+
+def test_a_command_may_wait_for_the_server() -> None:
+    with socket.socket() as reserved:
+        reserved.bind(("127.0.0.1", 0))
+        port = reserved.getsockname()[1]
+    command = [*FLYWHEEL, "stats", "--address", f"127.0.0.1:{port}", "--json", "--timeout", str(WAIT)]
+    with subprocess.Popen([*command, "--wait-for-ready"], stdout=subprocess.PIPE) as waiting:
+        # While this one fails, the other waits.
+        assert subprocess.run(command, capture_output=True, check=False).returncode == 1
+        with serving_fake(port=port):
+            answer, _ = waiting.communicate(timeout=WAIT)
+    assert json.loads(answer)["active"] == 2
 
 
 def test_an_unreachable_server(fake: FakeService) -> None:
@@ -322,6 +376,8 @@ def test_the_key_arrives_and_is_never_shown(fake: FakeService, options: list[str
         (["--modal-app", "a", "--address", "localhost:1"], "flywheel: give --address or --modal-app, not both\n"),
         (["--modal-environment", "a"], "flywheel: --modal-environment needs --modal-app\n"),
         (["--cacert", "/absent"], "ile '/absent' does not exist.\n"),
+        (["--cert", __file__], "flywheel: --cert and --key need each other\n"),
+        (["--key", __file__], "flywheel: --cert and --key need each other\n"),
     ],
 )
 def test_wrong_options_of_the_server(fake: FakeService, arguments: list[str], message: str) -> None:
@@ -346,6 +402,31 @@ def test_tls(tmp_path: Path) -> None:
             variables = environment(fake) | roots
             process = subprocess.run(
                 [*FLYWHEEL, "model", *options], capture_output=True, env=variables, timeout=WAIT, check=False
+            )
+            assert process.returncode == code, process.stderr
+
+
+def test_mutual_tls(tmp_path: Path) -> None:
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    server, client = authority.issue_cert("localhost"), authority.issue_cert("client")
+    client.private_key_pem.write_to_path(str(tmp_path / "key.pem"))
+    for blob in client.cert_chain_pems:
+        blob.write_to_path(str(tmp_path / "cert.pem"), append=True)
+    chain = b"".join(blob.bytes() for blob in server.cert_chain_pems)
+    credentials = grpc.ssl_server_credentials(
+        [(server.private_key_pem.bytes(), chain)], authority.cert_pem.bytes(), require_client_auth=True
+    )
+    own = {"FLYWHEEL_CERT": str(tmp_path / "cert.pem"), "FLYWHEEL_KEY": str(tmp_path / "key.pem")}
+    options = ["--cert", own["FLYWHEEL_CERT"], "--key", own["FLYWHEEL_KEY"]]
+    with serving_fake(credentials=credentials, host="localhost") as fake:
+        for shown, variables, code in ((options, {}, 0), ([], own, 0), ([], {}, 1)):
+            process = subprocess.run(
+                [*FLYWHEEL, "model", "--cacert", str(tmp_path / "ca.pem"), *shown],
+                capture_output=True,
+                env=environment(fake) | variables,
+                timeout=WAIT,
+                check=False,
             )
             assert process.returncode == code, process.stderr
 

@@ -299,5 +299,5 @@ def test_the_base_install_imports_only_what_it_needs() -> None:
 
 def test_nothing_of_grpc_exists_before_the_first_call() -> None:
     client = Client("localhost:1")
-    assert client._channel is None
+    assert not client._channels
     client.close()

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import flywheel_client
 import grpc
 import pytest
-from flywheel_client import AsyncClient, Client, FieldViolation, FlywheelError, InvalidArgumentError
+from flywheel_client import AsyncClient, Client, FieldViolation, FlywheelError, InvalidArgumentError, QuotaViolation
 from google.protobuf.duration_pb2 import Duration
-from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, Help, RetryInfo
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, Help, QuotaFailure, RetryInfo
 
 if TYPE_CHECKING:
     from tests.client.conftest import FakeService
@@ -32,13 +32,13 @@ EXCEPTIONS = {
 async def errors_of(fake: FakeService) -> list[FlywheelError]:
     """Returns what every way to make the failing call raises."""
     caught = []
-    with Client(fake.address) as client:
+    with Client(fake.address, retry=None) as client:
         with pytest.raises(FlywheelError) as stream:
             list(client.generate("p", max_tokens=1, request_id="r1"))
         with pytest.raises(FlywheelError) as unary:
             client.generate_all("p", max_tokens=1, request_id="r1")
         caught += [stream.value, unary.value]
-    async with AsyncClient(fake.address) as async_client:
+    async with AsyncClient(fake.address, retry=None) as async_client:
         with pytest.raises(FlywheelError) as stream:
             assert [sample async for sample in async_client.generate("p", max_tokens=1, request_id="r1")]
         with pytest.raises(FlywheelError) as unary:
@@ -64,7 +64,7 @@ async def test_status_becomes_its_exception(fake: FakeService, code: grpc.Status
 
 async def test_an_error_after_messages(fake: FakeService) -> None:
     fake.fail(grpc.StatusCode.INTERNAL, "the engine failed")
-    with Client(fake.address) as client, client.generate_deltas("p", max_tokens=1) as deltas:
+    with Client(fake.address, retry=None) as client, client.generate_deltas("p", max_tokens=1) as deltas:
         assert [next(deltas).text, next(deltas).text] == ["ab", "c"]
         with pytest.raises(flywheel_client.InternalError):
             next(deltas)
@@ -92,6 +92,22 @@ async def test_retry_delay_in_seconds(fake: FakeService) -> None:
         assert (error.retry_delay, error.reason) == (1.5, "OVERLOADED")
 
 
+async def test_quotas(fake: FakeService) -> None:
+    failure = QuotaFailure(violations=[QuotaFailure.Violation(subject="ci", description="100 tokens per minute")])
+    fake.fail(grpc.StatusCode.RESOURCE_EXHAUSTED, "used up", failure, ErrorInfo(reason="QUOTA_EXCEEDED"))
+    for error in await errors_of(fake):
+        assert isinstance(error, flywheel_client.ResourceExhaustedError)
+        assert error.quota_violations == [QuotaViolation("ci", "100 tokens per minute")]
+        assert error.retry_delay is None
+
+
+async def test_the_request_id_of_a_refusal_is_in_its_trailers(fake: FakeService) -> None:
+    fake.refuses = True
+    fake.request_id = "theirs"
+    fake.fail(grpc.StatusCode.UNAVAILABLE, "stopping")
+    assert {error.request_id for error in await errors_of(fake)} == {"theirs"}
+
+
 @pytest.mark.parametrize("garbled", [b"\xff\xff\xff", b""])
 async def test_garbled_status_details_do_not_hide_the_status(fake: FakeService, garbled: bytes) -> None:
     fake.failure = (grpc.StatusCode.UNAVAILABLE, "starting", (("grpc-status-details-bin", garbled),))
@@ -114,7 +130,7 @@ async def test_one_garbled_detail_does_not_hide_the_others(fake: FakeService) ->
 
 
 async def test_an_unreachable_server_is_unavailable() -> None:
-    with Client("127.0.0.1:1") as client, pytest.raises(flywheel_client.UnavailableError) as caught:
+    with Client("127.0.0.1:1", retry=None) as client, pytest.raises(flywheel_client.UnavailableError) as caught:
         client.generate_all("p", max_tokens=1, request_id="r1")
     assert caught.value.request_id == "r1"
 

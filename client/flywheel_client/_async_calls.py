@@ -1,0 +1,237 @@
+"""The same as `_calls` for asyncio: its channels belong to one event loop."""
+
+# ruff: noqa: ASYNC109 - the timeouts are deadlines that travel with the call, so that the server stops its work too
+
+import asyncio
+import random
+import time
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import grpc.aio
+
+from flywheel_client._errors import FlywheelError, call_cancelled, error_from_call, request_id_in
+from flywheel_client._pool import Member
+from flywheel_client._retry import Retry, Tries
+
+Metadata = Sequence[tuple[str, str | bytes]]
+
+
+class AsyncRetryingChannel(ABC):
+    """What the clients and the generated stubs use of a `grpc.aio.Channel`."""
+
+    grpc_waits: ClassVar[bool]
+    """Whether waiting for a server to be ready is left to grpc, which does it where a server comes back to its address."""
+
+    def __init__(self, retry: Retry | None) -> None:
+        self.retry = retry
+        self._closed = asyncio.get_running_loop().create_future()
+
+    def unary_unary(self, *method: Any, **options: Any) -> Callable[..., Coroutine[Any, Any, Any]]:  # noqa: ANN401 - those of grpc
+        """Returns a method that is answered with one message."""
+        return _Method(self, lambda channel: channel.unary_unary(*method, **options)).call
+
+    def unary_stream(self, *method: Any, **options: Any) -> "Callable[..., _StreamCall]":  # noqa: ANN401 - those of grpc
+        """Returns a method that is answered with a stream."""
+        return _Method(self, lambda channel: channel.unary_stream(*method, **options)).stream
+
+    async def close(self) -> None:
+        """Closes all channels, which cancels the calls under way and those that wait for their next try."""
+        if not self._closed.done():
+            self._closed.set_result(None)
+        for channel in self._channels():
+            await channel.close()
+
+    @abstractmethod
+    def _channels(self) -> Collection[grpc.aio.Channel]:
+        """Returns all that are open."""
+
+    @abstractmethod
+    def pick_now(self, call: "Call") -> Member[grpc.aio.Channel] | None:
+        """Returns the endpoint to try next, which counts as in use until `ended`; None where that takes a while."""
+
+    @abstractmethod
+    async def pick(self, call: "Call") -> Member[grpc.aio.Channel]:
+        """Returns the endpoint to try next, which counts as in use until `ended`.
+
+        Raises what the call ends with where there is none.
+        """
+
+    def ended(self, member: Member[grpc.aio.Channel]) -> None:  # noqa: B027 - nothing to note by default
+        """Notes that a try is over."""
+
+    def delay(self, call: "Call", error: grpc.aio.AioRpcError | FlywheelError) -> float | None:
+        """Returns the seconds until the next try of a call that failed; None where there is to be none."""
+        self.raise_if_closed(call)
+        jitter = random.random()  # noqa: S311 - nothing secret
+        reached = call.member is not None or call.tries.error is not None
+        return call.tries.delay(error_from_call(error, call.request_id), time.monotonic(), jitter, reached=reached)
+
+    async def pause(self, call: "Call", seconds: float) -> None:
+        """Waits so long, or raises `CallCancelledError` as soon as the channel is closed."""
+        if seconds:
+            await asyncio.wait({self._closed}, timeout=seconds)
+        self.raise_if_closed(call)
+
+    def raise_if_closed(self, call: "Call") -> None:
+        """Raises `CallCancelledError` where the channel was closed."""
+        if self._closed.done():
+            raise call_cancelled(call.request_id)
+
+
+class AsyncTargetChannel(AsyncRetryingChannel):
+    """A channel to one target, where grpc finds the servers."""
+
+    grpc_waits = True
+
+    def __init__(self, target: str, channel: grpc.aio.Channel, retry: Retry | None) -> None:
+        super().__init__(retry)
+        self._member = Member(target, channel)
+
+    def pick_now(self, call: "Call") -> Member[grpc.aio.Channel]:
+        """Returns the target."""
+        self.raise_if_closed(call)
+        return self._member
+
+    async def pick(self, call: "Call") -> Member[grpc.aio.Channel]:
+        """Returns the target."""
+        return self.pick_now(call)
+
+    def _channels(self) -> Collection[grpc.aio.Channel]:
+        return [self._member.channel]
+
+
+class Call:
+    """A call through all its tries."""
+
+    def __init__(
+        self, method: "_Method", request: object, timeout: float | None, metadata: Metadata, wait_for_ready: bool | None
+    ) -> None:
+        self._channel = method.channel
+        self._of = method.of
+        self._request = request
+        self._metadata = metadata
+        self._wait_for_ready = bool(wait_for_ready) and self._channel.grpc_waits
+        waits = bool(wait_for_ready) and not self._channel.grpc_waits
+        self.tries = Tries.begin(self._channel.retry, timeout, time.monotonic(), wait_for_ready=waits)
+        self.request_id = request_id_in(metadata, "")
+        self.member: Member[grpc.aio.Channel] | None = None
+        """Where the call is; None where it has found no endpoint."""
+
+    async def _next_try(self, delay: float) -> Any:  # noqa: ANN401 - a call of grpc
+        self.member = None
+        await self._channel.pause(self, delay)
+        return self._begin(await self._channel.pick(self))
+
+    def _begin(self, member: Member[grpc.aio.Channel]) -> Any:  # noqa: ANN401 - a call of grpc
+        self.member = member
+        try:
+            current = self._of(member.channel)(
+                self._request,
+                timeout=self.tries.remaining(time.monotonic()),
+                metadata=self._metadata,
+                wait_for_ready=self._wait_for_ready,
+            )
+        except BaseException:
+            self._channel.ended(member)
+            raise
+        current.add_done_callback(lambda _: self._channel.ended(member))
+        return current
+
+
+class _UnaryCall(Call):
+    """A call that is answered with one message."""
+
+    async def answer(self) -> Any:  # noqa: ANN401 - a message of the method
+        """Returns it."""
+        delay = 0.0
+        while True:
+            try:
+                return await (await self._next_try(delay))
+            except (grpc.aio.AioRpcError, FlywheelError) as error:
+                next_delay = self._channel.delay(self, error)
+                if next_delay is None:
+                    raise
+                delay = next_delay
+
+
+class _StreamCall(Call):
+    """What the client uses of a call of grpc that is answered with a stream."""
+
+    def __init__(
+        self, method: "_Method", request: object, timeout: float | None, metadata: Metadata, wait_for_ready: bool | None
+    ) -> None:
+        super().__init__(method, request, timeout, metadata, wait_for_ready)
+        self._current: Any = None
+        self._beginning: asyncio.Task[None] | None = None
+        self._cancelled = False
+        # Like a call of grpc, this one begins now, and not when it is iterated over.
+        if member := self._channel.pick_now(self):
+            self._current = self._begin(member)
+        else:
+            self._begin_soon(0.0)
+
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        delivered = False
+        while True:
+            try:
+                if self._beginning is not None:
+                    await self._beginning
+                async for message in self._current:
+                    delivered = True
+                    yield message
+            except (grpc.aio.AioRpcError, FlywheelError) as error:
+                delay = self._channel.delay(self, error)
+                if delay is None or delivered:
+                    raise
+            else:
+                return
+            if self._cancelled:
+                raise asyncio.CancelledError
+            self._begin_soon(delay)
+
+    async def initial_metadata(self) -> Metadata | None:
+        """Returns what the endpoint sent before its first message; call it after that has arrived."""
+        metadata: Metadata | None = await self._current.initial_metadata()
+        return metadata
+
+    def cancel(self) -> None:
+        """Ends the call wherever it is: on an endpoint, between two tries, or waiting for the directory."""
+        self._cancelled = True
+        if self._beginning is not None:
+            self._beginning.cancel()
+        if self._current is not None:
+            self._current.cancel()
+
+    def _begin_soon(self, delay: float) -> None:
+        async def begin() -> None:
+            self._current = await self._next_try(delay)
+
+        self._beginning = asyncio.get_running_loop().create_task(begin())
+        self._beginning.add_done_callback(retrieve)
+
+
+@dataclass(frozen=True, slots=True)
+class _Method:
+    """A method of the service, on whichever endpoint a call of it goes to."""
+
+    channel: AsyncRetryingChannel
+    of: Callable[[grpc.aio.Channel], Callable[..., Any]]
+
+    async def call(self, request: object, timeout: float | None, metadata: Metadata, wait_for_ready: bool | None = None) -> Any:  # noqa: ANN401 - a message of the method
+        """Makes a call, and returns the answer."""
+        return await _UnaryCall(self, request, timeout, metadata, wait_for_ready).answer()
+
+    def stream(
+        self, request: object, timeout: float | None, metadata: Metadata, wait_for_ready: bool | None = None
+    ) -> _StreamCall:
+        """Begins a call that is answered with a stream."""
+        return _StreamCall(self, request, timeout, metadata, wait_for_ready)
+
+
+def retrieve(task: asyncio.Task[None]) -> None:
+    """Looks at how a task ended: asyncio complains of an exception that nobody has looked at."""
+    if not task.cancelled():
+        task.exception()

@@ -1,0 +1,220 @@
+"""Calls for threads, which are tried again within their deadline where nothing of them has been delivered.
+
+Whatever has delivered something is never repeated: the caller may have used it. `_retry` decides on what else is not.
+"""
+
+import random
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+import grpc
+
+from flywheel_client._errors import FlywheelError, call_cancelled, error_from_call, request_id_in
+from flywheel_client._pool import Member
+from flywheel_client._retry import Retry, Tries
+
+T = TypeVar("T")
+Metadata = Sequence[tuple[str, str | bytes]]
+
+
+class RetryingChannel(ABC):
+    """What the clients and the generated stubs use of a `grpc.Channel`.
+
+    Nothing of grpc is called while the lock is held: grpc has locks of its own, and calls back.
+    """
+
+    grpc_waits: ClassVar[bool]
+    """Whether waiting for a server to be ready is left to grpc, which does it where a server comes back to its address."""
+
+    def __init__(self, retry: Retry | None) -> None:
+        self.retry = retry
+        self._changed = threading.Condition()
+        self._closed = False
+
+    def unary_unary(self, *method: Any, **options: Any) -> "_Method":  # noqa: ANN401 - those of `grpc.Channel`
+        """Returns a method that is answered with one message."""
+        return _Method(self, lambda channel: channel.unary_unary(*method, **options).future)
+
+    def unary_stream(self, *method: Any, **options: Any) -> "_Method":  # noqa: ANN401 - those of `grpc.Channel`
+        """Returns a method that is answered with a stream."""
+        return _Method(self, lambda channel: channel.unary_stream(*method, **options))
+
+    def close(self) -> None:
+        """Closes all channels, which cancels the calls under way and those that wait for their next try."""
+        with self._changed:
+            self._closed = True
+            channels = self._channels()
+            self._changed.notify_all()
+        for channel in channels:
+            channel.close()
+
+    @abstractmethod
+    def _channels(self) -> Collection[grpc.Channel]:
+        """Returns all that are open."""
+
+    @abstractmethod
+    def pick(self, call: "Call") -> Member[grpc.Channel]:
+        """Returns the endpoint to try next, which counts as in use until `ended`.
+
+        Raises what the call ends with where there is none.
+        """
+
+    def ended(self, member: Member[grpc.Channel]) -> None:  # noqa: B027 - nothing to note by default
+        """Notes that a try is over."""
+
+    def delay(self, call: "Call", error: grpc.RpcError | FlywheelError) -> float | None:
+        """Returns the seconds until the next try of a call that failed; None where there is to be none."""
+        self.raise_if_cancelled(call)
+        jitter = random.random()  # noqa: S311 - nothing secret
+        reached = call.member is not None or call.tries.error is not None
+        return call.tries.delay(error_from_call(error, call.request_id), time.monotonic(), jitter, reached=reached)
+
+    def pause(self, call: "Call", seconds: float) -> None:
+        """Waits so long, or raises `CallCancelledError` as soon as the call is cancelled or the channel closed."""
+        with self._changed:
+            seconds = min(seconds, threading.TIMEOUT_MAX)
+            self._changed.wait_for(lambda: call.cancelled or self._closed, seconds)
+            self.raise_if_cancelled(call)
+
+    def raise_if_cancelled(self, call: "Call") -> None:
+        """Raises `CallCancelledError` where the call was cancelled, or the channel closed."""
+        if call.cancelled or self._closed:
+            raise call_cancelled(call.request_id)
+
+    def wake(self) -> None:
+        """Lets calls that wait see that they were cancelled."""
+        with self._changed:
+            self._changed.notify_all()
+
+
+class TargetChannel(RetryingChannel):
+    """A channel to one target, where grpc finds the servers."""
+
+    grpc_waits = True
+
+    def __init__(self, target: str, channel: grpc.Channel, retry: Retry | None) -> None:
+        super().__init__(retry)
+        self._member = Member(target, channel)
+
+    def pick(self, call: "Call") -> Member[grpc.Channel]:
+        """Returns the target."""
+        self.raise_if_cancelled(call)
+        return self._member
+
+    def _channels(self) -> Collection[grpc.Channel]:
+        return [self._member.channel]
+
+
+@dataclass(frozen=True, slots=True)
+class _Method:
+    """A method of the service, on whichever endpoint a call of it goes to."""
+
+    channel: RetryingChannel
+    of: Callable[[grpc.Channel], Callable[..., Any]]
+
+    def __call__(
+        self, request: object, timeout: float | None, metadata: Metadata, wait_for_ready: bool | None = None
+    ) -> "Call":
+        return Call(self, request, timeout, metadata, wait_for_ready)
+
+    future = __call__
+
+
+class Call:
+    """What the client uses of a call of grpc, be its answer one message or a stream."""
+
+    _current: Any = None
+
+    def __init__(
+        self, method: _Method, request: object, timeout: float | None, metadata: Metadata, wait_for_ready: bool | None
+    ) -> None:
+        self._channel = method.channel
+        self._of = method.of
+        self._request = request
+        self._metadata = metadata
+        self._wait_for_ready = bool(wait_for_ready) and self._channel.grpc_waits
+        waits = bool(wait_for_ready) and not self._channel.grpc_waits
+        self.tries = Tries.begin(self._channel.retry, timeout, time.monotonic(), wait_for_ready=waits)
+        self.request_id = request_id_in(metadata, "")
+        self.cancelled = False
+        self.member: Member[grpc.Channel] | None = None
+        """Where the call is; None where it has found no endpoint."""
+        self._delivered = False
+        self._error: Exception | None = None
+        self._begin()
+
+    def __next__(self) -> Any:  # noqa: ANN401 - a message of the method
+        return self._receive(next)
+
+    def result(self) -> Any:  # noqa: ANN401 - a message of the method
+        """Waits for the answer."""
+        return self._receive(lambda call: call.result())
+
+    def initial_metadata(self) -> Metadata | None:
+        """Returns what the endpoint sent before its first message; call it after that has arrived."""
+        metadata: Metadata | None = self._current.initial_metadata()
+        return metadata
+
+    def cancel(self) -> None:
+        """Ends the call wherever it is: on an endpoint, between two tries, or waiting for the directory."""
+        # In this order, which is the opposite of that in `_try`, so that one of the two sees what the other has set.
+        self.cancelled = True
+        current = self._current
+        if current is None:
+            self._channel.wake()
+        else:
+            current.cancel()
+
+    def __del__(self) -> None:
+        # Such as where an interrupt comes before anybody holds the call. One of grpc is kept by its callbacks.
+        if self._current is not None:
+            self._current.cancel()
+
+    def _receive(self, receive: Callable[[Any], T]) -> T:
+        while True:
+            try:
+                if self._error is not None:
+                    raise self._error
+                message = receive(self._current)
+            except (grpc.RpcError, FlywheelError) as error:
+                delay = self._channel.delay(self, error)
+                if delay is None or self._delivered:
+                    raise
+            else:
+                self._delivered = True
+                return message
+            self._current = None
+            self._channel.pause(self, delay)
+            self._begin()
+
+    def _begin(self) -> None:
+        self._current = self._error = self.member = None
+        try:
+            self._try()
+        except (grpc.RpcError, FlywheelError) as error:
+            # As with grpc, a call that fails says so when it is asked for its result.
+            self._error = error
+
+    def _try(self) -> None:
+        self.member = member = self._channel.pick(self)
+        try:
+            current = self._of(member.channel)(
+                self._request,
+                timeout=self.tries.remaining(time.monotonic()),
+                metadata=self._metadata,
+                wait_for_ready=self._wait_for_ready,
+            )
+        except BaseException:
+            self._channel.ended(member)
+            # Closing the channel between the two lines makes grpc raise a ValueError.
+            self._channel.raise_if_cancelled(self)
+            raise
+        self._current = current
+        # grpc keeps the callback, so that it must not keep this call.
+        current.add_done_callback(lambda _, channel=self._channel: channel.ended(member))
+        if self.cancelled:
+            current.cancel()

@@ -1,0 +1,137 @@
+"""Servers are stopped, killed and started again under load, and clients lose nothing without being told."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import signal
+import socket
+import sys
+from asyncio.subprocess import PIPE
+from collections import Counter
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from flywheel_client import AsyncClient, Client, Retry, UnavailableError
+
+from tests.client.conftest import Caller
+from tests.serving import until
+
+if TYPE_CHECKING:
+    from asyncio.subprocess import Process
+    from collections.abc import AsyncIterator
+
+TOKENS = 20
+SCRIPT = '{"text": "abcd", "token_delay": 0.01, "prompt_delay": 0.02}'
+TEXT = "abcd" * TOKENS
+PATIENT = Retry(max_attempts=12, initial_backoff=0.1, max_backoff=2.0)
+
+
+def free_port() -> int:
+    with socket.socket() as reserved:
+        reserved.bind(("127.0.0.1", 0))
+        return int(reserved.getsockname()[1])
+
+
+async def started(address: str, script: str = SCRIPT) -> Process:
+    """Starts a server, and returns its process when it is ready."""
+    options = {
+        "engine": "scripted",
+        "script": script,
+        "address": address,
+        "withdraw-window": "0.3",
+        "drain-timeout": "10",
+        "log-level": "error",
+    }
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "flywheel_server", *(f"--{name}={value}" for name, value in options.items()), stdout=PIPE
+    )
+    assert process.stdout is not None
+    async with asyncio.timeout(30):
+        assert re.match(b"ready: ", await process.stdout.readline())
+    return process
+
+
+async def stopped(process: Process, number: signal.Signals) -> int:
+    process.send_signal(number)
+    async with asyncio.timeout(30):
+        return await process.wait()
+
+
+@asynccontextmanager
+async def servers(*addresses: str, script: str = SCRIPT) -> AsyncIterator[dict[str, Process]]:
+    """Runs a server at each address; the test may put others in their place."""
+    running: dict[str, Process] = {}
+    try:
+        for address in addresses:
+            running[address] = await started(address, script)
+        yield running
+    finally:
+        for process in running.values():
+            if process.returncode is None:
+                process.kill()
+            await process.communicate()
+
+
+@pytest.mark.parametrize("kind", [Client, AsyncClient], ids=["threads", "asyncio"])
+async def test_no_call_fails_while_one_server_after_the_other_restarts(kind: Any) -> None:
+    addresses = [f"127.0.0.1:{free_port()}" for _ in range(2)]
+    outcomes: Counter[str] = Counter()
+    over = asyncio.Event()
+
+    async def work(one: Caller) -> None:
+        while not over.is_set():
+            stream = await one.stream(max_tokens=TOKENS)
+            text = ""
+            while (more := await one.next(stream)) is not None:
+                text += more
+            outcomes[text] += 1
+            answer = await one.ask(one.client.generate_all, "p", max_tokens=TOKENS)
+            outcomes[answer.responses[0].text] += 1
+
+    async with servers(*addresses) as running:
+        one = Caller(kind, "ipv4:" + ",".join(addresses), retry=PATIENT)
+        workers = [asyncio.create_task(work(one)) for _ in range(6)]
+
+        async def goes_on(calls: int) -> None:
+            enough = outcomes.total() + calls
+            await until(lambda: outcomes.total() >= enough or any(worker.done() for worker in workers), "calls go on")
+
+        for address in addresses:
+            await goes_on(12)
+            assert await stopped(running[address], signal.SIGTERM) == 0
+            await goes_on(12)
+            running[address] = await started(address)
+        await goes_on(12)
+        over.set()
+        await asyncio.gather(*workers)
+        await one.close()
+    assert set(outcomes) == {TEXT}
+
+
+@pytest.mark.parametrize("kind", [Client, AsyncClient], ids=["threads", "asyncio"])
+async def test_after_a_kill_what_has_begun_is_told_and_what_has_not_is_tried_again(kind: Any) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    async with servers(address, script='{"text": "abcd", "token_delay": 0.05}') as running:
+        one = Caller(kind, address, retry=PATIENT)
+        begun = [await one.stream(max_tokens=4000) for _ in range(3)]
+        for stream in begun:
+            assert await one.next(stream) == "abcd"
+        unary = [asyncio.create_task(one.ask(one.client.generate_all, "p", max_tokens=TOKENS)) for _ in range(3)]
+
+        async def arrived() -> bool:
+            stats = await one.ask(one.client.stats)
+            return bool(stats.active == len(begun) + len(unary))
+
+        await until(arrived, "the server generates for all of them")
+        await stopped(running[address], signal.SIGKILL)
+        for stream in begun:
+            with pytest.raises(UnavailableError):
+                await one.rest(stream)
+        streams = [await one.stream(max_tokens=TOKENS) for _ in range(3)]
+        late = [asyncio.create_task(one.next(stream)) for stream in streams]
+        running[address] = await started(address)
+        assert {answer.responses[0].text for answer in await asyncio.gather(*unary)} == {TEXT}
+        assert await asyncio.gather(*late) == ["abcd"] * 3
+        await one.close()

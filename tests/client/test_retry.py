@@ -1,0 +1,256 @@
+"""Calls that fail before their first message are tried again: the decisions, and both clients over the wire."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import pytest
+from flywheel_client import (
+    AsyncClient,
+    CallCancelledError,
+    DeadlineExceededError,
+    FlywheelError,
+    InternalError,
+    ResourceExhaustedError,
+    Retry,
+    UnavailableError,
+)
+from flywheel_client._retry import SPREAD, Tries, is_retryable
+from google.protobuf.duration_pb2 import Duration
+from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
+
+from tests.client.conftest import WAIT, Caller, happened, serving_fake, unavailable
+from tests.serving import until
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tests.client.conftest import FakeService
+
+QUICK = Retry(initial_backoff=0.01)
+UNAVAILABLE = UnavailableError(grpc.StatusCode.UNAVAILABLE, "stopping")
+
+
+def later(seconds: float) -> UnavailableError:
+    return UnavailableError(grpc.StatusCode.UNAVAILABLE, "starting", retry_delay=seconds)
+
+
+def refuse(fake: FakeService, code: grpc.StatusCode, retry_delay: float | None = None, reason: str = "") -> None:
+    """Has the server refuse every generation."""
+    fake.refuses = True
+    delay = Duration()
+    delay.FromNanoseconds(round((retry_delay or 0) * 1e9))
+    details = [] if retry_delay is None else [RetryInfo(retry_delay=delay)]
+    fake.fail(code, "not now", *details, *([ErrorInfo(reason=reason)] if reason else []))
+
+
+def test_backoffs_grow_up_to_a_limit_and_are_spread() -> None:
+    retry = Retry(max_attempts=6, initial_backoff=1.0, max_backoff=5.0, multiplier=2.0)
+    for jitter, factor in ((0.0, 1 - SPREAD), (0.5, 1.0), (1.0, 1 + SPREAD)):
+        tries = Tries.begin(retry, None, now=0.0)
+        delays = [tries.delay(UNAVAILABLE, 0.0, jitter) for _ in range(6)]
+        assert delays == [*(pytest.approx(backoff * factor) for backoff in (1.0, 2.0, 4.0, 5.0, 5.0)), None]
+
+
+def test_the_delay_that_a_server_asks_for_is_never_cut_short() -> None:
+    retry = Retry(max_attempts=4, initial_backoff=1.0, max_backoff=2.0)
+    for jitter in (0.0, 0.5, 1.0):
+        tries = Tries.begin(retry, None, now=0.0)
+        delays = [tries.delay(later(30.0), 0.0, jitter) for _ in range(3)]
+        assert delays == [30.0 + jitter, 30.0 + 2 * jitter, 30.0 + 2 * jitter]
+
+
+def test_no_attempt_is_waited_for_that_the_deadline_forbids() -> None:
+    tries = Tries.begin(Retry(), 10.0, now=100.0)
+    assert tries.delay(later(9.0), 101.0, 0.0) is None
+    assert tries.attempts == 1
+    assert tries.delay(later(8.0), 101.0, 0.0) == 8.0
+    assert tries.remaining(109.0) == 1.0
+
+
+def test_waiting_for_an_endpoint_is_not_an_attempt() -> None:
+    for retry in (None, Retry(max_attempts=1)):
+        assert Tries.begin(retry, None, 0.0).delay(UNAVAILABLE, 0.0, 0.5, reached=False) is None
+        tries = Tries.begin(retry, None, 0.0, wait_for_ready=True)
+        assert [tries.delay(UNAVAILABLE, 0.0, 0.5, reached=False) for _ in range(6)] == [0.25, 0.5, 1.0, 2.0, 4.0, 5.0]
+        assert tries.delay(UNAVAILABLE, 0.0, 0.5) is None
+
+
+@pytest.mark.parametrize("code", grpc.StatusCode, ids=lambda code: code.name)
+def test_what_may_end_better_the_next_time(code: grpc.StatusCode) -> None:
+    bare, delayed, explained = (FlywheelError(code, "", **fields) for fields in ({}, {"retry_delay": 1.0}, {"reason": "WHY"}))
+    expected = {
+        grpc.StatusCode.UNAVAILABLE: (True, True, True),
+        grpc.StatusCode.RESOURCE_EXHAUSTED: (False, True, False),
+        grpc.StatusCode.CANCELLED: (True, True, False),
+    }
+    assert tuple(map(is_retryable, (bare, delayed, explained))) == expected.get(code, (False, False, False))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"max_attempts": 0}, {"initial_backoff": -1.0}, {"max_backoff": -1.0}, {"multiplier": 0.5}], ids=str
+)
+def test_what_makes_no_sense_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="must be at least 1"):
+        Retry(**wrong)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_a_call_is_tried_again_under_its_id_and_deadline(
+    caller: Callable[..., Caller], fake: FakeService, streamed: bool
+) -> None:
+    unavailable(fake)
+    fake.recovers_after = 2
+    one = caller(fake.address, retry=Retry(initial_backoff=0.15))
+    if streamed:
+        stream = await one.stream(request_id="same", timeout=5.0)
+        assert [await one.next(stream), await one.next(stream), await one.next(stream)] == ["ab", "c", None]
+    else:
+        assert await one.call(request_id="same", timeout=5.0) == "p"
+    assert [metadata["x-request-id"] for metadata in fake.metadata] == ["same"] * 3
+    first, _, third = fake.seconds_remaining
+    assert first is not None
+    assert third is not None
+    # On the wire, grpc rounds a deadline by up to three hundredths.
+    assert third < first - 0.2
+
+
+async def test_a_server_sees_no_more_attempts_than_there_are_to_be(caller: Callable[..., Caller], fake: FakeService) -> None:
+    unavailable(fake)
+    error = await caller(fake.address, retry=QUICK).expect(UnavailableError, "stopping", request_id="r1")
+    assert (error.reason, error.request_id) == ("ENGINE_UNAVAILABLE", "r1")
+    assert len(fake.requests) == 2 * QUICK.max_attempts
+    await caller(fake.address, retry=None).expect(UnavailableError)
+    assert len(fake.requests) == 2 * QUICK.max_attempts + 2
+
+
+async def test_the_server_says_when(caller: Callable[..., Caller], fake: FakeService) -> None:
+    refuse(fake, grpc.StatusCode.RESOURCE_EXHAUSTED, retry_delay=0.2)
+    fake.recovers_after = 2
+    assert await caller(fake.address, retry=QUICK).call() == "p"
+    first, second, third = fake.arrivals
+    assert second - first >= 0.2
+    assert third - second >= 0.2
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [(grpc.StatusCode.RESOURCE_EXHAUSTED, ResourceExhaustedError), (grpc.StatusCode.INTERNAL, InternalError)],
+    ids=lambda value: getattr(value, "name", None),
+)
+async def test_what_would_fail_again_is_not_repeated(
+    caller: Callable[..., Caller], fake: FakeService, code: grpc.StatusCode, kind: type[FlywheelError]
+) -> None:
+    refuse(fake, code)
+    await caller(fake.address, retry=QUICK).expect(kind)
+    assert len(fake.requests) == 2
+
+
+async def test_a_call_that_a_stopping_server_cancelled_is_tried_again(caller: Callable[..., Caller], fake: FakeService) -> None:
+    refuse(fake, grpc.StatusCode.CANCELLED)
+    fake.recovers_after = 1
+    one = caller(fake.address, retry=QUICK)
+    assert await one.call() == "p"
+    fake.recovers_after = 3
+    assert await one.next(await one.stream()) == "ab"
+    assert len(fake.requests) == 4
+
+
+async def test_a_stream_is_never_repeated_after_its_first_message(caller: Callable[..., Caller], fake: FakeService) -> None:
+    fake.fail(grpc.StatusCode.UNAVAILABLE, "gone", RetryInfo())
+    one = caller(fake.address, retry=QUICK)
+    stream = await one.stream()
+    assert [await one.next(stream), await one.next(stream)] == ["ab", "c"]
+    with pytest.raises(UnavailableError, match="gone"):
+        await one.next(stream)
+    assert await one.next(stream) is None
+    assert len(fake.requests) == 1
+
+
+async def test_nobody_waits_for_what_the_deadline_forbids(caller: Callable[..., Caller], fake: FakeService) -> None:
+    refuse(fake, grpc.StatusCode.UNAVAILABLE, retry_delay=30.0)
+    begun = time.monotonic()
+    error = await caller(fake.address).expect(UnavailableError, timeout=25.0)
+    assert error.retry_delay == 30.0
+    assert time.monotonic() - begun < 10
+    assert len(fake.requests) == 2
+
+
+async def test_one_deadline_ends_the_last_attempt(caller: Callable[..., Caller], fake: FakeService) -> None:
+    refuse(fake, grpc.StatusCode.UNAVAILABLE, retry_delay=0.3)
+    fake.recovers_after = 1
+    fake.hangs = True
+    begun = time.monotonic()
+    with pytest.raises(DeadlineExceededError):
+        await caller(fake.address).call(timeout=0.6)
+    assert 0.5 < time.monotonic() - begun < 5
+    assert len(fake.requests) == 2
+
+
+@pytest.mark.parametrize("how", ["cancel", "close the stream", "close the client"])
+async def test_a_wait_ends_when_the_call_is_cancelled(caller: Callable[..., Caller], fake: FakeService, how: str) -> None:
+    refuse(fake, grpc.StatusCode.UNAVAILABLE, retry_delay=1e11)
+    one = caller(fake.address)
+    stream = await one.stream()
+    waiting = asyncio.create_task(one.next(stream))
+    await happened(fake.called)
+    # Long enough for most runs to be in the wait, and right at any time.
+    await asyncio.sleep(0.1)
+    if how == "cancel":
+        stream.cancel()
+    elif how == "close the stream":
+        await one.close_stream(stream)
+    else:
+        await one.close()
+    with pytest.raises(CallCancelledError) as caught:
+        await asyncio.wait_for(waiting, WAIT)
+    assert caught.value.request_id == stream.request_id
+    assert len(fake.requests) == 1
+
+
+async def test_closing_the_client_ends_the_wait_of_a_unary_call(caller: Callable[..., Caller], fake: FakeService) -> None:
+    refuse(fake, grpc.StatusCode.UNAVAILABLE, retry_delay=1e11)
+    one = caller(fake.address)
+    waiting = asyncio.create_task(one.call())
+    await happened(fake.called)
+    await asyncio.sleep(0.1)
+    await one.close()
+    with pytest.raises(CallCancelledError):
+        await asyncio.wait_for(waiting, WAIT)
+    assert len(fake.requests) == 1
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_cancelling_a_task_ends_its_wait(fake: FakeService, streamed: bool) -> None:
+    refuse(fake, grpc.StatusCode.UNAVAILABLE, retry_delay=0.3)
+    one = Caller(AsyncClient, fake.address)
+    before = asyncio.all_tasks()
+    task = asyncio.create_task(one.next(await one.stream()) if streamed else one.call())
+    await happened(fake.called)
+    await asyncio.sleep(0.1)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await until(lambda: len(asyncio.all_tasks() - before) <= 1, "nothing but grpc's own task is left")
+    await asyncio.sleep(0.4)
+    assert len(fake.requests) == 1
+    await one.close()
+
+
+async def test_a_server_that_restarts_on_its_port_is_found_again(caller: Callable[..., Caller]) -> None:
+    with serving_fake() as first:
+        port = int(first.address.rpartition(":")[2])
+        one = caller(first.address)
+        assert await one.call() == "p"
+    calls = [asyncio.create_task(one.call()), asyncio.create_task(one.next(await one.stream()))]
+    await asyncio.sleep(0.3)
+    assert not any(call.done() for call in calls)
+    begun = time.monotonic()
+    with serving_fake(port=port) as second:
+        assert await asyncio.gather(*calls) == ["p", "ab"]
+        assert time.monotonic() - begun < 5
+        assert len(second.requests) == 2
+        await one.close()
