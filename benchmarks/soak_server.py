@@ -1,0 +1,49 @@
+"""The server of the soak: `flywheel-server` with its arguments, which tells what it holds. Linux only.
+
+It prints its address, and then its figures for each line that it reads, until its standard input ends.
+"""
+
+import asyncio
+import json
+import os
+import resource
+import sys
+from pathlib import Path
+
+import flywheel_server.__main__  # noqa: F401 - sets what grpc reads from the environment when it is imported
+import uvloop
+from flywheel_server import logs
+from flywheel_server.engines.chosen import chosen_engine
+from flywheel_server.server import serve
+from flywheel_server.settings import parse
+
+
+def main() -> None:
+    """Serves until the end of the standard input."""
+    uvloop.run(_serve())
+
+
+async def _serve() -> None:
+    settings = parse()
+    logs.configure(settings.log_level, settings.log_format)
+    lines = asyncio.StreamReader()
+    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
+    async with serve(chosen_engine(settings), settings) as port:
+        print(f"127.0.0.1:{port}", flush=True)
+        async for _ in lines:
+            print(json.dumps(_figures()), flush=True)
+
+
+def _figures() -> dict[str, int]:
+    """Returns what this process holds: bytes of resident memory, file descriptors, threads, and asyncio's tasks."""
+    resident_pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return {
+        "resident": resident_pages * resource.getpagesize(),
+        "descriptors": len(os.listdir("/proc/self/fd")),  # noqa: PTH208 - only their number is wanted
+        "threads": len(os.listdir("/proc/self/task")),  # noqa: PTH208
+        "tasks": len(asyncio.all_tasks()),
+    }
+
+
+if __name__ == "__main__":
+    main()
