@@ -179,7 +179,7 @@ class Settings(BaseSettings):
         "Admission", "wait", "What happens to a stream when that is full: wait for the reader, or end with RESOURCE_EXHAUSTED."
     )
     slow_reader_timeout: Annotated[Seconds, Field(gt=0)] = _option(
-        "Admission", 60.0, "Seconds without a sign of the reader after which a stream with text for it ends in any case."
+        "Admission", 30.0, "Seconds without a sign of the reader after which a stream with text for it ends in any case."
     )
 
     engine_timeout: Annotated[Seconds, Field(gt=0)] = _option(

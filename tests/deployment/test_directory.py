@@ -19,7 +19,7 @@ TASK = "ta-test"
 @pytest.fixture(autouse=True)
 async def in_a_container(cloud: ModalCloud, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MODAL_TASK_ID", TASK)
-    monkeypatch.setattr(directory, "REFRESH_INTERVAL", 0.02)
+    monkeypatch.setattr(directory, "REFRESH_INTERVAL", 0.2)  # and the time that a request has
 
 
 async def record() -> dict[str, Any] | None:

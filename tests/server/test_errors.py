@@ -15,6 +15,7 @@ from flywheel_server.messages import GenerationRequest, GenerationResponseSample
 from google.protobuf.message import Message
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, QuotaFailure, RetryInfo
 from google.rpc.status_pb2 import Status
+from structlog.testing import capture_logs
 
 from tests.serving import as_dict, drained, serving, until
 
@@ -174,6 +175,14 @@ asyncio.run(main())
     assert "the script says so" in ran.stderr
     assert "EngineFailedError" in ran.stderr
     assert "SECRET" not in ran.stderr
+
+
+async def test_the_log_has_prompts_only_where_it_is_asked_for_them() -> None:
+    for asked in (False, True):
+        with capture_logs() as logs:
+            async with serving(ScriptedEngine(), log_prompts=asked) as target:
+                await target.stub.GenerateAll(pb.GenerationRequest(text="SECRET-PROMPT", max_tokens=2))
+        assert ("SECRET-PROMPT" in str(logs)) == asked
 
 
 def test_every_engine_error_has_a_row() -> None:

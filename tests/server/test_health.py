@@ -78,6 +78,24 @@ async def test_health_of_a_name_that_is_not_there() -> None:
         assert caught.value.code() is grpc.StatusCode.NOT_FOUND
 
 
+@pytest.mark.skipif(not hasattr(health_pb2, "HealthListRequest"), reason="this grpcio-health-checking has no List")
+async def test_health_lists_every_name() -> None:
+    async with serving(ScriptedEngine()) as target:
+        listed = await health_pb2_grpc.HealthStub(target.channel).List(health_pb2.HealthListRequest())
+        assert {name: response.status for name, response in listed.statuses.items()} == {
+            "": SERVING,
+            SERVICE: SERVING,
+            RUNNERS: SERVING,
+        }
+
+
+async def test_watching_a_name_that_is_not_there_waits_for_it() -> None:
+    async with serving(ScriptedEngine()) as target:
+        watch = health_pb2_grpc.HealthStub(target.channel).Watch(health_pb2.HealthCheckRequest(service="nobody"))
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+        watch.cancel()
+
+
 async def test_health_answers_while_the_engine_is_full() -> None:
     async with serving(ScriptedEngine(Script(slots=1, token_delay=0.05))) as target:
         calls = [target.stub.GenerateAll(pb.GenerationRequest(text="x", max_tokens=5000)) for _ in range(20)]
@@ -96,6 +114,32 @@ async def test_an_engine_that_does_not_work_ends_the_start() -> None:
     with pytest.raises(EngineFailedError):
         async with serving(BrokenEngine()):
             pass
+
+
+async def test_calls_are_taken_in_the_withdraw_window_although_health_says_otherwise_and_refused_after_it() -> None:
+    engine = ScriptedEngine(Script(token_delay=0.01))
+    settings = Settings(address="127.0.0.1:0", withdraw_window=0.5, drain_timeout=20)
+    outcomes: list[grpc.StatusCode] = []
+    async with AsyncExitStack() as client:
+        async with serve(engine, settings) as port:
+            target = await client.enter_async_context(connected(f"127.0.0.1:{port}"))
+            watch = health_pb2_grpc.HealthStub(target.channel).Watch(health_pb2.HealthCheckRequest())
+            assert (await watch.read()).status == SERVING
+            # It keeps the server draining for as long as the test looks at it.
+            long = asyncio.ensure_future(drained(target.stub.GenerateAll(pb.GenerationRequest(text="x", max_tokens=200))))
+            await until(lambda: engine.running == 1, "it runs")
+
+            async def look() -> None:
+                assert (await watch.read()).status == NOT_SERVING
+                while grpc.StatusCode.UNAVAILABLE not in outcomes:
+                    call = target.stub.GenerateAll(pb.GenerationRequest(text="x", max_tokens=1))
+                    outcomes.append(await call.code())
+
+            looking = asyncio.ensure_future(look())
+        await looking
+        await long
+    assert outcomes[0] is grpc.StatusCode.OK
+    assert set(outcomes) == {grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE}
 
 
 async def test_running_calls_finish_within_the_drain_timeout() -> None:
