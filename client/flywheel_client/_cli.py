@@ -18,7 +18,7 @@ from flywheel_proto import __version__
 from flywheel_client import _terminal as terminal
 from flywheel_client._errors import FlywheelError, InvalidArgumentError
 from flywheel_client._modal import APP, STALE_AFTER, no_endpoint, read_published
-from flywheel_client._retry import DEFAULT_RETRY, Retry
+from flywheel_client._retry import Retry
 from flywheel_client._sync import Client
 
 FAILED: Final = 1
@@ -254,7 +254,8 @@ def generate(
         "presence_penalty": presence_penalty,
         "frequency_penalty": frequency_penalty,
     }
-    with server.client(timeout, DEFAULT_RETRY) as client:
+    # Somebody looks at the terminal: what takes longer than that is for them to decide.
+    with server.client(timeout, Retry(max_delay=5.0)) as client:
         if as_json:
             _print_samples(client, options)
         else:

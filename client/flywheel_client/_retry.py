@@ -27,18 +27,21 @@ class Retry:
     Attributes:
         max_attempts: How often a call is made at most, the first time included.
         initial_backoff: The seconds before the second attempt, give or take a fifth.
-        max_backoff: The longest backoff in seconds. A server may ask for more.
+        max_backoff: The longest backoff in seconds.
         multiplier: By how much a backoff is longer than the one before.
+        max_delay: The longest wait in seconds that a server may ask for. Where it asks for more, the call fails at once, and
+            the error's `retry_delay` says when to come back.
     """
 
     max_attempts: int = 5
     initial_backoff: float = 0.25
     max_backoff: float = 5.0
     multiplier: float = 2.0
+    max_delay: float = 30.0
 
     def __post_init__(self) -> None:
-        if self.max_attempts < 1 or self.initial_backoff < 0 or self.max_backoff < 0 or self.multiplier < 1:
-            raise ValueError(f"max_attempts and multiplier must be at least 1, and backoffs must not be negative: {self}")
+        if self.max_attempts < 1 or min(self.initial_backoff, self.max_backoff, self.max_delay) < 0 or self.multiplier < 1:
+            raise ValueError(f"max_attempts and multiplier must be at least 1, and no time may be negative: {self}")
 
 
 DEFAULT_RETRY: Final = Retry()
@@ -85,8 +88,10 @@ class Tries:
         backoff = min(self.backoff * retry.multiplier or retry.initial_backoff, retry.max_backoff)
         if error.retry_delay is None:
             delay = backoff * (1 - SPREAD + 2 * SPREAD * jitter)
-        else:
+        elif error.retry_delay <= retry.max_delay:
             delay = max(error.retry_delay, 0.0) + backoff * jitter
+        else:
+            return None
         if now + delay >= self.deadline:
             return None
         self.attempts += reached

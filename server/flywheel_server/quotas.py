@@ -83,7 +83,7 @@ class Quotas:
         if limit is not None and self._samples[caller.name] + samples > limit:
             # One of `limit` calls ends every service_time / limit seconds. A call with more samples than that never fits.
             delay = self._service_time() * samples / limit if samples <= limit else None
-            raise QuotaExceededError(caller.name, f"{limit} samples at a time", delay)
+            raise QuotaExceededError(caller.name, f"max_concurrent {limit}", delay)
 
     def _take_tokens(self, caller: Caller, tokens: int) -> int:
         limit = caller.tokens_per_minute
@@ -95,6 +95,6 @@ class Quotas:
         bucket.tokens = min(bucket.tokens + (now - bucket.filled) * limit / MINUTE, limit)
         bucket.filled = now
         if bucket.tokens < taken:
-            raise QuotaExceededError(caller.name, f"{limit} tokens per minute", (taken - bucket.tokens) * MINUTE / limit)
+            raise QuotaExceededError(caller.name, f"tokens_per_minute {limit}", (taken - bucket.tokens) * MINUTE / limit)
         bucket.tokens -= taken
         return taken

@@ -63,6 +63,12 @@ def test_the_delay_that_a_server_asks_for_is_never_cut_short() -> None:
         assert delays == [30.0 + jitter, 30.0 + 2 * jitter, 30.0 + 2 * jitter]
 
 
+def test_a_server_that_asks_for_too_long_a_wait_gets_no_second_attempt() -> None:
+    tries = Tries.begin(Retry(max_delay=60.0), None, now=0.0)
+    assert tries.delay(later(60.0), 0.0, 0.0) == 60.0
+    assert tries.delay(later(60.1), 0.0, 0.0) is None
+
+
 def test_no_attempt_is_waited_for_that_the_deadline_forbids() -> None:
     tries = Tries.begin(Retry(), 10.0, now=100.0)
     assert tries.delay(later(9.0), 101.0, 0.0) is None
@@ -91,7 +97,9 @@ def test_what_may_end_better_the_next_time(code: grpc.StatusCode) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"max_attempts": 0}, {"initial_backoff": -1.0}, {"max_backoff": -1.0}, {"multiplier": 0.5}], ids=str
+    "wrong",
+    [{"max_attempts": 0}, {"initial_backoff": -1.0}, {"max_backoff": -1.0}, {"max_delay": -1.0}, {"multiplier": 0.5}],
+    ids=str,
 )
 def test_what_makes_no_sense_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="must be at least 1"):
@@ -193,7 +201,7 @@ async def test_one_deadline_ends_the_last_attempt(caller: Callable[..., Caller],
 @pytest.mark.parametrize("how", ["cancel", "close the stream", "close the client"])
 async def test_a_wait_ends_when_the_call_is_cancelled(caller: Callable[..., Caller], fake: FakeService, how: str) -> None:
     refuse(fake, grpc.StatusCode.UNAVAILABLE, retry_delay=1e11)
-    one = caller(fake.address)
+    one = caller(fake.address, retry=Retry(max_delay=1e12))
     stream = await one.stream()
     waiting = asyncio.create_task(one.next(stream))
     await happened(fake.called)
@@ -213,7 +221,7 @@ async def test_a_wait_ends_when_the_call_is_cancelled(caller: Callable[..., Call
 
 async def test_closing_the_client_ends_the_wait_of_a_unary_call(caller: Callable[..., Caller], fake: FakeService) -> None:
     refuse(fake, grpc.StatusCode.UNAVAILABLE, retry_delay=1e11)
-    one = caller(fake.address)
+    one = caller(fake.address, retry=Retry(max_delay=1e12))
     waiting = asyncio.create_task(one.call())
     await happened(fake.called)
     await asyncio.sleep(0.1)

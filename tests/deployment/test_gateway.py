@@ -43,7 +43,9 @@ async def published(cloud: ModalCloud, app: str, count: int = 1) -> list[Tunnel]
         return len(await records(app)) == count
 
     await until(all_published, "the addresses are published")
-    return tunnels(cloud, app)
+    # A gateway that stops keeps its tunnel for a while after it has withdrawn the address.
+    tasks = await records(app)
+    return [tunnel for tunnel in tunnels(cloud, app) if tunnel.task_id in tasks]
 
 
 async def health(target: Any, service: str = "") -> int:

@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
+import structlog
 from flywheel_proto.v1 import generation_pb2 as pb
 from flywheel_server.callers import ANYBODY, Caller
 from flywheel_server.engines.base import TextDelta
@@ -19,6 +20,7 @@ from flywheel_server.keys_file import KeyEntry, KeysFile, hash_of, new_key
 from flywheel_server.messages import GenerationRequest, GenerationResponseSample
 from flywheel_server.quotas import Quotas, Usage
 from google.rpc.error_details_pb2 import ErrorInfo, QuotaFailure, RetryInfo
+from structlog.testing import capture_logs
 
 from tests.server.test_errors import METHODS, details_of
 from tests.serving import drained, serving, until
@@ -85,7 +87,7 @@ def test_samples_at_a_time(quotas: Quotas) -> None:
     with quotas.held(caller, request(num_samples=3)):
         error = refused(quotas, caller, request(num_samples=2))
         # One of four leaves every two seconds, as calls take eight.
-        assert (error.caller, error.quota, error.retry_delay) == ("team", "4 samples at a time", 4.0)
+        assert (error.caller, error.quota, error.retry_delay) == ("team", "max_concurrent 4", 4.0)
         with quotas.held(caller, request()), quotas.held(Caller("other", max_concurrent=1), request()):
             refused(quotas, caller, request())
     with quotas.held(caller, request(num_samples=4)):
@@ -159,7 +161,7 @@ async def test_a_used_up_quota_reaches_its_caller_and_nobody_else(method: str, t
             details = details_of(caught.value)
             assert details[ErrorInfo].reason == "QUOTA_EXCEEDED"
             (violation,) = details[QuotaFailure].violations
-            assert (violation.subject, violation.description) == ("small", "60 tokens per minute")
+            assert (violation.subject, violation.description) == ("small", "tokens_per_minute 60")
             assert 0 < details[RetryInfo].retry_delay.seconds <= 60
             await drained(generate(asked, metadata=metadata["large"]))
 
@@ -204,3 +206,17 @@ async def test_the_priority_of_a_key_decides_who_is_next(tmp_path: Path) -> None
                 await until(lambda number=number: waiting(number), "it waits")  # type: ignore[misc]
             await asyncio.gather(first, *calls)
     assert finished == ["high", "low", "low"]
+
+
+async def test_the_log_names_the_caller_of_a_call_that_was_refused(tmp_path: Path) -> None:
+    file = tmp_path / "keys.json"
+    with keys_for(file, small={"max_concurrent": 1}) as metadata:
+        async with serving(ScriptedEngine(), api_keys_file=str(file)) as target:
+            with capture_logs(processors=[structlog.contextvars.merge_contextvars]) as logs:
+                call = target.stub.GenerateAll(
+                    pb.GenerationRequest(text="x", max_tokens=1, num_samples=2), metadata=metadata["small"]
+                )
+                assert await call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+                await target.stub.GenerateAll(pb.GenerationRequest(text="x", max_tokens=1), metadata=metadata["small"])
+    (refused,) = [line for line in logs if line["event"] == "call refused"]
+    assert (refused["caller"], refused["cause"]) == ("small", "max_concurrent 1")

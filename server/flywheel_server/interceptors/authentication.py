@@ -32,8 +32,10 @@ class AuthenticationInterceptor(CallInterceptor):
         """Runs the call as its caller."""
         who = self._caller_of(context)
         caller.set(who)
-        with structlog.contextvars.bound_contextvars(**{"caller": who.name} if who.name else {}):
-            return await call(request, context)
+        if who.name:
+            # Until the call has ended, which is a task of its own: the line that says how it ended names the caller too.
+            structlog.contextvars.bind_contextvars(caller=who.name)
+        return await call(request, context)
 
     def _caller_of(self, context: Context) -> Caller:
         if not self._keys.is_required:
