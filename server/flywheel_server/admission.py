@@ -42,7 +42,7 @@ class Admission:
         """Samples that have been let in."""
         self.queued = 0
         """Samples that wait."""
-        self._max_concurrent = max_concurrent
+        self._most = self._max_concurrent = max_concurrent
         self._max_queued = max_queued
         self._clock = clock
         self.service_time: float | None = None
@@ -50,6 +50,11 @@ class Admission:
         self._next_place = 0.0
         # An insertion-ordered set of waiters for each priority: one that gives up leaves at once, wherever it stands.
         self._waiters: dict[int, dict[_Waiter, None]] = {}
+
+    def fit(self, slots: int | None) -> None:
+        """Lets in no more than an engine with so many slots works on: who waits for one had better wait here, in order."""
+        self._max_concurrent = self._most if slots is None else min(self._most, slots)
+        self._let_in()
 
     @asynccontextmanager
     async def turn(self, samples: int, *, priority: int = 0, time_remaining: float | None = None) -> AsyncIterator[None]:

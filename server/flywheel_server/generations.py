@@ -48,6 +48,10 @@ class Generations:
         self._running: set[_Generation] = set()
         self._one_has_left = asyncio.Event()
 
+    def fit(self, slots: int | None) -> None:
+        """Works for an engine with so many slots from now on; None is as many as come."""
+        self._admission.fit(slots)
+
     async def drain(self, timeout: float) -> None:  # noqa: ASYNC109 - not the caller's, but that of the generations
         """Gives the generations under way `timeout` seconds to finish, and ends the others with `EngineUnavailableError`."""
         try:

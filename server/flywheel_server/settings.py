@@ -167,7 +167,9 @@ class Settings(BaseSettings):
     )
 
     max_concurrent: Positive = _option(
-        "Admission", 512, "Samples that are generated at a time; a call counts as its num_samples."
+        "Admission",
+        512,
+        "Samples that are generated at a time, or as many as the engine has slots; a call counts as its num_samples.",
     )
     max_queued: Annotated[int, Field(ge=0, le=INT32_MAX)] = _option(
         "Admission", 128, "Samples that wait for their turn; calls beyond are refused with RESOURCE_EXHAUSTED."

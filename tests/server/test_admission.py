@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -10,6 +11,7 @@ import grpc.aio
 import pytest
 from flywheel_proto.v1 import generation_pb2 as pb
 from flywheel_server.admission import LATEST, UNKNOWN, Admission
+from flywheel_server.engines.base import EngineModel
 from flywheel_server.engines.scripted import Script, ScriptedEngine
 from flywheel_server.errors import DeadlineExceededError, ServerFullError
 from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
@@ -299,3 +301,28 @@ async def test_a_deadline_bounds_the_wait() -> None:
             await target.stub.GenerateAll(ONE, timeout=0.3)
         assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
         assert details_of(caught.value)[ErrorInfo].reason == "IN_QUEUE"
+
+
+async def test_no_more_are_let_in_than_the_engine_has_slots() -> None:
+    async with crowd(10) as people:
+        people.admission.fit(2)
+        for name in "abc":
+            await people.come(name)
+        assert people.inside == ["a", "b"]
+        people.admission.fit(None)
+        await settled()
+        assert people.inside == ["a", "b", "c"]
+        people.admission.fit(50)
+        for name in "defghijk":
+            await people.come(name)
+        assert len(people.inside) == 10
+
+
+async def test_the_queue_is_the_servers_where_the_engine_has_few_slots() -> None:
+    class NarrowEngine(ScriptedEngine):
+        def model(self) -> EngineModel:
+            return replace(super().model(), slots=1)
+
+    engine = NarrowEngine(Script(hang_after=1))
+    async with serving(engine, max_queued=0) as target, await full(target, engine, 1):
+        assert await target.stub.GenerateAll(ONE).code() is grpc.StatusCode.RESOURCE_EXHAUSTED

@@ -43,13 +43,23 @@ PromptFormat = Literal["raw", "chat"]
 
 @dataclass(frozen=True, slots=True)
 class EngineModel:
-    """What an engine runs. `context_tokens` bounds prompt and generated text together."""
+    """What an engine runs.
+
+    Attributes:
+        name: The model.
+        engine: The engine.
+        context_tokens: What bounds prompt and generated text together.
+        penalizes_prompt: Whether penalties count the prompt too.
+        prompt_format: How it reads a prompt.
+        slots: Samples that it works on at a time; None where it takes as many as come.
+    """
 
     name: str
     engine: str
     context_tokens: int
     penalizes_prompt: bool
     prompt_format: PromptFormat
+    slots: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

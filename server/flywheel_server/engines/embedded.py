@@ -227,6 +227,7 @@ class EmbeddedEngine:
             # llama.cpp's sampler takes the prompt for text that it has made.
             penalizes_prompt=True,
             prompt_format=self._prompt_format,
+            slots=self._slots,
         )
 
 
