@@ -7,9 +7,8 @@ one that does not is waited for, with a bound on what piles up meanwhile.
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from dataclasses import dataclass, field, replace
-from io import StringIO
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal, Protocol
 
 from flywheel_proto.v1 import generation_pb2 as pb
 
@@ -20,15 +19,18 @@ from flywheel_server.translation import delta_to_proto, last_delta_to_proto, sam
 
 Event = TextDelta | GenerationResponseSample
 
+LOOSE: Final = 256
+"""How many texts may wait one by one before they are joined."""
+
 
 @dataclass(frozen=True, slots=True)
 class Patience:
     """What a reader is granted.
 
     Attributes:
-        max_bytes: Text that may wait for it, in bytes of UTF-8. One event may have more.
+        max_bytes: Text that may wait for it, in bytes of UTF-8, give or take one event.
         when_full: Whether the engine then waits for the reader, or the stream ends.
-        timeout: Seconds in which it must have taken a message.
+        timeout: Seconds in which it must have taken a message, give or take a quarter.
     """
 
     max_bytes: int
@@ -41,9 +43,6 @@ class Buffer(Protocol):
 
     size: int
     """The text in it, in bytes of UTF-8."""
-
-    def adds(self, event: Event) -> int:
-        """Returns by how much an event would make it larger."""
 
     def add(self, event: Event) -> None:
         """Takes in an event."""
@@ -59,48 +58,82 @@ async def deliver(
 
     Raises `SlowReaderError` where the reader is slower than patience allows.
     """
-    clock = asyncio.get_running_loop().time
-    something = asyncio.Event()
-    room = asyncio.Event()
-    limit = asyncio.timeout(None)
-    overflown = False
+    await _Delivery(events, buffer, write, patience).run()
 
-    async def collect() -> None:
-        nonlocal overflown
-        async for event in events:
-            while buffer.size and buffer.size + buffer.adds(event) > patience.max_bytes:
-                if patience.when_full == "end":
-                    overflown = True
-                    limit.reschedule(clock())
-                    return
-                room.clear()
-                await room.wait()
-            buffer.add(event)
-            something.set()
 
-    collecting = asyncio.create_task(collect())
-    collecting.add_done_callback(lambda _: something.set())
-    try:
-        async with limit:
-            while something.is_set() or not collecting.done():
-                await something.wait()
-                something.clear()
-                messages = buffer.take()
-                room.set()
-                for message in messages:
-                    if overflown:
-                        raise SlowReaderError
-                    limit.reschedule(clock() + patience.timeout)
-                    await write(message)
-                limit.reschedule(None)
-        await collecting
-    except TimeoutError as error:
-        if not limit.expired():
-            raise
-        raise SlowReaderError from error
-    finally:
-        collecting.cancel()
-        await asyncio.gather(collecting, return_exceptions=True)
+class _Delivery:
+    """Two sides of a buffer: one that collects events, and one that writes messages, each waiting for the other."""
+
+    def __init__(
+        self, events: AsyncIterator[Event], buffer: Buffer, write: Callable[[Any], Awaitable[None]], patience: Patience
+    ) -> None:
+        self._events = events
+        self._buffer = buffer
+        self._write = write
+        self._patience = patience
+        self._loop = asyncio.get_running_loop()
+        self._something = asyncio.Event()
+        self._room = asyncio.Event()
+        self._overflown = False
+        self._writing_since: float | None = None
+        self._limit = asyncio.timeout(None)
+        self._looking = self._look_later()
+
+    async def run(self) -> None:
+        collecting = asyncio.create_task(self._collect())
+        collecting.add_done_callback(lambda _: self._something.set())
+        try:
+            async with self._limit:
+                while self._something.is_set() or not collecting.done():
+                    await self._something.wait()
+                    self._something.clear()
+                    await self._write_all()
+            await collecting
+        except TimeoutError as error:
+            if not self._limit.expired():
+                raise
+            raise SlowReaderError from error
+        finally:
+            self._looking.cancel()
+            collecting.cancel()
+            await asyncio.gather(collecting, return_exceptions=True)
+
+    async def _collect(self) -> None:
+        async for event in self._events:
+            before = self._buffer.size
+            self._buffer.add(event)
+            self._something.set()
+            if self._buffer.size > self._patience.max_bytes:
+                if self._patience.when_full == "end" and before:
+                    self._overflown = True
+                    self._end()
+                    raise SlowReaderError
+                self._room.clear()
+                await self._room.wait()
+
+    async def _write_all(self) -> None:
+        messages = self._buffer.take()
+        self._room.set()
+        for message in messages:
+            if self._overflown:
+                raise SlowReaderError
+            self._writing_since = self._loop.time()
+            await self._write(message)
+        self._writing_since = None
+
+    def _end(self) -> None:
+        """Interrupts the writing."""
+        self._limit.reschedule(self._loop.time())
+
+    def _look_later(self) -> asyncio.TimerHandle:
+        # A look now and then, because a timer for each message would cost a tenth of what the message does.
+        return self._loop.call_later(self._patience.timeout / 4, self._look)
+
+    def _look(self) -> None:
+        if self._writing_since is not None and self._loop.time() - self._writing_since >= self._patience.timeout:
+            self._end()
+        else:
+            self._looking = self._look_later()
 
 
 class SampleBuffer:
@@ -110,15 +143,11 @@ class SampleBuffer:
         self.size = 0
         self._samples: list[GenerationResponseSample] = []
 
-    def adds(self, event: Event) -> int:
-        """Returns the length of a sample; a delta is not kept."""
-        return len(event.text.encode()) if isinstance(event, GenerationResponseSample) else 0
-
     def add(self, event: Event) -> None:
-        """Takes in an event."""
+        """Takes in an event; deltas are not kept."""
         if isinstance(event, GenerationResponseSample):
             self._samples.append(event)
-            self.size += self.adds(event)
+            self.size += len(event.text.encode())
 
     def take(self) -> Iterable[pb.GenerationResponseSample]:
         """Returns the messages, the sample that finished first before the others."""
@@ -132,14 +161,23 @@ class _Waiting:
     """What waits of one sample: the event that came last, and the text of all of them."""
 
     last: Event
-    text: StringIO = field(default_factory=StringIO)
+    text: str
+    more: list[str] = field(default_factory=list)
+
+    def add(self, event: Event, text: str) -> None:
+        self.last = event
+        self.more.append(text)
+        # Many small texts take many times the memory of one large.
+        if len(self.more) == LOOSE:
+            self.text = "".join((self.text, *self.more))
+            self.more.clear()
 
     def message(self) -> pb.GenerationDelta:
         """Returns them as one."""
-        text = self.text.getvalue()
+        text = "".join((self.text, *self.more)) if self.more else self.text
         if isinstance(self.last, GenerationResponseSample):
             return last_delta_to_proto(self.last, text)
-        return delta_to_proto(replace(self.last, text=text))
+        return delta_to_proto(self.last.index, text, self.last.generated_tokens)
 
 
 class DeltaBuffer:
@@ -151,26 +189,20 @@ class DeltaBuffer:
         # How many characters of each sample have come, which its finished text repeats.
         self._seen: dict[int, int] = {}
 
-    def adds(self, event: Event) -> int:
-        """Returns the length of the text in an event that did not come before."""
-        return len(self._new(event).encode())
-
     def add(self, event: Event) -> None:
         """Takes in an event."""
-        text = self._new(event)
-        waiting = self._waiting.get(event.index)
-        if waiting is None:
-            waiting = self._waiting[event.index] = _Waiting(event)
-        waiting.last = event
-        waiting.text.write(text)
-        self._seen[event.index] = self._seen.get(event.index, 0) + len(text)
+        index = event.index
+        seen = self._seen.get(index, 0)
+        text = event.text if isinstance(event, TextDelta) else event.text[seen:]
+        self._seen[index] = seen + len(text)
         self.size += len(text.encode())
+        if waiting := self._waiting.get(index):
+            waiting.add(event, text)
+        else:
+            self._waiting[index] = _Waiting(event, text)
 
     def take(self) -> Iterable[pb.GenerationDelta]:
         """Returns the messages, the sample whose event came first before the others."""
         waiting, self._waiting = self._waiting, {}
         self.size = 0
         return [each.message() for each in waiting.values()]
-
-    def _new(self, event: Event) -> str:
-        return event.text if isinstance(event, TextDelta) else event.text[self._seen.get(event.index, 0) :]

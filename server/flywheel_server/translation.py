@@ -4,7 +4,7 @@ from typing import Final, Literal
 
 from flywheel_proto.v1 import generation_pb2 as pb
 
-from flywheel_server.engines.base import EngineModel, EngineStats, TextDelta
+from flywheel_server.engines.base import EngineModel, EngineStats
 from flywheel_server.messages import (
     MAX_EOS_TOKEN_IDS,
     MAX_STOP_BYTES,
@@ -66,9 +66,9 @@ def response_to_proto(response: GenerationResponse) -> pb.GenerationResponse:
     )
 
 
-def delta_to_proto(delta: TextDelta) -> pb.GenerationDelta:
-    """Returns the delta as a message."""
-    return pb.GenerationDelta(index=delta.index, text=delta.text, generated_tokens=delta.generated_tokens)
+def delta_to_proto(index: int, text: str, generated_tokens: int) -> pb.GenerationDelta:
+    """Returns a delta as a message."""
+    return pb.GenerationDelta(index=index, text=text, generated_tokens=generated_tokens)
 
 
 def last_delta_to_proto(sample: GenerationResponseSample, text: str) -> pb.GenerationDelta:

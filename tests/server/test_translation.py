@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from flywheel_proto.v1 import generation_pb2 as pb
-from flywheel_server.engines.base import EngineModel, EngineStats, TextDelta
+from flywheel_server.engines.base import EngineModel, EngineStats
 from flywheel_server.messages import (
     GenerationRequest,
     GenerationResponse,
@@ -182,7 +182,7 @@ def test_the_last_delta_has_all_of_the_sample_but_its_text(sample: GenerationRes
 
 
 def test_an_ordinary_delta_has_no_end() -> None:
-    assert delta_to_proto(TextDelta(1, "x", 2)) == pb.GenerationDelta(index=1, text="x", generated_tokens=2)
+    assert delta_to_proto(1, "x", 2) == pb.GenerationDelta(index=1, text="x", generated_tokens=2)
 
 
 def test_model_and_stats_go_out_whole() -> None:

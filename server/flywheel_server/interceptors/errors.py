@@ -43,4 +43,12 @@ class ErrorInterceptor(CallInterceptor):
             else:
                 log.info("call refused", code=status.code.name, error=type(error).__name__, **_cause(error))
             # Here too: a call that is refused before it begins has no initial metadata.
-            await context.abort(status.code, status.message, (*status.trailing_metadata(), (KEY, request_id.get())))
+            metadata = (*status.trailing_metadata(), (KEY, request_id.get()))
+            try:
+                await context.abort(status.code, status.message, metadata)
+            except grpc.aio.AbortError:
+                raise
+            except Exception as unsent:
+                # The caller has gone in this moment. What grpc raises then, it would log as if it were a fault of ours.
+                log.debug("status not sent", error=type(unsent).__name__)
+                raise grpc.aio.AbortError from unsent
