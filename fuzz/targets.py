@@ -169,21 +169,23 @@ class _Context:
 
 def _within(interceptor: CallInterceptor, metadata: Metadata, ask: Callable[[], str]) -> str:
     """Returns the answer to `ask` in a call with this metadata that the interceptor lets through."""
+    answers: list[str] = []
 
-    async def call(request: bytes, context: Any) -> str:  # noqa: ANN401, ARG001 - as the interceptor calls it
-        return ask()
+    async def call(context: Any) -> None:  # noqa: ANN401, ARG001 - as the interceptor calls it
+        answers.append(ask())
 
     context: Any = _Context(metadata)
-    found: str = copy_context().run(_result, interceptor.around(call, b"", context))
-    return found
+    copy_context().run(_run, interceptor.around(call, context))
+    (answer,) = answers
+    return answer
 
 
-def _result(coroutine: Coroutine[Any, Any, str]) -> str:
-    """Returns what the coroutine returns without ever waiting, for which no event loop is needed."""
+def _run(coroutine: Coroutine[Any, Any, None]) -> None:
+    """Runs a coroutine that never waits, for which no event loop is needed."""
     try:
         coroutine.send(None)
-    except StopIteration as returned:
-        return str(returned.value)
+    except StopIteration:
+        return
     raise AssertionError("it waits")
 
 

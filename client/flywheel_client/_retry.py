@@ -40,8 +40,13 @@ class Retry:
     max_delay: float = 30.0
 
     def __post_init__(self) -> None:
-        if self.max_attempts < 1 or min(self.initial_backoff, self.max_backoff, self.max_delay) < 0 or self.multiplier < 1:
-            raise ValueError(f"max_attempts and multiplier must be at least 1, and no time may be negative: {self}")
+        if (
+            self.max_attempts < 1
+            or self.multiplier < 1
+            or min(self.initial_backoff, self.max_backoff) <= 0
+            or self.max_delay < 0
+        ):
+            raise ValueError(f"max_attempts and multiplier must be at least 1, and backoffs greater than 0: {self}")
 
 
 DEFAULT_RETRY: Final = Retry()

@@ -2,18 +2,23 @@
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Final
 
 from flywheel_server.errors import DeadlineExceededError, ServerFullError
 
 UNKNOWN: Final = 1.0
-"""Seconds that a call is said to take, to those who are turned away before one has finished."""
+"""Seconds that a call is said to take, to those who are turned away before it is known."""
 
-LATEST: Final = 0.1
-"""The weight of the latest call in the measured service time, which so follows the last ten or twenty."""
+ENOUGH: Final = 8
+"""Samples that must have finished before anything is made of how long they took."""
+
+LATEST: Final = 64
+"""Samples, the last ones, whose median is the service time: it follows what comes, and no single call can spoil it."""
 
 
 @dataclass(eq=False, slots=True)
@@ -26,7 +31,8 @@ class Admission:
     """Lets at most `max_concurrent` samples be generated at a time, and at most `max_queued` wait for that.
 
     Who waits is served by descending priority, and within one first come, first served: nobody overtakes one who waits for
-    much. A call with more samples than may ever run at a time has the server for itself.
+    much. A call with more samples than may ever run at a time has the server for itself. Where no more may wait, one of a
+    higher priority takes the place of the last one of the lowest.
 
     How long a wait is comes from Little's law: of `max_concurrent` samples that take `service_time` each, one ends every
     `service_time / max_concurrent` seconds.
@@ -45,11 +51,15 @@ class Admission:
         self._most = self._max_concurrent = max_concurrent
         self._max_queued = max_queued
         self._clock = clock
-        self.service_time: float | None = None
-        """Seconds that a call has its room for, as lately measured; None before the first has left."""
+        self._times: deque[float] = deque(maxlen=LATEST)
         self._next_place = 0.0
         # An insertion-ordered set of waiters for each priority: one that gives up leaves at once, wherever it stands.
         self._waiters: dict[int, dict[_Waiter, None]] = {}
+
+    @property
+    def service_time(self) -> float | None:
+        """Seconds that calls lately had their room for; None before enough have finished."""
+        return median(self._times) if len(self._times) >= ENOUGH else None
 
     def fit(self, slots: int | None) -> None:
         """Lets in no more than an engine with so many slots works on: who waits for one had better wait here, in order."""
@@ -67,7 +77,8 @@ class Admission:
         samples = min(samples, self._max_concurrent)
         ahead = self._ahead_of(priority)
         if ahead or self.active + samples > self._max_concurrent:
-            self._check(samples, ahead, time_remaining)
+            self._check_deadline(samples, ahead, time_remaining)
+            self._find_place(samples, ahead)
             await self._wait(samples, priority)
         else:
             self.active += samples
@@ -75,20 +86,29 @@ class Admission:
         try:
             yield
         finally:
-            self._measure(self._clock() - began)
             self._release(samples)
+        # Only those who came to their end: how soon others gave up tells nothing of how long it takes.
+        self._times.extend([self._clock() - began] * samples)
 
     def _ahead_of(self, priority: int) -> int:
         return sum(waiter.samples for other, waiters in self._waiters.items() if other >= priority for waiter in waiters)
 
-    def _check(self, samples: int, ahead: int, time_remaining: float | None) -> None:
+    def _check_deadline(self, samples: int, ahead: int, time_remaining: float | None) -> None:
         wanting = self.active + ahead + samples - self._max_concurrent
         # Before anything is known, only what has passed already cannot be met.
         wait = wanting * (self.service_time or 0.0) / self._max_concurrent
         if time_remaining is not None and wait > time_remaining:
             raise DeadlineExceededError("IN_QUEUE")
-        if self.queued + samples > self._max_queued:
+
+    def _find_place(self, samples: int, ahead: int) -> None:
+        if ahead + samples > self._max_queued:
             raise ServerFullError(self._retry_delay(samples))
+        while self.queued + samples > self._max_queued:
+            lowest = min(self._waiters)
+            last = next(reversed(self._waiters[lowest]))
+            self._remove(last, lowest)
+            if not last.turn.cancelled():
+                last.turn.set_exception(ServerFullError(self._retry_delay(last.samples)))
 
     async def _wait(self, samples: int, priority: int) -> None:
         waiter = _Waiter(samples)
@@ -102,7 +122,7 @@ class Admission:
                 self._remove(waiter, priority)
                 # It may have been what those behind it waited for.
                 self._let_in()
-            else:
+            elif waiter.turn.exception() is None:
                 # Its turn came in the moment of the cancel.
                 self._release(samples)
             raise
@@ -132,10 +152,6 @@ class Admission:
             self._remove(waiter, priority)
             self.active += waiter.samples
             waiter.turn.set_result(None)
-
-    def _measure(self, seconds: float) -> None:
-        before = seconds if self.service_time is None else self.service_time
-        self.service_time = before + LATEST * (seconds - before)
 
     def _retry_delay(self, samples: int) -> float:
         """Returns the seconds until there should be a place in the queue, a later one for each that asks."""

@@ -61,6 +61,15 @@ async def deliver(
     await _Delivery(events, buffer, write, patience).run()
 
 
+async def deliver_one(message: Any, write: Callable[[Any], Awaitable[None]], patience: Patience) -> None:  # noqa: ANN401
+    """Writes a message; raises `SlowReaderError` where the reader takes longer than patience allows."""
+    try:
+        async with asyncio.timeout(patience.timeout):
+            await write(message)
+    except TimeoutError as error:
+        raise SlowReaderError from error
+
+
 class _Delivery:
     """Two sides of a buffer: one that collects events, and one that writes messages, each waiting for the other."""
 

@@ -5,6 +5,7 @@
     PromptTooLongError         INVALID_ARGUMENT    BadRequest with both numbers
     UnsupportedFieldError      INVALID_ARGUMENT    BadRequest, ErrorInfo UNSUPPORTED_FIELD
     MalformedRequestError      INVALID_ARGUMENT    ErrorInfo MALFORMED_REQUEST
+    IncompleteRequestError     DEADLINE_EXCEEDED   ErrorInfo REQUEST_INCOMPLETE
     ServerFullError            RESOURCE_EXHAUSTED  RetryInfo, ErrorInfo OVERLOADED
     EngineOverloadedError      RESOURCE_EXHAUSTED  RetryInfo, ErrorInfo OVERLOADED
     QuotaExceededError         RESOURCE_EXHAUSTED  QuotaFailure, ErrorInfo QUOTA_EXCEEDED, RetryInfo where that helps
@@ -53,6 +54,10 @@ class MalformedRequestError(ValueError):
 
     def __init__(self) -> None:
         super().__init__("The request is not a valid message of its type, or has text that is not UTF-8.")
+
+
+class IncompleteRequestError(TimeoutError):
+    """The request did not arrive in time."""
 
 
 class DeadlineExceededError(TimeoutError):
@@ -170,6 +175,10 @@ def _malformed_request(error: MalformedRequestError, _: str) -> CallStatus:
     return CallStatus(StatusCode.INVALID_ARGUMENT, str(error), (_error_info("MALFORMED_REQUEST"),))
 
 
+def _incomplete_request(_: IncompleteRequestError, __: str) -> CallStatus:
+    return CallStatus(StatusCode.DEADLINE_EXCEEDED, "The request did not arrive in time.", (_error_info("REQUEST_INCOMPLETE"),))
+
+
 def _overloaded(error: EngineOverloadedError | ServerFullError, _: str) -> CallStatus:
     return CallStatus(
         StatusCode.RESOURCE_EXHAUSTED,
@@ -252,6 +261,7 @@ TABLE: Final[Mapping[type[Exception], Callable[[Any, str], CallStatus]]] = {
     PromptTooLongError: _prompt_too_long,
     UnsupportedFieldError: _unsupported_field,
     MalformedRequestError: _malformed_request,
+    IncompleteRequestError: _incomplete_request,
     ServerFullError: _overloaded,
     EngineOverloadedError: _overloaded,
     QuotaExceededError: _quota_exceeded,

@@ -33,13 +33,15 @@ class Generations:
     """Runs requests on the engine. `queued` waits for its turn or for the engine's attention, `active` has it.
 
     Attributes:
-        last_sign: When the engine last made something of a sample, on the clock of the event loop.
+        inside: Calls that were given to the engine, whether it has begun to work on them or not.
+        last_sign: When the engine last made something of a sample, or got a call after having none, on the clock of the loop.
         failed: Is set when the engine has failed in a way that may be more than this one call's.
     """
 
     def __init__(self, engine: Engine, admission: Admission) -> None:
         self.queued = 0
         self.active = 0
+        self.inside = 0
         self.last_sign = 0.0
         self.failed = asyncio.Event()
         self._engine = engine
@@ -73,6 +75,16 @@ class Generations:
             if generation.caller.name in callers:
                 generation.end(UnauthenticatedError("API_KEY_REVOKED"))
 
+    @asynccontextmanager
+    async def _within_engine(self) -> AsyncIterator[None]:
+        if not self.inside:
+            self.last_sign = asyncio.get_running_loop().time()
+        self.inside += 1
+        try:
+            yield
+        finally:
+            self.inside -= 1
+
     async def _all_left(self) -> None:
         while self._running:
             self._one_has_left.clear()
@@ -102,6 +114,7 @@ class Generations:
                 with self._quotas.held(caller, request) as usage:
                     async with (
                         self._admission.turn(request.num_samples, priority=caller.priority, time_remaining=time_remaining),
+                        self._within_engine(),
                         aclosing(self._engine.generate(request)) as events,
                         aclosing(generation.watch(events, usage, on_start)) as watched,
                     ):
@@ -153,6 +166,7 @@ class _Generation:
             async for event in events:
                 if isinstance(event, Started):
                     self._start()
+                    usage.begin(event.prompt_tokens)
                     await on_start()
                     continue
                 self._generations.last_sign = clock()
@@ -164,6 +178,12 @@ class _Generation:
                 yield event
             if self._unfinished:
                 raise EngineFailedError(f"samples {sorted(self._unfinished)} did not finish")
+        except asyncio.CancelledError as error:
+            if (task := asyncio.current_task()) and task.cancelling():
+                raise
+            # Nobody has cancelled the call: it is the engine's own, which would leave the caller without a status.
+            self._generations.failed.set()
+            raise EngineFailedError("the engine cancelled itself") from error
         except Exception as error:
             if isinstance(error, EngineFailedError) or not isinstance(error, EngineError):
                 self._generations.failed.set()
@@ -175,8 +195,6 @@ class _Generation:
         self._started = True
         self._generations.queued -= 1
         self._generations.active += 1
-        # A sign too, or the first call after a quiet hour would find the engine silent for as long.
-        self._generations.last_sign = asyncio.get_running_loop().time()
 
     def leave(self) -> None:
         """Is no longer under way."""

@@ -24,8 +24,12 @@ class Usage:
 
     @property
     def tokens(self) -> int:
-        """All of them. Those of the prompt count from the first finished sample on, which tells how many they are."""
+        """All of them. Those of the prompt count as soon as the engine tells how many they are."""
         return self._prompt_tokens + sum(self._generated.values())
+
+    def begin(self, prompt_tokens: int) -> None:
+        """Takes in that the engine reads so many tokens of the prompt; 0 where it does not know."""
+        self._prompt_tokens = prompt_tokens
 
     def count(self, event: TextDelta | GenerationResponseSample) -> None:
         """Takes in an event of the call."""

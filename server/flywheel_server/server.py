@@ -16,7 +16,7 @@ from flywheel_server.generations import Generations
 from flywheel_server.health import SERVICE, Health
 from flywheel_server.interceptors.authentication import AuthenticationInterceptor
 from flywheel_server.interceptors.errors import ErrorInterceptor
-from flywheel_server.interceptors.parsing import ParsingInterceptor
+from flywheel_server.interceptors.reading import ReadingInterceptor
 from flywheel_server.interceptors.request_id import RequestIdInterceptor
 from flywheel_server.keys import KeyRing
 from flywheel_server.listening import channel_arguments, listen
@@ -55,7 +55,7 @@ async def serve(engine: Engine, settings: Settings) -> AsyncIterator[int]:
     )
     reported = Health()
     server = grpc.aio.server(
-        interceptors=[RequestIdInterceptor(), ErrorInterceptor(), AuthenticationInterceptor(keys), ParsingInterceptor()],
+        interceptors=[RequestIdInterceptor(), ErrorInterceptor(), AuthenticationInterceptor(keys), ReadingInterceptor()],
         options=channel_arguments(settings),
     )
     generation_pb2_grpc.add_GenerationServiceServicer_to_server(service, server)

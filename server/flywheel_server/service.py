@@ -12,7 +12,7 @@ from flywheel_proto.v1 import generation_pb2 as pb
 from flywheel_proto.v1 import generation_pb2_grpc
 
 from flywheel_server.callers import caller
-from flywheel_server.delivery import DeltaBuffer, Patience, SampleBuffer, deliver
+from flywheel_server.delivery import DeltaBuffer, Patience, SampleBuffer, deliver, deliver_one
 from flywheel_server.engines.base import Engine, EngineModel, EngineUnavailableError
 from flywheel_server.generations import Events, Generations
 from flywheel_server.interceptors.request_id import send_request_id
@@ -32,8 +32,9 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     """Translates each call, runs it on the engine, and streams what comes of it.
 
-    The streaming methods write instead of yielding: cancellation then arrives inside them, whatever they wait for, and stops
-    the engine at once rather than when the abandoned generator is collected. (The generated types know only generators.)
+    The methods write to the context instead of yielding or returning. Cancellation then arrives inside them, whatever they wait
+    for, and stops the engine at once rather than when an abandoned generator is collected; and a call holds its place until its
+    caller has taken the answer. (The generated types know only generators and results.)
     """
 
     def __init__(
@@ -88,25 +89,27 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         async with self._run(self._translate(request), context) as events:
             await deliver(events, DeltaBuffer(), context.write, self._patience)
 
-    async def GenerateAll(self, request: pb.GenerationRequest, context: Context) -> pb.GenerationResponse:
-        """Returns all samples, in the order of their index."""
+    async def GenerateAll(self, request: pb.GenerationRequest, context: Context) -> None:  # type: ignore[override]
+        """Sends all samples, in the order of their index."""
         created = time.time()
         generation_request = self._translate(request)
         async with self._run(generation_request, context) as events:
             samples = [event async for event in events if isinstance(event, GenerationResponseSample)]
-        return response_to_proto(GenerationResponse.of(generation_request, created, samples))
+            response = response_to_proto(GenerationResponse.of(generation_request, created, samples))
+            await deliver_one(response, context.write, self._patience)
 
-    async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.Model:
-        """Returns what is served."""
-        model = model_to_proto(self._serving(), self._limits())
-        await send_request_id(context)
-        return model
+    async def GetModel(self, request: pb.GetModelRequest, context: Context) -> None:  # type: ignore[override]
+        """Sends what is served."""
+        await self._answer(model_to_proto(self._serving(), self._limits()), context)
 
-    async def GetStats(self, request: pb.GetStatsRequest, context: Context) -> pb.Stats:
-        """Returns how busy the service is."""
+    async def GetStats(self, request: pb.GetStatsRequest, context: Context) -> None:  # type: ignore[override]
+        """Sends how busy the service is."""
         stats = await self._engine.stats()
+        await self._answer(stats_to_proto(stats, active=self._generations.active, queued=self._generations.queued), context)
+
+    async def _answer(self, message: pb.Model | pb.Stats, context: Context) -> None:
         await send_request_id(context)
-        return stats_to_proto(stats, active=self._generations.active, queued=self._generations.queued)
+        await deliver_one(message, context.write, self._patience)
 
     def _run(self, request: GenerationRequest, context: Context) -> AbstractAsyncContextManager[Events]:
         return self._generations.run(request, caller.get(), context.time_remaining(), partial(send_request_id, context))

@@ -81,6 +81,11 @@ class Settings(BaseSettings):
     embedded_prompt: PromptFormat = _option(
         "Engine", "chat", "How the model reads a prompt: chat (in the model's template, unless it has special tokens) or raw."
     )
+    embedded_prompt_cache: bool = _option(
+        "Engine",
+        True,
+        "Whether a prompt that begins like the last one in its slot is read faster, as callers can tell: true or false.",
+    )
     modal_app: str = _option("Engine", "flywheel-grpc", "The app on Modal whose class generates.")
     modal_class: str = _option("Engine", "Model", "The class of that app, with Flywheel's method `generate`.")
     modal_environment: str = _option("Engine", "", "Its environment on Modal. Default: that of the Modal profile.")
@@ -133,7 +138,7 @@ class Settings(BaseSettings):
         "Whether to listen beyond the loopback interface although anybody could then call: true or false.",
     )
     reflection: bool = _option("Listening", True, "Whether callers may ask for the contract by reflection: true or false.")
-    max_message_bytes: Positive = _option("Listening", 16 * 2**20, "The largest message that is received.")
+    max_message_bytes: Positive = _option("Listening", 4 * 2**20, "The largest message that is received.")
     max_header_bytes: Annotated[int, Field(ge=1024, le=2**20)] = _option(
         "Listening", 16 * 2**10, "The most metadata that a call may have, as HTTP/2 counts it."
     )

@@ -7,12 +7,15 @@ from typing import Final
 
 import structlog
 
-from flywheel_server.engines.base import Engine
+from flywheel_server.engines.base import Engine, EngineOverloadedError
 from flywheel_server.generations import Generations
 from flywheel_server.health import Health
 from flywheel_server.service import GenerationService
 
 log = structlog.stdlib.get_logger(__name__)
+
+RESTART_INTERVAL: Final = 10.0
+"""Seconds between two starts of an engine at least."""
 
 STOP_TIMEOUT: Final = 10.0
 """Seconds that an engine has to stop. One that is dead may never do so."""
@@ -90,11 +93,16 @@ class Supervisor:
                 raise error
 
     async def _live(self, up: asyncio.Event) -> None:
+        loop_time = asyncio.get_running_loop().time
+        began = loop_time()
         async with self._lifetime():
             up.set()
             await self._death()
         while self._restarts:
+            # What kills the engine may come again at once.
+            await asyncio.sleep(began + RESTART_INTERVAL - loop_time())
             log.warning("engine is started again")
+            began = loop_time()
             try:
                 async with self._lifetime():
                     await self._death()
@@ -109,7 +117,11 @@ class Supervisor:
         """Starts the engine, serves, and stops it."""
         await self._engine.__aenter__()
         try:
-            await self._engine.check()
+            try:
+                async with asyncio.timeout(self._timeout):
+                    await self._engine.check()
+            except TimeoutError as error:
+                raise EngineDiedError(f"the engine has started, but produced no token within {self._timeout:g} s") from error
             self._service.open()
             async with self._health.following(self._engine, self._health_interval):
                 yield
@@ -129,7 +141,7 @@ class Supervisor:
                 async with asyncio.timeout(self._timeout):
                     await self._generations.failed.wait()
             except TimeoutError:
-                if not self._generations.active or self._silence() < self._timeout:
+                if not self._generations.inside or self._silence() < self._timeout:
                     continue
                 log.warning("engine is silent", seconds=round(self._silence()))
             if not await self._answers():
@@ -145,7 +157,10 @@ class Supervisor:
         try:
             # Where it has much to do, the check waits for its turn; what it makes meanwhile for others will do.
             done, _ = await asyncio.wait({checking}, timeout=self._timeout)
-            return checking.exception() is None if done else self._silence() < self._timeout
+            if not done:
+                return self._silence() < self._timeout
+            # One that has too much to do is alive.
+            return not checking.cancelled() and isinstance(checking.exception(), EngineOverloadedError | None)
         finally:
             checking.cancel()
             await asyncio.gather(checking, return_exceptions=True)

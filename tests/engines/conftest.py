@@ -24,12 +24,12 @@ def embedded() -> EmbeddedEngine:
 @pytest.fixture(scope="session")
 async def embedded_target(embedded: EmbeddedEngine) -> AsyncIterator[Target]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(xllamacpp, "CommonParams", _with_metrics(xllamacpp.CommonParams))
+        patch.setattr(xllamacpp, "CommonParams", with_metrics(xllamacpp.CommonParams))
         async with serving(embedded) as target:
             yield target
 
 
-def _with_metrics(make: Callable[[], Any]) -> Callable[[], Any]:
+def with_metrics(make: Callable[[], Any]) -> Callable[[], Any]:
     def made() -> Any:
         params = make()
         params.endpoint_metrics = True

@@ -19,6 +19,8 @@ STORY = "<|im_start|>user\nWrite a very long story about a llama.<|im_end|>\n<|i
 # More than 200 steps of reading.
 LONG_PROMPT = pb.GenerationRequest(text="word " * 3500, max_tokens=1)
 ENDLESS = pb.GenerationRequest(text=STORY, max_tokens=900, num_samples=SLOTS)
+# Leaves slots free, but too little of the context for another call.
+LARGE = pb.GenerationRequest(text=STORY, max_tokens=3500)
 
 Ending = Callable[[Target, str, pb.GenerationRequest, Callable[[], Awaitable[None]]], Awaitable[None]]
 
@@ -95,8 +97,8 @@ class TestEmbedded:
         assert await stats(embedded_target) == (0, 0, 0)
 
     async def test_while_it_waits(self, embedded: EmbeddedEngine, embedded_target: Target, method: str, ending: Ending) -> None:
-        first = embedded_target.stub.GenerateAll(ENDLESS)
-        await until(lambda: Work.of(embedded).busy_slots == SLOTS, "the slots are taken")
+        first = embedded_target.stub.GenerateAll(LARGE)
+        await until(lambda: Work.of(embedded).busy_slots == 1, "the context is taken")
 
         async def waiting() -> None:
             async def queued() -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import xllamacpp
 from flywheel_proto.v1 import generation_pb2 as pb
 from flywheel_server.engines import native_log
 from flywheel_server.engines.base import EngineError, EngineFailedError, EngineUnavailableError, TextDelta
@@ -20,7 +21,7 @@ from flywheel_server.engines.embedded import EmbeddedEngine, default_model
 from flywheel_server.engines.llama import Chunk
 from flywheel_server.messages import GenerationRequest, GenerationResponseSample
 
-from tests.engines.conftest import SLOTS, Work
+from tests.engines.conftest import SLOTS, Work, with_metrics
 from tests.serving import Target, until
 
 COUNTING = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13,"
@@ -302,3 +303,27 @@ async def test_it_runs_several_requests_at_a_time(embedded: EmbeddedEngine, embe
     for call in calls:
         call.cancel()
     await until(lambda: Work.of(embedded).busy_slots == 0, "all are let go")
+
+
+async def test_it_can_be_started_again_after_it_was_stopped() -> None:
+    engine = engine_of(default_model())
+    for _ in range(2):
+        async with engine:
+            await engine.check()
+
+
+@pytest.mark.parametrize("cache", [True, False])
+async def test_without_the_cache_a_prompt_is_read_again(cache: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(xllamacpp, "CommonParams", with_metrics(xllamacpp.CommonParams))
+    request = GenerationRequest(text="word " * 200, max_tokens=1)
+    engine = EmbeddedEngine(
+        default_model(), context_tokens=1024, slots=1, threads=2, batch_tokens=16, prompt_format="raw", prompt_cache=cache
+    )
+    async with engine:
+        steps = []
+        for _ in range(2):
+            before = Work.of(engine).steps
+            async for _event in engine.generate(request):
+                pass
+            steps.append(Work.of(engine).steps - before)
+    assert (steps[1] < steps[0] / 2) == cache

@@ -10,7 +10,7 @@ import grpc
 import grpc.aio
 import pytest
 from flywheel_proto.v1 import generation_pb2 as pb
-from flywheel_server.admission import LATEST, UNKNOWN, Admission
+from flywheel_server.admission import ENOUGH, LATEST, UNKNOWN, Admission
 from flywheel_server.engines.base import EngineModel
 from flywheel_server.engines.scripted import Script, ScriptedEngine
 from flywheel_server.errors import DeadlineExceededError, ServerFullError
@@ -71,6 +71,11 @@ class Crowd:
         self._tasks[name].cancel()
         await asyncio.gather(self._tasks.pop(name), return_exceptions=True)
         await settled()
+
+    async def rejected(self, name: str) -> None:
+        """Raises what ended the wait of one who was turned away later."""
+        async with asyncio.timeout(10):
+            await self._tasks.pop(name)
 
     async def go_home(self) -> None:
         for name in list(self._tasks):
@@ -171,16 +176,17 @@ async def test_with_no_queue_who_cannot_start_is_turned_away() -> None:
         assert people.inside == ["b", "c"]
 
 
-async def learn(people: Crowd, clock: Clock, seconds: float) -> None:
-    await people.come("teacher")
-    clock.now += seconds
-    await people.leave("teacher")
+async def learn(people: Crowd, clock: Clock, *seconds: float) -> None:
+    for each in seconds:
+        await people.come("teacher")
+        clock.now += each
+        await people.leave("teacher")
 
 
 async def test_the_retry_delay_is_when_there_should_be_a_place_a_later_one_for_each() -> None:
     clock = Clock()
     async with crowd(4, max_queued=2, clock=clock) as people:
-        await learn(people, clock, 8)
+        await learn(people, clock, *[8] * ENOUGH)
         for name in "abcd":
             await people.come(name)
         await people.come("e", 2)
@@ -208,7 +214,7 @@ async def test_before_anything_is_known_the_retry_delay_is_a_guess() -> None:
 async def test_a_deadline_that_cannot_be_met_is_refused_at_once() -> None:
     clock = Clock()
     async with crowd(2, clock=clock) as people:
-        await learn(people, clock, 10)
+        await learn(people, clock, *[10] * ENOUGH)
         for name in "abc":
             await people.come(name)
         # Every five seconds one leaves: after five it is c's turn, and after ten that of the next.
@@ -231,12 +237,48 @@ async def test_a_deadline_that_has_passed_does_not_wait() -> None:
 
 async def test_the_service_time_follows_what_is_measured() -> None:
     clock = Clock()
-    async with crowd(1, clock=clock) as people:
+    async with crowd(2, clock=clock) as people:
+        await learn(people, clock, *[10] * (ENOUGH - 1))
         assert people.admission.service_time is None
         await learn(people, clock, 10)
         assert people.admission.service_time == 10
-        await learn(people, clock, 20)
-        assert people.admission.service_time == pytest.approx(10 + LATEST * 10)
+        await learn(people, clock, 600)
+        assert people.admission.service_time == 10, "one call does not spoil it"
+        await learn(people, clock, *[20] * LATEST)
+        assert people.admission.service_time == 20
+
+
+async def test_those_who_give_up_do_not_count_for_the_service_time() -> None:
+    clock = Clock()
+    async with crowd(2, clock=clock) as people:
+        await learn(people, clock, *[10] * ENOUGH)
+        for _ in range(LATEST):
+            await people.come("hasty")
+            await people.give_up("hasty")
+        assert people.admission.service_time == 10
+
+
+async def test_a_higher_priority_finds_a_place_where_lower_ones_wait() -> None:
+    async with crowd(2, max_queued=3) as people:
+        await people.come("a", 2)
+        await people.come("low", priority=-1)
+        await people.come("low too", priority=-1)
+        await people.come("middle")
+        await people.come("high", priority=1)
+        with pytest.raises(ServerFullError):
+            await people.rejected("low too")
+        assert people.admission.queued == 3
+        for name in ("nobody", "nobody else"):
+            with pytest.raises(ServerFullError):
+                await people.come(name, 2)
+        await people.come("highest", 2, priority=2)
+        for name in ("low", "middle"):
+            with pytest.raises(ServerFullError):
+                await people.rejected(name)
+        await people.leave("a")
+        assert people.inside == ["highest"]
+        await people.leave("highest")
+        assert people.inside == ["high"]
 
 
 async def full(target: Target, engine: ScriptedEngine, calls: int) -> AsyncExitStack:

@@ -187,6 +187,35 @@ async def one_that_stops_reading(method: str, **settings: Any) -> AsyncIterator[
         yield engine, call
 
 
+async def test_an_answer_that_nobody_reads_gives_its_place_up_and_then_arrives() -> None:
+    engine = ScriptedEngine(Script(text="x" * 20000, bytes_per_token=20000))
+    options = [("grpc.http2.bdp_probe", 0), ("grpc.max_receive_message_length", -1)]
+    async with (
+        serving(engine, max_concurrent=1, max_queued=0, slow_reader_timeout=1) as target,
+        grpc.aio.insecure_channel(target.address, options=options) as channel,
+    ):
+        # As a stream, of which a client may take nothing: of a single answer, gRPC takes all there is at once.
+        path = "/flywheel.v1.GenerationService/GenerateAll"
+        generate = channel.unary_stream(path, pb.GenerationRequest.SerializeToString, pb.GenerationResponse.FromString)
+        call: Any = generate(pb.GenerationRequest(text="x", max_tokens=1000))
+        await until(lambda: engine.running == 1, "it runs")
+        await until(lambda: engine.running == 0, "it has been generated")
+
+        async def taken() -> bool:
+            return await target.stub.GenerateAll(pb.GenerationRequest(text="x", max_tokens=1)).code() is not grpc.StatusCode.OK
+
+        assert await taken(), "for as long as it may be read"
+
+        async def free() -> bool:
+            return not await taken()
+
+        await until(free, "its place is free")
+        assert len((await call.read()).responses[0].text) == 20_000_000
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call.read()
+        assert details_of(caught.value)[ErrorInfo].reason == "SLOW_READER"
+
+
 async def rest(call: Any) -> tuple[int, grpc.aio.AioRpcError | None]:
     """Reads on, and returns how many samples finished, and the error that it ended with."""
     finished = 0

@@ -49,6 +49,20 @@ async def test_an_engine_that_breaks_never_ends_with_ok(error: Exception, after:
 
 
 @pytest.mark.parametrize("method", METHODS)
+async def test_an_engine_that_cancels_itself_ends_with_a_status(method: str) -> None:
+    class Engine(ScriptedEngine):
+        async def generate(self, request: Any) -> Any:
+            async for event in super().generate(request):
+                yield event
+                raise asyncio.CancelledError
+
+    async with serving(Engine()) as target:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await drained(getattr(target.stub, method)(REQUEST, timeout=20))
+        assert caught.value.code() is grpc.StatusCode.INTERNAL
+
+
+@pytest.mark.parametrize("method", METHODS)
 async def test_an_engine_that_hangs_holds_nobody_past_the_deadline(method: str) -> None:
     engine = ScriptedEngine(Script(hang_after=3))
     async with serving(engine) as target:
@@ -116,7 +130,7 @@ async def test_a_call_that_is_ended_while_it_begins_gets_its_status(
 
 
 async def test_an_engine_without_memory_ends_calls_with_a_status_and_does_not_hang() -> None:
-    async with command("--address", "127.0.0.1:0", "--embedded-threads", "1") as process:
+    async with command("--address", "127.0.0.1:0", "--embedded-threads", "1", "--engine-timeout", "5") as process:
         _, address = await ready_line(process)
         async with connected(address) as target:
             await target.stub.GenerateAll(pb.GenerationRequest(text="Hello", max_tokens=2))
@@ -136,7 +150,7 @@ async def test_an_engine_without_memory_ends_calls_with_a_status_and_does_not_ha
             if process.returncode is not None:
                 return process.returncode != 0
             async with connected(address) as target:
-                call = target.stub.GenerateAll(pb.GenerationRequest(text="Hello", max_tokens=2), timeout=30)
+                call = target.stub.GenerateAll(pb.GenerationRequest(text="Hello", max_tokens=2), timeout=5)
                 return await ending(call) is grpc.StatusCode.OK
 
         # How far it got is the system's affair.

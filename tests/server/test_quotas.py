@@ -76,6 +76,27 @@ def test_usage_counts_the_prompt_once_and_each_sample() -> None:
     assert usage.tokens == 109
 
 
+def test_a_call_that_ends_early_has_cost_its_prompt(quotas: Quotas) -> None:
+    caller = Caller("team", tokens_per_minute=100)
+    with quotas.held(caller, request(1)) as usage:
+        usage.begin(90)
+    refused(quotas, caller, request(11))
+
+
+@pytest.mark.parametrize("method", METHODS)
+async def test_a_prompt_counts_although_its_call_does_not_finish(method: str, tmp_path: Path) -> None:
+    file = tmp_path / "keys.json"
+    with keys_for(file, small={"tokens_per_minute": 60}) as metadata:
+        async with serving(ScriptedEngine(Script(hang_after=0)), api_keys_file=str(file)) as target:
+            asked = pb.GenerationRequest(text="word" * 59, max_tokens=2)
+            codes = []
+            for _ in range(2):
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await drained(getattr(target.stub, method)(asked, timeout=0.2, metadata=metadata["small"]))
+                codes.append(caught.value.code())
+    assert codes == [grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.RESOURCE_EXHAUSTED]
+
+
 def test_without_quotas_there_is_no_limit(quotas: Quotas) -> None:
     with ExitStack() as stack:
         for _ in range(1000):

@@ -182,7 +182,7 @@ async def test_over_the_wire_no_place_is_lost(monkeypatch: pytest.MonkeyPatch) -
     chance = random.Random(6)
     seen: Counter[str] = Counter()
     engine = DelayedEngine(chance, Script(token_delay=0.0002))
-    async with serving(engine, max_concurrent=6, max_queued=20) as target:
+    async with serving(engine, max_concurrent=6, max_queued=12) as target:
         async with asyncio.timeout(PATIENCE):
             for _ in range(ROUNDS // 25):
                 await asyncio.gather(*(one_call(target, chance, seen) for _ in range(25)))
@@ -199,6 +199,7 @@ async def test_places_are_not_lost_to_those_who_are_turned_away() -> None:
     chance = random.Random(7)
 
     async def visit() -> None:
+        await hops(chance.randrange(3))
         try:
             async with admission.turn(chance.choice([1, 2]), priority=chance.randrange(3)):
                 await hops(chance.randrange(4))
@@ -207,5 +208,9 @@ async def test_places_are_not_lost_to_those_who_are_turned_away() -> None:
 
     async with asyncio.timeout(PATIENCE):
         for _ in range(ROUNDS):
-            await asyncio.gather(*(visit() for _ in range(5)))
+            visits = [asyncio.create_task(visit()) for _ in range(6)]
+            await hops(chance.randrange(6))
+            chance.choice(visits).cancel()
+            for ending in await asyncio.gather(*visits, return_exceptions=True):
+                assert ending is None or isinstance(ending, asyncio.CancelledError), repr(ending)
             assert (admission.active, admission.queued) == (0, 0)

@@ -10,7 +10,7 @@ import grpc.aio
 import pytest
 from flywheel_proto.v1 import generation_pb2 as pb
 from flywheel_server import supervision
-from flywheel_server.engines.base import EngineFailedError, EngineUnavailableError
+from flywheel_server.engines.base import EngineFailedError, EngineOverloadedError, EngineUnavailableError
 from flywheel_server.engines.scripted import Script, ScriptedEngine
 from flywheel_server.supervision import EngineDiedError
 from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
@@ -69,6 +69,11 @@ async def code_of(call: Any) -> grpc.StatusCode:
     return grpc.StatusCode.OK
 
 
+@pytest.fixture(autouse=True)
+def _no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervision, "RESTART_INTERVAL", 0.01)
+
+
 @pytest.mark.parametrize("method", METHODS)
 async def test_a_dead_engine_is_started_again_and_everybody_is_told(method: str) -> None:
     engine = MortalEngine(Script(token_delay=0.005, hang_after=50))
@@ -115,6 +120,52 @@ async def test_an_engine_that_is_silent_and_does_not_answer_is_dead() -> None:
     async with serving(engine, engine_timeout=0.1) as target:
         assert await code_of(target.stub.GenerateAll(LONG)) is grpc.StatusCode.UNAVAILABLE
         await until(lambda: engine.starts == 2, "it is started again")
+
+
+async def test_an_engine_that_does_not_even_begin_and_does_not_answer_is_dead() -> None:
+    class StuckEngine(MortalEngine):
+        async def generate(self, request: Any) -> Any:
+            if self.starts == 1:
+                await asyncio.Event().wait()
+            async for event in super().generate(request):
+                yield event
+
+        async def check(self) -> None:
+            if self.starts == 1 and asyncio.get_running_loop().time() > self.began + 0.1:
+                await asyncio.Event().wait()
+
+        began = asyncio.get_running_loop().time()
+
+    engine = StuckEngine()
+    async with serving(engine, engine_timeout=0.2) as target:
+        assert await code_of(target.stub.GenerateAll(ONE)) is grpc.StatusCode.UNAVAILABLE
+        await until(lambda: engine.starts == 2, "it is started again")
+
+
+async def test_an_engine_that_starts_but_produces_nothing_ends_the_start() -> None:
+    class MuteEngine(MortalEngine):
+        async def check(self) -> None:
+            await asyncio.Event().wait()
+
+    with pytest.raises(EngineDiedError, match="no token within"):
+        async with serving(MuteEngine(), engine_timeout=0.1):
+            pass
+
+
+async def test_an_engine_that_has_too_much_to_do_is_alive() -> None:
+    class FullEngine(MortalEngine):
+        async def check(self) -> None:
+            if self.failing:
+                raise EngineOverloadedError("full")
+
+        failing = False
+
+    engine = FullEngine(Script(fail_after=1))
+    async with serving(engine) as target:
+        engine.failing = True
+        for _ in range(3):
+            assert await code_of(target.stub.GenerateAll(LONG)) is grpc.StatusCode.INTERNAL
+    assert engine.starts == 1
 
 
 async def test_an_engine_that_is_silent_but_answers_is_alive() -> None:

@@ -21,7 +21,12 @@ from flywheel_server.messages import GenerationRequest, GenerationResponseSample
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """The engine has begun to work on the request, which waited until now. The first event of every generation."""
+    """The engine has begun to work on the request, which waited until now. The first event of every generation.
+
+    `prompt_tokens` is how many it is going to read, or 0 where it does not know yet.
+    """
+
+    prompt_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ def chosen_engine(settings: Settings) -> Engine:
                 threads=settings.embedded_threads or os.cpu_count() or 1,
                 batch_tokens=settings.embedded_batch,
                 prompt_format=settings.embedded_prompt,
+                prompt_cache=settings.embedded_prompt_cache,
             )
         case "flywheel":
             from flywheel_server.engines.flywheel import FlywheelEngine

@@ -25,9 +25,11 @@ class Completion:
         prompt: list[int],
         indexes: Collection[int],
         emit: Callable[[Event], object],
+        *,
+        cache: bool,
     ) -> None:
         self._llama = llama
-        self._body = _body(request, prompt, len(indexes))
+        self._body = _body(request, prompt, len(indexes)) | {"cache_prompt": cache}
         self._samples = [GrowingSample(index, len(prompt), request.stop) for index in indexes]
         self._eos_token_ids = frozenset(request.eos_token_ids)
         self._emit = emit

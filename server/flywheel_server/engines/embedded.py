@@ -57,10 +57,19 @@ class EmbeddedEngine:
         threads: Threads that compute.
         batch_tokens: Tokens computed in one step, which is how long it takes until a cancel is seen.
         prompt_format: Whether a text without special tokens is put into the model's chat template.
+        prompt_cache: Whether what a slot has read is not read again for a prompt that begins alike, whoever's it is.
     """
 
     def __init__(
-        self, model: Path, *, context_tokens: int, slots: int, threads: int, batch_tokens: int, prompt_format: PromptFormat
+        self,
+        model: Path,
+        *,
+        context_tokens: int,
+        slots: int,
+        threads: int,
+        batch_tokens: int,
+        prompt_format: PromptFormat,
+        prompt_cache: bool = True,
     ) -> None:
         self._path = model
         self._pool_tokens = context_tokens
@@ -69,6 +78,7 @@ class EmbeddedEngine:
         self._threads = threads
         self._batch_tokens = batch_tokens
         self._prompt_format = prompt_format
+        self._prompt_cache = prompt_cache
         self._capacity = Capacity(slots, context_tokens)
         self._stopping = False
         self._tasks: set[asyncio.Task[None]] = set()
@@ -79,6 +89,7 @@ class EmbeddedEngine:
         self._completing: ThreadPoolExecutor
 
     async def __aenter__(self) -> Self:
+        self._stopping = False
         if not self._path.is_file():
             raise EngineUnavailableError(f"there is no file {self._path}; --model must name a GGUF file")
         async with AsyncExitStack() as stack:
@@ -189,8 +200,8 @@ class EmbeddedEngine:
         try:
             async with self._capacity.reserve(len(indexes), len(prompt) + len(indexes) * request.max_tokens):
                 self._refuse_if_stopping()
-                events.put_nowait(Started())
-                completion = Completion(self._llama, request, prompt, indexes, emit)
+                events.put_nowait(Started(len(prompt)))
+                completion = Completion(self._llama, request, prompt, indexes, emit, cache=self._prompt_cache)
                 self._running.add(completion)
                 try:
                     # The room is free only when llama.cpp has let go of it.

@@ -14,6 +14,7 @@ from flywheel_server.messages import GenerationResponseSample, Int32
 
 class _Started(BaseModel):
     event: Literal["started"]
+    prompt_tokens: Int32 = 0
 
 
 class _Delta(BaseModel):
@@ -86,7 +87,7 @@ class Receipt(BaseModel):
 def _packed(event: Event) -> dict[str, Any]:
     match event:
         case Started():
-            return {"event": "started"}
+            return {"event": "started", "prompt_tokens": event.prompt_tokens}
         case TextDelta():
             return {
                 "event": "delta",
@@ -101,7 +102,7 @@ def _packed(event: Event) -> dict[str, Any]:
 def _unpacked(event: _Started | _Delta | _Sample) -> Event:
     match event:
         case _Started():
-            return Started()
+            return Started(event.prompt_tokens)
         case _Delta():
             return TextDelta(event.index, event.text, event.generated_tokens)
         case _Sample():

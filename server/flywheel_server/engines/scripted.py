@@ -104,7 +104,7 @@ class ScriptedEngine:
         async with self._capacity.reserve(slots=1, tokens=0):
             self.running += 1
             try:
-                yield Started()
+                yield Started(prompt_tokens)
                 await asyncio.sleep(self.script.prompt_delay)
                 async for event in self._play(request, prompt_tokens):
                     yield event

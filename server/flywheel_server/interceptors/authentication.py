@@ -5,7 +5,7 @@ A key is sent as `authorization: Bearer KEY` (RFC 6750). A certificate is that o
 
 import re
 from collections.abc import Iterable
-from typing import Any, Final
+from typing import Final
 
 import structlog
 
@@ -28,14 +28,14 @@ class AuthenticationInterceptor(CallInterceptor):
     def __init__(self, keys: KeyRing) -> None:
         self._keys = keys
 
-    async def around(self, call: Call, request: bytes, context: Context) -> Any:  # noqa: ANN401 - any method's response
+    async def around(self, call: Call, context: Context) -> None:
         """Runs the call as its caller."""
         who = self._caller_of(context)
         caller.set(who)
         if who.name:
             # Until the call has ended, which is a task of its own: the line that says how it ended names the caller too.
             structlog.contextvars.bind_contextvars(caller=who.name)
-        return await call(request, context)
+        await call(context)
 
     def _caller_of(self, context: Context) -> Caller:
         if not self._keys.is_required:

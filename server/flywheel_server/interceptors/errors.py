@@ -1,6 +1,6 @@
 """Ends each call with a status that its caller can act on: whatever goes wrong, by the table in `flywheel_server.errors`."""
 
-from typing import Any
+import asyncio
 
 import grpc
 import grpc.aio
@@ -9,7 +9,7 @@ import structlog
 from flywheel_server.engines.base import EngineError
 from flywheel_server.errors import DeadlineExceededError, QuotaExceededError, UnauthenticatedError, status_of
 from flywheel_server.interceptors.base import Call, CallInterceptor, Context
-from flywheel_server.interceptors.request_id import KEY, request_id
+from flywheel_server.interceptors.request_id import KEY, SENDING, request_id
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -30,10 +30,10 @@ def _cause(error: Exception) -> dict[str, str]:
 class ErrorInterceptor(CallInterceptor):
     """Turns exceptions into statuses, and logs the cause of those that are the server's own fault."""
 
-    async def around(self, call: Call, request: bytes, context: Context) -> Any:  # noqa: ANN401 - any method's response
+    async def around(self, call: Call, context: Context) -> None:
         """Runs the call; an exception ends it with its status."""
         try:
-            return await call(request, context)
+            await call(context)
         except grpc.aio.AbortError:
             raise
         except Exception as error:
@@ -45,10 +45,12 @@ class ErrorInterceptor(CallInterceptor):
             # Here too: a call that is refused before it begins has no initial metadata.
             metadata = (*status.trailing_metadata(), (KEY, request_id.get()))
             try:
-                await context.abort(status.code, status.message, metadata)
+                async with asyncio.timeout(SENDING):
+                    await context.abort(status.code, status.message, metadata)
             except grpc.aio.AbortError:
                 raise
             except Exception as unsent:
-                # The caller has gone in this moment. What grpc raises then, it would log as if it were a fault of ours.
+                # Either the caller reads nothing, and gets the status when it does. Or it has gone in this moment, and what
+                # grpc raises then, it would log as if it were a fault of ours.
                 log.debug("status not sent", error=type(unsent).__name__)
-                raise grpc.aio.AbortError from unsent
+                raise asyncio.CancelledError from unsent
