@@ -130,7 +130,8 @@ async def test_a_call_that_is_ended_while_it_begins_gets_its_status(
 
 
 async def test_an_engine_without_memory_ends_calls_with_a_status_and_does_not_hang() -> None:
-    async with command("--address", "127.0.0.1:0", "--embedded-threads", "1", "--engine-timeout", "5") as process:
+    settings = ("--embedded-threads", "1", "--engine-timeout", "5", "--log-level", "error")
+    async with command("--address", "127.0.0.1:0", *settings) as process:
         _, address = await ready_line(process)
         async with connected(address) as target:
             await target.stub.GenerateAll(pb.GenerationRequest(text="Hello", max_tokens=2))
