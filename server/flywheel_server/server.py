@@ -28,6 +28,9 @@ from flywheel_server.supervision import Supervisor
 LAST_WORDS: Final = 0.5
 """Seconds between the end of the last generation and that of the connections."""
 
+CLOSING: Final = 3.0
+"""Seconds in which the connections must have ended."""
+
 
 @asynccontextmanager
 async def serve(engine: Engine, settings: Settings) -> AsyncIterator[int]:
@@ -81,7 +84,9 @@ async def serve(engine: Engine, settings: Settings) -> AsyncIterator[int]:
                 await _stop(service, reported, settings)
     finally:
         # Time for the last messages and statuses to be sent. Streams that never end, such as those of health, are cut.
-        await server.stop(LAST_WORDS)
+        stopping = asyncio.create_task(server.stop(LAST_WORDS))
+        # A peer that takes nothing from its socket would hold its connection, and the server, until a ping has no answer.
+        await asyncio.wait({stopping}, timeout=CLOSING)
 
 
 async def _stop(service: GenerationService, reported: Health, settings: Settings) -> None:

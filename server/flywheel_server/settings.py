@@ -148,7 +148,7 @@ class Settings(BaseSettings):
         "Listening", 1800.0, "Seconds after which a client is asked to connect anew, so that load spreads; 0 is never."
     )
     max_connection_age_grace: Seconds = _option(
-        "Listening", 3600.0, "Seconds that the calls of a connection have to finish after that."
+        "Listening", 600.0, "Seconds that the calls of a connection have to finish after that."
     )
     keepalive_time: Annotated[Seconds, Field(ge=1)] = _option(
         "Listening", 60.0, "Seconds without traffic after which the server pings a client."

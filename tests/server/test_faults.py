@@ -7,19 +7,23 @@ test_delivery, and servers that are stopped, killed and started again in tests/c
 import asyncio
 import random
 import resource
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from typing import Any
 
 import grpc
 import grpc.aio
 import pytest
 from flywheel_proto.v1 import generation_pb2 as pb
+from flywheel_proto.v1 import generation_pb2_grpc
 from flywheel_server import server
 from flywheel_server.engines.scripted import Script, ScriptedEngine
 from flywheel_server.generations import Generations
+from flywheel_server.server import serve
+from flywheel_server.settings import Settings
 from google.rpc.error_details_pb2 import ErrorInfo
 
 from tests.server.test_command import command, ready_line
+from tests.server.test_delivery import CountingEngine
 from tests.server.test_errors import METHODS, FailingEngine, details_of
 from tests.serving import as_dict, connected, drained, serving, through_a_cable, until
 
@@ -164,3 +168,27 @@ async def ending(call: Any) -> grpc.StatusCode:
     except grpc.aio.AioRpcError as error:
         return error.code()
     return grpc.StatusCode.OK
+
+
+async def test_a_peer_that_takes_nothing_does_not_keep_the_server_from_stopping() -> None:
+    engine = CountingEngine(Script(text="x" * 65536, bytes_per_token=65536))
+    settings = Settings(address="127.0.0.1:0", withdraw_window=0, drain_timeout=0.2)
+    async with AsyncExitStack() as client:
+        async with asyncio.timeout(None) as stopping, serve(engine, settings) as port:
+            cable = await client.enter_async_context(through_a_cable(f"127.0.0.1:{port}"))
+            # The client lets the server send as much as it likes, so that it is the socket that takes no more.
+            options = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 2**30)]
+            channel = await client.enter_async_context(grpc.aio.insecure_channel(cable.address, options=options))
+            stub: Any = generation_pb2_grpc.GenerationServiceStub(channel)
+            calls = [stub.GenerateDeltas(pb.GenerationRequest(text="x", max_tokens=4000)) for _ in range(3)]
+            await calls[0].read()
+            cable.unplug()
+            taken = -1
+            while taken != engine.taken:
+                taken = engine.taken
+                await asyncio.sleep(0.3)
+            assert engine.running == 3, "nothing goes out any more"
+            # A ping without an answer ends the connection after 20 s.
+            stopping.reschedule(asyncio.get_running_loop().time() + 12)
+        for call in calls:
+            call.cancel()

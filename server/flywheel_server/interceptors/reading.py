@@ -29,14 +29,17 @@ class ReadingInterceptor(CallInterceptor):
         parse: Any = handler.request_deserializer
 
         async def call(context: Context) -> None:
-            data = await _read(context)
-            try:
-                message = parse(data)
-            except Exception as error:  # protobuf's implementations raise what they like; none may reach the caller
-                raise MalformedRequestError from error
-            await method(message, context)
+            # Held by nobody but the method: it may be large.
+            await method(_parsed(parse, await _read(context)), context)
 
         return call
+
+
+def _parsed(parse: Any, data: bytes) -> Any:  # noqa: ANN401 - any method's request
+    try:
+        return parse(data)
+    except Exception as error:  # protobuf's implementations raise what they like; none may reach the caller
+        raise MalformedRequestError from error
 
 
 async def _read(context: Context) -> bytes:
