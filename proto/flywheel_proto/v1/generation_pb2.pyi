@@ -31,7 +31,7 @@ domain of every ErrorInfo is `flywheel.v1`.
   DEADLINE_EXCEEDED   The caller's deadline passed: ErrorInfo `IN_QUEUE` (nothing was generated yet; at once, where the
                       wait is going to be longer than the deadline) or `IN_GENERATION`. A caller's own timer may fire first; then there are no details. Or the
                       generation took longer than the deployment allows: ErrorInfo `ENGINE_TIMEOUT`, whose metadata
-                      has the `timeout_seconds`.
+                      has the `timeout_seconds`. Or the request did not arrive in time: ErrorInfo `REQUEST_INCOMPLETE`.
   UNAUTHENTICATED     The server wants an API key, as metadata `authorization: Bearer KEY`: ErrorInfo `API_KEY_MISSING`,
                       `API_KEY_INVALID`, `API_KEY_EXPIRED`, or `API_KEY_REVOKED` where that happens while the call runs.
                       Health checks need none.
