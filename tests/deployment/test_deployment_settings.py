@@ -48,6 +48,9 @@ def test_what_means_something_else_in_the_shell_of_who_deploys_is_left_there() -
         "FLYWHEEL_ADDRESS": "localhost:50051",
         "FLYWHEEL_ENGINE": "embedded",
         "FLYWHEEL_MODEL": "some.gguf",
+        "FLYWHEEL_TLS_CERT": "server.pem",
+        "FLYWHEEL_TLS_KEY": "server-key.pem",
+        "FLYWHEEL_API_KEYS_FILE": "keys.json",
     }
     assert configured(shell) == configured({})
 

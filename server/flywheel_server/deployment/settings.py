@@ -14,8 +14,20 @@ DEPLOY_PREFIX: Final = f"{PREFIX}DEPLOY_"
 MAX_STOP_TIME: Final = 22.0
 """Seconds. The rest of the 30 that Modal grants is for withdrawing the address before, and for cancelling and closing after."""
 
-NOT_FROM_THE_SHELL: Final = ("address", "api_keys", "engine", "model")
-"""Settings that mean something else where one deploys: those of the client, or of a server there. The keys are in a secret."""
+NOT_FROM_THE_SHELL: Final = (
+    "address",
+    "api_keys",
+    "api_keys_file",
+    "engine",
+    "model",
+    "tls_cert",
+    "tls_client_ca",
+    "tls_key",
+)
+"""Settings that mean something else where one deploys: those of the client, or of a server there, and files that only it has.
+
+The keys are in a secret.
+"""
 
 Count = Annotated[int, Field(ge=0)]
 
