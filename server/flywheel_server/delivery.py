@@ -112,13 +112,15 @@ class _Delivery:
             before = self._buffer.size
             self._buffer.add(event)
             self._something.set()
-            if self._buffer.size > self._patience.max_bytes:
-                if self._patience.when_full == "end" and before:
-                    self._overflown = True
-                    self._end()
-                    raise SlowReaderError
+            if self._buffer.size <= self._patience.max_bytes:
+                continue
+            if self._patience.when_full == "wait":
                 self._room.clear()
                 await self._room.wait()
+            elif before:
+                self._overflown = True
+                self._end()
+                raise SlowReaderError
 
     async def _write_all(self) -> None:
         messages = self._buffer.take()

@@ -120,6 +120,14 @@ async def test_the_stream_ends_at_once_where_it_is_to() -> None:
     assert source.taken < 10
 
 
+async def test_the_stream_ends_at_once_where_each_event_is_larger_than_the_buffer() -> None:
+    source = Source(*(finished(index, "x" * 1000) for index in range(16)))
+    with pytest.raises(SlowReaderError):
+        async with asyncio.timeout(20):
+            await delivered(source, SampleBuffer(), Reader(), Patience(max_bytes=10, when_full="end", timeout=60))
+    assert source.taken <= 4
+
+
 async def test_a_reader_that_takes_nothing_ends_the_stream() -> None:
     reader = Reader()
     with pytest.raises(SlowReaderError):
@@ -191,7 +199,7 @@ async def test_an_answer_that_nobody_reads_gives_its_place_up_and_then_arrives()
     engine = ScriptedEngine(Script(text="x" * 20000, bytes_per_token=20000))
     options = [("grpc.http2.bdp_probe", 0), ("grpc.max_receive_message_length", -1)]
     async with (
-        serving(engine, max_concurrent=1, max_queued=0, slow_reader_timeout=1) as target,
+        serving(engine, max_concurrent=1, max_queued=0, slow_reader_timeout=2) as target,
         grpc.aio.insecure_channel(target.address, options=options) as channel,
     ):
         # As a stream, of which a client may take nothing: of a single answer, gRPC takes all there is at once.

@@ -118,7 +118,7 @@ async def test_an_engine_that_does_not_work_ends_the_start() -> None:
 
 async def test_calls_are_taken_in_the_withdraw_window_although_health_says_otherwise_and_refused_after_it() -> None:
     engine = ScriptedEngine(Script(token_delay=0.01))
-    settings = Settings(address="127.0.0.1:0", withdraw_window=0.5, drain_timeout=20)
+    settings = Settings(address="127.0.0.1:0", withdraw_window=1.5, drain_timeout=20)
     outcomes: list[grpc.StatusCode] = []
     async with AsyncExitStack() as client:
         async with serve(engine, settings) as port:
@@ -126,7 +126,7 @@ async def test_calls_are_taken_in_the_withdraw_window_although_health_says_other
             watch = health_pb2_grpc.HealthStub(target.channel).Watch(health_pb2.HealthCheckRequest())
             assert (await watch.read()).status == SERVING
             # It keeps the server draining for as long as the test looks at it.
-            long = asyncio.ensure_future(drained(target.stub.GenerateAll(pb.GenerationRequest(text="x", max_tokens=200))))
+            long = asyncio.ensure_future(drained(target.stub.GenerateAll(pb.GenerationRequest(text="x", max_tokens=300))))
             await until(lambda: engine.running == 1, "it runs")
 
             async def look() -> None:
