@@ -147,6 +147,7 @@ async def test_options_make_a_variant_with_containers_of_its_own(cloud: ModalClo
     container = await running(cloud, "sleeping briefly")
     assert (container.definition.timeout_secs, container.definition.resources.gpu_config.gpu_type) == (1, "A10G")
     await until(lambda: "awake briefly" in container.output(), "it was cancelled in the container")
+    await until(lambda: not container.inputs, "the container is idle")
     await asyncio.to_thread(cloud.scale_to_zero, "Model")
     assert (cloud.containers("Model"), container.wait()) == ([], 0)
 

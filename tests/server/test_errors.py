@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -64,6 +65,17 @@ def details_of(error: grpc.aio.AioRpcError) -> dict[type[Message], Any]:
     return found
 
 
+async def details_of_a_deadline(make: Callable[[], Any]) -> dict[type[Message], Any]:
+    """Makes a call that outlasts its deadline, again where the client's own timer was first, which is seldom."""
+    for _ in range(10):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await drained(make())
+        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        if "grpc-status-details-bin" in as_dict(caught.value.trailing_metadata()):
+            return details_of(caught.value)
+    raise AssertionError("the server is always late")
+
+
 SETUP = grpc.StatusCode.FAILED_PRECONDITION
 
 ROWS = [
@@ -119,10 +131,8 @@ async def test_a_deadline_says_where_it_caught_the_call(script: Script, reason: 
         first = target.stub.GenerateAll(REQUEST) if reason == "IN_QUEUE" else None
         if first:
             await until(lambda: engine.running == 1, "the slot is taken")
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await drained(getattr(target.stub, method)(REQUEST, timeout=0.6))
-        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-        assert details_of(caught.value)[ErrorInfo].reason == reason
+        details = await details_of_a_deadline(lambda: getattr(target.stub, method)(REQUEST, timeout=0.6))
+        assert details[ErrorInfo].reason == reason
         if first:
             first.cancel()
 
