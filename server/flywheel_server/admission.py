@@ -1,45 +1,82 @@
-"""Who may start now, who waits, and who is turned away."""
+"""Who may start, who waits, and who is refused."""
 
 import asyncio
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections import Counter, OrderedDict, deque
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Final
 
+from flywheel_server.callers import Caller
 from flywheel_server.errors import DeadlineExceededError, ServerFullError
 
-UNKNOWN: Final = 1.0
-"""Seconds that a call is said to take, to those who are turned away before it is known."""
+DEFAULT_SERVICE_TIME: Final = 1.0
+"""Seconds that a call of a caller is taken to need in a RetryInfo before that is known."""
 
-ENOUGH: Final = 8
-"""Samples that must have finished before anything is made of how long they took."""
+MIN_CALLS: Final = 8
+"""Calls of a caller that must have finished before anything is made of how long they took."""
 
-LATEST: Final = 64
-"""Samples, the last ones, whose median is the service time: it follows what comes, and no single call can spoil it."""
+MAX_CALLS: Final = 64
+"""Calls of a caller, the last ones, whose median is its service time: it follows what comes, and no one call can spoil it."""
+
+MAX_CALLERS: Final = 1024
+"""Callers whose service times are known, the ones who finished a call last."""
+
+
+class ServiceTimes:
+    """How long the calls of each caller take once they have started.
+
+    Each caller for itself: one who asks for much says nothing about how long the calls of the others take.
+    """
+
+    def __init__(self) -> None:
+        self._seconds: OrderedDict[str, deque[float]] = OrderedDict()
+        self._medians: dict[str, float] = {}
+
+    def add(self, caller: str, seconds: float) -> None:
+        """Takes in that a call of the caller has come to its end after so many seconds."""
+        times = self._seconds.setdefault(caller, deque(maxlen=MAX_CALLS))
+        self._seconds.move_to_end(caller)
+        times.append(seconds)
+        if len(times) >= MIN_CALLS:
+            self._medians[caller] = median(times)
+        if len(self._seconds) > MAX_CALLERS:
+            forgotten, _ = self._seconds.popitem(last=False)
+            self._medians.pop(forgotten, None)
+
+    def of(self, caller: str) -> float | None:
+        """Returns the seconds that a call of the caller takes; None before enough have finished."""
+        return self._medians.get(caller)
 
 
 @dataclass(eq=False, slots=True)
 class _Waiter:
+    caller: Caller
     samples: int
+    tokens: int = 0
+    is_ready: bool = False
+    """Whether it may start as soon as there is room: its prompt has been read."""
     turn: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
 class Admission:
-    """Lets at most `max_concurrent` samples be generated at a time, and at most `max_queued` wait for that.
+    """Lets in what the engine can work on at a time, and lets others wait for that, but not too many.
 
-    Who waits is served by descending priority, and within one first come, first served: nobody overtakes one who waits for
-    much. A call with more samples than may ever run at a time has the server for itself. Where no more may wait, one of a
-    higher priority takes the place of the last one of the lowest.
+    The engine has two resources: samples that it generates at a time, and tokens of context that those share. A call waits
+    until there is enough of both. Waiters are served by priority, highest first, and FIFO within a priority. A small call never
+    overtakes a large one, but every call passes one whose prompt has not been read yet. A call that wants more than there ever
+    is has the engine for itself. If no more may wait, a call takes the place of the last waiter of the lowest priority,
+    provided that its own priority is higher.
 
-    How long a wait is comes from Little's law: of `max_concurrent` samples that take `service_time` each, one ends every
-    `service_time / max_concurrent` seconds.
+    How long a wait is comes from Little's law: if calls hold `max_concurrent` samples and the mean of their service times is S
+    seconds, one sample ends every S / max_concurrent seconds; and so for tokens of context. A caller whose service time is not
+    known yet counts as one that takes no time, so that nobody is refused on a guess.
 
     Arguments:
         max_concurrent: Samples that are generated at a time.
-        max_queued: Samples that wait.
+        max_queued: Samples that wait, those aside for which there are free slots.
         clock: Seconds that only ever increase.
     """
 
@@ -48,116 +85,176 @@ class Admission:
         """Samples that have been let in."""
         self.queued = 0
         """Samples that wait."""
+        self.service_times = ServiceTimes()
         self._most = self._max_concurrent = max_concurrent
         self._max_queued = max_queued
+        self._max_tokens: int | None = None
+        self._active_tokens = 0
         self._clock = clock
-        self._times: deque[float] = deque(maxlen=LATEST)
         self._next_place = 0.0
+        self._samples_of: Counter[str] = Counter()
+        """Samples of each caller, waiting and let in."""
         # An insertion-ordered set of waiters for each priority: one that gives up leaves at once, wherever it stands.
         self._waiters: dict[int, dict[_Waiter, None]] = {}
 
-    @property
-    def service_time(self) -> float | None:
-        """Seconds that calls lately had their room for; None before enough have finished."""
-        return median(self._times) if len(self._times) >= ENOUGH else None
+    def set_capacity(self, slots: int | None, context_tokens: int | None) -> None:
+        """Caps concurrency at the engine's slots and tokens of shared context, so that calls queue here, in order.
 
-    def fit(self, slots: int | None) -> None:
-        """Lets in no more than an engine with so many slots works on: who waits for one had better wait here, in order."""
+        None is as many as come.
+        """
         self._max_concurrent = self._most if slots is None else min(self._most, slots)
+        self._max_tokens = context_tokens
         self._let_in()
 
     @asynccontextmanager
-    async def turn(self, samples: int, *, priority: int = 0, time_remaining: float | None = None) -> AsyncIterator[None]:
-        """Waits for room for so many samples, and holds it. Cancelling the wait leaves the queue.
+    async def queue(self, samples: int, caller: Caller, time_remaining: float | None = None) -> AsyncIterator["Place"]:
+        """Gives a place in the queue for a call with so many samples; leaving the context gives up whatever the call has.
+
+        Arguments:
+            samples: How many.
+            caller: Whose call it is; its priority counts.
+            time_remaining: Seconds until the deadline of the call; None is no bound.
 
         Raises:
-            DeadlineExceededError: The wait would last longer than `time_remaining` (seconds; None is no bound).
+            DeadlineExceededError: The wait would last longer than that.
             ServerFullError: Too many wait.
         """
-        samples = min(samples, self._max_concurrent)
-        ahead = self._ahead_of(priority)
-        if ahead or self.active + samples > self._max_concurrent:
-            self._check_deadline(samples, ahead, time_remaining)
-            self._find_place(samples, ahead)
-            await self._wait(samples, priority)
-        else:
-            self.active += samples
-        began = self._clock()
+        waiter = _Waiter(caller, min(samples, self._max_concurrent))
+        self._check_deadline(waiter, time_remaining)
+        self._find_place(waiter)
+        self._waiters.setdefault(caller.priority, {})[waiter] = None
+        self.queued += waiter.samples
+        self._samples_of[caller.name] += waiter.samples
+        place = Place(self, waiter)
         try:
-            yield
+            yield place
         finally:
-            self._release(samples)
-        # Only those who came to their end: how soon others gave up tells nothing of how long it takes.
-        self._times.extend([self._clock() - began] * samples)
+            self._leave(waiter)
+        # Only a call that came to its end: how soon others gave up tells nothing of how long it takes.
+        if place.admitted_at is not None:
+            self.service_times.add(caller.name, self._clock() - place.admitted_at)
 
-    def _ahead_of(self, priority: int) -> int:
-        return sum(waiter.samples for other, waiters in self._waiters.items() if other >= priority for waiter in waiters)
+    async def admit(self, waiter: _Waiter, tokens: int, time_remaining: float | None) -> float:
+        """Waits for room, and returns when on the clock there was some; see `Place.admitted`."""
+        waiter.tokens = tokens if self._max_tokens is None else min(tokens, self._max_tokens)
+        waiter.is_ready = True
+        self._let_in()
+        if not waiter.turn.done():
+            self._check_deadline(waiter, time_remaining)
+        await waiter.turn
+        return self._clock()
 
-    def _check_deadline(self, samples: int, ahead: int, time_remaining: float | None) -> None:
-        wanting = self.active + ahead + samples - self._max_concurrent
+    def _ahead_of(self, waiter: _Waiter) -> Iterator[_Waiter]:
+        """Yields the waiters that are served before one: for a new one, all of its priority and of higher ones."""
+        for priority, waiters in self._waiters.items():
+            if priority >= waiter.caller.priority:
+                for other in waiters:
+                    if other is waiter:
+                        break
+                    yield other
+
+    def _check_deadline(self, waiter: _Waiter, time_remaining: float | None) -> None:
+        if time_remaining is None:
+            return
+        ahead = list(self._ahead_of(waiter))
+        samples = self.active + sum(other.samples for other in ahead) + waiter.samples - self._max_concurrent
+        wait = samples / self._max_concurrent
+        if self._max_tokens is not None:
+            tokens = self._active_tokens + sum(other.tokens for other in ahead) + waiter.tokens - self._max_tokens
+            wait = max(wait, tokens / self._max_tokens)
         # Before anything is known, only what has passed already cannot be met.
-        wait = wanting * (self.service_time or 0.0) / self._max_concurrent
-        if time_remaining is not None and wait > time_remaining:
+        if wait > 0 and wait * self._mean_service_time(0.0) > time_remaining:
             raise DeadlineExceededError("IN_QUEUE")
 
-    def _find_place(self, samples: int, ahead: int) -> None:
-        if ahead + samples > self._max_queued:
-            raise ServerFullError(self._retry_delay(samples))
-        while self.queued + samples > self._max_queued:
-            lowest = min(self._waiters)
-            last = next(reversed(self._waiters[lowest]))
-            self._remove(last, lowest)
-            if not last.turn.cancelled():
+    def _mean_service_time(self, unknown: float) -> float:
+        """Returns the mean of the service times, in seconds, of the samples that are here; `unknown` for those not known."""
+        seconds = samples = 0.0
+        for caller, count in self._samples_of.items():
+            known = self.service_times.of(caller)
+            seconds += count * (unknown if known is None else known)
+            samples += count
+        return seconds / samples if samples else unknown
+
+    def _find_place(self, waiter: _Waiter) -> None:
+        """Makes room in the queue for a new waiter; raises `ServerFullError` if there is none."""
+        excess = self.active + self.queued + waiter.samples - self._max_concurrent - self._max_queued
+        if excess <= 0:
+            return
+        priority = waiter.caller.priority
+        lower = sum(other.samples for level, waiters in self._waiters.items() if level < priority for other in waiters)
+        if excess > lower:
+            raise ServerFullError(self._retry_delay(waiter.samples))
+        while self.active + self.queued + waiter.samples > self._max_concurrent + self._max_queued:
+            lowest = self._waiters[min(self._waiters)]
+            last = next(reversed(lowest))
+            self._remove(last)
+            if not last.turn.done():
                 last.turn.set_exception(ServerFullError(self._retry_delay(last.samples)))
 
-    async def _wait(self, samples: int, priority: int) -> None:
-        waiter = _Waiter(samples)
-        waiters = self._waiters.setdefault(priority, {})
-        waiters[waiter] = None
-        self.queued += samples
-        try:
-            await waiter.turn
-        except asyncio.CancelledError:
-            if waiter.turn.cancelled():
-                self._remove(waiter, priority)
-                # It may have been what those behind it waited for.
-                self._let_in()
-            elif waiter.turn.exception() is None:
-                # Its turn came in the moment of the cancel.
-                self._release(samples)
-            raise
-
-    def _remove(self, waiter: _Waiter, priority: int) -> None:
-        waiters = self._waiters.get(priority, {})
+    def _remove(self, waiter: _Waiter) -> None:
+        """Takes a waiter out of the queue, if it is in there."""
+        waiters = self._waiters.get(waiter.caller.priority, {})
         if waiter in waiters:
             del waiters[waiter]
             self.queued -= waiter.samples
         if not waiters:
-            self._waiters.pop(priority, None)
+            self._waiters.pop(waiter.caller.priority, None)
 
-    def _release(self, samples: int) -> None:
-        self.active -= samples
+    def _leave(self, waiter: _Waiter) -> None:
+        """Gives back what a call has: its room, or its place in the queue, which others may have waited for."""
+        self._remove(waiter)
+        self._samples_of[waiter.caller.name] -= waiter.samples
+        if not self._samples_of[waiter.caller.name]:
+            del self._samples_of[waiter.caller.name]
+        if waiter.turn.done() and not waiter.turn.cancelled() and waiter.turn.exception() is None:
+            self.active -= waiter.samples
+            self._active_tokens -= waiter.tokens
         self._let_in()
 
     def _let_in(self) -> None:
-        while self._waiters:
-            priority = max(self._waiters)
-            waiter = next(iter(self._waiters[priority]))
-            if waiter.turn.cancelled():
-                # It is about to leave.
-                self._remove(waiter, priority)
-                continue
-            if self.active + waiter.samples > self._max_concurrent:
-                return
-            self._remove(waiter, priority)
+        while (waiter := self._next()) and self._has_room(waiter):
+            self._remove(waiter)
             self.active += waiter.samples
+            self._active_tokens += waiter.tokens
             waiter.turn.set_result(None)
+
+    def _next(self) -> _Waiter | None:
+        for priority in sorted(self._waiters, reverse=True):
+            for waiter in self._waiters[priority]:
+                # One whose turn is done, although it stands here, has been cancelled and is about to leave.
+                if waiter.is_ready and not waiter.turn.done():
+                    return waiter
+        return None
+
+    def _has_room(self, waiter: _Waiter) -> bool:
+        if not self.active:
+            return True
+        fits = self.active + waiter.samples <= self._max_concurrent
+        return fits and (self._max_tokens is None or self._active_tokens + waiter.tokens <= self._max_tokens)
 
     def _retry_delay(self, samples: int) -> float:
         """Returns the seconds until there should be a place in the queue, a later one for each that asks."""
         now = self._clock()
-        per_sample = (UNKNOWN if self.service_time is None else self.service_time) / self._max_concurrent
+        per_sample = self._mean_service_time(DEFAULT_SERVICE_TIME) / self._max_concurrent
         # No later than when all who are here now will have left.
         last = now + (self.active + self.queued) * per_sample
         self._next_place = min(max(now, self._next_place) + samples * per_sample, last)
         return self._next_place - now
+
+
+class Place:
+    """A call's place in the queue, and then its room in the engine."""
+
+    def __init__(self, admission: Admission, waiter: _Waiter) -> None:
+        self.admitted_at: float | None = None
+        self._admission = admission
+        self._waiter = waiter
+
+    async def admitted(self, context_tokens: int, time_remaining: float | None = None) -> None:
+        """Returns when there is room for the samples of the call, and for so many tokens of context.
+
+        Raises:
+            DeadlineExceededError: The wait would last longer than `time_remaining` (seconds; None is no bound).
+            ServerFullError: A call of a higher priority has taken the place.
+        """
+        self.admitted_at = await self._admission.admit(self._waiter, context_tokens, time_remaining)

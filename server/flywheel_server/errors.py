@@ -145,19 +145,20 @@ def _invalid_request(error: InvalidRequestError, _: str) -> CallStatus:
 
 
 def _prompt_too_long(error: PromptTooLongError, _: str) -> CallStatus:
-    description = (
-        f"with {error.prompt_tokens} prompt tokens must be at most {error.context_tokens - error.prompt_tokens}, but is "
-        f"{error.max_tokens}: both must fit the context of {error.context_tokens} tokens. Shorten the prompt, lower "
-        "max_tokens, or set max_input_tokens."
-    )
+    length = f"{'' if error.is_exact else 'at least '}{error.prompt_tokens}"
     if error.prompt_tokens >= error.context_tokens:
         violation = FieldViolation(
             "text",
-            f"is {error.prompt_tokens} tokens long, which with max_tokens {error.max_tokens} exceeds the context of "
+            f"is {length} tokens long, which with max_tokens {error.max_tokens} exceeds the context of "
             f"{error.context_tokens} tokens. Shorten it or set max_input_tokens.",
         )
     else:
-        violation = FieldViolation("max_tokens", description)
+        violation = FieldViolation(
+            "max_tokens",
+            f"with {length} prompt tokens must be at most {error.context_tokens - error.prompt_tokens}, but is "
+            f"{error.max_tokens}: both must fit the context of {error.context_tokens} tokens. Shorten the prompt, lower "
+            "max_tokens, or set max_input_tokens.",
+        )
     message = f"Prompt and max_tokens exceed the context: {violation.field} {violation.description}"
     return CallStatus(StatusCode.INVALID_ARGUMENT, message, (_bad_request([violation]),))
 

@@ -1,16 +1,17 @@
 """The generations that are under way: each admitted, within its deadline, counted, and held to the first promise."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection
-from contextlib import aclosing, asynccontextmanager, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from typing import Final
 
-from flywheel_server.admission import UNKNOWN, Admission
+from flywheel_server.admission import DEFAULT_SERVICE_TIME, Admission
 from flywheel_server.callers import Caller
 from flywheel_server.engines.base import (
     Engine,
     EngineError,
     EngineFailedError,
+    EngineModel,
     EngineUnavailableError,
     Event,
     Started,
@@ -18,6 +19,7 @@ from flywheel_server.engines.base import (
 )
 from flywheel_server.errors import DeadlineExceededError, UnauthenticatedError
 from flywheel_server.messages import GenerationRequest, GenerationResponseSample
+from flywheel_server.preparation import Preparation
 from flywheel_server.quotas import Quotas, Usage
 
 Events = AsyncIterator[TextDelta | GenerationResponseSample]
@@ -46,13 +48,15 @@ class Generations:
         self.failed = asyncio.Event()
         self._engine = engine
         self._admission = admission
-        self._quotas = Quotas(lambda: UNKNOWN if admission.service_time is None else admission.service_time)
+        self._preparation = Preparation(engine)
+        self._quotas = Quotas(lambda caller: admission.service_times.of(caller) or DEFAULT_SERVICE_TIME)
         self._running: set[_Generation] = set()
         self._one_has_left = asyncio.Event()
 
-    def fit(self, slots: int | None) -> None:
-        """Works for an engine with so many slots from now on; None is as many as come."""
-        self._admission.fit(slots)
+    def fit(self, model: EngineModel) -> None:
+        """Lets in as much at a time as the engine works on with this model."""
+        self._admission.set_capacity(model.slots, model.shared_context_tokens)
+        self._preparation.set_threads(model.tokenizers)
 
     async def drain(self, timeout: float) -> None:  # noqa: ASYNC109 - not the caller's, but that of the generations
         """Gives the generations under way `timeout` seconds to finish, and ends the others with `EngineUnavailableError`."""
@@ -85,6 +89,22 @@ class Generations:
         finally:
             self.inside -= 1
 
+    @contextmanager
+    def failures_noticed(self) -> Iterator[None]:
+        """Sets `failed` for what is raised within, where that may be more than the fault of one call."""
+        try:
+            yield
+        except asyncio.CancelledError as error:
+            if (task := asyncio.current_task()) and task.cancelling():
+                raise
+            # Nobody has cancelled the call: it is the engine's own, which would leave the caller without a status.
+            self.failed.set()
+            raise EngineFailedError("the engine cancelled itself") from error
+        except Exception as error:
+            if isinstance(error, EngineFailedError) or not isinstance(error, EngineError):
+                self.failed.set()
+            raise
+
     async def _all_left(self) -> None:
         while self._running:
             self._one_has_left.clear()
@@ -112,13 +132,16 @@ class Generations:
         try:
             async with generation.deadline:
                 with self._quotas.held(caller, request) as usage:
-                    async with (
-                        self._admission.turn(request.num_samples, priority=caller.priority, time_remaining=time_remaining),
-                        self._within_engine(),
-                        aclosing(self._engine.generate(request)) as events,
-                        aclosing(generation.watch(events, usage, on_start)) as watched,
-                    ):
-                        yield watched
+                    async with self._admission.queue(request.num_samples, caller, time_remaining) as place:
+                        with self.failures_noticed():
+                            prepared = await self._preparation.prepare(request, caller, usage)
+                        await place.admitted(prepared.context_tokens, generation.time_remaining())
+                        async with (
+                            self._within_engine(),
+                            aclosing(self._engine.generate(prepared)) as events,
+                            aclosing(generation.watch(events, usage, on_start)) as watched,
+                        ):
+                            yield watched
         except TimeoutError as error:
             if not generation.deadline.expired():
                 raise
@@ -153,6 +176,11 @@ class _Generation:
             self._ended_by = error
             self.deadline.reschedule(asyncio.get_running_loop().time())
 
+    def time_remaining(self) -> float | None:
+        """Returns the seconds until the deadline; None if there is none."""
+        when = self.deadline.when()
+        return None if when is None else when - asyncio.get_running_loop().time()
+
     def why_it_ended(self) -> Exception:
         """Returns what to raise for a deadline that has passed, or was made to."""
         return self._ended_by or DeadlineExceededError("IN_GENERATION" if self._started else "IN_QUEUE")
@@ -162,7 +190,7 @@ class _Generation:
     ) -> AsyncGenerator[TextDelta | GenerationResponseSample, None]:
         """Passes the events on; raises `EngineFailedError` unless each sample finishes once, and none more."""
         clock = asyncio.get_running_loop().time
-        try:
+        with self._generations.failures_noticed():
             async for event in events:
                 if isinstance(event, Started):
                     self._start()
@@ -178,16 +206,6 @@ class _Generation:
                 yield event
             if self._unfinished:
                 raise EngineFailedError(f"samples {sorted(self._unfinished)} did not finish")
-        except asyncio.CancelledError as error:
-            if (task := asyncio.current_task()) and task.cancelling():
-                raise
-            # Nobody has cancelled the call: it is the engine's own, which would leave the caller without a status.
-            self._generations.failed.set()
-            raise EngineFailedError("the engine cancelled itself") from error
-        except Exception as error:
-            if isinstance(error, EngineFailedError) or not isinstance(error, EngineError):
-                self._generations.failed.set()
-            raise
 
     def _start(self) -> None:
         if self._started:

@@ -1,11 +1,13 @@
 """What each caller may have: samples at a time, and tokens per minute."""
 
+import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Final
+from functools import partial
+from typing import Any, Final
 
 from flywheel_server.callers import Caller
 from flywheel_server.engines.base import TextDelta
@@ -21,6 +23,7 @@ class Usage:
     def __init__(self) -> None:
         self._prompt_tokens = 0
         self._generated: dict[int, int] = {}
+        self._work: asyncio.Future[Any] | None = None
 
     @property
     def tokens(self) -> int:
@@ -30,6 +33,17 @@ class Usage:
     def begin(self, prompt_tokens: int) -> None:
         """Takes in that the engine reads so many tokens of the prompt; 0 where it does not know."""
         self._prompt_tokens = prompt_tokens
+
+    def lasts(self, work: asyncio.Future[Any]) -> None:
+        """Takes in that the call is at work until the future is done, even if the call itself ends before."""
+        self._work = work
+
+    def call_when_over(self, callback: Callable[[], None]) -> None:
+        """Calls back as soon as nothing works for the call any more."""
+        if self._work is None or self._work.done():
+            callback()
+        else:
+            self._work.add_done_callback(lambda _: callback())
 
     def count(self, event: TextDelta | GenerationResponseSample) -> None:
         """Takes in an event of the call."""
@@ -53,11 +67,11 @@ class Quotas:
     calls at a time cannot together exceed the quota by more than their prompts.
 
     Arguments:
-        service_time: Returns the seconds that a call takes at present.
+        service_time: Returns the seconds that a call of the caller with this name takes at present.
         clock: Seconds that only ever increase.
     """
 
-    def __init__(self, service_time: Callable[[], float], clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, service_time: Callable[[str], float], clock: Callable[[], float] = time.monotonic) -> None:
         self._service_time = service_time
         self._clock = clock
         self._samples: Counter[str] = Counter()
@@ -65,9 +79,10 @@ class Quotas:
 
     @contextmanager
     def held(self, caller: Caller, request: GenerationRequest) -> Iterator[Usage]:
-        """Counts the call for its length against the caller's quotas; what it uses is to be told to `Usage.count`.
+        """Counts the call against the caller's quotas for as long as it lasts; what it uses is to be told to `Usage`.
 
-        Raises `QuotaExceededError` where the caller has no room for it now.
+        It lasts for the length of the context, and as long as `Usage.lasts` says. Raises `QuotaExceededError` if the caller
+        has no room for it now.
         """
         usage = Usage()
         self._check_samples(caller, request.num_samples)
@@ -76,17 +91,20 @@ class Quotas:
         try:
             yield usage
         finally:
-            self._samples[caller.name] -= request.num_samples
-            if not self._samples[caller.name]:
-                del self._samples[caller.name]
-            if caller.tokens_per_minute is not None:
-                self._buckets[caller.name].tokens += taken - usage.tokens
+            usage.call_when_over(partial(self._settle, caller, request.num_samples, taken, usage))
+
+    def _settle(self, caller: Caller, samples: int, taken: int, usage: Usage) -> None:
+        self._samples[caller.name] -= samples
+        if not self._samples[caller.name]:
+            del self._samples[caller.name]
+        if caller.tokens_per_minute is not None:
+            self._buckets[caller.name].tokens += taken - usage.tokens
 
     def _check_samples(self, caller: Caller, samples: int) -> None:
         limit = caller.max_concurrent
         if limit is not None and self._samples[caller.name] + samples > limit:
             # One of `limit` calls ends every service_time / limit seconds. A call with more samples than that never fits.
-            delay = self._service_time() * samples / limit if samples <= limit else None
+            delay = self._service_time(caller.name) * samples / limit if samples <= limit else None
             raise QuotaExceededError(caller.name, f"max_concurrent {limit}", delay)
 
     def _take_tokens(self, caller: Caller, tokens: int) -> int:

@@ -102,7 +102,7 @@ class TestEmbedded:
 
         async def waiting() -> None:
             async def queued() -> bool:
-                return await stats(embedded_target) == (1, 1, 1)
+                return await stats(embedded_target) == (1, 1, 0)
 
             await until(queued, "the call waits")
 

@@ -1,13 +1,12 @@
 """The embedded engine: every parameter of the contract reaches the model, and llama.cpp is kept in its place."""
 
 import asyncio
-import json
 import logging
 import os
 import signal
+import socket
+import stat
 import threading
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from flywheel_server.engines import native_log
 from flywheel_server.engines.base import EngineError, EngineFailedError, EngineUnavailableError, TextDelta
 from flywheel_server.engines.embedded import EmbeddedEngine, default_model
 from flywheel_server.engines.llama import Chunk
+from flywheel_server.engines.tokenizer import Tokenizer
 from flywheel_server.messages import GenerationRequest, GenerationResponseSample
 
 from tests.engines.conftest import SLOTS, Work, with_metrics
@@ -26,6 +26,10 @@ from tests.serving import Target, until
 
 COUNTING = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13,"
 LLAMA = "<|im_start|>user\nTell me about llamas.<|im_end|>\n<|im_start|>assistant\n"
+
+
+def never() -> bool:
+    return False
 
 
 @pytest.fixture
@@ -120,7 +124,8 @@ async def test_penalties_make_the_text_more_or_less_varied(embedded: EmbeddedEng
 
 
 async def samples_of(engine: EmbeddedEngine, request: GenerationRequest) -> list[GenerationResponseSample]:
-    return [event async for event in engine.generate(request) if isinstance(event, GenerationResponseSample)]
+    prepared = await engine.prepare(request)
+    return [event async for event in engine.generate(prepared) if isinstance(event, GenerationResponseSample)]
 
 
 async def test_prompt_and_max_tokens_may_fill_the_context() -> None:
@@ -141,20 +146,48 @@ async def test_what_the_context_does_not_hold_at_a_time_is_done_one_after_the_ot
         assert sorted(sample.index for sample in samples) == list(range(5))
 
 
-async def test_the_loopback_port_is_locked(embedded: EmbeddedEngine, embedded_target: Target) -> None:
-    address = embedded._llama._server.listening_address
-    assert address.startswith("http://127.0.0.1:")
-    for path, body in [
-        ("/props", None),
-        ("/slots", None),
-        ("/metrics", None),
-        ("/completion", {"prompt": "x", "n_predict": 1}),
-    ]:
-        request = urllib.request.Request(address + path, data=json.dumps(body).encode() if body else None)
-        with pytest.raises(urllib.error.HTTPError) as refused:
-            await asyncio.to_thread(urllib.request.urlopen, request)
-        assert refused.value.code == 401
-        refused.value.close()
+def listening_ports() -> set[str]:
+    """Returns the TCP ports that this process listens on."""
+    sockets = {str(entry.readlink()) for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink()}
+    ports = set()
+    for table in ("/proc/self/net/tcp", "/proc/self/net/tcp6"):
+        for line in Path(table).read_text().splitlines()[1:]:
+            _, local, _, state, *rest = line.split()
+            if state == "0A" and f"socket:[{rest[5]}]" in sockets:
+                ports.add(local)
+    return ports
+
+
+async def test_llama_opens_no_port_and_only_this_user_can_reach_its_socket() -> None:
+    before = listening_ports()
+    async with engine_of(default_model()) as engine:
+        assert listening_ports() <= before
+        directory = engine._llama._directory
+        assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+        assert [each.name for each in directory.iterdir()] == ["llama.sock"]
+    assert not directory.exists()
+
+
+async def test_a_long_path_of_temporary_files_is_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    long = tmp_path / ("x" * 120)
+    long.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(long))
+    async with engine_of(default_model()) as engine:
+        await engine.check()
+        directory = engine._llama._directory
+    assert not directory.exists()
+    assert not list(long.iterdir())
+
+
+async def test_every_request_to_llama_has_a_time_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flywheel_server.engines.llama.HTTP_TIMEOUT", 0.2)
+    async with engine_of(default_model()) as engine:
+        with socket.socket(socket.AF_UNIX) as silent:
+            silent.bind(path := str(tmp_path / "silent.sock"))
+            silent.listen()
+            monkeypatch.setattr(engine._llama, "_socket", path)
+            with pytest.raises(EngineFailedError):
+                await engine.prepare(GenerationRequest(text="x", max_tokens=1))
 
 
 async def test_an_answer_that_cannot_be_used_is_an_error_not_a_hang(
@@ -176,10 +209,11 @@ async def test_an_answer_that_cannot_be_used_is_an_error_not_a_hang(
 
 async def test_chat_puts_a_bare_text_into_the_template(embedded: EmbeddedEngine, embedded_target: Target) -> None:
     llama = embedded._llama
-    bare = llama.tokenize_chat("Hello")
-    assert len(bare) > len(llama.tokenize("Hello"))
+    chat = Tokenizer(llama, embedded._vocabulary, 4096, "chat")
+    bare = chat.tokens(GenerationRequest(text="Hello", max_tokens=1), never)
+    assert bare == llama.tokenize(llama.render_chat("Hello"))
     assert llama.tokenize("Hello")[0] in bare
-    assert llama.tokenize_chat(LLAMA) == llama.tokenize(LLAMA)
+    assert chat.tokens(GenerationRequest(text=LLAMA, max_tokens=1), never) == llama.tokenize(LLAMA)
 
 
 def engine_of(model: Path, slots: int = 1, context_tokens: int = 512) -> EmbeddedEngine:
@@ -267,7 +301,7 @@ async def test_the_lowest_temperature_is_greedy(generate: Any) -> None:
 
 async def test_stopping_the_engine_ends_what_it_works_on() -> None:
     async with engine_of(default_model()) as engine:
-        events = engine.generate(GenerationRequest(text=LLAMA, max_tokens=400, top_k=1))
+        events = engine.generate(await engine.prepare(GenerationRequest(text=LLAMA, max_tokens=400, top_k=1)))
         async for event in events:
             if isinstance(event, TextDelta):
                 break
@@ -323,7 +357,6 @@ async def test_without_the_cache_a_prompt_is_read_again(cache: bool, monkeypatch
         steps = []
         for _ in range(2):
             before = Work.of(engine).steps
-            async for _event in engine.generate(request):
-                pass
+            await samples_of(engine, request)
             steps.append(Work.of(engine).steps - before)
     assert (steps[1] < steps[0] / 2) == cache

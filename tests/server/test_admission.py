@@ -4,13 +4,13 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
-from typing import Any
 
 import grpc
 import grpc.aio
 import pytest
 from flywheel_proto.v1 import generation_pb2 as pb
-from flywheel_server.admission import ENOUGH, LATEST, UNKNOWN, Admission
+from flywheel_server.admission import DEFAULT_SERVICE_TIME, MAX_CALLERS, MAX_CALLS, MIN_CALLS, Admission, ServiceTimes
+from flywheel_server.callers import Caller
 from flywheel_server.engines.base import EngineModel
 from flywheel_server.engines.scripted import Script, ScriptedEngine
 from flywheel_server.errors import DeadlineExceededError, ServerFullError
@@ -47,12 +47,25 @@ class Crowd:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._leave: dict[str, asyncio.Event] = {}
 
-    async def come(self, name: str, samples: int = 1, **options: Any) -> None:
+    async def come(
+        self,
+        name: str,
+        samples: int = 1,
+        *,
+        tokens: int = 0,
+        of: str = "",
+        priority: int = 0,
+        time_remaining: float | None = None,
+        prompt_is_read: asyncio.Event | None = None,
+    ) -> None:
         """Comes, and waits or is inside after this."""
         self._leave[name] = asyncio.Event()
 
         async def stay() -> None:
-            async with self.admission.turn(samples, **options):
+            async with self.admission.queue(samples, Caller(of, priority), time_remaining) as place:
+                if prompt_is_read:
+                    await prompt_is_read.wait()
+                await place.admitted(tokens, time_remaining)
                 self.inside.append(name)
                 await self._leave[name].wait()
                 self.inside.remove(name)
@@ -186,7 +199,7 @@ async def learn(people: Crowd, clock: Clock, *seconds: float) -> None:
 async def test_the_retry_delay_is_when_there_should_be_a_place_a_later_one_for_each() -> None:
     clock = Clock()
     async with crowd(4, max_queued=2, clock=clock) as people:
-        await learn(people, clock, *[8] * ENOUGH)
+        await learn(people, clock, *[8] * MIN_CALLS)
         for name in "abcd":
             await people.come(name)
         await people.come("e", 2)
@@ -208,13 +221,13 @@ async def test_before_anything_is_known_the_retry_delay_is_a_guess() -> None:
         await people.come("a")
         with pytest.raises(ServerFullError) as caught:
             await people.come("b")
-        assert caught.value.retry_delay == UNKNOWN
+        assert caught.value.retry_delay == DEFAULT_SERVICE_TIME
 
 
 async def test_a_deadline_that_cannot_be_met_is_refused_at_once() -> None:
     clock = Clock()
     async with crowd(2, clock=clock) as people:
-        await learn(people, clock, *[10] * ENOUGH)
+        await learn(people, clock, *[10] * MIN_CALLS)
         for name in "abc":
             await people.come(name)
         # Every five seconds one leaves: after five it is c's turn, and after ten that of the next.
@@ -238,24 +251,194 @@ async def test_a_deadline_that_has_passed_does_not_wait() -> None:
 async def test_the_service_time_follows_what_is_measured() -> None:
     clock = Clock()
     async with crowd(2, clock=clock) as people:
-        await learn(people, clock, *[10] * (ENOUGH - 1))
-        assert people.admission.service_time is None
+        await learn(people, clock, *[10] * (MIN_CALLS - 1))
+        assert people.admission.service_times.of("") is None
         await learn(people, clock, 10)
-        assert people.admission.service_time == 10
+        assert people.admission.service_times.of("") == 10
         await learn(people, clock, 600)
-        assert people.admission.service_time == 10, "one call does not spoil it"
-        await learn(people, clock, *[20] * LATEST)
-        assert people.admission.service_time == 20
+        assert people.admission.service_times.of("") == 10, "one call does not spoil it"
+        await learn(people, clock, *[20] * MAX_CALLS)
+        assert people.admission.service_times.of("") == 20
+
+
+def test_each_caller_has_a_service_time_of_its_own() -> None:
+    times = ServiceTimes()
+    for _ in range(MIN_CALLS):
+        times.add("slow", 600)
+    assert (times.of("slow"), times.of("quick")) == (600, None)
+    for _ in range(MIN_CALLS):
+        times.add("quick", 1)
+    assert (times.of("slow"), times.of("quick")) == (600, 1)
+
+
+def test_the_service_times_of_callers_who_come_no_more_are_forgotten() -> None:
+    times = ServiceTimes()
+    for caller in range(MAX_CALLERS + 1):
+        for _ in range(MIN_CALLS):
+            times.add(str(caller), 1)
+    assert times.of("0") is None
+    assert times.of("1") == times.of(str(MAX_CALLERS)) == 1
+
+
+async def test_one_call_of_many_samples_is_one_call() -> None:
+    clock = Clock()
+    async with crowd(8, clock=clock) as people:
+        await people.come("many", 8)
+        clock.now += 60
+        await people.leave("many")
+        assert people.admission.service_times.of("") is None
+        for number in range(16):
+            await people.come(str(number), time_remaining=2)
+        assert len(people.inside) == 8
+
+
+@pytest.mark.parametrize("samples", [1, 8])
+async def test_no_caller_sets_how_long_the_others_seem_to_take(samples: int) -> None:
+    clock = Clock()
+    async with crowd(8, clock=clock) as people:
+        for _ in range(MAX_CALLS):
+            await people.come("long", samples, of="heavy")
+            clock.now += 600
+            await people.leave("long")
+        for number in range(16):
+            await people.come(str(number), of="light", time_remaining=2)
+        assert (len(people.inside), people.admission.queued) == (8, 8)
+
+
+async def test_a_wait_behind_the_long_calls_of_another_is_as_long_as_those() -> None:
+    clock = Clock()
+    async with crowd(2, clock=clock) as people:
+        for _ in range(MIN_CALLS):
+            await people.come("long", of="heavy")
+            clock.now += 600
+            await people.leave("long")
+        await people.come("a", of="heavy")
+        await people.come("b", of="heavy")
+        with pytest.raises(DeadlineExceededError):
+            await people.come("hasty", of="light", time_remaining=100)
+        await people.come("patient", of="light", time_remaining=1000)
+
+
+@asynccontextmanager
+async def crowd_sharing(
+    tokens: int, *, slots: int = 8, max_queued: int = 100, clock: Callable[[], float] | None = None
+) -> AsyncIterator[Crowd]:
+    """Callers of an engine whose slots share so many tokens of context."""
+    async with crowd(100, max_queued, clock) as people:
+        people.admission.set_capacity(slots, tokens)
+        yield people
+
+
+async def test_the_context_is_given_out_first_come_first_served() -> None:
+    async with crowd_sharing(100) as people:
+        await people.come("a", tokens=60)
+        await people.come("large", tokens=80)
+        await people.come("small", tokens=10)
+        assert people.inside == ["a"], "there is room for the small one, but it is not its turn"
+        await people.leave("a")
+        assert people.inside == ["large", "small"]
+
+
+async def test_the_context_goes_to_a_higher_priority_first() -> None:
+    async with crowd_sharing(100) as people:
+        await people.come("a", tokens=60, priority=-10)
+        await people.come("large", tokens=100, priority=-10)
+        await people.come("urgent", tokens=30, priority=100)
+        assert people.inside == ["a", "urgent"], "a large call of a lower priority is not in its way"
+        await people.come("urgent too", tokens=60, priority=100)
+        await people.leave("urgent")
+        assert people.inside == ["a"]
+        await people.leave("a")
+        assert people.inside == ["urgent too"]
+        await people.leave("urgent too")
+        assert people.inside == ["large"]
+
+
+async def test_a_call_that_wants_more_than_the_context_has_the_engine_for_itself() -> None:
+    async with crowd_sharing(100) as people:
+        await people.come("a", tokens=10)
+        await people.come("huge", tokens=1000)
+        assert people.inside == ["a"]
+        await people.leave("a")
+        assert people.inside == ["huge"]
+        await people.come("b", tokens=1)
+        assert people.inside == ["huge"]
+
+
+async def test_a_deadline_that_cannot_be_met_for_want_of_context_is_refused_at_once() -> None:
+    clock = Clock()
+    async with crowd_sharing(100, clock=clock) as people:
+        await learn(people, clock, *[10] * MIN_CALLS)
+        await people.come("a", tokens=100)
+        await people.come("b", tokens=100)
+        # Ten seconds for what runs, and half of the context for five more.
+        with pytest.raises(DeadlineExceededError) as caught:
+            await people.come("hasty", tokens=50, time_remaining=14.9)
+        assert caught.value.reason == "IN_QUEUE"
+        await people.come("patient", tokens=50, time_remaining=15.1)
+        await people.come("urgent", tokens=50, priority=1, time_remaining=5.1)
+
+
+async def test_more_than_may_wait_for_context_are_turned_away_with_when_to_come_back() -> None:
+    async with crowd_sharing(100, slots=2, max_queued=1) as people:
+        await people.come("a", tokens=100)
+        await people.come("b", tokens=100)
+        await people.come("c", tokens=1)
+        with pytest.raises(ServerFullError) as caught:
+            await people.come("d", tokens=1)
+        assert caught.value.retry_delay > 0
+        await people.come("e", tokens=1, priority=1)
+        with pytest.raises(ServerFullError):
+            await people.rejected("c")
+
+
+async def test_one_that_gives_up_its_context_lets_those_behind_it_in() -> None:
+    async with crowd_sharing(100) as people:
+        await people.come("a", tokens=60)
+        await people.come("large", tokens=80)
+        await people.come("small", tokens=10)
+        await people.give_up("large")
+        assert people.inside == ["a", "small"]
+
+
+async def test_who_waits_for_its_prompt_to_be_read_is_passed_but_keeps_its_place() -> None:
+    async with crowd(1, max_queued=3) as people:
+        is_read = asyncio.Event()
+        await people.come("unread", prompt_is_read=is_read)
+        await people.come("a")
+        await people.come("b")
+        assert people.inside == ["a"]
+        assert people.admission.queued == 2
+        is_read.set()
+        await settled()
+        await people.leave("a")
+        assert people.inside == ["unread"], "it came first"
+        await people.leave("unread")
+        assert people.inside == ["b"]
+
+
+async def test_while_its_prompt_is_read_a_call_holds_a_place_in_the_queue() -> None:
+    async with crowd(1, max_queued=1) as people:
+        is_read = asyncio.Event()
+        await people.come("unread", prompt_is_read=is_read)
+        await people.come("unread too", prompt_is_read=is_read)
+        with pytest.raises(ServerFullError):
+            await people.come("c")
+        await people.come("urgent", priority=1)
+        assert people.inside == ["urgent"]
+        is_read.set()
+        with pytest.raises(ServerFullError):
+            await people.rejected("unread too")
 
 
 async def test_those_who_give_up_do_not_count_for_the_service_time() -> None:
     clock = Clock()
     async with crowd(2, clock=clock) as people:
-        await learn(people, clock, *[10] * ENOUGH)
-        for _ in range(LATEST):
+        await learn(people, clock, *[10] * MIN_CALLS)
+        for _ in range(MAX_CALLS):
             await people.come("hasty")
             await people.give_up("hasty")
-        assert people.admission.service_time == 10
+        assert people.admission.service_times.of("") == 10
 
 
 async def test_a_higher_priority_finds_a_place_where_lower_ones_wait() -> None:
@@ -345,14 +528,14 @@ async def test_a_deadline_bounds_the_wait() -> None:
 
 async def test_no_more_are_let_in_than_the_engine_has_slots() -> None:
     async with crowd(10) as people:
-        people.admission.fit(2)
+        people.admission.set_capacity(2, None)
         for name in "abc":
             await people.come(name)
         assert people.inside == ["a", "b"]
-        people.admission.fit(None)
+        people.admission.set_capacity(None, None)
         await settled()
         assert people.inside == ["a", "b", "c"]
-        people.admission.fit(50)
+        people.admission.set_capacity(50, None)
         for name in "defghijk":
             await people.come(name)
         assert len(people.inside) == 10

@@ -172,8 +172,8 @@ class CountingEngine(ScriptedEngine):
 
     taken = 0
 
-    async def generate(self, request: Any) -> Any:
-        async for event in super().generate(request):
+    async def generate(self, prepared: Any) -> Any:
+        async for event in super().generate(prepared):
             self.taken += 1
             yield event
 

@@ -12,7 +12,7 @@ from flywheel_proto.v1 import generation_pb2 as pb
 from flywheel_server.engines import base
 from flywheel_server.engines.scripted import Script, ScriptedEngine
 from flywheel_server.errors import TABLE
-from flywheel_server.messages import GenerationRequest, GenerationResponseSample
+from flywheel_server.messages import GenerationResponseSample
 from google.protobuf.message import Message
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, QuotaFailure, RetryInfo
 from google.rpc.status_pb2 import Status
@@ -34,16 +34,16 @@ class FailingEngine(ScriptedEngine):
         self.error = error
         self.after = after
 
-    async def generate(self, request: GenerationRequest) -> Any:
-        if request.text != "check":
+    async def generate(self, prepared: base.PreparedRequest) -> Any:
+        if prepared.request.text != "check":
             seen = 0
-            async for event in super().generate(request):
+            async for event in super().generate(prepared):
                 if seen == self.after:
                     raise self.error
                 seen += 1
                 yield event
         else:
-            async for event in super().generate(request):
+            async for event in super().generate(prepared):
                 yield event
 
 
@@ -144,7 +144,7 @@ class ForgetfulEngine(ScriptedEngine):
         super().__init__()
         self.indexes = indexes
 
-    async def generate(self, request: GenerationRequest) -> Any:
+    async def generate(self, prepared: base.PreparedRequest) -> Any:
         yield base.Started()
         for index in self.indexes:
             yield GenerationResponseSample(text="", generated_tokens=1, finished=1.0, finish_reason="stop", index=index)

@@ -37,8 +37,8 @@ EVENTS = 1 + 2 * 8 + 2
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("a bug"), ExceptionGroup("several", [OSError()])], ids=repr)
 async def test_an_engine_that_breaks_never_ends_with_ok(error: Exception, after: int, method: str) -> None:
     class Engine(FailingEngine):
-        async def generate(self, request: Any) -> Any:
-            async for event in super().generate(request):
+        async def generate(self, prepared: Any) -> Any:
+            async for event in super().generate(prepared):
                 yield event
             # After the last event there is none that FailingEngine could fail at.
             raise self.error
@@ -55,8 +55,8 @@ async def test_an_engine_that_breaks_never_ends_with_ok(error: Exception, after:
 @pytest.mark.parametrize("method", METHODS)
 async def test_an_engine_that_cancels_itself_ends_with_a_status(method: str) -> None:
     class Engine(ScriptedEngine):
-        async def generate(self, request: Any) -> Any:
-            async for event in super().generate(request):
+        async def generate(self, prepared: Any) -> Any:
+            async for event in super().generate(prepared):
                 yield event
                 raise asyncio.CancelledError
 
@@ -113,9 +113,9 @@ async def test_a_call_that_is_ended_while_it_begins_gets_its_status(
             made.append(self)
 
     class Engine(ScriptedEngine):
-        async def generate(self, request: Any) -> Any:
+        async def generate(self, prepared: Any) -> Any:
             asyncio.get_running_loop().call_soon(end, later)
-            async for event in super().generate(request):
+            async for event in super().generate(prepared):
                 yield event
 
     def end(later: int) -> None:

@@ -41,7 +41,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def quotas(clock: Clock) -> Quotas:
-    return Quotas(lambda: 8.0, clock)
+    return Quotas(lambda _: 8.0, clock)
 
 
 def request(max_tokens: int = 10, num_samples: int = 1) -> GenerationRequest:

@@ -39,10 +39,10 @@ class DelayedEngine(ScriptedEngine):
         super().__init__(script)
         self.chance = chance
 
-    async def generate(self, request: Any) -> Any:
+    async def generate(self, prepared: Any) -> Any:
         await hops(self.chance.randrange(3))
         try:
-            async for event in super().generate(request):
+            async for event in super().generate(prepared):
                 yield event
                 await hops(self.chance.randrange(3))
         finally:
@@ -196,12 +196,15 @@ async def test_over_the_wire_no_place_is_lost(monkeypatch: pytest.MonkeyPatch) -
 
 async def test_places_are_not_lost_to_those_who_are_turned_away() -> None:
     admission = Admission(2, max_queued=1)
+    admission.set_capacity(2, 3)
     chance = random.Random(7)
 
     async def visit() -> None:
         await hops(chance.randrange(3))
         try:
-            async with admission.turn(chance.choice([1, 2]), priority=chance.randrange(3)):
+            async with admission.queue(chance.choice([1, 2]), Caller("", priority=chance.randrange(3))) as place:
+                await hops(chance.randrange(3))
+                await place.admitted(chance.randrange(3))
                 await hops(chance.randrange(4))
         except ServerFullError:
             pass

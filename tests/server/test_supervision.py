@@ -50,8 +50,8 @@ class MortalEngine(ScriptedEngine):
         if not self.stops:
             await asyncio.Event().wait()
 
-    async def generate(self, request: Any) -> Any:
-        async for event in super().generate(request):
+    async def generate(self, prepared: Any) -> Any:
+        async for event in super().generate(prepared):
             if self.dead.is_set():
                 raise EngineFailedError("dead")
             yield event
@@ -124,10 +124,10 @@ async def test_an_engine_that_is_silent_and_does_not_answer_is_dead() -> None:
 
 async def test_an_engine_that_does_not_even_begin_and_does_not_answer_is_dead() -> None:
     class StuckEngine(MortalEngine):
-        async def generate(self, request: Any) -> Any:
+        async def generate(self, prepared: Any) -> Any:
             if self.starts == 1:
                 await asyncio.Event().wait()
-            async for event in super().generate(request):
+            async for event in super().generate(prepared):
                 yield event
 
         async def check(self) -> None:
@@ -182,9 +182,9 @@ async def test_an_engine_that_answers_nobody_but_works_for_others_is_alive() -> 
             if self.running:
                 await asyncio.Event().wait()
 
-        async def generate(self, request: Any) -> Any:
-            async for event in super().generate(request):
-                if request.max_tokens == 1:
+        async def generate(self, prepared: Any) -> Any:
+            async for event in super().generate(prepared):
+                if prepared.request.max_tokens == 1:
                     raise EngineFailedError("this one only")
                 yield event
 

@@ -19,10 +19,9 @@ from flywheel_proto.v1 import generation_pb2 as pb
 from flywheel_proto.v1 import generation_pb2_grpc
 from flywheel_server.callers import Caller, caller
 from flywheel_server.certificates import server_credentials
-from flywheel_server.engines.base import EngineStats, TextDelta
+from flywheel_server.engines.base import EngineStats, PreparedRequest, TextDelta
 from flywheel_server.engines.scripted import ScriptedEngine
 from flywheel_server.keys_file import KeyEntry, KeysFile, hash_of
-from flywheel_server.messages import GenerationRequest
 from google.rpc.error_details_pb2 import ErrorInfo
 from structlog.testing import capture_logs
 
@@ -41,10 +40,10 @@ class Engine(ScriptedEngine):
         super().__init__()
         self.go_on = asyncio.Event()
 
-    async def generate(self, request: GenerationRequest) -> Any:
-        async for event in super().generate(request):
+    async def generate(self, prepared: PreparedRequest) -> Any:
+        async for event in super().generate(prepared):
             yield event
-            if isinstance(event, TextDelta) and request.text == "wait":
+            if isinstance(event, TextDelta) and prepared.request.text == "wait":
                 await self.go_on.wait()
 
     async def stats(self) -> EngineStats:

@@ -21,7 +21,7 @@ Errors follow google.rpc (AIP-193): the status code, a brief message, and detail
 domain of every ErrorInfo is `flywheel.v1`.
   INVALID_ARGUMENT    One or more fields are out of range: BadRequest with every violation at once. Not a valid message:
                       ErrorInfo `MALFORMED_REQUEST`. Prompt and max_tokens exceed the model's context: BadRequest with
-                      both numbers. A field that the engine cannot honour: BadRequest and ErrorInfo
+                      both numbers, or with "at least", if that is clear before all tokens of the prompt are counted. A field that the engine cannot honour: BadRequest and ErrorInfo
                       `UNSUPPORTED_FIELD`. Repeating the call unchanged fails again.
   RESOURCE_EXHAUSTED  The server is full: RetryInfo and ErrorInfo `OVERLOADED`. A quota of the caller is used up:
                       QuotaFailure, ErrorInfo `QUOTA_EXCEEDED`, and RetryInfo unless the call alone exceeds it. The

@@ -72,7 +72,8 @@ class RemoteModel:
         """
         created = time.time()
         request = _request(fields)
-        async with aclosing(self._engine.generate(request)) as events:
+        prepared = await self._engine.prepare(request)
+        async with aclosing(self._engine.generate(prepared)) as events:
             samples = [event async for event in events if isinstance(event, GenerationResponseSample)]
         return GenerationResponse.of(request, created, samples).model_dump(mode="json")
 
@@ -87,7 +88,8 @@ class RemoteModel:
             outbox = self._outboxes[partition] = Outbox(queue, partition)
         attempt = uuid.uuid4().hex
         number = 0
-        async with aclosing(self._engine.generate(_request(fields))) as events, aclosing(in_piles(events)) as piles:
+        prepared = await self._engine.prepare(_request(fields))
+        async with aclosing(self._engine.generate(prepared)) as events, aclosing(in_piles(events)) as piles:
             async for pile in piles:
                 await outbox.send(Pile(call, attempt, number, pile).pack())
                 number += 1

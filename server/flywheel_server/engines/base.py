@@ -12,7 +12,7 @@ The errors, each of which has its row in `flywheel_server.errors`:
       UnsupportedFieldError     cannot honour a field of this request
 """
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, Self
 
@@ -38,6 +38,21 @@ class TextDelta:
     generated_tokens: int
 
 
+@dataclass(frozen=True, slots=True)
+class PreparedRequest:
+    """A request that an engine is ready to work on.
+
+    Attributes:
+        request: The request.
+        prompt: The ids of the prompt's tokens, as the model reads them; empty if the prompt is tokenized elsewhere or later.
+        context_tokens: Tokens of the engine's shared context that the request holds while it is worked on.
+    """
+
+    request: GenerationRequest
+    prompt: Sequence[int] = ()
+    context_tokens: int = 0
+
+
 # A finished sample is its own event; its `text` is all of it, whether or not the engine sent deltas before.
 Event = Started | TextDelta | GenerationResponseSample
 
@@ -57,6 +72,8 @@ class EngineModel:
         penalizes_prompt: Whether penalties count the prompt too.
         prompt_format: How it reads a prompt.
         slots: Samples that it works on at a time; None where it takes as many as come.
+        shared_context_tokens: Tokens of context that all samples share which it works on at a time; None if each has its own.
+        tokenizers: Prompts that it tokenizes at a time in this process; 0 if `prepare` takes no time.
     """
 
     name: str
@@ -65,6 +82,8 @@ class EngineModel:
     penalizes_prompt: bool
     prompt_format: PromptFormat
     slots: int | None = None
+    shared_context_tokens: int | None = None
+    tokenizers: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,17 +154,25 @@ class EngineSetupError(EngineError):
 
 
 class PromptTooLongError(EngineError):
-    """Prompt and max_tokens exceed the context; all three in tokens."""
+    """Prompt and max_tokens exceed the context; all in tokens.
 
-    def __init__(self, prompt_tokens: int, max_tokens: int, context_tokens: int) -> None:
-        super().__init__(prompt_tokens, max_tokens, context_tokens)
+    If the prompt is so long that this is clear before all of its tokens are counted, `prompt_tokens` is how many it has at
+    least. `counted_tokens` is how many were counted.
+    """
+
+    def __init__(self, prompt_tokens: int, max_tokens: int, context_tokens: int, counted_tokens: int | None = None) -> None:
+        super().__init__(prompt_tokens, max_tokens, context_tokens, counted_tokens)
         self.prompt_tokens = prompt_tokens
         self.max_tokens = max_tokens
         self.context_tokens = context_tokens
+        self.is_exact = counted_tokens is None
+        self.counted_tokens = prompt_tokens if counted_tokens is None else counted_tokens
 
     def __str__(self) -> str:
+        at_least = "" if self.is_exact else "at least "
         return (
-            f"{self.prompt_tokens} prompt tokens and max_tokens {self.max_tokens} exceed the context of {self.context_tokens}"
+            f"{at_least}{self.prompt_tokens} prompt tokens and max_tokens {self.max_tokens} exceed the context of "
+            f"{self.context_tokens}"
         )
 
 
@@ -170,7 +197,13 @@ class Engine(Protocol):
     async def __aexit__(self, *exception: object) -> None:
         """Stops the engine and whatever it still works on."""
 
-    def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+    async def prepare(self, request: GenerationRequest) -> PreparedRequest:
+        """Returns the request as `generate` takes it; raises `EngineError`, such as for a prompt that is too long.
+
+        Cancelled, it stops as soon as it can, and returns only when nothing works on it any more.
+        """
+
+    def generate(self, prepared: PreparedRequest) -> AsyncGenerator[Event, None]:
         """Yields `Started`, then deltas and exactly one `GenerationResponseSample` for each index, or raises `EngineError`.
 
         Closing the generator stops the work: in the queue, while the prompt is read, or while text is made.

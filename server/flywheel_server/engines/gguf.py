@@ -1,0 +1,115 @@
+"""The vocabulary of a GGUF file, read from its metadata.
+
+llama.cpp tells neither how long tokens are nor which of them are special. The format is that of
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The package `gguf` reads it too, but needs numpy, and seconds for
+the vocabulary of a large model.
+"""
+
+import mmap
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Self
+
+_NUMBERS: Final = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+"""The types of values that are numbers, and their formats for `struct`."""
+_STRING: Final = 8
+_ARRAY: Final = 9
+
+_MODEL: Final = "tokenizer.ggml.model"
+_TOKENS: Final = "tokenizer.ggml.tokens"
+_TYPES: Final = "tokenizer.ggml.token_type"
+
+_NORMAL: Final = 1
+_UNKNOWN: Final = 2
+_CONTROL: Final = 3
+"""Types of tokens."""
+
+BPE: Final = "gpt2"
+SENTENCEPIECE: Final = "llama"
+"""Models of tokenizers: byte-pair encoding of words, and of the whole text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """The tokens of a model.
+
+    Attributes:
+        tokenizer: Which model of tokenizer it is for, as GGUF names it.
+        max_token_bytes: The most bytes of text that one token stands for; None if a token can stand for any number of them.
+        special_tokens: The texts of its special tokens, such as `<|im_start|>`.
+        has_spaced_tokens: Whether some token has a word, a space or line break, and another word.
+    """
+
+    tokenizer: str
+    max_token_bytes: int | None
+    special_tokens: tuple[str, ...]
+    has_spaced_tokens: bool
+
+    @classmethod
+    def read(cls, model: Path) -> Self:
+        """Returns the vocabulary of a GGUF file; raises `OSError`, or `ValueError` if it is no GGUF file with a vocabulary."""
+        with model.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            try:
+                found = {name: value for name, value in _Reader(data).metadata() if name in (_MODEL, _TOKENS, _TYPES)}
+                tokenizer = found[_MODEL].decode()
+                tokens = found[_TOKENS]
+                types = found.get(_TYPES) or [_NORMAL] * len(tokens)
+            except (struct.error, KeyError, IndexError, UnicodeDecodeError) as error:
+                raise ValueError(f"{model} is not a GGUF file with a vocabulary") from error
+        lengths = (_length(token, kind, tokenizer) for token, kind in zip(tokens, types, strict=False))
+        return cls(
+            tokenizer,
+            max(lengths, default=None) if tokenizer in (BPE, SENTENCEPIECE) else None,
+            tuple(
+                token.decode(errors="replace")
+                for token, kind in zip(tokens, types, strict=False)
+                if kind in (_UNKNOWN, _CONTROL) and token
+            ),
+            any(b" " in token.strip() or b"\n" in token.strip() for token in tokens),
+        )
+
+
+def _length(token: bytes, kind: int, tokenizer: str) -> int:
+    """Returns how many bytes of text a token stands for, or a little more."""
+    if tokenizer == BPE and kind == _NORMAL:
+        # Each byte is written as one character.
+        return len(token.decode(errors="replace"))
+    return len(token)
+
+
+class _Reader:
+    def __init__(self, data: mmap.mmap) -> None:
+        self._data = data
+        self._at = 0
+
+    def metadata(self) -> Iterator[tuple[str, Any]]:
+        """Yields the names and values of the file."""
+        magic, _version, _tensors, count = self._unpack("4sIQQ")
+        if magic != b"GGUF":
+            raise KeyError(magic)
+        for _ in range(count):
+            name = self._string().decode()
+            (kind,) = self._unpack("I")
+            yield name, self._value(kind)
+
+    def _value(self, kind: int) -> Any:  # noqa: ANN401 - a number, text, or a list of them
+        if kind == _STRING:
+            return self._string()
+        if kind != _ARRAY:
+            return self._unpack(_NUMBERS[kind])[0]
+        (of, count) = self._unpack("IQ")
+        if of in _NUMBERS:
+            return self._unpack(f"{count}{_NUMBERS[of]}")
+        return [self._value(of) for _ in range(count)]
+
+    def _string(self) -> bytes:
+        (length,) = self._unpack("Q")
+        start, self._at = self._at, self._at + length
+        return self._data[start : self._at]
+
+    def _unpack(self, layout: str) -> tuple[Any, ...]:
+        values = struct.unpack_from(f"<{layout}", self._data, self._at)
+        self._at += struct.calcsize(f"<{layout}")
+        return values

@@ -1,0 +1,192 @@
+"""From text to tokens: the same ones whichever way the text is cut, and no more work than they need."""
+
+import asyncio
+import random
+import struct
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from flywheel_server.engines import tokenizer as tokenizer_module
+from flywheel_server.engines.base import EngineUnavailableError, PromptTooLongError
+from flywheel_server.engines.embedded import EmbeddedEngine, default_model
+from flywheel_server.engines.gguf import Vocabulary
+from flywheel_server.engines.llama import Llama
+from flywheel_server.engines.tokenizer import StoppedError, Tokenizer
+from flywheel_server.messages import GenerationRequest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.serving import until
+
+CONTEXT = 1024
+
+PARTS = st.sampled_from(
+    [
+        *("a", "word", "Wörter", "漢字", "かな", "한국어", "🦙", "e\u0301", "١٢٣", "42", "x_y", "don't", "I'LL"),
+        *(" ", "  ", " " * 9, "\n", "\n\n", "\r\n", "\t", "\u00a0", "\u2028", " \n ", "\n "),
+        *(".", "...", "- ", "-" * 40, "=", "();", '"', "“", "$", "\\", "\0", "\ufffd"),
+        *("<|im_start|>", "<|im_end|>", "<|im_start|>user\n", "<repo_name>", "<|im", "▁", "Ġ", "<0x0A>"),
+    ]
+)
+TEXTS = st.lists(st.tuples(PARTS, st.integers(1, 12)), min_size=1, max_size=60).map(
+    lambda parts: "".join(part * times for part, times in parts)
+)
+
+
+@pytest.fixture(scope="module")
+async def engine() -> AsyncIterator[EmbeddedEngine]:
+    async with EmbeddedEngine(
+        default_model(), context_tokens=CONTEXT, slots=1, threads=2, batch_tokens=16, prompt_format="raw"
+    ) as started:
+        yield started
+
+
+class Counting(Llama):
+    """Counts the characters that are tokenized."""
+
+    def __init__(self, llama: Llama) -> None:
+        self.__dict__ = dict(llama.__dict__)
+        self.characters = 0
+
+    def tokenize(self, text: str, *, begins_text: bool = True) -> list[int]:
+        self.characters += len(text)
+        return super().tokenize(text, begins_text=begins_text)
+
+    def close(self) -> None:
+        """It is the other's to close."""
+
+
+def tokenizer_of(engine: EmbeddedEngine, llama: Llama | None = None, context_tokens: int = 10**6) -> Tokenizer:
+    return Tokenizer(llama or engine._llama, engine._vocabulary, context_tokens, "raw")
+
+
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=TEXTS, piece=st.integers(1, 40), kept=st.integers(1, 30))
+def test_the_tokens_are_those_of_the_whole_text(engine: EmbeddedEngine, text: str, piece: int, kept: int) -> None:
+    whole = engine._llama.tokenize(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer_module, "PIECE", piece)
+        patch.setattr(tokenizer_module, "MARGIN", 1)
+        tokenizer = tokenizer_of(engine)
+        assert tokenizer.tokens(GenerationRequest(text=text, max_tokens=1), lambda: False) == whole
+        request = GenerationRequest(text=text * 20, max_tokens=1, max_input_tokens=kept)
+        assert tokenizer.tokens(request, lambda: False) == engine._llama.tokenize(text * 20)[-kept:]
+
+
+def test_of_a_long_text_only_an_end_is_tokenized_where_only_an_end_is_kept(engine: EmbeddedEngine) -> None:
+    chance = random.Random(1)
+    text = " ".join("".join(chance.choices("abcdefgh", k=chance.randrange(1, 9))) for _ in range(100_000))
+    counting = Counting(engine._llama)
+    request = GenerationRequest(text=text, max_tokens=1, max_input_tokens=20)
+    tokens = tokenizer_of(engine, counting).tokens(request, lambda: False)
+    assert tokens == engine._llama.tokenize(text)[-20:]
+    longest = engine._vocabulary.max_token_bytes or 0
+    assert 20 * longest <= counting.characters < 20 * longest + tokenizer_module.MARGIN + 20
+
+
+async def test_a_text_that_cannot_fit_is_refused_by_its_bytes(engine: EmbeddedEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unasked(*_: object, **__: object) -> list[int]:
+        raise AssertionError("it is tokenized")
+
+    longest = engine._vocabulary.max_token_bytes or 0
+    room = CONTEXT - 24
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._llama, "tokenize", unasked)
+        with pytest.raises(PromptTooLongError) as caught:
+            await engine.prepare(GenerationRequest(text="-" * (room * longest + 1), max_tokens=24))
+        error = caught.value
+        assert (error.prompt_tokens, error.is_exact, error.counted_tokens) == (room + 1, False, 0)
+    # Dashes come 64 in a token: what may fit by its bytes, and does.
+    prepared = await engine.prepare(GenerationRequest(text="-" * (64 * room), max_tokens=24))
+    assert len(prepared.prompt) == room
+
+
+def test_a_text_of_words_that_does_not_fit_is_given_up_early(engine: EmbeddedEngine) -> None:
+    counting = Counting(engine._llama)
+    with pytest.raises(PromptTooLongError) as caught:
+        tokenizer_of(engine, counting, 9000).tokens(GenerationRequest(text="word " * 200_000, max_tokens=1), lambda: False)
+    assert counting.characters < 3 * tokenizer_module.PIECE
+    assert 9000 <= caught.value.prompt_tokens == caught.value.counted_tokens < 20_000
+    assert not caught.value.is_exact
+
+
+def test_a_call_that_is_over_stops_after_a_piece(engine: EmbeddedEngine) -> None:
+    counting = Counting(engine._llama)
+    with pytest.raises(StoppedError):
+        tokenizer_of(engine, counting).tokens(
+            GenerationRequest(text="word " * 200_000, max_tokens=1), lambda: counting.characters > 0
+        )
+    assert counting.characters < 2 * tokenizer_module.PIECE
+
+
+async def test_stopping_the_engine_does_not_wait_for_whole_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    pieces: list[str] = []
+    engine = EmbeddedEngine(default_model(), context_tokens=8192, slots=1, threads=2, batch_tokens=16, prompt_format="raw")
+    async with engine:
+        tokenize = engine._llama.tokenize
+
+        def noting(text: str, *, begins_text: bool = True) -> list[int]:
+            pieces.append(text)
+            return tokenize(text, begins_text=begins_text)[:1]
+
+        monkeypatch.setattr(engine._llama, "tokenize", noting)
+        reading = asyncio.ensure_future(engine.prepare(GenerationRequest(text="word " * 100_000, max_tokens=1)))
+        await until(lambda: bool(pieces), "the prompt is being read")
+    with pytest.raises(EngineUnavailableError):
+        await reading
+    assert len(pieces) < 10
+
+
+def gguf(**metadata: object) -> bytes:
+    """Returns a GGUF file with these values: texts, numbers, and lists of them."""
+
+    def text(value: str) -> bytes:
+        return struct.pack("<Q", len(value.encode())) + value.encode()
+
+    def packed(value: object) -> bytes:
+        match value:
+            case str():
+                return struct.pack("<I", 8) + text(value)
+            case int():
+                return struct.pack("<Ii", 5, value)
+            case [str(), *_]:
+                return struct.pack("<IIQ", 9, 8, len(value)) + b"".join(text(str(each)) for each in value)
+            case [*numbers]:
+                return struct.pack(f"<IIQ{len(numbers)}i", 9, 5, len(numbers), *numbers)
+        raise TypeError
+
+    entries = b"".join(text(name.replace("_ggml_", ".ggml.")) + packed(value) for name, value in metadata.items())
+    return struct.pack("<4sIQQ", b"GGUF", 3, 0, len(metadata)) + entries
+
+
+@pytest.mark.parametrize(
+    ("kind", "tokens", "types", "expected"),
+    [
+        # Byte-pair encoding writes each byte as a character: the second token is three bytes of text.
+        ("gpt2", ["<s>", "ĠĊé", "ab"], [3, 1, 1], Vocabulary("gpt2", 3, ("<s>",), False)),
+        ("gpt2", ["a", "<|a b|>"], [1, 4], Vocabulary("gpt2", 7, (), True)),
+        ("llama", ["<unk>", "</s>", "▁▁", "ab"], [2, 3, 1, 1], Vocabulary("llama", 6, ("<unk>", "</s>"), False)),
+        # One that maps unknown words to a token, however long they are.
+        ("bert", ["[UNK]", "ab"], [2, 1], Vocabulary("bert", None, ("[UNK]",), False)),
+    ],
+)
+def test_the_vocabulary_of_a_file(tmp_path: Path, kind: str, tokens: list[str], types: list[int], expected: Vocabulary) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_bytes(
+        gguf(
+            general=1, tokenizer_ggml_model=kind, tokenizer_ggml_tokens=tokens, numbers=[1, 2], tokenizer_ggml_token_type=types
+        )
+    )
+    assert Vocabulary.read(file) == expected
+    for length in (0, 3, 40, file.stat().st_size - 5):
+        broken = tmp_path / "broken.gguf"
+        broken.write_bytes(file.read_bytes()[:length])
+        with pytest.raises(ValueError, match=r"GGUF|empty"):
+            Vocabulary.read(broken)
+
+
+def test_the_vocabulary_of_the_default_model(engine: EmbeddedEngine) -> None:
+    assert engine._vocabulary.tokenizer == "gpt2"
+    assert engine._vocabulary.max_token_bytes == 81
+    assert "<|im_start|>" in engine._vocabulary.special_tokens
