@@ -12,7 +12,8 @@
     SlowReaderError            RESOURCE_EXHAUSTED  ErrorInfo SLOW_READER
     DeadlineExceededError      DEADLINE_EXCEEDED   ErrorInfo IN_QUEUE or IN_GENERATION
     EngineTimeoutError         DEADLINE_EXCEEDED   ErrorInfo ENGINE_TIMEOUT with the seconds
-    UnauthenticatedError       UNAUTHENTICATED     ErrorInfo API_KEY_MISSING, _INVALID, _EXPIRED or _REVOKED
+    UnauthenticatedError       UNAUTHENTICATED     ErrorInfo API_KEY_MISSING, _INVALID, _EXPIRED or _REVOKED, or
+                                                   CERTIFICATE_INVALID
     EngineSetupError           FAILED_PRECONDITION ErrorInfo ENGINE_NOT_SET_UP with what was looked for, and the setting
     EngineUnavailableError     UNAVAILABLE         RetryInfo, ErrorInfo ENGINE_UNAVAILABLE
     anything else              INTERNAL            ErrorInfo ENGINE_FAILED with the request id
@@ -90,11 +91,13 @@ class SlowReaderError(Exception):
     """The caller does not read what was generated for it."""
 
 
-UnauthenticatedReason = Literal["API_KEY_MISSING", "API_KEY_INVALID", "API_KEY_EXPIRED", "API_KEY_REVOKED"]
+UnauthenticatedReason = Literal[
+    "API_KEY_MISSING", "API_KEY_INVALID", "API_KEY_EXPIRED", "API_KEY_REVOKED", "CERTIFICATE_INVALID"
+]
 
 
 class UnauthenticatedError(PermissionError):
-    """The call has no API key, or one that is not accepted here."""
+    """The call has no API key, or a key or a certificate that is not accepted here."""
 
     def __init__(self, reason: UnauthenticatedReason) -> None:
         super().__init__(reason)
@@ -220,17 +223,16 @@ def _engine_timeout(error: EngineTimeoutError, _: str) -> CallStatus:
 
 
 def _unauthenticated(error: UnauthenticatedError, _: str) -> CallStatus:
-    what: dict[UnauthenticatedReason, str] = {
-        "API_KEY_MISSING": "The call needs an API key",
-        "API_KEY_INVALID": "The call has an API key that is not accepted",
-        "API_KEY_EXPIRED": "The API key of the call has expired",
-        "API_KEY_REVOKED": "The API key of the call was revoked",
+    send_a_key = "Send one as metadata: authorization: Bearer KEY."
+    messages: dict[UnauthenticatedReason, str] = {
+        "API_KEY_MISSING": f"The call needs an API key. {send_a_key}",
+        "API_KEY_INVALID": f"The call has an API key that is not accepted. {send_a_key}",
+        "API_KEY_EXPIRED": f"The API key of the call has expired. {send_a_key}",
+        "API_KEY_REVOKED": f"The API key of the call was revoked. {send_a_key}",
+        "CERTIFICATE_INVALID": "The client certificate has a name that cannot be relied on. Use one whose names are printable, "
+        "and keep to the rules of SPIFFE if there is a SPIFFE ID.",
     }
-    return CallStatus(
-        StatusCode.UNAUTHENTICATED,
-        f"{what[error.reason]}. Send one as metadata: authorization: Bearer KEY.",
-        (_error_info(error.reason),),
-    )
+    return CallStatus(StatusCode.UNAUTHENTICATED, messages[error.reason], (_error_info(error.reason),))
 
 
 def _setup(error: EngineSetupError, _: str) -> CallStatus:

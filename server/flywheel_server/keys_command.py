@@ -159,7 +159,8 @@ def _parser() -> argparse.ArgumentParser:
         "--certificate",
         type=_as(Identity),
         metavar="IDENTITY",
-        help="Makes no key: the caller is who has a client certificate with this URI (such as a SPIFFE ID) or host name.",
+        help="Makes no key: the caller is who has a client certificate with this URI (such as a SPIFFE ID), host name or, in a "
+        "certificate without alternative names, common name.",
     )
     listing = command("list", _list, "Prints who may call.")
     listing.add_argument("--json", action="store_true", help="Prints it as JSON.")

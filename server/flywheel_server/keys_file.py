@@ -24,6 +24,7 @@ from pydantic import (
 from pydantic_core import from_json
 
 from flywheel_server.callers import Caller
+from flywheel_server.identities import identity
 from flywheel_server.messages import INT32_MAX
 
 KEY_PREFIX: Final = "fw_"
@@ -61,12 +62,6 @@ def _hash(text: str) -> str:
     return text
 
 
-def _identity(identity: str) -> str:
-    if not identity.isprintable() or not 1 <= len(identity) <= 2048:  # noqa: PLR2004 - the longest SPIFFE ID
-        raise ValueError("must be 1 to 2048 printable characters")
-    return identity
-
-
 def _in_utc(time: datetime) -> datetime:
     try:
         return time.astimezone(UTC)
@@ -80,7 +75,7 @@ def _whole_seconds(time: datetime) -> str:
 
 Name = Annotated[str, AfterValidator(_name)]
 Hash = Annotated[str, AfterValidator(_hash)]
-Identity = Annotated[str, AfterValidator(_identity)]
+Identity = Annotated[str, AfterValidator(identity)]
 Time = Annotated[AwareDatetime, AfterValidator(_in_utc), PlainSerializer(_whole_seconds)]
 Priority = Annotated[int, Field(ge=-INT32_MAX, le=INT32_MAX)]
 Quota = Annotated[int, Field(ge=1, le=INT32_MAX)]

@@ -188,15 +188,14 @@ async def test_a_key_that_has_expired(tmp_path: Path) -> None:
 class FakeContext:
     """A call as a client of another kind could send it: that of grpcio refuses to."""
 
-    def __init__(self, *metadata: tuple[str, str | bytes], **properties: list[bytes]) -> None:
+    def __init__(self, *metadata: tuple[str, str | bytes]) -> None:
         self._metadata = metadata
-        self._properties = properties
 
     def invocation_metadata(self) -> tuple[tuple[str, str | bytes], ...]:
         return self._metadata
 
     def auth_context(self) -> dict[str, list[bytes]]:
-        return self._properties
+        return {}
 
 
 async def called_by(context: FakeContext, ring: KeyRing) -> Caller:
@@ -214,33 +213,3 @@ async def called_by(context: FakeContext, ring: KeyRing) -> Caller:
 async def test_what_no_key_can_be_is_refused(sent: str) -> None:
     with pytest.raises(UnauthenticatedError, match="API_KEY_INVALID"):
         await called_by(FakeContext(("authorization", sent)), KeyRing([KEY]))
-
-
-URI = b"spiffe://cluster/mesh"
-
-
-@pytest.mark.parametrize(
-    ("properties", "name"),
-    [
-        (
-            {"peer_uri": [URI], "peer_dns": [b"mesh.example"], "x509_subject_alternative_name": [URI, b"mesh.example"]},
-            URI.decode(),
-        ),
-        (
-            {
-                "peer_dns": [b"mesh.example", b"b"],
-                "x509_common_name": [b"cn"],
-                "x509_subject_alternative_name": [b"mesh.example", b"b"],
-            },
-            "mesh.example",
-        ),
-        ({"x509_common_name": [b"cn"]}, "cn"),
-        ({"x509_common_name": [b"cn"], "x509_subject_alternative_name": [b"10.0.0.1"], "peer_ip": [b"10.0.0.1"]}, ""),
-        ({"x509_common_name": [URI]}, ""),
-        ({"x509_common_name": [b"a\nb"]}, ""),
-        ({"x509_common_name": [b""]}, ""),
-        ({}, ""),
-    ],
-)
-async def test_the_name_of_a_certificate(properties: dict[str, list[bytes]], name: str) -> None:
-    assert await called_by(FakeContext(**properties), KeyRing()) == Caller(name)

@@ -223,7 +223,7 @@ async def test_a_name_that_stands_for_another_key_is_revoked(path: Path) -> None
         write(path, entry("team-a", OTHER), mesh)
         await until(lambda: follower.revoked == [{"team-a"}], "team-a is revoked")
         assert (follower.name_of(KEY), follower.name_of(OTHER)) == (None, "team-a")
-        write(path, entry("team-a", OTHER), entry("mesh", None, certificate="spiffe://other"))
+        write(path, entry("team-a", OTHER), entry("mesh", None, certificate="spiffe://cluster/other"))
         await until(lambda: follower.revoked == [{"team-a"}, {"mesh"}], "mesh is revoked")
         assert ring.caller_of_certificate([SPIFFE_ID]) is None
 

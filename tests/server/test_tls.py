@@ -4,7 +4,7 @@ import asyncio
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,7 @@ import grpc
 import grpc.aio
 import pytest
 import trustme
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives import serialization
 from flywheel_proto.v1 import generation_pb2 as pb
 from flywheel_proto.v1 import generation_pb2_grpc
 from flywheel_server.callers import Caller, caller
@@ -25,12 +23,12 @@ from flywheel_server.keys_file import KeyEntry, KeysFile, hash_of
 from google.rpc.error_details_pb2 import ErrorInfo
 from structlog.testing import capture_logs
 
+from tests.server import certificates as made
 from tests.server.test_errors import details_of
 from tests.serving import serving
 
 KEY = "0123456789abcdef"
-PEM = serialization.Encoding.PEM
-PKCS8 = (PEM, serialization.PrivateFormat.PKCS8)
+PKCS8 = (made.PEM, serialization.PrivateFormat.PKCS8)
 
 
 class Engine(ScriptedEngine):
@@ -98,22 +96,8 @@ def chain_of(issued: trustme.LeafCert) -> bytes:
 
 
 def with_uri(authority: trustme.CA, uri: str) -> trustme.LeafCert:
-    """Returns a certificate as a mesh issues them, which trustme does not: its only name is a URI."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    signer: Any = serialization.load_pem_private_key(authority.private_key_pem.bytes(), None)
-    now = datetime.now(UTC)
-    signed = (
-        x509.CertificateBuilder()
-        .issuer_name(x509.load_pem_x509_certificate(authority.cert_pem.bytes()).subject)
-        .subject_name(x509.Name([]))
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(days=1))
-        .not_valid_after(now + timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.UniformResourceIdentifier(uri)]), critical=True)
-        .sign(signer, hashes.SHA256())
-    )
-    return trustme.LeafCert(key.private_bytes(*PKCS8, serialization.NoEncryption()), signed.public_bytes(PEM), [])
+    """Returns a certificate as a mesh issues them: its only name is a URI."""
+    return made.issue(authority, made.name(), made.alternative_names(made.uri(uri)))
 
 
 @asynccontextmanager

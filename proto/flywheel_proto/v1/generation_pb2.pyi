@@ -34,7 +34,8 @@ domain of every ErrorInfo is `flywheel.v1`.
                       has the `timeout_seconds`. Or the request did not arrive in time: ErrorInfo `REQUEST_INCOMPLETE`.
   UNAUTHENTICATED     The server wants an API key, as metadata `authorization: Bearer KEY`: ErrorInfo `API_KEY_MISSING`,
                       `API_KEY_INVALID`, `API_KEY_EXPIRED`, or `API_KEY_REVOKED` where that happens while the call runs.
-                      Health checks need none.
+                      Or the client's certificate has a name that cannot be relied on: ErrorInfo
+                      `CERTIFICATE_INVALID`, whatever key the call has. Health checks need none.
   FAILED_PRECONDITION The engine is not where the server's settings say, or refuses the server: ErrorInfo
                       `ENGINE_NOT_SET_UP`, whose metadata names what was looked for and the `setting` to look at.
                       Trying again helps only after the deployment was changed.

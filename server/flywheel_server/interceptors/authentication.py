@@ -4,12 +4,12 @@ A key is sent as `authorization: Bearer KEY` (RFC 6750). A certificate is that o
 """
 
 import re
-from collections.abc import Iterable
 from typing import Final
 
 import structlog
 
 from flywheel_server.callers import ANYBODY, Caller, caller
+from flywheel_server.client_certificates import identities_of
 from flywheel_server.errors import UnauthenticatedError
 from flywheel_server.interceptors.base import Call, CallInterceptor, Context
 from flywheel_server.keys import KeyRing
@@ -38,13 +38,14 @@ class AuthenticationInterceptor(CallInterceptor):
         await call(context)
 
     def _caller_of(self, context: Context) -> Caller:
+        # First of all: one that is not what it seems is refused, whatever else the call has.
+        identities = identities_of(context.auth_context())
         if not self._keys.is_required:
-            name = next(iter(_identities(context)), None)
-            return Caller(name) if name else ANYBODY
+            return Caller(identities[0]) if identities else ANYBODY
         key = _key(context)
         if key is not None:
             return self._keys.caller_of_key(key)
-        listed = self._keys.caller_of_certificate(_identities(context))
+        listed = self._keys.caller_of_certificate(identities)
         if listed is None:
             raise UnauthenticatedError("API_KEY_MISSING")
         return listed
@@ -62,18 +63,3 @@ def _key(context: Context) -> str | None:
     if not _VISIBLE.fullmatch(bearer[1]):
         raise UnauthenticatedError("API_KEY_INVALID")
     return bearer[1]
-
-
-def _identities(context: Context) -> Iterable[str]:
-    """Returns the names of the client's certificate, the most telling first: URIs such as SPIFFE IDs, then host names.
-
-    The common name counts only where there is no other (RFC 9525): authorities seldom verify it. For the same reason only a URI
-    is taken for one.
-    """
-    properties = context.auth_context()
-
-    def names(kind: str) -> list[str]:
-        return [name for value in properties.get(kind, ()) if (name := value.decode(errors="replace")) and name.isprintable()]
-
-    hosts = names("peer_dns") if properties.get("x509_subject_alternative_name") else names("x509_common_name")
-    return [*names("peer_uri"), *(host for host in hosts if "://" not in host)]
