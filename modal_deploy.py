@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import modal
 from flywheel_server.deployment.settings import configured
+from flywheel_server.deployment.signature import takes_fields
 from flywheel_server.deployment.weights import find_gpu
 from flywheel_server.settings import Settings
 
@@ -201,11 +202,13 @@ if configuration.weights is not None:
             await self.engine.__aexit__()
 
         @modal.method()
+        @takes_fields()
         async def generate(self, /, **fields: Any) -> dict[str, Any]:  # noqa: ANN401 - checked where it is used
             """Returns the samples of a request, whose eleven fields are keyword arguments."""
             return await self.remote.generate(**fields)
 
         @modal.method()
+        @takes_fields("queue", "partition", "call")
         async def generate_deltas(self, /, **arguments: Any) -> dict[str, Any]:  # noqa: ANN401 - as above
             """Sends the samples of a request to a queue while they are made."""
             return await self.remote.generate_deltas(**arguments)

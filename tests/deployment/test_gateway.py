@@ -15,6 +15,7 @@ from flywheel_proto.v1 import generation_pb2 as pb
 from flywheel_server.deployment.weights import find
 from flywheel_server.engines.scripted import Script
 from flywheel_server.health import RUNNERS
+from flywheel_server.messages import GenerationRequest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from modal_proto import api_pb2
 
@@ -86,6 +87,9 @@ def test_what_arrives_at_modal(prepared: ModalCloud) -> None:
     assert model.timeout_secs == 600
     assert model.max_concurrent_inputs == 16
     assert [mount.mount_path for mount in model.volume_mounts] == [str(prepared.directory / "weights")]
+    for method, before in (("generate", []), ("generate_deltas", ["queue", "partition", "call"])):
+        told = [argument.name for argument in model.method_definitions[method].function_schema.arguments]
+        assert told == [*before, *GenerationRequest.model_fields]
     assert not model.secret_ids or prepared.function("defaults/Model").secret_ids != gateway.secret_ids
     for function in (gateway, server):
         assert not function.resources.gpu_config.gpu_type

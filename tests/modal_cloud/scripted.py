@@ -16,10 +16,11 @@ GPU = "A10G"
 TIMEOUT = 600
 
 
-def deploy(cloud: ModalCloud, app: str, script: Script | None = None) -> None:
-    """Deploys the app under this name, to play the script."""
+def deploy(cloud: ModalCloud, app: str, script: Script | None = None, *, newer: bool = False) -> None:
+    """Deploys the app under this name, to play the script, in this version or in a newer one."""
     script = script or Script()
-    deployed = cloud.cli("deploy", str(APP), env={"SCRIPTED_APP": app, "SCRIPT": script.model_dump_json()})
+    env = {"SCRIPTED_APP": app, "SCRIPT": script.model_dump_json(), "SCRIPTED_NEWER": "yes" if newer else ""}
+    deployed = cloud.cli("deploy", str(APP), env=env)
     assert deployed.returncode == 0, deployed.stdout + deployed.stderr
 
 

@@ -1,19 +1,25 @@
 """An app for Modal whose classes answer like Flywheel's, quickly, slowly or wrongly, as the scripted engine does.
 
-`SCRIPTED_APP` names the app, and `SCRIPT` is what its engine plays.
+`SCRIPTED_APP` names the app, and `SCRIPT` is what its engine plays. With `SCRIPTED_NEWER`, it is of a version of this package
+that knows one more field of a request, `scratch`, and says more in its answers.
 """
 
 import asyncio
 import os
 import sys
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any
 
 import modal
+from flywheel_server.deployment import model, signature
 from flywheel_server.deployment.model import RemoteModel
-from flywheel_server.engines.base import PromptTooLongError
+from flywheel_server.engines import remote_events
+from flywheel_server.engines.base import Event, PromptTooLongError
 from flywheel_server.engines.scripted import Script, ScriptedEngine
+from flywheel_server.messages import GenerationRequest, GenerationResponseSample
 
-environment: dict[str, str | None] = {name: os.environ[name] for name in ("SCRIPTED_APP", "SCRIPT")}
+environment: dict[str, str | None] = {name: os.environ[name] for name in ("SCRIPTED_APP", "SCRIPT", "SCRIPTED_NEWER")}
 image = modal.Image.debian_slim().add_local_python_source("flywheel_proto", "flywheel_server")
 app = modal.App(environment["SCRIPTED_APP"])
 
@@ -39,6 +45,91 @@ class Model:
     @modal.method()
     async def running(self) -> int:
         return self.engine.running
+
+
+def eleven(  # noqa: PLR0917 - Flywheel's
+    text: str,
+    max_tokens: int,
+    eos_token_ids: list[int],
+    max_input_tokens: int,
+    num_samples: int,
+    stop: list[str],
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    presence_penalty: float,
+    frequency_penalty: float,
+) -> dict[str, Any]:
+    return dict(locals())
+
+
+NEWS = {"news": [{"of": "a later version"}]}
+
+
+class NewerRequest(GenerationRequest):
+    scratch: int = 0
+
+
+class NewerEngine(ScriptedEngine):
+    """Says in each sample what it got in the field."""
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        async with aclosing(super().generate(request)) as events:
+            async for event in events:
+                if isinstance(event, GenerationResponseSample) and isinstance(request, NewerRequest):
+                    yield event.model_copy(update={"finish_reason": f"scratch {request.scratch}"})
+                else:
+                    yield event
+
+
+def newer_pack(self: remote_events.Pile) -> dict[str, Any]:
+    packed = OLDER_PACK(self)
+    for event in packed["events"]:
+        event.update(NEWS)
+        event.get("sample", {}).update(NEWS)
+    return {**packed, **NEWS}
+
+
+OLDER_PACK = remote_events.Pile.pack
+NEWER = bool(os.environ["SCRIPTED_NEWER"])
+if NEWER:
+    for module in (model, signature):
+        module.GenerationRequest = NewerRequest  # type: ignore[attr-defined]
+    remote_events.Pile.pack = newer_pack  # type: ignore[method-assign]
+
+
+class Whole:
+    @modal.enter()
+    def load(self) -> None:
+        script = Script.model_validate_json(os.environ["SCRIPT"])
+        self.remote = RemoteModel(NewerEngine(script) if NEWER else ScriptedEngine(script))
+
+    @modal.method()
+    @signature.takes_fields()
+    async def generate(self, /, **fields: Any) -> dict[str, Any]:
+        answer = await self.remote.generate(**fields)
+        if NEWER:
+            answer.update(NEWS)
+            for sample in answer["responses"]:
+                sample.update(NEWS)
+        return answer
+
+
+@app.cls(image=image, env=environment, max_containers=1)
+@modal.concurrent(max_inputs=1000)
+class Versioned(Whole):
+    """Has what the class of this project has, with its signature, in this version or in a newer one."""
+
+    @modal.method()
+    @signature.takes_fields("queue", "partition", "call")
+    async def generate_deltas(self, /, **arguments: Any) -> dict[str, Any]:
+        return await self.remote.generate_deltas(**arguments) | (NEWS if NEWER else {})
+
+
+@app.cls(image=image, env=environment, max_containers=1)
+@modal.concurrent(max_inputs=1000)
+class VersionedWhole(Whole):
+    """Has only the method that returns all at once."""
 
 
 @app.cls(image=image, env=environment, max_containers=1)
@@ -72,6 +163,20 @@ class Flywheel:
             for ours in ("index", "prompt_tokens", "stop_sequence"):
                 del sample[ours]
         return answer
+
+
+@app.cls(image=image, env=environment, max_containers=1)
+@modal.concurrent(max_inputs=1000)
+class Untold:
+    """Takes what Flywheel's class takes, but its signature does not tell."""
+
+    @modal.enter()
+    def load(self) -> None:
+        self.remote = RemoteModel(ScriptedEngine(Script.model_validate_json(os.environ["SCRIPT"])))
+
+    @modal.method()
+    async def generate(self, /, **anything: Any) -> dict[str, Any]:
+        return await self.remote.generate(**eleven(**anything))
 
 
 class UnpicklableError(Exception):

@@ -10,6 +10,7 @@ from weakref import WeakValueDictionary
 
 import modal
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from flywheel_server import logs
 from flywheel_server.deployment.outbox import Outbox
@@ -19,6 +20,7 @@ from flywheel_server.deployment.weights import Weights
 from flywheel_server.engines.base import Engine, EngineSetupError
 from flywheel_server.engines.embedded import EmbeddedEngine
 from flywheel_server.engines.remote_events import Pile, Receipt
+from flywheel_server.engines.remote_fields import UNKNOWN_FIELD
 from flywheel_server.messages import GenerationRequest, GenerationResponse, GenerationResponseSample
 from flywheel_server.settings import Settings
 
@@ -54,7 +56,11 @@ def _request(fields: dict[str, Any]) -> GenerationRequest:
     except ValidationError as error:
         # One that the caller can unpickle without this package, or pydantic; and without the values, which may be prompts.
         problems = error.errors(include_url=False, include_input=False, include_context=False)
-        raise ValueError("; ".join(f"{problem['loc'][0]}: {problem['msg']}" for problem in problems)) from None
+        raise ValueError("; ".join(f"{problem['loc'][0]}: {_said(problem)}" for problem in problems)) from None
+
+
+def _said(problem: ErrorDetails) -> str:
+    return UNKNOWN_FIELD if problem["type"] == "extra_forbidden" else problem["msg"]
 
 
 class RemoteModel:

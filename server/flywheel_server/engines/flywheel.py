@@ -30,6 +30,7 @@ from flywheel_server.engines.base import (
 from flywheel_server.engines.inbox import Inbox
 from flywheel_server.engines.modal_errors import Target, as_engine_errors
 from flywheel_server.engines.remote_call import Method, RemoteCall, events_of
+from flywheel_server.engines.remote_fields import arguments_of, further_fields, signature_of, unsupported
 from flywheel_server.engines.samples import StopGate
 from flywheel_server.messages import GenerationRequest, GenerationResponse, GenerationResponseSample
 
@@ -47,10 +48,15 @@ STOP_GRACE: Final = 3.0
 
 @dataclass(frozen=True, slots=True)
 class _Class:
-    """The methods of the class as it was found, as far as it has them."""
+    """The methods of the class as it was found, as far as it has them, and the arguments of the one that generates."""
 
     generate: Method
     generate_deltas: Method | None
+    signature: frozenset[str] | None
+
+    def refused(self, request: GenerationRequest) -> str | None:
+        """Returns a field that is set in the request and that the class is known not to take; None if there is none."""
+        return next((name for name in further_fields(request) if self.signature and name not in self.signature), None)
 
 
 class FlywheelEngine:
@@ -100,7 +106,7 @@ class FlywheelEngine:
         """Yields the events of the request; see `Engine.generate`."""
         request = prepared.request
         with self._forgetting():
-            found = await self._found()
+            found = await self._found_for(request)
             if found.generate_deltas is None:
                 source = self._whole(found.generate, request)
             else:
@@ -111,7 +117,7 @@ class FlywheelEngine:
 
     async def _whole(self, method: Method, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """Yields the samples that the method returns."""
-        with self._spawned(method, request.model_dump(mode="json")) as call:
+        with self._spawned(method, request) as call:
             await call.accepted()
             # Where it waits, for a container or in one, Modal does not tell.
             yield Started()
@@ -123,7 +129,7 @@ class FlywheelEngine:
         unfinished = request.num_samples
         with inbox.receiving() as (call_id, arrivals):
             sender = {"queue": inbox.queue, "partition": inbox.partition, "call": call_id}
-            with self._spawned(method, sender | request.model_dump(mode="json")) as call:
+            with self._spawned(method, request, sender) as call:
                 async with aclosing(events_of(call, arrivals, self._watchers)) as events:
                     async for event in events:
                         unfinished -= isinstance(event, GenerationResponseSample)
@@ -134,9 +140,12 @@ class FlywheelEngine:
                             return
 
     @contextmanager
-    def _spawned(self, method: Method, arguments: dict[str, Any]) -> Iterator["RemoteCall"]:
-        """Gives a call with these arguments; leaving the context cancels it unless it has ended."""
-        call = RemoteCall(method, arguments, self._errors)
+    def _spawned(
+        self, method: Method, request: GenerationRequest, sender: dict[str, Any] | None = None
+    ) -> Iterator["RemoteCall"]:
+        """Gives a call for the request; leaving the context cancels it unless it has ended."""
+        errors = partial(self._errors, sent=further_fields(request))
+        call = RemoteCall(method, {**(sender or {}), **arguments_of(request)}, errors)
         self._calls.add(call)
         try:
             yield call
@@ -181,6 +190,17 @@ class FlywheelEngine:
                 self._class = await self._look_up()
             return self._class
 
+    async def _found_for(self, request: GenerationRequest) -> _Class:
+        """Returns the class; raises `UnsupportedFieldError` if it is known not to take a field of the request."""
+        found = await self._found()
+        if found.refused(request):
+            # It may have been deployed anew since it was found.
+            self._class = None
+            found = await self._found()
+        if field := found.refused(request):
+            raise unsupported(field)
+        return found
+
     async def _look_up(self) -> _Class:
         environment = self._target.environment or None
         found = modal.Cls.from_name(self._target.app, self._target.class_name, environment_name=environment)
@@ -193,8 +213,8 @@ class FlywheelEngine:
         try:
             generate_deltas = await instance.generate_deltas.hydrate.aio()
         except modal.exception.NotFoundError:
-            return _Class(generate, None)
-        return _Class(generate, generate_deltas)
+            return _Class(generate, None, await signature_of(generate))
+        return _Class(generate, generate_deltas, await signature_of(generate_deltas))
 
     async def _open_inbox(self) -> Inbox:
         async with self._looking_up:

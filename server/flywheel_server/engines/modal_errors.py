@@ -5,6 +5,8 @@
     InvalidError, UnimplementedError, VersionError
     ResourceExhaustedError                               EngineOverloadedError
     FunctionTimeoutError                                 EngineTimeoutError
+    TypeError or ValueError for a field that the         UnsupportedFieldError
+    class does not take
     ServiceError, InternalError, InternalFailure,        EngineUnavailableError: the control plane is out of reach, or has
     ConnectionError, ClientClosed, RemoteError, other    lost the container that worked on the call, or ended the call
     timeouts, and those of the transport below
@@ -16,7 +18,7 @@ Modal tables its own in `modal.exception`.
 
 import asyncio
 import builtins
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
@@ -32,7 +34,9 @@ from flywheel_server.engines.base import (
     EngineSetupError,
     EngineTimeoutError,
     EngineUnavailableError,
+    UnsupportedFieldError,
 )
+from flywheel_server.engines.remote_fields import refusal
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,13 +81,14 @@ _UNREACHABLE: Final = (
 )
 
 
-def engine_error(error: BaseException, target: Target, timeout: float) -> EngineError:
+def engine_error(error: BaseException, target: Target, timeout: float, sent: Collection[str] = ()) -> EngineError:
     """Returns the error of `engines.base` for one that came from Modal or from the class on it.
 
-    `timeout` is the one of the function, in seconds.
+    `timeout` is the one of the function, in seconds; `sent` has the names of the fields that were sent beyond Flywheel's.
     """
-    if isinstance(error, EngineError):
-        return error
+    known = error if isinstance(error, EngineError) else refusal(error, sent)
+    if known is not None:
+        return known
     if isinstance(error, exception.FunctionTimeoutError):
         return EngineTimeoutError(timeout)
     if isinstance(error, exception.ResourceExhaustedError):
@@ -97,16 +102,16 @@ def engine_error(error: BaseException, target: Target, timeout: float) -> Engine
 
 
 @contextmanager
-def as_engine_errors(target: Target, timeout: float) -> Iterator[None]:
-    """Raises the error of `engines.base` for whatever comes from Modal."""
+def as_engine_errors(target: Target, timeout: float, sent: Collection[str] = ()) -> Iterator[None]:
+    """Raises the error of `engines.base` for whatever comes from Modal; see `engine_error`."""
     try:
         yield
     except (asyncio.CancelledError, GeneratorExit):
         raise
     except BaseException as error:
         # Also what is no Exception: a class may raise SystemExit, and that must not end this process.
-        translated = engine_error(error, target, timeout)
+        translated = engine_error(error, target, timeout, sent)
         if translated is error:
             raise
         # What the class raised may hold a prompt, and is in its own log: here is only which kind of error it was.
-        raise translated from (None if isinstance(translated, EngineFailedError) else error)
+        raise translated from (None if isinstance(translated, EngineFailedError | UnsupportedFieldError) else error)
