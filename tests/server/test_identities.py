@@ -1,5 +1,6 @@
 """Who a client certificate says its holder is: which names of it count, and that nobody enters by a name that is not theirs."""
 
+import ssl
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,6 +16,8 @@ from flywheel_server.client_certificates import CACHED_CERTIFICATES, _read, iden
 from flywheel_server.identities import identity
 from flywheel_server.keys_file import KeyEntry, KeysFile, hash_of
 from google.rpc.error_details_pb2 import ErrorInfo
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.server import certificates as made
 from tests.server.certificates import alternative_names, common_name, dns, extension, name, other_name, uri
@@ -228,8 +231,8 @@ async def for_the_listed(engine: Engine, files: Files, clients: trustme.CA) -> A
     ]
     key = KeyEntry(name="team-a", hash=hash_of(KEY), created=datetime.now(UTC))
     KeysFile(keys=(*entries, key)).write(files.folder / "keys.json")
-    settings = {**files.mutual(clients), "api_keys_file": str(files.folder / "keys.json"), "health_interval": 3600}
-    async with serving(engine, **settings) as target:
+    configured = {**files.mutual(clients), "api_keys_file": str(files.folder / "keys.json"), "health_interval": 3600}
+    async with serving(engine, **configured) as target:
         yield target
 
 
@@ -322,6 +325,48 @@ async def test_calls_of_one_certificate_read_it_once(
         after = _read.cache_info()
         assert (after.misses - before.misses, after.hits - before.hits) == (1, 2)
     assert _read.cache_info().maxsize == CACHED_CERTIFICATES
+
+
+async def test_taking_a_certificate_out_of_the_file_ends_its_calls(
+    engine: Engine, files: Files, clients: trustme.CA, tmp_path: Path
+) -> None:
+    entry = KeyEntry(name="mesh", certificate="Mesh.EXAMPLE", created=datetime.now(UTC))
+    KeysFile(keys=(entry,)).write(tmp_path / "keys.json")
+    own = made.issue(clients, *alone(dns("MESH.example")))
+    configured = {**files.mutual(clients), "api_keys_file": str(tmp_path / "keys.json")}
+    async with serving(engine, **configured) as target, client(target.address, files.authority, own) as stub:
+        stream = stub.GenerateDeltas(pb.GenerationRequest(text="wait", max_tokens=20))
+        messages = aiter(stream)
+        await anext(messages)
+        KeysFile(keys=()).write(tmp_path / "keys.json")
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await drained(messages)
+        assert details_of(caught.value)[ErrorInfo].reason == "API_KEY_REVOKED"
+
+
+EVERY_KIND = alternative_names(
+    uri("urn:a:b"),
+    dns(HOST),
+    other_name(made.der(UTF8, b"a@b.example")),
+    made.email("a@b.example"),
+    made.ip(b"\x0a\x00\x00\x01"),
+    made.directory_name(common_name("a")),
+)
+PATTERN = ssl.PEM_cert_to_DER_cert(
+    made.issue(trustme.CA(), common_name(COMMON), EVERY_KIND).cert_chain_pems[0].bytes().decode()
+)
+
+
+@given(st.lists(st.tuples(st.integers(0, len(PATTERN) - 1), st.integers(0, 255)), max_size=4))
+@settings(max_examples=300, deadline=None)
+def test_whatever_a_certificate_has_in_it_its_identities_can_be_listed(changes: list[tuple[int, int]]) -> None:
+    changed = bytearray(PATTERN)
+    for position, byte in changes:
+        changed[position] = byte
+    for found in _read(made.pem(bytes(changed))) or ():
+        assert found.isascii()
+        assert found.isprintable()
+        assert identity(found) == found
 
 
 def test_a_connection_without_a_certificate_has_no_identity() -> None:
