@@ -15,7 +15,7 @@ import modal
 from flywheel_server.deployment import model, signature
 from flywheel_server.deployment.model import RemoteModel
 from flywheel_server.engines import remote_events
-from flywheel_server.engines.base import Event, PromptTooLongError
+from flywheel_server.engines.base import Event, PreparedRequest, PromptTooLongError
 from flywheel_server.engines.scripted import Script, ScriptedEngine
 from flywheel_server.messages import GenerationRequest, GenerationResponseSample
 
@@ -73,8 +73,9 @@ class NewerRequest(GenerationRequest):
 class NewerEngine(ScriptedEngine):
     """Says in each sample what it got in the field."""
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
-        async with aclosing(super().generate(request)) as events:
+    async def generate(self, prepared: PreparedRequest) -> AsyncGenerator[Event, None]:
+        request = prepared.request
+        async with aclosing(super().generate(prepared)) as events:
             async for event in events:
                 if isinstance(event, GenerationResponseSample) and isinstance(request, NewerRequest):
                     yield event.model_copy(update={"finish_reason": f"scratch {request.scratch}"})
