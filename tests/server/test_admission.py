@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import grpc
 import grpc.aio
@@ -18,6 +19,7 @@ from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.server.test_errors import METHODS, details_of, details_of_a_deadline
+from tests.server.test_quotas import keys_for
 from tests.serving import Target, drained, serving, until
 
 ONE = pb.GenerationRequest(text="x", max_tokens=1)
@@ -549,3 +551,33 @@ async def test_the_queue_is_the_servers_where_the_engine_has_few_slots() -> None
     engine = NarrowEngine(Script(hang_after=1))
     async with serving(engine, max_queued=0) as target, await full(target, engine, 1):
         assert await target.stub.GenerateAll(ONE).code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+async def test_who_waits_for_context_is_served_by_priority_and_within_its_deadline(tmp_path: Path) -> None:
+    engine = ScriptedEngine(Script(shared_context_tokens=200, token_delay=0.005))
+    served: list[str] = []
+    file = tmp_path / "keys.json"
+    with keys_for(file, low={"priority": -10}, high={"priority": 100}) as metadata:
+        async with serving(engine, api_keys_file=str(file)) as target:
+
+            async def call(name: str, max_tokens: int) -> None:
+                request = pb.GenerationRequest(text="x", max_tokens=max_tokens)
+                await target.stub.GenerateAll(request, metadata=metadata[name])
+                served.append(f"{name} {max_tokens}")
+
+            async def waiting(number: int) -> bool:
+                stats = await target.stub.GetStats(pb.GetStatsRequest(), metadata=metadata["low"])
+                return (stats.active, stats.queued, stats.backlog) == (1, number, 0)
+
+            holder = asyncio.create_task(call("low", 199))
+            await until(lambda: waiting(0), "it holds the whole context, and one of many slots")
+            calls = []
+            for number, (name, max_tokens) in enumerate([("low", 195), ("low", 2), ("high", 3), ("high", 4)], 1):
+                calls.append(asyncio.create_task(call(name, max_tokens)))
+                await until(lambda number=number: waiting(number), "the next one waits")  # type: ignore[misc]
+            details = await details_of_a_deadline(lambda: target.stub.GenerateAll(ONE, timeout=0.3, metadata=metadata["low"]))
+            assert details[ErrorInfo].reason == "IN_QUEUE"
+            await asyncio.gather(holder, *calls)
+    assert served[0] == "low 199"
+    assert set(served[1:3]) == {"high 3", "high 4"}, "they came last"
+    assert set(served[3:]) == {"low 195", "low 2"}

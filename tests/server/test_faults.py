@@ -7,6 +7,7 @@ test_delivery, and servers that are stopped, killed and started again in tests/c
 import asyncio
 import random
 import resource
+import signal
 from contextlib import AsyncExitStack, suppress
 from typing import Any
 
@@ -160,6 +161,23 @@ async def test_an_engine_without_memory_ends_calls_with_a_status_and_does_not_ha
 
         # How far it got is the system's affair.
         await until(serves_or_is_gone, "it goes on, has started its engine again, or has ended for all to see")
+
+
+async def test_a_signal_while_prompts_are_tokenized_ends_the_server_as_always() -> None:
+    settings = ("--embedded-threads", "1", "--withdraw-window", "0", "--drain-timeout", "0", "--log-level", "error")
+    async with command("--address", "127.0.0.1:0", *settings) as process:
+        _, address = await ready_line(process)
+        async with connected(address) as target:
+            # One word, which takes a second or more, and nothing can interrupt.
+            call = target.stub.GenerateAll(pb.GenerationRequest(text="-" * 600_000, max_tokens=1))
+
+            async def arrived() -> bool:
+                return bool((await target.stub.GetStats(pb.GetStatsRequest())).queued == 1)
+
+            await until(arrived, "the prompt is being tokenized")
+            process.send_signal(signal.SIGTERM)
+            assert await ending(call) is grpc.StatusCode.UNAVAILABLE
+            assert await process.wait() == 0
 
 
 async def ending(call: Any) -> grpc.StatusCode:
