@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import grpc.aio
 
-from flywheel_client._errors import FlywheelError, call_cancelled, error_from_call, request_id_in
+from flywheel_client._errors import FlywheelError, call_cancelled, error_from_call, has_begun, request_id_in
 from flywheel_client._pool import Member
 from flywheel_client._retry import Retry, Tries
 
@@ -62,12 +62,20 @@ class AsyncRetryingChannel(ABC):
     def ended(self, member: Member[grpc.aio.Channel]) -> None:  # noqa: B027 - nothing to note by default
         """Notes that a try is over."""
 
+    def is_to_blame(self, member: Member[grpc.aio.Channel], call: "Call", error: grpc.aio.AioRpcError | FlywheelError) -> bool:  # noqa: ARG002 - for directories
+        """Notes that a try of a call failed there, and returns whether another endpoint may do better at once."""
+        return False
+
     def delay(self, call: "Call", error: grpc.aio.AioRpcError | FlywheelError) -> float | None:
-        """Returns the seconds until the next try of a call that failed; None where there is to be none."""
+        """Returns the seconds until the next try of a call that failed; None if there is to be none."""
         self.raise_if_closed(call)
+        member = call.member
+        to_blame = member is not None and self.is_to_blame(member, call, error)
+        if has_begun(error):
+            return None
         jitter = random.random()  # noqa: S311 - nothing secret
-        reached = call.member is not None or call.tries.error is not None
-        return call.tries.delay(error_from_call(error, call.request_id), time.monotonic(), jitter, reached=reached)
+        failure = error_from_call(error, call.request_id)
+        return call.tries.delay(failure, time.monotonic(), jitter, tried=member is not None, to_blame=to_blame)
 
     async def pause(self, call: "Call", seconds: float) -> None:
         """Waits so long, or raises `CallCancelledError` as soon as the channel is closed."""

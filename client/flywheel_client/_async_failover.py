@@ -63,11 +63,9 @@ class AsyncFailoverChannel(AsyncRetryingChannel):
                 return member
         raise call.tries.error or error or self._directory.no_endpoint()
 
-    def delay(self, call: Call, error: grpc.aio.AioRpcError | FlywheelError) -> float | None:
-        """Returns 0 where the endpoint was to blame, as the call goes elsewhere at once; or else what all channels do."""
-        if call.member is not None and self._pool.failed(call.tries, call.member, error, time.monotonic()):
-            return 0.0
-        return super().delay(call, error)
+    def is_to_blame(self, member: Member[grpc.aio.Channel], call: Call, error: grpc.aio.AioRpcError | FlywheelError) -> bool:
+        """Notes that a try of a call failed there, and returns whether another endpoint may do better at once."""
+        return self._pool.failed(call.tries, member, error, time.monotonic())
 
     def ended(self, member: Member[grpc.aio.Channel]) -> None:
         """Notes that a try is over."""

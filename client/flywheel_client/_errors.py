@@ -197,6 +197,15 @@ def error_from_call(error: Any, request_id: str) -> FlywheelError:  # noqa: ANN4
     return error_from_status(error.code(), error.details(), trailing_metadata, request_id)
 
 
+def has_begun(error: Any) -> bool:  # noqa: ANN401 - grpc has no public type for it
+    """Whether a call that failed had received headers, which the server sends when the engine begins on it.
+
+    grpc shows what is refused before (Trailers-Only), and what a proxy answers with a status of HTTP, without any. grpc.aio
+    loses the headers of a stream if its end arrives too before the event loop has turned round to ask for them.
+    """
+    return not isinstance(error, FlywheelError) and any(error.initial_metadata() or ())
+
+
 def call_cancelled(request_id: str) -> CallCancelledError:
     """Returns the exception for a call that this side cancelled."""
     return CallCancelledError(grpc.StatusCode.CANCELLED, "the call was cancelled", request_id=request_id)

@@ -1,7 +1,7 @@
 """A channel to all endpoints of a directory, for threads: each call to one of them, and to another if that one is gone.
 
-A call that finds its endpoint gone, or about to stop, before it has delivered anything is tried elsewhere at once, within its
-deadline. Only where it has tried them all does it wait before it goes round again.
+A call that finds its endpoint gone, or about to stop, before the engine has begun on it is tried elsewhere at once, within its
+deadline and its attempts. Only if it has tried them all does it wait before it goes round again.
 """
 
 import asyncio
@@ -70,13 +70,10 @@ class FailoverChannel(RetryingChannel):
             raise call.tries.error or error or self._directory.no_endpoint()
         return member
 
-    def delay(self, call: Call, error: grpc.RpcError | FlywheelError) -> float | None:
-        """Returns 0 where the endpoint was to blame, as the call goes elsewhere at once; or else what all channels do."""
+    def is_to_blame(self, member: Member[grpc.Channel], call: Call, error: grpc.RpcError | FlywheelError) -> bool:
+        """Notes that a try of a call failed there, and returns whether another endpoint may do better at once."""
         with self._changed:
-            self.raise_if_cancelled(call)
-            if call.member is not None and self._pool.failed(call.tries, call.member, error, time.monotonic()):
-                return 0.0
-        return super().delay(call, error)
+            return self._pool.failed(call.tries, member, error, time.monotonic())
 
     def ended(self, member: Member[grpc.Channel]) -> None:
         """Notes that a try is over."""

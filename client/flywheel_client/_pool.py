@@ -10,7 +10,7 @@ from typing import Any, Final, Generic, Protocol, TypeVar
 
 import grpc
 
-from flywheel_client._errors import FlywheelError, error_from_call
+from flywheel_client._errors import FlywheelError
 from flywheel_client._retry import Tries
 
 ChannelT = TypeVar("ChannelT")
@@ -76,8 +76,6 @@ class Pool(Generic[ChannelT]):
         """Returns the endpoint to try next after the directory was read, or could not be; None where nothing is left."""
         if tries.failed:
             tries.may_reread = False
-            # What failed without a word of the server, such as a connection that was cut, may work the second time.
-            tries.failed = set(tries.refused)
         return self._pick(tries, now)
 
     def _pick(self, tries: Tries, now: float) -> Member[ChannelT] | None:
@@ -104,8 +102,6 @@ class Pool(Generic[ChannelT]):
         self._read = min(self._read, now - FRESH)
         tries.error = error
         tries.failed.add(member.address)
-        if error_from_call(error, "").reason:
-            tries.refused.add(member.address)
         return True
 
     def ended(self, member: Member[ChannelT]) -> ChannelT | None:

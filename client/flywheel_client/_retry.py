@@ -15,17 +15,25 @@ from flywheel_client._errors import FlywheelError
 SPREAD: Final = 0.2
 """By how much of itself a backoff is shorter or longer, so that clients that failed together do not return together."""
 
+NEVER_SENT: Final = ("failed to connect to all addresses", "DNS resolution failed", "errors resolving")
+"""How the message of grpc begins if it could not connect to an address."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Retry:
-    """How a call is tried again that failed before its first message.
+    """How a call is tried again that failed before the engine began on it.
 
-    It is where the server was UNAVAILABLE, was full and said when to come back (RESOURCE_EXHAUSTED with `RetryInfo`), or
+    The server sends the headers of its answer (initial metadata) when the engine begins. A call is never tried again once
+    they have arrived, even if no result has. This is the rule of gRPC's own retries (gRFC A6). Before that, a call is tried
+    again if the server was UNAVAILABLE, was full and said when to come back (RESOURCE_EXHAUSTED with `RetryInfo`), or
     stopped as the call arrived (CANCELLED). The wait is what the server asks for and a little more, or else a backoff that
-    grows from one attempt to the next. One deadline holds for all attempts: where it would pass first, the call fails at once.
+    grows from one attempt to the next. One deadline holds for all attempts: if it would pass first, the call fails at once.
 
     Attributes:
-        max_attempts: How often a call is made at most, the first time included.
+        max_attempts: How often a call is sent at most, the first time included, to all endpoints of a directory together.
+            If a connection breaks before the headers have arrived, nobody can tell whether the engine had begun: so this
+            is also how often the engine can begin on a call, or how many servers a call can crash. Addresses of a
+            directory that cannot be connected to are passed over; only if there is no other do they count as one attempt.
         initial_backoff: The seconds before the second attempt, give or take a fifth.
         max_backoff: The longest backoff in seconds.
         multiplier: By how much a backoff is longer than the one before.
@@ -56,18 +64,21 @@ DEFAULT_RETRY: Final = Retry()
 class Tries:
     """What one call has tried so far, and until when it may go on.
 
-    Where a service has several endpoints, one attempt may try many of them; `failed`, `refused`, `error` and `may_reread` are
-    about the attempt that is under way.
+    If a service has several endpoints, a call goes from one to the next without a wait. The tries between two waits are a
+    round; `counted`, `failed`, `error` and `may_reread` are about the round that is under way.
     """
 
     retry: Retry | None
     deadline: float
     wait_for_ready: bool
     """Whether to wait where there is no endpoint to try."""
-    attempts: int = 1
+    attempts: int = 0
+    """How many have failed: each try that was sent, and each round of which none was."""
+    counted: bool = False
+    """Whether the round is among the attempts."""
     backoff: float = 0.0
     failed: set[str] = field(default_factory=set)
-    refused: set[str] = field(default_factory=set)
+    """The addresses that are not tried again in this round."""
     error: Exception | None = None
     may_reread: bool = True
 
@@ -80,14 +91,27 @@ class Tries:
         """Returns the seconds until the deadline; None where there is none."""
         return None if self.deadline == inf else max(self.deadline - now, 0.0)
 
-    def delay(self, error: FlywheelError, now: float, jitter: float, *, reached: bool = True) -> float | None:
-        """Returns the seconds until the next attempt; None where there is to be none, so that the error stands.
+    def delay(
+        self, error: FlywheelError, now: float, jitter: float, *, tried: bool = True, to_blame: bool = False
+    ) -> float | None:
+        """Returns the seconds until the next try; None if there is to be none, so that the error stands.
 
-        An attempt that has not `reached` any endpoint, as there was none to try, is another matter: waiting for one is not
-        counted, and is done only where the caller wants to wait.
+        Args:
+            error: Why the last try failed, before the engine began.
+            now: The time.
+            jitter: A random number of 0 to 1.
+            tried: Whether there was an endpoint to try. Waiting for one is not an attempt, and only done if the caller wants
+                to wait.
+            to_blame: Whether the endpoint failed rather than the call, which may then go to another one at once.
         """
-        may_go_on = self.retry is not None and self.attempts < self.retry.max_attempts if reached else self.wait_for_ready
-        if not may_go_on or not is_retryable(error):
+        if tried and was_sent(error):
+            self._count()
+        if to_blame and self._may_go_on():
+            return 0.0
+        tried = tried or self.error is not None
+        if tried and not self.counted:
+            self._count()
+        if not (self._may_go_on() if tried else self.wait_for_ready) or not is_retryable(error):
             return None
         retry = self.retry or DEFAULT_RETRY
         backoff = min(self.backoff * retry.multiplier or retry.initial_backoff, retry.max_backoff)
@@ -99,17 +123,32 @@ class Tries:
             return None
         if now + delay >= self.deadline:
             return None
-        self.attempts += reached
         self.backoff = backoff
+        self.counted = False
         self.failed.clear()
-        self.refused.clear()
         self.error = None
         self.may_reread = True
         return delay
 
+    def _count(self) -> None:
+        self.attempts += 1
+        self.counted = True
+
+    def _may_go_on(self) -> bool:
+        return self.retry is not None and self.attempts < self.retry.max_attempts
+
+
+def was_sent(error: FlywheelError) -> bool:
+    """Whether a server may have received a call that ended so.
+
+    Only its words tell that grpc had no connection to send the call on. Other words, also those of later versions, count as
+    sent, which errs on the side of fewer tries.
+    """
+    return not error.message.startswith(NEVER_SENT)
+
 
 def is_retryable(error: FlywheelError) -> bool:
-    """Whether a call that ended so, before its first message, may end better the next time."""
+    """Whether a call that ended so, before the engine began on it, may end better the next time."""
     match error.code:
         case grpc.StatusCode.UNAVAILABLE:
             return True

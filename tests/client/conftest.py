@@ -57,6 +57,8 @@ class FakeService(generation_pb2_grpc.GenerationServiceServicer):
     address: str = ""
     deltas: list[generation_pb2.GenerationDelta] = field(default_factory=lambda: [delta("ab"), delta("c", 0, 2, "stop")])
     samples: list[generation_pb2.GenerationResponseSample] = field(default_factory=lambda: [sample("abc")])
+    holds: bool = False
+    """Before its initial metadata a generation waits until it is cancelled."""
     hangs: bool = False
     """After its messages a generation waits until it is cancelled."""
     request_id: str | None = None
@@ -156,6 +158,8 @@ class FakeService(generation_pb2_grpc.GenerationServiceServicer):
         context.add_callback(self._note_end)
         own_id = self.request_id or str(metadata.get("x-request-id", "new"))
         self.called.set()
+        if self.holds:
+            self._ended.wait(WAIT)
         if self.refuses:
             self._fail(context, ("x-request-id", own_id))
         context.send_initial_metadata((("x-request-id", own_id),))

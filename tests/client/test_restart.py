@@ -113,25 +113,34 @@ async def test_no_call_fails_while_one_server_after_the_other_restarts(kind: Any
 @pytest.mark.parametrize("kind", [Client, AsyncClient], ids=["threads", "asyncio"])
 async def test_after_a_kill_what_has_begun_is_told_and_what_has_not_is_tried_again(kind: Any) -> None:
     address = f"127.0.0.1:{free_port()}"
-    async with servers(address, script='{"text": "abcd", "token_delay": 0.05}') as running:
+    async with servers(address, script='{"text": "abcd", "token_delay": 0.05, "slots": 5}') as running:
         one = Caller(kind, address, retry=PATIENT)
         begun = [await one.stream(max_tokens=4000) for _ in range(3)]
         for stream in begun:
             assert await one.next(stream) == "abcd"
-        unary = [asyncio.create_task(one.ask(one.client.generate_all, "p", max_tokens=TOKENS)) for _ in range(3)]
 
-        async def arrived() -> bool:
-            stats = await one.ask(one.client.stats)
-            return bool(stats.active == len(begun) + len(unary))
+        async def unary(tokens: int, active: int, queued: int) -> list[asyncio.Task[Any]]:
+            calls = [asyncio.create_task(one.ask(one.client.generate_all, "p", max_tokens=tokens)) for _ in range(2)]
 
-        await until(arrived, "the server generates for all of them")
+            async def arrived() -> bool:
+                stats = await one.ask(one.client.stats)
+                return bool((stats.active, stats.queued) == (active, queued))
+
+            await until(arrived, "the calls have arrived")
+            return calls
+
+        working = await unary(4000, active=5, queued=0)
+        waiting = await unary(TOKENS, active=5, queued=2)
         await stopped(running[address], signal.SIGKILL)
         for stream in begun:
             with pytest.raises(UnavailableError):
                 await one.rest(stream)
+        for call in working:
+            with pytest.raises(UnavailableError):
+                await call
         streams = [await one.stream(max_tokens=TOKENS) for _ in range(3)]
         late = [asyncio.create_task(one.next(stream)) for stream in streams]
         running[address] = await started(address)
-        assert {answer.responses[0].text for answer in await asyncio.gather(*unary)} == {TEXT}
+        assert {answer.responses[0].text for answer in await asyncio.gather(*waiting)} == {TEXT}
         assert await asyncio.gather(*late) == ["abcd"] * 3
         await one.close()

@@ -79,9 +79,9 @@ def test_no_attempt_is_waited_for_that_the_deadline_forbids() -> None:
 
 def test_waiting_for_an_endpoint_is_not_an_attempt() -> None:
     for retry in (None, Retry(max_attempts=1)):
-        assert Tries.begin(retry, None, 0.0).delay(UNAVAILABLE, 0.0, 0.5, reached=False) is None
+        assert Tries.begin(retry, None, 0.0).delay(UNAVAILABLE, 0.0, 0.5, tried=False) is None
         tries = Tries.begin(retry, None, 0.0, wait_for_ready=True)
-        assert [tries.delay(UNAVAILABLE, 0.0, 0.5, reached=False) for _ in range(6)] == [0.25, 0.5, 1.0, 2.0, 4.0, 5.0]
+        assert [tries.delay(UNAVAILABLE, 0.0, 0.5, tried=False) for _ in range(6)] == [0.25, 0.5, 1.0, 2.0, 4.0, 5.0]
         assert tries.delay(UNAVAILABLE, 0.0, 0.5) is None
 
 
