@@ -238,8 +238,8 @@ def generate(
     """Continue a prompt, and print the text while it is made.
 
     Several samples are printed one after another. A summary of each goes to stderr. A newline at the end of stdin is not
-    taken as part of the prompt. A call that fails before any text is tried again for some seconds. Exit codes: see
-    flywheel --help.
+    taken as part of the prompt. A call that fails before the engine has begun on it is tried again for some
+    seconds. Exit codes: see flywheel --help.
     """
     options: dict[str, Any] = {
         "text": _text(prompt),

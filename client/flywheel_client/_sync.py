@@ -141,7 +141,8 @@ class Client:
             channel_options: Options of the channel, which take precedence over the client's own.
             credentials: For TLS, such as `grpc.ssl_channel_credentials()`; with a key and a certificate it is mutual TLS.
             api_key: The key that the server asks for; sent as `authorization: Bearer KEY`.
-            retry: How a call is tried again that failed before its first message; None never does. Default: up to 5 attempts.
+            retry: How a call is tried again that failed before the engine began on it; with None a call is tried once.
+                Default: up to 5 attempts.
             wait_for_ready: Whether a call waits, within its deadline, for a server that can be reached and is SERVING. By
                 default it fails, once it was tried again, where there is none.
 
@@ -171,9 +172,10 @@ class Client:
     ) -> Self:
         """Makes a client of a deployment on Modal, which it finds by name and follows as containers come and go.
 
-        Each call goes to the endpoint with the fewest calls of this client. One that finds its endpoint gone, or about to stop,
-        before it has delivered anything is tried on another; one deadline holds for all tries. What has delivered something
-        is never repeated: it raises `UnavailableError`. Its first call asks Modal for the addresses, and waits for them.
+        Each call goes to the endpoint with the fewest calls of this client. A call that finds its endpoint gone, or about to
+        stop, before the engine has begun on it is tried on another; one deadline and one number of attempts hold for all
+        tries. After that it is never repeated: it raises `UnavailableError`. The client's first call asks Modal for the
+        addresses, and waits for them.
 
         Args:
             app: The name of the deployed app.
@@ -183,7 +185,8 @@ class Client:
             metadata: What every call carries. Keys are lowercase.
             channel_options: Options of the channels, which take precedence over the client's own.
             credentials: Default: `grpc.ssl_channel_credentials()`.
-            retry: How a call is tried again that found all endpoints gone, or a full one. Default: up to 5 attempts.
+            retry: How a call is tried again, on any endpoint, that failed before the engine began on it; with None a call is
+                tried once, on one endpoint. Default: up to 5 attempts.
             wait_for_ready: Whether a call waits, within its deadline, for as long as there is no endpoint.
 
         Raises:

@@ -1,4 +1,4 @@
-"""Calls that fail before their first message are tried again: the decisions, and both clients over the wire."""
+"""Calls that fail before the engine began on them are tried again: the decisions, and both clients over the wire."""
 
 from __future__ import annotations
 
@@ -83,6 +83,22 @@ def test_waiting_for_an_endpoint_is_not_an_attempt() -> None:
         tries = Tries.begin(retry, None, 0.0, wait_for_ready=True)
         assert [tries.delay(UNAVAILABLE, 0.0, 0.5, tried=False) for _ in range(6)] == [0.25, 0.5, 1.0, 2.0, 4.0, 5.0]
         assert tries.delay(UNAVAILABLE, 0.0, 0.5) is None
+
+
+def test_endpoints_share_the_attempts_of_a_call() -> None:
+    dead = UnavailableError(grpc.StatusCode.UNAVAILABLE, "failed to connect to all addresses; last error: refused")
+    tries = Tries.begin(Retry(max_attempts=3, initial_backoff=1.0), None, 0.0)
+    tries.error = dead
+    assert [tries.delay(dead, 0.0, 0.5, to_blame=True) for _ in range(9)] == [0.0] * 9
+    assert tries.delay(UNAVAILABLE, 0.0, 0.5, to_blame=True) == 0.0
+    # No endpoint is left. The round has been counted.
+    assert tries.delay(dead, 0.0, 0.5, tried=False) == 1.0
+    assert tries.attempts == 1
+    tries.error = dead
+    assert tries.delay(dead, 0.0, 0.5, tried=False) == 2.0
+    assert tries.attempts == 2
+    assert tries.delay(UNAVAILABLE, 0.0, 0.5, to_blame=True) is None
+    assert Tries.begin(None, None, 0.0).delay(dead, 0.0, 0.5, to_blame=True) is None
 
 
 @pytest.mark.parametrize("code", grpc.StatusCode, ids=lambda code: code.name)
