@@ -14,6 +14,12 @@ log = structlog.stdlib.get_logger(__name__)
 HANDSHAKE_TIMEOUT: Final = 20.0
 """Seconds that a new connection has for the handshakes of TLS and HTTP/2."""
 
+MAX_UNSEEN_CALLS: Final = 16_384
+"""Calls that have arrived and that the server has not looked at yet; gRPC cancels further ones.
+
+Each takes 16 KiB, and it stays when its connection is closed: without this limit, one peer could use up the memory.
+"""
+
 
 class UnsafeError(ValueError):
     """The settings would let in callers whom nobody has thought of."""
@@ -75,6 +81,10 @@ def channel_arguments(settings: Settings) -> list[tuple[str, int]]:
         ("grpc.absolute_max_metadata_size", settings.max_header_bytes),
         ("grpc.max_concurrent_streams", settings.max_streams),
         ("grpc.max_allowed_incoming_connections", settings.max_connections),
+        # Between the two, gRPC cancels calls at random, and beyond, all. With its defaults of 1000 and 3000 it would do what is
+        # admission's to do.
+        ("grpc.server.max_pending_requests", MAX_UNSEEN_CALLS),
+        ("grpc.server.max_pending_requests_hard_limit", MAX_UNSEEN_CALLS),
         ("grpc.server_handshake_timeout_ms", _milliseconds(HANDSHAKE_TIMEOUT)),
         *(age if settings.max_connection_age else ()),
         # A long generation is silent between its messages, so clients ping to keep it alive through proxies: let them.
