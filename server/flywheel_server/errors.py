@@ -5,6 +5,7 @@
     PromptTooLongError         INVALID_ARGUMENT    BadRequest with both numbers
     UnsupportedFieldError      INVALID_ARGUMENT    BadRequest, ErrorInfo UNSUPPORTED_FIELD
     MalformedRequestError      INVALID_ARGUMENT    ErrorInfo MALFORMED_REQUEST
+    RequestTooLargeError       RESOURCE_EXHAUSTED  ErrorInfo REQUEST_TOO_LARGE
     IncompleteRequestError     DEADLINE_EXCEEDED   ErrorInfo REQUEST_INCOMPLETE
     ServerFullError            RESOURCE_EXHAUSTED  RetryInfo, ErrorInfo OVERLOADED
     EngineOverloadedError      RESOURCE_EXHAUSTED  RetryInfo, ErrorInfo OVERLOADED
@@ -55,6 +56,14 @@ class MalformedRequestError(ValueError):
 
     def __init__(self) -> None:
         super().__init__("The request is not a valid message of its type, or has text that is not UTF-8.")
+
+
+class RequestTooLargeError(ValueError):
+    """The request has more than `limit` bytes after decompression."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(limit)
+        self.limit = limit
 
 
 class IncompleteRequestError(TimeoutError):
@@ -179,6 +188,11 @@ def _malformed_request(error: MalformedRequestError, _: str) -> CallStatus:
     return CallStatus(StatusCode.INVALID_ARGUMENT, str(error), (_error_info("MALFORMED_REQUEST"),))
 
 
+def _request_too_large(error: RequestTooLargeError, _: str) -> CallStatus:
+    message = f"The request is larger than {error.limit} bytes, the most that this method takes."
+    return CallStatus(StatusCode.RESOURCE_EXHAUSTED, message, (_error_info("REQUEST_TOO_LARGE"),))
+
+
 def _incomplete_request(_: IncompleteRequestError, __: str) -> CallStatus:
     return CallStatus(StatusCode.DEADLINE_EXCEEDED, "The request did not arrive in time.", (_error_info("REQUEST_INCOMPLETE"),))
 
@@ -264,6 +278,7 @@ TABLE: Final[Mapping[type[Exception], Callable[[Any, str], CallStatus]]] = {
     PromptTooLongError: _prompt_too_long,
     UnsupportedFieldError: _unsupported_field,
     MalformedRequestError: _malformed_request,
+    RequestTooLargeError: _request_too_large,
     IncompleteRequestError: _incomplete_request,
     ServerFullError: _overloaded,
     EngineOverloadedError: _overloaded,

@@ -30,7 +30,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc] # it has no types
-    """Answers with the statuses that were set.
+    """Answers with the statuses that were set. The methods write to the context, as all of this server do.
 
     Instead of the one in grpcio-health-checking, which has no List, and whose `set` waits for every watcher to read.
     """
@@ -45,12 +45,12 @@ class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc] # it
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
 
-    async def Check(self, request: health_pb2.HealthCheckRequest, context: Context) -> health_pb2.HealthCheckResponse:
-        """Returns the status of a service; NOT_FOUND for one that is not there."""
+    async def Check(self, request: health_pb2.HealthCheckRequest, context: Context) -> None:
+        """Sends the status of a service; NOT_FOUND for one that is not there."""
         status = self._statuses.get(request.service)
         if status is None:
             await context.abort(grpc.StatusCode.NOT_FOUND, "There is no such service here; List has those that are.")
-        return health_pb2.HealthCheckResponse(status=status)
+        await context.write(health_pb2.HealthCheckResponse(status=status))
 
     async def Watch(self, request: health_pb2.HealthCheckRequest, context: Context) -> None:
         """Streams the status of a service, now and whenever it changes; SERVICE_UNKNOWN for one that is not there."""
@@ -63,10 +63,10 @@ class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc] # it
                 last = status
             await changed.wait()
 
-    async def List(self, request: Any, context: Context) -> Any:  # noqa: ANN401 - older versions have no type
-        """Returns the statuses of all services."""
+    async def List(self, request: Any, context: Context) -> None:  # noqa: ANN401 - older versions have no type
+        """Sends the statuses of all services."""
         statuses = {name: health_pb2.HealthCheckResponse(status=status) for name, status in self._statuses.items()}
-        return health_pb2.HealthListResponse(statuses=statuses)
+        await context.write(health_pb2.HealthListResponse(statuses=statuses))
 
 
 class Health:

@@ -75,6 +75,10 @@ def channel_arguments(settings: Settings) -> list[tuple[str, int]]:
     ]
     return [
         ("grpc.max_receive_message_length", settings.max_message_bytes),
+        # The server does that itself, within a bound, once the caller is known: see `flywheel_server.compression`.
+        ("grpc.per_message_decompression", 0),
+        # With it, gRPC takes 4 MiB of a message that nobody has asked for yet; without it 64 KiB, and the rest when it is read.
+        ("grpc.http2.bdp_probe", 0),
         ("grpc.max_send_message_length", -1),
         # Between the two, gRPC refuses at random; the same for both is one limit.
         ("grpc.max_metadata_size", settings.max_header_bytes),

@@ -16,6 +16,7 @@ from flywheel_server.generations import Generations
 from flywheel_server.health import SERVICE, Health
 from flywheel_server.interceptors.authentication import AuthenticationInterceptor
 from flywheel_server.interceptors.errors import ErrorInterceptor
+from flywheel_server.interceptors.public import PublicInterceptor
 from flywheel_server.interceptors.reading import ReadingInterceptor
 from flywheel_server.interceptors.request_id import RequestIdInterceptor
 from flywheel_server.keys import KeyRing
@@ -57,8 +58,15 @@ async def serve(engine: Engine, settings: Settings) -> AsyncIterator[int]:
         log_prompts=settings.log_prompts,
     )
     reported = Health()
+    authentication = AuthenticationInterceptor(keys)
     server = grpc.aio.server(
-        interceptors=[RequestIdInterceptor(), ErrorInterceptor(), AuthenticationInterceptor(keys), ReadingInterceptor()],
+        interceptors=[
+            RequestIdInterceptor(),
+            ErrorInterceptor(),
+            authentication,
+            ReadingInterceptor(settings.max_message_bytes, authentication.confirm),
+            PublicInterceptor(settings.max_connections),
+        ],
         options=channel_arguments(settings),
     )
     generation_pb2_grpc.add_GenerationServiceServicer_to_server(service, server)

@@ -26,16 +26,17 @@ domain of every ErrorInfo is `flywheel.v1`.
   RESOURCE_EXHAUSTED  The server is full: RetryInfo and ErrorInfo `OVERLOADED`. A quota of the caller is used up:
                       QuotaFailure, ErrorInfo `QUOTA_EXCEEDED`, and RetryInfo unless the call alone exceeds it. The
                       stream is not read in time: ErrorInfo `SLOW_READER`. Try again only where there is RetryInfo.
-                      Also a message, or metadata, over the size limit of the transport, which is refused before it is
-                      read: without details and without a request id.
+                      Also a message that is over the size limit after decompression: ErrorInfo `REQUEST_TOO_LARGE`.
+                      Also a message as it is sent, or metadata, over the size limit of the transport, which is refused
+                      before it is read: without details and without a request id.
   DEADLINE_EXCEEDED   The caller's deadline passed: ErrorInfo `IN_QUEUE` (nothing was generated yet; at once, where the
                       wait is going to be longer than the deadline) or `IN_GENERATION`. A caller's own timer may fire first; then there are no details. Or the
                       generation took longer than the deployment allows: ErrorInfo `ENGINE_TIMEOUT`, whose metadata
                       has the `timeout_seconds`. Or the request did not arrive in time: ErrorInfo `REQUEST_INCOMPLETE`.
   UNAUTHENTICATED     The server wants an API key, as metadata `authorization: Bearer KEY`: ErrorInfo `API_KEY_MISSING`,
-                      `API_KEY_INVALID`, `API_KEY_EXPIRED`, or `API_KEY_REVOKED` where that happens while the call runs.
-                      Or the client's certificate has a name that cannot be relied on: ErrorInfo
-                      `CERTIFICATE_INVALID`, whatever key the call has. Health checks need none.
+                      `API_KEY_INVALID`, `API_KEY_EXPIRED`, or `API_KEY_REVOKED` if the key is revoked while the
+                      request arrives or the call runs. Or the client's certificate has a name that cannot be relied
+                      on: ErrorInfo `CERTIFICATE_INVALID`, whatever key the call has. Health checks need none.
   FAILED_PRECONDITION The engine is not where the server's settings say, or refuses the server: ErrorInfo
                       `ENGINE_NOT_SET_UP`, whose metadata names what was looked for and the `setting` to look at.
                       Trying again helps only after the deployment was changed.

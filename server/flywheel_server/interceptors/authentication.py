@@ -12,6 +12,7 @@ from flywheel_server.callers import ANYBODY, Caller, caller
 from flywheel_server.client_certificates import identities_of
 from flywheel_server.errors import UnauthenticatedError
 from flywheel_server.interceptors.base import Call, CallInterceptor, Context
+from flywheel_server.interceptors.public import is_public
 from flywheel_server.keys import KeyRing
 
 KEY: Final = "authorization"
@@ -28,14 +29,30 @@ class AuthenticationInterceptor(CallInterceptor):
     def __init__(self, keys: KeyRing) -> None:
         self._keys = keys
 
+    def covers(self, method: str) -> bool:
+        """Returns whether the method needs authentication."""
+        return not is_public(method)
+
     async def around(self, call: Call, context: Context) -> None:
         """Runs the call as its caller."""
+        self._identify(context)
+        await call(context)
+
+    def confirm(self, context: Context) -> None:
+        """Looks the caller of a running call up again. Raises `UnauthenticatedError` if that caller may no longer call."""
+        try:
+            self._identify(context)
+        except UnauthenticatedError as error:
+            if error.reason == "API_KEY_EXPIRED":
+                raise
+            raise UnauthenticatedError("API_KEY_REVOKED") from error
+
+    def _identify(self, context: Context) -> None:
         who = self._caller_of(context)
         caller.set(who)
         if who.name:
             # Until the call has ended, which is a task of its own: the line that says how it ended names the caller too.
             structlog.contextvars.bind_contextvars(caller=who.name)
-        await call(context)
 
     def _caller_of(self, context: Context) -> Caller:
         # First of all: one that is not what it seems is refused, whatever else the call has.

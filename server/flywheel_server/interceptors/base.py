@@ -1,4 +1,4 @@
-"""The shape of this server's interceptors: code around a call of the generation service."""
+"""The shape of this server's interceptors: code around a call."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ from typing import Any, TypeAlias
 
 import grpc
 import grpc.aio
-from flywheel_proto.v1 import generation_pb2
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Call = Callable[[Context], Awaitable[None]]
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"  # not subscriptable at run time
 Continuation: TypeAlias = "Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]]"
 
-_SERVICE = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name
-
 
 class CallInterceptor(grpc.aio.ServerInterceptor, ABC):
-    """Runs `around` each call of the generation service; health and reflection pass untouched.
+    """Runs `around` each call of a method that the interceptor covers.
 
-    To gRPC, all methods are of streams: such a call runs before its request has come, which `ReadingInterceptor`, the last,
-    reads. A caller who may not call so has nothing received from it. On the wire there is no difference.
+    To gRPC, all methods are of streams: such a call runs before its request has come. The innermost interceptor reads the
+    request, and a caller who may not call so has nothing received from it. On the wire there is no difference.
     """
+
+    def covers(self, method: str) -> bool:  # noqa: ARG002 - the default
+        """Returns whether calls of the method, such as `/package.Service/Method`, run within this interceptor."""
+        return True
 
     @abstractmethod
     async def around(self, call: Call, context: Context) -> None:
@@ -41,7 +42,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor, ABC):
     async def intercept_service(self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails) -> Handler:
         """Returns the handler of the method with `around` around it."""
         handler = await continuation(handler_call_details)
-        if handler is None or not handler_call_details.method.startswith(f"/{_SERVICE}/"):
+        if handler is None or not self.covers(handler_call_details.method):
             return handler  # type: ignore[return-value] # None means that there is no such method
         call = self.inner(handler)
 

@@ -9,6 +9,7 @@ import structlog
 from flywheel_server.engines.base import EngineError
 from flywheel_server.errors import DeadlineExceededError, QuotaExceededError, UnauthenticatedError, status_of
 from flywheel_server.interceptors.base import Call, CallInterceptor, Context
+from flywheel_server.interceptors.methods import MethodError
 from flywheel_server.interceptors.request_id import KEY, SENDING, request_id
 
 log = structlog.stdlib.get_logger(__name__)
@@ -17,7 +18,7 @@ log = structlog.stdlib.get_logger(__name__)
 def _cause(error: Exception) -> dict[str, str]:
     """Returns what the log may say of an error: nothing that has the text of a prompt."""
     match error:
-        case EngineError():
+        case EngineError() | MethodError():
             return {"cause": str(error)}
         case UnauthenticatedError() | DeadlineExceededError():
             return {"cause": error.reason}
@@ -39,7 +40,7 @@ class ErrorInterceptor(CallInterceptor):
         except Exception as error:
             status = status_of(error, request_id.get())
             if status.code is grpc.StatusCode.INTERNAL:
-                log.exception("call failed")
+                log.exception("call failed", **_cause(error))
             else:
                 log.info("call refused", code=status.code.name, error=type(error).__name__, **_cause(error))
             # Here too: a call that is refused before it begins has no initial metadata.

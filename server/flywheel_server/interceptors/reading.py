@@ -5,19 +5,34 @@ for ever, and would end a call whose bytes are no message with INTERNAL and with
 """
 
 import asyncio
+from collections.abc import Callable
 from typing import Any, Final
-
-import grpc.aio
 
 from flywheel_server.errors import IncompleteRequestError, MalformedRequestError
 from flywheel_server.interceptors.base import Call, CallInterceptor, Context, Handler
+from flywheel_server.interceptors.methods import Method
+from flywheel_server.interceptors.public import is_public
 
 REQUEST_TIMEOUT: Final = 30.0
 """Seconds in which a request must have arrived."""
 
 
 class ReadingInterceptor(CallInterceptor):
-    """The last of the interceptors: the method that it calls gets the message, and writes its own."""
+    """The innermost interceptor of methods that need authentication: they get the message, and write their own.
+
+    Args:
+        max_message_bytes: The largest request, after decompression.
+        on_arrival: Is called once the request has arrived, and raises if the call may not go on. The method begins right after
+            it, without anything else in between.
+    """
+
+    def __init__(self, max_message_bytes: int, on_arrival: Callable[[Context], None]) -> None:
+        self._max_message_bytes = max_message_bytes
+        self._on_arrival = on_arrival
+
+    def covers(self, method: str) -> bool:
+        """Returns whether the method needs authentication."""
+        return not is_public(method)
 
     async def around(self, call: Call, context: Context) -> None:
         """Runs the call."""
@@ -25,29 +40,20 @@ class ReadingInterceptor(CallInterceptor):
 
     def inner(self, handler: Handler) -> Call:
         """Returns the method, which gets the message. Raises `IncompleteRequestError` and `MalformedRequestError`."""
-        method: Any = handler.unary_stream if handler.response_streaming else handler.unary_unary
-        parse: Any = handler.request_deserializer
+        method = Method(handler)
 
         async def call(context: Context) -> None:
-            # Held by nobody but the method: it may be large.
-            await method(_parsed(parse, await _read(context)), context)
+            await method.answer(await self._request(method, context), context)
 
         return call
 
-
-def _parsed(parse: Any, data: bytes) -> Any:  # noqa: ANN401 - any method's request
-    try:
-        return parse(data)
-    except Exception as error:  # protobuf's implementations raise what they like; none may reach the caller
-        raise MalformedRequestError from error
-
-
-async def _read(context: Context) -> bytes:
-    try:
-        async with asyncio.timeout(REQUEST_TIMEOUT):
-            data: Any = await context.read()
-    except TimeoutError as error:
-        raise IncompleteRequestError from error
-    if data is grpc.aio.EOF:
-        raise MalformedRequestError
-    return bytes(data)
+    async def _request(self, method: Method, context: Context) -> Any:  # noqa: ANN401 - any method's request
+        try:
+            async with asyncio.timeout(REQUEST_TIMEOUT):
+                request = await method.receive(context, self._max_message_bytes)
+        except TimeoutError as error:
+            raise IncompleteRequestError from error
+        if request is None:
+            raise MalformedRequestError
+        self._on_arrival(context)
+        return request

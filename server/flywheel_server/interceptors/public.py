@@ -1,0 +1,139 @@
+"""Holds the methods that anybody may call to small limits: everything that answers before authentication comes through here."""
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, Final
+
+import grpc.aio
+from grpc_health.v1 import health
+
+from flywheel_server.errors import IncompleteRequestError, MalformedRequestError, ServerFullError
+from flywheel_server.interceptors.base import Call, CallInterceptor, Context, Handler
+from flywheel_server.interceptors.methods import Method
+from flywheel_server.public_limits import (
+    MAX_BRIEF_CALLS,
+    MAX_REQUEST_BYTES,
+    MAX_UNREAD_ANSWERS,
+    RETRY_DELAY,
+    Places,
+    Turns,
+)
+from flywheel_server.reflection import V1, V1ALPHA
+
+SERVICES: Final = frozenset({health.SERVICE_NAME, V1, V1ALPHA})
+"""The services that need no authentication. All others do."""
+
+
+def is_public(method: str) -> bool:
+    """Returns whether anybody may call the method, such as `/package.Service/Method`."""
+    return method.removeprefix("/").partition("/")[0] in SERVICES
+
+
+class PublicInterceptor(CallInterceptor):
+    """The innermost interceptor of public methods: they get the message, and write their own.
+
+    A call has a turn while its request is received and answered. Of a method with a stream of requests, each of them has. A
+    method with a stream of answers to one request has the turn only until the request has arrived, and then a place.
+
+    Args:
+        max_streams: Calls that may stream answers at a time.
+    """
+
+    def __init__(self, max_streams: int) -> None:
+        self._brief = Places(MAX_BRIEF_CALLS)
+        self._turns = Turns()
+        self._streams = Places(max_streams)
+        self._unread: Counter[str] = Counter()
+
+    def covers(self, method: str) -> bool:
+        """Returns whether the method is public."""
+        return is_public(method)
+
+    async def around(self, call: Call, context: Context) -> None:
+        """Runs the call."""
+        await call(context)
+
+    def inner(self, handler: Handler) -> Call:
+        """Returns the method, which gets the message."""
+        method = Method(handler)
+        if handler.request_streaming:
+            return lambda context: self._answer_each(method, context)
+        if handler.response_streaming:
+            return lambda context: self._stream(method, context)
+        return lambda context: self._answer(method, context)
+
+    @asynccontextmanager
+    async def _turn(self, context: Context) -> AsyncIterator[None]:
+        """Waits for a turn, and has it for the length of the context. Raises `ServerFullError` if there is none."""
+        connection = context.peer()
+        async with self._brief.place(connection), self._turns.turn(connection):
+            if self._unread[connection] >= MAX_UNREAD_ANSWERS:
+                raise ServerFullError(RETRY_DELAY)
+            yield
+
+    async def _answer(self, method: Method, context: Context) -> None:
+        async with self._turn(context):
+            await method.answer(await _request(method, context), _Answers(context, self._unread))
+
+    async def _answer_each(self, method: Method, context: Context) -> None:
+        await self._answer(method, context)
+        while True:
+            arrived = False
+            try:
+                async with self._turn(context):
+                    request = await method.receive(context, MAX_REQUEST_BYTES)
+                    if request is None:
+                        return
+                    arrived = True
+                    await method.answer(request, _Answers(context, self._unread))
+            except (IncompleteRequestError, ServerFullError):
+                if arrived:
+                    raise
+                return  # everything that was asked is answered
+
+    async def _stream(self, method: Method, context: Context) -> None:
+        async with self._turn(context):
+            request = await _request(method, context)
+        async with self._streams.place(context.peer()):
+            await method.answer(request, _Answers(context, self._unread))
+
+
+async def _request(method: Method, context: Context) -> Any:  # noqa: ANN401 - any method's request
+    request = await method.receive(context, MAX_REQUEST_BYTES)
+    if request is None:
+        raise MalformedRequestError
+    return request
+
+
+class _Answers:
+    """What a public method sees of its call. Counts the answers that the caller leaves unread, by connection."""
+
+    def __init__(self, context: Context, unread: Counter[str]) -> None:
+        self._context = context
+        self._unread = unread
+        self.abort = context.abort
+
+    async def write(self, message: Any) -> None:  # noqa: ANN401 - any method's answer
+        """Sends a message, and returns when the caller has room for it."""
+        writing = asyncio.ensure_future(self._context.write(message))
+        try:
+            await asyncio.shield(writing)
+        except grpc.aio.InternalError as error:
+            # The caller has gone in this moment, which grpc would log as if it were a fault of ours.
+            raise asyncio.CancelledError from error
+        finally:
+            if not writing.done():
+                self._count(writing, self._context.peer())
+
+    def _count(self, writing: asyncio.Future[None], connection: str) -> None:
+        def ended(written: asyncio.Future[None]) -> None:
+            # Asyncio complains of an error that nobody looks at.
+            written.cancelled() or written.exception()
+            self._unread[connection] -= 1
+            if not self._unread[connection]:
+                del self._unread[connection]
+
+        self._unread[connection] += 1
+        writing.add_done_callback(ended)
