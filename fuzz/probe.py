@@ -1,6 +1,7 @@
 """A server under attack, and how those fare who use it meanwhile."""
 
 import asyncio
+import os
 import re
 import statistics
 import subprocess
@@ -35,6 +36,8 @@ class ServerProcess:
     address: str
     process: "subprocess.Popen[str]"
     log: Path
+    api_key: str
+    """What callers must send; empty where they need nothing."""
 
     def resident(self) -> float:
         """Returns how many MiB of memory it has."""
@@ -56,19 +59,20 @@ class ServerProcess:
 
 
 @contextmanager
-def flywheel_server(*arguments: str) -> Iterator[ServerProcess]:
+def flywheel_server(*arguments: str, api_key: str = "") -> Iterator[ServerProcess]:
     """Runs `flywheel-server` with these arguments on a free port, and gives it once it is ready."""
+    environment = {**os.environ, "FLYWHEEL_API_KEYS": api_key}
     command = [sys.executable, "-m", "flywheel_server", "--address", "127.0.0.1:0", "--log-level", "error", *arguments]
     with (
         NamedTemporaryFile() as log,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as process,  # noqa: S603 - our own command
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment) as process,  # noqa: S603 - ours
     ):
         try:
             line = process.stdout.readline() if process.stdout else ""
             address = re.search(r"[\d.]+:\d+", line)
             if address is None:
                 raise RuntimeError(f"the server did not start: {Path(log.name).read_text()}")
-            yield ServerProcess(address[0], process, Path(log.name))
+            yield ServerProcess(address[0], process, Path(log.name), api_key)
         finally:
             process.kill()
 
@@ -117,7 +121,7 @@ async def observing(server: ServerProcess) -> AsyncIterator[Observation]:
     observation = Observation()
     calls: list[asyncio.Task[None]] = []
     async with grpc.aio.insecure_channel(server.address) as channel:
-        await _call(channel, Served())
+        await _call(channel, server.api_key, Served())
 
         def look() -> None:
             with suppress(OSError, IndexError):  # the server may end at any moment
@@ -125,10 +129,10 @@ async def observing(server: ServerProcess) -> AsyncIterator[Observation]:
                 observation.descriptors = max(observation.descriptors, server.descriptors())
 
         def call() -> None:
-            calls.append(asyncio.create_task(_call(channel, observation.held)))
+            calls.append(asyncio.create_task(_call(channel, server.api_key, observation.held)))
 
         def connect_and_call() -> None:
-            calls.append(asyncio.create_task(_connect_and_call(server.address, observation.new)))
+            calls.append(asyncio.create_task(_connect_and_call(server, observation.new)))
 
         every = {look: LOOK_INTERVAL, call: CALL_INTERVAL, connect_and_call: CONNECT_INTERVAL}
         observers = [asyncio.create_task(_repeat(action, interval)) for action, interval in every.items()]
@@ -151,16 +155,16 @@ async def _repeat(action: Callable[[], None], interval: float) -> None:
         await asyncio.sleep(due - clock())
 
 
-async def _connect_and_call(address: str, served: Served) -> None:
-    async with grpc.aio.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
-        await _call(channel, served)
+async def _connect_and_call(server: ServerProcess, served: Served) -> None:
+    async with grpc.aio.insecure_channel(server.address, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
+        await _call(channel, server.api_key, served)
 
 
-async def _call(channel: grpc.aio.Channel, served: Served) -> None:
+async def _call(channel: grpc.aio.Channel, api_key: str, served: Served) -> None:
     stub: Any = generation_pb2_grpc.GenerationServiceStub(channel)
     start = time.perf_counter()
     try:
-        await stub.GenerateAll(REQUEST, timeout=TIMEOUT)
+        await stub.GenerateAll(REQUEST, timeout=TIMEOUT, metadata=(("authorization", f"Bearer {api_key}"),) if api_key else ())
         served.seconds.append(time.perf_counter() - start)
     except grpc.aio.AioRpcError as error:
         served.failures[error.code().name] += 1
