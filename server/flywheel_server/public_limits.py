@@ -116,7 +116,7 @@ class Turns:
             raise
         finally:
             self._running.discard(turn)
-            turn.over()
+            turn.stop_timer()
             self._pass_on()
 
     async def _admitted(self, connection: str) -> None:
@@ -187,7 +187,7 @@ class _Turn:
         if not self.scope.expired():
             self.scope.reschedule(self._loop.time() + LAG)
 
-    def over(self) -> None:
-        """Is no longer running."""
+    def stop_timer(self) -> None:
+        """Leaves the scope alone from now on: it has ended."""
         if self._ending is not None:
             self._ending.cancel()
