@@ -26,8 +26,7 @@ from tests.serving import drained, serving
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Callable
 
-    from flywheel_server.engines.base import Event
-    from flywheel_server.messages import GenerationRequest
+    from flywheel_server.engines.base import Event, PreparedRequest
 
     from tests.client.conftest import Caller
 
@@ -54,10 +53,10 @@ class CountingEngine(ScriptedEngine):
         self.on_delta: dict[int, Callable[[], object]] = {}
         """Called when so many deltas have been made. The headers have been sent before the first is."""
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+    async def generate(self, prepared: PreparedRequest) -> AsyncGenerator[Event, None]:
         """Yields the events of the script."""
         deltas = 0
-        async for event in super().generate(request):
+        async for event in super().generate(prepared):
             if isinstance(event, Started):
                 self.begun += 1
                 self.on_start()

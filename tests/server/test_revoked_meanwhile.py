@@ -11,10 +11,10 @@ import grpc
 import grpc.aio
 import pytest
 import trustme
+from flywheel_server.engines.base import PreparedRequest
 from flywheel_server.engines.scripted import ScriptedEngine
 from flywheel_server.keys import KeyRing
 from flywheel_server.keys_file import KeyEntry, KeysFile, hash_of
-from flywheel_server.messages import GenerationRequest
 from google.rpc.error_details_pb2 import ErrorInfo
 
 from tests.server.test_authentication import CALLS
@@ -33,10 +33,10 @@ class Engine(ScriptedEngine):
 
     requests = 0
 
-    async def generate(self, request: GenerationRequest) -> Any:
-        if request.text == "x":
+    async def generate(self, prepared: PreparedRequest) -> Any:
+        if prepared.request.text == "x":
             self.requests += 1
-        async for event in super().generate(request):
+        async for event in super().generate(prepared):
             yield event
 
 
