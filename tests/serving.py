@@ -23,9 +23,9 @@ class Target:
 
 
 @asynccontextmanager
-async def connected(address: str) -> AsyncIterator[Target]:
+async def connected(address: str, *options: tuple[str, int]) -> AsyncIterator[Target]:
     """Gives a channel to the address, with its stub."""
-    async with grpc.aio.insecure_channel(address) as channel:
+    async with grpc.aio.insecure_channel(address, options=options) as channel:
         yield Target(address, channel, generation_pb2_grpc.GenerationServiceStub(channel))
 
 

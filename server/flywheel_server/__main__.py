@@ -14,7 +14,7 @@ os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_listener")
 # gRPC's own log of ordinary events, such as connections that end, is not in the form of ours.
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
-from flywheel_server import keys_command, logs
+from flywheel_server import descriptors, keys_command, logs
 from flywheel_server.engines.base import EngineError
 from flywheel_server.engines.chosen import chosen_engine
 from flywheel_server.health import SERVICE
@@ -37,6 +37,7 @@ def main() -> None:
         keys_command.main(sys.argv[2:])
         return
     settings = parse()
+    descriptors.raise_limit()
     # On a descriptor of its own: the embedded engine reads what is written to the standard one.
     faulthandler.enable(os.dup(2))
     logs.configure(settings.log_level, settings.log_format)

@@ -17,6 +17,7 @@
                                                    CERTIFICATE_INVALID
     EngineSetupError           FAILED_PRECONDITION ErrorInfo ENGINE_NOT_SET_UP with what was looked for, and the setting
     EngineUnavailableError     UNAVAILABLE         RetryInfo, ErrorInfo ENGINE_UNAVAILABLE
+    any error of a shortage    UNAVAILABLE         RetryInfo, ErrorInfo OUT_OF_RESOURCES; see `flywheel_server.shortage`
     anything else              INTERNAL            ErrorInfo ENGINE_FAILED with the request id
 
 Where there is a RetryInfo, the metadata `grpc-retry-pushback-ms` says the same to the retries of gRPC itself (gRFC A6).
@@ -45,10 +46,13 @@ from flywheel_server.engines.base import (
     UnsupportedFieldError,
 )
 from flywheel_server.messages import FieldViolation, InvalidRequestError
+from flywheel_server.shortage import is_shortage
 
 DOMAIN: Final = "flywheel.v1"
 DETAILS_KEY: Final = "grpc-status-details-bin"
 PUSHBACK_KEY: Final = "grpc-retry-pushback-ms"
+SHORTAGE_RETRY_DELAY: Final = 1.0
+"""Seconds until a server that has run out of something may have it again. Nobody knows."""
 
 
 class MalformedRequestError(ValueError):
@@ -265,6 +269,15 @@ def _unavailable(error: EngineUnavailableError, _: str) -> CallStatus:
     )
 
 
+def _out_of_resources() -> CallStatus:
+    # Not RESOURCE_EXHAUSTED: gRPC's own retries and proxies take UNAVAILABLE to another server, which may have what is missing.
+    return CallStatus(
+        StatusCode.UNAVAILABLE,
+        "The server has run out of descriptors, memory, threads or disk space. Try again later.",
+        (_retry_info(SHORTAGE_RETRY_DELAY), _error_info("OUT_OF_RESOURCES")),
+    )
+
+
 def _failed(_: Exception, request_id: str) -> CallStatus:
     return CallStatus(
         StatusCode.INTERNAL,
@@ -295,5 +308,7 @@ TABLE: Final[Mapping[type[Exception], Callable[[Any, str], CallStatus]]] = {
 
 def status_of(error: Exception, request_id: str) -> CallStatus:
     """Returns the status that a call ends with when `error` is raised in it."""
+    if is_shortage(error):
+        return _out_of_resources()
     row = next(TABLE[kind] for kind in (*type(error).__mro__, EngineFailedError) if kind in TABLE)
     return row(error, request_id)

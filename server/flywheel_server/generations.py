@@ -21,6 +21,7 @@ from flywheel_server.errors import DeadlineExceededError, UnauthenticatedError
 from flywheel_server.messages import GenerationRequest, GenerationResponseSample
 from flywheel_server.preparation import Preparation
 from flywheel_server.quotas import Quotas, Usage
+from flywheel_server.shortage import is_shortage
 
 Events = AsyncIterator[TextDelta | GenerationResponseSample]
 
@@ -101,7 +102,7 @@ class Generations:
             self.failed.set()
             raise EngineFailedError("the engine cancelled itself") from error
         except Exception as error:
-            if isinstance(error, EngineFailedError) or not isinstance(error, EngineError):
+            if (isinstance(error, EngineFailedError) or not isinstance(error, EngineError)) and not is_shortage(error):
                 self.failed.set()
             raise
 

@@ -12,6 +12,7 @@ from flywheel_proto.v1 import generation_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from flywheel_server.engines.base import Engine
+from flywheel_server.shortage import shortage_in
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -75,6 +76,7 @@ class Health:
     def __init__(self) -> None:
         self.servicer = HealthServicer()
         self._reachable = True
+        self._could_look = True
         self._withdrawn = False
         self.report(serving=False, runners=False)
 
@@ -111,6 +113,12 @@ class Health:
             async with asyncio.timeout(within):
                 stats = await engine.stats()
         except Exception as error:  # noqa: BLE001 - whatever it is, health must not go on as if nothing were
+            if shortage := shortage_in(error):
+                # It tells nothing about the engine: what was reported stays, until there is what another look needs.
+                if self._could_look:
+                    log.warning("engine not looked at", error=str(shortage) or type(shortage).__name__)
+                self._could_look = False
+                return
             if self._reachable:
                 log.warning("engine out of reach", error=str(error) or type(error).__name__)
             self._reachable = False
@@ -118,5 +126,5 @@ class Health:
         else:
             if not self._reachable:
                 log.info("engine within reach again")
-            self._reachable = True
+            self._reachable = self._could_look = True
             self.report(serving=True, runners=stats.num_total_runners > 0)

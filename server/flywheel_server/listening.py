@@ -6,6 +6,7 @@ from typing import Final
 import grpc.aio
 import structlog
 
+from flywheel_server import descriptors
 from flywheel_server.certificates import server_credentials
 from flywheel_server.settings import Settings
 
@@ -19,6 +20,12 @@ MAX_UNSEEN_CALLS: Final = 16_384
 
 Each takes 16 KiB, and it stays when its connection is closed: without this limit, one peer could use up the memory.
 """
+
+RESERVED_DESCRIPTORS: Final = 64
+"""Descriptors that connections leave to the engine, files that are read again, and connections that are about to be refused."""
+
+MIN_CONNECTIONS: Final = 8
+"""Connections without which a server does not start, unless the settings want fewer: some clients, a proxy, a health check."""
 
 
 class UnsafeError(ValueError):
@@ -67,8 +74,34 @@ def _is_loopback(address: str) -> bool:
         return host == "localhost"
 
 
+def connections_allowed(settings: Settings) -> int:
+    """Return `max_connections`, or as many as the limit of open files leaves room for.
+
+    To be called before the engine starts: what it needs is within the reserve.
+
+    Raises:
+        OSError: There is hardly room for any.
+    """
+    wanted = settings.max_connections
+    fewest = min(wanted, MIN_CONNECTIONS)
+    taken = descriptors.in_use() + RESERVED_DESCRIPTORS
+    limit = descriptors.limit()
+    allowed = min(wanted, limit - taken)
+    if allowed < fewest:
+        raise OSError(
+            f"the limit of open files, {limit}, leaves no room for connections: raise it (ulimit -n) to {wanted + taken}, "
+            f"or at least to {fewest + taken}"
+        )
+    if allowed < wanted:
+        log.warning(
+            f"max_connections is cut from {wanted} to {allowed}, as the limit of open files is {limit}: raise it (ulimit -n) "
+            f"to {wanted + taken}, or lower max_connections"
+        )
+    return allowed
+
+
 def channel_arguments(settings: Settings) -> list[tuple[str, int]]:
-    """Returns what gRPC itself is to hold connections to."""
+    """Returns what gRPC itself is to hold connections to; raises `OSError` as `connections_allowed` does."""
     age = [
         ("grpc.max_connection_age_ms", _milliseconds(settings.max_connection_age)),
         ("grpc.max_connection_age_grace_ms", _milliseconds(settings.max_connection_age_grace)),
@@ -84,7 +117,7 @@ def channel_arguments(settings: Settings) -> list[tuple[str, int]]:
         ("grpc.max_metadata_size", settings.max_header_bytes),
         ("grpc.absolute_max_metadata_size", settings.max_header_bytes),
         ("grpc.max_concurrent_streams", settings.max_streams),
-        ("grpc.max_allowed_incoming_connections", settings.max_connections),
+        ("grpc.max_allowed_incoming_connections", connections_allowed(settings)),
         # Between the two, gRPC cancels calls at random, and beyond, all. With its defaults of 1000 and 3000 it would do what is
         # admission's to do.
         ("grpc.server.max_pending_requests", MAX_UNSEEN_CALLS),

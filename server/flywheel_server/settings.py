@@ -143,7 +143,9 @@ class Settings(BaseSettings):
         "Listening", 16 * 2**10, "The most metadata that a call may have, as HTTP/2 counts it."
     )
     max_streams: Positive = _option("Listening", 1024, "Calls that one connection may have at a time.")
-    max_connections: Positive = _option("Listening", 1000, "Connections at a time; further ones are closed at once.")
+    max_connections: Positive = _option(
+        "Listening", 1000, "Connections at a time, as far as the limit of open files goes; further ones are closed at once."
+    )
     max_connection_age: Seconds = _option(
         "Listening", 1800.0, "Seconds after which a client is asked to connect anew, so that load spreads; 0 is never."
     )

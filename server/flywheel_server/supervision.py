@@ -7,10 +7,12 @@ from typing import Final
 
 import structlog
 
+from flywheel_server import descriptors
 from flywheel_server.engines.base import Engine, EngineOverloadedError
 from flywheel_server.generations import Generations
 from flywheel_server.health import Health
 from flywheel_server.service import GenerationService
+from flywheel_server.shortage import is_shortage
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -19,6 +21,9 @@ RESTART_INTERVAL: Final = 10.0
 
 STOP_TIMEOUT: Final = 10.0
 """Seconds that an engine has to stop. One that is dead may never do so."""
+
+START_DESCRIPTORS: Final = 16
+"""How many descriptors must be free for a failed start to be the engine's own fault. llama.cpp needs some 5 of them."""
 
 
 class EngineDiedError(Exception):
@@ -109,6 +114,9 @@ class Supervisor:
             except EngineDiedError:
                 raise
             except Exception as error:
+                if _lacks_something(error):
+                    log.warning("engine is not started for want of descriptors, memory or threads", error=str(error))
+                    continue
                 raise EngineDiedError("the engine died, and does not start again") from error
         raise EngineDiedError("the engine died")
 
@@ -159,8 +167,16 @@ class Supervisor:
             done, _ = await asyncio.wait({checking}, timeout=self._timeout)
             if not done:
                 return self._silence() < self._timeout
-            # One that has too much to do is alive.
-            return not checking.cancelled() and isinstance(checking.exception(), EngineOverloadedError | None)
+            if checking.cancelled():
+                return False
+            error = checking.exception()
+            # One that has too much to do is alive. One that lacks what the process has run out of would lack it anew.
+            return error is None or isinstance(error, EngineOverloadedError) or is_shortage(error)
         finally:
             checking.cancel()
             await asyncio.gather(checking, return_exceptions=True)
+
+
+def _lacks_something(error: Exception) -> bool:
+    # Native code does not say why it cannot load a model.
+    return is_shortage(error) or descriptors.free() < START_DESCRIPTORS

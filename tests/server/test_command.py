@@ -9,7 +9,7 @@ import sys
 from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import IO, Any
 
 import grpc
 import pytest
@@ -21,11 +21,19 @@ SCRIPTED = ["--engine", "scripted", "--address", "127.0.0.1:0"]
 
 
 @asynccontextmanager
-async def command(*arguments: str, environment: Mapping[str, str] | None = None) -> AsyncIterator[Process]:
+async def command(
+    *arguments: str,
+    environment: Mapping[str, str] | None = None,
+    setup: str = "",
+    stdout: int | IO[bytes] = PIPE,
+    stderr: int | IO[bytes] = PIPE,
+) -> AsyncIterator[Process]:
+    """Runs the command, after `setup` in the shell that becomes it."""
     process = await asyncio.create_subprocess_exec(
+        *("sh", "-c", f'{setup}\nexec "$@"', "sh") if setup else (),
         *(sys.executable, "-m", "flywheel_server", *arguments),
-        stdout=PIPE,
-        stderr=PIPE,
+        stdout=stdout,
+        stderr=stderr,
         env={**os.environ, "NO_COLOR": "1", "FLYWHEEL_WITHDRAW_WINDOW": "0", **(environment or {})},
     )
     try:

@@ -41,7 +41,8 @@ domain of every ErrorInfo is `flywheel.v1`.
                       `ENGINE_NOT_SET_UP`, whose metadata names what was looked for and the `setting` to look at.
                       Trying again helps only after the deployment was changed.
   UNAVAILABLE         The engine is starting or cannot be reached, or the server is stopping: RetryInfo and ErrorInfo
-                      `ENGINE_UNAVAILABLE`. Where there is no server, or none any more, there are no details.
+                      `ENGINE_UNAVAILABLE`. The server has run out of descriptors, memory, threads or disk space:
+                      RetryInfo and ErrorInfo `OUT_OF_RESOURCES`. If there is no server, there are no details.
                       A delay in RetryInfo is also in the trailing metadata `grpc-retry-pushback-ms` (gRFC A6).
   INTERNAL            The engine failed: ErrorInfo `ENGINE_FAILED` with the request id. The cause is in the server's
                       log.

@@ -11,7 +11,7 @@ import modal
 import structlog
 from uvloop import new_event_loop
 
-from flywheel_server import logs
+from flywheel_server import descriptors, logs
 from flywheel_server.deployment.directory import published
 from flywheel_server.engines.chosen import chosen_engine
 from flywheel_server.server import serve
@@ -43,6 +43,7 @@ class GatewayThread:
 
     def start(self) -> None:
         """Returns when the server can be reached; raises what keeps it from that."""
+        descriptors.raise_limit()
         logs.configure(self._settings.log_level, self._settings.log_format)
         self._thread.start()
         self._ready.result()

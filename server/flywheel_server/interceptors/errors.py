@@ -11,12 +11,15 @@ from flywheel_server.errors import DeadlineExceededError, QuotaExceededError, Un
 from flywheel_server.interceptors.base import Call, CallInterceptor, Context
 from flywheel_server.interceptors.methods import MethodError
 from flywheel_server.interceptors.request_id import KEY, SENDING, request_id
+from flywheel_server.shortage import shortage_in
 
 log = structlog.stdlib.get_logger(__name__)
 
 
 def _cause(error: Exception) -> dict[str, str]:
     """Returns what the log may say of an error: nothing that has the text of a prompt."""
+    if shortage := shortage_in(error):
+        return {"cause": str(shortage) or type(shortage).__name__}
     match error:
         case EngineError() | MethodError():
             return {"cause": str(error)}
