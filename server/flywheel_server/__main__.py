@@ -18,6 +18,7 @@ from flywheel_server import descriptors, keys_command, logs
 from flywheel_server.engines.base import EngineError
 from flywheel_server.engines.chosen import chosen_engine
 from flywheel_server.health import SERVICE
+from flywheel_server.output import Output, captured, open_standard_streams
 from flywheel_server.server import serve
 from flywheel_server.settings import Settings, parse
 from flywheel_server.supervision import EngineDiedError
@@ -36,31 +37,60 @@ def main() -> None:
     if sys.argv[1:2] == ["keys"]:
         keys_command.main(sys.argv[2:])
         return
+    open_standard_streams()
+    faulthandler.enable(_crash_log())
+    stdout, stderr = Output(1), Output(2)
+    try:
+        # Whoever writes there, gRPC and the interpreter included, must not wait for the reader.
+        with captured(2, stderr.write):
+            exit_code = _run(stdout, stderr)
+    finally:
+        stdout.close()
+        if not stderr.close():
+            # Nobody reads: what the interpreter may still have to say would keep it from ending.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    sys.exit(exit_code)
+
+
+def _run(stdout: Output, stderr: Output) -> int:
+    """Serves, and returns the exit code."""
     settings = parse()
     descriptors.raise_limit()
-    # On a descriptor of its own: the embedded engine reads what is written to the standard one.
-    faulthandler.enable(os.dup(2))
-    logs.configure(settings.log_level, settings.log_format)
+    logs.configure(settings.log_level, settings.log_format, stderr)
     try:
         with suppress(asyncio.CancelledError), asyncio.Runner(loop_factory=new_event_loop) as runner:
-            runner.run(_serve_until_signal(settings))
+            runner.run(_serve_until_signal(settings, stdout, stderr))
     except (EngineError, OSError, ValueError) as error:
-        sys.exit(f"flywheel-server: {error}")
+        stderr.write(f"flywheel-server: {error}\n".encode())
+        return 1
+    return 0
 
 
-async def _serve_until_signal(settings: Settings) -> None:
+async def _serve_until_signal(settings: Settings, stdout: Output, stderr: Output) -> None:
     if task := asyncio.current_task():
         for number in (signal.SIGINT, signal.SIGTERM):
             # The first one cancels whatever is under way, starting or serving, and a second one the drain too.
             asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     try:
         async with serve(chosen_engine(settings), settings) as port:
-            print(f"ready: {_example(settings, port)}", flush=True)
+            stdout.write(f"ready: {_example(settings, port)}\n".encode())
             await asyncio.Event().wait()
     except EngineDiedError as error:
+        stderr.write(f"flywheel-server: {error}\n".encode())
+        stderr.close()
         # Not `sys.exit`: that waits for all threads, and those of a dead engine may never end.
-        print(f"flywheel-server: {error}", file=sys.stderr, flush=True)
         os._exit(1)
+
+
+def _crash_log() -> int:
+    """Returns a descriptor for what a crash has to say: standard error, past whatever captures it.
+
+    On Linux it does not block where that is a pipe or a terminal. A process that crashes must end, whoever reads.
+    """
+    try:
+        return os.open("/proc/self/fd/2", os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_NOCTTY)
+    except OSError:
+        return os.dup(2)
 
 
 def _example(settings: Settings, port: int) -> str:

@@ -1,10 +1,44 @@
 """The server's log: one line an event on standard error, of ours and of the libraries alike."""
 
 import logging
-import sys
+import os
 from typing import Any, Literal
 
 import structlog
+
+from flywheel_server.output import Output
+
+
+class OutputHandler(logging.Handler):
+    """Writes each record as a line to an output, which nobody waits for.
+
+    A record is made a line at once: one that waited would keep what it is about alive.
+    """
+
+    def __init__(self, formatter: logging.Formatter, output: Output) -> None:
+        super().__init__()
+        self.setFormatter(formatter)
+        self._output = output
+        output.notice = self._notice
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write the record."""
+        try:
+            self._output.write(self._line(record))
+        except Exception:  # noqa: BLE001 - as every handler of logging
+            self.handleError(record)
+
+    def close(self) -> None:
+        """Wait a little until what was logged has been written. `logging` calls this at the end of the process."""
+        self._output.close()
+        super().close()
+
+    def _line(self, record: logging.LogRecord) -> bytes:
+        return f"{self.format(record)}\n".encode(errors="backslashreplace")
+
+    def _notice(self, dropped: int) -> bytes:
+        text = "%s log lines dropped"
+        return self._line(logging.LogRecord(__name__, logging.WARNING, __file__, 0, text, (dropped,), None))
 
 
 def _exceptions_without_locals() -> structlog.processors.ExceptionRenderer:
@@ -13,8 +47,13 @@ def _exceptions_without_locals() -> structlog.processors.ExceptionRenderer:
     return structlog.processors.ExceptionRenderer(transformer)
 
 
-def configure(level: Literal["debug", "info", "warning", "error"], form: Literal["text", "json"]) -> None:
-    """Writes everything that is logged at `level` or above to standard error, as text or as JSON lines."""
+def configure(
+    level: Literal["debug", "info", "warning", "error"], form: Literal["text", "json"], output: Output | None = None
+) -> None:
+    """Writes everything that is logged at `level` or above to `output`, by default standard error, as text or as JSON lines.
+
+    What an earlier call has set up is closed.
+    """
     shared: list[Any] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_logger_name,
@@ -26,7 +65,7 @@ def configure(level: Literal["debug", "info", "warning", "error"], form: Literal
         if form == "json"
         else [
             structlog.dev.ConsoleRenderer(
-                colors=sys.stderr.isatty(),
+                colors=os.isatty(2),
                 pad_event_to=0,
                 pad_level=False,
                 exception_formatter=structlog.dev.plain_traceback,
@@ -43,14 +82,17 @@ def configure(level: Literal["debug", "info", "warning", "error"], form: Literal
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=True,
     )
-    handler = logging.StreamHandler()
-    handler.setFormatter(
+    handler = OutputHandler(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *render],
-        )
+        ),
+        output or Output(2),
     )
     root = logging.getLogger()
+    for earlier in root.handlers:
+        if isinstance(earlier, OutputHandler):
+            earlier.close()
     root.handlers = [handler]
     root.setLevel(level.upper())
     # Those of the transport below Modal's client log every header at the level of debug, tokens included.

@@ -1,7 +1,7 @@
 """The faults of design and life: whatever breaks, each call ends with a status, the others go on, and nothing is left behind.
 
 Certificates and keys that change are in test_tls and test_keys, dead engines in test_supervision, what the machine runs out of
-in test_shortage, readers that stop reading in test_delivery, and servers that are stopped,
+in test_shortage, readers of the log that stall in test_output, of streams in test_delivery, and servers that are stopped,
 killed and started again in tests/client/test_restart.
 """
 

@@ -4,13 +4,15 @@ What is not a line of llama.cpp's passes through unchanged.
 """
 
 import logging
-import os
 import re
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import Final
+
+from flywheel_server import output
+from flywheel_server.output import Output
 
 log = logging.getLogger("llama.cpp")
 
@@ -33,39 +35,29 @@ def verbosity() -> int:
 @contextmanager
 def captured() -> Iterator[None]:
     """Logs what llama.cpp writes, for the length of the context, at the level it has there; its information is our debug."""
-    reading, writing = os.pipe()
-    stderr = os.dup(2)
-    os.dup2(writing, 2)
-    os.close(writing)
     records: _Records = SimpleQueue()
-    # Two threads, because whoever logs may write to descriptor 2 itself: the one that empties the pipe must not wait for that.
-    reader = threading.Thread(target=_read, args=(reading, stderr, records), name="llama.cpp log reader", daemon=True)
-    writer = threading.Thread(target=_write, args=(records,), name="llama.cpp log writer", daemon=True)
-    reader.start()
-    writer.start()
+    # On a thread of its own, because whoever logs may write to descriptor 2 itself: the one that empties the pipe must not wait
+    # for that.
+    writer = threading.Thread(target=_write, args=(records,), name="llama.cpp log", daemon=True)
+    others = Output(2)
     try:
-        yield
+        writer.start()
+        try:
+            with output.captured(2, lambda line: _sort(line, records, others)):
+                yield
+        finally:
+            records.put(None)
+            writer.join(timeout=1)
     finally:
-        # This closes our writing end of the pipe, which ends the reader, which ends the writer. A child process that has
-        # inherited it may hold it open longer: its lines go nowhere then.
-        os.dup2(stderr, 2)
-        reader.join(timeout=1)
-        writer.join(timeout=1)
-        if not reader.is_alive():
-            os.close(stderr)
+        others.close()
 
 
-def _read(reading: int, stderr: int, records: _Records) -> None:
-    with os.fdopen(reading, "rb") as lines:
-        for line in lines:
-            if match := _LINE.match(line):
-                text = _COLOR.sub("", match["text"].decode(errors="replace")).rstrip()
-                records.put((logging.DEBUG if _ORDINARY.search(text) else _LEVELS[match["level"]], text))
-            else:
-                # Whoever read standard error may be gone; the pipe must be emptied all the same.
-                with suppress(OSError):
-                    os.write(stderr, line)
-    records.put(None)
+def _sort(line: bytes, records: _Records, others: Output) -> None:
+    if match := _LINE.match(line):
+        text = _COLOR.sub("", match["text"].decode(errors="replace")).rstrip()
+        records.put((logging.DEBUG if _ORDINARY.search(text) else _LEVELS[match["level"]], text))
+    else:
+        others.write(line)
 
 
 def _write(records: _Records) -> None:

@@ -1,0 +1,169 @@
+"""Output that nobody waits for: whoever reads it may stall, or be gone, and the server goes on."""
+
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Final
+
+MAX_BYTES: Final = 2**20
+"""Bytes of output that may wait for the reader."""
+
+CLOSE_TIMEOUT: Final = 1.0
+"""Seconds that the reader has at the end for what still waits."""
+
+RETRY_INTERVAL: Final = 0.05
+"""Seconds between two tries to write to a descriptor that does not block and has no room."""
+
+MAX_LINE_BYTES: Final = 2**16
+"""Bytes after which a line of captured output is passed on although it has not ended."""
+
+
+def _nothing(_: int) -> bytes:
+    return b""
+
+
+class Output:
+    """Writes to a file descriptor on a thread of its own.
+
+    What does not fit into `MAX_BYTES` is dropped and counted, and so is what the system refuses to write: a disk may be full,
+    the reader gone.
+
+    Arguments:
+        descriptor: The descriptor, which is duplicated: it may be closed or replaced afterwards.
+
+    Attributes:
+        notice: Returns what to write in place of so many dropped pieces.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self.notice: Callable[[int], bytes] = _nothing
+        self._descriptor = os.dup(descriptor)
+        # In the order in which they came; a number stands for so many pieces that were dropped there.
+        self._waiting: deque[bytes | int] = deque()
+        self._waiting_bytes = 0
+        self._closed = False
+        self._torn = False
+        # Reentrant: a garbage collection in `write` may run a finalizer that logs.
+        self._changed = threading.Condition(threading.RLock())
+        # A daemon, because a write to a pipe that nobody reads never ends.
+        self._thread = threading.Thread(target=self._run, name=f"output {descriptor}", daemon=True)
+        try:
+            self._thread.start()
+        except RuntimeError:
+            os.close(self._descriptor)
+            raise
+
+    def write(self, data: bytes) -> None:
+        """Add data to what is to be written, or count it as dropped. Never waits."""
+        with self._changed:
+            if self._closed:
+                return
+            if self._waiting_bytes and self._waiting_bytes + len(data) > MAX_BYTES:
+                match self._waiting[-1]:
+                    case int(dropped):
+                        self._waiting[-1] = dropped + 1
+                    case _:
+                        self._waiting.append(1)
+            else:
+                self._waiting.append(data)
+                self._waiting_bytes += len(data)
+            self._changed.notify()
+
+    def close(self, timeout: float = CLOSE_TIMEOUT) -> bool:
+        """Take nothing more, and return whether all that was taken has been written, after `timeout` seconds at the latest.
+
+        Only the first call waits.
+        """
+        with self._changed:
+            timeout = 0 if self._closed else timeout
+            self._closed = True
+            self._changed.notify()
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        dropped = 0
+        while (piece := self._next()) is not None:
+            if isinstance(piece, int):
+                dropped += piece
+            elif not self._written(piece):
+                dropped += 1
+                continue
+            if dropped and self._written(self.notice(dropped)):
+                dropped = 0
+        os.close(self._descriptor)
+
+    def _next(self) -> bytes | int | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._closed)
+            if not self._waiting:
+                return None
+            piece = self._waiting.popleft()
+            if isinstance(piece, bytes):
+                self._waiting_bytes -= len(piece)
+            return piece
+
+    def _written(self, piece: bytes) -> bool:
+        rest = memoryview(b"\n" + piece if self._torn and piece else piece)
+        while rest:
+            try:
+                rest = rest[os.write(self._descriptor, rest) :]
+                self._torn = bool(rest)
+            except BlockingIOError:
+                # Whoever shares the descriptor has made it so.
+                time.sleep(RETRY_INTERVAL)
+            except OSError:
+                return False
+        return True
+
+
+@contextmanager
+def captured(descriptor: int, on_line: Callable[[bytes], None]) -> Iterator[None]:
+    """Give the lines that anybody writes to the descriptor to `on_line` instead, for the length of the context.
+
+    `on_line` runs on a thread of its own, and must not wait for anybody: whoever writes would wait too.
+    """
+    before = os.dup(descriptor)
+    try:
+        reading, writing = os.pipe()
+        try:
+            reader = threading.Thread(target=_read, args=(reading, on_line), name=f"capture {descriptor}", daemon=True)
+            try:
+                reader.start()
+            except RuntimeError:
+                os.close(reading)
+                raise
+            os.dup2(writing, descriptor)
+        finally:
+            os.close(writing)
+        try:
+            yield
+        finally:
+            # This closes our writing end of the pipe, which ends the reader. A child process that has inherited it may hold it
+            # open longer.
+            os.dup2(before, descriptor)
+            reader.join(CLOSE_TIMEOUT)
+    finally:
+        os.close(before)
+
+
+def _read(reading: int, on_line: Callable[[bytes], None]) -> None:
+    with os.fdopen(reading, "rb") as lines:
+        while line := lines.readline(MAX_LINE_BYTES):
+            on_line(line)
+
+
+def open_standard_streams() -> None:
+    """Open standard input, output and error on nothing if whoever started the process has closed them.
+
+    Otherwise the next file or connection would get the number, and with it what others print.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            # The lowest number that is free is this one.
+            os.open(os.devnull, os.O_RDWR)
