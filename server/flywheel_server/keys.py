@@ -4,6 +4,7 @@ import asyncio
 import hmac
 import secrets
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -75,20 +76,30 @@ class KeyRing:
         if self._file is None:
             yield
             return
-        following = asyncio.create_task(self._follow(self._file, on_revoked, interval))
+        # The thread is started now. A look at the file that found no thread would stay in the pool's queue, and run when a
+        # later look starts one: it would take the change from the file, and nobody would hear of it.
+        reader = ThreadPoolExecutor(1, "API keys")
+        reader.submit(lambda: None)
+        following = asyncio.create_task(self._follow(self._file, reader, on_revoked, interval))
         try:
             yield
         finally:
             following.cancel()
             await asyncio.gather(following, return_exceptions=True)
+            reader.shutdown(wait=False)
 
     async def _follow(
-        self, file: Reloadable[tuple[KeyEntry, ...]], on_revoked: Callable[[Collection[str]], None], interval: float
+        self,
+        file: Reloadable[tuple[KeyEntry, ...]],
+        reader: Executor,
+        on_revoked: Callable[[Collection[str]], None],
+        interval: float,
     ) -> None:
+        loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(interval)
             try:
-                entries = await asyncio.to_thread(file.load_if_changed)
+                entries = await loop.run_in_executor(reader, file.load_if_changed)
                 if entries is not None and (revoked := self._accept(entries)):
                     on_revoked(revoked)
             except Exception:

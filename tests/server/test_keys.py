@@ -1,6 +1,8 @@
 """Who is on the ring: what the file of keys says, what is wrong with it, and how it is followed."""
 
+import asyncio
 import json
+import threading
 from collections.abc import Callable, Collection
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -278,6 +280,24 @@ async def test_an_error_of_the_one_who_is_told_does_not_end_the_following(path: 
             write(path)
             await until(lambda: len(follower.revoked) == 2, "team-b is revoked")
     assert [log["log_level"] for log in logs] == ["info", "error", "info"]
+
+
+def test_a_change_at_a_time_without_threads_is_not_lost(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    async def follow() -> None:
+        ring = KeyRing(file=write(path, entry("team-a")))
+        follower = Follower(ring)
+        async with ring.following(follower.revoked.append, 0.01):
+            with monkeypatch.context() as poor:
+                poor.setattr(threading.Thread, "start", start)
+                write(path, entry("team-b", OTHER))
+                await asyncio.sleep(0.1)
+            await until(lambda: follower.revoked == [{"team-a"}], "team-a is revoked", 5)
+
+    # On a loop of its own, which has no threads yet.
+    asyncio.run(follow())
 
 
 async def test_a_secret_that_kubernetes_mounts_is_followed(tmp_path: Path) -> None:
