@@ -26,13 +26,14 @@ SERVICE_CONFIG: Final = json.dumps(
             {
                 "name": [{"service": _SERVICE}],
                 # gRPC tries again only where no header of the response has arrived, and waits as long as the server asks
-                # for with grpc-retry-pushback-ms. RESOURCE_EXHAUSTED may also mean that a message is too large: not here.
+                # for with grpc-retry-pushback-ms. CANCELLED is how grpc itself ends a call that reaches a server in the moment
+                # when it stops. RESOURCE_EXHAUSTED may also mean that a message is too large: not here.
                 "retryPolicy": {
                     "maxAttempts": 4,
                     "initialBackoff": "0.25s",
                     "maxBackoff": "2s",
                     "backoffMultiplier": 2,
-                    "retryableStatusCodes": ["UNAVAILABLE"],
+                    "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],
                 },
             }
         ]

@@ -11,7 +11,7 @@ import structlog
 from flywheel_proto.v1 import generation_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from flywheel_server.engines.base import Engine
+from flywheel_server.engines.base import Engine, EngineUnavailableError
 from flywheel_server.shortage import shortage_in
 
 log = structlog.stdlib.get_logger(__name__)
@@ -39,10 +39,19 @@ class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc] # it
     def __init__(self) -> None:
         self._statuses: dict[str, int] = {}
         self._changed = asyncio.Event()
+        self._ended = False
 
     def set(self, statuses: dict[str, int]) -> None:
         """Sets the statuses of the services with these names."""
         self._statuses |= statuses
+        self._wake()
+
+    def end(self) -> None:
+        """Ends every stream of statuses, after the last of them."""
+        self._ended = True
+        self._wake()
+
+    def _wake(self) -> None:
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
 
@@ -54,15 +63,20 @@ class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc] # it
         await context.write(health_pb2.HealthCheckResponse(status=status))
 
     async def Watch(self, request: health_pb2.HealthCheckRequest, context: Context) -> None:
-        """Streams the status of a service, now and whenever it changes; SERVICE_UNKNOWN for one that is not there."""
+        """Streams the status of a service, now and whenever it changes; SERVICE_UNKNOWN for one that is not there.
+
+        The stream ends when the server stops, with UNAVAILABLE: clients then look again, as gRFC A17 has it.
+        """
         last: int | None = None
         while True:
-            changed = self._changed
             status = self._statuses.get(request.service, health_pb2.HealthCheckResponse.SERVICE_UNKNOWN)
             if status != last:
                 await context.write(health_pb2.HealthCheckResponse(status=status))
                 last = status
-            await changed.wait()
+            elif self._ended:
+                raise EngineUnavailableError("the server is stopping")
+            else:
+                await self._changed.wait()
 
     async def List(self, request: Any, context: Context) -> None:  # noqa: ANN401 - older versions have no type
         """Sends the statuses of all services."""
@@ -89,6 +103,10 @@ class Health:
         """Says NOT_SERVING from now on, whatever is reported."""
         self._withdrawn = True
         self.report(serving=False, runners=False)
+
+    def end(self) -> None:
+        """Ends the streams of those who watch."""
+        self.servicer.end()
 
     @asynccontextmanager
     async def following(self, engine: Engine, interval: float) -> AsyncIterator[None]:

@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Final
 
 import grpc.aio
 from flywheel_proto.v1 import generation_pb2_grpc
@@ -24,13 +23,8 @@ from flywheel_server.listening import channel_arguments, listen
 from flywheel_server.reflection import add_reflection
 from flywheel_server.service import GenerationService
 from flywheel_server.settings import Settings
+from flywheel_server.stopping import Connections, Interruptions
 from flywheel_server.supervision import Supervisor
-
-LAST_WORDS: Final = 0.5
-"""Seconds between the end of the last generation and that of the connections."""
-
-CLOSING: Final = 3.0
-"""Seconds in which the connections must have ended."""
 
 
 @asynccontextmanager
@@ -38,8 +32,9 @@ async def serve(engine: Engine, settings: Settings) -> AsyncIterator[int]:
     """Serves the engine for the length of the context, which gets the port that the server listens on.
 
     It listens before the engine has started, so that a probe learns that it is not serving yet, and serves once the engine has
-    produced a token. On leaving, it takes calls for `settings.withdraw_window` more although health says otherwise, and then
-    gives those under way `settings.drain_timeout` to finish; cancelling that ends them at once.
+    produced a token. On leaving, it takes calls for `settings.withdraw_window` more although health says otherwise. Then it
+    closes the port, asks clients to leave, and gives calls under way `settings.drain_timeout` to finish. Cancelling that ends
+    them at once.
 
     Raises:
         OSError: It cannot listen, or a file of the settings cannot be read.
@@ -59,16 +54,18 @@ async def serve(engine: Engine, settings: Settings) -> AsyncIterator[int]:
     )
     reported = Health()
     authentication = AuthenticationInterceptor(keys)
+    interruptions = Interruptions()
     server = grpc.aio.server(
         interceptors=[
             RequestIdInterceptor(),
             ErrorInterceptor(),
             authentication,
-            ReadingInterceptor(settings.max_message_bytes, authentication.confirm),
-            PublicInterceptor(settings.max_connections),
+            ReadingInterceptor(settings.max_message_bytes, interruptions, authentication.confirm),
+            PublicInterceptor(settings.max_connections, interruptions),
         ],
         options=channel_arguments(settings),
     )
+    connections = Connections(server)
     generation_pb2_grpc.add_GenerationServiceServicer_to_server(service, server)
     health_pb2_grpc.add_HealthServicer_to_server(reported.servicer, server)
     if settings.reflection:
@@ -89,19 +86,16 @@ async def serve(engine: Engine, settings: Settings) -> AsyncIterator[int]:
             try:
                 yield port
             finally:
-                await _stop(service, reported, settings)
+                reported.withdraw()
+                drain_timeout = 0.0
+                try:
+                    if service.is_open:
+                        await asyncio.sleep(settings.withdraw_window)
+                    drain_timeout = settings.drain_timeout
+                finally:
+                    connections.drain()
+                    reported.end()
+                    interruptions.stop()
+                    await service.close(drain_timeout)
     finally:
-        # Time for the last messages and statuses to be sent. Streams that never end, such as those of health, are cut.
-        stopping = asyncio.create_task(server.stop(LAST_WORDS))
-        # A peer that takes nothing from its socket would hold its connection, and the server, until a ping has no answer.
-        await asyncio.wait({stopping}, timeout=CLOSING)
-
-
-async def _stop(service: GenerationService, reported: Health, settings: Settings) -> None:
-    reported.withdraw()
-    drain_timeout = 0.0
-    try:
-        await asyncio.sleep(settings.withdraw_window)
-        drain_timeout = settings.drain_timeout
-    finally:
-        await service.close(drain_timeout)
+        await connections.end()

@@ -56,6 +56,11 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         self._model: EngineModel | None = None
         self._closed = False
 
+    @property
+    def is_open(self) -> bool:
+        """Whether new calls are taken."""
+        return self._model is not None
+
     def open(self) -> None:
         """Serves from now on, unless it was closed: the engine has started."""
         if not self._closed:

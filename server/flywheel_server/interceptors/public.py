@@ -21,6 +21,7 @@ from flywheel_server.public_limits import (
     Turns,
 )
 from flywheel_server.reflection import V1, V1ALPHA
+from flywheel_server.stopping import Interruptions
 
 SERVICES: Final = frozenset({health.SERVICE_NAME, V1, V1ALPHA})
 """The services that need no authentication. All others do."""
@@ -39,9 +40,11 @@ class PublicInterceptor(CallInterceptor):
 
     Args:
         max_streams: Calls that may stream answers at a time.
+        interruptions: End the wait for a request.
     """
 
-    def __init__(self, max_streams: int) -> None:
+    def __init__(self, max_streams: int, interruptions: Interruptions) -> None:
+        self._interruptions = interruptions
         self._brief = Places(MAX_BRIEF_CALLS)
         self._turns = Turns()
         self._streams = Places(max_streams)
@@ -75,7 +78,7 @@ class PublicInterceptor(CallInterceptor):
 
     async def _answer(self, method: Method, context: Context) -> None:
         async with self._turn(context):
-            await method.answer(await _request(method, context), _Answers(context, self._unread))
+            await method.answer(await self._request(method, context), _Answers(context, self._unread))
 
     async def _answer_each(self, method: Method, context: Context) -> None:
         await self._answer(method, context)
@@ -83,7 +86,7 @@ class PublicInterceptor(CallInterceptor):
             arrived = False
             try:
                 async with self._turn(context):
-                    request = await method.receive(context, MAX_REQUEST_BYTES)
+                    request = await self._receive(method, context)
                     if request is None:
                         return
                     arrived = True
@@ -95,16 +98,19 @@ class PublicInterceptor(CallInterceptor):
 
     async def _stream(self, method: Method, context: Context) -> None:
         async with self._turn(context):
-            request = await _request(method, context)
+            request = await self._request(method, context)
         async with self._streams.place(context.peer()):
             await method.answer(request, _Answers(context, self._unread))
 
+    async def _request(self, method: Method, context: Context) -> Any:  # noqa: ANN401 - any method's request
+        request = await self._receive(method, context)
+        if request is None:
+            raise MalformedRequestError
+        return request
 
-async def _request(method: Method, context: Context) -> Any:  # noqa: ANN401 - any method's request
-    request = await method.receive(context, MAX_REQUEST_BYTES)
-    if request is None:
-        raise MalformedRequestError
-    return request
+    async def _receive(self, method: Method, context: Context) -> Any:  # noqa: ANN401 - any method's request
+        async with self._interruptions.interruptible():
+            return await method.receive(context, MAX_REQUEST_BYTES)
 
 
 class _Answers:

@@ -12,6 +12,7 @@ from flywheel_server.errors import IncompleteRequestError, MalformedRequestError
 from flywheel_server.interceptors.base import Call, CallInterceptor, Context, Handler
 from flywheel_server.interceptors.methods import Method
 from flywheel_server.interceptors.public import is_public
+from flywheel_server.stopping import Interruptions
 
 REQUEST_TIMEOUT: Final = 30.0
 """Seconds in which a request must have arrived."""
@@ -22,12 +23,14 @@ class ReadingInterceptor(CallInterceptor):
 
     Args:
         max_message_bytes: The largest request, after decompression.
+        interruptions: End the wait for a request.
         on_arrival: Is called once the request has arrived, and raises if the call may not go on. The method begins right after
             it, without anything else in between.
     """
 
-    def __init__(self, max_message_bytes: int, on_arrival: Callable[[Context], None]) -> None:
+    def __init__(self, max_message_bytes: int, interruptions: Interruptions, on_arrival: Callable[[Context], None]) -> None:
         self._max_message_bytes = max_message_bytes
+        self._interruptions = interruptions
         self._on_arrival = on_arrival
 
     def covers(self, method: str) -> bool:
@@ -39,7 +42,10 @@ class ReadingInterceptor(CallInterceptor):
         await call(context)
 
     def inner(self, handler: Handler) -> Call:
-        """Returns the method, which gets the message. Raises `IncompleteRequestError` and `MalformedRequestError`."""
+        """Returns the method, which gets the message.
+
+        It raises `IncompleteRequestError`, `MalformedRequestError`, and `EngineUnavailableError` if the server stops.
+        """
         method = Method(handler)
 
         async def call(context: Context) -> None:
@@ -49,7 +55,7 @@ class ReadingInterceptor(CallInterceptor):
 
     async def _request(self, method: Method, context: Context) -> Any:  # noqa: ANN401 - any method's request
         try:
-            async with asyncio.timeout(REQUEST_TIMEOUT):
+            async with self._interruptions.interruptible(), asyncio.timeout(REQUEST_TIMEOUT):
                 request = await method.receive(context, self._max_message_bytes)
         except TimeoutError as error:
             raise IncompleteRequestError from error
