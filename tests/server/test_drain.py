@@ -13,7 +13,7 @@ import grpc
 import grpc.aio
 import pytest
 from flywheel_proto.v1 import generation_pb2 as pb
-from flywheel_server.engines.scripted import Script, ScriptedEngine
+from flywheel_server.engines.scripted import ScriptedEngine
 from flywheel_server.errors import DETAILS_KEY
 from flywheel_server.server import serve
 from flywheel_server.settings import Settings
@@ -22,6 +22,7 @@ from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
 
+from tests.draining import Draining
 from tests.server.test_command import SCRIPTED, command, ready_line
 from tests.server.test_errors import details_of
 from tests.server.test_reading import METHODS, PATH
@@ -33,54 +34,6 @@ SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 SHORT = pb.GenerationRequest(text="x", max_tokens=1)
 LONG = pb.GenerationRequest(text="x", max_tokens=8000)
-
-
-class HeldEngine(ScriptedEngine):
-    """Makes the first token of a long sample, and the others only when the test lets it."""
-
-    def __init__(self) -> None:
-        super().__init__(Script(text="abcd", bytes_per_token=4))
-        self.may_go_on = asyncio.Event()
-
-    async def generate(self, request: Any) -> Any:
-        async for event in super().generate(request):
-            yield event
-            if request.max_tokens > 1 and getattr(event, "generated_tokens", 0):
-                await self.may_go_on.wait()
-
-
-class Draining:
-    """A server that drains for as long as a call runs, which the test ends."""
-
-    def __init__(self, address: str, **settings: Any) -> None:
-        self.engine = HeldEngine()
-        self.address = address
-        self._settings = Settings(address=address, **{"withdraw_window": 0, "drain_timeout": 60, **settings})
-        self._leave = asyncio.Event()
-        self._running = asyncio.create_task(self._run())
-
-    async def _run(self) -> None:
-        async with serve(self.engine, self._settings):
-            await self._leave.wait()
-
-    def stop(self) -> None:
-        self._leave.set()
-
-    async def stopped(self) -> None:
-        await self._running
-
-    @property
-    def is_running(self) -> bool:
-        return not self._running.done()
-
-    def is_open(self) -> bool:
-        """Whether its port takes connections."""
-        host, _, port = self.address.rpartition(":")
-        try:
-            socket.create_connection((host, int(port))).close()
-        except ConnectionRefusedError:
-            return False
-        return True
 
 
 @asynccontextmanager

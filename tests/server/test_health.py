@@ -139,7 +139,8 @@ async def test_calls_are_taken_in_the_withdraw_window_although_health_says_other
         await looking
         await long
     assert outcomes[0] is grpc.StatusCode.OK
-    assert set(outcomes) == {grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE}
+    # grpc itself ends with CANCELLED what arrives in the moment of the stop (grpc#41785).
+    assert set(outcomes) - {grpc.StatusCode.CANCELLED} == {grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE}
 
 
 async def test_running_calls_finish_within_the_drain_timeout() -> None:
