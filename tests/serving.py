@@ -40,9 +40,10 @@ async def serving(engine: Engine, **settings: Any) -> AsyncIterator[Target]:
 class Cable:
     """What runs between a client and a server."""
 
-    def __init__(self, onward: str) -> None:
+    def __init__(self, onward: str, delay: float) -> None:
         self.address = ""
         """Leads to the server."""
+        self._delay = delay
         self._onward = onward
         self._whole = asyncio.Event()
         self._whole.set()
@@ -61,7 +62,11 @@ class Cable:
     async def connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Takes in a connection."""
         host, _, port = self._onward.rpartition(":")
-        onward_reader, onward_writer = await asyncio.open_connection(host, int(port))
+        try:
+            onward_reader, onward_writer = await asyncio.open_connection(host, int(port))
+        except ConnectionRefusedError:
+            writer.transport.abort()
+            return
         self._writers.extend((writer, onward_writer))
         ends = ((reader, onward_writer), (onward_reader, writer))
         self._pumps.extend(asyncio.create_task(self._pump(*each)) for each in ends)
@@ -77,14 +82,15 @@ class Cable:
         with suppress(ConnectionError):
             while data := await reader.read(2**16):
                 await self._whole.wait()
+                await asyncio.sleep(self._delay)
                 writer.write(data)
                 await writer.drain()
 
 
 @asynccontextmanager
-async def through_a_cable(address: str) -> AsyncIterator[Cable]:
-    """Gives a cable to the address."""
-    cable = Cable(address)
+async def through_a_cable(address: str, delay: float = 0) -> AsyncIterator[Cable]:
+    """Gives a cable to the address, on which everything takes so many seconds to arrive."""
+    cable = Cable(address, delay)
     listening = await asyncio.start_server(cable.connect, "127.0.0.1", 0)
     cable.address = f"127.0.0.1:{listening.sockets[0].getsockname()[1]}"
     try:

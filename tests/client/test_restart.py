@@ -9,18 +9,26 @@ import socket
 import sys
 from asyncio.subprocess import PIPE
 from collections import Counter
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import grpc.aio
 import pytest
-from flywheel_client import AsyncClient, Client, Retry, UnavailableError
+from flywheel_client import SERVICE_CONFIG, AsyncClient, Client, Retry, UnavailableError
+from flywheel_proto.v1 import generation_pb2 as pb
+from flywheel_proto.v1 import generation_pb2_grpc
+from flywheel_server.engines.scripted import ScriptedEngine
+from flywheel_server.server import serve
+from flywheel_server.settings import Settings
 
 from tests.client.conftest import Caller
-from tests.serving import until
+from tests.draining import HeldEngine
+from tests.serving import serving, through_a_cable, until
 
 if TYPE_CHECKING:
     from asyncio.subprocess import Process
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
 
 TOKENS = 20
 SCRIPT = '{"text": "abcd", "token_delay": 0.01, "prompt_delay": 0.02}'
@@ -108,6 +116,45 @@ async def test_no_call_fails_while_one_server_after_the_other_restarts(kind: Any
         await asyncio.gather(*workers)
         await one.close()
     assert set(outcomes) == {TEXT}
+
+
+class Stubs:
+    """Stubs with the service config, as a test has a client."""
+
+    def __init__(self, target: str) -> None:
+        self._channel = grpc.aio.insecure_channel(target, options=[("grpc.service_config", SERVICE_CONFIG)])
+        self._stub: Any = generation_pb2_grpc.GenerationServiceStub(self._channel)
+
+    async def call(self) -> str:
+        answer = await self._stub.GenerateAll(pb.GenerationRequest(text="p", max_tokens=1), timeout=20)
+        return str(answer.prompt)
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+
+@pytest.mark.parametrize(
+    "make", [partial(Caller, Client), partial(Caller, AsyncClient), Stubs], ids=["threads", "asyncio", "stubs"]
+)
+async def test_no_call_fails_that_is_on_its_way_when_the_server_stops(make: Callable[[str], Any]) -> None:
+    engine, settings = HeldEngine(), Settings(address="127.0.0.1:0", withdraw_window=0)
+    calls: list[asyncio.Task[str]] = []
+    async with AsyncExitStack() as stack:
+        other = await stack.enter_async_context(serving(ScriptedEngine()))
+        async with serve(engine, settings) as port:
+            # No server can tell callers at once that it stops.
+            far = await stack.enter_async_context(through_a_cable(f"127.0.0.1:{port}", delay=0.02))
+            one = make(f"ipv4:{far.address},{other.address}")
+            stack.push_async_callback(one.close)
+            while engine.calls < 3:
+                await one.call()
+            for _ in range(30):
+                calls.append(asyncio.create_task(one.call()))
+                await asyncio.sleep(0.002)
+        for _ in range(30):
+            calls.append(asyncio.create_task(one.call()))
+            await asyncio.sleep(0.002)
+        assert set(await asyncio.gather(*calls)) == {"p"}
 
 
 @pytest.mark.parametrize("kind", [Client, AsyncClient], ids=["threads", "asyncio"])
