@@ -43,6 +43,8 @@ domain of every ErrorInfo is `flywheel.v1`.
   UNAVAILABLE         The engine is starting or cannot be reached, or the server is stopping: RetryInfo and ErrorInfo
                       `ENGINE_UNAVAILABLE`. The server has run out of descriptors, memory, threads or disk space:
                       RetryInfo and ErrorInfo `OUT_OF_RESOURCES`. If there is no server, there are no details.
+                      A call that reaches a server in the moment when it stops may end with CANCELLED instead, without
+                      details: gRPC itself ends it so, and nothing has been done for it. Treat that as UNAVAILABLE.
                       A delay in RetryInfo is also in the trailing metadata `grpc-retry-pushback-ms` (gRFC A6).
   INTERNAL            The engine failed: ErrorInfo `ENGINE_FAILED` with the request id. The cause is in the server's
                       log.
