@@ -27,6 +27,9 @@ RESERVED_DESCRIPTORS: Final = 64
 MIN_CONNECTIONS: Final = 8
 """Connections without which a server does not start, unless the settings want fewer: some clients, a proxy, a health check."""
 
+SAFE_GRPC: Final = (1, 84)
+"""The first version of grpcio that receives no more of a message than the limit, however long its sender says that it is."""
+
 
 class UnsafeError(ValueError):
     """The settings would let in callers whom nobody has thought of."""
@@ -49,6 +52,11 @@ def listen(server: grpc.aio.Server, settings: Settings, *, authenticates: bool) 
             )
         if credentials is None:
             log.warning("no TLS: prompts and keys cross the network in the clear, unless something before the server ends TLS")
+        if _grpc_version() < SAFE_GRPC:
+            log.warning(
+                f"grpcio {grpc.__version__} keeps requests of any length that never end, also of callers without a key: "
+                "install 1.84 or newer"
+            )
     try:
         if credentials is None:
             return server.add_insecure_port(settings.address)
@@ -64,6 +72,10 @@ def _credentials(settings: Settings) -> grpc.ServerCredentials | None:
     if any(file is not None for file in (settings.tls_cert, settings.tls_key, settings.tls_client_ca)):
         raise ValueError("TLS needs both --tls-cert and --tls-key")
     return None
+
+
+def _grpc_version() -> tuple[int, ...]:
+    return tuple(map(int, grpc.__version__.split(".")[:2]))
 
 
 def _is_loopback(address: str) -> bool:
@@ -100,8 +112,8 @@ def connections_allowed(settings: Settings) -> int:
     return allowed
 
 
-def channel_arguments(settings: Settings) -> list[tuple[str, int]]:
-    """Returns what gRPC itself is to hold connections to; raises `OSError` as `connections_allowed` does."""
+def channel_arguments(settings: Settings, connections: int) -> list[tuple[str, int]]:
+    """Returns what gRPC itself is to hold so many connections to."""
     age = [
         ("grpc.max_connection_age_ms", _milliseconds(settings.max_connection_age)),
         ("grpc.max_connection_age_grace_ms", _milliseconds(settings.max_connection_age_grace)),
@@ -117,7 +129,7 @@ def channel_arguments(settings: Settings) -> list[tuple[str, int]]:
         ("grpc.max_metadata_size", settings.max_header_bytes),
         ("grpc.absolute_max_metadata_size", settings.max_header_bytes),
         ("grpc.max_concurrent_streams", settings.max_streams),
-        ("grpc.max_allowed_incoming_connections", connections_allowed(settings)),
+        ("grpc.max_allowed_incoming_connections", connections),
         # Between the two, gRPC cancels calls at random, and beyond, all. With its defaults of 1000 and 3000 it would do what is
         # admission's to do.
         ("grpc.server.max_pending_requests", MAX_UNSEEN_CALLS),

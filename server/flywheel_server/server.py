@@ -19,7 +19,7 @@ from flywheel_server.interceptors.public import PublicInterceptor
 from flywheel_server.interceptors.reading import ReadingInterceptor
 from flywheel_server.interceptors.request_id import RequestIdInterceptor
 from flywheel_server.keys import KeyRing
-from flywheel_server.listening import channel_arguments, listen
+from flywheel_server.listening import channel_arguments, connections_allowed, listen
 from flywheel_server.reflection import add_reflection
 from flywheel_server.service import GenerationService
 from flywheel_server.settings import Settings
@@ -55,15 +55,16 @@ async def serve(engine: Engine, settings: Settings) -> AsyncIterator[int]:
     reported = Health()
     authentication = AuthenticationInterceptor(keys)
     interruptions = Interruptions()
+    max_connections = connections_allowed(settings)
     server = grpc.aio.server(
         interceptors=[
             RequestIdInterceptor(),
             ErrorInterceptor(),
             authentication,
             ReadingInterceptor(settings.max_message_bytes, interruptions, authentication.confirm),
-            PublicInterceptor(settings.max_connections, interruptions),
+            PublicInterceptor(max_connections, interruptions),
         ],
-        options=channel_arguments(settings),
+        options=channel_arguments(settings, max_connections),
     )
     connections = Connections(server)
     generation_pb2_grpc.add_GenerationServiceServicer_to_server(service, server)

@@ -63,6 +63,16 @@ async def test_what_opens_it_to_a_network_and_the_warning_without_tls(settings: 
     assert "in the clear" in str(logs)
 
 
+@pytest.mark.parametrize(("version", "warned"), [("1.73.1", True), ("1.83.9", True), ("1.84.0", False), ("2.0.0rc1", False)])
+async def test_a_grpc_that_keeps_more_than_it_should_is_warned_of(
+    version: str, warned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("grpc.__version__", version)
+    with capture_logs() as logs:
+        await listening(address="LOCALHOST:0", api_keys=KEY)
+    assert ("install 1.84 or newer" in str(logs)) == warned
+
+
 @pytest.mark.parametrize(
     "given", [{"tls_cert": "a"}, {"tls_key": "a"}, {"tls_client_ca": "a"}, {"tls_cert": "", "tls_client_ca": "a"}]
 )

@@ -150,15 +150,18 @@ class EmbeddedEngine:
         self._tokenizer.check_length(request)
         stopped = threading.Event()
         loop = asyncio.get_running_loop()
-        work = loop.run_in_executor(
-            self._tokenizing, self._tokenizer.tokens, request, lambda: self._stopping or stopped.is_set()
-        )
         try:
+            work = loop.run_in_executor(
+                self._tokenizing, self._tokenizer.tokens, request, lambda: self._stopping or stopped.is_set()
+            )
             prompt = await to_its_end(work, stopped.set)
         except StoppedError:
             raise EngineUnavailableError("the engine is stopping") from None
         except (OSError, HTTPException, ValueError, KeyError) as error:
             raise EngineFailedError("llama.cpp could not make tokens of the prompt") from error
+        finally:
+            # What could not be given to a thread may run later all the same.
+            stopped.set()
         return PreparedRequest(request, prompt, self._needed_context(request, len(prompt)))
 
     async def generate(self, prepared: PreparedRequest) -> AsyncGenerator[Event, None]:
@@ -234,6 +237,8 @@ class EmbeddedEngine:
                     # The room is free only when llama.cpp has let go of it.
                     await to_its_end(loop.run_in_executor(self._completing, completion.run), completion.cancel)
                 finally:
+                    # What could not be given to a thread may run later all the same.
+                    completion.cancel()
                     self._running.remove(completion)
                 self._refuse_if_stopping()
         except EngineError as error:
