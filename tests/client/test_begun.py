@@ -34,6 +34,8 @@ METHODS = ("generate", "generate_deltas", "generate_all")
 RPCS = ("Generate", "GenerateDeltas", "GenerateAll")
 RETRIES = {1: None, 2: Retry(max_attempts=2, initial_backoff=0.01), 5: Retry(initial_backoff=0.01)}
 """How a client retries, by how often a call may then be sent."""
+OWN_CONNECTIONS = [("grpc.use_local_subchannel_pool", 1)]
+"""Otherwise a client may get the connection of one before it, which is just ending."""
 TARGETS: dict[str, Callable[[list[str]], Any]] = {
     "one address": lambda addresses: addresses[0],
     "two addresses": lambda addresses: "ipv4:" + ",".join(addresses[:2]),
@@ -194,7 +196,7 @@ async def test_what_has_begun_begins_once(caller: Callable[..., Caller], target:
     async with fleet(script) as servers:
         prepare(servers)
         for (attempts, retry), method in itertools.product(RETRIES.items(), METHODS):
-            one = caller(TARGETS[target](servers.addresses), retry=retry, wait_for_ready=True)
+            one = caller(TARGETS[target](servers.addresses), retry=retry, wait_for_ready=True, channel_options=OWN_CONNECTIONS)
             before = servers.engine.begun
             with pytest.raises(FlywheelError) as caught:
                 await call(one, method)
@@ -212,7 +214,7 @@ async def test_a_call_whose_headers_are_lost_begins_as_often_as_it_may_be_sent(
     async with fleet(HANGS) as servers:
         servers.engine.on_start = servers.cut
         for (attempts, retry), method in itertools.product(RETRIES.items(), METHODS):
-            one = caller(TARGETS[target](servers.addresses), retry=retry, wait_for_ready=True)
+            one = caller(TARGETS[target](servers.addresses), retry=retry, wait_for_ready=True, channel_options=OWN_CONNECTIONS)
             before = servers.engine.begun
             with pytest.raises(UnavailableError):
                 await call(one, method)
