@@ -19,11 +19,11 @@ class HeldEngine(ScriptedEngine):
         self.calls = 0
         self.held = 0
 
-    async def generate(self, request: Any) -> Any:
+    async def generate(self, prepared: Any) -> Any:
         self.calls += 1
-        async for event in super().generate(request):
+        async for event in super().generate(prepared):
             yield event
-            if request.max_tokens > 1 and isinstance(event, TextDelta) and event.generated_tokens == 1:
+            if prepared.request.max_tokens > 1 and isinstance(event, TextDelta) and event.generated_tokens == 1:
                 self.held += 1
                 await self.may_go_on.wait()
 

@@ -106,8 +106,8 @@ class PoorEngine(MortalEngine):
         super().__init__(Script())
         self.lacks: Exception | None = None
 
-    async def generate(self, request: Any) -> Any:
-        async for event in super().generate(request):
+    async def generate(self, prepared: Any) -> Any:
+        async for event in super().generate(prepared):
             yield event
             if self.lacks:
                 raise self.lacks

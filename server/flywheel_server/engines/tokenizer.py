@@ -42,9 +42,12 @@ class Tokenizer:
         self._special = re.compile(special) if special else None
 
     def check_length(self, request: GenerationRequest) -> None:
-        """Raises `PromptTooLongError` for a text that has too many bytes to fit, whichever tokens it is made of."""
+        """Raises `PromptTooLongError` for a text that has too many bytes to fit, whichever tokens it is made of.
+
+        A short text is left to `tokens`, which tells exactly how many it has.
+        """
         longest = self._vocabulary.max_token_bytes
-        if longest is None or self._keeps_what_fits(request):
+        if longest is None or len(request.text) <= PIECE or self._keeps_what_fits(request):
             return
         at_least = -(-len(request.text.encode()) // longest)
         if at_least > self._room(request):
