@@ -19,6 +19,9 @@ from flywheel_server.settings import Settings
 
 log = structlog.stdlib.get_logger(__name__)
 
+TUNNEL_FLUSH: Final = 1.0
+"""Seconds for the last bytes of the last calls to get through the tunnel, which the server hands over and does not wait for."""
+
 TUNNEL_CLOSE_TIMEOUT: Final = 2.0
 """Seconds to tell Modal that the tunnel is no longer needed."""
 
@@ -86,6 +89,7 @@ async def _tunnel(port: int) -> AsyncIterator[str]:
     try:
         yield f"{forwarded.host}:{forwarded.port}"
     finally:
+        await asyncio.sleep(TUNNEL_FLUSH)
         # It ends with the container anyway.
         with suppress(modal.exception.Error, OSError):
             async with asyncio.timeout(TUNNEL_CLOSE_TIMEOUT):
