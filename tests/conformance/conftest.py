@@ -19,7 +19,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def embedded() -> EmbeddedEngine:
-    return EmbeddedEngine(default_model(), context_tokens=8192, slots=8, threads=2, batch_tokens=32, prompt_format="chat")
+    return EmbeddedEngine(default_model(), context_tokens=8192, slots=8, threads=1, batch_tokens=32, prompt_format="chat")
 
 
 SCRIPT = Script(text="The llama 🦙 says: é, 1, 2, 3 and ends. ", bytes_per_token=3, token_delay=0.001)

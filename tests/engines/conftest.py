@@ -17,7 +17,7 @@ BATCH_TOKENS = 16
 @pytest.fixture(scope="session")
 def embedded() -> EmbeddedEngine:
     return EmbeddedEngine(
-        default_model(), context_tokens=4096, slots=SLOTS, threads=2, batch_tokens=BATCH_TOKENS, prompt_format="raw"
+        default_model(), context_tokens=4096, slots=SLOTS, threads=1, batch_tokens=BATCH_TOKENS, prompt_format="raw"
     )
 
 

@@ -217,7 +217,7 @@ async def test_chat_puts_a_bare_text_into_the_template(embedded: EmbeddedEngine,
 
 
 def engine_of(model: Path, slots: int = 1, context_tokens: int = 512) -> EmbeddedEngine:
-    return EmbeddedEngine(model, context_tokens=context_tokens, slots=slots, threads=2, batch_tokens=16, prompt_format="raw")
+    return EmbeddedEngine(model, context_tokens=context_tokens, slots=slots, threads=1, batch_tokens=16, prompt_format="raw")
 
 
 async def test_a_file_that_is_missing_or_no_model_is_named(tmp_path: Path) -> None:
@@ -351,7 +351,7 @@ async def test_without_the_cache_a_prompt_is_read_again(cache: bool, monkeypatch
     monkeypatch.setattr(xllamacpp, "CommonParams", with_metrics(xllamacpp.CommonParams))
     request = GenerationRequest(text="word " * 200, max_tokens=1)
     engine = EmbeddedEngine(
-        default_model(), context_tokens=1024, slots=1, threads=2, batch_tokens=16, prompt_format="raw", prompt_cache=cache
+        default_model(), context_tokens=1024, slots=1, threads=1, batch_tokens=16, prompt_format="raw", prompt_cache=cache
     )
     async with engine:
         steps = []

@@ -37,7 +37,7 @@ TEXTS = st.lists(st.tuples(PARTS, st.integers(1, 12)), min_size=1, max_size=60).
 @pytest.fixture(scope="module")
 async def engine() -> AsyncIterator[EmbeddedEngine]:
     async with EmbeddedEngine(
-        default_model(), context_tokens=CONTEXT, slots=1, threads=2, batch_tokens=16, prompt_format="raw"
+        default_model(), context_tokens=CONTEXT, slots=1, threads=1, batch_tokens=16, prompt_format="raw"
     ) as started:
         yield started
 
@@ -122,7 +122,7 @@ def test_a_call_that_is_over_stops_after_a_piece(engine: EmbeddedEngine) -> None
 
 async def test_stopping_the_engine_does_not_wait_for_whole_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     pieces: list[str] = []
-    engine = EmbeddedEngine(default_model(), context_tokens=8192, slots=1, threads=2, batch_tokens=16, prompt_format="raw")
+    engine = EmbeddedEngine(default_model(), context_tokens=8192, slots=1, threads=1, batch_tokens=16, prompt_format="raw")
     async with engine:
         tokenize = engine._llama.tokenize
 
