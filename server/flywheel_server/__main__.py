@@ -14,7 +14,7 @@ os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_listener")
 # gRPC's own log of ordinary events, such as connections that end, is not in the form of ours.
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
-from flywheel_server import descriptors, keys_command, logs
+from flywheel_server import descriptors, heap, keys_command, logs
 from flywheel_server.engines.base import EngineError
 from flywheel_server.engines.chosen import chosen_engine
 from flywheel_server.health import SERVICE
@@ -55,6 +55,7 @@ def main() -> None:
 def _run(stdout: Output, stderr: Output) -> int:
     """Serves, and returns the exit code."""
     settings = parse()
+    heap.limit_heaps()
     descriptors.raise_limit()
     logs.configure(settings.log_level, settings.log_format, stderr)
     try:

@@ -4,7 +4,7 @@ import asyncio
 import importlib.util
 import signal
 import threading
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, suppress
 from http.client import HTTPException
@@ -13,6 +13,7 @@ from typing import Final, Self
 
 import structlog
 
+from flywheel_server import heap
 from flywheel_server.engines import native_log
 from flywheel_server.engines.base import (
     EngineError,
@@ -29,7 +30,7 @@ from flywheel_server.engines.capacity import Capacity
 from flywheel_server.engines.completion import Completion
 from flywheel_server.engines.gguf import Vocabulary
 from flywheel_server.engines.llama import Llama
-from flywheel_server.engines.tokenizer import StoppedError, Tokenizer
+from flywheel_server.engines.tokenizer import PIECE, StoppedError, Tokenizer
 from flywheel_server.engines.uninterrupted import to_its_end
 from flywheel_server.messages import GenerationRequest, GenerationResponseSample
 
@@ -151,9 +152,7 @@ class EmbeddedEngine:
         stopped = threading.Event()
         loop = asyncio.get_running_loop()
         try:
-            work = loop.run_in_executor(
-                self._tokenizing, self._tokenizer.tokens, request, lambda: self._stopping or stopped.is_set()
-            )
+            work = loop.run_in_executor(self._tokenizing, self._tokens, request, lambda: self._stopping or stopped.is_set())
             prompt = await to_its_end(work, stopped.set)
         except StoppedError:
             raise EngineUnavailableError("the engine is stopping") from None
@@ -163,6 +162,13 @@ class EmbeddedEngine:
             # What could not be given to a thread may run later all the same.
             stopped.set()
         return PreparedRequest(request, prompt, self._needed_context(request, len(prompt)))
+
+    def _tokens(self, request: GenerationRequest, is_stopped: Callable[[], bool]) -> list[int]:
+        try:
+            return self._tokenizer.tokens(request, is_stopped)
+        finally:
+            if len(request.text) > PIECE:
+                heap.release_freed()
 
     async def generate(self, prepared: PreparedRequest) -> AsyncGenerator[Event, None]:
         """Yields the events of the request; see `Engine.generate`."""
