@@ -25,7 +25,7 @@ test-floor: .venv-floor/.installed ## Run the tests with the lowest supported ve
 bench: .venv/.installed ## Run the benchmarks
 	.venv/bin/python -m benchmarks $(ARGS)
 
-fuzz: .venv/.installed ## Fuzz the server, and abuse its HTTP/2, for some minutes
+fuzz: .venv/.installed ## Fuzz the server, and abuse its HTTP/2 and the embedded engine, for some minutes
 	.venv/bin/python -m fuzz
 
 soak: .venv/.installed ## Call a server for ten minutes, and look for what it holds on to

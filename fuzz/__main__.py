@@ -2,13 +2,13 @@
 
 import sys
 
-from fuzz import abuse, coverage_guided, wire
+from fuzz import abuse, coverage_guided, embedded, wire
 
 
 def main() -> None:
     """Prints the tables of all parts; exits with 1 where one has found something."""
     found = False
-    for part in (coverage_guided, wire, abuse):
+    for part in (coverage_guided, wire, abuse, embedded):
         try:
             part.main([])
         except SystemExit as ended:

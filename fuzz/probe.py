@@ -1,6 +1,7 @@
 """A server under attack, and how those fare who use it meanwhile."""
 
 import asyncio
+import multiprocessing
 import os
 import re
 import statistics
@@ -9,22 +10,28 @@ import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import grpc
 import grpc.aio
 from flywheel_proto.v1 import generation_pb2 as pb
 from flywheel_proto.v1 import generation_pb2_grpc
 
+T = TypeVar("T")
+
 REQUEST: Final = pb.GenerationRequest(text="x", max_tokens=4)
 TIMEOUT: Final = 5.0
 """Seconds that a probe waits for an answer."""
 CALL_INTERVAL: Final = 0.02
-CONNECT_INTERVAL: Final = 0.1
+"""Seconds between two calls of a client that is connected, if nothing else is said."""
+CALLS_PER_CONNECT: Final = 5
+"""Calls of that client for each one of a client that connects anew."""
 LOOK_INTERVAL: Final = 0.05
 MEBIBYTE: Final = 2**20
 
@@ -112,8 +119,8 @@ class Observation:
 
 
 @asynccontextmanager
-async def observing(server: ServerProcess) -> AsyncIterator[Observation]:
-    """Uses and observes the server for the length of the context.
+async def observing(server: ServerProcess, call_interval: float = CALL_INTERVAL) -> AsyncIterator[Observation]:
+    """Uses and observes the server for the length of the context, with a call every `call_interval` seconds.
 
     Calls begin at their times whether or not those before them have ended, as independent callers make them: a server that
     stands still for a second delays all calls of that second, not one.
@@ -134,7 +141,7 @@ async def observing(server: ServerProcess) -> AsyncIterator[Observation]:
         def connect_and_call() -> None:
             calls.append(asyncio.create_task(_connect_and_call(server, observation.new)))
 
-        every = {look: LOOK_INTERVAL, call: CALL_INTERVAL, connect_and_call: CONNECT_INTERVAL}
+        every = {look: LOOK_INTERVAL, call: call_interval, connect_and_call: call_interval * CALLS_PER_CONNECT}
         observers = [asyncio.create_task(_repeat(action, interval)) for action, interval in every.items()]
         try:
             yield observation
@@ -143,6 +150,12 @@ async def observing(server: ServerProcess) -> AsyncIterator[Observation]:
                 observer.cancel()
             await asyncio.gather(*observers, return_exceptions=True)
             await asyncio.gather(*calls)
+
+
+async def elsewhere(function: Callable[..., T], *arguments: object) -> T:
+    """Runs the function in a process of its own, with a lower priority: what it computes is no part of the attack."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), os.nice, (10,)) as process:
+        return await asyncio.get_running_loop().run_in_executor(process, partial(function, *arguments))
 
 
 async def _repeat(action: Callable[[], None], interval: float) -> None:

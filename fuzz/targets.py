@@ -23,7 +23,7 @@ from flywheel_server.messages import GenerationRequest, InvalidRequestError, Req
 from flywheel_server.translation import request_from_proto
 from google.protobuf.message import DecodeError, Message
 
-LIMITS: Final = RequestLimits(max_text_bytes=200, max_num_samples=16, context_tokens=64)
+LIMITS: Final = RequestLimits(max_text_bytes=200, max_num_samples=16, context_tokens=256)
 API_KEY: Final = "fw_0123456789abcdef"
 METADATA_BYTES: Final = 8192
 """What gRPC clients take as metadata unless they say otherwise."""

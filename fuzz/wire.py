@@ -1,79 +1,105 @@
-"""Sends 100,000 messages that are random or nearly right to every method of a real server: `python -m fuzz.wire`.
+"""Sends messages that are random or nearly right to every method of real servers: `python -m fuzz.wire`.
 
-Each answer must be the one that the contract has for these bytes, and a well-behaved client is served meanwhile; how much
-slower its calls become is the ratio to a quiet time of the same run.
+The scripted engine gets 100,000, the embedded one as many as it answers in about a minute. Each answer must be the one that the
+contract has for these bytes, and a well-behaved client is served meanwhile; how much slower its calls become is the ratio to a
+quiet time of the same run.
 """
 
 import argparse
 import asyncio
 import json
-import multiprocessing
-import os
 import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from typing import Any, Final
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
 
-import grpc
 import grpc.aio
-from flywheel_proto.v1 import generation_pb2 as pb
-from flywheel_server.errors import MalformedRequestError
-from flywheel_server.messages import GenerationRequest, InvalidRequestError
-from google.rpc.error_details_pb2 import BadRequest, ErrorInfo
-from google.rpc.status_pb2 import Status
+from flywheel_server.messages import GenerationRequest
 
-from fuzz.http2 import SERVICE
-from fuzz.probe import ServerProcess, flywheel_server, observing, print_row, ratio
+from fuzz.answers import GENERATING, OTHERS, answer
+from fuzz.probe import CALL_INTERVAL, ServerProcess, elsewhere, flywheel_server, observing, print_row, ratio
 from fuzz.targets import LIMITS, SEEDS, verdict
 
-GENERATING: Final = ("Generate", "GenerateDeltas", "GenerateAll")
-OTHERS: Final = {"GetModel": pb.GetModelRequest, "GetStats": pb.GetStatsRequest}
 CONCURRENCY: Final = 32
 POOL: Final = 1000
 POOL_BYTES: Final = 1000
-QUIET: Final = 5.0
-"""Seconds in which the server is observed before."""
+QUIET: Final = 3.0
+"""Seconds in which the server is observed before and after."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A server to send messages to.
+
+    Attributes:
+        arguments: Those of `flywheel-server`. The limits of requests are those that answers are compared with.
+        messages: How many it gets.
+        call_interval: Seconds between two calls of the well-behaved client.
+    """
+
+    arguments: Sequence[str]
+    messages: int
+    call_interval: float
+
+
+TARGETS: Final[Mapping[str, Target]] = {
+    "scripted": Target(
+        ("--script", json.dumps({"context_tokens": LIMITS.context_tokens})), messages=100_000, call_interval=CALL_INTERVAL
+    ),
+    "embedded": Target(
+        # No call may be refused for want of a place, and the senders need a core too.
+        (f"--embedded-context={LIMITS.context_tokens}", "--embedded-threads=1", "--max-queued=1000"),
+        messages=2500,
+        call_interval=1.0,
+    ),
+}
+"""By their engines."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Sends the messages, and prints two tables; exits with 1 where an answer is none of the contract's."""
+    """Sends the messages, and prints two tables for each engine; exits with 1 if an answer is none of the contract's."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--messages", type=int, default=100_000, help="how many are sent (default: 100000)")
+    parser.add_argument("--engine", action="append", choices=list(TARGETS), help="only this one; may be repeated")
+    parser.add_argument("--messages", type=int, help="how many are sent to each")
     parser.add_argument("--seed", type=int, default=1, help="which ones: the same for the same number (default: 1)")
     parser.add_argument("server_arguments", nargs="*", help="arguments of flywheel-server, after --")
     options = parser.parse_args(arguments)
-    limits = ["--script", json.dumps({"context_tokens": LIMITS.context_tokens}), "--max-text-bytes", str(LIMITS.max_text_bytes)]
-    with flywheel_server("--engine", "scripted", *limits, *options.server_arguments) as server:
-        unexpected = asyncio.run(_measure(server, options.messages, options.seed))
+    limits = ("--max-text-bytes", str(LIMITS.max_text_bytes), "--max-num-samples", str(LIMITS.max_num_samples))
+    unexpected = []
+    for engine in options.engine or TARGETS:
+        target = TARGETS[engine]
+        with flywheel_server("--engine", engine, *limits, *target.arguments, *options.server_arguments) as server:
+            found = asyncio.run(_measure(server, engine, options.messages or target.messages, options.seed))
+        unexpected += [f"{engine}: {problem}" for problem in found]
+        print()
     if unexpected:
         sys.exit("not as the contract has it:\n" + "\n".join(unexpected))
 
 
-async def _measure(server: ServerProcess, messages: int, seed: int) -> list[str]:
+async def _measure(server: ServerProcess, engine: str, messages: int, seed: int) -> list[str]:
+    interval = TARGETS[engine].call_interval
     for _ in range(2):  # the first warms up
-        async with observing(server) as quiet:
+        async with observing(server, interval) as quiet:
             await asyncio.sleep(QUIET)
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), os.nice, (10,)) as senders:
-        async with observing(server) as fuzzed:
-            start = time.perf_counter()
-            sending = asyncio.get_running_loop().run_in_executor(senders, _run, server.address, messages, seed)
-            statuses, unexpected = await sending
-            lasted = time.perf_counter() - start
+    async with observing(server, interval) as fuzzed:
+        start = time.perf_counter()
+        statuses, unexpected = await elsewhere(_run, server.address, messages, seed)
+        lasted = time.perf_counter() - start
     if not server.is_alive():
-        unexpected.append(f"the server ended with {server.process.returncode}")
-    async with observing(server) as after:
+        return [*unexpected, f"the server ended with {server.process.returncode}"]
+    async with observing(server, interval) as after:
         await asyncio.sleep(QUIET)
     codes = sorted({code for _, code in statuses})
-    print_row(["method", *codes])
+    print_row([f"method, {engine} engine", *codes])
     print_row(["---"] * (1 + len(codes)))
     for method in (*GENERATING, *OTHERS):
         print_row([method, *(f"{statuses[method, code]:,}" for code in codes)])
     print()
     for name, figure in {
-        "with random messages": "figure",
+        f"with random messages, {engine} engine": "figure",
         "---": "---",
         "messages": f"{messages:,} in {lasted:.0f} s",
         "answers that the contract does not have": str(len(unexpected)),
@@ -105,10 +131,10 @@ async def send(address: str, messages: int, seed: int) -> tuple[Counter[tuple[st
         for _ in left:
             method = rng.choice((*GENERATING, *GENERATING, *OTHERS))
             data = mutated(rng, pool)
-            answer = await _answer(channel, method, data, _metadata(rng))
-            statuses[method, answer.code.name] += 1
-            if not answer.is_for(method, data):
-                unexpected.append(f"{method} {data.hex()}: {answer}")
+            ended = await answer(channel, method, data, _metadata(rng))
+            statuses[method, ended.code.name] += 1
+            if not ended.is_for(method, data):
+                unexpected.append(f"{method} {data.hex()}: {ended}")
 
     async with grpc.aio.insecure_channel(address) as channel:
         await asyncio.gather(*(sender(channel) for _ in range(CONCURRENCY)))
@@ -145,64 +171,6 @@ def _metadata(rng: random.Random) -> tuple[tuple[str, str | bytes], ...]:
     text = "".join(chr(rng.randrange(0x20, 0x7F)) for _ in range(rng.randrange(200)))
     entries = (("x-request-id", text), ("authorization", text), ("x-other", text), ("x-other-bin", rng.randbytes(50)))
     return tuple(entry for entry in entries if rng.random() < 0.2)
-
-
-class _Answer:
-    """How a call ended."""
-
-    def __init__(self, code: grpc.StatusCode, details: bytes, request_ids: int) -> None:
-        self.code = code
-        self._status = Status.FromString(details)
-        self._request_ids = request_ids
-
-    def is_for(self, method: str, data: bytes) -> bool:
-        """Whether it is the one that the contract has for a request of these bytes."""
-        if self._request_ids != 1:
-            return False
-        found = verdict(data, OTHERS.get(method, pb.GenerationRequest))
-        if isinstance(found, MalformedRequestError):
-            return self._is_invalid() and self._reason() == "MALFORMED_REQUEST"
-        if isinstance(found, InvalidRequestError):
-            violations = [(violation.field, violation.description) for violation in found.violations]
-            return self._is_invalid() and self._violations() == violations
-        # Which prompts are too long the engine says, in tokens of its own.
-        return self.code is grpc.StatusCode.OK or (self._is_invalid() and len(self._violations()) == 1)
-
-    def _is_invalid(self) -> bool:
-        return self.code is grpc.StatusCode.INVALID_ARGUMENT and self._status.code == self.code.value[0]
-
-    def _reason(self) -> str:
-        info = ErrorInfo()
-        return next((info.reason for detail in self._status.details if detail.Unpack(info)), "")
-
-    def _violations(self) -> list[tuple[str, str]]:
-        bad = BadRequest()
-        found = next((bad.field_violations for detail in self._status.details if detail.Unpack(bad)), ())
-        return [(violation.field, violation.description) for violation in found]
-
-    def __str__(self) -> str:
-        return f"{self.code.name}, {self._request_ids} request ids, {self._status}"
-
-
-async def _answer(channel: grpc.aio.Channel, method: str, data: bytes, metadata: Any) -> _Answer:  # noqa: ANN401 - grpc's
-    if method in ("Generate", "GenerateDeltas"):
-        call: Any = channel.unary_stream(SERVICE + method, bytes, bytes)(data, metadata=metadata)
-        reading = call.read
-    else:
-        call = channel.unary_unary(SERVICE + method, bytes, bytes)(data, metadata=metadata)
-        reading = None
-    try:
-        if reading is None:
-            await call
-        else:
-            while await reading() is not grpc.aio.EOF:
-                pass
-    except grpc.aio.AioRpcError:
-        pass  # the code of the call says it too
-    trailing = tuple(await call.trailing_metadata() or ())
-    initial = tuple(await call.initial_metadata() or ())
-    details = next((value for key, value in trailing if key == "grpc-status-details-bin"), b"")
-    return _Answer(await call.code(), details, sum(key == "x-request-id" for key, _ in (*initial, *trailing)))
 
 
 if __name__ == "__main__":

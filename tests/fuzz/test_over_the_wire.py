@@ -1,25 +1,42 @@
 """In small doses, what `make fuzz` sends to a server for minutes: it answers by the contract, and goes on serving others."""
 
 import gc
+from pathlib import Path
 from typing import Any
 
 import grpc
 import grpc.aio
 import pytest
 from flywheel_proto.v1 import generation_pb2 as pb
+from flywheel_server.engines.base import Engine
+from flywheel_server.engines.embedded import EmbeddedEngine, default_model
 from flywheel_server.engines.scripted import Script, ScriptedEngine
 from flywheel_server.messages import RequestLimits
 
 from fuzz.attacks import ATTACKS, Attack, idle_connections, ping_flood, unfinished_calls
+from fuzz.calls import CALL_ATTACKS, CONTEXT_TOKENS, CallAttack, unexpected_answers
+from fuzz.embedded import attackers_keys
 from fuzz.targets import LIMITS
+from fuzz.under_attack import KEY
 from fuzz.wire import send
-from tests.serving import connected, serving
+from tests.serving import connected, serving, until
 
 
-async def test_every_answer_to_random_messages_is_one_of_the_contract() -> None:
+def embedded_engine(context_tokens: int) -> EmbeddedEngine:
+    return EmbeddedEngine(
+        default_model(), context_tokens=context_tokens, slots=8, threads=1, batch_tokens=32, prompt_format="chat"
+    )
+
+
+@pytest.mark.parametrize(
+    ("engine", "messages"),
+    [(ScriptedEngine(Script(context_tokens=LIMITS.context_tokens)), 1500), (embedded_engine(LIMITS.context_tokens), 100)],
+    ids=["scripted", "embedded"],
+)
+async def test_every_answer_to_random_messages_is_one_of_the_contract(engine: Engine, messages: int) -> None:
     limits = {"max_text_bytes": LIMITS.max_text_bytes, "max_num_samples": LIMITS.max_num_samples}
-    async with serving(ScriptedEngine(Script(context_tokens=LIMITS.context_tokens)), **limits) as target:
-        statuses, unexpected = await send(target.address, messages=1500, seed=3)
+    async with serving(engine, max_queued=1000, **limits) as target:
+        statuses, unexpected = await send(target.address, messages, seed=3)
     assert not unexpected
     assert {code for _, code in statuses} == {"OK", "INVALID_ARGUMENT"}
     assert len(statuses) == 10, "each of five methods has answered both"
@@ -68,3 +85,22 @@ async def test_calls_beyond_max_streams_are_refused() -> None:
 async def test_connections_beyond_max_connections_are_closed() -> None:
     answers, _ = await attacked(Attack("idle connections", idle_connections, connections=20), max_connections=10)
     assert answers["closed"]
+
+
+@pytest.mark.parametrize("attack", CALL_ATTACKS, ids=lambda attack: attack.name)
+async def test_the_embedded_engine_survives(attack: CallAttack, tmp_path: Path) -> None:
+    keys = attackers_keys(tmp_path)
+    async with serving(embedded_engine(CONTEXT_TOKENS), api_keys=KEY, api_keys_file=str(keys)) as target:
+        host, _, port = target.address.rpartition(":")
+        tally = await attack.run(host, int(port), seconds=0.5)
+        metadata = (("authorization", f"Bearer {KEY}"),)
+        request = pb.GenerationRequest(text="x", max_tokens=1)
+        assert (await target.stub.GenerateAll(request, timeout=30, metadata=metadata)).num_samples == 1
+
+        async def at_rest() -> bool:
+            stats = await target.stub.GetStats(pb.GetStatsRequest(), metadata=metadata)
+            return (stats.active, stats.queued, stats.backlog) == (0, 0, 0)
+
+        await until(at_rest, "nothing of the attack is under way")
+    assert tally.sent >= 8, "each has called"
+    assert not unexpected_answers(tally)

@@ -1,0 +1,148 @@
+"""How a call ended, and whether the contract has such an end for the bytes of its request."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import grpc
+import grpc.aio
+from flywheel_proto.v1 import generation_pb2 as pb
+from flywheel_server.errors import MalformedRequestError
+from flywheel_server.messages import GenerationRequest, InvalidRequestError
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo
+from google.rpc.status_pb2 import Status
+
+from fuzz.http2 import SERVICE
+from fuzz.targets import LIMITS, verdict
+
+GENERATING: Final = ("Generate", "GenerateDeltas", "GenerateAll")
+OTHERS: Final = {"GetModel": pb.GetModelRequest, "GetStats": pb.GetStatsRequest}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """How a call ended.
+
+    Attributes:
+        code: Its status code.
+        status: The details of its status.
+        request_ids: How many request ids its metadata have.
+        messages: What it sent before it ended, serialized.
+    """
+
+    code: grpc.StatusCode
+    status: Status
+    request_ids: int
+    messages: Sequence[bytes]
+
+    def is_for(self, method: str, data: bytes) -> bool:
+        """Returns whether it is the one that the contract has for a request of these bytes."""
+        if self.request_ids != 1:
+            return False
+        found = verdict(data, OTHERS.get(method, pb.GenerationRequest))
+        if isinstance(found, MalformedRequestError):
+            return self._is_invalid() and self._reason() == "MALFORMED_REQUEST"
+        if isinstance(found, InvalidRequestError):
+            violations = [(violation.field, violation.description) for violation in found.violations]
+            return self._is_invalid() and self._violations() == violations
+        if self.code is grpc.StatusCode.OK:
+            return found is None or _keeps_promises(found, _samples(method, self.messages))
+        # Which prompts are too long the engine says, in tokens of its own.
+        return self._is_invalid() and len(self._violations()) == 1
+
+    def _is_invalid(self) -> bool:
+        return self.code is grpc.StatusCode.INVALID_ARGUMENT and self.status.code == self.code.value[0]
+
+    def _reason(self) -> str:
+        info = ErrorInfo()
+        return next((info.reason for detail in self.status.details if detail.Unpack(info)), "")
+
+    def _violations(self) -> list[tuple[str, str]]:
+        bad = BadRequest()
+        found = next((bad.field_violations for detail in self.status.details if detail.Unpack(bad)), ())
+        return [(violation.field, violation.description) for violation in found]
+
+    def __str__(self) -> str:
+        return f"{self.code.name}, {self.request_ids} request ids, {self.status}, {len(self.messages)} messages"
+
+
+async def answer(channel: grpc.aio.Channel, method: str, data: bytes, metadata: Any) -> Answer:  # noqa: ANN401 - grpc's
+    """Calls the method with these bytes as its request, and returns how that ended."""
+    messages: list[bytes] = []
+    if method in ("Generate", "GenerateDeltas"):
+        call: Any = channel.unary_stream(SERVICE + method, bytes, bytes)(data, metadata=metadata)
+        reading = call.read
+    else:
+        call = channel.unary_unary(SERVICE + method, bytes, bytes)(data, metadata=metadata)
+        reading = None
+    try:
+        if reading is None:
+            messages.append(await call)
+        else:
+            while (message := await reading()) is not grpc.aio.EOF:
+                messages.append(message)
+    except grpc.aio.AioRpcError:
+        pass  # the code of the call says it too
+    trailing = tuple(await call.trailing_metadata() or ())
+    initial = tuple(await call.initial_metadata() or ())
+    details = next((value for key, value in trailing if key == "grpc-status-details-bin"), b"")
+    request_ids = sum(key == "x-request-id" for key, _ in (*initial, *trailing))
+    return Answer(await call.code(), Status.FromString(details), request_ids, messages)
+
+
+def _keeps_promises(request: GenerationRequest, samples: Sequence[pb.GenerationResponseSample] | None) -> bool:
+    """Returns whether an answer with these samples keeps the promises of the contract; None is one that has no samples."""
+    if samples is None or sorted(sample.index for sample in samples) != list(range(request.num_samples)):
+        return False
+    return all(_is_kept(request, sample) for sample in samples)
+
+
+def _is_kept(request: GenerationRequest, sample: pb.GenerationResponseSample) -> bool:
+    tokens = sample.generated_tokens
+    return (
+        (tokens == request.max_tokens if sample.finish_reason == "length" else sample.finish_reason == "stop")
+        and 0 < tokens <= request.max_tokens
+        and 0 < sample.prompt_tokens <= (request.max_input_tokens or LIMITS.context_tokens)
+        and sample.prompt_tokens + request.max_tokens <= LIMITS.context_tokens
+        and sample.stop_sequence in ("", *request.stop)
+        and not any(stop in sample.text for stop in request.stop)
+    )
+
+
+def _samples(method: str, messages: Sequence[bytes]) -> list[pb.GenerationResponseSample] | None:
+    """Returns the samples in the answer of a generating method; None if they do not come as it has them."""
+    if method == "Generate":
+        return [pb.GenerationResponseSample.FromString(message) for message in messages]
+    if method == "GenerateDeltas":
+        return _joined(pb.GenerationDelta.FromString(message) for message in messages)
+    (response,) = (pb.GenerationResponse.FromString(message) for message in messages)
+    samples = list(response.responses)
+    is_whole = response.num_samples == len(samples) and all(
+        sample.prompt_tokens == response.prompt_tokens for sample in samples
+    )
+    return samples if is_whole and [sample.index for sample in samples] == list(range(len(samples))) else None
+
+
+def _joined(deltas: Iterable[pb.GenerationDelta]) -> list[pb.GenerationResponseSample] | None:
+    of_index: dict[int, list[pb.GenerationDelta]] = defaultdict(list)
+    for delta in deltas:
+        of_index[delta.index].append(delta)
+    samples = []
+    for index, (*early, last) in of_index.items():
+        if not all(delta.text and not delta.finish_reason for delta in early):
+            return None
+        counts = [delta.generated_tokens for delta in (*early, last)]
+        if counts != sorted(counts):
+            return None
+        samples.append(
+            pb.GenerationResponseSample(
+                index=index,
+                text="".join(delta.text for delta in (*early, last)),
+                generated_tokens=last.generated_tokens,
+                finish_reason=last.finish_reason,
+                prompt_tokens=last.prompt_tokens,
+                stop_sequence=last.stop_sequence,
+            )
+        )
+    return samples
