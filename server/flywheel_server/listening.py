@@ -129,6 +129,9 @@ def channel_arguments(settings: Settings, connections: int) -> list[tuple[str, i
         ("grpc.max_metadata_size", settings.max_header_bytes),
         ("grpc.absolute_max_metadata_size", settings.max_header_bytes),
         ("grpc.max_concurrent_streams", settings.max_streams),
+        # With it, a call counts until gRPC has freed its memory, which its client cannot know: a client that keeps to the limit
+        # is refused with REFUSED_STREAM as soon as the server is busy.
+        ("grpc.http.overload_protection", 0),
         ("grpc.max_allowed_incoming_connections", connections),
         # Between the two, gRPC cancels calls at random, and beyond, all. With its defaults of 1000 and 3000 it would do what is
         # admission's to do.

@@ -29,9 +29,8 @@ async def outcome(call: Any) -> str:
     return "OK"
 
 
-async def burst(address: str, method: str, calls: int) -> Counter[str]:
-    """Makes so many calls at once, over as many connections as they need; returns how they ended."""
-    connections = 4
+async def burst(address: str, method: str, calls: int, connections: int = 4) -> Counter[str]:
+    """Makes so many calls at once, over so many connections; returns how they ended."""
     async with AsyncExitStack() as stack:
         options = [("grpc.use_local_subchannel_pool", 1)]
         channels = [grpc.aio.insecure_channel(address, options=options) for _ in range(connections)]
@@ -55,3 +54,9 @@ async def test_of_3000_calls_at_once_each_is_served_or_refused_with_details(meth
 async def test_2000_streams_at_once_are_all_served_where_the_limits_allow_that() -> None:
     async with serving(ScriptedEngine(Script(token_delay=0.02)), max_concurrent=2000) as target:
         assert await burst(target.address, "GenerateDeltas", 2000) == {"OK": 2000}
+
+
+@pytest.mark.parametrize("max_streams", [100, 1024])
+async def test_calls_over_one_connection_wait_in_the_client_and_are_all_served(max_streams: int) -> None:
+    async with serving(ScriptedEngine(), max_concurrent=2000, max_streams=max_streams) as target:
+        assert await burst(target.address, "GenerateAll", 2000, connections=1) == {"OK": 2000}
