@@ -28,6 +28,8 @@ MAX_CALLS_PER_CONNECTION: Final = 128
 """Brief calls of one connection, and Watch streams of one connection: a proxy may carry those of all its clients."""
 MAX_UNREAD_ANSWERS: Final = 8
 """Answers that a connection may leave unread. gRPC keeps them until the connection ends."""
+MAX_WASTEFUL_CONNECTIONS: Final = 1024
+"""Connections of which the server remembers that they have wasted a turn."""
 RETRY_DELAY: Final = 1.0
 """Seconds after which a refused call may try again."""
 
@@ -87,13 +89,15 @@ class Turns:
     """Lets a few calls at a time have the server's attention, and none of them for long while others wait.
 
     The connections that wait are served in turn. One that has not waited yet goes first: somebody who wants much is already
-    waiting, somebody who wants little has just come.
+    waiting, somebody who wants little has just come. But a connection that has wasted its last turn goes last: its request did
+    not arrive, or its caller took the call back. Otherwise a stranger could come first again with each call.
     """
 
     def __init__(self, limit: int = MAX_TURNS) -> None:
         self._free = limit
         self._running: set[_Turn] = set()
         self._waiting: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
+        self._wasteful: OrderedDict[str, None] = OrderedDict()
 
     @asynccontextmanager
     async def turn(self, connection: str) -> AsyncIterator[None]:
@@ -110,8 +114,13 @@ class Turns:
                 if self._waiting:
                     turn.hurry()
                 yield
+            self._wasteful.pop(connection, None)
+        except asyncio.CancelledError:
+            self._remember_waste(connection)
+            raise
         except TimeoutError as error:
             if turn.scope.expired():
+                self._remember_waste(connection)
                 raise (ServerFullError(RETRY_DELAY) if turn.is_hurried else IncompleteRequestError) from error
             raise
         finally:
@@ -142,9 +151,15 @@ class Turns:
         admitted = asyncio.get_running_loop().create_future()
         if connection not in self._waiting:
             self._waiting[connection] = deque()
-            self._waiting.move_to_end(connection, last=False)
+            if connection not in self._wasteful:
+                self._waiting.move_to_end(connection, last=False)
         self._waiting[connection].append(admitted)
         return admitted
+
+    def _remember_waste(self, connection: str) -> None:
+        self._wasteful[connection] = None
+        if len(self._wasteful) > MAX_WASTEFUL_CONNECTIONS:
+            self._wasteful.popitem(last=False)
 
     def _leave(self, connection: str, admitted: asyncio.Future[None]) -> None:
         waiting = self._waiting.get(connection, ())

@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from h2.connection import H2Connection
+from h2.errors import ErrorCodes
 from h2.events import DataReceived, ResponseReceived, StreamEnded, StreamReset, TrailersReceived
 from h2.exceptions import ProtocolError, StreamClosedError
 from h2.settings import SettingCodes
@@ -54,6 +55,11 @@ class Client:
         self._streams[stream.number] = stream
         self._flush()
         return stream
+
+    def reset(self, stream: Stream) -> None:
+        """Takes a call back."""
+        self._http2.reset_stream(stream.number, ErrorCodes.CANCEL)
+        self._flush()
 
     async def send(self, stream: Stream, data: bytes, *, end: bool = False) -> int:
         """Sends bytes as the server takes them, until the call ends; returns how many it took."""

@@ -167,6 +167,32 @@ async def test_unfinished_requests_keep_nobody_waiting(connections: int, monkeyp
         assert OK not in {await call.status() for call in calls}
 
 
+async def test_strangers_with_many_connections_do_not_come_first_again_with_each_call() -> None:
+    connections, period = 4 * MAX_TURNS, 0.2
+    async with locked() as target, AsyncExitStack() as stack:
+        strangers = [await stack.enter_async_context(http2(target.address)) for _ in range(connections)]
+
+        async def waste(stranger: Client) -> None:
+            while True:
+                call = stranger.begin(CHECK)
+                await asyncio.sleep(period)
+                if not call.ended.is_set():
+                    stranger.reset(call)
+
+        wasting = []
+        for stranger in strangers:
+            wasting.append(asyncio.create_task(waste(stranger)))
+            await asyncio.sleep(period / connections)  # there is always one that has just begun a call
+        try:
+            for _ in range(20):
+                await check(target, within=1)
+                await asyncio.sleep(0.05)
+        finally:
+            for task in wasting:
+                task.cancel()
+            await asyncio.gather(*wasting, return_exceptions=True)
+
+
 async def test_watching_strangers_give_way_to_a_connection_that_watches_less() -> None:
     async with locked(max_connections=10) as target, http2(target.address) as stranger:
         theirs = [stranger.begin(WATCH) for _ in range(10)]
