@@ -15,6 +15,7 @@ from flywheel_server.generations import Generations
 from flywheel_server.health import SERVICE, Health
 from flywheel_server.interceptors.authentication import AuthenticationInterceptor
 from flywheel_server.interceptors.errors import ErrorInterceptor
+from flywheel_server.interceptors.handlers import HandlerInterceptor
 from flywheel_server.interceptors.public import PublicInterceptor
 from flywheel_server.interceptors.reading import ReadingInterceptor
 from flywheel_server.interceptors.request_id import RequestIdInterceptor
@@ -58,6 +59,7 @@ async def serve(engine: Engine, settings: Settings) -> AsyncIterator[int]:
     max_connections = connections_allowed(settings)
     server = grpc.aio.server(
         interceptors=[
+            HandlerInterceptor(),
             RequestIdInterceptor(),
             ErrorInterceptor(),
             authentication,

@@ -11,6 +11,7 @@ import pytest
 from flywheel_proto.v1 import generation_pb2 as pb
 from flywheel_server.engines.scripted import ScriptedEngine
 from flywheel_server.health import HealthServicer
+from flywheel_server.interceptors.base import CallInterceptor
 from flywheel_server.reflection import ReflectionServicer
 from flywheel_server.service import GenerationService
 from google.rpc.error_details_pb2 import ErrorInfo
@@ -98,3 +99,25 @@ async def test_a_method_that_does_not_write_its_answer_fails_at_its_first_call(s
     (line,) = [line for line in logs if line["event"] == "call failed"]
     assert "await context.write(answer)" in line["cause"]
     assert shape.__name__ in line["cause"]
+
+
+async def test_the_handler_of_a_method_is_wrapped_once_and_none_is_kept_of_a_method_that_is_not_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    wrapped: list[str] = []
+    original = CallInterceptor.intercept_service
+
+    async def spy(self: CallInterceptor, continuation: Any, details: Any) -> Any:
+        wrapped.append(details.method)
+        return await original(self, continuation, details)
+
+    monkeypatch.setattr(CallInterceptor, "intercept_service", spy)
+    async with serving(ScriptedEngine()) as target:
+        for _ in range(2):
+            await target.stub.GetModel(pb.GetModelRequest())
+        once = wrapped.count("/flywheel.v1.GenerationService/GetModel")
+        for _ in range(2):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await target.channel.unary_unary("/x/y", bytes, bytes)(b"")
+            assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    assert wrapped.count("/x/y") == 2 * once
