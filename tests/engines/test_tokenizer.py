@@ -2,7 +2,6 @@
 
 import asyncio
 import random
-import struct
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from flywheel_server.messages import GenerationRequest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.engines.models import default_metadata, gguf, write_model
 from tests.serving import until
 
 CONTEXT = 1024
@@ -72,6 +72,66 @@ def test_the_tokens_are_those_of_the_whole_text(engine: EmbeddedEngine, text: st
         assert tokenizer.tokens(GenerationRequest(text=text, max_tokens=1), lambda: False) == whole
         request = GenerationRequest(text=text * 20, max_tokens=1, max_input_tokens=kept)
         assert tokenizer.tokens(request, lambda: False) == engine._llama.tokenize(text * 20)[-kept:]
+
+
+def with_tokens(*pairs: tuple[str, str]) -> dict[str, object]:
+    """Returns metadata of the default model in which each of these pairs is one token."""
+    tokens, merges = (default_metadata(f"tokenizer.ggml.{name}") for name in ("tokens", "merges"))
+    new = [left + right for left, right in pairs if left + right not in tokens]
+    tokens[40_000 : 40_000 + len(new)] = new
+    return {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.merges": [*map(" ".join, pairs), *merges]}
+
+
+def sentencepiece(*words: str) -> dict[str, object]:
+    """Returns the metadata of a tokenizer that takes the whole text at once, with these tokens and few others."""
+    bytes_of_text = [f"<0x{byte:02X}>" for byte in range(256)]
+    letters = [chr(code) for code in range(ord("!"), ord("~") + 1)]
+    tokens = ["<unk>", "<s>", "</s>", *bytes_of_text, "▁", *letters, *words]
+    unused = [f"<unused{number}>" for number in range(len(tokens), 49_152)]
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.pre": None,
+        "tokenizer.ggml.merges": None,
+        "tokenizer.ggml.tokens": tokens + unused,
+        "tokenizer.ggml.token_type": [2, 3, 3] + [6] * 256 + [1] * (len(tokens) - 259) + [5] * len(unused),
+        "tokenizer.ggml.scores": [float(len(token)) for token in tokens + unused],
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "joint"),
+    [
+        # Words and punctuation with the line break after them.
+        ({"tokenizer.ggml.pre": "qwen2"} | with_tokens(("_", "Ċ")), "x_\ny "),
+        # Words of scripts that the tokenizer does not know, and tokens of several words.
+        ({"tokenizer.ggml.pre": "deepseek-llm"} | with_tokens(("Ø", "§"), ("Ø§", "Ġ")), "\u0627 1 "),
+        ({"tokenizer.ggml.pre": "superbpe"} | with_tokens(("a", "Ġa")), "a a"),
+        # A token at the end of each text.
+        ({"tokenizer.ggml.add_eos_token": True}, "a a"),
+        (sentencepiece("▁a", "▁b"), "a b "),
+        (sentencepiece("▁a", "a▁", "▁a▁", "▁a▁a"), "a a "),
+    ],
+    ids=["underscore", "other script", "several words", "end of text", "sentencepiece", "sentencepiece, several words"],
+)
+def test_the_tokens_are_those_of_the_whole_text_with_any_tokenizer(
+    tmp_path: Path, changes: dict[str, object], joint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / "model.gguf"
+    write_model(model, changes)
+    llama = Llama(model, context_tokens=64, slots=1, threads=1, batch_tokens=32, verbosity=1)
+    monkeypatch.setattr(tokenizer_module, "MARGIN", 1)
+    monkeypatch.setattr(tokenizer_module, "PIECE", 7)
+    try:
+        tokenizer = Tokenizer(llama, Vocabulary.read(model), 10**6, "raw")
+        for text in (joint * 100, ("ab " + joint) * 100, (joint + "\n") * 100):
+            whole = llama.tokenize(text)
+            assert tokenizer.tokens(GenerationRequest(text=text, max_tokens=1), lambda: False) == whole
+            for kept in range(1, 30):
+                request = GenerationRequest(text=text, max_tokens=1, max_input_tokens=kept)
+                assert tokenizer.tokens(request, lambda: False) == whole[-kept:]
+    finally:
+        llama.close()
+        model.unlink()
 
 
 def test_of_a_long_text_only_an_end_is_tokenized_where_only_an_end_is_kept(engine: EmbeddedEngine) -> None:
@@ -138,35 +198,19 @@ async def test_stopping_the_engine_does_not_wait_for_whole_prompts(monkeypatch: 
     assert len(pieces) < 10
 
 
-def gguf(**metadata: object) -> bytes:
-    """Returns a GGUF file with these values: texts, numbers, and lists of them."""
-
-    def text(value: str) -> bytes:
-        return struct.pack("<Q", len(value.encode())) + value.encode()
-
-    def packed(value: object) -> bytes:
-        match value:
-            case str():
-                return struct.pack("<I", 8) + text(value)
-            case int():
-                return struct.pack("<Ii", 5, value)
-            case [str(), *_]:
-                return struct.pack("<IIQ", 9, 8, len(value)) + b"".join(text(str(each)) for each in value)
-            case [*numbers]:
-                return struct.pack(f"<IIQ{len(numbers)}i", 9, 5, len(numbers), *numbers)
-        raise TypeError
-
-    entries = b"".join(text(name.replace("_ggml_", ".ggml.")) + packed(value) for name, value in metadata.items())
-    return struct.pack("<4sIQQ", b"GGUF", 3, 0, len(metadata)) + entries
-
-
 @pytest.mark.parametrize(
     ("kind", "tokens", "types", "expected"),
     [
         # Byte-pair encoding writes each byte as a character: the second token is three bytes of text.
-        ("gpt2", ["<s>", "ĠĊé", "ab"], [3, 1, 1], Vocabulary("gpt2", 3, ("<s>",), False)),
-        ("gpt2", ["a", "<|a b|>"], [1, 4], Vocabulary("gpt2", 7, (), True)),
-        ("llama", ["<unk>", "</s>", "▁▁", "ab"], [2, 3, 1, 1], Vocabulary("llama", 6, ("<unk>", "</s>"), False)),
+        ("gpt2", ["<s>", "ĠĊé", "ab", ")Ċ", "_Ċ", "Ġa"], [3, 1, 1, 1, 1, 1], Vocabulary("gpt2", 3, ("<s>",), True)),
+        ("llama", ["<unk>", "</s>", "▁▁", "ab"], [2, 3, 1, 1], Vocabulary("llama", 6, ("<unk>", "</s>"), True)),
+        # Tokens that reach across the space or the line break between two words, of whichever script.
+        ("gpt2", ["a", "<|a b|>"], [1, 4], Vocabulary("gpt2", 7, (), False)),
+        ("gpt2", ["a", "ofĠthe"], [1, 1], Vocabulary("gpt2", 6, (), False)),
+        ("gpt2", ["a", "éĊ"], [1, 1], Vocabulary("gpt2", 2, (), True)),
+        ("gpt2", ["a", "Ã©Ċ"], [1, 1], Vocabulary("gpt2", 3, (), False)),
+        ("llama", ["a", "▁of▁the"], [1, 1], Vocabulary("llama", 11, (), False)),
+        ("llama", ["a", "f\n"], [1, 4], Vocabulary("llama", 2, (), False)),
         # One that maps unknown words to a token, however long they are.
         ("bert", ["[UNK]", "ab"], [2, 1], Vocabulary("bert", None, ("[UNK]",), False)),
     ],
@@ -175,7 +219,13 @@ def test_the_vocabulary_of_a_file(tmp_path: Path, kind: str, tokens: list[str], 
     file = tmp_path / "model.gguf"
     file.write_bytes(
         gguf(
-            general=1, tokenizer_ggml_model=kind, tokenizer_ggml_tokens=tokens, numbers=[1, 2], tokenizer_ggml_token_type=types
+            {
+                "general": 1,
+                "tokenizer.ggml.model": kind,
+                "tokenizer.ggml.tokens": tokens,
+                "numbers": [1, 2],
+                "tokenizer.ggml.token_type": types,
+            }
         )
     )
     assert Vocabulary.read(file) == expected

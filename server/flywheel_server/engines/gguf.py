@@ -6,6 +6,7 @@ the vocabulary of a large model.
 """
 
 import mmap
+import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ _ARRAY: Final = 9
 _MODEL: Final = "tokenizer.ggml.model"
 _TOKENS: Final = "tokenizer.ggml.tokens"
 _TYPES: Final = "tokenizer.ggml.token_type"
+_ADDS_END: Final = "tokenizer.ggml.add_eos_token"
 
 _NORMAL: Final = 1
 _UNKNOWN: Final = 2
@@ -30,6 +32,20 @@ BPE: Final = "gpt2"
 SENTENCEPIECE: Final = "llama"
 """Models of tokenizers: byte-pair encoding of words, and of the whole text."""
 
+BETWEEN_WORDS: Final = re.compile(r"(?<=[^\W_])[ \n](?=\w)")
+"""A place where a text can be cut: a single space or line break between two words.
+
+Most models have no token that reaches across it. An underscore ends no word: many tokenizers keep it with a line break.
+"""
+
+_REACHES_ACROSS: Final = re.compile(r"[^\W_][ \n]")
+
+_PRINTABLE: Final = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+_BYTES: Final = {chr(byte): byte for byte in _PRINTABLE} | {
+    chr(0x100 + number): byte for number, byte in enumerate(sorted({*range(0x100)} - {*_PRINTABLE}))
+}
+"""The byte that each character of a token stands for in byte-pair encoding, as GPT-2 has it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
@@ -39,20 +55,22 @@ class Vocabulary:
         tokenizer: Which model of tokenizer it is for, as GGUF names it.
         max_token_bytes: The most bytes of text that one token stands for; None if a token can stand for any number of them.
         special_tokens: The texts of its special tokens, such as `<|im_start|>`.
-        has_spaced_tokens: Whether some token has a word, a space or line break, and another word.
+        can_be_cut: Whether a text has the same tokens if it is cut `BETWEEN_WORDS`.
     """
 
     tokenizer: str
     max_token_bytes: int | None
     special_tokens: tuple[str, ...]
-    has_spaced_tokens: bool
+    can_be_cut: bool
 
     @classmethod
     def read(cls, model: Path) -> Self:
         """Returns the vocabulary of a GGUF file; raises `OSError`, or `ValueError` if it is no GGUF file with a vocabulary."""
         with model.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
-                found = {name: value for name, value in _Reader(data).metadata() if name in (_MODEL, _TOKENS, _TYPES)}
+                found = {
+                    name: value for name, value in _Reader(data).metadata() if name in (_MODEL, _TOKENS, _TYPES, _ADDS_END)
+                }
                 tokenizer = found[_MODEL].decode()
                 tokens = found[_TOKENS]
                 types = found.get(_TYPES) or [_NORMAL] * len(tokens)
@@ -67,8 +85,21 @@ class Vocabulary:
                 for token, kind in zip(tokens, types, strict=False)
                 if kind in (_UNKNOWN, _CONTROL) and token
             ),
-            any(b" " in token.strip() or b"\n" in token.strip() for token in tokens),
+            tokenizer in (BPE, SENTENCEPIECE)
+            # Otherwise the first piece of a text would end with that token, too.
+            and not found.get(_ADDS_END)
+            and not any(
+                _REACHES_ACROSS.search(_text(token, kind, tokenizer)) for token, kind in zip(tokens, types, strict=False)
+            ),
         )
+
+
+def _text(token: bytes, kind: int, tokenizer: str) -> str:
+    """Returns the text that a token stands for; of characters that it has only a part of, a replacement."""
+    text = token.decode(errors="replace")
+    if tokenizer == BPE and kind == _NORMAL:
+        return bytes(_BYTES.get(character, ord("?")) for character in text).decode(errors="replace")
+    return text.replace("▁", " ") if tokenizer == SENTENCEPIECE else text
 
 
 def _length(token: bytes, kind: int, tokenizer: str) -> int:

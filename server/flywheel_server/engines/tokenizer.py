@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 from flywheel_server.engines.base import PromptFormat, PromptTooLongError
-from flywheel_server.engines.gguf import BPE, Vocabulary
+from flywheel_server.engines.gguf import BETWEEN_WORDS, BPE, Vocabulary
 from flywheel_server.engines.llama import Llama
 from flywheel_server.messages import GenerationRequest
 
@@ -14,9 +14,6 @@ PIECE: Final = 2**15
 
 MARGIN: Final = 2**10
 """Characters before those that are kept, so that what is different at the start of a cut text is not among them."""
-
-# All tokenizers of words begin a new one with a single space, or end one before a line break, between two words.
-_BETWEEN_WORDS: Final = re.compile(r"(?<=\w)[ \n](?=\w)")
 
 
 class StoppedError(Exception):
@@ -90,13 +87,13 @@ class Tokenizer:
 
         It is the whole prompt if that is short, or has no words.
         """
-        if self._vocabulary.max_token_bytes is None or self._vocabulary.has_spaced_tokens:
+        if self._vocabulary.max_token_bytes is None or not self._vocabulary.can_be_cut:
             return prompt
         end = len(prompt) - tokens * self._vocabulary.max_token_bytes - MARGIN
         window = PIECE
         while end > 0:
             start = max(end - window, 0)
-            if boundaries := [found.start() for found in _BETWEEN_WORDS.finditer(prompt, start, end)]:
+            if boundaries := [found.start() for found in BETWEEN_WORDS.finditer(prompt, start, end)]:
                 return prompt[boundaries[-1] :]
             if not start:
                 break
@@ -107,8 +104,8 @@ class Tokenizer:
         """Yields the prompt in pieces that have the same tokens as the whole."""
         start = 0
         # Only tokenizers of words look at each word for itself, and add nothing to the start of a piece.
-        if self._vocabulary.tokenizer == BPE and not self._vocabulary.has_spaced_tokens:
-            while boundary := _BETWEEN_WORDS.search(prompt, start + PIECE):
+        if self._vocabulary.tokenizer == BPE and self._vocabulary.can_be_cut:
+            while boundary := BETWEEN_WORDS.search(prompt, start + PIECE):
                 yield prompt[start : boundary.start()]
                 start = boundary.start()
         yield prompt[start:]
