@@ -47,10 +47,11 @@ class Counting(Llama):
 
     def __init__(self, llama: Llama) -> None:
         self.__dict__ = dict(llama.__dict__)
-        self.characters = 0
+        self.characters = self.longest = 0
 
     def tokenize(self, text: str, *, begins_text: bool = True) -> list[int]:
         self.characters += len(text)
+        self.longest = max(self.longest, len(text))
         return super().tokenize(text, begins_text=begins_text)
 
     def close(self) -> None:
@@ -109,16 +110,25 @@ def sentencepiece(*words: str) -> dict[str, object]:
         # A token at the end of each text.
         ({"tokenizer.ggml.add_eos_token": True}, "a a"),
         (sentencepiece("▁a", "▁b"), "a b "),
+        (sentencepiece("▁a", "▁b"), "a <s>b</s>"),
         (sentencepiece("▁a", "a▁", "▁a▁", "▁a▁a"), "a a "),
     ],
-    ids=["underscore", "other script", "several words", "end of text", "sentencepiece", "sentencepiece, several words"],
+    ids=[
+        "underscore",
+        "other script",
+        "several words",
+        "end of text",
+        "sentencepiece",
+        "special",
+        "sentencepiece, several words",
+    ],
 )
 def test_the_tokens_are_those_of_the_whole_text_with_any_tokenizer(
     tmp_path: Path, changes: dict[str, object], joint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tmp_path / "model.gguf"
     write_model(model, changes)
-    llama = Llama(model, context_tokens=64, slots=1, threads=1, batch_tokens=32, verbosity=1)
+    llama = Llama(model, context_tokens=64, slots=1, threads=1, batch_tokens=32)
     monkeypatch.setattr(tokenizer_module, "MARGIN", 1)
     monkeypatch.setattr(tokenizer_module, "PIECE", 7)
     try:
@@ -132,6 +142,20 @@ def test_the_tokens_are_those_of_the_whole_text_with_any_tokenizer(
     finally:
         llama.close()
         model.unlink()
+
+
+def test_special_tokens_are_not_tokenized_all_at_once(engine: EmbeddedEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Of 80,000 at once, which are 1 MiB, llama.cpp has more than two minutes to do.
+    counting = Counting(engine._llama)
+    tokenizer = tokenizer_of(engine, counting)
+    monkeypatch.setattr(tokenizer_module, "PIECE", 2**10)
+    text = "<|im_start|>a" * 1000
+    assert tokenizer.tokens(GenerationRequest(text=text, max_tokens=1), lambda: False) == [1, 81] * 1000
+    assert counting.longest < tokenizer_module.PIECE + len("<|im_start|>a")
+    counting.characters = 0
+    request = GenerationRequest(text=text, max_tokens=1, max_input_tokens=3)
+    assert tokenizer.tokens(request, lambda: False) == [81, 1, 81]
+    assert counting.characters < 3 * 81 + tokenizer_module.MARGIN + 30
 
 
 def test_of_a_long_text_only_an_end_is_tokenized_where_only_an_end_is_kept(engine: EmbeddedEngine) -> None:
@@ -202,17 +226,29 @@ async def test_stopping_the_engine_does_not_wait_for_whole_prompts(monkeypatch: 
     ("kind", "tokens", "types", "expected"),
     [
         # Byte-pair encoding writes each byte as a character: the second token is three bytes of text.
-        ("gpt2", ["<s>", "ĠĊé", "ab", ")Ċ", "_Ċ", "Ġa"], [3, 1, 1, 1, 1, 1], Vocabulary("gpt2", 3, ("<s>",), True)),
-        ("llama", ["<unk>", "</s>", "▁▁", "ab"], [2, 3, 1, 1], Vocabulary("llama", 6, ("<unk>", "</s>"), True)),
+        ("gpt2", ["<s>", "ĠĊé", "ab", ")Ċ", "_Ċ", "Ġa"], [3, 1, 1, 1, 1, 1], Vocabulary("gpt2", 3, ("<s>",), True, ("<s>",))),
+        (
+            "llama",
+            ["<unk>", "</s>", "▁▁", "ab"],
+            [2, 3, 1, 1],
+            Vocabulary("llama", 6, ("<unk>", "</s>"), True, ("<unk>", "</s>")),
+        ),
         # Tokens that reach across the space or the line break between two words, of whichever script.
-        ("gpt2", ["a", "<|a b|>"], [1, 4], Vocabulary("gpt2", 7, (), False)),
-        ("gpt2", ["a", "ofĠthe"], [1, 1], Vocabulary("gpt2", 6, (), False)),
-        ("gpt2", ["a", "éĊ"], [1, 1], Vocabulary("gpt2", 2, (), True)),
-        ("gpt2", ["a", "Ã©Ċ"], [1, 1], Vocabulary("gpt2", 3, (), False)),
-        ("llama", ["a", "▁of▁the"], [1, 1], Vocabulary("llama", 11, (), False)),
-        ("llama", ["a", "f\n"], [1, 4], Vocabulary("llama", 2, (), False)),
+        ("gpt2", ["a", "<|a b|>"], [1, 4], Vocabulary("gpt2", 7, (), False, ("<|a b|>",))),
+        ("gpt2", ["a", "ofĠthe"], [1, 1], Vocabulary("gpt2", 6, (), False, ())),
+        ("gpt2", ["a", "éĊ"], [1, 1], Vocabulary("gpt2", 2, (), True, ())),
+        ("gpt2", ["a", "Ã©Ċ"], [1, 1], Vocabulary("gpt2", 3, (), False, ())),
+        ("llama", ["a", "▁of▁the"], [1, 1], Vocabulary("llama", 11, (), False, ())),
+        ("llama", ["a", "f\n"], [1, 4], Vocabulary("llama", 2, (), False, ("f\n",))),
+        # Only what neither overlaps another token nor is part of one: a text can be cut before the first and the last.
+        (
+            "llama",
+            ["<s>", "{ab", "bc}", "}}", "▁{", "[x]"],
+            [3, 4, 4, 4, 4, 3],
+            Vocabulary("llama", 4, ("<s>", "[x]"), True, ("<s>", "[x]")),
+        ),
         # One that maps unknown words to a token, however long they are.
-        ("bert", ["[UNK]", "ab"], [2, 1], Vocabulary("bert", None, ("[UNK]",), False)),
+        ("bert", ["[UNK]", "ab"], [2, 1], Vocabulary("bert", None, ("[UNK]",), False, ())),
     ],
 )
 def test_the_vocabulary_of_a_file(tmp_path: Path, kind: str, tokens: list[str], types: list[int], expected: Vocabulary) -> None:

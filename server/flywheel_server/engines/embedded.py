@@ -137,6 +137,7 @@ class EmbeddedEngine:
             slots=self._slots,
             threads=self._threads,
             batch_tokens=self._batch_tokens,
+            http_threads=TOKENIZERS + 1,
             verbosity=native_log.verbosity(),
         )
 

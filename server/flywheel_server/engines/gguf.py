@@ -26,7 +26,10 @@ _ADDS_END: Final = "tokenizer.ggml.add_eos_token"
 _NORMAL: Final = 1
 _UNKNOWN: Final = 2
 _CONTROL: Final = 3
+_USER_DEFINED: Final = 4
 """Types of tokens."""
+_FOUND_FIRST: Final = (_UNKNOWN, _CONTROL, _USER_DEFINED)
+"""The types that are looked for before a text is tokenized. What is between two of them is tokenized by itself."""
 
 BPE: Final = "gpt2"
 SENTENCEPIECE: Final = "llama"
@@ -56,12 +59,14 @@ class Vocabulary:
         max_token_bytes: The most bytes of text that one token stands for; None if a token can stand for any number of them.
         special_tokens: The texts of its special tokens, such as `<|im_start|>`.
         can_be_cut: Whether a text has the same tokens if it is cut `BETWEEN_WORDS`.
+        separators: The texts of tokens before which any text can be cut, because they are one token wherever they are.
     """
 
     tokenizer: str
     max_token_bytes: int | None
     special_tokens: tuple[str, ...]
     can_be_cut: bool
+    separators: tuple[str, ...]
 
     @classmethod
     def read(cls, model: Path) -> Self:
@@ -76,30 +81,35 @@ class Vocabulary:
                 types = found.get(_TYPES) or [_NORMAL] * len(tokens)
             except (struct.error, KeyError, IndexError, UnicodeDecodeError) as error:
                 raise ValueError(f"{model} is not a GGUF file with a vocabulary") from error
+        is_known = tokenizer in (BPE, SENTENCEPIECE)
+        # If a token is added to the end of each text, the first piece would end with that token, too.
+        can_be_cut = is_known and not found.get(_ADDS_END)
         lengths = (_length(token, kind, tokenizer) for token, kind in zip(tokens, types, strict=False))
+        texts = [(_text(token, kind, tokenizer), kind) for token, kind in zip(tokens, types, strict=False)]
         return cls(
             tokenizer,
-            max(lengths, default=None) if tokenizer in (BPE, SENTENCEPIECE) else None,
-            tuple(
-                token.decode(errors="replace")
-                for token, kind in zip(tokens, types, strict=False)
-                if kind in (_UNKNOWN, _CONTROL) and token
-            ),
-            tokenizer in (BPE, SENTENCEPIECE)
-            # Otherwise the first piece of a text would end with that token, too.
-            and not found.get(_ADDS_END)
-            and not any(
-                _REACHES_ACROSS.search(_text(token, kind, tokenizer)) for token, kind in zip(tokens, types, strict=False)
-            ),
+            max(lengths, default=None) if is_known else None,
+            tuple(text for text, kind in texts if kind in (_UNKNOWN, _CONTROL) and text),
+            can_be_cut and not any(_REACHES_ACROSS.search(text) for text, _ in texts),
+            _separators([text for text, kind in texts if kind in _FOUND_FIRST and text]) if can_be_cut else (),
         )
+
+
+def _separators(found_first: list[str]) -> tuple[str, ...]:
+    """Returns those of the tokens that are found before all others which can neither overlap another nor be part of one."""
+    firsts = {text[0] for text in found_first}
+    laters = {character for text in found_first for character in text[1:]}
+    return tuple(text for text in found_first if text[0] not in laters and firsts.isdisjoint(text[1:]))
 
 
 def _text(token: bytes, kind: int, tokenizer: str) -> str:
     """Returns the text that a token stands for; of characters that it has only a part of, a replacement."""
     text = token.decode(errors="replace")
-    if tokenizer == BPE and kind == _NORMAL:
+    if kind != _NORMAL:
+        return text
+    if tokenizer == BPE:
         return bytes(_BYTES.get(character, ord("?")) for character in text).decode(errors="replace")
-    return text.replace("▁", " ") if tokenizer == SENTENCEPIECE else text
+    return text.replace("▁", " ")
 
 
 def _length(token: bytes, kind: int, tokenizer: str) -> int:

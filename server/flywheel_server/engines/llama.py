@@ -37,11 +37,20 @@ class Llama:
         slots: How many samples are generated at a time.
         threads: Threads that compute.
         batch_tokens: Tokens computed in one step.
+        http_threads: Texts tokenized at a time. Each thread keeps the memory that its longest text took.
         verbosity: How much llama.cpp logs: 1 errors, 2 also warnings, 3 also information, 4 everything.
     """
 
     def __init__(
-        self, model: Path, *, context_tokens: int, slots: int, threads: int, batch_tokens: int, verbosity: int
+        self,
+        model: Path,
+        *,
+        context_tokens: int,
+        slots: int,
+        threads: int,
+        batch_tokens: int,
+        http_threads: int = 1,
+        verbosity: int = 1,
     ) -> None:
         params = xllamacpp.CommonParams()
         params.model.path = str(model)
@@ -66,6 +75,7 @@ class Llama:
         self._socket = str(self._directory / "llama.sock")
         # A name with this ending is that of a Unix socket.
         params.hostnames = [self._socket]
+        params.n_threads_http = http_threads
         params.ui = False
         params.endpoint_slots = False
         # Without it a silent connection would draw comments into the stream, which the binding does not expect.

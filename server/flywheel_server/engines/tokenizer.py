@@ -1,7 +1,7 @@
 """From the text of a request to the tokens that the model reads, with no more work than the tokens that are kept need."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
 from flywheel_server.engines.base import PromptFormat, PromptTooLongError
@@ -10,7 +10,10 @@ from flywheel_server.engines.llama import Llama
 from flywheel_server.messages import GenerationRequest
 
 PIECE: Final = 2**15
-"""Characters that are tokenized at a time. After each piece, the prompt may turn out to be too long, or its call to be over."""
+"""Characters that are tokenized at a time. After each piece, the prompt may turn out to be too long, or its call to be over.
+
+Also, the time that llama.cpp takes grows with the square of the number of special tokens in a piece.
+"""
 
 MARGIN: Final = 2**10
 """Characters before those that are kept, so that what is different at the start of a cut text is not among them."""
@@ -35,8 +38,12 @@ class Tokenizer:
         self._vocabulary = vocabulary
         self._context_tokens = context_tokens
         self._prompt_format = prompt_format
-        special = "|".join(map(re.escape, vocabulary.special_tokens))
-        self._special = re.compile(special) if special else None
+        self._special = _pattern(map(re.escape, vocabulary.special_tokens))
+        words = [BETWEEN_WORDS.pattern] if vocabulary.can_be_cut else []
+        separators = [f"(?={re.escape(text)})" for text in vocabulary.separators]
+        # SentencePiece adds a space to the start of a text, which must not be among the tokens that count.
+        self._seams = _pattern([*(words if vocabulary.tokenizer == BPE else ()), *separators])
+        self._starts_of_ends = _pattern([*words, *separators])
 
     def check_length(self, request: GenerationRequest) -> None:
         """Raises `PromptTooLongError` for a text that has too many bytes to fit, whichever tokens it is made of.
@@ -83,18 +90,18 @@ class Tokenizer:
         return self._llama.render_chat(text)
 
     def _tail(self, prompt: str, tokens: int) -> str:
-        """Returns an end of the prompt, from between two words on, that has the same last tokens as the whole.
+        """Returns an end of the prompt that has the same last tokens as the whole.
 
-        It is the whole prompt if that is short, or has no words.
+        It is the whole prompt if that is short, or has no place where it can be cut.
         """
-        if self._vocabulary.max_token_bytes is None or not self._vocabulary.can_be_cut:
+        if self._vocabulary.max_token_bytes is None or self._starts_of_ends is None:
             return prompt
         end = len(prompt) - tokens * self._vocabulary.max_token_bytes - MARGIN
         window = PIECE
         while end > 0:
             start = max(end - window, 0)
-            if boundaries := [found.start() for found in BETWEEN_WORDS.finditer(prompt, start, end)]:
-                return prompt[boundaries[-1] :]
+            if places := [found.start() for found in self._starts_of_ends.finditer(prompt, start, end)]:
+                return prompt[places[-1] :]
             if not start:
                 break
             window *= 2
@@ -103,9 +110,13 @@ class Tokenizer:
     def _pieces(self, prompt: str) -> Iterator[str]:
         """Yields the prompt in pieces that have the same tokens as the whole."""
         start = 0
-        # Only tokenizers of words look at each word for itself, and add nothing to the start of a piece.
-        if self._vocabulary.tokenizer == BPE and self._vocabulary.can_be_cut:
-            while boundary := BETWEEN_WORDS.search(prompt, start + PIECE):
-                yield prompt[start : boundary.start()]
-                start = boundary.start()
+        while self._seams and (seam := self._seams.search(prompt, start + PIECE)):
+            yield prompt[start : seam.start()]
+            start = seam.start()
         yield prompt[start:]
+
+
+def _pattern(alternatives: Iterable[str]) -> re.Pattern[str] | None:
+    """Returns the pattern of any of these patterns; None if there are none."""
+    joined = "|".join(alternatives)
+    return re.compile(joined) if joined else None
