@@ -20,6 +20,8 @@ from flywheel_server.engines.embedded import EmbeddedEngine, default_model
 from flywheel_server.engines.llama import Chunk
 from flywheel_server.engines.tokenizer import Tokenizer
 from flywheel_server.messages import GenerationRequest, GenerationResponseSample
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.engines.conftest import SLOTS, Work, with_metrics
 from tests.serving import Target, until
@@ -291,6 +293,59 @@ async def test_a_second_cancel_does_not_free_the_room_before_llama_has_let_go(
     await until(lambda: embedded._capacity.waiting == 0, "the room is free")
     with pytest.raises(EngineFailedError):
         await waiting  # the fake finishes no sample
+
+
+async def test_what_waits_of_a_call_does_not_stand_before_others(
+    embedded: EmbeddedEngine, embedded_target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_work: list[tuple[int, int]] = []
+    leave = threading.Event()
+
+    def slow_step(body: Any, on_chunk: Callable[[Chunk], bool]) -> None:
+        at_work.append((body["n"], body["max_tokens"]))
+        leave.wait(30)
+        on_chunk({})
+
+    monkeypatch.setattr(embedded._llama, "complete", slow_step)
+    # Three samples at a time fit the context, and the fourth has to wait for them; for a small call there is room.
+    large = asyncio.ensure_future(samples_of(embedded, GenerationRequest(text="x", max_tokens=1100, num_samples=4)))
+    await until(lambda: at_work == [(3, 1100)], "as much as fits is in work")
+    small = asyncio.ensure_future(samples_of(embedded, GenerationRequest(text="x", max_tokens=2)))
+    try:
+        await until(lambda: at_work == [(3, 1100), (1, 2)], "so is the small one", within=10)
+    finally:
+        leave.set()
+    for call in (large, small):
+        with pytest.raises(EngineFailedError):
+            await call  # the fake finishes no sample
+
+
+@given(
+    room=st.tuples(st.integers(1, 16), st.integers(2, 2000)),
+    prompt=st.integers(1, 2000),
+    max_tokens=st.integers(1, 2000),
+    num_samples=st.integers(1, 16),
+    stop=st.sampled_from([[], ["x"]]),
+)
+def test_a_call_holds_the_context_of_what_runs_at_a_time_and_no_more(
+    room: tuple[int, int], prompt: int, max_tokens: int, num_samples: int, stop: list[str]
+) -> None:
+    slots, pool = room
+    prompt = min(prompt, pool - 1)
+    max_tokens = min(max_tokens, pool - prompt)
+    engine = engine_of(Path("none"), slots, pool)
+    request = GenerationRequest(text="x", max_tokens=max_tokens, num_samples=num_samples, stop=stop)
+    groups = engine._groups(request, prompt)
+    assert [index for group in groups for index in group] == list(range(num_samples))
+    at_a_time = groups[: engine._at_a_time(request, prompt)]
+    assert at_a_time
+    assert sum(map(len, at_a_time)) <= slots
+    held = sum(prompt + len(group) * max_tokens for group in at_a_time)
+    assert held <= engine._needed_context(request, prompt) <= pool
+    more = groups[: len(at_a_time) + 1]
+    if len(more) > len(at_a_time):
+        needed = sum(prompt + len(group) * max_tokens for group in more)
+        assert sum(map(len, more)) > slots or needed > pool, "what has room runs"
 
 
 async def test_the_lowest_temperature_is_greedy(generate: Any) -> None:

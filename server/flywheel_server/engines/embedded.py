@@ -4,7 +4,7 @@ import asyncio
 import importlib.util
 import signal
 import threading
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, suppress
 from http.client import HTTPException
@@ -175,9 +175,10 @@ class EmbeddedEngine:
         """Yields the events of the request; see `Engine.generate`."""
         request, prompt = prepared.request, prepared.prompt
         events: asyncio.Queue[Event | EngineError] = asyncio.Queue()
+        groups = iter(self._groups(request, len(prompt)))
         tasks = [
-            asyncio.create_task(self._complete(request, prompt, indexes, events))
-            for indexes in self._groups(request, len(prompt))
+            asyncio.create_task(self._complete_in_turn(request, prompt, groups, events))
+            for _ in range(self._at_a_time(request, len(prompt)))
         ]
         for task in tasks:
             self._tasks.add(task)
@@ -201,9 +202,17 @@ class EmbeddedEngine:
 
     def _needed_context(self, request: GenerationRequest, prompt_tokens: int) -> int:
         """Returns how many tokens of context the completions of a request hold that run at a time."""
+        return self._at_a_time(request, prompt_tokens) * self._group_context(request, prompt_tokens)
+
+    def _at_a_time(self, request: GenerationRequest, prompt_tokens: int) -> int:
+        """Returns how many completions of a request run at a time."""
         share = self._share(request, prompt_tokens)
-        at_a_time = min(-(-request.num_samples // share), max(self._slots // share, 1))
-        return min(at_a_time * (prompt_tokens + share * request.max_tokens), self._pool_tokens)
+        fit = min(self._slots // share, self._pool_tokens // self._group_context(request, prompt_tokens))
+        return min(-(-request.num_samples // share), fit)
+
+    def _group_context(self, request: GenerationRequest, prompt_tokens: int) -> int:
+        """Returns how many tokens of context a completion of a request holds, if it has as many samples as it may."""
+        return prompt_tokens + self._share(request, prompt_tokens) * request.max_tokens
 
     def _groups(self, request: GenerationRequest, prompt_tokens: int) -> list[range]:
         """Returns which samples run as one completion, so that the prompt is read once for all of them."""
@@ -220,6 +229,20 @@ class EmbeddedEngine:
         if (request.stop or request.eos_token_ids) and prompt_tokens < request.max_tokens:
             return 1
         return min(request.num_samples, self._slots, (self._pool_tokens - prompt_tokens) // request.max_tokens)
+
+    async def _complete_in_turn(
+        self,
+        request: GenerationRequest,
+        prompt: Sequence[int],
+        groups: Iterator[range],
+        events: asyncio.Queue[Event | EngineError],
+    ) -> None:
+        """Runs one completion after the other, so that none waits for room that its request was not admitted for.
+
+        In the queue for room, it would be ahead of other requests, which have theirs.
+        """
+        for indexes in groups:
+            await self._complete(request, prompt, indexes, events)
 
     async def _complete(
         self,
