@@ -1,11 +1,13 @@
 """What callers without a key can do: little, whichever method they call, and nothing that keeps others from being served."""
 
 import asyncio
+import gc
 import gzip
 import re
+import tracemalloc
 import zlib
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -278,6 +280,31 @@ async def test_bytes_that_only_look_compressed_are_an_invalid_argument(data: byt
         assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
+@pytest.fixture
+def no_garbage_collection() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    tracemalloc.start()
+    yield
+    tracemalloc.stop()
+    gc.enable()
+
+
+@pytest.mark.parametrize("key", ["", KEY])
+@pytest.mark.usefixtures("no_garbage_collection")
+async def test_a_request_that_was_refused_is_not_kept_until_a_garbage_collection(key: str) -> None:
+    headers = [("authorization", f"Bearer {key}")] if key else []
+    too_large = {"max_message_bytes": len(LARGE) + 100, "max_text_bytes": 100}
+    async with locked(**too_large) as target, http2(target.address) as client:
+        for path in await methods(target):
+            await client.call(path, prefixed(LARGE), *headers)
+            before, _ = tracemalloc.get_traced_memory()
+            for _ in range(10):
+                await client.call(path, prefixed(LARGE), *headers)
+            after, _ = tracemalloc.get_traced_memory()
+            assert after - before < 3 * len(LARGE), path
+
+
 def resident_mib(pid: int) -> int:
     return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1]) // 1024  # type: ignore[index]
 
@@ -304,12 +331,20 @@ async def open_reflection_streams(client: Client) -> None:
     assert set(statuses) <= {RESOURCE_EXHAUSTED, DEADLINE_EXCEEDED}
 
 
+async def large_requests(client: Client) -> None:
+    for path in (CHECK, REFLECTION):
+        for _ in range(12):
+            message = prefixed(b"x" * NEARLY_4_MIB)
+            statuses = await asyncio.gather(*(client.call(path, message) for _ in range(20)))
+            assert set(statuses) == {RESOURCE_EXHAUSTED}
+
+
 async def begun_calls(client: Client) -> None:
     statuses = await asyncio.gather(*(client.begin(CHECK).status() for _ in range(900)))
     assert set(statuses) <= {RESOURCE_EXHAUSTED, DEADLINE_EXCEEDED}
 
 
-@pytest.mark.parametrize("attack", [gzipped_watches, unfinished_checks, open_reflection_streams, begun_calls])
+@pytest.mark.parametrize("attack", [gzipped_watches, unfinished_checks, open_reflection_streams, large_requests, begun_calls])
 async def test_strangers_cost_little_memory(attack: Callable[[Client], Any]) -> None:
     async with command(*SCRIPTED, environment={"FLYWHEEL_API_KEYS": KEY}) as process:
         _, address = await ready_line(process)

@@ -1,6 +1,7 @@
 """Ends each call with a status that its caller can act on: whatever goes wrong, by the table in `flywheel_server.errors`."""
 
 import asyncio
+import traceback
 
 import grpc
 import grpc.aio
@@ -31,6 +32,19 @@ def _cause(error: Exception) -> dict[str, str]:
             return {}
 
 
+def _clear_frames(error: BaseException) -> None:
+    """Lets go of the local variables of the frames that raised an error, and those that led to it.
+
+    One of them is the request. It would otherwise be kept until the next garbage collection: strangers could fill the memory.
+    """
+    seen: set[int] = set()
+    link: BaseException | None = error
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
+        traceback.clear_frames(link.__traceback__)
+        link = link.__cause__ or link.__context__
+
+
 class ErrorInterceptor(CallInterceptor):
     """Turns exceptions into statuses, and logs the cause of those that are the server's own fault."""
 
@@ -46,6 +60,7 @@ class ErrorInterceptor(CallInterceptor):
                 log.exception("call failed", **_cause(error))
             else:
                 log.info("call refused", code=status.code.name, error=type(error).__name__, **_cause(error))
+            _clear_frames(error)
             # Here too: a call that is refused before it begins has no initial metadata.
             metadata = (*status.trailing_metadata(), (KEY, request_id.get()))
             try:
