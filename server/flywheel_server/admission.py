@@ -258,3 +258,15 @@ class Place:
             ServerFullError: A call of a higher priority has taken the place.
         """
         self.admitted_at = await self._admission.admit(self._waiter, context_tokens, time_remaining)
+
+    def call_if_lost(self, callback: Callable[[Exception], None]) -> None:
+        """Calls back with a `ServerFullError` if a call of a higher priority takes the place.
+
+        So a call that does something else before it waits in `admitted` can end at once.
+        """
+
+        def is_decided(turn: asyncio.Future[None]) -> None:
+            if not turn.cancelled() and isinstance(error := turn.exception(), ServerFullError):
+                callback(error)
+
+        self._waiter.turn.add_done_callback(is_decided)

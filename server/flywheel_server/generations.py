@@ -134,6 +134,7 @@ class Generations:
             async with generation.deadline:
                 with self._quotas.held(caller, request) as usage:
                     async with self._admission.queue(request.num_samples, caller, time_remaining) as place:
+                        place.call_if_lost(generation.end)
                         with self.failures_noticed():
                             prepared = await self._preparation.prepare(request, caller, usage)
                         await place.admitted(prepared.context_tokens, generation.time_remaining())

@@ -43,6 +43,13 @@ class Workshop(ScriptedEngine):
         finally:
             del self.at_work[request.text]
 
+    def finish_all(self) -> int:
+        """Finishes what is at work, and returns how many prompts that were."""
+        at_work = [text for text, done in self.at_work.items() if not done.done()]
+        for text in at_work:
+            self.finish(text)
+        return len(self.at_work)
+
     def finish(self, text: str, tokens: int = 1) -> None:
         self.at_work[text].set_result(PreparedRequest(GenerationRequest(text=text, max_tokens=1), range(tokens)))
 
@@ -206,6 +213,44 @@ async def test_a_caller_that_cancels_has_no_more_threads_and_other_callers_go_on
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await call("heavy", "more", max_tokens=1000)
         assert details_of(caught.value)[ErrorInfo].reason == "QUOTA_EXCEEDED"
+
+
+@pytest.mark.parametrize("method", METHODS)
+async def test_a_call_that_loses_its_place_ends_although_its_prompt_is_not_done(method: str, tmp_path: Path) -> None:
+    engine = Workshop()
+    file = tmp_path / "keys.json"
+    with keys_for(file, low={"priority": -1}, high={}) as metadata:
+        async with serving(engine, api_keys_file=str(file), max_concurrent=1, max_num_samples=1, max_queued=1) as target:
+
+            def call(caller: str, text: str) -> Any:
+                return getattr(target.stub, method)(
+                    pb.GenerationRequest(text=text, max_tokens=1), metadata=metadata[caller], timeout=30
+                )
+
+            # The first is at work with a thread, and the second waits for it.
+            lost = [call("low", "first")]
+            await until(lambda: engine.begun == ["first"], "its prompt is at work")
+            lost.append(call("low", "second"))
+            await settled()
+            taken = [call("high", f"high {number}") for number in range(2)]
+            try:
+                for each in lost:
+                    async with asyncio.timeout(10):
+                        assert await each.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+                    with pytest.raises(grpc.aio.AioRpcError) as caught:
+                        await drained(each)
+                    assert details_of(caught.value)[ErrorInfo].reason == "OVERLOADED"
+                for _ in taken:
+                    await until(lambda: any("high" in text for text in engine.at_work), "the next one is at work")
+                    engine.finish(next(text for text in engine.at_work if "high" in text))
+                    await settled()
+                for each in taken:
+                    await drained(each)
+                assert "second" not in engine.begun
+            finally:
+                for each in (*lost, *taken):
+                    each.cancel()
+                await until(lambda: engine.finish_all() == 0, "nothing is at work")
 
 
 async def test_a_deadline_ends_the_call_although_its_thread_works_on() -> None:
