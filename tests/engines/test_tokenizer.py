@@ -181,6 +181,10 @@ async def test_a_text_that_cannot_fit_is_refused_by_its_bytes(engine: EmbeddedEn
             await engine.prepare(GenerationRequest(text="-" * (room * longest + 1), max_tokens=24))
         error = caught.value
         assert (error.prompt_tokens, error.is_exact, error.counted_tokens) == (room + 1, False, 0)
+        # Of more than may be read, no more is said than that.
+        with pytest.raises(PromptTooLongError) as caught:
+            await engine.prepare(GenerationRequest(text="-" * 200_000, max_tokens=24, max_input_tokens=room + 1))
+        assert caught.value.prompt_tokens == room + 1
     # Dashes come 64 in a token: what may fit by its bytes, and does.
     prepared = await engine.prepare(GenerationRequest(text="-" * (64 * room), max_tokens=24))
     assert len(prepared.prompt) == room

@@ -54,6 +54,8 @@ class Tokenizer:
         if longest is None or len(request.text) <= PIECE or self._keeps_what_fits(request):
             return
         at_least = -(-len(request.text.encode()) // longest)
+        if request.max_input_tokens:
+            at_least = min(at_least, request.max_input_tokens)
         if at_least > self._room(request):
             raise PromptTooLongError(at_least, request.max_tokens, self._context_tokens, counted_tokens=0)
 
