@@ -12,7 +12,7 @@ import grpc
 
 from flywheel_client._errors import FlywheelError
 
-SPREAD: Final = 0.2
+BACKOFF_JITTER: Final = 0.2
 """By how much of itself a backoff is shorter or longer, so that clients that failed together do not return together."""
 
 NEVER_SENT: Final = ("failed to connect to all addresses", "DNS resolution failed", "errors resolving")
@@ -71,7 +71,7 @@ class Tries:
     retry: Retry | None
     deadline: float
     wait_for_ready: bool
-    """Whether to wait where there is no endpoint to try."""
+    """Whether to wait if there is no endpoint to try."""
     attempts: int = 0
     """How many have failed: each try that was sent, and each round of which none was."""
     counted: bool = False
@@ -88,7 +88,7 @@ class Tries:
         return cls(retry, inf if timeout is None else now + timeout, wait_for_ready)
 
     def remaining(self, now: float) -> float | None:
-        """Returns the seconds until the deadline; None where there is none."""
+        """Returns the seconds until the deadline; None if there is none."""
         return None if self.deadline == inf else max(self.deadline - now, 0.0)
 
     def delay(
@@ -116,7 +116,7 @@ class Tries:
         retry = self.retry or DEFAULT_RETRY
         backoff = min(self.backoff * retry.multiplier or retry.initial_backoff, retry.max_backoff)
         if error.retry_delay is None:
-            delay = backoff * (1 - SPREAD + 2 * SPREAD * jitter)
+            delay = backoff * (1 - BACKOFF_JITTER + 2 * BACKOFF_JITTER * jitter)
         elif error.retry_delay <= retry.max_delay:
             delay = max(error.retry_delay, 0.0) + backoff * jitter
         else:

@@ -13,22 +13,22 @@ from flywheel_server.callers import Caller
 from flywheel_server.errors import DeadlineExceededError, ServerFullError
 
 DEFAULT_SERVICE_TIME: Final = 1.0
-"""Seconds that a call of a caller is taken to need in a RetryInfo before that is known."""
+"""The service time in seconds that a RetryInfo assumes for a caller whose own is not known yet."""
 
 MIN_CALLS: Final = 8
-"""Calls of a caller that must have finished before anything is made of how long they took."""
+"""Calls of a caller that must have finished before its service time counts as known."""
 
 MAX_CALLS: Final = 64
-"""Calls of a caller, the last ones, whose median is its service time: it follows what comes, and no one call can spoil it."""
+"""The service time of a caller is the median of so many calls, its last ones. So it follows changes, and no one call spoils it."""
 
 MAX_CALLERS: Final = 1024
-"""Callers whose service times are known, the ones who finished a call last."""
+"""Callers whose service times are remembered: those that finished a call last."""
 
 
 class ServiceTimes:
-    """How long the calls of each caller take once they have started.
+    """How long the calls of each caller take once they have been admitted.
 
-    Each caller for itself: one who asks for much says nothing about how long the calls of the others take.
+    Callers are measured separately: the long calls of one say nothing about how long those of another take.
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class ServiceTimes:
         self._medians: dict[str, float] = {}
 
     def add(self, caller: str, seconds: float) -> None:
-        """Takes in that a call of the caller has come to its end after so many seconds."""
+        """Records that a call of the caller finished after so many seconds."""
         times = self._seconds.setdefault(caller, deque(maxlen=MAX_CALLS))
         self._seconds.move_to_end(caller)
         times.append(seconds)
@@ -62,7 +62,7 @@ class _Waiter:
 
 
 class Admission:
-    """Lets in what the engine can work on at a time, and lets others wait for that, but not too many.
+    """Admits as many calls as the engine can work on at a time, and queues a bounded number of others.
 
     The engine has two resources: samples that it generates at a time, and tokens of context that those share. A call waits
     until there is enough of both. Waiters are served by priority, highest first, and FIFO within a priority. A small call never
@@ -76,7 +76,7 @@ class Admission:
 
     Arguments:
         max_concurrent: Samples that are generated at a time.
-        max_queued: Samples that wait, those aside for which there are free slots.
+        max_queued: Samples that may wait, besides those for which there are free slots.
         clock: Seconds that only ever increase.
     """
 
@@ -100,7 +100,7 @@ class Admission:
     def set_capacity(self, slots: int | None, context_tokens: int | None) -> None:
         """Caps concurrency at the engine's slots and tokens of shared context, so that calls queue here, in order.
 
-        None is as many as come.
+        None is no limit.
         """
         self._max_concurrent = self._most if slots is None else min(self._most, slots)
         self._max_tokens = context_tokens
@@ -108,10 +108,10 @@ class Admission:
 
     @asynccontextmanager
     async def queue(self, samples: int, caller: Caller, time_remaining: float | None = None) -> AsyncIterator["Place"]:
-        """Gives a place in the queue for a call with so many samples; leaving the context gives up whatever the call has.
+        """Takes a place in the queue for a call; leaving the context gives up the place, or the room that the call has by then.
 
         Arguments:
-            samples: How many.
+            samples: How many samples the call generates.
             caller: Whose call it is; its priority counts.
             time_remaining: Seconds until the deadline of the call; None is no bound.
 
@@ -135,7 +135,7 @@ class Admission:
             self.service_times.add(caller.name, self._clock() - place.admitted_at)
 
     async def admit(self, waiter: _Waiter, tokens: int, time_remaining: float | None) -> float:
-        """Waits for room, and returns when on the clock there was some; see `Place.admitted`."""
+        """Waits for room, and returns the time on the clock when there was some; see `Place.admitted`."""
         waiter.tokens = tokens if self._max_tokens is None else min(tokens, self._max_tokens)
         waiter.is_ready = True
         self._let_in()
@@ -221,7 +221,7 @@ class Admission:
     def _next(self) -> _Waiter | None:
         for priority in sorted(self._waiters, reverse=True):
             for waiter in self._waiters[priority]:
-                # One whose turn is done, although it stands here, has been cancelled and is about to leave.
+                # A waiter in the queue whose turn is done was cancelled and is about to leave.
                 if waiter.is_ready and not waiter.turn.done():
                     return waiter
         return None
@@ -233,7 +233,7 @@ class Admission:
         return fits and (self._max_tokens is None or self._active_tokens + waiter.tokens <= self._max_tokens)
 
     def _retry_delay(self, samples: int) -> float:
-        """Returns the seconds until there should be a place in the queue, a later one for each that asks."""
+        """Returns the seconds until there should be a place in the queue: later for each call that asks."""
         now = self._clock()
         per_sample = self._mean_service_time(DEFAULT_SERVICE_TIME) / self._max_concurrent
         # No later than when all who are here now will have left.

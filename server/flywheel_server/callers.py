@@ -10,9 +10,9 @@ class Caller:
     """A caller, by the name of its API key or certificate.
 
     Attributes:
-        name: Unique among the callers of a server; empty where callers are not told apart.
-        priority: Who waits is served by descending priority.
-        max_concurrent: Samples that may be waiting and under way at a time; None is no limit of its own.
+        name: Unique among the callers of a server; empty if callers are not told apart.
+        priority: Waiting calls are served by priority, highest first.
+        max_concurrent: Samples that may be waiting and under way at a time; None is no limit.
         tokens_per_minute: Tokens of prompts and samples together; None is no limit.
     """
 

@@ -1,4 +1,4 @@
-"""The generations that are under way: each admitted, within its deadline, counted, and held to the first promise."""
+"""The generations that are under way: admitted, within their deadlines, counted, and checked against promise 1 of the contract."""
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Iterator
@@ -33,7 +33,7 @@ The caller's own timer fires at the deadline and drops whatever comes later; onl
 
 
 class Generations:
-    """Runs requests on the engine. `queued` waits for its turn or for the engine's attention, `active` has it.
+    """Runs requests on the engine. `queued` counts those that the engine has not begun, `active` those that it has.
 
     Attributes:
         inside: Calls that were given to the engine, whether it has begun to work on them or not.
@@ -54,7 +54,7 @@ class Generations:
         self._running: set[_Generation] = set()
         self._one_has_left = asyncio.Event()
 
-    def fit(self, model: EngineModel) -> None:
+    def set_capacity(self, model: EngineModel) -> None:
         """Lets in as much at a time as the engine works on with this model."""
         self._admission.set_capacity(model.slots, model.shared_context_tokens)
         self._preparation.set_threads(model.tokenizers)
@@ -92,7 +92,7 @@ class Generations:
 
     @contextmanager
     def failures_noticed(self) -> Iterator[None]:
-        """Sets `failed` for what is raised within, where that may be more than the fault of one call."""
+        """Sets `failed` if an error is raised within that may concern more than one call."""
         try:
             yield
         except asyncio.CancelledError as error:
@@ -125,7 +125,7 @@ class Generations:
             request: What to generate.
             caller: For whom.
             time_remaining: Seconds; when they are over, `DeadlineExceededError` is raised from within the context.
-            on_start: Is awaited when the engine begins.
+            on_start: Awaited once the engine starts on the request.
         """
         time_remaining = _within(time_remaining)
         generation = _Generation(self, caller, request.num_samples, asyncio.timeout(time_remaining))
@@ -184,7 +184,7 @@ class _Generation:
         return None if when is None else when - asyncio.get_running_loop().time()
 
     def why_it_ended(self) -> Exception:
-        """Returns what to raise for a deadline that has passed, or was made to."""
+        """Returns the error to raise if the deadline has passed, or `end` has brought it forward."""
         return self._ended_by or DeadlineExceededError("IN_GENERATION" if self._started else "IN_QUEUE")
 
     async def watch(
@@ -217,7 +217,7 @@ class _Generation:
         self._generations.active += 1
 
     def leave(self) -> None:
-        """Is no longer under way."""
+        """Stops counting the generation as under way."""
         if self._started:
             self._generations.active -= 1
         else:

@@ -22,10 +22,10 @@ class _Waiter:
 
 
 class Preparation:
-    """Has the engine tokenize prompts: as many at a time as it has threads for that, by priority, and one for each caller.
+    """Has the engine tokenize prompts: by priority, as many at a time as the engine has threads, and one for each caller.
 
-    A thread cannot be interrupted. What a call holds, in here and of its caller's quotas, it holds until its thread is free,
-    even if the call has ended before: otherwise a caller who cancels would have as many threads as it likes.
+    A thread cannot be interrupted. So a call keeps its thread, and its part of its caller's quotas, until the thread is free,
+    even if the call ends before. Otherwise a caller who cancels would have as many threads as it likes.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -44,7 +44,7 @@ class Preparation:
         if not self._threads:
             return await self._engine.prepare(request)
         work = asyncio.create_task(self._work(request, caller, usage))
-        # Asyncio complains of an error that nobody looks at, and a call that has ended does not.
+        # Asyncio logs an error that nobody retrieves, and a call that has ended does not retrieve it.
         work.add_done_callback(lambda done: done.cancelled() or done.exception())
         usage.lasts(work)
         try:

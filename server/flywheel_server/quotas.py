@@ -31,11 +31,11 @@ class Usage:
         return self._prompt_tokens + sum(self._generated.values())
 
     def begin(self, prompt_tokens: int) -> None:
-        """Takes in that the engine reads so many tokens of the prompt; 0 where it does not know."""
+        """Sets how many tokens of the prompt the engine reads; 0 if it does not know."""
         self._prompt_tokens = prompt_tokens
 
     def lasts(self, work: asyncio.Future[Any]) -> None:
-        """Takes in that the call is at work until the future is done, even if the call itself ends before."""
+        """Makes the call count as at work until the future is done, even if the call itself ends before."""
         self._work = work
 
     def call_when_over(self, callback: Callable[[], None]) -> None:
@@ -46,7 +46,7 @@ class Usage:
             self._work.add_done_callback(lambda _: callback())
 
     def count(self, event: TextDelta | GenerationResponseSample) -> None:
-        """Takes in an event of the call."""
+        """Counts the tokens of an event of the call."""
         self._generated[event.index] = event.generated_tokens
         if isinstance(event, GenerationResponseSample):
             self._prompt_tokens = event.prompt_tokens

@@ -65,7 +65,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         """Serves from now on, unless it was closed: the engine has started."""
         if not self._closed:
             self._model = self._engine.model()
-            self._generations.fit(self._model)
+            self._generations.set_capacity(self._model)
 
     def interrupt(self) -> None:
         """Refuses new calls and ends the running ones: the engine stops."""

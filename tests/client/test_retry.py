@@ -18,7 +18,7 @@ from flywheel_client import (
     Retry,
     UnavailableError,
 )
-from flywheel_client._retry import SPREAD, Tries, is_retryable
+from flywheel_client._retry import BACKOFF_JITTER, Tries, is_retryable
 from google.protobuf.duration_pb2 import Duration
 from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 
@@ -49,7 +49,7 @@ def refuse(fake: FakeService, code: grpc.StatusCode, retry_delay: float | None =
 
 def test_backoffs_grow_up_to_a_limit_and_are_spread() -> None:
     retry = Retry(max_attempts=6, initial_backoff=1.0, max_backoff=5.0, multiplier=2.0)
-    for jitter, factor in ((0.0, 1 - SPREAD), (0.5, 1.0), (1.0, 1 + SPREAD)):
+    for jitter, factor in ((0.0, 1 - BACKOFF_JITTER), (0.5, 1.0), (1.0, 1 + BACKOFF_JITTER)):
         tries = Tries.begin(retry, None, now=0.0)
         delays = [tries.delay(UNAVAILABLE, 0.0, jitter) for _ in range(6)]
         assert delays == [*(pytest.approx(backoff * factor) for backoff in (1.0, 2.0, 4.0, 5.0, 5.0)), None]

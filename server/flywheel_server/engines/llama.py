@@ -22,7 +22,7 @@ Chunk = dict[str, Any]
 """A piece of the answer to a completion, in the shape of OpenAI's API with llama.cpp's additions."""
 
 HTTP_TIMEOUT: Final = 60.0
-"""Seconds that llama.cpp may take for an answer by HTTP. A MiB of text without words takes six seconds of a core."""
+"""Seconds that llama.cpp may take for an answer by HTTP. A MiB of text that cannot be cut takes six seconds of a core."""
 
 MAX_SOCKET_PATH: Final = 100
 """Bytes that the path of a Unix socket may have. Operating systems allow for 104 or 108."""
@@ -32,7 +32,7 @@ class Llama:
     """A loaded model. Its methods block, and may be called from several threads.
 
     Arguments:
-        model: A GGUF file. `RuntimeError` where llama.cpp cannot load it.
+        model: A GGUF file. `RuntimeError` if llama.cpp cannot load it.
         context_tokens: Tokens of context that all slots share.
         slots: How many samples are generated at a time.
         threads: Threads that compute.

@@ -1,8 +1,8 @@
-"""Which fields of a request a class on Modal takes: what is sent to it, and how it is known that it does not take a field.
+"""Decides which fields of a request are sent to a class on Modal, and tells if the class does not take one.
 
 The gateway and the class may run different versions, and the class may be MK1's. So Flywheel's eleven are always sent, by name,
-and any other field only if it is set. The class tells by its signature whether it takes that one: Modal keeps the signature
-beside the class, so that no container is woken. If the signature does not tell, the error does that the class raises.
+and any other field only if it is set. The signature of the class tells whether it takes such a field: Modal keeps the signature
+beside the class, so that no container is woken. If the signature is not known, the error that the class raises tells.
 """
 
 import re
@@ -40,7 +40,7 @@ _UNEXPECTED_ARGUMENT: Final = re.compile(r"got an unexpected keyword argument '(
 
 
 def further_fields(request: GenerationRequest) -> dict[str, Any]:
-    """Returns the fields beyond Flywheel's that are set, which is to another value than their default."""
+    """Returns the fields beyond Flywheel's eleven whose value is not their default."""
     return request.model_dump(mode="json", exclude={*FLYWHEEL_FIELDS}, exclude_defaults=True)
 
 
@@ -50,10 +50,10 @@ def arguments_of(request: GenerationRequest) -> dict[str, Any]:
 
 
 async def signature_of(method: modal.Function[..., Any, Any]) -> frozenset[str] | None:
-    """Returns the names of all arguments that the method takes; None if that is not known, as of one with `**fields`.
+    """Returns the names of all arguments that the method takes; None if they are not known, as with `**fields`.
 
-    Modal tells the names of arguments, but not their kinds. One without a default that is neither Flywheel's nor ours can only
-    stand for all that come, or else the class could not be called: then nothing is known.
+    Modal tells the names of arguments, but not their kinds. An argument without a default that is neither Flywheel's nor ours
+    must be such as `**fields`, or else the class could not be called.
     """
     try:
         schema = await method._get_schema.aio()  # noqa: SLF001 - Modal has no public way
@@ -72,11 +72,11 @@ def unsupported(field: str) -> UnsupportedFieldError:
 
 
 def refusal(error: BaseException, sent: Collection[str]) -> UnsupportedFieldError | None:
-    """Returns the error for what a class has raised, if that is because it does not take a field; otherwise None.
+    """Returns the error to raise if a class has failed because it does not take a field; otherwise None.
 
     Arguments:
-        error: A `TypeError` of Python, as of MK1's class, or a `ValueError` of ours.
-        sent: The names of the fields that were sent beyond Flywheel's: no other can be meant.
+        error: What the class has raised. Python's `TypeError`, as from MK1's class, or the `ValueError` of our own says so.
+        sent: The names of the fields that were sent beyond Flywheel's eleven. Only these can be refused.
     """
     match error:
         case TypeError():
