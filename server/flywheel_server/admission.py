@@ -19,7 +19,7 @@ MIN_CALLS: Final = 8
 """Calls of a caller that must have finished before its service time counts as known."""
 
 MAX_CALLS: Final = 64
-"""The service time of a caller is the median of so many calls, its last ones. So it follows changes, and no one call spoils it."""
+"""The service time of a caller is the median of so many calls, its last ones: it follows changes, and no one call spoils it."""
 
 MAX_CALLERS: Final = 1024
 """Callers whose service times are remembered: those that finished a call last."""

@@ -1,4 +1,4 @@
-"""The generations that are under way: admitted, within their deadlines, counted, and checked against promise 1 of the contract."""
+"""The generations that are under way: admitted, within their deadlines, counted, and checked against promise 1."""
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Iterator
