@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from fuzz.targets import TARGETS
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=int, default=30, help="how long each target is fuzzed at most (default: 30)")
+    parser.add_argument("--seconds", type=int, default=10, help="how long each target is fuzzed at most (default: 10)")
     parser.add_argument("--runs", type=int, default=10_000_000, help="how many inputs it gets at most (default: 10000000)")
     parser.add_argument("--target", action="append", choices=list(TARGETS), help="only this one; may be repeated")
     options = parser.parse_args(arguments)

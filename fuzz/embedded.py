@@ -19,7 +19,7 @@ from fuzz.calls import CALL_ATTACKS, CONCURRENCY, KEYS, CallAttack, unexpected_a
 from fuzz.probe import flywheel_server, print_row
 from fuzz.under_attack import COST_HEADER, KEY, Cost, NotSurvivedError, cost_of
 
-QUIET: Final = 2.0
+QUIET: Final = 1.5
 """Seconds in which the server is observed before the attack."""
 CALL_INTERVAL: Final = 0.25
 """Seconds between two calls of the well-behaved client, which the engine can answer in that time."""
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Attacks, and prints a table; exits with 1 if a server did not survive, does not recover, or takes too much memory."""
     attacks = {attack.name: attack for attack in CALL_ATTACKS}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=6.0, help="how long each attack lasts (default: 6)")
+    parser.add_argument("--seconds", type=float, default=5.0, help="how long each attack lasts (default: 5)")
     parser.add_argument("--attack", action="append", choices=list(attacks), help="only this one; may be repeated")
     parser.add_argument("server_arguments", nargs="*", help="arguments of flywheel-server, after --")
     options = parser.parse_args(arguments)

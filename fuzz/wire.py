@@ -26,7 +26,7 @@ from fuzz.targets import LIMITS, SEEDS, verdict
 CONCURRENCY: Final = 32
 POOL: Final = 1000
 POOL_BYTES: Final = 1000
-QUIET: Final = 3.0
+QUIET: Final = 2.0
 """Seconds in which the server is observed before and after."""
 
 
@@ -52,7 +52,7 @@ TARGETS: Final[Mapping[str, Target]] = {
     "embedded": Target(
         # No call may be refused for want of a place, and the senders need a core too.
         (f"--embedded-context={LIMITS.context_tokens}", "--embedded-threads=1", "--max-queued=1000"),
-        messages=2500,
+        messages=2000,
         call_interval=1.0,
     ),
 }

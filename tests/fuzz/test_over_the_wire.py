@@ -22,15 +22,19 @@ from fuzz.wire import send
 from tests.serving import connected, serving, until
 
 
-def embedded_engine(context_tokens: int) -> EmbeddedEngine:
+def embedded_engine(context_tokens: int, slots: int) -> EmbeddedEngine:
     return EmbeddedEngine(
-        default_model(), context_tokens=context_tokens, slots=8, threads=1, batch_tokens=32, prompt_format="chat"
+        default_model(), context_tokens=context_tokens, slots=slots, threads=1, batch_tokens=32, prompt_format="chat"
     )
 
 
 @pytest.mark.parametrize(
     ("engine", "messages"),
-    [(ScriptedEngine(Script(context_tokens=LIMITS.context_tokens)), 1500), (embedded_engine(LIMITS.context_tokens), 100)],
+    [
+        (ScriptedEngine(Script(context_tokens=LIMITS.context_tokens)), 1500),
+        # With more slots, the prompts that llama.cpp keeps in them for reuse may not leave a full context enough room.
+        (embedded_engine(LIMITS.context_tokens, slots=1), 100),
+    ],
     ids=["scripted", "embedded"],
 )
 async def test_every_answer_to_random_messages_is_one_of_the_contract(engine: Engine, messages: int) -> None:
@@ -90,7 +94,7 @@ async def test_connections_beyond_max_connections_are_closed() -> None:
 @pytest.mark.parametrize("attack", CALL_ATTACKS, ids=lambda attack: attack.name)
 async def test_the_embedded_engine_survives(attack: CallAttack, tmp_path: Path) -> None:
     keys = attackers_keys(tmp_path)
-    async with serving(embedded_engine(CONTEXT_TOKENS), api_keys=KEY, api_keys_file=str(keys)) as target:
+    async with serving(embedded_engine(CONTEXT_TOKENS, slots=8), api_keys=KEY, api_keys_file=str(keys)) as target:
         host, _, port = target.address.rpartition(":")
         tally = await attack.run(host, int(port), seconds=0.5)
         metadata = (("authorization", f"Bearer {KEY}"),)
