@@ -54,6 +54,14 @@ class Workshop(ScriptedEngine):
         self.at_work[text].set_result(PreparedRequest(GenerationRequest(text=text, max_tokens=1), range(tokens)))
 
 
+@pytest.fixture
+async def workshop() -> AsyncIterator[Workshop]:
+    engine = Workshop()
+    yield engine
+    # Whatever waits for a thread that is never free keeps the event loop from being closed.
+    await until(lambda: engine.finish_all() == 0, "nothing is at work")
+
+
 @dataclass
 class Prompts:
     """Prompts of callers on their way through the preparation."""
@@ -86,9 +94,7 @@ async def prompts(threads: int = 2) -> AsyncIterator[Prompts]:
     preparation.set_threads(threads)
     all_prompts = Prompts(engine, preparation, {})
     yield all_prompts
-    for text in list(engine.at_work):
-        engine.finish(text)
-    await settled()
+    await until(lambda: engine.finish_all() == 0, "nothing is at work")
     assert not preparation._served
     assert not preparation._waiters
 
@@ -187,8 +193,10 @@ async def shop(tmp_path: Path, engine: ScriptedEngine, **callers: Any) -> AsyncI
 
 
 @pytest.mark.parametrize("method", METHODS)
-async def test_a_caller_that_cancels_has_no_more_threads_and_other_callers_go_on(method: str, tmp_path: Path) -> None:
-    engine = Workshop()
+async def test_a_caller_that_cancels_has_no_more_threads_and_other_callers_go_on(
+    workshop: Workshop, method: str, tmp_path: Path
+) -> None:
+    engine = workshop
     async with shop(tmp_path, engine, heavy={"max_concurrent": 1, "tokens_per_minute": 1000}, light={}) as (target, metadata):
 
         def call(caller: str, text: str, max_tokens: int = 1) -> "asyncio.Task[None]":
@@ -216,8 +224,10 @@ async def test_a_caller_that_cancels_has_no_more_threads_and_other_callers_go_on
 
 
 @pytest.mark.parametrize("method", METHODS)
-async def test_a_call_that_loses_its_place_ends_although_its_prompt_is_not_done(method: str, tmp_path: Path) -> None:
-    engine = Workshop()
+async def test_a_call_that_loses_its_place_ends_although_its_prompt_is_not_done(
+    workshop: Workshop, method: str, tmp_path: Path
+) -> None:
+    engine = workshop
     file = tmp_path / "keys.json"
     with keys_for(file, low={"priority": -1}, high={}) as metadata:
         async with serving(engine, api_keys_file=str(file), max_concurrent=1, max_num_samples=1, max_queued=1) as target:
@@ -250,18 +260,14 @@ async def test_a_call_that_loses_its_place_ends_although_its_prompt_is_not_done(
             finally:
                 for each in (*lost, *taken):
                     each.cancel()
-                await until(lambda: engine.finish_all() == 0, "nothing is at work")
 
 
-async def test_a_deadline_ends_the_call_although_its_thread_works_on() -> None:
-    engine = Workshop()
-    async with serving(engine) as target:
+async def test_a_deadline_ends_the_call_although_its_thread_works_on(workshop: Workshop) -> None:
+    async with serving(workshop) as target:
         details = await details_of_a_deadline(
             lambda: target.stub.GenerateAll(pb.GenerationRequest(text="slow", max_tokens=1), timeout=0.3)
         )
         assert details[ErrorInfo].reason == "IN_QUEUE"
-        for text in list(engine.at_work):
-            engine.finish(text)
 
 
 async def test_an_engine_that_fails_to_tokenize_is_in_doubt() -> None:
