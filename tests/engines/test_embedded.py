@@ -160,6 +160,18 @@ def listening_ports() -> set[str]:
     return ports
 
 
+@pytest.mark.parametrize("num_samples", [1, 4, 8])
+async def test_what_is_admitted_fits_whatever_the_slots_have_kept(num_samples: int) -> None:
+    large = GenerationRequest(text="zebra " * 120, max_tokens=8, num_samples=num_samples)
+    async with engine_of(default_model(), slots=8, context_tokens=256) as engine:
+        for _ in range(2):
+            # All slots keep prompts that have nothing in common, and then those of the large call.
+            small = [GenerationRequest(text=f"{word} 1 2 3 4 5 6 7 8 9", max_tokens=8) for word in "abcdefgh"]
+            for samples in await asyncio.gather(*(samples_of(engine, request) for request in small)):
+                assert len(samples) == 1
+            assert len(await samples_of(engine, large)) == num_samples
+
+
 async def test_llama_opens_no_port_and_only_this_user_can_reach_its_socket() -> None:
     before = listening_ports()
     async with engine_of(default_model()) as engine:

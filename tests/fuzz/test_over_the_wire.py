@@ -32,8 +32,7 @@ def embedded_engine(context_tokens: int, slots: int) -> EmbeddedEngine:
     ("engine", "messages"),
     [
         (ScriptedEngine(Script(context_tokens=LIMITS.context_tokens)), 1500),
-        # With more slots, the prompts that llama.cpp keeps in them for reuse may not leave a full context enough room.
-        (embedded_engine(LIMITS.context_tokens, slots=1), 100),
+        (embedded_engine(LIMITS.context_tokens, slots=8), 100),
     ],
     ids=["scripted", "embedded"],
 )

@@ -12,7 +12,7 @@ LOWEST_TEMPERATURE: Final = 1e-6
 
 
 class Completion:
-    """Runs on a thread of its own, and hands each event to `emit` there.
+    """Runs on a thread of its own, where it hands each event to `emit`, and calls `on_prompt_read` before the first of them.
 
     Stop sequences are looked for here rather than by llama.cpp, which sends less than it may: of a token whose text ends like a
     stop sequence begins it holds back all, and loses it where the sample ends with that token.
@@ -26,6 +26,7 @@ class Completion:
         indexes: Collection[int],
         emit: Callable[[Event], object],
         *,
+        on_prompt_read: Callable[[], object],
         cache: bool,
     ) -> None:
         self._llama = llama
@@ -33,6 +34,8 @@ class Completion:
         self._samples = [GrowingSample(index, len(prompt), request.stop) for index in indexes]
         self._eos_token_ids = frozenset(request.eos_token_ids)
         self._emit = emit
+        self._on_prompt_read = on_prompt_read
+        self._is_prompt_read = False
         self._cancelled = False
         self._error: Exception | None = None
 
@@ -51,6 +54,9 @@ class Completion:
     def _on_chunk(self, chunk: Chunk) -> bool:
         if self._cancelled:
             return True
+        if not self._is_prompt_read and "prompt_progress" not in chunk:
+            self._is_prompt_read = True
+            self._on_prompt_read()
         try:
             self._take(chunk)
         except Exception as error:  # noqa: BLE001 - llama.cpp would swallow it; `run` raises it

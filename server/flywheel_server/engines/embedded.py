@@ -4,9 +4,9 @@ import asyncio
 import importlib.util
 import signal
 import threading
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from http.client import HTTPException
 from pathlib import Path
 from typing import Final, Self
@@ -88,6 +88,7 @@ class EmbeddedEngine:
         self._prompt_format = prompt_format
         self._prompt_cache = prompt_cache
         self._capacity = Capacity(slots, context_tokens)
+        self._starting = asyncio.Lock()
         self._stopping = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._running: set[Completion] = set()
@@ -261,15 +262,27 @@ class EmbeddedEngine:
             async with self._capacity.reserve(len(indexes), len(prompt) + len(indexes) * request.max_tokens):
                 self._refuse_if_stopping()
                 events.put_nowait(Started(len(prompt)))
-                completion = Completion(self._llama, request, prompt, indexes, emit, cache=self._prompt_cache)
-                self._running.add(completion)
-                try:
-                    # The room is free only when llama.cpp has let go of it.
-                    await to_its_end(loop.run_in_executor(self._completing, completion.run), completion.cancel)
-                finally:
-                    # What could not be given to a thread may run later all the same.
-                    completion.cancel()
-                    self._running.remove(completion)
+                async with self._start() as started:
+                    if len(indexes) > 1:
+                        # Those of its slots that wait for the prompt to be read would keep their last prompts meanwhile.
+                        await to_its_end(loop.run_in_executor(self._tokenizing, self._llama.erase_idle_slots))
+                    completion = Completion(
+                        self._llama,
+                        request,
+                        prompt,
+                        indexes,
+                        emit,
+                        on_prompt_read=lambda: loop.call_soon_threadsafe(started.set),
+                        cache=self._prompt_cache,
+                    )
+                    self._running.add(completion)
+                    try:
+                        # The room is free only when llama.cpp has let go of it.
+                        await to_its_end(loop.run_in_executor(self._completing, completion.run), completion.cancel)
+                    finally:
+                        # What could not be given to a thread may run later all the same.
+                        completion.cancel()
+                        self._running.remove(completion)
                 self._refuse_if_stopping()
         except EngineError as error:
             events.put_nowait(error)
@@ -277,6 +290,24 @@ class EmbeddedEngine:
             failure = EngineFailedError("the completion failed")
             failure.__cause__ = error
             events.put_nowait(failure)
+
+    @asynccontextmanager
+    async def _start(self) -> AsyncIterator[asyncio.Event]:
+        """Waits until no other prompt is being read. Gives an event to set when the prompt of this completion has been read.
+
+        A slot keeps its last prompt until it begins with the next one. If llama.cpp needs room, it takes that of idle slots. It
+        does not take that of a slot which waits to begin while other prompts are read: the reserved room would not be there, and
+        all completions would fail. So no slot waits to begin. llama.cpp reads one prompt after the other anyway.
+        """
+        await self._starting.acquire()
+        read = asyncio.Event()
+        waiting = asyncio.create_task(read.wait())
+        waiting.add_done_callback(lambda _: self._starting.release())
+        try:
+            self._refuse_if_stopping()
+            yield read
+        finally:
+            read.set()
 
     def _refuse_if_stopping(self) -> None:
         if self._stopping:

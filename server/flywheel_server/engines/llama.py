@@ -77,7 +77,9 @@ class Llama:
         params.hostnames = [self._socket]
         params.n_threads_http = http_threads
         params.ui = False
-        params.endpoint_slots = False
+        params.endpoint_slots = True
+        # Nothing is saved there, but without it slots cannot be erased.
+        params.slot_save_path = f"{self._directory}/"
         # Without it a silent connection would draw comments into the stream, which the binding does not expect.
         params.sse_ping_interval = -1
         params.verbosity = verbosity
@@ -112,6 +114,12 @@ class Llama:
         """Returns the text as a user's message in the model's chat template; raises what `tokenize` does."""
         body = {"messages": [{"role": "user", "content": text}]}
         return str(self._request("POST", "/apply-template", body)["prompt"])
+
+    def erase_idle_slots(self) -> None:
+        """Has the slots that nothing runs in forget their last prompts; raises what `tokenize` does."""
+        for slot in self._request("GET", "/slots"):
+            if not slot["is_processing"]:
+                self._request("POST", f"/slots/{slot['id']}?action=erase")
 
     def trained_context(self) -> int:
         """Returns how many tokens of context the model was trained for; raises what `tokenize` does."""

@@ -21,8 +21,12 @@ _LINE: Final = re.compile(rb"(?:\x1b\[\d*m)*[\d.]+ (?:\x1b\[\d*m)*(?P<level>[DIW
 _LEVELS: Final = {b"E": logging.ERROR, b"W": logging.WARNING, b"I": logging.DEBUG, b"D": logging.DEBUG}
 _COLOR: Final = re.compile(r"\x1b\[\d*m")
 
-# What llama.cpp warns of although it happens every day: a completion is cancelled, a prompt is in its cache.
-_ORDINARY: Final = re.compile("stop: cancel task|need to evaluate at least 1 token|n_past was set to")
+# What llama.cpp warns of although it happens every day: a completion is cancelled, a prompt is in its cache, an idle slot gives
+# its room to another one.
+_ORDINARY: Final = re.compile(
+    "stop: cancel task|need to evaluate at least 1 token|n_past was set to"
+    "|failed to find a memory slot|purging slot|failed to find free space in the KV cache"
+)
 
 _Records = SimpleQueue[tuple[int, str] | None]
 
