@@ -296,7 +296,7 @@ class EmbeddedEngine:
         """Waits until no other prompt is being read. Gives an event to set when the prompt of this completion has been read.
 
         A slot keeps its last prompt until it begins with the next one. If llama.cpp needs room, it takes that of idle slots. It
-        does not take that of a slot which waits to begin while other prompts are read: the reserved room would not be there, and
+        does not take that of a slot which waits to begin while other prompts are read: the reserved room would be missing, and
         all completions would fail. So no slot waits to begin. llama.cpp reads one prompt after the other anyway.
         """
         await self._starting.acquire()
