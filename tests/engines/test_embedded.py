@@ -312,9 +312,14 @@ async def test_what_waits_of_a_call_does_not_stand_before_others(
 ) -> None:
     at_work: list[tuple[int, int]] = []
     leave = threading.Event()
+    begun: Chunk = {
+        "choices": [{"index": 0, "text": "", "finish_reason": None, "logprobs": None}],
+        "timings": {"predicted_n": 0},
+    }
 
     def slow_step(body: Any, on_chunk: Callable[[Chunk], bool]) -> None:
         at_work.append((body["n"], body["max_tokens"]))
+        on_chunk(begun)
         leave.wait(30)
         on_chunk({})
 
