@@ -235,7 +235,8 @@ class Admission:
     def _retry_delay(self, samples: int) -> float:
         """Returns the seconds until there should be a place in the queue: later for each call that asks."""
         now = self._clock()
-        per_sample = self._mean_service_time(DEFAULT_SERVICE_TIME) / self._max_concurrent
+        # If context is short, fewer samples run at a time than there are slots, and so fewer end in a second.
+        per_sample = self._mean_service_time(DEFAULT_SERVICE_TIME) / (self.active or self._max_concurrent)
         # No later than when all who are here now will have left.
         last = now + (self.active + self.queued) * per_sample
         self._next_place = min(max(now, self._next_place) + samples * per_sample, last)
