@@ -171,13 +171,13 @@ async def fleet(script: Script) -> AsyncIterator[Fleet]:
 HANGS = Script(hang_after=0)
 FAILURES: dict[str, tuple[Script, Callable[[Fleet], object]]] = {
     "the connection ends": (HANGS, lambda fleet: fleet.engine.on_delta.update({0: fleet.hang_up})),
-    "the connection ends later": (Script(token_delay=0.005), lambda fleet: fleet.engine.on_delta.update({3: fleet.hang_up})),
+    "the connection ends later": (Script(token_delay=0.02), lambda fleet: fleet.engine.on_delta.update({3: fleet.hang_up})),
     "the engine is gone": (Script(fail_after=0, failure="unavailable"), lambda _: None),
     "the engine is gone later": (Script(fail_after=3, failure="unavailable"), lambda _: None),
     "the engine is full": (Script(fail_after=0, failure="overloaded"), lambda _: None),
 }
 """What happens to calls after their headers have been sent, and would be a reason to try them again before that."""
-AT_ONCE = ("the engine is gone", "the engine is full")
+AT_ONCE = ("the connection ends", "the engine is gone", "the engine is full")
 
 
 async def call(one: Caller, method: str) -> None:
