@@ -217,12 +217,12 @@ async def test_no_endpoint(records: modal.Dict) -> None:
     ],
 )
 async def test_what_modal_refuses(cloud: ModalCloud, status: Status, error: type[FlywheelError], message: str) -> None:
-    cloud.refuse(status, "no entry")
+    cloud.disturb(status=status, message="no entry")
     try:
         with pytest.raises(error, match=message) as caught:
             await published_endpoints()
     finally:
-        cloud.refuse(None)
+        cloud.calm()
     assert not isinstance(caught.value, modal.exception.Error)
     assert "'flywheel-grpc'" in caught.value.message
 

@@ -47,9 +47,9 @@ async def test_published_kept_fresh_and_withdrawn() -> None:
 
 async def test_a_control_plane_that_is_away_for_a_while_makes_it_stale_not_gone(cloud: ModalCloud) -> None:
     async with published("some-app", "localhost:1234"):
-        cloud.refuse(Status.UNAVAILABLE, rpcs={"DictUpdate"})
+        cloud.disturb("DictUpdate", status=Status.UNAVAILABLE)
         await until(lambda: cloud.rpcs["DictUpdate"] > 3, "it has tried")
-        cloud.refuse(None)
+        cloud.calm()
         moment = time.time()
         await until(lambda: refreshed_after(moment), "it is refreshed again")
 
@@ -75,8 +75,8 @@ async def test_withdrawing_waits_for_nobody(cloud: ModalCloud, monkeypatch: pyte
     monkeypatch.setattr(directory, "WITHDRAW_TIMEOUT", 0.1)
     begun = time.monotonic()
     async with published("some-app", "localhost:1234"):
-        cloud.refuse(Status.UNAVAILABLE)
-    cloud.refuse(None)
+        cloud.disturb(status=Status.UNAVAILABLE)
+    cloud.calm()
     assert time.monotonic() - begun < 5
     await modal.Dict.from_name(DICT).pop.aio(TASK)
 

@@ -266,12 +266,12 @@ asyncio.run(main())
 
 async def test_whatever_keeps_it_from_the_class_has_its_status(deployed: ModalCloud) -> None:
     async def refused(status: Status | None = None, app: str = APP, class_name: str = "Model") -> grpc.aio.AioRpcError:
-        deployed.refuse(status)
+        deployed.disturb(status=status)
         try:
             async with serving(scripted.engine(app, class_name), health_interval=30) as target:
                 return await failure(target, "hello", "Generate")
         finally:
-            deployed.refuse(None)
+            deployed.calm()
 
     for status, code, setting in (
         (Status.NOT_FOUND, grpc.StatusCode.FAILED_PRECONDITION, "FLYWHEEL_MODAL_APP"),
@@ -347,10 +347,10 @@ async def test_a_refusal_passes(deployed: ModalCloud) -> None:
     for status in (Status.UNAVAILABLE, Status.UNAUTHENTICATED, Status.NOT_FOUND):
         async with serving(scripted.engine(APP), health_interval=30) as target:
             for _ in range(2):
-                deployed.refuse(status)
+                deployed.disturb(status=status)
                 with pytest.raises(grpc.aio.AioRpcError):
                     await drained(target.stub.GenerateDeltas(request()))
-                deployed.refuse(None)
+                deployed.calm()
                 await drained(target.stub.GenerateDeltas(request()))
 
 

@@ -2,7 +2,8 @@
 
 from tests.modal_cloud.cloud import ModalCloud
 from tests.modal_cloud.container import Container
+from tests.modal_cloud.faults import Fault
 from tests.modal_cloud.state import Call
 from tests.modal_cloud.tunnels import Tunnel
 
-__all__ = ["Call", "Container", "ModalCloud", "Tunnel"]
+__all__ = ["Call", "Container", "Fault", "ModalCloud", "Tunnel"]

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Coroutine
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypedDict, TypeVar, Unpack
 
 from grpclib import Status
 from modal_proto import api_pb2
@@ -18,6 +18,7 @@ from tests.modal_cloud.apps import Apps
 from tests.modal_cloud.calls import Calls
 from tests.modal_cloud.container import Container
 from tests.modal_cloud.control_plane import ControlPlane
+from tests.modal_cloud.faults import Fault, Side
 from tests.modal_cloud.fleet import Fleet
 from tests.modal_cloud.images import Images
 from tests.modal_cloud.launching import Launcher
@@ -27,6 +28,19 @@ from tests.modal_cloud.tunnels import Certificates, Tunnel, Tunnels
 from tests.modal_cloud.web import fetch
 
 Result = TypeVar("Result")
+
+
+class FaultOptions(TypedDict, total=False):
+    """The attributes of a `Fault` beyond the names of the RPCs."""
+
+    side: Side
+    status: Status | None
+    message: str
+    delay: float
+    share: float
+    times: int | None
+    per_second: float | None
+    retry_after: float | None
 
 
 class ModalCloud:
@@ -233,9 +247,24 @@ class ModalCloud:
     def up(self) -> None:
         self._run(self._control_plane.up())
 
-    def refuse(self, status: Status | None, message: str = "", rpcs: set[str] | None = None) -> None:
-        """Fails every RPC of clients, or the named ones, with the status, until called with None."""
-        self._control_plane.refuse(status, message, rpcs)
+    def disturb(self, *rpcs: str, **fault: Unpack[FaultOptions]) -> Fault:
+        """Has something befall the named RPCs, or all if none is named, until the end of the fault or `calm()`; see `Fault`."""
+        return self._control_plane.faults.add(Fault(frozenset(rpcs), **fault))
+
+    def calm(self) -> None:
+        """Ends all that was set by `disturb`."""
+        self._control_plane.faults.clear()
+
+    def limit(self, *rpcs: str, per_second: float = 0.0, retry_after: float | None = None, side: Side = "clients") -> Fault:
+        """Limits the rate of RPCs as Modal does: those beyond are RESOURCE_EXHAUSTED, and may say when to repeat them."""
+        return self.disturb(
+            *rpcs,
+            status=Status.RESOURCE_EXHAUSTED,
+            message="rate limit exceeded",
+            per_second=per_second or None,
+            retry_after=retry_after,
+            side=side,
+        )
 
     def web_get(self, name: str, path: str, timeout: float = 60.0) -> tuple[int, dict[str, str], bytes]:
         """Returns the status, the headers and the body of a GET to a web function."""

@@ -16,6 +16,7 @@ from h2.settings import SettingCodes
 from modal_proto import api_pb2
 
 from tests.modal_cloud.container import Container
+from tests.modal_cloud.faults import Faults
 from tests.modal_cloud.state import calling
 
 SERVICE = api_pb2.DESCRIPTOR.services_by_name["ModalClient"]
@@ -85,7 +86,7 @@ class ControlPlane:
         self._port = 0
         self.rpcs: Counter[str] = Counter()
         self.unimplemented: set[str] = set()
-        self._refusal: tuple[Status, str, set[str] | None] | None = None
+        self.faults = Faults()
 
     def __mapping__(self) -> dict[str, Handler]:
         return {
@@ -114,7 +115,7 @@ class ControlPlane:
                 self.unimplemented.add(name)
                 raise GRPCError(Status.UNIMPLEMENTED, f"the stand-in of Modal's cloud does not play {name}")
             container = self._container(str(cast("Any", stream.metadata or {}).get("x-task-id", "")))
-            self._admit(name, container)
+            await self._admit(name, container)
             calling.set(container)
             answer = play(await stream.recv_message())
             if not inspect.isasyncgen(answer):
@@ -126,17 +127,10 @@ class ControlPlane:
 
         return handle
 
-    def _admit(self, name: str, container: Container | None) -> None:
-        if container is not None:
-            if self._for_clients is None and not name.startswith(OF_THE_WORKER):
-                raise GRPCError(Status.UNAVAILABLE, "the control plane is down")
-        elif self._refusal is not None:
-            status, message, rpcs = self._refusal
-            if rpcs is None or name in rpcs:
-                raise GRPCError(status, message)
-
-    def refuse(self, status: Status | None, message: str, rpcs: set[str] | None) -> None:
-        self._refusal = (status, message, rpcs) if status is not None else None
+    async def _admit(self, name: str, container: Container | None) -> None:
+        if container is not None and self._for_clients is None and not name.startswith(OF_THE_WORKER):
+            raise GRPCError(Status.UNAVAILABLE, "the control plane is down")
+        await self.faults.meet(name, of_a_container=container is not None)
 
     async def start(self) -> None:
         self._for_containers = _Server([self], self._max_streams)

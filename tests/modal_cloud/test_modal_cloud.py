@@ -230,10 +230,10 @@ def test_a_function_runs_from_the_command_line(cloud: ModalCloud) -> None:
 
 async def test_clients_may_be_refused_or_cut_off(cloud: ModalCloud, model: Any) -> None:
     await model.echo.remote.aio(1)
-    cloud.refuse(Status.UNAUTHENTICATED, "no such token", {"FunctionMap"})
+    cloud.disturb("FunctionMap", status=Status.UNAUTHENTICATED, message="no such token")
     with pytest.raises(AuthError, match="no such token"):
         await model.echo.remote.aio(1)
-    cloud.refuse(None)
+    cloud.calm()
     call = await model.sleep.spawn.aio("through it")
     container = await running(cloud, "sleeping through it")
     cloud.down()
@@ -242,6 +242,25 @@ async def test_clients_may_be_refused_or_cut_off(cloud: ModalCloud, model: Any) 
     cloud.up()
     await call.cancel.aio()
     await until(lambda: "awake through it" in container.output(), "the container heard of it")
+
+
+async def test_rpcs_may_be_limited_slow_or_fail_now_and_then(cloud: ModalCloud, model: Any) -> None:
+    fault = cloud.disturb("FunctionMap", status=Status.ABORTED, times=1)
+    with pytest.raises(modal.exception.ConflictError):
+        await model.echo.remote.aio(1)
+    assert await model.echo.remote.aio(1) == 1
+    assert fault.befallen == 1
+
+    limit = cloud.limit("FunctionMap", per_second=1, retry_after=0.1)
+    assert [await model.echo.remote.aio(number) for number in range(3)] == [0, 1, 2], "the client repeats what is limited"
+    assert limit.befallen
+    cloud.calm()
+
+    cloud.disturb("FunctionMap", delay=0.3)
+    started = asyncio.get_running_loop().time()
+    await model.echo.remote.aio(1)
+    assert asyncio.get_running_loop().time() - started >= 0.3
+    cloud.calm()
 
 
 async def test_a_redeployment_replaces_containers(cloud: ModalCloud, client: modal.Client) -> None:
