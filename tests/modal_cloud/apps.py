@@ -10,8 +10,8 @@ from modal_proto import api_pb2
 
 from tests.modal_cloud.fleet import Fleet
 from tests.modal_cloud.handles import data_of, layout_of, metadata_of
+from tests.modal_cloud.registry import DEFAULT_ENVIRONMENT
 from tests.modal_cloud.state import App, Function, new_id, not_found
-from tests.modal_cloud.storage import DEFAULT_ENVIRONMENT
 from tests.modal_cloud.tunnels import HOST, Certificates, Relay
 
 IMAGE_BUILDER_VERSION = "2025.06"

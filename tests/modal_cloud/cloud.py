@@ -22,6 +22,8 @@ from tests.modal_cloud.faults import Fault, Side
 from tests.modal_cloud.fleet import Fleet
 from tests.modal_cloud.images import Images
 from tests.modal_cloud.launching import Launcher
+from tests.modal_cloud.queues import Queues
+from tests.modal_cloud.registry import Lifetime
 from tests.modal_cloud.state import Call
 from tests.modal_cloud.storage import Storage
 from tests.modal_cloud.tunnels import Certificates, Tunnel, Tunnels
@@ -57,14 +59,16 @@ class ModalCloud:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="modal-cloud", daemon=True)
         self._certificates = Certificates()
-        self._storage = Storage(self._directory)
+        self._lifetime = Lifetime()
+        self._storage = Storage(self._directory, self._lifetime)
+        self._queues = Queues(self._lifetime)
         self._images = Images()
         self._launcher = Launcher(self._directory, self._storage, self._images)
         self._fleet = Fleet(self._launcher)
         self._apps = Apps(self._fleet, self._certificates)
         self._calls = Calls(self._apps.functions, self._fleet)
         self._tunnels = Tunnels(self._certificates)
-        rooms = (self._storage, self._images, self._apps, self._calls, self._tunnels)
+        rooms = (self._storage, self._queues, self._images, self._apps, self._calls, self._tunnels)
         self._control_plane = ControlPlane(rooms, self._live, max_streams)
 
     def __enter__(self) -> Self:
@@ -149,6 +153,24 @@ class ModalCloud:
     def volume_dir(self, name: str) -> Path:
         """Returns the directory of the named volume."""
         return self._storage.volume_directory(name)
+
+    @property
+    def ephemeral_lifetime(self) -> float:
+        """Seconds without a heartbeat after which ephemeral queues, dicts and volumes are gone; applies from the next one on."""
+        return self._lifetime.seconds
+
+    @ephemeral_lifetime.setter
+    def ephemeral_lifetime(self, seconds: float) -> None:
+        self._lifetime.seconds = seconds
+
+    def expire_ephemeral(self) -> None:
+        """Removes all ephemeral queues, dicts and volumes, as if their heartbeats had not come for too long."""
+
+        async def expire() -> None:
+            for registry in (self._queues.registry, self._storage.dicts, self._storage.volumes):
+                registry.expire()
+
+        self._run(expire())
 
     @property
     def functions(self) -> dict[str, api_pb2.Function]:

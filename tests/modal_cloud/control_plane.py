@@ -29,15 +29,7 @@ OF_THE_WORKER = (
     "FunctionGetDynamicConcurrency",
     "FunctionCallPutDataOut",
 )
-# Nothing is to be done: what is kept does not expire, and volumes are directories of this machine.
-ACKNOWLEDGED = {
-    "ContainerHello",
-    "DictHeartbeat",
-    "QueueHeartbeat",
-    "VolumeCommit",
-    "VolumeHeartbeat",
-    "VolumeReload",
-}
+ACKNOWLEDGED = {"ContainerHello"}  # nothing is to be done
 
 
 class _Protocol(H2Protocol):

@@ -97,7 +97,9 @@ class Fleet:
             return
         self.scale(function)
         if self.replaces and not container.stopping:
-            self.keep_warm(function)
+            # Without its volume or secret, which may have been deleted meanwhile, none can start, and nobody waits for it.
+            with suppress(GRPCError):
+                self.keep_warm(function)
 
     def port_of(self, function: Function) -> Callable[[], Coroutine[Any, Any, int]]:
         """Returns how the relay of a server finds a port that listens, starting a container where there is none."""

@@ -1,87 +1,49 @@
-"""What outlives containers: dicts, queues, volumes, secrets, mounted files, blobs."""
+"""What outlives containers: dicts, volumes, secrets, mounted files, blobs."""
 
 import hashlib
 import os
-import time
-from collections import defaultdict, deque
-from collections.abc import AsyncIterator, Callable
+import shutil
+from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 from aiohttp import web
 from google.protobuf.empty_pb2 import Empty
 from grpclib import GRPCError, Status
 from modal_proto import api_pb2
 
-from tests.modal_cloud.state import Changes, new_id, not_found
-
-Stored = TypeVar("Stored")
-UNNAMED = {api_pb2.OBJECT_CREATION_TYPE_EPHEMERAL, api_pb2.OBJECT_CREATION_TYPE_ANONYMOUS_OWNED_BY_APP}
-DEFAULT_ENVIRONMENT = "main"
-LONGEST_QUEUE = 5_000  # Modal's limit of a partition
+from tests.modal_cloud.registry import Lifetime, Record, Registry
+from tests.modal_cloud.state import new_id, not_found
 
 
-class Registry(Generic[Stored]):
-    """Things of one kind, by id, and by name within an environment."""
-
-    def __init__(self, kind: str, prefix: str) -> None:
-        self._kind = kind
-        self._prefix = prefix
-        self._ids: dict[tuple[str, str], str] = {}
-        self._things: dict[str, Stored] = {}
-
-    def __getitem__(self, thing_id: str) -> Stored:
-        if thing_id not in self._things:
-            raise not_found(f"{self._kind} {thing_id} not found")
-        return self._things[thing_id]
-
-    def put(self, thing: Stored, name: str = "", environment: str = "") -> str:
-        thing_id = new_id(self._prefix)
-        self._things[thing_id] = thing
-        if name:
-            self._ids[environment or DEFAULT_ENVIRONMENT, name] = thing_id
-        return thing_id
-
-    def named(self, name: str, environment: str = "") -> str:
-        environment = environment or DEFAULT_ENVIRONMENT
-        if (environment, name) not in self._ids:
-            raise not_found(f"{self._kind} '{name}' not found in environment '{environment}'")
-        return self._ids[environment, name]
-
-    def get_or_create(self, request: Any, make: Callable[[], Stored]) -> str:
-        """Returns the id of what a request with a name, an environment and an object creation type asks for."""
-        name, environment, how = request.deployment_name, request.environment_name, request.object_creation_type
-        if how in UNNAMED:
-            return self.put(make())
-        known = (environment or DEFAULT_ENVIRONMENT, name) in self._ids
-        if known and how == api_pb2.OBJECT_CREATION_TYPE_CREATE_FAIL_IF_EXISTS:
-            raise GRPCError(Status.ALREADY_EXISTS, f"{self._kind} '{name}' already exists")
-        overwrite = how == api_pb2.OBJECT_CREATION_TYPE_CREATE_OVERWRITE_IF_EXISTS
-        if how == api_pb2.OBJECT_CREATION_TYPE_UNSPECIFIED or (known and not overwrite):
-            return self.named(name, environment)
-        return self.put(make(), name, environment)
+def _dict_metadata(record: Record[dict[bytes, bytes]]) -> api_pb2.DictMetadata:
+    return api_pb2.DictMetadata(name=record.name, creation_info=record.creation_info)
 
 
-class Partition:
-    """The values of one partition of a queue."""
-
-    def __init__(self) -> None:
-        self.values: deque[bytes] = deque()
-        self.changes = Changes()
+def _volume_metadata(record: Record[Path], version: Any = None) -> api_pb2.VolumeMetadata:
+    return api_pb2.VolumeMetadata(version=version, name=record.name, creation_info=record.creation_info)
 
 
-def _created() -> api_pb2.CreationInfo:
-    return api_pb2.CreationInfo(created_at=time.time(), created_by="stand-in")
+def _secret_metadata(record: Record[dict[str, str]]) -> api_pb2.SecretMetadata:
+    return api_pb2.SecretMetadata(
+        name=record.name,
+        creation_info=record.creation_info,
+        keys=record.thing.keys(),
+        environment_name=record.environment,
+    )
+
+
+def _remove(directory: Path) -> None:
+    shutil.rmtree(directory, ignore_errors=True)
 
 
 class Storage:
     """Plays the RPCs of everything that is kept."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, lifetime: Lifetime) -> None:
         self.secrets: Registry[dict[str, str]] = Registry("Secret", "st")
-        self.volumes: Registry[Path] = Registry("Volume", "vo")
-        self._dicts: Registry[dict[bytes, bytes]] = Registry("Dict", "di")
-        self._queues: Registry[defaultdict[bytes, Partition]] = Registry("Queue", "qu")
+        self.volumes: Registry[Path] = Registry("Volume", "vo", lifetime, _remove)
+        self.dicts: Registry[dict[bytes, bytes]] = Registry("Dict", "di", lifetime)
         self._mounts: Registry[dict[str, str]] = Registry("Mount", "mo")
         self._volumes_directory = directory / "volumes"
         self._files = directory / "files"
@@ -93,75 +55,56 @@ class Storage:
     # Dicts
 
     async def DictGetOrCreate(self, request: api_pb2.DictGetOrCreateRequest) -> api_pb2.DictGetOrCreateResponse:
-        dict_id = self._dicts.get_or_create(request, lambda: {entry.key: entry.value for entry in request.data})
-        metadata = api_pb2.DictMetadata(name=request.deployment_name, creation_info=_created())
-        return api_pb2.DictGetOrCreateResponse(dict_id=dict_id, metadata=metadata)
+        record = self.dicts.get_or_create(request, lambda: {entry.key: entry.value for entry in request.data})
+        return api_pb2.DictGetOrCreateResponse(dict_id=record.id, metadata=_dict_metadata(record))
+
+    async def DictGetById(self, request: api_pb2.DictGetByIdRequest) -> api_pb2.DictGetByIdResponse:
+        record = self.dicts.record(request.dict_id)
+        return api_pb2.DictGetByIdResponse(dict_id=record.id, metadata=_dict_metadata(record))
+
+    async def DictHeartbeat(self, request: api_pb2.DictHeartbeatRequest) -> Empty:
+        self.dicts.heartbeat(request.dict_id)
+        return Empty()
+
+    async def DictDelete(self, request: api_pb2.DictDeleteRequest) -> Empty:
+        self.dicts.delete(request.dict_id)
+        return Empty()
+
+    async def DictList(self, request: api_pb2.DictListRequest) -> api_pb2.DictListResponse:
+        response = api_pb2.DictListResponse(environment_name=request.environment_name)
+        for record in self.dicts.page(request):
+            metadata = _dict_metadata(record)
+            response.dicts.add(name=record.name, created_at=record.created, dict_id=record.id, metadata=metadata)
+        return response
 
     async def DictGet(self, request: api_pb2.DictGetRequest) -> api_pb2.DictGetResponse:
-        value = self._dicts[request.dict_id].get(request.key)
+        value = self.dicts[request.dict_id].get(request.key)
         return api_pb2.DictGetResponse(found=value is not None, value=value)
 
     async def DictContains(self, request: api_pb2.DictContainsRequest) -> api_pb2.DictContainsResponse:
-        return api_pb2.DictContainsResponse(found=request.key in self._dicts[request.dict_id])
+        return api_pb2.DictContainsResponse(found=request.key in self.dicts[request.dict_id])
 
     async def DictLen(self, request: api_pb2.DictLenRequest) -> api_pb2.DictLenResponse:
-        return api_pb2.DictLenResponse(len=len(self._dicts[request.dict_id]))
+        return api_pb2.DictLenResponse(len=len(self.dicts[request.dict_id]))
 
     async def DictUpdate(self, request: api_pb2.DictUpdateRequest) -> api_pb2.DictUpdateResponse:
-        values = self._dicts[request.dict_id]
+        values = self.dicts[request.dict_id]
         if request.if_not_exists and any(entry.key in values for entry in request.updates):
             return api_pb2.DictUpdateResponse(created=False)
         values.update((entry.key, entry.value) for entry in request.updates)
         return api_pb2.DictUpdateResponse(created=True)
 
     async def DictPop(self, request: api_pb2.DictPopRequest) -> api_pb2.DictPopResponse:
-        value = self._dicts[request.dict_id].pop(request.key, None)
+        value = self.dicts[request.dict_id].pop(request.key, None)
         return api_pb2.DictPopResponse(found=value is not None, value=value)
 
     async def DictClear(self, request: api_pb2.DictClearRequest) -> Empty:
-        self._dicts[request.dict_id].clear()
+        self.dicts[request.dict_id].clear()
         return Empty()
 
     async def DictContents(self, request: api_pb2.DictContentsRequest) -> AsyncIterator[api_pb2.DictEntry]:
-        for key, value in list(self._dicts[request.dict_id].items()):
+        for key, value in list(self.dicts[request.dict_id].items()):
             yield api_pb2.DictEntry(key=key if request.keys else b"", value=value if request.values else b"")
-
-    # Queues
-
-    async def QueueGetOrCreate(self, request: api_pb2.QueueGetOrCreateRequest) -> api_pb2.QueueGetOrCreateResponse:
-        queue_id = self._queues.get_or_create(request, lambda: defaultdict(Partition))
-        metadata = api_pb2.QueueMetadata(name=request.deployment_name, creation_info=_created())
-        return api_pb2.QueueGetOrCreateResponse(queue_id=queue_id, metadata=metadata)
-
-    async def QueuePut(self, request: api_pb2.QueuePutRequest) -> Empty:
-        partition = self._queues[request.queue_id][request.partition_key]
-        if len(partition.values) + len(request.values) > LONGEST_QUEUE:
-            raise GRPCError(Status.RESOURCE_EXHAUSTED, "the queue is full")
-        partition.values.extend(request.values)
-        partition.changes.notify()
-        return Empty()
-
-    async def QueueGet(self, request: api_pb2.QueueGetRequest) -> AsyncIterator[api_pb2.QueueGetResponse]:
-        partition = self._queues[request.queue_id][request.partition_key]
-        await partition.changes.until(lambda: partition.values, max(0.0, request.timeout))
-        values = [partition.values.popleft() for _ in range(min(request.n_values or 1, len(partition.values)))]
-        try:
-            yield api_pb2.QueueGetResponse(values=values)
-        except GeneratorExit:  # it was not sent: whoever asked is gone
-            partition.values.extendleft(reversed(values))
-            partition.changes.notify()
-            raise
-
-    async def QueueLen(self, request: api_pb2.QueueLenRequest) -> api_pb2.QueueLenResponse:
-        partitions = self._queues[request.queue_id]
-        counted = list(partitions.values()) if request.total else [partitions[request.partition_key]]
-        return api_pb2.QueueLenResponse(len=sum(len(partition.values) for partition in counted))
-
-    async def QueueClear(self, request: api_pb2.QueueClearRequest) -> Empty:
-        partitions = self._queues[request.queue_id]
-        for partition in list(partitions.values()) if request.all_partitions else [partitions[request.partition_key]]:
-            partition.values.clear()
-        return Empty()
 
     # Volumes
 
@@ -171,19 +114,63 @@ class Storage:
         return directory
 
     async def VolumeGetOrCreate(self, request: api_pb2.VolumeGetOrCreateRequest) -> api_pb2.VolumeGetOrCreateResponse:
-        volume_id = self.volumes.get_or_create(
+        record = self.volumes.get_or_create(
             request, lambda: self.volume_directory(request.deployment_name or new_id("unnamed"))
         )
-        metadata = api_pb2.VolumeMetadata(version=request.version, name=request.deployment_name, creation_info=_created())
-        return api_pb2.VolumeGetOrCreateResponse(volume_id=volume_id, version=request.version, metadata=metadata)
+        return api_pb2.VolumeGetOrCreateResponse(
+            volume_id=record.id, version=request.version, metadata=_volume_metadata(record, request.version)
+        )
+
+    async def VolumeGetById(self, request: api_pb2.VolumeGetByIdRequest) -> api_pb2.VolumeGetByIdResponse:
+        record = self.volumes.record(request.volume_id)
+        return api_pb2.VolumeGetByIdResponse(volume_id=record.id, metadata=_volume_metadata(record))
+
+    async def VolumeHeartbeat(self, request: api_pb2.VolumeHeartbeatRequest) -> Empty:
+        self.volumes.heartbeat(request.volume_id)
+        return Empty()
+
+    async def VolumeCommit(self, request: api_pb2.VolumeCommitRequest) -> api_pb2.VolumeCommitResponse:
+        self.volumes.record(request.volume_id)  # a directory of this machine: all see at once what is written
+        return api_pb2.VolumeCommitResponse()
+
+    async def VolumeReload(self, request: api_pb2.VolumeReloadRequest) -> Empty:
+        self.volumes.record(request.volume_id)
+        return Empty()
+
+    async def VolumeDelete(self, request: api_pb2.VolumeDeleteRequest) -> Empty:
+        self.volumes.delete(request.volume_id)
+        return Empty()
+
+    async def VolumeList(self, request: api_pb2.VolumeListRequest) -> api_pb2.VolumeListResponse:
+        response = api_pb2.VolumeListResponse(environment_name=request.environment_name)
+        for record in self.volumes.page(request):
+            metadata = _volume_metadata(record)
+            response.items.add(label=record.name, volume_id=record.id, created_at=record.created, metadata=metadata)
+        return response
+
+    # Secrets
 
     async def SecretGetOrCreate(self, request: api_pb2.SecretGetOrCreateRequest) -> api_pb2.SecretGetOrCreateResponse:
-        secret_id = self.secrets.get_or_create(request, lambda: dict(request.env_dict))
-        keys = self.secrets[secret_id].keys()
-        if missing := [key for key in request.required_keys if key not in keys]:
+        record = self.secrets.get_or_create(request, lambda: dict(request.env_dict))
+        if missing := [key for key in request.required_keys if key not in record.thing]:
             raise not_found(f"Secret '{request.deployment_name}' is missing required key(s): {', '.join(missing)}")
-        metadata = api_pb2.SecretMetadata(name=request.deployment_name, creation_info=_created(), keys=keys)
-        return api_pb2.SecretGetOrCreateResponse(secret_id=secret_id, metadata=metadata)
+        return api_pb2.SecretGetOrCreateResponse(secret_id=record.id, metadata=_secret_metadata(record))
+
+    async def SecretDelete(self, request: api_pb2.SecretDeleteRequest) -> Empty:
+        self.secrets.delete(request.secret_id)
+        return Empty()
+
+    async def SecretList(self, request: api_pb2.SecretListRequest) -> api_pb2.SecretListResponse:
+        response = api_pb2.SecretListResponse(environment_name=request.environment_name)
+        for record in self.secrets.page(request):
+            response.items.add(
+                label=record.name,
+                created_at=record.created,
+                environment_name=record.environment,
+                secret_id=record.id,
+                metadata=_secret_metadata(record),
+            )
+        return response
 
     # Mounts
 
@@ -206,7 +193,8 @@ class Storage:
             # Modal publishes its client's code so; containers here import the one that is installed.
             mount_id = self._mounts.put({})
         else:
-            mount_id = self._mounts.get_or_create(request, lambda: {file.filename: file.sha256_hex for file in request.files})
+            files = {file.filename: file.sha256_hex for file in request.files}
+            mount_id = self._mounts.get_or_create(request, lambda: files).id
         digest = hashlib.sha256(repr(sorted(self._mounts[mount_id].items())).encode()).hexdigest()
         metadata = api_pb2.MountHandleMetadata(content_checksum_sha256_hex=digest)
         return api_pb2.MountGetOrCreateResponse(mount_id=mount_id, handle_metadata=metadata)

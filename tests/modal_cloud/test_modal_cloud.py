@@ -120,6 +120,75 @@ async def test_dicts_are_shared_by_name(client: modal.Client) -> None:
         await modal.Dict.from_name("other", client=client).len.aio()
 
 
+@pytest.mark.parametrize("kind", [modal.Queue, modal.Dict])
+async def test_what_is_ephemeral_expires_without_heartbeats(cloud: ModalCloud, client: modal.Client, kind: Any) -> None:
+    usual, cloud.ephemeral_lifetime = cloud.ephemeral_lifetime, 0.5
+    async with kind.ephemeral(client=client, _heartbeat_sleep=0.1) as kept, kind.ephemeral(client=client) as left:
+        await asyncio.sleep(0.8)
+        assert await kept.len.aio() == 0
+        with pytest.raises(NotFoundError, match=f"{left.object_id} not found"):
+            await left.len.aio()
+        cloud.ephemeral_lifetime = usual
+        named = kind.from_name("not-ephemeral", create_if_missing=True, client=client)
+        assert await named.len.aio() == 0
+        await asyncio.to_thread(cloud.expire_ephemeral)
+        with pytest.raises(NotFoundError):
+            await kept.len.aio()
+        assert await named.len.aio() == 0
+
+
+async def test_who_waits_at_a_queue_hears_that_it_is_gone(cloud: ModalCloud, client: modal.Client) -> None:
+    async with modal.Queue.ephemeral(client=client) as answers:
+        arrived = cloud.rpcs["QueueGet"]
+        waiting = asyncio.create_task(answers.get.aio())
+        await until(lambda: cloud.rpcs["QueueGet"] > arrived, "it waits")
+        await asyncio.to_thread(cloud.expire_ephemeral)
+        with pytest.raises(NotFoundError):
+            await waiting
+
+
+async def test_a_partition_is_cleared_some_time_after_its_last_put(client: modal.Client) -> None:
+    async with modal.Queue.ephemeral(client=client) as answers:
+        await answers.put.aio("old", partition="short", partition_ttl=1)
+        await answers.put.aio("kept", partition="long")
+        await asyncio.sleep(1.1)
+        assert await answers.get_many.aio(1, block=False, partition="short") == []
+        assert await answers.get.aio(partition="long") == "kept"
+
+
+async def test_values_of_a_queue_may_be_read_and_left_there(client: modal.Client) -> None:
+    named = modal.Queue.from_name("read", create_if_missing=True, client=client)
+    await named.put_many.aio([1, 2, 3])
+    assert [value async for value in named.iterate.aio()] == [1, 2, 3]
+    assert await named.len.aio() == 3
+
+
+@pytest.mark.parametrize("kind", ["dict", "queue", "volume", "secret"])
+def test_the_command_makes_lists_and_deletes(cloud: ModalCloud, kind: str) -> None:
+    def modal_command(*arguments: str) -> str:
+        done = cloud.cli(kind, *arguments)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    modal_command("create", "to-delete", *(["KEY=value"] if kind == "secret" else []))
+    assert "to-delete" in modal_command("list")
+    modal_command("delete", "--yes", "to-delete")
+    assert "to-delete" not in modal_command("list")
+    missing = cloud.cli(kind, "delete", "--yes", "to-delete")
+    assert (missing.returncode, "not found" in missing.stderr) == (1, True), missing.stderr
+
+
+async def test_what_is_deleted_is_gone_for_those_who_hold_it(cloud: ModalCloud, client: modal.Client) -> None:
+    held = modal.Dict.from_name("held", create_if_missing=True, client=client)
+    await held.put.aio("key", 1)
+    assert (await asyncio.to_thread(cloud.cli, "dict", "delete", "--yes", "held")).returncode == 0
+    for use in (held.put.aio("key", 2), held.get.aio("key"), held.len.aio()):
+        with pytest.raises(NotFoundError):
+            await use
+    made_again = modal.Dict.from_name("held", create_if_missing=True, client=client)
+    assert await made_again.len.aio() == 0
+
+
 async def test_what_is_not_deployed_is_not_found(client: modal.Client) -> None:
     for lookup in (modal.Cls.from_name, modal.Function.from_name):
         for app, name in (("sample", "Other"), ("other", "Model")):
@@ -261,6 +330,18 @@ async def test_rpcs_may_be_limited_slow_or_fail_now_and_then(cloud: ModalCloud, 
     await model.echo.remote.aio(1)
     assert asyncio.get_running_loop().time() - started >= 0.3
     cloud.calm()
+
+
+async def test_a_deleted_volume_leaves_no_files_and_starts_no_containers(cloud: ModalCloud, model: Any) -> None:
+    await model.write.remote.aio("left", "text")
+    await asyncio.to_thread(cloud.scale_to_zero, "Model")
+    assert (await asyncio.to_thread(cloud.cli, "volume", "delete", "--yes", "sample-volume")).returncode == 0
+    with pytest.raises(RemoteError, match=r"Volume .* not found"):
+        await model.echo.remote.aio(1)
+    mount = cloud.function("Model").volume_mounts[0].mount_path
+    deployed = await asyncio.to_thread(cloud.cli, "deploy", str(SAMPLE), env={"SAMPLE_VOLUME": mount})
+    assert deployed.returncode == 0
+    assert list(cloud.volume_dir("sample-volume").iterdir()) == []
 
 
 async def test_a_redeployment_replaces_containers(cloud: ModalCloud, client: modal.Client) -> None:
