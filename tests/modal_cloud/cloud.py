@@ -156,7 +156,7 @@ class ModalCloud:
 
     @property
     def ephemeral_lifetime(self) -> float:
-        """Seconds without a heartbeat after which ephemeral queues, dicts and volumes are gone; applies from the next one on."""
+        """Seconds without a heartbeat after which ephemeral queues, dicts and volumes are gone; counts from the next one."""
         return self._lifetime.seconds
 
     @ephemeral_lifetime.setter
@@ -261,6 +261,10 @@ class ModalCloud:
     def set_stats(self, backlog: int | None, runners: int = 0) -> None:
         """Has `get_current_stats` answer this, or the truth with None."""
         self._calls.stats = None if backlog is None else (backlog, runners)
+
+    def set_clock(self, name: str, seconds: float) -> None:
+        """Sets the wall clock wrong of containers that start from now on: those of an app, or of one function, `app/name`."""
+        self._launcher.clocks.set(name, seconds)
 
     def down(self) -> None:
         """Closes the connections, and refuses new ones; containers go on, but reach nothing outside themselves."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from grpclib import GRPCError, Status
 from modal_proto import api_pb2
 
+from tests.modal_cloud.clocks import Clocks, with_clock
 from tests.modal_cloud.container import Container
 from tests.modal_cloud.handles import layout_of
 from tests.modal_cloud.images import Images
@@ -24,6 +25,7 @@ class Launcher:
         self._directory = directory
         self._storage = storage
         self._images = images
+        self.clocks = Clocks()
         self.server_url = ""
 
     def start(self, function: Function) -> tuple[Container, int]:
@@ -92,7 +94,7 @@ class Launcher:
                     environ[name] = string.Template(value).safe_substitute(environ)
         for secret_id in definition.secret_ids:
             environ.update(self._storage.secrets[secret_id])
-        return environ | {
+        environ |= {
             "PYTHONPATH": str(home),
             "PYTHONUNBUFFERED": "1",
             "NO_PROXY": "127.0.0.1,localhost",
@@ -104,3 +106,5 @@ class Launcher:
             "MODAL_CONTAINER_ARGUMENTS_PATH": str(arguments),
             "MODAL_OVERRIDE_HEADERS": f"x-task-id:{container.task_id}",
         }
+        function = container.function
+        return with_clock(environ, self.clocks.offset(function.app.description, function.tag))

@@ -5,8 +5,10 @@ import os
 import socket
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +99,14 @@ class Model:
     @modal.method()
     async def surroundings(self) -> tuple[dict[str, str], str]:
         return dict(os.environ), __file__
+
+    @modal.method()
+    async def clocks(self) -> tuple[list[float], float, Any]:
+        now = datetime.now(UTC)
+        assert isinstance(now, datetime)
+        assert isinstance(datetime.fromtimestamp(0, UTC), date)
+        readings = [time.time(), time.time_ns() / 1e9, now.timestamp(), time.mktime(time.localtime()), time.clock_gettime(0)]
+        return readings, time.monotonic(), now
 
     @modal.method()
     async def write(self, name: str, text: str) -> None:

@@ -1,11 +1,16 @@
 """The stand-in of Modal's cloud does what the real client and real containers expect of it."""
 
 import asyncio
+import os
 import queue
 import signal
 import socket
 import ssl
+import subprocess
+import sys
+import time
 from collections.abc import AsyncIterator, Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +21,7 @@ from modal.exception import AuthError, FunctionTimeoutError, InternalFailure, No
 from modal.exception import ConnectionError as NoConnection
 from modal_proto import api_pb2
 
-from tests.modal_cloud import Container, ModalCloud
+from tests.modal_cloud import Container, ModalCloud, with_clock
 from tests.serving import until
 
 SAMPLE = Path(__file__).parent / "sample_app.py"
@@ -248,6 +253,23 @@ async def test_a_container_that_cannot_start_fails_its_inputs(client: modal.Clie
         await modal.Cls.from_name("sample", "Broken", client=client)().answer.remote.aio()
 
 
+async def test_the_clocks_of_containers_may_be_wrong(cloud: ModalCloud, client: modal.Client) -> None:
+    for name, offset, within in (("sample", -600, 5), ("sample/Model", 100, 5), ("sample/Model", 0, 5)):
+        cloud.set_clock(name, offset)
+        await asyncio.to_thread(cloud.scale_to_zero, "Model")
+        readings, monotonic, now = await modal.Cls.from_name("sample", "Model", client=client)().clocks.remote.aio()
+        assert [round(reading - time.time() - offset) for reading in readings] == pytest.approx([0] * 5, abs=within)
+        assert abs(monotonic - time.monotonic()) < within
+        assert type(now) is datetime
+    cloud.set_clock("sample", 0)
+
+
+def test_the_clock_of_a_client_may_be_wrong() -> None:
+    environ = with_clock(os.environ, -3600)
+    told = subprocess.check_output([sys.executable, "-c", "import time; print(time.time())"], env=environ)
+    assert abs(float(told) + 3600 - time.time()) < 5
+
+
 def speak(cloud: ModalCloud, port: int, alpn: list[str]) -> tuple[str | None, bytes]:
     """Returns the protocol and the answer through a relay."""
     context = ssl.create_default_context(cadata=cloud.ca_certificate.decode())
@@ -342,6 +364,7 @@ async def test_a_deleted_volume_leaves_no_files_and_starts_no_containers(cloud: 
     deployed = await asyncio.to_thread(cloud.cli, "deploy", str(SAMPLE), env={"SAMPLE_VOLUME": mount})
     assert deployed.returncode == 0
     assert list(cloud.volume_dir("sample-volume").iterdir()) == []
+    await until(lambda: len(cloud.containers("Gateway")) == 1, "the container of the old version has ended")
 
 
 async def test_a_redeployment_replaces_containers(cloud: ModalCloud, client: modal.Client) -> None:
