@@ -67,6 +67,7 @@ class Apps:
 
     async def AppCreate(self, request: api_pb2.AppCreateRequest) -> api_pb2.AppCreateResponse:
         app = App(new_id("ap"), request.environment_name or DEFAULT_ENVIRONMENT, request.description, request.app_state)
+        app.tags = dict(request.tags)
         self._apps[app.id] = app
         return api_pb2.AppCreateResponse(app_id=app.id, app_page_url=f"https://modal.com/apps/{WORKSPACE}/{app.id}")
 
@@ -78,6 +79,52 @@ class Apps:
         if app := self._deployed.get((environment, request.name)):
             response.lifecycle.app_state = app.state
             setattr(response, "previous_app_id" if app.stopped else "app_id", app.id)
+        return response
+
+    async def AppGetOrCreate(self, request: api_pb2.AppGetOrCreateRequest) -> api_pb2.AppGetOrCreateResponse:
+        environment = request.environment_name or DEFAULT_ENVIRONMENT
+        app = self._deployed.get((environment, request.app_name))
+        if app is None or app.stopped:
+            if request.object_creation_type != api_pb2.OBJECT_CREATION_TYPE_CREATE_IF_MISSING:
+                raise not_found(f"App '{request.app_name}' not found in environment '{environment}'")
+            app = App(new_id("ap"), environment, request.app_name, api_pb2.APP_STATE_DEPLOYED)
+            self._apps[app.id] = self._deployed[environment, request.app_name] = app
+        metadata = api_pb2.AppHandleMetadata(description=app.description, app_id=app.id, environment_name=environment)
+        return api_pb2.AppGetOrCreateResponse(app_id=app.id, handle_metadata=metadata)
+
+    async def AppSetTags(self, request: api_pb2.AppSetTagsRequest) -> Empty:
+        self._app(request.app_id).tags = dict(request.tags)
+        return Empty()
+
+    async def AppGetTags(self, request: api_pb2.AppGetTagsRequest) -> api_pb2.AppGetTagsResponse:
+        return api_pb2.AppGetTagsResponse(tags=self._app(request.app_id).tags)
+
+    async def AppList(self, request: api_pb2.AppListRequest) -> api_pb2.AppListResponse:
+        response = api_pb2.AppListResponse()
+        for app in self._apps.values():
+            if app.environment == (request.environment_name or DEFAULT_ENVIRONMENT):
+                running = sum(container.function.app is app for container in self._fleet.live)
+                response.apps.add(
+                    app_id=app.id,
+                    description=app.description,
+                    state=app.state,
+                    created_at=app.created,
+                    n_running_tasks=running,
+                    name=app.description,
+                )
+        return response
+
+    async def TaskList(self, request: api_pb2.TaskListRequest) -> api_pb2.TaskListResponse:
+        response = api_pb2.TaskListResponse()
+        for container in self._fleet.live:
+            app = container.function.app
+            if request.app_id in {"", app.id} and app.environment == (request.environment_name or DEFAULT_ENVIRONMENT):
+                response.tasks.add(
+                    task_id=container.task_id,
+                    app_id=app.id,
+                    app_description=app.description,
+                    started_at=container.started if container.ready else 0,
+                )
         return response
 
     async def AppGetLifecycle(self, request: api_pb2.AppGetLifecycleRequest) -> api_pb2.AppGetLifecycleResponse:
@@ -93,7 +140,7 @@ class Apps:
 
     async def AppPublish(self, request: api_pb2.AppPublishRequest) -> api_pb2.AppPublishResponse:
         app = self._app(request.app_id)
-        app.state, app.class_ids = request.app_state, dict(request.class_ids)
+        app.state, app.class_ids, app.tags = request.app_state, dict(request.class_ids), dict(request.tags)
         app.functions = {tag: self.functions[function_id] for tag, function_id in request.function_ids.items()}
         app.version += 1
         self._apps[app.id] = self._apps.pop(app.id)  # the last is the last that was published

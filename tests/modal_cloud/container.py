@@ -30,6 +30,7 @@ class Container:
         self.function = function
         self.definition = function.definition
         self.version = function.app.version
+        self.started = time.time()
         self.root = root / self.task_id
         self.process: subprocess.Popen[bytes]
         self.ready = False

@@ -19,7 +19,7 @@ PORT = int(os.environ.get("SAMPLE_PORT", "8000"))
 VARIABLES: dict[str, str | None] = {"SAMPLE_VOLUME": VOLUME, "SAMPLE_PORT": str(PORT)}
 
 image = modal.Image.debian_slim(python_version="3.11").pip_install("numpy").env({"FROM_IMAGE": "an image"})
-app = modal.App("sample", image=image)
+app = modal.App("sample", image=image, tags={"made": "at-deployment"})
 
 
 def say(what: str) -> None:

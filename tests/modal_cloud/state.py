@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import time
 from collections import deque
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -77,6 +78,8 @@ class App:
     version: int = 0
     functions: dict[str, "Function"] = field(default_factory=dict)
     class_ids: dict[str, str] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
+    created: float = field(default_factory=time.time)
     logs: list[api_pb2.TaskLogsBatch] = field(default_factory=list)
     changes: Changes = field(default_factory=Changes)
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from modal.exception import AuthError, FunctionTimeoutError, InternalFailure, No
 from modal.exception import ConnectionError as NoConnection
 from modal_proto import api_pb2
 
-from tests.modal_cloud import Container, ModalCloud, with_clock
+from tests.modal_cloud import Container, ModalCloud, Tunnel, with_clock
 from tests.serving import until
 
 SAMPLE = Path(__file__).parent / "sample_app.py"
@@ -270,6 +271,23 @@ def test_the_clock_of_a_client_may_be_wrong() -> None:
     assert abs(float(told) + 3600 - time.time()) < 5
 
 
+async def test_an_app_has_tags(client: modal.Client) -> None:
+    app = await modal.App.lookup.aio("sample", client=client)
+    assert await app.get_tags.aio(client=client) == {"made": "at-deployment"}
+    await app.set_tags.aio({"made": "later"}, client=client)
+    assert await app.get_tags.aio(client=client) == {"made": "later"}
+    with pytest.raises(NotFoundError, match="App 'other' not found"):
+        await modal.App.lookup.aio("other", client=client)
+    assert await (await modal.App.lookup.aio("new", client=client, create_if_missing=True)).get_tags.aio(client=client) == {}
+
+
+def test_the_command_lists_apps_and_containers(cloud: ModalCloud) -> None:
+    (gateway,) = cloud.containers("Gateway")
+    for command, expected in (("app", "sample"), ("container", gateway.task_id)):
+        listed = cloud.cli(command, "list")
+        assert (listed.returncode, expected in listed.stdout) == (0, True), listed.stdout + listed.stderr
+
+
 def speak(cloud: ModalCloud, port: int, alpn: list[str]) -> tuple[str | None, bytes]:
     """Returns the protocol and the answer through a relay."""
     context = ssl.create_default_context(cadata=cloud.ca_certificate.decode())
@@ -293,6 +311,49 @@ async def test_tunnels_live_as_long_as_their_container(cloud: ModalCloud) -> Non
     with pytest.raises(OSError, match="refused"):
         speak(cloud, h2.port, ["h2"])
     await until(lambda: len(cloud.tunnels) == 4, "another container has come in its place")
+
+
+async def test_a_tunnel_may_be_cut_or_refuse_or_fall_silent(cloud: ModalCloud) -> None:
+    (gateway,) = cloud.containers("Gateway")
+
+    def tunnels() -> list[Tunnel]:
+        return [tunnel for tunnel in cloud.tunnels if tunnel.open and tunnel.task_id == gateway.task_id]
+
+    await until(lambda: len(tunnels()) == 2, "the tunnels are open")
+    await asyncio.to_thread(_befall, cloud, tunnels()[0])
+
+
+def _befall(cloud: ModalCloud, tunnel: Tunnel) -> None:
+    context = ssl.create_default_context(cadata=cloud.ca_certificate.decode())
+
+    def connected() -> ssl.SSLSocket:
+        return context.wrap_socket(socket.create_connection(("localhost", tunnel.port), 1), server_hostname="localhost")
+
+    def echo(connection: ssl.SSLSocket) -> bytes:
+        with suppress(ConnectionError, ssl.SSLEOFError):
+            connection.sendall(b"hello")
+            return connection.recv(5)
+        return b""
+
+    with connected() as connection:
+        assert echo(connection) == b"hello"
+        tunnel.cut()
+        assert echo(connection) == b""
+    with connected() as connection:
+        assert echo(connection) == b"hello"
+        tunnel.silence()
+        with pytest.raises(TimeoutError):
+            echo(connection)
+        with pytest.raises(TimeoutError):
+            connected()
+        tunnel.restore()
+    tunnel.refuse()
+    with pytest.raises(ConnectionRefusedError):
+        connected()
+    assert tunnel.open, "nobody was told"
+    tunnel.restore()
+    with connected() as connection:
+        assert echo(connection) == b"hello"
 
 
 async def test_a_server_is_reached_at_its_url(cloud: ModalCloud, client: modal.Client) -> None:

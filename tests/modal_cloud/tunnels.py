@@ -43,19 +43,50 @@ class Relay:
         self._context = context
         self._target = target
         self._listener: asyncio.Server | None = None
+        self._port = 0
         self._writers: set[asyncio.StreamWriter] = set()
+        self._passes = asyncio.Event()
+        self._passes.set()
 
     async def open(self) -> int:
-        """Starts to listen, and returns the port."""
-        self._listener = await asyncio.start_server(self._relay, "127.0.0.1", 0, ssl=self._context)
-        return int(self._listener.sockets[0].getsockname()[1])
+        """Starts to listen, on the same port each time, and returns the port."""
+        await self._listen(self._relay, self._context)
+        return self._port
 
     def close(self) -> None:
         """Stops listening, and cuts the connections."""
         if self._listener is not None:
             self._listener.close()
+            self._listener = None
+        self.cut()
+        self._passes.set()
+
+    def cut(self) -> None:
+        """Resets the connections there are."""
         for writer in self._writers:
             writer.transport.abort()
+
+    async def silence(self) -> None:
+        """Lets no byte through any more, in either direction: connections stay, and new ones are accepted and not answered."""
+        self._passes.clear()
+        if self._listener is not None:
+            self._listener.close()
+        await self._listen(self._ignore, None)
+
+    async def restore(self) -> None:
+        """Does again what a relay is for; connections that were accepted in silence are reset."""
+        self.close()
+        await self.open()
+
+    async def _listen(
+        self, accept: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]], context: ssl.SSLContext | None
+    ) -> None:
+        self._listener = await asyncio.start_server(accept, "127.0.0.1", self._port, ssl=context)
+        self._port = int(self._listener.sockets[0].getsockname()[1])
+
+    async def _ignore(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writers.add(writer)
+        writer.transport.pause_reading()  # type: ignore[attr-defined]
 
     async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._writers.add(writer)
@@ -67,19 +98,19 @@ class Relay:
             return
         self._writers.add(onward_writer)
         try:
-            await asyncio.gather(_pump(reader, onward_writer), _pump(onward_reader, writer))
+            await asyncio.gather(self._pump(reader, onward_writer), self._pump(onward_reader, writer))
         finally:
             self._writers -= {writer, onward_writer}
             for end in (writer, onward_writer):
                 end.transport.abort()
 
-
-async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    with suppress(OSError):
-        while data := await reader.read(2**16):
-            writer.write(data)
-            await writer.drain()
-    writer.close()
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(OSError):
+            while data := await reader.read(2**16):
+                await self._passes.wait()
+                writer.write(data)
+                await writer.drain()
+        writer.close()
 
 
 @dataclass(eq=False)
@@ -92,11 +123,36 @@ class Tunnel:
     host: str
     port: int
     relay: Relay
+    loop: asyncio.AbstractEventLoop
     open: bool = True
 
     def close(self) -> None:
         self.open = False
         self.relay.close()
+
+    # What befalls it, while Modal and the container think that all is well; called from other threads than the cloud's.
+
+    def cut(self) -> None:
+        """Resets the connections there are; new ones are served."""
+        self._do(self.relay.cut)
+
+    def refuse(self) -> None:
+        """Resets the connections, and refuses new ones."""
+        self._do(self.relay.close)
+
+    def silence(self) -> None:
+        """Lets no byte through any more: connections stay, and new ones are accepted, and nothing answers."""
+        asyncio.run_coroutine_threadsafe(self.relay.silence(), self.loop).result(10)
+
+    def restore(self) -> None:
+        """Ends what has befallen it."""
+        asyncio.run_coroutine_threadsafe(self.relay.restore(), self.loop).result(10)
+
+    def _do(self, what: Callable[[], None]) -> None:
+        async def do() -> None:
+            what()
+
+        asyncio.run_coroutine_threadsafe(do(), self.loop).result(10)
 
 
 class Tunnels:
@@ -121,7 +177,8 @@ class Tunnels:
             return request.port
 
         relay = Relay(self._certificates.context(h2=request.tunnel_type == api_pb2.TUNNEL_TYPE_H2), target)
-        tunnel = Tunnel(container.task_id, request.port, request.tunnel_type, HOST, await relay.open(), relay)
+        port, loop = await relay.open(), asyncio.get_running_loop()
+        tunnel = Tunnel(container.task_id, request.port, request.tunnel_type, HOST, port, relay, loop)
         self.all.append(tunnel)
         container.at_exit.append(tunnel.close)
         return api_pb2.TunnelStartResponse(host=tunnel.host, port=tunnel.port)
