@@ -16,3 +16,9 @@ async def test_it_fails_only_on_the_prompts_that_it_is_told(how: dict[str, int])
         assert raised.value.code() is grpc.StatusCode.INTERNAL
         response = await target.stub.GenerateAll(pb.GenerationRequest(text="Please succeed.", max_tokens=2))
         assert response.responses[0].generated_tokens == 2
+
+
+async def test_it_plays_the_prompt_of_each_caller() -> None:
+    async with serving(ScriptedEngine(Script(plays_prompt=True, bytes_per_token=3))) as target:
+        response = await target.stub.GenerateAll(pb.GenerationRequest(text="ab🦙cd", max_tokens=5))
+        assert response.responses[0].text == "ab🦙cdab🦙"

@@ -155,6 +155,11 @@ class ModalCloud:
         return self._storage.volume_directory(name)
 
     @property
+    def dicts(self) -> list[str]:
+        """The names of the dicts that have one."""
+        return [record.name for record in self._storage.dicts if record.name]
+
+    @property
     def ephemeral_lifetime(self) -> float:
         """Seconds without a heartbeat after which ephemeral queues, dicts and volumes are gone; counts from the next one."""
         return self._lifetime.seconds

@@ -44,6 +44,8 @@ class Script(BaseModel):
 
     text: Annotated[str, Field(min_length=1)] = "The llama 🦙 is a domesticated South American camelid. "
     """What every sample says, over and over."""
+    plays_prompt: bool = False
+    """Whether a sample says the prompt over and over instead, so that a caller can tell its text from any other's."""
     bytes_per_token: Annotated[int, Field(ge=1)] = 4
     """How many bytes a token has; small ones cut multi-byte characters in two."""
     prompt_delay: Seconds = 0
@@ -77,9 +79,10 @@ class Script(BaseModel):
     tokenize_delay: Seconds = 0
     """Seconds to tokenize a prompt, which nothing can interrupt."""
 
-    def tokens(self) -> list[bytes]:
-        """Returns the tokens of the text, whose positions are their ids."""
-        return _tokenize(self.text, self.bytes_per_token)
+    def tokens(self, prompt: str) -> list[bytes]:
+        """Returns the tokens that a sample says over and over, whose positions are their ids."""
+        encoded = (prompt if self.plays_prompt else self.text).encode()
+        return [encoded[start : start + self.bytes_per_token] for start in range(0, len(encoded), self.bytes_per_token)]
 
 
 class ScriptedEngine:
@@ -90,7 +93,6 @@ class ScriptedEngine:
         self.running = 0
         """How many generations are under way: not queued, not ended."""
         self._calls = 0
-        self._tokens = self.script.tokens()
         self._capacity = Capacity(slots=self.script.slots, tokens=0)
 
     async def __aenter__(self) -> Self:
@@ -132,6 +134,7 @@ class ScriptedEngine:
     async def _play(self, request: GenerationRequest, prompt_tokens: int) -> AsyncGenerator[Event, None]:
         samples = [GrowingSample(index, prompt_tokens, request.stop) for index in range(request.num_samples)]
         decoders = [codecs.getincrementaldecoder("utf-8")() for _ in samples]
+        tokens = self.script.tokens(request.text)
         ends = [self._end(request, index) for index in range(request.num_samples)]
         fail_after = self.script.fail_after if self.script.fail_on in request.text else None
         generated = 0
@@ -141,7 +144,7 @@ class ScriptedEngine:
             if generated == self.script.hang_after:
                 await asyncio.Event().wait()
             await asyncio.sleep(self.script.token_delay)
-            token_id = generated % len(self._tokens)
+            token_id = generated % len(tokens)
             generated += 1
             for sample, decoder, end in zip(samples, decoders, ends, strict=True):
                 if sample.finished:
@@ -149,7 +152,7 @@ class ScriptedEngine:
                 if token_id in request.eos_token_ids or generated == end:
                     events = sample.end("stop", generated)
                 else:
-                    events = sample.add(decoder.decode(self._tokens[token_id]), generated)
+                    events = sample.add(decoder.decode(tokens[token_id]), generated)
                 for event in events:
                     yield event
                 if generated == request.max_tokens and not sample.finished:
@@ -188,8 +191,3 @@ class ScriptedEngine:
             shared_context_tokens=self.script.shared_context_tokens,
             tokenizers=self.script.tokenizers,
         )
-
-
-def _tokenize(text: str, bytes_per_token: int) -> list[bytes]:
-    encoded = text.encode()
-    return [encoded[start : start + bytes_per_token] for start in range(0, len(encoded), bytes_per_token)]
