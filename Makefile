@@ -5,11 +5,11 @@ PYTHON ?= python3
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-floor check format generate bench soak fuzz lock baseline clean
+.PHONY: help install serve test test-floor check format generate bench soak fuzz chaos lock baseline clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo '  ARGS="…" is passed on to serve, test, test-floor, bench and lock; PYTHON=… is the interpreter to install with.'
+	@echo '  ARGS="…" is passed on to serve, test, test-floor, bench, soak, chaos and lock; PYTHON=… is the interpreter to install with.'
 
 install: .venv/.installed ## Build .venv with everything for work on the project
 
@@ -27,6 +27,9 @@ bench: .venv/.installed ## Run the benchmarks
 
 fuzz: .venv/.installed ## Fuzz the server, and abuse its HTTP/2 and the embedded engine, for some minutes
 	.venv/bin/python -m fuzz
+
+chaos: .venv/.installed ## Call a deployment on the stand-in of Modal while it fails, for up to ten minutes
+	.venv/bin/python -m chaos $(ARGS)
 
 soak: .venv/.installed ## Call a server for ten minutes, and look for what it holds on to
 	.venv/bin/python -m benchmarks.soak $(ARGS)
@@ -74,7 +77,7 @@ lock: .venv/.installed ## Bring requirements/*.txt in line with pyproject.toml
 
 clean: ## Remove environments, caches and builds
 	rm -rf $(ENVIRONMENTS) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	find client proto server tests benchmarks fuzz -name __pycache__ -prune -exec rm -rf {} +
+	find client proto server tests benchmarks chaos fuzz -name __pycache__ -prune -exec rm -rf {} +
 
 # Environments. Each is made anew from its locks. The stamp is written last, so that an interrupted one is begun again, and
 # holds the folder's path, as the environment itself does: one that was moved or copied is made anew too.

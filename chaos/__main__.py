@@ -32,7 +32,8 @@ class Row:
 
     Attributes:
         outcomes: Those of the calls.
-        rpcs: How many RPCs Modal answered in it.
+        rpcs: How many RPCs Modal got in it.
+        struck: How many of them were delayed, limited or refused.
         left: How many calls Modal had in the end, and after so many seconds (`settled`).
         broken: The promises that did not hold.
     """
@@ -40,6 +41,7 @@ class Row:
     name: str
     outcomes: Sequence[Outcome]
     rpcs: int
+    struck: int
     left: int
     settled: float
     broken: Sequence[str]
@@ -48,19 +50,21 @@ class Row:
         finished = [outcome.ended - outcome.begun for outcome in self.outcomes if outcome.status == "OK"]
         asked = sum(outcome.as_planned for outcome in self.outcomes if outcome.end != "finish")
         others = Counter(outcome.status for outcome in self.outcomes if not outcome.as_planned)
+        verdict = "BROKEN" if self.broken else "ok"
         told = ", ".join(f"{count} {status}" for status, count in others.most_common()) or "-"
         return (
             f"{self.name:<34} {len(self.outcomes):>6} {len(finished):>6} {asked:>6} {max(finished, default=0):>7.1f} "
-            f"{self.rpcs:>7} {self.left:>4} {self.settled:>6.1f}  {'BROKEN' if self.broken else 'ok':<7} {told}"
+            f"{self.rpcs:>7} {self.struck:>6} {self.left:>4} {self.settled:>6.1f}  {verdict:<7} {told}"
         )
 
 
 HEADER: Final = (
-    f"{'scenario':<34} {'calls':>6} {'OK':>6} {'ended':>6} {'slowest':>7} {'RPCs':>7} {'left':>4} {'after':>6}  "
+    f"{'scenario':<34} {'calls':>6} {'OK':>6} {'ended':>6} {'slowest':>7} {'RPCs':>7} {'struck':>6} {'left':>4} {'after':>6}  "
     f"{'':<7} other statuses"
 )
 LEGEND: Final = (
     "ended: cancelled or cut short by their callers, as planned; slowest: seconds of a call that was OK; "
+    "struck: RPCs that were delayed, limited or refused; "
     "left: calls on Modal that nobody waits for, so many seconds after the last call ended."
 )
 
@@ -87,7 +91,7 @@ def play(stage: Stage, scenario: Scenario, streams: int) -> Row:
         promises += broken(outcomes, times, scenario.cost)
     except (NotInTimeError, AssertionError, TimeoutError) as error:
         promises.append(f"{type(error).__name__}: {error}")
-    stage.calm()
+    struck = stage.calm()
     ended = time.monotonic()
     left = 0
     try:
@@ -100,7 +104,7 @@ def play(stage: Stage, scenario: Scenario, streams: int) -> Row:
         stage.wait_until_whole(LEFT_WITHIN)
     except NotInTimeError as error:
         promises.append(f"not as before: {error}")
-    row = Row(scenario.name, outcomes, stage.cloud.rpcs.total() - rpcs, left, settled, promises)
+    row = Row(scenario.name, outcomes, stage.cloud.rpcs.total() - rpcs, struck, left, settled, promises)
     if promises:
         stage.rebuild()
     return row
@@ -120,11 +124,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         for scenario in scenarios(arguments.cancels)
         if not arguments.names or any(scenario.name.startswith(name) for name in arguments.names)
     ]
+    if not chosen:
+        parser.error("there is no such scenario; --list prints all")
     if arguments.list:
         print(*(scenario.name for scenario in chosen), sep="\n")
         return
-    if not chosen:
-        parser.error("there is no such scenario; --list prints all")
     sys.exit(not _play_all(chosen, arguments.streams, time.monotonic() + arguments.seconds))
 
 

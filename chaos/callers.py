@@ -1,7 +1,7 @@
 """A process of callers: `python -m chaos.callers LOAD`, with a `Load` as JSON.
 
-It finds the gateways as every client does, and prints an `Outcome` as a line of JSON for each call that has ended. When stdin is
-closed, or the time or the number of calls of the load is used up, no further calls begin; it ends when all have ended.
+It finds the gateways as every client does, and prints an `Outcome` as a line of JSON for each call that has ended. No further
+calls begin when stdin is closed, or the time or the number of calls of the load is used up; it ends when all have ended.
 """
 
 import asyncio

@@ -1,7 +1,7 @@
 """What befalls the deployment while it is called, and what that may cost."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -9,7 +9,7 @@ from grpclib import Status
 
 from chaos.stage import APP, Stage, wait_for
 from chaos.verdict import Cost
-from tests.modal_cloud import Container
+from tests.modal_cloud import Container, Fault
 
 UNAVAILABLE: Final = frozenset({"UNAVAILABLE"})
 REFUSALS: Final = (
@@ -150,46 +150,57 @@ def slow(seconds: float, lasting: float) -> Callable[[Stage], None]:
     """Returns what lets each RPC take so many seconds longer."""
 
     def befall(stage: Stage) -> None:
-        fault = stage.cloud.disturb(side="both", delay=seconds)
+        fault = stage.disturb(delay=seconds)
         time.sleep(lasting)
+        stage.check_serving()
         fault.end()
 
     return befall
 
 
-def throttled(rpc: str) -> Callable[[Stage], None]:
-    """Returns what limits an RPC to nothing for some seconds, without and with a time after which to repeat it."""
+def throttled(rpc: str, *, serving: bool) -> Callable[[Stage], None]:
+    """Returns what limits an RPC to nothing for some seconds, without and with a time after which to repeat it.
+
+    The gateways should be `serving` meanwhile if they can make calls without it.
+    """
 
     def befall(stage: Stage) -> None:
         for retry_after in (None, 0.5):
-            limit = stage.cloud.limit(rpc, side="both", retry_after=retry_after)
-            time.sleep(2)
+            limit = stage.disturb(rpc, status=Status.RESOURCE_EXHAUSTED, retry_after=retry_after)
+            _wait_until_struck([limit])
+            time.sleep(3)
+            if serving:
+                stage.check_serving()
             limit.end()
 
     return befall
 
 
-def refused(*rpcs: str) -> Callable[[Stage], None]:
-    """Returns what lets each of the RPCs fail once with each status."""
+def refused(rpc: str) -> Callable[[Stage], None]:
+    """Returns what lets an RPC fail once with each status."""
 
     def befall(stage: Stage) -> None:
-        for rpc in rpcs:
-            for status in REFUSALS:
-                fault = stage.cloud.disturb(rpc, side="both", status=status, message="chaos", times=1)
-                until = time.monotonic() + 0.5
-                while not fault.befallen and time.monotonic() < until:
-                    time.sleep(0.01)
-                fault.end()
+        faults = [stage.disturb(rpc, status=status, times=1) for status in REFUSALS]
+        _wait_until_struck(faults)
+        time.sleep(1)
+        for fault in faults:
+            fault.end()
 
     return befall
 
 
-def refused_at_the_start(stage: Stage) -> None:
-    """Puts new gateways in the place of the old ones, one after the other, whose first RPCs of each kind are all limited."""
+def _wait_until_struck(faults: Sequence[Fault]) -> None:
+    """Returns when each has struck, or after a while: some RPCs are made only now and then."""
+    until = time.monotonic() + 12
+    while time.monotonic() < until and not all(fault.befallen for fault in faults):
+        time.sleep(0.02)
+
+
+def limited_at_the_start(stage: Stage) -> None:
+    """Puts a new gateway in the place of one that was killed, whose first RPC of each kind is limited."""
     for rpc in OF_THE_START:
-        stage.cloud.limit(rpc, side="both").times = 1
+        stage.disturb(rpc, status=Status.RESOURCE_EXHAUSTED, times=1)
     kill_a_gateway(stage)
-    stage.cloud.calm()
 
 
 def wrong_clocks(seconds: float) -> Callable[[Stage], None]:
@@ -231,7 +242,7 @@ def silence_a_tunnel(stage: Stage) -> None:
 
 def limit_cancels(stage: Stage) -> None:
     """Limits cancels to nothing for some seconds."""
-    limit = stage.cloud.limit("FunctionCallCancel")
+    limit = stage.disturb("FunctionCallCancel", status=Status.RESOURCE_EXHAUSTED)
     time.sleep(5)
     limit.end()
 
@@ -258,11 +269,11 @@ def scenarios(cancels: int) -> list[Scenario]:
         Scenario("control-plane-down", control_plane_down, absent),
         Scenario("slow-1s", slow(1, 6)),
         Scenario("slow-5s", slow(5, 12)),
-        *(Scenario(f"throttled-{rpc}", throttled(rpc), limited) for rpc in OF_EACH_CALL),
-        *(Scenario(f"throttled-{rpc}", throttled(rpc)) for rpc in OF_ALL_CALLS),
+        *(Scenario(f"throttled-{rpc}", throttled(rpc, serving=False), limited) for rpc in OF_EACH_CALL),
+        *(Scenario(f"throttled-{rpc}", throttled(rpc, serving=True)) for rpc in OF_ALL_CALLS),
         *(Scenario(f"refused-{rpc}", refused(rpc), several) for rpc in OF_EACH_CALL),
         *(Scenario(f"refused-{rpc}", refused(rpc)) for rpc in OF_ALL_CALLS),
-        Scenario("throttled-at-the-start", refused_at_the_start, lost),
+        Scenario("throttled-at-the-start", limited_at_the_start, lost),
         *(Scenario(f"gateway-clocks-{offset}s", lasting(3), prepare=wrong_clocks(offset)) for offset in (100, 600)),
         *(Scenario(f"client-clock-{offset:+}s", lasting(2), clock=offset) for offset in (100, -100, 600, -600)),
         Scenario("directory-deleted", delete_the_directory),

@@ -15,11 +15,12 @@ from typing import Final
 import grpc
 from flywheel_server.engines.scripted import Script
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpclib import Status
 
 from chaos.callers import FIRST
 from chaos.load import BYTES_PER_TOKEN, TOKEN_DELAY, Load, Outcome
 from tests.deployment.conftest import KEY, ROOT, deploy
-from tests.modal_cloud import Container, ModalCloud, Tunnel, scripted, with_clock
+from tests.modal_cloud import Container, Fault, ModalCloud, Tunnel, scripted, with_clock
 
 APP: Final = "service"
 ENGINE: Final = "engine"
@@ -51,6 +52,7 @@ class Stage:
 
     def __init__(self, cloud: ModalCloud) -> None:
         self.cloud = cloud
+        self._faults: list[Fault] = []
         self._authority = cloud.directory / "authority.pem"
         self._authority.write_bytes(cloud.ca_certificate)
         self._credentials = grpc.ssl_channel_credentials(cloud.ca_certificate)
@@ -90,6 +92,12 @@ class Stage:
 
     # What is expected of it
 
+    def check_serving(self) -> None:
+        """Raises `NotInTimeError` unless all gateways are SERVING, as they should be while calls can be made."""
+        for gateway in self.gateways():
+            if not gateway.ending and not self._serving(gateway):
+                raise NotInTimeError("a gateway is not SERVING, while calls can be made")
+
     def wait_until_whole(self, within: float = 30.0) -> None:
         """Returns when there are as many gateways as there should be, and all are SERVING; raises `NotInTimeError`."""
         until = time.monotonic() + within
@@ -112,14 +120,32 @@ class Stage:
         """Returns when Modal has no call any more; raises `NotInTimeError`."""
         wait_for(lambda: self.left() == 0, "no call left on Modal", within)
 
-    def calm(self) -> None:
-        """Ends whatever disturbs it."""
+    def disturb(
+        self,
+        *rpcs: str,
+        status: Status | None = None,
+        delay: float = 0.0,
+        times: int | None = None,
+        retry_after: float | None = None,
+    ) -> Fault:
+        """Has something befall the named RPCs, or all if none is named, of clients and containers; see `Fault`."""
+        fault = self.cloud.disturb(
+            *rpcs, side="both", status=status, message="chaos", delay=delay, times=times, retry_after=retry_after
+        )
+        self._faults.append(fault)
+        return fault
+
+    def calm(self) -> int:
+        """Ends whatever disturbs it, and returns how many RPCs that has struck."""
+        struck = sum(fault.befallen for fault in self._faults)
+        self._faults.clear()
         self.cloud.calm()
         self.cloud.up()
         self.cloud.set_clock(APP, 0)
         for tunnel in self.cloud.tunnels:
             if tunnel.open:
                 tunnel.restore()
+        return struck
 
     def rebuild(self) -> None:
         """Puts new containers in the place of all, whatever state they are in."""

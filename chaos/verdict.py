@@ -38,16 +38,14 @@ class Times:
 def broken(outcomes: Sequence[Outcome], times: Times, cost: Cost) -> list[str]:
     """Returns the promises that were broken, each with an example."""
     found = [
-        _told("a text is not that of its prompt, or not whole", [outcome for outcome in outcomes if outcome.wrong]),
-        _told(
-            "a call ended long after it was due", [outcome for outcome in outcomes if outcome.ended > outcome.due + PROMPTLY]
-        ),
-        _told("a call ended for no reason", [outcome for outcome in outcomes if not _allowed(outcome, times, cost)]),
+        _told("a text is not that of its prompt, or not whole", [each for each in outcomes if each.wrong]),
+        _told("a call ended long after it was due", [each for each in outcomes if each.ended > each.due + PROMPTLY]),
+        _told("a call ended for no reason", [each for each in outcomes if not _allowed(each, times, cost)]),
     ]
-    paid = [outcome for outcome in outcomes if not outcome.as_planned]
+    paid = [each for each in outcomes if not each.as_planned]
     if cost.most is not None and len(paid) > cost.most:
         found.append(_told(f"more than {cost.most} calls paid for it", paid))
-    if not any(outcome.end == "finish" and outcome.as_planned for outcome in outcomes) and not outcomes:
+    if not outcomes:
         found.append("no call was made")
     return [each for each in found if each]
 

@@ -1,0 +1,127 @@
+"""The chaos suite sees what it is there to see, and its scenarios run."""
+
+import asyncio
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+from flywheel_proto.v1 import generation_pb2 as pb
+from flywheel_server.engines.scripted import ScriptedEngine
+
+from chaos.__main__ import main, play
+from chaos.load import Outcome, Plan, Received, text_of
+from chaos.scenarios import OF_ALL_CALLS, OF_EACH_CALL, OF_THE_START, lasting, scenarios
+from chaos.stage import SCRIPT, Stage, stage
+from chaos.verdict import Cost, Times, broken
+from tests.modal_cloud.control_plane import OF_THE_WORKER
+from tests.serving import serving
+
+PLAN = Plan("generate_deltas", "🦙 1/2/3: abc. ", max_tokens=9, num_samples=1, end="finish", after=1, timeout=30)
+TIMES = Times(begun=100, over=110)
+
+
+def outcome(end: str, status: str, begun: float, took: float = 1, **more: str) -> Outcome:
+    return Outcome("threads", "generate", end, status, "", "", begun, begun + took, begun + 30, **more)  # type: ignore[arg-type]
+
+
+async def test_the_text_of_a_call_is_known() -> None:
+    script = SCRIPT.model_copy(update={"token_delay": 0})
+    async with serving(ScriptedEngine(script)) as target:
+        for max_tokens in (1, 5, 9, 100):
+            plan = replace(PLAN, max_tokens=max_tokens)
+            response = await target.stub.GenerateAll(pb.GenerationRequest(text=plan.prompt, max_tokens=max_tokens))
+            assert response.responses[0].text == text_of(plan)
+
+
+WHOLE = text_of(PLAN)
+
+
+@pytest.mark.parametrize(
+    ("pieces", "wrong"),
+    [
+        ([(0, WHOLE[:5], 2, ""), (0, WHOLE[5:], 9, "length")], ""),
+        ([(0, WHOLE[:5], 2, ""), (0, WHOLE[:5], 4, "")], "not the text of its prompt"),
+        ([(0, WHOLE[:5], 2, ""), (0, WHOLE[6:], 9, "length")], "not the text of its prompt"),
+        ([(0, WHOLE[:5], 2, ""), (0, WHOLE[5:], 1, "")], "fewer tokens than before"),
+        ([(0, WHOLE, 9, "length"), (0, "", 9, "length")], "goes on after its end"),
+        ([(0, WHOLE[:5], 2, "length")], "not whole"),
+        ([(0, WHOLE, 8, "length")], "not whole"),
+        ([(0, WHOLE, 9, "")], "have finished"),
+        ([], "have finished"),
+        ([(0, WHOLE, 9, "length"), (1, WHOLE, 9, "length")], "have finished"),
+    ],
+)
+def test_a_text_that_is_doubled_mixed_or_lost_is_noticed(pieces: list[tuple[int, str, int, str]], wrong: str) -> None:
+    received = Received(PLAN)
+    for piece in pieces:
+        received.delta(*piece)
+    received.end()
+    assert (wrong in received.wrong, bool(received.wrong)) == (True, bool(wrong))
+
+
+UNDER_WAY = Cost(under_way=frozenset({"UNAVAILABLE"}))
+MEANWHILE = Cost(meanwhile=frozenset({"UNAVAILABLE"}))
+
+
+@pytest.mark.parametrize(
+    ("ended", "cost", "promise"),
+    [
+        (outcome("finish", "OK", 90), Cost(), ""),
+        (outcome("cancel", "CANCELLED", 90), Cost(), ""),
+        (outcome("deadline", "DEADLINE_EXCEEDED", 90), Cost(), ""),
+        (outcome("finish", "OK", 90, wrong="doubled"), UNDER_WAY, "not that of its prompt"),
+        (outcome("finish", "OK", 90, took=34), UNDER_WAY, "long after it was due"),
+        (outcome("finish", "UNAVAILABLE", 99.5), Cost(), "for no reason"),
+        (outcome("finish", "UNAVAILABLE", 99.5), UNDER_WAY, ""),
+        (outcome("finish", "INTERNAL", 99.5), UNDER_WAY, "for no reason"),
+        (outcome("finish", "UNAVAILABLE", 98), UNDER_WAY, "for no reason"),
+        (outcome("finish", "UNAVAILABLE", 105), UNDER_WAY, "for no reason"),
+        (outcome("cancel", "UNAVAILABLE", 105), MEANWHILE, ""),
+        (outcome("finish", "UNAVAILABLE", 111), MEANWHILE, "for no reason"),
+        (outcome("finish", "CANCELLED", 105), MEANWHILE, "for no reason"),
+        (outcome("finish", "UNAVAILABLE", 105), replace(MEANWHILE, most=0), "more than 0 calls"),
+    ],
+)
+def test_a_broken_promise_is_told(ended: Outcome, cost: Cost, promise: str) -> None:
+    told = broken([ended], TIMES, cost)
+    assert len(told) == bool(promise)
+    assert promise in "".join(told)
+
+
+def test_without_calls_nothing_is_shown() -> None:
+    assert broken([], TIMES, Cost()) == ["no call was made"]
+
+
+def test_scenarios_are_chosen_by_their_names(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--list", "model-"])
+    assert capsys.readouterr().out.split() == ["model-preempted", "model-killed"]
+    with pytest.raises(SystemExit, match="2"):
+        main(["--list", "other"])
+    names = [scenario.name for scenario in scenarios(1)]
+    assert len(names) == len(set(names))
+
+
+@pytest.fixture(scope="module")
+def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    with stage(tmp_path_factory.mktemp("chaos")) as deployed:
+        yield deployed
+
+
+async def test_calls_go_on_undisturbed_and_each_rpc_of_theirs_has_its_scenarios(deployment: Stage) -> None:
+    before = deployment.cloud.rpcs.copy()
+    (calm,) = [scenario for scenario in scenarios(1) if scenario.name == "calm"]
+    row = await asyncio.to_thread(play, deployment, replace(calm, befall=lasting(2)), 8)
+    assert not row.broken
+    assert (row.left, {each.status for each in row.outcomes}) == (0, {"OK", "CANCELLED", "DEADLINE_EXCEEDED"})
+    assert {each.client for each in row.outcomes} == {"threads", "asyncio"}
+    asked = {rpc for rpc in deployment.cloud.rpcs - before if not rpc.startswith(OF_THE_WORKER)}
+    assert asked <= {*OF_EACH_CALL, *OF_ALL_CALLS, *OF_THE_START}
+
+
+async def test_what_breaks_a_promise_is_told_and_mended(deployment: Stage) -> None:
+    """The Model is lost, which ends streams, in a scenario that says that this costs nothing."""
+    (killed,) = [scenario for scenario in scenarios(1) if scenario.name == "model-killed"]
+    row = await asyncio.to_thread(play, deployment, replace(killed, cost=Cost()), 8)
+    assert ["a call ended for no reason" in promise for promise in row.broken] == [True]
+    await asyncio.to_thread(deployment.wait_until_whole, 1)
+    assert deployment.left() == 0
