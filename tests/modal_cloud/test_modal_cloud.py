@@ -265,10 +265,35 @@ async def test_the_clocks_of_containers_may_be_wrong(cloud: ModalCloud, client: 
     cloud.set_clock("sample", 0)
 
 
-def test_the_clock_of_a_client_may_be_wrong() -> None:
-    environ = with_clock(os.environ, -3600)
-    told = subprocess.check_output([sys.executable, "-c", "import time; print(time.time())"], env=environ)
-    assert abs(float(told) + 3600 - time.time()) < 5
+CALL_BY_A_WRONG_CLOCK = """
+import asyncio, time, grpc.aio
+
+async def remaining(request, context):
+    return str(context.time_remaining()).encode()
+
+async def call():
+    server = grpc.aio.server()
+    handler = grpc.unary_unary_rpc_method_handler(remaining)
+    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("s", {"m": handler})])
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    await server.start()
+    with grpc.insecure_channel(address) as channel:
+        answer = await asyncio.to_thread(channel.unary_unary("/s/m"), b"", timeout=30)
+    async with grpc.aio.insecure_channel(address) as channel:
+        print(time.time(), answer.decode(), (await channel.unary_unary("/s/m")(b"", timeout=30)).decode())
+
+asyncio.run(call())
+"""
+
+
+@pytest.mark.parametrize("offset", [-3600, 3600])
+def test_the_clock_of_a_client_may_be_wrong_and_its_deadlines_are_right(offset: int) -> None:
+    environ = with_clock(os.environ, offset)
+    told = subprocess.check_output([sys.executable, "-c", CALL_BY_A_WRONG_CLOCK], env=environ, timeout=60)
+    wrong, *remaining = (float(each) for each in told.split())
+    assert abs(wrong - offset - time.time()) < 5
+    assert len(remaining) == 2
+    assert all(20 < each <= 30 for each in remaining)
 
 
 async def test_an_app_has_tags(client: modal.Client) -> None:

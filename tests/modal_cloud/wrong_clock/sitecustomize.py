@@ -1,13 +1,16 @@
 """Sets the wall clock of this process wrong, by as many seconds as `WALL_CLOCK_OFFSET` says; Python imports it at its start.
 
 Monotonic clocks stay right, as on a machine whose time was never set. What asks the operating system without Python, as TLS
-does for certificates, gets the right time.
+does for certificates, gets the right time; so does grpc as a whole, whose core and whose Python have to agree about deadlines.
 """
 
 import datetime
 import os
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
 from typing import Any
 
 OFFSET = float(os.environ["WALL_CLOCK_OFFSET"])
@@ -63,6 +66,30 @@ class WrongDatetime(datetime.datetime, metaclass=_Like):
         return super().fromtimestamp(time.time(), datetime.UTC).replace(tzinfo=None)
 
 
+class RightForGrpc:
+    """Finds the modules of grpc, and gives each that reads the time a module `time` that is right."""
+
+    def __init__(self) -> None:
+        self._right = ModuleType("time")
+        self._right.__dict__.update(time.__dict__)
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if not name.startswith("grpc."):
+            return None
+        spec = PathFinder.find_spec(name, path, target)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                if hasattr(module, "time"):
+                    vars(module)["time"] = self._right
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+sys.meta_path.insert(0, RightForGrpc())
 time.time = later(time.time, OFFSET)
 time.time_ns = later(time.time_ns, NANOSECONDS)
 time.clock_gettime = of_wall_clock(time.clock_gettime, OFFSET)
