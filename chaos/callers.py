@@ -22,6 +22,9 @@ from chaos.load import Load, Outcome, Plan, Received, plans
 FIRST: Final = "{}"
 """What is printed when the first calls have begun to answer."""
 
+PAUSE: Final = 0.2
+"""Seconds until a stream goes on after a call that did not end as planned."""
+
 
 class Callers:
     """All streams of the process."""
@@ -71,9 +74,11 @@ class Callers:
                 return
             if plan.kind == "generate_all" and plan.end == "cancel":
                 continue  # a thread that waits for it cannot cancel it
-            self._one(client, plan)
+            if not self._one(client, plan):
+                time.sleep(PAUSE)
 
-    def _one(self, client: Client, plan: Plan) -> None:
+    def _one(self, client: Client, plan: Plan) -> bool:
+        """Makes the call, and returns whether it ended as planned."""
         received, begun = Received(plan), time.monotonic()
         try:
             if plan.kind == "generate_all":
@@ -86,17 +91,18 @@ class Callers:
                         self._piece(received, piece)
             received.end()
         except FlywheelError as error:
-            self._report(plan, "threads", received, begun, error)
-        else:
-            self._report(plan, "threads", received, begun, None)
+            return self._report(plan, "threads", received, begun, error)
+        return self._report(plan, "threads", received, begun, None)
 
     async def _async_stream(self, client: AsyncClient, number: int) -> None:
         for plan in plans(self._load, number):
             if not self._next():
                 return
-            await self._async_one(client, plan)
+            if not await self._async_one(client, plan):
+                await asyncio.sleep(PAUSE)
 
-    async def _async_one(self, client: AsyncClient, plan: Plan) -> None:
+    async def _async_one(self, client: AsyncClient, plan: Plan) -> bool:
+        """Makes the call, and returns whether it ended as planned."""
         received, begun = Received(plan), time.monotonic()
         call = asyncio.create_task(self._async_call(client, plan, received))
         if plan.end == "cancel":
@@ -104,7 +110,7 @@ class Callers:
         (error,) = await asyncio.gather(call, return_exceptions=True)
         if error is not None and not isinstance(error, (FlywheelError, asyncio.CancelledError)):
             raise error
-        self._report(plan, "asyncio", received, begun, error)
+        return self._report(plan, "asyncio", received, begun, error)
 
     async def _async_call(self, client: AsyncClient, plan: Plan, received: Received) -> None:
         if plan.kind == "generate_all":
@@ -125,7 +131,7 @@ class Callers:
             self._answered = True
             self._print(FIRST)
 
-    def _report(self, plan: Plan, client: str, received: Received, begun: float, error: BaseException | None) -> None:
+    def _report(self, plan: Plan, client: str, received: Received, begun: float, error: BaseException | None) -> bool:
         failed = error if isinstance(error, FlywheelError) else None
         status = failed.code.name if failed else "CANCELLED" if error else "OK"
         outcome = Outcome(
@@ -141,6 +147,7 @@ class Callers:
             wrong=received.wrong,
         )
         self._print(json.dumps(asdict(outcome)))
+        return outcome.as_planned
 
     def _print(self, line: str) -> None:
         with self._printing:
