@@ -70,10 +70,10 @@ class Callers:
 
     def _stream(self, client: Client, number: int) -> None:
         for plan in plans(self._load, number):
-            if not self._next():
-                return
             if plan.kind == "generate_all" and plan.end == "cancel":
                 continue  # a thread that waits for it cannot cancel it
+            if not self._next():
+                return
             if not self._one(client, plan):
                 time.sleep(PAUSE)
 

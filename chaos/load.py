@@ -20,8 +20,6 @@ MAX_TOKENS: Final = 40
 """Tokens of a call that may finish: it takes up to 4 s."""
 ENDLESS_TOKENS: Final = 3000
 """Tokens of a call that is cancelled or cut short: if nobody stops it, the engine works on it for 5 minutes."""
-DEADLINE: Final = 30.0
-"""Seconds that a call may take that has time enough."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +36,7 @@ class Load:
         cancelled: Which part of the calls is cancelled.
         cut_short: Which part of the calls has a short deadline.
         soon: Within how many seconds a call is cancelled or cut short.
+        deadline: The seconds that every other call may take.
         seed: What chance begins with.
     """
 
@@ -50,6 +49,7 @@ class Load:
     cancelled: float = 0.2
     cut_short: float = 0.1
     soon: float = 3.0
+    deadline: float = 30.0
     seed: int = 5
 
 
@@ -90,7 +90,7 @@ def plans(load: Load, stream: int) -> Iterator[Plan]:
             num_samples=chance.choice((1, 1, 2)),
             end=end,
             after=soon,
-            timeout=soon if end == "deadline" else DEADLINE,
+            timeout=soon if end == "deadline" else load.deadline,
         )
 
 

@@ -2,13 +2,13 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from grpclib import Status
 
 from chaos.stage import APP, Stage, wait_for
-from chaos.verdict import Cost
+from chaos.verdict import Cost, Times, broken
 from tests.modal_cloud import Container, Fault
 
 UNAVAILABLE: Final = frozenset({"UNAVAILABLE"})
@@ -230,13 +230,15 @@ def expire_the_queue(stage: Stage) -> None:
 
 
 def silence_a_tunnel(stage: Stage) -> None:
-    """Lets no byte through to a gateway that is published, until some time after new callers have found it so."""
+    """Lets no byte through to a gateway that is published, which callers that are new then should hardly notice."""
     tunnel = stage.tunnel(stage.gateways()[0])
     tunnel.silence()
-    with stage.callers(stage.load()) as callers:
+    now = time.monotonic()
+    with stage.callers(replace(stage.load(), streams=8, deadline=10.0)) as callers:
         callers.wait_for_answers(10)
         time.sleep(3)
-        callers.finish(45)
+        promises = broken(callers.finish(20), Times(now, time.monotonic()), Cost())
+    assert not promises, f"of new callers: {promises}"
     tunnel.restore()
 
 
@@ -257,6 +259,7 @@ def scenarios(cancels: int) -> list[Scenario]:
     lost = Cost(under_way=UNAVAILABLE)
     absent = Cost(under_way=UNAVAILABLE, meanwhile=UNAVAILABLE)
     several = Cost(meanwhile=UNAVAILABLE | {"RESOURCE_EXHAUSTED", "FAILED_PRECONDITION"}, most=len(REFUSALS))
+    silent = Cost(meanwhile=UNAVAILABLE | {"DEADLINE_EXCEEDED"})
     limited = Cost(meanwhile=UNAVAILABLE | {"RESOURCE_EXHAUSTED"})
     return [
         Scenario("calm", lasting(6)),
@@ -278,7 +281,7 @@ def scenarios(cancels: int) -> list[Scenario]:
         *(Scenario(f"client-clock-{offset:+}s", lasting(2), clock=offset) for offset in (100, -100, 600, -600)),
         Scenario("directory-deleted", delete_the_directory),
         Scenario("queue-expired", expire_the_queue, lost),
-        Scenario("tunnel-silent", silence_a_tunnel, lost),
+        Scenario("tunnel-silent", silence_a_tunnel, silent),
         Scenario("cancels-limited", limit_cancels, load={"cancelled": 0.7}),
         Scenario("cancels", load={"calls": cancels, "cancelled": 1.0, "cut_short": 0.0, "soon": 0.5, "seconds": 110}),
     ]
