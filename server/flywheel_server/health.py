@@ -85,11 +85,12 @@ class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc] # it
 
 
 class Health:
-    """Reports what the engine's statistics say: reachable or not, with runners or without."""
+    """Reports how the engine is: reachable or not, with runners or without."""
 
     def __init__(self) -> None:
         self.servicer = HealthServicer()
         self._reachable = True
+        self._runners = False
         self._could_look = True
         self._withdrawn = False
         self.report(serving=False, runners=False)
@@ -137,12 +138,21 @@ class Health:
                     log.warning("engine not looked at", error=str(shortage) or type(shortage).__name__)
                 self._could_look = False
                 return
+            if engine.is_reachable():
+                # Nor does this, except that nobody knows whether there are runners still.
+                if self._could_look:
+                    log.warning("engine does not say how it is", error=str(error) or type(error).__name__)
+                self._could_look = False
+                self._reachable = True
+                self.report(serving=True, runners=self._runners)
+                return
             if self._reachable:
                 log.warning("engine out of reach", error=str(error) or type(error).__name__)
-            self._reachable = False
+            self._reachable = self._runners = False
             self.report(serving=False, runners=False)
         else:
             if not self._reachable:
                 log.info("engine within reach again")
             self._reachable = self._could_look = True
-            self.report(serving=True, runners=stats.num_total_runners > 0)
+            self._runners = stats.num_total_runners > 0
+            self.report(serving=True, runners=self._runners)

@@ -141,16 +141,19 @@ class EngineTimeoutError(EngineError):
 class EngineSetupError(EngineError):
     """The engine is not where the settings say, or may not be used from here: somebody has to change the deployment.
 
-    `problem` says so in words for the caller; `facts` name what was looked for, and the `setting` to look at.
+    `problem` says so in words for the caller; `facts` name what was looked for, and the `setting` to look at. `reason` is for
+    the log: what others said of it, in their own words.
     """
 
-    def __init__(self, problem: str, facts: dict[str, str]) -> None:
-        super().__init__(problem, facts)
+    def __init__(self, problem: str, facts: dict[str, str], reason: str = "") -> None:
+        # Engines of a version that knows no reason make the error from two arguments.
+        super().__init__(problem, facts, *([reason] if reason else []))
         self.problem = problem
         self.facts = facts
+        self.reason = reason
 
     def __str__(self) -> str:
-        return self.problem
+        return f"{self.problem}: {self.reason}" if self.reason else self.problem
 
 
 class PromptTooLongError(EngineError):
@@ -216,7 +219,10 @@ class Engine(Protocol):
         """
 
     async def stats(self) -> EngineStats:
-        """Returns how busy the engine is now; raises `EngineError` where it cannot be reached, which makes it unhealthy."""
+        """Returns how busy the engine is now; raises `EngineError` if that cannot be told."""
+
+    def is_reachable(self) -> bool:
+        """Returns whether calls can be made although `stats` fails or takes too long. If not, the engine is unhealthy."""
 
     def model(self) -> EngineModel:
         """Returns what the engine runs, once it has started."""

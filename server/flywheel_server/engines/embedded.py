@@ -323,6 +323,10 @@ class EmbeddedEngine:
         """Returns how many completions wait for room."""
         return EngineStats(backlog=self._capacity.waiting, num_total_runners=1)
 
+    def is_reachable(self) -> bool:
+        """Returns False: what keeps `stats` from its answer keeps calls from theirs, because both happen in this process."""
+        return False
+
     def model(self) -> EngineModel:
         """Returns the loaded model."""
         return EngineModel(

@@ -6,57 +6,41 @@ a generator on Modal could stream it too, but a generator cannot be cancelled.
 """
 
 import asyncio
+import os
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import AsyncExitStack, aclosing, contextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, Self
 
 import modal
-import structlog
+from modal.config import config
 from pydantic import ValidationError
 
 from flywheel_server.engines.base import (
     EngineError,
     EngineFailedError,
     EngineModel,
-    EngineSetupError,
     EngineStats,
-    EngineUnavailableError,
     Event,
     PreparedRequest,
     Started,
 )
+from flywheel_server.engines.cancels import Cancels
 from flywheel_server.engines.inbox import Inbox
 from flywheel_server.engines.modal_errors import Target, as_engine_errors
-from flywheel_server.engines.remote_call import Method, RemoteCall, events_of
-from flywheel_server.engines.remote_fields import arguments_of, further_fields, signature_of, unsupported
+from flywheel_server.engines.modal_retries import unless_refused
+from flywheel_server.engines.modal_waits import modal_result
+from flywheel_server.engines.remote_call import RemoteCall, events_of
+from flywheel_server.engines.remote_class import RemoteClass
+from flywheel_server.engines.remote_fields import arguments_of, further_fields
 from flywheel_server.engines.samples import StopGate
 from flywheel_server.messages import GenerationRequest, GenerationResponse, GenerationResponseSample
-
-log = structlog.stdlib.get_logger(__name__)
 
 WATCHERS: Final = 64
 """How many calls that stream are looked at at a time: more take turns, and only their failure is noticed later for it."""
 
-CANCEL_INTERVAL: Final = 1.0
-"""Seconds between two tries to cancel a call while Modal cannot be reached."""
-
-STOP_GRACE: Final = 3.0
+STOP_GRACE: Final = 6.0
 """Seconds for the cancels that are under way when the engine stops."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Class:
-    """The methods of the class as it was found, as far as it has them, and the arguments of the one that generates."""
-
-    generate: Method
-    generate_deltas: Method | None
-    signature: frozenset[str] | None
-
-    def refused(self, request: GenerationRequest) -> str | None:
-        """Returns a field that is set in the request and that the class is known not to take; None if there is none."""
-        return next((name for name in further_fields(request) if self.signature and name not in self.signature), None)
 
 
 class FlywheelEngine:
@@ -72,30 +56,30 @@ class FlywheelEngine:
     """
 
     def __init__(self, target: Target, *, gpu: str, timeout: int, as_deployed: bool, model: EngineModel) -> None:
+        options: dict[str, Any] = {"timeout": timeout, **({"gpu": gpu} if gpu else {})}
         self._target = target
-        self._gpu = gpu
         self._timeout = timeout
-        self._as_deployed = as_deployed
         self._model = model
         self._errors = partial(as_engine_errors, target, timeout)
+        self._class = RemoteClass(target, None if as_deployed else options, self._errors)
         self._watchers = asyncio.Semaphore(WATCHERS)
-        self._class: _Class | None = None
-        self._looking_up = asyncio.Lock()
+        self._opening = asyncio.Lock()
         self._inbox: Inbox | None = None
         self._queue = AsyncExitStack()
         self._calls: set[RemoteCall] = set()
-        self._cancels: set[asyncio.Task[None]] = set()
+        self._cancels = Cancels(timeout)
 
     async def __aenter__(self) -> Self:
+        if config.get("max_throttle_wait") is None:
+            # By default, Modal's client waits for as long as Modal limits its requests, and callers learn nothing.
+            os.environ["MODAL_MAX_THROTTLE_WAIT"] = "0"
         return self
 
     async def __aexit__(self, *exception: object) -> None:
         for call in self._calls:
-            self._cancel(call)
-        if self._cancels:
-            _, unfinished = await asyncio.wait(self._cancels, timeout=STOP_GRACE)
-            for task in unfinished:
-                task.cancel()
+            self._cancels.add(call)
+        await self._cancels.stop(STOP_GRACE)
+        await self._class.close()
         await self._close_inbox()
 
     async def prepare(self, request: GenerationRequest) -> PreparedRequest:
@@ -105,31 +89,28 @@ class FlywheelEngine:
     async def generate(self, prepared: PreparedRequest) -> AsyncGenerator[Event, None]:
         """Yields the events of the request; see `Engine.generate`."""
         request = prepared.request
-        with self._forgetting():
-            found = await self._found_for(request)
-            if found.generate_deltas is None:
-                source = self._whole(found.generate, request)
-            else:
-                source = self._streamed(found.generate_deltas, await self._open_inbox(), request)
-            async with aclosing(source) as events:
-                async for event in events:
-                    yield event
+        methods = await self._class.methods_for(request)
+        streams = methods.generate_deltas is not None
+        source = self._streamed(await self._open_inbox(), request) if streams else self._whole(request)
+        async with aclosing(source) as events:
+            async for event in events:
+                yield event
 
-    async def _whole(self, method: Method, request: GenerationRequest) -> AsyncGenerator[Event, None]:
-        """Yields the samples that the method returns."""
-        with self._spawned(method, request) as call:
+    async def _whole(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        """Yields the samples that the method `generate` returns."""
+        with self._spawned("generate", request) as call:
             await call.accepted()
             # Where it waits, for a container or in one, Modal does not tell.
             yield Started()
             for sample in _samples(await call.result(), request.stop):
                 yield sample
 
-    async def _streamed(self, method: Method, inbox: Inbox, request: GenerationRequest) -> AsyncGenerator[Event, None]:
-        """Yields what the method sends to the inbox."""
+    async def _streamed(self, inbox: Inbox, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        """Yields what the method `generate_deltas` sends to the inbox."""
         unfinished = request.num_samples
         with inbox.receiving() as (call_id, arrivals):
             sender = {"queue": inbox.queue, "partition": inbox.partition, "call": call_id}
-            with self._spawned(method, request, sender) as call:
+            with self._spawned("generate_deltas", request, sender) as call:
                 async with aclosing(events_of(call, arrivals, self._watchers)) as events:
                     async for event in events:
                         unfinished -= isinstance(event, GenerationResponseSample)
@@ -140,104 +121,46 @@ class FlywheelEngine:
                             return
 
     @contextmanager
-    def _spawned(
-        self, method: Method, request: GenerationRequest, sender: dict[str, Any] | None = None
-    ) -> Iterator["RemoteCall"]:
+    def _spawned(self, method: str, request: GenerationRequest, sender: dict[str, Any] | None = None) -> Iterator[RemoteCall]:
         """Gives a call for the request; leaving the context cancels it unless it has ended."""
         errors = partial(self._errors, sent=further_fields(request))
-        call = RemoteCall(method, {**(sender or {}), **arguments_of(request)}, errors)
+        arguments = {**(sender or {}), **arguments_of(request)}
+        call = RemoteCall(self._class.spawn(method, arguments), errors, self._timeout)
         self._calls.add(call)
         try:
             yield call
         finally:
             self._calls.discard(call)
-            if not call.ended:
-                self._cancel(call)
-
-    def _cancel(self, call: "RemoteCall") -> None:
-        """Cancels the call without waiting for it, so that a caller who has gone is let go at once."""
-        task = asyncio.create_task(self._cancelled(call))
-        self._cancels.add(task)
-        task.add_done_callback(self._cancels.discard)
-
-    async def _cancelled(self, call: "RemoteCall") -> None:
-        """Tries until Modal can be reached, or would have ended the call by itself."""
-        given_up = asyncio.get_running_loop().time() + self._timeout
-        while asyncio.get_running_loop().time() < given_up:
-            try:
-                return await call.cancel()
-            except EngineUnavailableError:
-                await asyncio.sleep(CANCEL_INTERVAL)
-            except EngineError as error:
-                log.warning("call not cancelled", error=str(error))
-                return None
-        log.warning("call not cancelled", error="Modal cannot be reached")
-        return None
-
-    @contextmanager
-    def _forgetting(self) -> Iterator[None]:
-        try:
-            with self._errors():
-                yield
-        except EngineSetupError:
-            # It may have been deployed anew, or be gone: the next call looks.
-            self._class = None
-            raise
-
-    async def _found(self) -> _Class:
-        async with self._looking_up:
-            if self._class is None:
-                self._class = await self._look_up()
-            return self._class
-
-    async def _found_for(self, request: GenerationRequest) -> _Class:
-        """Returns the class; raises `UnsupportedFieldError` if it is known not to take a field of the request."""
-        found = await self._found()
-        if found.refused(request):
-            # It may have been deployed anew since it was found.
-            self._class = None
-            found = await self._found()
-        if field := found.refused(request):
-            raise unsupported(field)
-        return found
-
-    async def _look_up(self) -> _Class:
-        environment = self._target.environment or None
-        found = modal.Cls.from_name(self._target.app, self._target.class_name, environment_name=environment)
-        await found.hydrate.aio()
-        if not self._as_deployed:
-            options: dict[str, Any] = {"gpu": self._gpu} if self._gpu else {}
-            found = found.with_options(timeout=self._timeout, **options)
-        instance = found()
-        generate = await instance.generate.hydrate.aio()
-        try:
-            generate_deltas = await instance.generate_deltas.hydrate.aio()
-        except modal.exception.NotFoundError:
-            return _Class(generate, None, await signature_of(generate))
-        return _Class(generate, generate_deltas, await signature_of(generate_deltas))
+            self._cancels.add(call)
 
     async def _open_inbox(self) -> Inbox:
-        async with self._looking_up:
+        async with self._opening:
             if self._inbox is None or not self._inbox.reads:
                 await self._close_inbox()
-                queue = modal.Queue.ephemeral(environment_name=self._target.environment or None)
-                self._inbox = Inbox(await self._queue.enter_async_context(queue), self._errors)
+                with self._errors():
+                    self._inbox = Inbox(await unless_refused(self._make_queue), self._errors)
             return self._inbox
+
+    async def _make_queue(self) -> modal.Queue:
+        queue = modal.Queue.ephemeral(environment_name=self._target.environment or None)
+        return await modal_result(self._queue.enter_async_context(queue))
 
     async def _close_inbox(self) -> None:
         if self._inbox is not None:
             await self._inbox.close()
         with suppress(EngineError), self._errors():
-            await self._queue.aclose()
+            await modal_result(self._queue.aclose())
 
     async def check(self) -> None:
         """Returns: a call would wake a container, which bills for its time, for nothing."""
 
     async def stats(self) -> EngineStats:
         """Returns what Modal says of the class; see `Engine.stats`."""
-        with self._forgetting():
-            stats = await (await self._found()).generate.get_current_stats.aio()
-        return EngineStats(backlog=stats.backlog, num_total_runners=stats.num_total_runners)
+        return await self._class.stats()
+
+    def is_reachable(self) -> bool:
+        """Returns whether the class was found or called lately; see `Engine.is_reachable`."""
+        return self._class.is_reachable()
 
     def model(self) -> EngineModel:
         """Returns what the settings say."""

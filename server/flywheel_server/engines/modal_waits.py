@@ -1,40 +1,71 @@
 """How to wait for Modal's client, whose `.aio` methods may swallow a cancellation.
 
-Such a method runs on an event loop of Modal's own, in another thread. If the task that awaits it is cancelled just when the work
-there ends, the method may raise the error of the work, or return, instead of raising CancelledError: the caller's cancel, or its
-deadline, is lost, and a loop around the method goes on. So nothing of this project awaits one directly.
+Such a method runs on an event loop of Modal's own, in another thread. If the task that awaits it is cancelled just when the
+work there ends, the method may raise the error of the work, or return, instead of raising CancelledError. Then the caller's
+cancel, or its deadline, is lost, and a loop around the method goes on. So nothing here awaits such a method directly.
 """
 
 import asyncio
-from collections.abc import Awaitable
-from typing import Any, TypeVar
+from collections.abc import AsyncIterable, Awaitable
+from typing import Any, Generic, TypeVar
+
+from modal import exception
 
 T = TypeVar("T")
 
-_abandoned: set[asyncio.Future[Any]] = set()
-
 
 async def modal_result(work: Awaitable[T]) -> T:
-    """Returns or raises what the work does, or raises CancelledError if the task is cancelled, in every case and at once.
+    """Returns or raises what the work does. Raises CancelledError if, and only if, the awaiting task is cancelled.
 
-    The work is cancelled then, and ends in the background: what it did until then, it has done.
+    The CancelledError comes at once. The work is cancelled then too, but ends in the background: Modal may have done it.
     """
-    running = asyncio.ensure_future(work)
+    running = asyncio.ensure_future(_Outcome.of(work))
     try:
         await asyncio.wait({running})
     except asyncio.CancelledError:
         _abandon(running)
         raise
-    return running.result()
+    if running.cancelled():
+        raise exception.ClientClosed("Modal's client gave up the work")
+    return running.result().unwrap()
+
+
+async def modal_items(items: AsyncIterable[T]) -> list[T]:
+    """Returns all items of an iterator of Modal's, which is waited for as by `modal_result`."""
+
+    async def collect() -> list[T]:
+        return [item async for item in items]
+
+    return await modal_result(collect())
+
+
+class _Outcome(Generic[T]):
+    """What came of some work, also if it raised a SystemExit, with which a task would end the event loop."""
+
+    def __init__(self, result: list[T], error: BaseException | None) -> None:
+        self._result = result
+        self._error = error
+
+    @classmethod
+    async def of(cls, work: Awaitable[T]) -> "_Outcome[T]":
+        try:
+            return cls([await work], None)
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:  # noqa: BLE001 - it is raised where it is waited for
+            return cls([], error)
+
+    def unwrap(self) -> T:
+        if self._error is not None:
+            raise self._error
+        return self._result[0]
+
+
+_abandoned: set[asyncio.Future[Any]] = set()
+"""The event loop keeps no reference to its tasks."""
 
 
 def _abandon(running: asyncio.Future[Any]) -> None:
     running.cancel()
-    _abandoned.add(running)  # the event loop keeps no reference of its own
-    running.add_done_callback(_ended)
-
-
-def _ended(running: asyncio.Future[Any]) -> None:
-    _abandoned.discard(running)
-    if not running.cancelled():
-        running.exception()  # which nobody waits for
+    _abandoned.add(running)
+    running.add_done_callback(_abandoned.discard)

@@ -13,6 +13,7 @@ import modal
 from modal_proto import api_pb2
 
 from flywheel_server.engines.base import UnsupportedFieldError
+from flywheel_server.engines.modal_waits import modal_result
 from flywheel_server.messages import GenerationRequest
 
 FLYWHEEL_FIELDS: Final = (
@@ -56,7 +57,7 @@ async def signature_of(method: modal.Function[..., Any, Any]) -> frozenset[str] 
     must be such as `**fields`, or else the class could not be called.
     """
     try:
-        schema = await method._get_schema.aio()  # noqa: SLF001 - Modal has no public way
+        schema = await modal_result(method._get_schema.aio())  # noqa: SLF001 - Modal has no public way
     except AttributeError:
         return None
     ours = {*FLYWHEEL_FIELDS, *SENDER_ARGUMENTS}

@@ -180,6 +180,10 @@ class ScriptedEngine:
         """Returns how many generations wait for a slot."""
         return EngineStats(backlog=self._capacity.waiting, num_total_runners=1)
 
+    def is_reachable(self) -> bool:
+        """Returns False: what keeps `stats` from its answer keeps calls from theirs, because both happen in this process."""
+        return False
+
     def model(self) -> EngineModel:
         """Returns the script's limits."""
         return EngineModel(
