@@ -5,6 +5,7 @@ that knows one more field of a request, `scratch`, and says more in its answers.
 """
 
 import asyncio
+import builtins
 import os
 import sys
 from collections.abc import AsyncGenerator
@@ -187,15 +188,22 @@ class UnpicklableError(Exception):
         super().__init__(one + other)
 
 
+def named_exception(name: str) -> type[BaseException] | None:
+    """Returns the exception of Python or, as `modal.X`, of Modal that has this name."""
+    module, _, kind = name.rpartition(".")
+    found = getattr(modal.exception if module else builtins, kind, None)
+    return found if isinstance(found, type) and issubclass(found, BaseException) else None
+
+
 async def misbehave(text: str) -> Any:  # noqa: C901 - a table
     """Does what the text of the request says, or returns None."""
+    if kind := named_exception(text.removeprefix("raise ")):
+        raise kind("SECRET of the class")
     match text:
         case "raise":
             raise ValueError("SECRET of the class")
         case "raise what cannot be unpickled":
             raise UnpicklableError("SECRET", "of the class")
-        case "raise TimeoutError":
-            raise TimeoutError("SECRET of the class")
         case "raise CancelledError":
             raise asyncio.CancelledError
         case "exit":

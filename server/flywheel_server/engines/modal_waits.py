@@ -1,8 +1,8 @@
 """How to wait for Modal's client, whose `.aio` methods may swallow a cancellation.
 
 Such a method runs on an event loop of Modal's own, in another thread. If the task that awaits it is cancelled just when the
-work there ends, the method may raise the error of the work, or return, instead of raising CancelledError. Then the caller's
-cancel, or its deadline, is lost, and a loop around the method goes on. So nothing here awaits such a method directly.
+work there fails, the method may raise the error of the work instead of CancelledError. Then the caller's cancel, or its
+deadline, is lost, and a loop that tries again goes on. So nothing here awaits such a method directly.
 """
 
 import asyncio
