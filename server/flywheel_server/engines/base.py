@@ -141,19 +141,16 @@ class EngineTimeoutError(EngineError):
 class EngineSetupError(EngineError):
     """The engine is not where the settings say, or may not be used from here: somebody has to change the deployment.
 
-    `problem` says so in words for the caller; `facts` name what was looked for, and the `setting` to look at. `reason` is for
-    the log: what others said of it, in their own words.
+    `problem` says so in words for the caller; `facts` name what was looked for, and the `setting` to look at.
     """
 
-    def __init__(self, problem: str, facts: dict[str, str], reason: str = "") -> None:
-        # Engines of a version that knows no reason make the error from two arguments.
-        super().__init__(problem, facts, *([reason] if reason else []))
+    def __init__(self, problem: str, facts: dict[str, str]) -> None:
+        super().__init__(problem, facts)
         self.problem = problem
         self.facts = facts
-        self.reason = reason
 
     def __str__(self) -> str:
-        return f"{self.problem}: {self.reason}" if self.reason else self.problem
+        return self.problem
 
 
 class PromptTooLongError(EngineError):

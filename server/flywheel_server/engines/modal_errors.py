@@ -137,7 +137,7 @@ def _error_of_modal(error: BaseException, target: Target) -> EngineError:
         return EngineUnavailableError(f"Modal cannot be reached, or lost or ended the call: {type(error).__name__}: {error}")
     for kind, (problem, setting) in _SETUP.items():
         if isinstance(error, kind):
-            return EngineSetupError(problem.format(target=target), target.facts(setting), str(error))
+            return EngineSetupError(problem.format(target=target), target.facts(setting))
     return EngineFailedError(f"the call of {target} failed with {type(error).__name__}")
 
 

@@ -26,7 +26,7 @@ What becomes of a request to Modal, by the status that it fails with, once Modal
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import AbstractContextManager, suppress
 from typing import Any, Final, TypeAlias
 
@@ -97,6 +97,11 @@ class RemoteCall:
         self._spawning.add_done_callback(_look_at)
         self.ended = False
         """Whether there is nothing left to cancel."""
+        self._silent_at = 0.0
+
+    def heard(self) -> None:
+        """Takes note that something has arrived from the call, so that it need not be looked at now."""
+        self._silent_at = asyncio.get_running_loop().time() + SILENCE_SECONDS
 
     async def accepted(self) -> modal.FunctionCall[Any]:
         """Returns the call on Modal, once Modal has accepted it; raises `EngineError`."""
@@ -112,16 +117,17 @@ class RemoteCall:
             except UnansweredError as unanswered:
                 await asyncio.sleep(doubt.delay(unanswered.error, passes=unanswered.passes))
 
-    async def watched(self, turns: asyncio.Semaphore, silent: Callable[[], Awaitable[None]]) -> Any:  # noqa: ANN401 - as above
+    async def watched(self, turns: asyncio.Semaphore) -> Any:  # noqa: ANN401 - as above
         """Does what `result` does, with a look at a time, in turns with other calls.
 
         Each look is a request that waits. Modal may limit how many of them a client has, and the events must have their turn.
-        So a call is looked at only once `silent` has returned, and one whose looks fail keeps its turn until the next.
+        So a call is looked at only while nothing arrives from it, and one whose looks fail keeps its turn until the next.
         """
         call = await self.accepted()
         doubt = Doubt(self._timeout)
         while True:
-            await silent()
+            while (left := self._silent_at - asyncio.get_running_loop().time()) > 0:  # noqa: ASYNC110 - for the time
+                await asyncio.sleep(left)
             async with turns:
                 try:
                     return await self._outcome(call, LOOK_SECONDS)
@@ -180,14 +186,7 @@ def _look_at(spawning: asyncio.Future[Any]) -> None:
 
 async def events_of(call: RemoteCall, arrivals: Arrivals, watchers: asyncio.Semaphore) -> AsyncGenerator[Event, None]:
     """Yields the events that arrive from the call; raises what becomes of it. Stop reading after the last sample."""
-    loop = asyncio.get_running_loop()
-    heard: float | None = None
-
-    async def silent() -> None:
-        while heard is not None and (left := heard + SILENCE_SECONDS - loop.time()) > 0:  # noqa: ASYNC110 - for the time
-            await asyncio.sleep(left)
-
-    watching = asyncio.create_task(call.watched(watchers, silent))
+    watching = asyncio.create_task(call.watched(watchers))
 
     def end(_: object) -> None:
         if not watching.cancelled():
@@ -203,7 +202,7 @@ async def events_of(call: RemoteCall, arrivals: Arrivals, watchers: asyncio.Sema
                     arrival = await arrivals.get()
             except TimeoutError:
                 raise EngineUnavailableError("Modal lost the last events of the call") from None
-            heard = loop.time()
+            call.heard()
             match arrival:
                 case Pile():
                     for event in order.take(arrival):
