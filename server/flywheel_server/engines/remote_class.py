@@ -49,6 +49,10 @@ PROBE_TIMEOUT: Final = 15.0
 """Seconds that Modal has to find the class, when that is only done to see whether it can be reached."""
 
 
+RENEWAL_TIMEOUT: Final = 5.0
+"""Seconds that Modal has to find a class anew that was found before. Calls wait for it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Methods:
     """The methods of the class as it was found, as far as it has them, and the arguments of the one that generates."""
@@ -105,7 +109,8 @@ class RemoteClass:
                 self._doubted = False
                 try:
                     with self._errors():
-                        self._methods = await self._look_up()
+                        async with asyncio.timeout(RENEWAL_TIMEOUT):
+                            self._methods = await self._look_up()
                 except EngineError as error:
                     log.warning("class not looked up anew", error=str(error))
             return self._methods
