@@ -18,7 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpclib import Status
 
 from tests.modal_cloud import Container, ModalCloud, scripted
-from tests.modal_cloud.cancelling import cancel_at_random
+from tests.modal_cloud.cancelling import cancel_at_random, short_looks
 from tests.modal_cloud.state import Call
 from tests.server.test_errors import details_of
 from tests.serving import Target, connected, drained, serving, through_a_cable, until
@@ -161,7 +161,8 @@ async def test_nothing_is_left_of_calls_cancelled_at_random(slow: ModalCloud) ->
     """`python -m tests.modal_cloud.cancelling` does the same with 10,000 calls, on busy cores."""
     async with serving(scripted.engine(SLOW)) as target:
         await target.stub.GetStats(pb.GetStatsRequest())
-        left = await cancel_at_random(target, slow, SLOW, 300)
+        with short_looks():
+            left = await cancel_at_random(target, slow, SLOW, 300)
     assert left.nothing, left
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import grpc.aio
 import modal.client
 from flywheel_proto.v1 import generation_pb2 as pb
+from flywheel_server.engines import remote_call
 from flywheel_server.engines.scripted import Script
 
 from tests.modal_cloud import ModalCloud, scripted
@@ -26,7 +27,9 @@ from tests.serving import Target, drained, serving
 
 METHODS = ("Generate", "GenerateDeltas", "GenerateAll")
 AT_A_TIME = 50
-LONGEST = 0.5  # seconds until a call is cancelled
+LONGEST = 1.0  # seconds until a call is cancelled
+LOOK = 0.05  # seconds
+"""How long a look at a call lasts: the moment in which one ends is where a cancel can get lost, so there are many."""
 TOKENS = 3000
 SCRIPT = Script(token_delay=0.01)
 SETTLING = 60.0  # seconds at most
@@ -62,6 +65,17 @@ def busy_cores(processes: int = 2) -> Iterator[None]:
         for process in burning:
             process.kill()
             process.wait()
+
+
+@contextmanager
+def short_looks() -> Iterator[None]:
+    """Has the engines of this process look at their calls all the time."""
+    usual = remote_call.LOOK_SECONDS, remote_call.SILENCE_SECONDS
+    remote_call.LOOK_SECONDS, remote_call.SILENCE_SECONDS = LOOK, 0.0  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        remote_call.LOOK_SECONDS, remote_call.SILENCE_SECONDS = usual  # type: ignore[misc]
 
 
 async def cancel_at_random(target: Target, cloud: ModalCloud, app: str, calls: int, seed: int = 0) -> Left:
@@ -102,7 +116,7 @@ async def cancel_at_random(target: Target, cloud: ModalCloud, app: str, calls: i
 async def _main(cloud: ModalCloud, calls: int) -> Left:
     async with serving(scripted.engine("cancelling"), max_concurrent=AT_A_TIME) as target:
         await target.stub.GetStats(pb.GetStatsRequest())
-        with busy_cores():
+        with busy_cores(), short_looks():
             return await cancel_at_random(target, cloud, "cancelling", calls)
 
 
