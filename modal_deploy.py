@@ -198,7 +198,8 @@ if configuration.weights is not None:
 
         @modal.exit()
         async def unload(self) -> None:
-            """Ends what is still running."""
+            """Ends what is still running, and tells the gateways so."""
+            await self.remote.leave()
             await self.engine.__aexit__()
 
         @modal.method()

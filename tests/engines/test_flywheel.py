@@ -201,7 +201,7 @@ FAULTS = [
 async def test_what_the_class_does_wrong_has_its_status(
     deployed: ModalCloud, monkeypatch: pytest.MonkeyPatch, class_name: str, method: str
 ) -> None:
-    monkeypatch.setattr("flywheel_server.engines.remote_call.EVENTS_GRACE", 0.2)
+    monkeypatch.setattr("flywheel_server.engines.remote_stream.EVENTS_GRACE", 0.2)
     async with serving(scripted.engine(APP, class_name, timeout=1)) as target:
         for text, code, detail in FAULTS:
             error = await failure(target, text, method)

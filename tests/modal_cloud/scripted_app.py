@@ -35,6 +35,10 @@ class Model:
         self.engine = ScriptedEngine(Script.model_validate_json(os.environ["SCRIPT"]))
         self.remote = RemoteModel(self.engine)
 
+    @modal.exit()
+    async def unload(self) -> None:
+        await self.remote.leave()
+
     @modal.method()
     async def generate(self, /, **fields: Any) -> dict[str, Any]:
         return await self.remote.generate(**fields)

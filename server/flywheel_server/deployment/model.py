@@ -1,12 +1,12 @@
 """What the class `Model` on Modal offers to callers: Flywheel's `generate`, and the same streamed through a queue."""
 
+import asyncio
 import os
 import time
 import uuid
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any, Final
-from weakref import WeakValueDictionary
 
 import modal
 from pydantic import ValidationError
@@ -14,18 +14,20 @@ from pydantic_core import ErrorDetails
 
 from flywheel_server import logs
 from flywheel_server.deployment.outbox import Outbox
-from flywheel_server.deployment.piles import in_piles
 from flywheel_server.deployment.settings import Deployment
 from flywheel_server.deployment.weights import Weights
 from flywheel_server.engines.base import Engine, EngineSetupError
 from flywheel_server.engines.embedded import EmbeddedEngine
-from flywheel_server.engines.remote_events import Pile, Receipt
+from flywheel_server.engines.remote_events import Receipt
 from flywheel_server.engines.remote_fields import UNKNOWN_FIELD
 from flywheel_server.messages import GenerationRequest, GenerationResponse, GenerationResponseSample
 from flywheel_server.settings import Settings
 
 GPU_BATCH_TOKENS: Final = 512
 """Tokens that a GPU computes in one step: with fewer it idles, and still a step takes well under a second."""
+
+MAX_OUTBOXES: Final = 64
+"""How many gateways are remembered that have no call here now."""
 
 
 async def started(weights: Weights, deployment: Deployment, settings: Settings) -> EmbeddedEngine:
@@ -68,8 +70,9 @@ class RemoteModel:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        # One for each gateway that has a call here now.
-        self._outboxes: WeakValueDictionary[str, Outbox] = WeakValueDictionary()
+        self._container = uuid.uuid4().hex
+        # One for each gateway. They outlive their calls: a gateway that was killed may have many more of them waiting.
+        self._outboxes: dict[str, Outbox] = {}
 
     async def generate(self, **fields: Any) -> dict[str, Any]:  # noqa: ANN401 - checked at once
         """Returns the samples as Flywheel does: a dictionary in the shape of `GenerationResponse`.
@@ -87,16 +90,28 @@ class RemoteModel:
         """Sends the events of the generation to a partition of the queue, and returns a receipt when all are there.
 
         Piles and receipt are those of `engines.remote_events`, the piles under the id that the caller gave the call. Raises
-        what `generate` does, and `EngineUnavailableError` where nobody reads the queue.
+        what `generate` does, and `EngineUnavailableError` if nobody reads the queue.
         """
+        request = _request(fields)
+        async with self._outbox(queue, partition).sending(call) as sender:
+            prepared = await self._engine.prepare(request)
+            async with aclosing(self._engine.generate(prepared)) as events:
+                async for event in events:
+                    sender.add(event)
+            return Receipt(attempt=sender.attempt, piles=await sender.stored()).model_dump()
+
+    async def leave(self) -> None:
+        """Ends the streams, and tells their gateways so: to be called when the container ends, before the engine does.
+
+        Returns within 8 s, whether or not Modal can be reached.
+        """
+        await asyncio.gather(*(outbox.leave() for outbox in self._outboxes.values()))
+
+    def _outbox(self, queue: modal.Queue, partition: str) -> Outbox:
         outbox = self._outboxes.get(partition)
         if outbox is None:
-            outbox = self._outboxes[partition] = Outbox(queue, partition)
-        attempt = uuid.uuid4().hex
-        number = 0
-        prepared = await self._engine.prepare(_request(fields))
-        async with aclosing(self._engine.generate(prepared)) as events, aclosing(in_piles(events)) as piles:
-            async for pile in piles:
-                await outbox.send(Pile(call, attempt, number, pile).pack())
-                number += 1
-        return Receipt(attempt=attempt, piles=number).model_dump()
+            idle = [known for known, other in self._outboxes.items() if other.is_idle]
+            for known in idle[: len(self._outboxes) - MAX_OUTBOXES + 1]:
+                del self._outboxes[known]
+            outbox = self._outboxes[partition] = Outbox(queue, partition, self._container)
+        return outbox

@@ -8,16 +8,14 @@ a generator on Modal could stream it too, but a generator cannot be cancelled.
 import asyncio
 import os
 from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import AsyncExitStack, aclosing, contextmanager, suppress
+from contextlib import aclosing, contextmanager
 from functools import partial
 from typing import Any, Final, Self
 
-import modal
 from modal.config import config
 from pydantic import ValidationError
 
 from flywheel_server.engines.base import (
-    EngineError,
     EngineFailedError,
     EngineModel,
     EngineStats,
@@ -28,11 +26,10 @@ from flywheel_server.engines.base import (
 from flywheel_server.engines.cancels import Cancels
 from flywheel_server.engines.inbox import Inbox
 from flywheel_server.engines.modal_errors import Target, as_engine_errors
-from flywheel_server.engines.modal_retries import unless_refused
-from flywheel_server.engines.modal_waits import modal_result
-from flywheel_server.engines.remote_call import RemoteCall, events_of
+from flywheel_server.engines.remote_call import RemoteCall
 from flywheel_server.engines.remote_class import RemoteClass
 from flywheel_server.engines.remote_fields import arguments_of, further_fields
+from flywheel_server.engines.remote_stream import events_of
 from flywheel_server.engines.samples import StopGate
 from flywheel_server.messages import GenerationRequest, GenerationResponse, GenerationResponseSample
 
@@ -63,9 +60,7 @@ class FlywheelEngine:
         self._errors = partial(as_engine_errors, target, timeout)
         self._class = RemoteClass(target, None if as_deployed else options, self._errors)
         self._watchers = asyncio.Semaphore(WATCHERS)
-        self._opening = asyncio.Lock()
-        self._inbox: Inbox | None = None
-        self._queue = AsyncExitStack()
+        self._inbox = Inbox(target.environment, self._errors)
         self._calls: set[RemoteCall] = set()
         self._cancels = Cancels(timeout)
 
@@ -80,7 +75,7 @@ class FlywheelEngine:
             self._cancels.add(call)
         await self._cancels.stop(STOP_GRACE)
         await self._class.close()
-        await self._close_inbox()
+        await self._inbox.close()
 
     async def prepare(self, request: GenerationRequest) -> PreparedRequest:
         """Returns the request as it is; see `Engine.prepare`. The class tokenizes its prompt."""
@@ -90,8 +85,7 @@ class FlywheelEngine:
         """Yields the events of the request; see `Engine.generate`."""
         request = prepared.request
         methods = await self._class.methods_for(request)
-        streams = methods.generate_deltas is not None
-        source = self._streamed(await self._open_inbox(), request) if streams else self._whole(request)
+        source = self._whole(request) if methods.generate_deltas is None else self._streamed(request)
         async with aclosing(source) as events:
             async for event in events:
                 yield event
@@ -105,12 +99,11 @@ class FlywheelEngine:
             for sample in _samples(await call.result(), request.stop):
                 yield sample
 
-    async def _streamed(self, inbox: Inbox, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+    async def _streamed(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """Yields what the method `generate_deltas` sends to the inbox."""
         unfinished = request.num_samples
-        with inbox.receiving() as (call_id, arrivals):
-            sender = {"queue": inbox.queue, "partition": inbox.partition, "call": call_id}
-            with self._spawned("generate_deltas", request, sender) as call:
+        async with self._inbox.receiving() as (address, arrivals):
+            with self._spawned("generate_deltas", request, address) as call:
                 async with aclosing(events_of(call, arrivals, self._watchers)) as events:
                     async for event in events:
                         unfinished -= isinstance(event, GenerationResponseSample)
@@ -121,10 +114,10 @@ class FlywheelEngine:
                             return
 
     @contextmanager
-    def _spawned(self, method: str, request: GenerationRequest, sender: dict[str, Any] | None = None) -> Iterator[RemoteCall]:
+    def _spawned(self, method: str, request: GenerationRequest, address: dict[str, Any] | None = None) -> Iterator[RemoteCall]:
         """Gives a call for the request; leaving the context cancels it unless it has ended."""
         errors = partial(self._errors, sent=further_fields(request))
-        arguments = {**(sender or {}), **arguments_of(request)}
+        arguments = {**(address or {}), **arguments_of(request)}
         call = RemoteCall(self._class.spawn(method, arguments), errors, self._timeout)
         self._calls.add(call)
         try:
@@ -132,24 +125,6 @@ class FlywheelEngine:
         finally:
             self._calls.discard(call)
             self._cancels.add(call)
-
-    async def _open_inbox(self) -> Inbox:
-        async with self._opening:
-            if self._inbox is None or not self._inbox.reads:
-                await self._close_inbox()
-                with self._errors():
-                    self._inbox = Inbox(await unless_refused(self._make_queue), self._errors)
-            return self._inbox
-
-    async def _make_queue(self) -> modal.Queue:
-        queue = modal.Queue.ephemeral(environment_name=self._target.environment or None)
-        return await modal_result(self._queue.enter_async_context(queue))
-
-    async def _close_inbox(self) -> None:
-        if self._inbox is not None:
-            await self._inbox.close()
-        with suppress(EngineError), self._errors():
-            await modal_result(self._queue.aclose())
 
     async def check(self) -> None:
         """Returns: a call would wake a container, which bills for its time, for nothing."""

@@ -1,4 +1,4 @@
-"""One call of a method on Modal: spawned, watched, cancelled; and the events that it sends, brought into order.
+"""One call of a method on Modal: spawned, watched, cancelled.
 
 What becomes of a request to Modal, by the status that it fails with, once Modal's client has given up repeating it:
 
@@ -26,39 +26,33 @@ What becomes of a request to Modal, by the status that it fails with, once Modal
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from contextlib import AbstractContextManager, suppress
 from typing import Any, Final, TypeAlias
 
 import modal
 from modal import exception
-from pydantic import ValidationError
 
 from flywheel_server.engines.base import (
     EngineError,
-    EngineFailedError,
     EngineOverloadedError,
     EngineUnavailableError,
-    Event,
-    Started,
 )
-from flywheel_server.engines.inbox import Arrivals
 from flywheel_server.engines.modal_errors import source_of
 from flywheel_server.engines.modal_retries import Doubt
 from flywheel_server.engines.modal_waits import modal_result
-from flywheel_server.engines.remote_events import Pile, Receipt
 
 Errors: TypeAlias = Callable[[], AbstractContextManager[None]]
 """Makes a context that turns whatever comes from Modal into errors of `engines.base`."""
 
-LOOK_SECONDS: Final = 8.0
-"""How long one look at whether a call has ended lasts at most. It is a request that Modal answers as soon as the call ends."""
+LOOK_SECONDS: Final = 15.0
+"""How long one look at whether a call has ended lasts at most.
+
+A look is a request that Modal answers as soon as the call ends: longer ones make fewer requests.
+"""
 
 SILENCE_SECONDS: Final = 2.0
 """How long nothing must have arrived from a call for it to be looked at."""
-
-EVENTS_GRACE: Final = 10.0
-"""Seconds for the rest of the events to arrive once the call that sent them has returned."""
 
 
 class UnansweredError(Exception):
@@ -182,80 +176,3 @@ def _look_at(spawning: asyncio.Future[Any]) -> None:
     """Asyncio complains of an error that nobody looks at, as when the caller has gone."""
     if not spawning.cancelled():
         spawning.exception()
-
-
-async def events_of(call: RemoteCall, arrivals: Arrivals, watchers: asyncio.Semaphore) -> AsyncGenerator[Event, None]:
-    """Yields the events that arrive from the call; raises what becomes of it. Stop reading after the last sample."""
-    watching = asyncio.create_task(call.watched(watchers))
-
-    def end(_: object) -> None:
-        if not watching.cancelled():
-            arrivals.put_nowait(watching.exception() or watching.result())
-
-    watching.add_done_callback(end)
-    order = _Order()
-    receipt: Receipt | None = None
-    try:
-        while receipt is None or not order.has_all(receipt):
-            try:
-                async with asyncio.timeout(None if receipt is None else EVENTS_GRACE):
-                    arrival = await arrivals.get()
-            except TimeoutError:
-                raise EngineUnavailableError("Modal lost the last events of the call") from None
-            call.heard()
-            match arrival:
-                case Pile():
-                    for event in order.take(arrival):
-                        yield event
-                case BaseException():
-                    raise arrival
-                case returned:
-                    receipt = _receipt(returned)
-        raise EngineFailedError("the class returned before all samples had finished")
-    finally:
-        watching.cancel()
-        await asyncio.gather(watching, return_exceptions=True)
-
-
-def _receipt(returned: Any) -> Receipt:  # noqa: ANN401 - what has come is to be found out
-    try:
-        return Receipt.model_validate(returned)
-    except ValidationError:
-        raise EngineFailedError("the class returned what is no receipt") from None
-
-
-class _Order:
-    """Takes the piles of a call as long as none is missing and all are of one attempt.
-
-    When Modal loses a container, it runs the calls in it again in another one. Nobody notices as long as nothing was sent;
-    after that, the text would begin anew, and differ.
-    """
-
-    def __init__(self) -> None:
-        self._received = 0
-        self._attempt = ""
-        self._abandoned: set[str] = set()
-        self._started = False
-        self._sent = False
-
-    def has_all(self, receipt: Receipt) -> bool:
-        """Whether all piles have come that the receipt is for."""
-        return (self._attempt, self._received) == (receipt.attempt, receipt.piles)
-
-    def take(self, pile: Pile) -> list[Event]:
-        """Returns the events of the pile that are news; raises `EngineUnavailableError`."""
-        if pile.attempt in self._abandoned:
-            return []
-        if pile.attempt != self._attempt:
-            if self._sent:
-                raise EngineUnavailableError("Modal lost the container, and began the call anew in another one")
-            self._abandoned.add(self._attempt)
-            self._attempt = pile.attempt
-            self._received = 0
-        if pile.number != self._received:
-            raise EngineUnavailableError("Modal lost events of the call")
-        self._received += 1
-        news = [event for event in pile.events if not (self._started and isinstance(event, Started))]
-        self._started = True
-        self._sent = self._sent or any(not isinstance(event, Started) for event in news)
-        return news

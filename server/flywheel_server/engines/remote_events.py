@@ -40,28 +40,48 @@ class _Pile(BaseModel):
     attempt: str
     number: Int32
     events: list[Annotated[_Started | _Delta | _Sample, Field(discriminator="event")]]
+    container: str = ""
+    ended: bool = False
+    leaving: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Pile:
-    """Some events of a call that were sent together.
+    """Some events of a call that were sent together; or a sign of life of a container, which is of no call.
 
     Attributes:
         call: The id that the caller gave the call.
         attempt: An id of this run of the call: Modal runs one again whose container it has lost.
         number: How many piles of this attempt at the call were sent before.
         events: What happened, in its order.
+        container: An id of the container that sent the pile; empty if the container is of a version that tells none.
+        ended: Whether the attempt has failed, so that its error can be asked for at once.
+        leaving: Whether the container is about to end, and all attempts in it with it.
     """
 
     call: str
     attempt: str
     number: int
     events: list[Event]
+    container: str = ""
+    ended: bool = False
+    leaving: bool = False
+
+    @classmethod
+    def sign_of_life(cls, container: str, *, leaving: bool = False) -> Self:
+        """Returns a pile that says only that the container lives, or that it is about to end. Older gateways pass over it."""
+        return cls("", "", 0, [], container, leaving=leaving)
 
     def pack(self) -> dict[str, Any]:
         """Returns the pile as plain data."""
-        events = [_packed(event) for event in self.events]
-        return {"call": self.call, "attempt": self.attempt, "number": self.number, "events": events}
+        packed = {
+            "call": self.call,
+            "attempt": self.attempt,
+            "number": self.number,
+            "events": [_packed(event) for event in self.events],
+            "container": self.container,
+        }
+        return packed | {name: True for name in ("ended", "leaving") if getattr(self, name)}
 
     @classmethod
     def unpack(cls, data: Any) -> Self:  # noqa: ANN401 - what has come is to be found out
@@ -72,7 +92,8 @@ class Pile:
             # Without the input, which holds text of the model.
             problems = error.errors(include_url=False, include_input=False, include_context=False)
             raise EngineFailedError(f"the class sent what is no pile of events: {problems}") from None
-        return cls(pile.call, pile.attempt, pile.number, [_unpacked(event) for event in pile.events])
+        events = [_unpacked(event) for event in pile.events]
+        return cls(pile.call, pile.attempt, pile.number, events, pile.container, pile.ended, pile.leaving)
 
 
 class Receipt(BaseModel):
