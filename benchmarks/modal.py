@@ -8,33 +8,28 @@ Python. On the real Modal it is many times larger, and what the gateway adds by 
 """
 
 import asyncio
-import multiprocessing
 import os
 import statistics
-import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
-from multiprocessing.connection import Connection
-from pathlib import Path
+from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 import modal
 from flywheel_client import AsyncClient
 
+from benchmarks.modal_cloud import APP, modal_cloud
 from benchmarks.serving import flywheel_server
 
 CONCURRENCY: Final = (1, 16, 128)
 CALLS: Final = 256
 ROUNDS: Final = 5
-APP: Final = "benchmark"
 FIELDS: Final[dict[str, Any]] = {"text": "x" * 400, "max_tokens": 16}
 
 
 def main() -> None:
     """Measures, and prints a table."""
-    with _modal_cloud() as environ:
-        os.environ.update(environ)
+    with modal_cloud() as cloud:
+        os.environ.update(cloud.environ)
         with flywheel_server("--engine", "flywheel", "--modal-app", APP) as address:
             asyncio.run(_compare(address))
 
@@ -82,29 +77,6 @@ async def _milliseconds(call: Callable[[], Awaitable[None]], concurrency: int) -
 
     await asyncio.gather(*(caller() for _ in range(concurrency)))
     return 1000 * statistics.mean(taken)
-
-
-@contextmanager
-def _modal_cloud() -> Iterator[dict[str, str]]:
-    """Runs the stand-in of Modal's cloud with a class in it, and gives the environment of its clients."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_run_cloud, args=(theirs,))
-    process.start()
-    try:
-        yield ours.recv()
-    finally:
-        ours.send(None)
-        process.join()
-
-
-def _run_cloud(pipe: Connection) -> None:
-    from tests.modal_cloud import ModalCloud, scripted
-
-    with tempfile.TemporaryDirectory() as directory, ModalCloud(Path(directory)) as cloud:
-        scripted.deploy(cloud, APP)
-        pipe.send(cloud.environ)
-        pipe.recv()
 
 
 if __name__ == "__main__":

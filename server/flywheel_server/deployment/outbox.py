@@ -37,11 +37,14 @@ PARTITION_TTL: Final = 3600
 PUT_INTERVAL: Final = 0.25
 """Seconds from one put to the next, unless what is to be put is urgent: the first text of a call, or a finished sample."""
 
-PUTS_PER_SECOND: Final = 5.0
+PUTS_PER_SECOND: Final = 6.0
 """How many puts there are in the long run, the urgent ones included."""
 
-PUTS_AT_ONCE: Final = 5
+PUTS_AT_ONCE: Final = 6
 """How many urgent puts there may be without a pause between them."""
+
+STARTED_DELAY: Final = 0.25
+"""Seconds for which it waits for text, in one put with it, to be said that the engine has begun on a call."""
 
 SIGN_INTERVAL: Final = 3.0
 """Seconds without a put after which one says that the container lives."""
@@ -99,10 +102,12 @@ class Sender:
                 self._tokens[event.index] = event.generated_tokens
             case GenerationResponseSample():
                 self._samples.append(event)
-        is_urgent = isinstance(event, GenerationResponseSample) or (isinstance(event, TextDelta) and not self._text_came)
-        self._text_came = self._text_came or not isinstance(event, Started)
         self._stored.clear()
-        self._outbox.wake(is_urgent=is_urgent)
+        if isinstance(event, Started):
+            self._outbox.wake_later()
+        else:
+            self._outbox.wake(is_urgent=isinstance(event, GenerationResponseSample) or not self._text_came)
+            self._text_came = True
 
     def fail(self) -> None:
         """Has the gateway told that the attempt has failed."""
@@ -117,16 +122,17 @@ class Sender:
 
     def note_stored(self) -> None:
         """Notes that all piles that were taken are in the queue."""
-        if not self._has_something:
+        if not self.has_something:
             self._stored.set()
 
     @property
-    def _has_something(self) -> bool:
+    def has_something(self) -> bool:
+        """Whether something waits for the next put."""
         return bool(self._started or self._texts or self._samples or self._has_failed)
 
     def take(self) -> list[Pile]:
         """Returns what has come since the last time."""
-        if not self._has_something:
+        if not self.has_something:
             return []
         events: list[Event] = [self._started] if self._started else []
         events += [TextDelta(index, "".join(texts), self._tokens[index]) for index, texts in self._texts.items()]
@@ -212,6 +218,10 @@ class Outbox:
         if is_urgent:
             self._urgent_news.set()
 
+    def wake_later(self) -> None:
+        """Notes that a call has something to send that can wait for what comes next."""
+        asyncio.get_running_loop().call_later(STARTED_DELAY, self._news.set)
+
     async def leave(self) -> None:
         """Ends the calls, and tells the gateway that they end, because the container does.
 
@@ -246,12 +256,11 @@ class Outbox:
     async def _put_all(self) -> None:
         try:
             while await self._has_calls():
-                await self._turn()
-                self._news.clear()
-                self._urgent_news.clear()
-                await self._put(self._take() or [Pile.sign_of_life(self.container)])
-                for sender in self._senders:
-                    sender.note_stored()
+                if self._must_put():
+                    await self._turn()
+                    await self._put(self._take() or [Pile.sign_of_life(self.container)])
+                    for sender in self._senders:
+                        sender.note_stored()
         except EngineUnavailableError as error:
             self._end(str(error))
 
@@ -260,7 +269,12 @@ class Outbox:
         with suppress(TimeoutError):
             async with asyncio.timeout(SIGN_INTERVAL):
                 await self._news.wait()
+        self._news.clear()
         return bool(self._senders)
+
+    def _must_put(self) -> bool:
+        is_silent = asyncio.get_running_loop().time() - self._put_at >= SIGN_INTERVAL
+        return is_silent or any(sender.has_something for sender in self._senders)
 
     async def _turn(self) -> None:
         """Returns when the next put may be made."""
@@ -269,6 +283,7 @@ class Outbox:
             async with asyncio.timeout_at(self._put_at + PUT_INTERVAL):
                 await self._urgent_news.wait()
         await self._limit.acquire()
+        self._urgent_news.clear()
         self._put_at = loop.time()
 
     def _take(self) -> list[Pile]:

@@ -43,10 +43,10 @@ log = structlog.stdlib.get_logger(__name__)
 MAX_PILES: Final = 500
 """How many piles one request brings at most."""
 
-READS_PER_SECOND: Final = 5.0
+READS_PER_SECOND: Final = 6.0
 """How many requests for events a gateway makes in the long run, however many containers send some."""
 
-READS_AT_ONCE: Final = 5
+READS_AT_ONCE: Final = 6
 """How many it makes without a pause between them, after a time with fewer."""
 
 READ_SECONDS: Final = 2.0
