@@ -214,6 +214,7 @@ async def test_what_the_class_does_wrong_has_its_status(
                 error = await failure(target, text, method)
                 assert (error.code(), RetryInfo in details_of(error)) == (grpc.StatusCode.UNAVAILABLE, True), text
             assert (await target.stub.GenerateAll(request(text="begin anew"))).responses[0].text == "new"
+            assert (await target.stub.GenerateAll(request(text="send everything twice"))).responses[0].text == "SECRET"
             messages = [message async for message in target.stub.GenerateDeltas(request(text="begin anew"))]
             assert "".join(message.text for message in messages) == "new"
         else:

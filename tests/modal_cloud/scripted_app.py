@@ -250,7 +250,7 @@ class FaultyStream:
         return await misbehave(text)
 
     @modal.method()
-    async def generate_deltas(self, /, queue: modal.Queue, partition: str, call: str, text: str, **fields: Any) -> Any:
+    async def generate_deltas(self, /, queue: modal.Queue, partition: str, call: str, text: str, **fields: Any) -> Any:  # noqa: C901 - a table
         started, delta = {"event": "started"}, {"event": "delta", "index": 0, "text": "SECRET", "generated_tokens": 1}
 
         async def send(number: int, *events: Any, attempt: str = "a") -> None:
@@ -274,6 +274,13 @@ class FaultyStream:
                 sample = {"text": "new", "generated_tokens": 1, "finished": 1.0, "finish_reason": "length"}
                 await send(1, {**delta, "text": "new"}, {"event": "sample", "sample": sample}, attempt="b")
                 return {"attempt": "b", "piles": 2}
+            case "send everything twice":
+                await send(0, started)
+                await send(1, delta)
+                sample = {"text": "SECRET", "generated_tokens": 1, "finished": 1.0, "finish_reason": "length"}
+                for _ in range(2):
+                    await send(2, {"event": "sample", "sample": sample})
+                return {"attempt": "a", "piles": 3}
             case "begin anew too late":
                 await send(0, started, attempt="b")
                 return {"attempt": "b", "piles": 2}
