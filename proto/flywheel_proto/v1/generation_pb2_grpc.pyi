@@ -81,7 +81,8 @@ class GenerationServiceStub:
       2. The deltas of an index, joined, are the text of that sample. Every delta is whole UTF-8 characters.
       3. No part of a stop sequence that ended a sample is ever sent. Only text that may still become a stop sequence is
          held back, nothing else.
-      4. Text is sent as soon as it exists. Deltas are merged only while the reader is behind.
+      4. Text is sent as soon as it exists. Deltas are merged while the reader is behind. Where the text comes through Modal,
+         the first text of a call is sent at once, and what follows may be merged for a quarter of a second.
       5. Cancelling the call, its deadline, or a broken connection stops the work in the engine, be it queued, reading the
          prompt, or generating.
       6. The first metadata of the response carry `x-request-id`.
@@ -119,7 +120,8 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
       2. The deltas of an index, joined, are the text of that sample. Every delta is whole UTF-8 characters.
       3. No part of a stop sequence that ended a sample is ever sent. Only text that may still become a stop sequence is
          held back, nothing else.
-      4. Text is sent as soon as it exists. Deltas are merged only while the reader is behind.
+      4. Text is sent as soon as it exists. Deltas are merged while the reader is behind. Where the text comes through Modal,
+         the first text of a call is sent at once, and what follows may be merged for a quarter of a second.
       5. Cancelling the call, its deadline, or a broken connection stops the work in the engine, be it queued, reading the
          prompt, or generating.
       6. The first metadata of the response carry `x-request-id`.
@@ -153,7 +155,8 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
       2. The deltas of an index, joined, are the text of that sample. Every delta is whole UTF-8 characters.
       3. No part of a stop sequence that ended a sample is ever sent. Only text that may still become a stop sequence is
          held back, nothing else.
-      4. Text is sent as soon as it exists. Deltas are merged only while the reader is behind.
+      4. Text is sent as soon as it exists. Deltas are merged while the reader is behind. Where the text comes through Modal,
+         the first text of a call is sent at once, and what follows may be merged for a quarter of a second.
       5. Cancelling the call, its deadline, or a broken connection stops the work in the engine, be it queued, reading the
          prompt, or generating.
       6. The first metadata of the response carry `x-request-id`.

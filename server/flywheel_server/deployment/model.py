@@ -111,7 +111,7 @@ class RemoteModel:
         outbox = self._outboxes.get(partition)
         if outbox is None:
             idle = [known for known, other in self._outboxes.items() if other.is_idle]
-            for known in idle[: len(self._outboxes) - MAX_OUTBOXES + 1]:
+            for known in idle[:-MAX_OUTBOXES]:
                 del self._outboxes[known]
             outbox = self._outboxes[partition] = Outbox(queue, partition, self._container)
         return outbox

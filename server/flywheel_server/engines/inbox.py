@@ -58,8 +58,8 @@ OPENING_SECONDS: Final = 30.0
 GONE_SECONDS: Final = 10.0
 """How long Modal must say that it has no such queue until that is believed."""
 
-RENEWALS_KEPT: Final = 1000
-"""How many items the lease holds before it is cleared: Modal lets a partition have 5,000."""
+RENEWALS_KEPT: Final = 100
+"""How many items the lease holds before it is cleared: Modal does not tell the length of a partition that holds very many."""
 
 RENEWAL_RETRY: Final = 1.0
 """Seconds until a renewal that failed is tried again."""
