@@ -1,15 +1,15 @@
 """The generations that are under way: admitted, within their deadlines, counted, and checked against promise 1."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Iterator
-from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection
+from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Final
 
+from flywheel_server.activity import Activity
 from flywheel_server.admission import DEFAULT_SERVICE_TIME, Admission
 from flywheel_server.callers import Caller
 from flywheel_server.engines.base import (
     Engine,
-    EngineError,
     EngineFailedError,
     EngineModel,
     EngineUnavailableError,
@@ -21,7 +21,6 @@ from flywheel_server.errors import DeadlineExceededError, UnauthenticatedError
 from flywheel_server.messages import GenerationRequest, GenerationResponseSample
 from flywheel_server.preparation import Preparation
 from flywheel_server.quotas import Quotas, Usage
-from flywheel_server.shortage import is_shortage
 
 Events = AsyncIterator[TextDelta | GenerationResponseSample]
 
@@ -36,17 +35,13 @@ class Generations:
     """Runs requests on the engine. `queued` counts those that the engine has not begun, `active` those that it has.
 
     Attributes:
-        inside: Calls that were given to the engine, whether it has begun to work on them or not.
-        last_sign: When the engine last made something of a sample, or got a call after having none, on the clock of the loop.
-        failed: Is set when the engine has failed in a way that may be more than this one call's.
+        activity: What they show of the engine's condition.
     """
 
     def __init__(self, engine: Engine, admission: Admission) -> None:
         self.queued = 0
         self.active = 0
-        self.inside = 0
-        self.last_sign = 0.0
-        self.failed = asyncio.Event()
+        self.activity = Activity()
         self._engine = engine
         self._admission = admission
         self._preparation = Preparation(engine)
@@ -80,32 +75,6 @@ class Generations:
             if generation.caller.name in callers:
                 generation.end(UnauthenticatedError("API_KEY_REVOKED"))
 
-    @asynccontextmanager
-    async def _within_engine(self) -> AsyncIterator[None]:
-        if not self.inside:
-            self.last_sign = asyncio.get_running_loop().time()
-        self.inside += 1
-        try:
-            yield
-        finally:
-            self.inside -= 1
-
-    @contextmanager
-    def failures_noticed(self) -> Iterator[None]:
-        """Sets `failed` if an error is raised within that may concern more than one call."""
-        try:
-            yield
-        except asyncio.CancelledError as error:
-            if (task := asyncio.current_task()) and task.cancelling():
-                raise
-            # Nobody has cancelled the call: it is the engine's own, which would leave the caller without a status.
-            self.failed.set()
-            raise EngineFailedError("the engine cancelled itself") from error
-        except Exception as error:
-            if (isinstance(error, EngineFailedError) or not isinstance(error, EngineError)) and not is_shortage(error):
-                self.failed.set()
-            raise
-
     async def _all_left(self) -> None:
         while self._running:
             self._one_has_left.clear()
@@ -135,11 +104,11 @@ class Generations:
                 with self._quotas.held(caller, request) as usage:
                     async with self._admission.queue(request.num_samples, caller, time_remaining) as place:
                         place.call_if_lost(generation.end)
-                        with self.failures_noticed():
+                        with self.activity.failures_noticed():
                             prepared = await self._preparation.prepare(request, caller, usage)
                         await place.admitted(prepared.context_tokens, generation.time_remaining())
                         async with (
-                            self._within_engine(),
+                            self.activity.within_engine(),
                             aclosing(self._engine.generate(prepared)) as events,
                             aclosing(generation.watch(events, usage, on_start)) as watched,
                         ):
@@ -191,15 +160,15 @@ class _Generation:
         self, events: AsyncIterator[Event], usage: Usage, on_start: Callable[[], Awaitable[None]]
     ) -> AsyncGenerator[TextDelta | GenerationResponseSample, None]:
         """Passes the events on; raises `EngineFailedError` unless each sample finishes once, and none more."""
-        clock = asyncio.get_running_loop().time
-        with self._generations.failures_noticed():
+        activity = self._generations.activity
+        with activity.failures_noticed():
             async for event in events:
                 if isinstance(event, Started):
                     self._start()
                     usage.begin(event.prompt_tokens)
                     await on_start()
                     continue
-                self._generations.last_sign = clock()
+                activity.sign()
                 if event.index not in self._unfinished:
                     raise EngineFailedError(f"sample {event.index} was not asked for or had finished")
                 if isinstance(event, GenerationResponseSample):

@@ -75,10 +75,8 @@ async def serve(engine: Engine, settings: Settings) -> AsyncIterator[int]:
         add_reflection((SERVICE, health.SERVICE_NAME), server)
     supervisor = Supervisor(
         engine,
-        generations,
-        service,
-        reported,
-        health_interval=settings.health_interval,
+        generations.activity,
+        lambda: _open(service, reported, engine, settings.health_interval),
         timeout=settings.engine_timeout,
         restarts=settings.engine_death == "restart",
     )
@@ -102,3 +100,14 @@ async def serve(engine: Engine, settings: Settings) -> AsyncIterator[int]:
                     await service.close(drain_timeout)
     finally:
         await connections.end()
+
+
+@asynccontextmanager
+async def _open(service: GenerationService, reported: Health, engine: Engine, health_interval: float) -> AsyncIterator[None]:
+    """Takes calls and reports how the engine is, for the length of the context."""
+    service.open()
+    try:
+        async with reported.following(engine, health_interval):
+            yield
+    finally:
+        service.interrupt()

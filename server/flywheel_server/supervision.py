@@ -1,17 +1,15 @@
 """Keeps the engine alive: starts it, notices when it is dead, and then starts it again or gives up."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Final
 
 import structlog
 
 from flywheel_server import descriptors
+from flywheel_server.activity import Activity
 from flywheel_server.engines.base import Engine, EngineOverloadedError
-from flywheel_server.generations import Generations
-from flywheel_server.health import Health
-from flywheel_server.service import GenerationService
 from flywheel_server.shortage import is_shortage
 
 log = structlog.stdlib.get_logger(__name__)
@@ -38,10 +36,8 @@ class Supervisor:
 
     Arguments:
         engine: The engine, not yet started.
-        generations: Those that it works on.
-        service: Is open while the engine is up.
-        health: Reports how the engine is.
-        health_interval: Seconds between two looks at that.
+        activity: What its calls show of its condition.
+        serving: Makes the context in which the engine is given calls: it is entered while the engine is up.
         timeout: Seconds.
         restarts: Whether a dead engine is started again.
     """
@@ -49,19 +45,15 @@ class Supervisor:
     def __init__(
         self,
         engine: Engine,
-        generations: Generations,
-        service: GenerationService,
-        health: Health,
+        activity: Activity,
+        serving: Callable[[], AbstractAsyncContextManager[None]],
         *,
-        health_interval: float,
         timeout: float,
         restarts: bool,
     ) -> None:
         self._engine = engine
-        self._generations = generations
-        self._service = service
-        self._health = health
-        self._health_interval = health_interval
+        self._activity = activity
+        self._serving = serving
         self._timeout = timeout
         self._restarts = restarts
 
@@ -130,11 +122,9 @@ class Supervisor:
                     await self._engine.check()
             except TimeoutError as error:
                 raise EngineDiedError(f"the engine has started, but produced no token within {self._timeout:g} s") from error
-            self._service.open()
-            async with self._health.following(self._engine, self._health_interval):
+            async with self._serving():
                 yield
         finally:
-            self._service.interrupt()
             stopping = asyncio.create_task(self._engine.__aexit__(None, None, None))
             await asyncio.wait({stopping}, timeout=STOP_TIMEOUT)
             if not stopping.done():
@@ -144,20 +134,18 @@ class Supervisor:
     async def _death(self) -> None:
         """Returns when the engine is dead."""
         while True:
-            self._generations.failed.clear()
+            self._activity.failed.clear()
             try:
                 async with asyncio.timeout(self._timeout):
-                    await self._generations.failed.wait()
+                    await self._activity.failed.wait()
             except TimeoutError:
-                if not self._generations.inside or self._silence() < self._timeout:
+                if not self._activity.inside or self._activity.silence() < self._timeout:
                     continue
-                log.warning("engine is silent", seconds=round(self._silence()))
+                log.warning("engine is silent", seconds=round(self._activity.silence()))
             if not await self._answers():
                 log.error("engine is dead")
                 return
-
-    def _silence(self) -> float:
-        return asyncio.get_running_loop().time() - self._generations.last_sign
+            self._activity.confirm_alive()
 
     async def _answers(self) -> bool:
         """Whether the engine shows a sign of life within the timeout."""
@@ -166,7 +154,7 @@ class Supervisor:
             # Where it has much to do, the check waits for its turn; what it makes meanwhile for others will do.
             done, _ = await asyncio.wait({checking}, timeout=self._timeout)
             if not done:
-                return self._silence() < self._timeout
+                return self._activity.silence() < self._timeout
             if checking.cancelled():
                 return False
             error = checking.exception()

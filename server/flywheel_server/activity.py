@@ -1,0 +1,74 @@
+"""What an engine's calls show of its condition, for whoever supervises it."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+
+from flywheel_server.engines.base import EngineError, EngineFailedError
+from flywheel_server.shortage import is_shortage
+
+
+class Activity:
+    """The calls within an engine, when it last showed that it lives, and whether it has failed.
+
+    Attributes:
+        inside: Calls that were given to the engine, whether it has begun to work on them or not.
+        last_sign: When the engine last made something of a sample, or got a call after having none, on the clock of the loop.
+        failed: Is set when the engine has failed in a way that may be more than this one call's.
+    """
+
+    def __init__(self) -> None:
+        self.inside = 0
+        self.last_sign = 0.0
+        self.failed = asyncio.Event()
+        self._in_doubt: asyncio.Future[None] | None = None
+
+    @asynccontextmanager
+    async def within_engine(self) -> AsyncIterator[None]:
+        """Counts a call as inside for the length of the context."""
+        if not self.inside:
+            self.sign()
+        self.inside += 1
+        try:
+            yield
+        finally:
+            self.inside -= 1
+
+    def sign(self) -> None:
+        """Notes that the engine has made something of a sample."""
+        self.last_sign = asyncio.get_running_loop().time()
+
+    def silence(self) -> float:
+        """Returns the seconds since the last sign."""
+        return asyncio.get_running_loop().time() - self.last_sign
+
+    @contextmanager
+    def failures_noticed(self) -> Iterator[None]:
+        """Sets `failed` if an error is raised within that may concern more than one call."""
+        try:
+            yield
+        except asyncio.CancelledError as error:
+            if (task := asyncio.current_task()) and task.cancelling():
+                raise
+            # Nobody has cancelled the call: it is the engine's own, which would leave the caller without a status.
+            self._suspect()
+            raise EngineFailedError("the engine cancelled itself") from error
+        except Exception as error:
+            if (isinstance(error, EngineFailedError) or not isinstance(error, EngineError)) and not is_shortage(error):
+                self._suspect()
+            raise
+
+    def _suspect(self) -> None:
+        self._in_doubt = self._in_doubt or asyncio.get_running_loop().create_future()
+        self.failed.set()
+
+    def confirm_alive(self) -> None:
+        """Notes that a check after a failure has found the engine alive."""
+        if self._in_doubt is not None:
+            self._in_doubt.set_result(None)
+            self._in_doubt = None
+
+    async def confirmed_alive(self) -> None:
+        """Returns once a check has found the engine alive since it last failed; never, if it is dead."""
+        if self._in_doubt is not None:
+            await asyncio.shield(self._in_doubt)
