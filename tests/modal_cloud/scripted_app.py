@@ -15,6 +15,7 @@ from typing import Any
 import modal
 from flywheel_server.deployment import model, signature
 from flywheel_server.deployment.model import RemoteModel
+from flywheel_server.deployment.supervised import SupervisedEngine, end_container
 from flywheel_server.engines import remote_events
 from flywheel_server.engines.base import Event, PreparedRequest, PromptTooLongError
 from flywheel_server.engines.scripted import Script, ScriptedEngine
@@ -31,13 +32,15 @@ class Model:
     """Has all that the class of this project has."""
 
     @modal.enter()
-    def load(self) -> None:
+    async def load(self) -> None:
         self.engine = ScriptedEngine(Script.model_validate_json(os.environ["SCRIPT"]))
-        self.remote = RemoteModel(self.engine)
+        self.supervised = await SupervisedEngine(self.engine, 300.0, end_container).__aenter__()
+        self.remote = RemoteModel(self.supervised)
 
     @modal.exit()
     async def unload(self) -> None:
         await self.remote.leave()
+        await self.supervised.__aexit__()
 
     @modal.method()
     async def generate(self, /, **fields: Any) -> dict[str, Any]:

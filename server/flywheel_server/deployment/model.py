@@ -1,27 +1,39 @@
 """What the class `Model` on Modal offers to callers: Flywheel's `generate`, and the same streamed through a queue."""
 
 import asyncio
-import os
+import functools
 import time
 import uuid
+from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, ParamSpec, TypeVar
 
 import modal
+import structlog
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from flywheel_server import logs
 from flywheel_server.deployment.outbox import Outbox
 from flywheel_server.deployment.settings import Deployment
+from flywheel_server.deployment.supervised import SupervisedEngine, end_container
 from flywheel_server.deployment.weights import Weights
-from flywheel_server.engines.base import Engine, EngineSetupError
+from flywheel_server.engines import base
+from flywheel_server.engines.base import Engine, EngineError, EngineFailedError, EngineSetupError
 from flywheel_server.engines.embedded import EmbeddedEngine
 from flywheel_server.engines.remote_events import Receipt
 from flywheel_server.engines.remote_fields import UNKNOWN_FIELD
 from flywheel_server.messages import GenerationRequest, GenerationResponse, GenerationResponseSample
 from flywheel_server.settings import Settings
+
+log = structlog.stdlib.get_logger(__name__)
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+ERRORS: Final = frozenset(kind for kind in vars(base).values() if isinstance(kind, type) and issubclass(kind, EngineError))
+"""The errors that callers know."""
 
 GPU_BATCH_TOKENS: Final = 512
 """Tokens that a GPU computes in one step: with fewer it idles, and still a step takes well under a second."""
@@ -30,26 +42,55 @@ MAX_OUTBOXES: Final = 64
 """How many gateways are remembered that have no call here now."""
 
 
-async def started(weights: Weights, deployment: Deployment, settings: Settings) -> EmbeddedEngine:
+async def started(weights: Weights, deployment: Deployment, settings: Settings) -> SupervisedEngine:
     """Returns the engine that runs the weights in the volume, once it has produced a token; raises `EngineError`."""
     logs.configure(settings.log_level, settings.log_format)
     path = weights.path(Path(deployment.weights_path))
-    engine = EmbeddedEngine(
-        path,
-        context_tokens=settings.modal_context,
-        slots=deployment.model_slots,
-        threads=os.cpu_count() or 1,
-        batch_tokens=GPU_BATCH_TOKENS if settings.modal_gpu else settings.embedded_batch,
-        prompt_format=settings.modal_prompt,
-    )
     if not path.is_file():
         raise EngineSetupError(
             f"the weights {weights.name} are not in the volume; fetch them: modal run modal_deploy.py::fetch_weights",
             {"weights": weights.name, "setting": "FLYWHEEL_DEPLOY_WEIGHTS"},
         )
-    await engine.__aenter__()
-    await engine.check()
-    return engine
+    engine = EmbeddedEngine(
+        path,
+        context_tokens=settings.modal_context,
+        slots=deployment.model_slots,
+        threads=deployment.model_threads,
+        batch_tokens=GPU_BATCH_TOKENS if settings.modal_gpu else settings.embedded_batch,
+        prompt_format=settings.modal_prompt,
+        # What goes to a GPU is read faster than it is mapped, page by page, out of a volume.
+        memory_map=not settings.modal_gpu,
+    )
+    return await SupervisedEngine(engine, settings.engine_timeout, end_container).__aenter__()
+
+
+class _WrongFieldsError(ValueError):
+    """The fields of a call are no request."""
+
+
+def _translating_errors(method: Callable[Arguments, Awaitable[Result]]) -> Callable[Arguments, Awaitable[Result]]:
+    """Returns the method, which raises only `ValueError` if the fields of a call are wrong, and the errors of `engines.base`.
+
+    What else it raises, the caller could perhaps not unpickle, or would take it for an error of Modal's client. The log has it.
+    """
+
+    @functools.wraps(method)
+    async def translated(*arguments: Arguments.args, **fields: Arguments.kwargs) -> Result:
+        try:
+            return await method(*arguments, **fields)
+        except _WrongFieldsError as error:
+            raise ValueError(str(error)) from None
+        except (KeyboardInterrupt, GeneratorExit):
+            raise
+        except BaseException as error:
+            if isinstance(error, asyncio.CancelledError) and (task := asyncio.current_task()) and task.cancelling():
+                raise
+            if type(error) in ERRORS:
+                raise
+            log.exception("call failed", call=modal.current_function_call_id())
+            raise EngineFailedError(f"the engine raised {type(error).__name__}") from None
+
+    return translated
 
 
 def _request(fields: dict[str, Any]) -> GenerationRequest:
@@ -58,7 +99,7 @@ def _request(fields: dict[str, Any]) -> GenerationRequest:
     except ValidationError as error:
         # One that the caller can unpickle without this package, or pydantic; and without the values, which may be prompts.
         problems = error.errors(include_url=False, include_input=False, include_context=False)
-        raise ValueError("; ".join(f"{problem['loc'][0]}: {_said(problem)}" for problem in problems)) from None
+        raise _WrongFieldsError("; ".join(f"{problem['loc'][0]}: {_said(problem)}" for problem in problems)) from None
 
 
 def _said(problem: ErrorDetails) -> str:
@@ -74,6 +115,7 @@ class RemoteModel:
         # One for each gateway. They outlive their calls: a gateway that was killed may have many more of them waiting.
         self._outboxes: dict[str, Outbox] = {}
 
+    @_translating_errors
     async def generate(self, **fields: Any) -> dict[str, Any]:  # noqa: ANN401 - checked at once
         """Returns the samples as Flywheel does: a dictionary in the shape of `GenerationResponse`.
 
@@ -86,6 +128,7 @@ class RemoteModel:
             samples = [event async for event in events if isinstance(event, GenerationResponseSample)]
         return GenerationResponse.of(request, created, samples).model_dump(mode="json")
 
+    @_translating_errors
     async def generate_deltas(self, queue: modal.Queue, partition: str, call: str, **fields: Any) -> dict[str, Any]:  # noqa: ANN401 - as above
         """Sends the events of the generation to a partition of the queue, and returns a receipt when all are there.
 

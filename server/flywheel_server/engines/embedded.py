@@ -66,6 +66,7 @@ class EmbeddedEngine:
         batch_tokens: Tokens computed in one step, which is how long it takes until a cancel is seen.
         prompt_format: Whether a text without special tokens is put into the model's chat template.
         prompt_cache: Whether what a slot has read is not read again for a prompt that begins alike, whoever's it is.
+        memory_map: Whether the file is mapped into memory, rather than read.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class EmbeddedEngine:
         batch_tokens: int,
         prompt_format: PromptFormat,
         prompt_cache: bool = True,
+        memory_map: bool = True,
     ) -> None:
         self._path = model
         self._pool_tokens = context_tokens
@@ -87,6 +89,7 @@ class EmbeddedEngine:
         self._batch_tokens = batch_tokens
         self._prompt_format = prompt_format
         self._prompt_cache = prompt_cache
+        self._memory_map = memory_map
         self._capacity = Capacity(slots, context_tokens)
         self._starting = asyncio.Lock()
         self._stopping = False
@@ -138,6 +141,7 @@ class EmbeddedEngine:
             slots=self._slots,
             threads=self._threads,
             batch_tokens=self._batch_tokens,
+            memory_map=self._memory_map,
             http_threads=TOKENIZERS + 1,
             verbosity=native_log.verbosity(),
         )

@@ -37,6 +37,7 @@ class Llama:
         slots: How many samples are generated at a time.
         threads: Threads that compute.
         batch_tokens: Tokens computed in one step.
+        memory_map: Whether the file is mapped into memory. If not, it is read, which takes less time if a GPU gets all of it.
         http_threads: Texts tokenized at a time. Each thread keeps the memory that its longest text took.
         verbosity: How much llama.cpp logs: 1 errors, 2 also warnings, 3 also information, 4 everything.
     """
@@ -49,6 +50,7 @@ class Llama:
         slots: int,
         threads: int,
         batch_tokens: int,
+        memory_map: bool = True,
         http_threads: int = 1,
         verbosity: int = 1,
     ) -> None:
@@ -60,6 +62,8 @@ class Llama:
         # One pool of context for all slots: whoever needs much of it can have it while others need little.
         params.kv_unified = True
         params.n_batch = params.n_ubatch = batch_tokens
+        if not memory_map:
+            params.load_mode = xllamacpp.llama_load_mode.LLAMA_LOAD_MODE_NONE
         for cpu in (params.cpuparams, params.cpuparams_batch):
             cpu.n_threads = threads
             # Polling threads starve each other: with two streams on two cores a tenth of the speed is left.

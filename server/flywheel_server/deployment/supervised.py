@@ -1,0 +1,178 @@
+"""The engine within a container on Modal: started again when it dies, and the container is replaced if that fails."""
+
+import asyncio
+import os
+import threading
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
+from typing import Final, Self, TypeVar
+
+import modal
+import structlog
+
+from flywheel_server.activity import Activity
+from flywheel_server.engines.base import (
+    Engine,
+    EngineError,
+    EngineFailedError,
+    EngineModel,
+    EngineStats,
+    EngineUnavailableError,
+    Event,
+    PreparedRequest,
+    Started,
+)
+from flywheel_server.engines.modal_waits import modal_result
+from flywheel_server.messages import GenerationRequest
+from flywheel_server.supervision import Supervisor
+
+log = structlog.stdlib.get_logger(__name__)
+
+T = TypeVar("T")
+
+ABANDON_TIMEOUT: Final = 1.0
+"""Seconds that a dead engine has to let go of a call."""
+
+END_TIMEOUT: Final = 25.0
+"""Seconds that the container has to answer its calls and end, before it is ended from within."""
+
+
+class SupervisedEngine:
+    """Gives calls to an engine for as long as it lives, and starts it again when it is dead.
+
+    The calls of an engine that dies end with `EngineUnavailableError` unless it has sent text for them, and so do those that
+    arrive until it has started again.
+
+    Arguments:
+        engine: The engine, not yet started.
+        timeout: Seconds of silence after which it is checked, and then for its answer; see `Supervisor`.
+        give_up: Called when the engine is dead and cannot be started again.
+    """
+
+    def __init__(self, engine: Engine, timeout: float, give_up: Callable[[], Awaitable[None]]) -> None:
+        self._engine = engine
+        self._activity = Activity()
+        self._supervisor = Supervisor(engine, self._activity, self._serving, timeout=timeout, restarts=True)
+        self._give_up = give_up
+        self._stopping = asyncio.Event()
+        self._running: asyncio.Task[None] | None = None
+        # Done while the engine is down.
+        self._down: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._down.set_result(None)
+
+    async def __aenter__(self) -> Self:
+        up: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._running = asyncio.create_task(self._run(up))
+        await up
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        self._stopping.set()
+        if self._running is not None:
+            await self._running
+
+    async def _run(self, up: asyncio.Future[None]) -> None:
+        try:
+            async with self._supervisor.running():
+                up.set_result(None)
+                await self._stopping.wait()
+        except Exception as error:
+            if not up.done():
+                up.set_exception(error)
+                return
+            log.exception("engine is lost")
+            if not self._stopping.is_set():
+                await self._give_up()
+
+    @asynccontextmanager
+    async def _serving(self) -> AsyncIterator[None]:
+        self._down = asyncio.get_running_loop().create_future()
+        try:
+            yield
+        finally:
+            self._down.set_result(None)
+
+    async def prepare(self, request: GenerationRequest) -> PreparedRequest:
+        """Returns the request as the engine takes it; see `Engine.prepare`."""
+        try:
+            with self._activity.failures_noticed():
+                async with self._activity.within_engine():
+                    return await self._while_up(self._engine.prepare(request))
+        except Exception as error:
+            await self._raise_if_dead(error)
+            raise
+
+    async def generate(self, prepared: PreparedRequest) -> AsyncGenerator[Event, None]:
+        """Yields the events of the request; see `Engine.generate`."""
+        has_text = False
+        try:
+            with self._activity.failures_noticed():
+                async with self._activity.within_engine(), aclosing(self._engine.generate(prepared)) as events:
+                    while (event := await self._while_up(anext(events, None))) is not None:
+                        if not isinstance(event, Started):
+                            self._activity.sign()
+                            has_text = True
+                        yield event
+        except Exception as error:
+            if not has_text:
+                await self._raise_if_dead(error)
+            raise
+
+    async def _while_up(self, work: Awaitable[T]) -> T:
+        """Returns or raises what the work does; raises `EngineUnavailableError` if the engine is down or goes down."""
+        down = self._down
+        running = asyncio.create_task(_contained(work))
+        try:
+            await asyncio.wait((running, down), return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+            raise
+        if running.done():
+            return await running
+        running.cancel()
+        running.add_done_callback(lambda done: done.cancelled() or done.exception())
+        await asyncio.wait({running}, timeout=ABANDON_TIMEOUT)
+        raise EngineUnavailableError("the engine has died, and is being started again")
+
+    async def _raise_if_dead(self, error: Exception) -> None:
+        """Raises `EngineUnavailableError` if the call has failed because the engine is dead; waits until that is known."""
+        if isinstance(error, EngineError) and not isinstance(error, EngineFailedError):
+            return
+        await self._while_up(self._activity.confirmed_alive())
+
+    async def check(self) -> None:
+        """Generates a token; see `Engine.check`."""
+        await self._while_up(self._engine.check())
+
+    async def stats(self) -> EngineStats:
+        """Returns how busy the engine is; see `Engine.stats`."""
+        return await self._engine.stats()
+
+    def model(self) -> EngineModel:
+        """Returns what the engine runs; see `Engine.model`."""
+        return self._engine.model()
+
+
+async def _contained(work: Awaitable[T]) -> T:
+    try:
+        return await work
+    except SystemExit as error:
+        # In a task of its own it would end the event loop, and with it the container.
+        raise EngineFailedError("the engine raised SystemExit") from error
+
+
+async def end_container() -> None:
+    """Has Modal give this container no more calls, and end it when those in it have been answered.
+
+    Modal starts another one for the next call. If the container does not end by itself, which a thread of a dead engine may
+    keep it from, its process is ended.
+    """
+    log.error("the container ends, so that another one takes its place")
+    watchdog = threading.Timer(END_TIMEOUT, os._exit, (1,))
+    watchdog.daemon = True
+    watchdog.start()
+    try:
+        await modal_result(modal.experimental.stop_fetching_inputs.aio())
+    except Exception:
+        log.exception("Modal was not told that the container ends")

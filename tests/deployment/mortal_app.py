@@ -1,0 +1,139 @@
+"""An app for Modal whose class has an engine that dies as the text of a request says, supervised as in the Model."""
+
+import asyncio
+import os
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import modal
+from flywheel_server import supervision
+from flywheel_server.deployment.model import RemoteModel
+from flywheel_server.deployment.supervised import SupervisedEngine, end_container
+from flywheel_server.engines.base import EngineFailedError, Event, PreparedRequest
+from flywheel_server.engines.scripted import Script, ScriptedEngine
+from flywheel_server.messages import GenerationRequest, GenerationResponseSample
+
+supervision.RESTART_INTERVAL = 0.5  # type: ignore[misc]
+supervision.STOP_TIMEOUT = 0.5  # type: ignore[misc]
+
+image = modal.Image.debian_slim().add_local_python_source("flywheel_proto", "flywheel_server")
+app = modal.App("mortal")
+
+
+class UnpicklableError(Exception):
+    def __init__(self, one: str, other: str) -> None:
+        super().__init__(one + other)
+
+
+class OwnError(EngineFailedError):
+    """Is not known to callers."""
+
+
+OF_MODAL = ("NotFoundError", "ServiceError", "ResourceExhaustedError", "FunctionTimeoutError", "InvalidError", "AuthError")
+FOREIGN: dict[str, BaseException] = {
+    "OSError": OSError("SECRET"),
+    "ConnectionError": ConnectionError("SECRET"),
+    "TimeoutError": TimeoutError("SECRET"),
+    "ValueError": ValueError("max_tokens: SECRET"),
+    "TypeError": TypeError("got an unexpected keyword argument 'SECRET'"),
+    "UnpicklableError": UnpicklableError("SECRET", "SECRET"),
+    "SystemExit": SystemExit("SECRET"),
+    "CancelledError": asyncio.CancelledError("SECRET"),
+    "OwnError": OwnError("SECRET"),
+    **{f"modal.{name}": getattr(modal.exception, name)("SECRET") for name in OF_MODAL},
+}
+
+
+class MortalEngine(ScriptedEngine):
+    """Does what the text of a request says, and is alive again when it was started again."""
+
+    def __init__(self) -> None:
+        super().__init__(Script(token_delay=0.01))
+        self.calls = 0
+        self.starts = 0
+        self.dead = False
+        self.hangs = False
+        self.may_start = True
+        self.may_stop = True
+
+    async def __aenter__(self) -> Any:
+        if not self.may_start:
+            raise EngineFailedError("it is broken")
+        self.starts += 1
+        self.dead = self.hangs = False
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        if not self.may_stop:
+            await asyncio.Event().wait()
+
+    def _die(self, how: str) -> None:
+        self.may_start = how != "for good"
+        self.may_stop = how != "undead"
+        self.hangs = how == "silently"
+        self.dead = True
+
+    async def prepare(self, request: GenerationRequest) -> PreparedRequest:
+        self.calls += 1
+        kind, _, how = request.text.partition(" ")
+        if kind == "prepare":
+            self._die(how)
+        await self._live()
+        if kind == "raise-early":
+            raise FOREIGN[how]
+        return await super().prepare(request)
+
+    async def generate(self, prepared: PreparedRequest) -> AsyncGenerator[Event, None]:
+        kind, _, how = prepared.request.text.partition(" ")
+        if kind == "queue":
+            self._die(how)
+        await self._live()
+        number = 0
+        async for event in super().generate(prepared):
+            number += 1
+            if kind == "raise" and number == 5:
+                raise FOREIGN[how]
+            if kind == "decode" and number == 5:
+                self._die(how)
+            await self._live()
+            if kind == "afterwards" and isinstance(event, GenerationResponseSample):
+                self._die(how)
+            yield event
+
+    async def check(self) -> None:
+        await self._live()
+
+    async def _live(self) -> None:
+        if self.hangs:
+            await asyncio.Event().wait()
+        if self.dead:
+            raise EngineFailedError("dead")
+
+
+@app.cls(image=image, max_containers=1)
+@modal.concurrent(max_inputs=100)
+class Model:
+    """Has what the class of this project has."""
+
+    @modal.enter()
+    async def load(self) -> None:
+        self.mortal = MortalEngine()
+        self.engine = await SupervisedEngine(self.mortal, 1.0, end_container).__aenter__()
+        self.remote = RemoteModel(self.engine)
+
+    @modal.exit()
+    async def unload(self) -> None:
+        await self.engine.__aexit__()
+
+    @modal.method()
+    async def generate(self, /, **fields: Any) -> dict[str, Any]:
+        return await self.remote.generate(**fields)
+
+    @modal.method()
+    async def generate_deltas(self, /, **arguments: Any) -> dict[str, Any]:
+        return await self.remote.generate_deltas(**arguments)
+
+    @modal.method()
+    async def counts(self) -> tuple[int, int, int, int]:
+        """Returns the id of the process, how often its engine was started and called, and how many calls it works on."""
+        return os.getpid(), self.mortal.starts, self.mortal.calls, self.mortal.running
