@@ -48,13 +48,13 @@ def test_out_of_reach_below_modal(error: Exception) -> None:
 
 
 @pytest.mark.parametrize(("kind", "setting"), SETUP.items())
-def test_not_set_up_names_the_app_and_the_setting(kind: type[Exception], setting: str) -> None:
-    error = engine_error(kind("why"), TARGET, 600)
+def test_not_set_up_names_the_app_and_the_setting_and_says_what_modal_says(kind: type[Exception], setting: str) -> None:
+    error = engine_error(kind("Modal says why.\n  And what to do."), TARGET, 600)
     assert isinstance(error, base.EngineSetupError)
     assert error.facts == {"app": "some-app", "class": "Model", "environment": "prod", "setting": setting}
     message = status_of(error, "id").message
     assert "class Model of app some-app in environment prod" in message
-    assert "why" not in message
+    assert message.endswith(": Modal says why. And what to do.")
 
 
 def test_a_timeout_names_the_seconds() -> None:

@@ -74,6 +74,9 @@ _SETUP: Final[dict[type[BaseException], tuple[str, str]]] = {
     exception.VersionError: ("Modal no longer accepts the server's version of the modal package, for {target}", "modal"),
 }
 
+MAX_WORDS: Final = 500
+"""Characters of what Modal says. Where it lists what it knows, that can be long."""
+
 _UNREACHABLE: Final = (
     exception.ServiceError,
     exception.InternalError,
@@ -137,7 +140,7 @@ def _error_of_modal(error: BaseException, target: Target) -> EngineError:
         return EngineUnavailableError(f"Modal cannot be reached, or lost or ended the call: {type(error).__name__}: {error}")
     for kind, (problem, setting) in _SETUP.items():
         if isinstance(error, kind):
-            return EngineSetupError(problem.format(target=target), target.facts(setting))
+            return EngineSetupError(problem.format(target=target) + _words(error), target.facts(setting))
     return EngineFailedError(f"the call of {target} failed with {type(error).__name__}")
 
 
@@ -146,6 +149,12 @@ def _retry_after(error: exception.ResourceExhaustedError) -> float:
     details = getattr(error, "_grpc_details", None) or ()
     delays = [detail.retry_after_secs for detail in details if isinstance(detail, api_pb2.RPCRetryPolicy)]
     return max(delays, default=DEFAULT_RETRY_DELAY)
+
+
+def _words(error: BaseException) -> str:
+    """Returns what Modal says, on one line, to be added to what we say of it."""
+    words = " ".join(str(error).split())
+    return f": {words[:MAX_WORDS].rstrip('.')}" if words else ""
 
 
 @contextmanager
