@@ -11,22 +11,23 @@ What can be set is in `flywheel_server.deployment.settings`: variables of the en
 
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import modal
+from flywheel_server.deployment.gateway_settings import KEYS_SECRET, KEYS_VARIABLE, create_secret, gateway_settings
+from flywheel_server.deployment.redeployment import refusal, tags, unsaid_changes
 from flywheel_server.deployment.settings import configured
 from flywheel_server.deployment.signature import takes_fields
 from flywheel_server.deployment.weights import find_gpu
-from flywheel_server.settings import Settings
+from modal.config import config
 
 if TYPE_CHECKING:
     from flywheel_server.deployment.gateway import GatewayThread
     from flywheel_server.deployment.model import RemoteModel
-    from flywheel_server.engines.embedded import EmbeddedEngine
+    from flywheel_server.deployment.supervised import SupervisedEngine
 
-KEYS = "flywheel-grpc-keys"
-KEYS_VARIABLE = "FLYWHEEL_API_KEYS"
 VOLUME = "flywheel-grpc-weights"
 PYTHON = "3.12"
 CUDA_IMAGE = "nvidia/cuda:12.8.1-devel-ubuntu22.04"
@@ -34,13 +35,10 @@ SOURCES = ("flywheel_proto", "flywheel_server", "flywheel_client")
 LOCKS = Path(__file__).parent / "requirements"
 
 NO_KEYS = f"""\
-There is no modal.Secret "{KEYS}" with {KEYS_VARIABLE} in it, so nothing was deployed.
+There is no modal.Secret "{KEYS_SECRET}" with {KEYS_VARIABLE} in it, so nothing was deployed.
 The gateway's address is on the open Internet: it lets in only callers with a key. Make one, and note it for your callers:
 
-  KEY=$(openssl rand -hex 32)
-  modal secret create {KEYS} {KEYS_VARIABLE}=$KEY
-  echo "$KEY"
-"""
+{create_secret(config.get("environment") or "")}"""
 
 try:
     # In a container, the environment holds what was configured when it was deployed.
@@ -50,14 +48,35 @@ except ValueError as error:
 deployment, settings = configuration.deployment, configuration.server
 environment: dict[str, str | None] = {**configuration.environment}
 
-keys = modal.Secret.from_name(KEYS, required_keys=[KEYS_VARIABLE])
-if modal.is_local():
+keys = modal.Secret.from_name(KEYS_SECRET, required_keys=[KEYS_VARIABLE])
+app = modal.App(deployment.app, tags=tags(configuration, os.environ))
+
+
+def check_secret() -> None:
+    """Exits with a message if there is no secret with keys."""
     try:
         keys.hydrate()
     except modal.exception.NotFoundError:
         sys.exit(NO_KEYS)
-    except modal.exception.Error:
-        pass  # whatever it is, the command that imports this says it better
+
+
+def check_redeployment() -> None:
+    """Exits with a message if the app runs with settings that nobody has said to change."""
+    try:
+        running = modal.App.lookup(deployment.app).get_tags()
+    except modal.exception.NotFoundError:
+        return
+    if changes := unsaid_changes(running, os.environ):
+        typed = sys.argv[0] if Path(sys.argv[0]).name == "modal" else "modal"
+        sys.exit(refusal(deployment.app, changes, [typed, *sys.argv[1:]]))
+
+
+if modal.is_local():
+    # Any other error of Modal's, the command that imports this meets again, and says it better.
+    with suppress(modal.exception.Error):
+        check_secret()
+        if sys.argv[1:2] == ["deploy"]:
+            check_redeployment()
 
 
 def locked(image: modal.Image, lock: str, options: str = "--only-binary :all:") -> modal.Image:
@@ -65,9 +84,19 @@ def locked(image: modal.Image, lock: str, options: str = "--only-binary :all:") 
     return image.pip_install_from_requirements(str(LOCKS / lock), extra_options=f"--no-deps --require-hashes {options}")
 
 
-gateway_image = locked(modal.Image.debian_slim(PYTHON), "modal-gateway.txt").add_local_python_source(*SOURCES)
-
-app = modal.App(deployment.app)
+slim_image = modal.Image.debian_slim(PYTHON)
+gateway_packages = locked(slim_image, "modal-gateway.txt")
+page_image = gateway_packages.add_local_python_source(*SOURCES)
+gateway_image = (
+    gateway_packages.add_local_python_source(*SOURCES, copy=True)
+    .workdir("/root")
+    .run_commands(
+        "python -m flywheel_server.deployment.gateway_settings",
+        env={**environment, "MODAL_ENVIRONMENT": config.get("environment") or ""},
+        secrets=[keys],
+        force_build=True,  # Modal does not build an image anew because a secret has changed
+    )
+)
 
 
 class Serving:
@@ -79,7 +108,7 @@ class Serving:
         """Starts the server, and returns when it can be reached."""
         from flywheel_server.deployment.gateway import GatewayThread
 
-        self.gateway = GatewayThread(Settings(), tunnelled_app)
+        self.gateway = GatewayThread(gateway_settings(), tunnelled_app)
         self.gateway.start()
 
     @modal.exit()
@@ -94,6 +123,8 @@ if deployment.tunnelled:
         image=gateway_image,
         env=environment,
         secrets=[keys],
+        cpu=deployment.gateway_cpu,
+        memory=deployment.gateway_memory,
         min_containers=deployment.gateway_min_containers,
         max_containers=deployment.gateway_max_containers,
         startup_timeout=120,
@@ -106,6 +137,10 @@ if deployment.tunnelled:
             """Serves, and publishes the address of the tunnel."""
             self.serve(deployment.app)
 
+        @modal.method()
+        def ping(self) -> None:
+            """Does nothing: a class without a method cannot be called, and perhaps not be kept warm."""
+
 
 if deployment.served:
 
@@ -113,6 +148,8 @@ if deployment.served:
         image=gateway_image,
         env=environment,
         secrets=[keys],
+        cpu=deployment.gateway_cpu,
+        memory=deployment.gateway_memory,
         min_containers=deployment.gateway_min_containers,
         max_containers=deployment.gateway_max_containers,
         target_concurrency=deployment.gateway_concurrency,
@@ -132,7 +169,7 @@ if deployment.served:
             self.serve(None)
 
 
-@app.function(image=gateway_image, env=environment, max_containers=1)
+@app.function(image=page_image, env=environment, max_containers=1)
 @modal.concurrent(max_inputs=100)
 @modal.asgi_app()
 def endpoints() -> Any:  # noqa: ANN401 - an ASGI application
@@ -160,14 +197,15 @@ if configuration.weights is not None:
                     "XLLAMACPP_BUILD_CUDA": "1",
                     "XLLAMACPP_RELEASE": "1",  # the machine that builds is not the one that runs
                     "CUDA_ARCHITECTURES": str(find_gpu(settings.modal_gpu)[0].architecture),
-                    # Rust and BoringSSL, which the build would fetch by git, for what is not used here.
-                    "CMAKE_ARGS": "-DLLAMA_LLGUIDANCE=OFF -DLLAMA_BUILD_BORINGSSL=OFF -DGGML_CUDA_NCCL=OFF",
+                    # Rust, BoringSSL and a web page, which the build would fetch in some version, for what is not used here.
+                    "CMAKE_ARGS": "-DLLAMA_LLGUIDANCE=OFF -DLLAMA_BUILD_BORINGSSL=OFF -DLLAMA_USE_PREBUILT_UI=OFF "
+                    "-DGGML_CUDA_NCCL=OFF",
                 }
             )
         )
         model_image = locked(cuda_image, "modal-model.txt", "--no-binary xllamacpp")
     else:
-        model_image = locked(modal.Image.debian_slim(PYTHON), "modal-model.txt")
+        model_image = locked(slim_image, "modal-model.txt")
     model_image = model_image.add_local_python_source(*SOURCES)
 
     @app.cls(
@@ -175,6 +213,8 @@ if configuration.weights is not None:
         env=environment,
         gpu=settings.modal_gpu or None,
         volumes=volumes,
+        cpu=deployment.model_cpu,
+        memory=configuration.model_memory,
         timeout=settings.modal_timeout,
         min_containers=deployment.model_min_containers,
         max_containers=deployment.model_max_containers,
@@ -185,7 +225,7 @@ if configuration.weights is not None:
     class Model:
         """Generates on a GPU. `generate` takes and returns what that of MK1 Flywheel does."""
 
-        engine: "EmbeddedEngine"
+        engine: "SupervisedEngine"
         remote: "RemoteModel"
 
         @modal.enter()
@@ -216,10 +256,15 @@ if configuration.weights is not None:
 
     # The token of the Hugging Face hub, for weights that are not for everybody.
     hub_token = [modal.Secret.from_dict({"HF_TOKEN": os.environ["HF_TOKEN"]})] if "HF_TOKEN" in os.environ else []
+    hub_image = (
+        locked(slim_image, "modal-hub.txt")
+        .env({"HF_XET_HIGH_PERFORMANCE": "1"})  # as many connections, and as much memory, as it takes
+        .add_local_python_source(*SOURCES)
+    )
     # An app of its own: running it starts no gateway.
     weights_app = modal.App(f"{deployment.app}-weights")
 
-    @weights_app.function(image=model_image, env=environment, secrets=hub_token, volumes=volumes, timeout=4 * 3600)
+    @weights_app.function(image=hub_image, env=environment, secrets=hub_token, volumes=volumes, timeout=4 * 3600)
     def fetch_weights() -> None:
         """Downloads the weights of the Model into its volume, unless they are there."""
         from flywheel_server.deployment.download import fetch

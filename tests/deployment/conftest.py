@@ -23,8 +23,8 @@ SMALL = find("smollm2-135m-instruct-q8_0")
 VOLUME = "flywheel-grpc-weights"
 
 
-def deploy(cloud: ModalCloud, app: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Runs `modal deploy modal_deploy.py`, with a small model unless the variables say otherwise."""
+def deploy(cloud: ModalCloud, app: str, **variables: str | None) -> subprocess.CompletedProcess[str]:
+    """Runs `modal deploy modal_deploy.py`, with a small model unless the variables say otherwise; None leaves one unset."""
     settings = {
         "FLYWHEEL_DEPLOY_APP": app,
         "FLYWHEEL_DEPLOY_WEIGHTS": SMALL.name,
@@ -33,7 +33,8 @@ def deploy(cloud: ModalCloud, app: str, **variables: str) -> subprocess.Complete
         "FLYWHEEL_HEALTH_INTERVAL": "0.1",
         "FLYWHEEL_WITHDRAW_WINDOW": "0",
     }
-    return cloud.cli("deploy", "modal_deploy.py", env=settings | variables, cwd=ROOT)
+    env = {name: value for name, value in (settings | variables).items() if value is not None}
+    return cloud.cli("deploy", "modal_deploy.py", env=env, cwd=ROOT)
 
 
 async def deployed(cloud: ModalCloud, app: str, **variables: str) -> None:

@@ -42,9 +42,10 @@ def test_the_class_of_another_app_needs_no_model_here() -> None:
     assert found.server.model is None
 
 
-def test_what_means_something_else_in_the_shell_of_who_deploys_is_left_there() -> None:
+def test_what_means_something_else_in_the_shell_of_who_deploys_is_left_there(monkeypatch: pytest.MonkeyPatch) -> None:
     shell = {
-        "FLYWHEEL_API_KEYS": "0123456789abcdef",
+        "FLYWHEEL_API_KEYS": "too short",
+        "FLYWHEEL_SCRIPT": "{}",
         "FLYWHEEL_ADDRESS": "localhost:50051",
         "FLYWHEEL_ENGINE": "embedded",
         "FLYWHEEL_MODEL": "some.gguf",
@@ -52,7 +53,33 @@ def test_what_means_something_else_in_the_shell_of_who_deploys_is_left_there() -
         "FLYWHEEL_TLS_KEY": "server-key.pem",
         "FLYWHEEL_API_KEYS_FILE": "keys.json",
     }
-    assert configured(shell) == configured({})
+    default = configured({})
+    for name, value in shell.items():
+        monkeypatch.setenv(name, value)
+    assert configured(shell) == configured({}) == default
+
+
+@pytest.mark.parametrize(
+    ("environment", "cpu", "memory"),
+    [
+        ({}, 2, 4096),
+        ({"FLYWHEEL_DEPLOY_MODEL_CPU": "3.9", "FLYWHEEL_DEPLOY_MODEL_MEMORY": "9000"}, 3, 9000),
+        ({"FLYWHEEL_DEPLOY_MODEL_CPU": "0.5", "FLYWHEEL_DEPLOY_MODEL_MEMORY": ""}, 1, 4096),
+        # 139 MiB of weights and 8192 tokens of 22.5 KiB on the CPU; 19488 MiB and 8192 of 128 KiB.
+        ({"FLYWHEEL_DEPLOY_WEIGHTS": "smollm2-135m-instruct-q8_0", "FLYWHEEL_MODAL_GPU": ""}, 2, 1024 + 319),
+        ({"FLYWHEEL_MODAL_GPU": ""}, 2, 1024 + 20512),
+        ({"FLYWHEEL_MODAL_APP": "another"}, 2, None),
+    ],
+)
+def test_threads_and_memory_of_the_model(environment: dict[str, str], cpu: int, memory: int | None) -> None:
+    found = configured(environment)
+    assert (found.deployment.model_threads, found.model_memory) == (cpu, memory)
+
+
+def test_one_container_with_a_gpu_unless_more_are_asked_for() -> None:
+    assert configured({}).deployment.model_max_containers == 1
+    assert configured({"FLYWHEEL_DEPLOY_MODEL_MAX_CONTAINERS": "3"}).deployment.model_max_containers == 3
+    assert configured({"FLYWHEEL_DEPLOY_GATEWAY_MAX_CONTAINERS": ""}).deployment.gateway_max_containers is None
 
 
 @pytest.mark.parametrize(
@@ -60,6 +87,8 @@ def test_what_means_something_else_in_the_shell_of_who_deploys_is_left_there() -
     [
         ({"FLYWHEEL_DEPLOY_EXPOSE": "telnet"}, ["FLYWHEEL_DEPLOY_EXPOSE", "'tunnel', 'server' or 'both'"]),
         ({"FLYWHEEL_DEPLOY_MODEL_SLOTS": "0", "FLYWHEEL_DEPLOY_MODEL_SCALEDOWN": "x"}, ["MODEL_SLOTS", "MODEL_SCALEDOWN"]),
+        ({"FLYWHEEL_DEPLOY_MODEL_CPU": "0", "FLYWHEEL_DEPLOY_GATEWAY_MEMORY": "1"}, ["MODEL_CPU", "GATEWAY_MEMORY"]),
+        ({"FLYWHEEL_DEPLOY_MODEL_MAX_CONTAINERS": "0"}, ["FLYWHEEL_DEPLOY_MODEL_MAX_CONTAINERS", "greater than or equal to 1"]),
         ({"FLYWHEEL_DEPLOY_ADDRESS": "nowhere"}, ["FLYWHEEL_DEPLOY_ADDRESS", "HOST:PORT"]),
         ({"FLYWHEEL_DEPLOY_ADDRESS": "0.0.0.0:0", "FLYWHEEL_DEPLOY_EXPOSE": "server"}, ["FLYWHEEL_DEPLOY_ADDRESS", "a port"]),
         ({"FLYWHEEL_DRAIN_TIMEOUT": "21"}, ["FLYWHEEL_DRAIN_TIMEOUT", "at most 22 s", "WITHDRAW_WINDOW", "30 s"]),

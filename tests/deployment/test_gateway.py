@@ -87,6 +87,8 @@ def test_what_arrives_at_modal(prepared: ModalCloud) -> None:
     assert model.resources.gpu_config.count == 1
     assert model.timeout_secs == 600
     assert model.max_concurrent_inputs == 16
+    assert model.concurrency_limit == 1, "each GPU bills"
+    assert (model.resources.milli_cpu, model.resources.memory_mb) == (2000, 4096)
     assert [mount.mount_path for mount in model.volume_mounts] == [str(prepared.directory / "weights")]
     for method, before in (("generate", []), ("generate_deltas", ["queue", "partition", "call"])):
         told = [argument.name for argument in model.method_definitions[method].function_schema.arguments]
@@ -96,6 +98,8 @@ def test_what_arrives_at_modal(prepared: ModalCloud) -> None:
         assert not function.resources.gpu_config.gpu_type
         assert not function.volume_mounts
         assert len(function.secret_ids) == 2  # the keys, and the environment
+        assert (function.resources.milli_cpu, function.resources.memory_mb) == (500, 512)
+    assert gateway.method_definitions
     assert (server.http_config.port, server.http_config.h2_enabled) == (50051, True)
 
     built = "\n".join(prepared.image_commands("defaults/Gateway"))
@@ -103,8 +107,12 @@ def test_what_arrives_at_modal(prepared: ModalCloud) -> None:
     for heavy in ("cuda", "xllamacpp", "nvidia", "huggingface"):
         assert heavy not in built.lower()
     built = "\n".join(prepared.image_commands("defaults/Model"))
-    for expected in ("nvidia/cuda", "CUDA_ARCHITECTURES=86", "--require-hashes", "--no-binary xllamacpp"):
+    for expected in (
+        *("nvidia/cuda", "CUDA_ARCHITECTURES=86", "--require-hashes", "--no-binary xllamacpp"),
+        "-DLLAMA_USE_PREBUILT_UI=OFF",  # the build would fetch it in some version
+    ):
         assert expected in built
+    assert "huggingface" not in built.lower()
     files = prepared.mounted_files("defaults/Gateway")
     assert {"/root/modal_deploy.py", "/root/flywheel_server/server.py", "/root/flywheel_proto/v1/generation_pb2.py"} <= files
 
@@ -234,6 +242,19 @@ async def test_weights_that_were_not_fetched_are_named(prepared: ModalCloud) -> 
         assert "modal run modal_deploy.py::fetch_weights" in str(caught.value.details())
 
 
+@pytest.mark.parametrize(("gpu", "is_mapped"), [("A10G", False), ("", True)])
+async def test_weights_for_a_gpu_are_read_rather_than_mapped(prepared: ModalCloud, gpu: str, is_mapped: bool) -> None:
+    app = f"mapped-{gpu or 'cpu'}"
+    await deployed(
+        prepared, app, FLYWHEEL_MODAL_GPU=gpu, FLYWHEEL_DEPLOY_GATEWAY_MIN_CONTAINERS="0", FLYWHEEL_DEPLOY_MODEL_CPU="1"
+    )
+    generate = modal.Cls.from_name(app, "Model")().generate
+    answer = await generate.remote.aio(text="What is a llama?", max_tokens=3)
+    assert answer["responses"][0]["generated_tokens"] == 3
+    (only,) = prepared.containers(f"{app}/Model")
+    assert (".gguf" in await asyncio.to_thread(Path(f"/proc/{only.process.pid}/maps").read_text)) is is_mapped
+
+
 async def test_containers_that_the_deployment_keeps_warm_are_those_that_are_called(prepared: ModalCloud) -> None:
     await deployed(prepared, "warm", FLYWHEEL_DEPLOY_MODEL_MIN_CONTAINERS="1")
     (tunnel,) = await published(prepared, "warm")
@@ -255,6 +276,11 @@ def test_the_weights_are_fetched_into_the_volume(prepared: ModalCloud) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "smollm2-135m-instruct-q8_0: is there" in done.stdout
+    built = "\n".join(prepared.image_commands("flywheel-grpc-weights/fetch_weights"))
+    for expected in ("--require-hashes", "HF_XET_HIGH_PERFORMANCE=1"):
+        assert expected in built
+    for heavy in ("cuda", "xllamacpp", "nvidia"):
+        assert heavy not in built.lower(), "it does not wait for the image with CUDA"
     assert find("smollm2-135m-instruct-q8_0").path(prepared.volume_dir(VOLUME)).exists()
 
 

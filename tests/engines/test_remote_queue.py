@@ -56,7 +56,7 @@ async def text_of(target: Target, **fields: Any) -> str:
 
 
 def expected(count: int = TOKENS) -> str:
-    tokens = Script().tokens()
+    tokens = Script().tokens("")
     return b"".join(tokens[number % len(tokens)] for number in range(count)).decode(errors="ignore")
 
 
@@ -155,7 +155,7 @@ async def test_a_queue_that_is_gone_ends_its_calls_and_is_made_anew(
     monkeypatch.setattr(inbox, "GONE_SECONDS", 3.0)
     async with serving(scripted.engine(APP)) as target:
         stream = await begun(target)
-        deployed._storage._queues._things.clear()
+        deployed.expire_ephemeral()
         ending = asyncio.create_task(stream.error())
 
         async def works() -> bool:

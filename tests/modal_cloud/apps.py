@@ -66,8 +66,8 @@ class Apps:
         return api_pb2.ClientHelloResponse(image_builder_version=IMAGE_BUILDER_VERSION)
 
     async def AppCreate(self, request: api_pb2.AppCreateRequest) -> api_pb2.AppCreateResponse:
-        app = App(new_id("ap"), request.environment_name or DEFAULT_ENVIRONMENT, request.description, request.app_state)
-        app.tags = dict(request.tags)
+        environment = request.environment_name or DEFAULT_ENVIRONMENT
+        app = App(new_id("ap"), environment, request.description, request.app_state, tags=dict(request.tags))
         self._apps[app.id] = app
         return api_pb2.AppCreateResponse(app_id=app.id, app_page_url=f"https://modal.com/apps/{WORKSPACE}/{app.id}")
 
@@ -271,6 +271,13 @@ class Apps:
         return api_pb2.ClassGetResponse(class_id=class_id, handle_metadata=api_pb2.ClassHandleMetadata())
 
     # What tests look at
+
+    def app_named(self, name: str) -> App:
+        """Returns the app of this name that was deployed last; raises KeyError."""
+        apps = [app for app in list(self._apps.values()) if app.description == name]
+        if not apps:
+            raise KeyError(f"no app named {name} has been deployed")
+        return apps[-1]
 
     def named(self, name: str) -> Function:
         """Returns what `tag` or `app/tag` names, of the app that was deployed last; raises KeyError."""

@@ -62,7 +62,7 @@ class ModalCloud:
         self._lifetime = Lifetime()
         self._storage = Storage(self._directory, self._lifetime)
         self._queues = Queues(self._lifetime)
-        self._images = Images()
+        self._images = Images(self._storage, self._directory / "images")
         self._launcher = Launcher(self._directory, self._storage, self._images)
         self._fleet = Fleet(self._launcher)
         self._apps = Apps(self._fleet, self._certificates)
@@ -150,9 +150,19 @@ class ModalCloud:
     def create_secret(self, name: str, values: dict[str, str], environment: str = "") -> None:
         self._storage.secrets.put(dict(values), name, environment)
 
+    def replace_secret(self, name: str, values: dict[str, str]) -> None:
+        """Changes the values of a secret, as for apps that were deployed with it."""
+        secret = self._storage.secrets[self._storage.secrets.named(name)]
+        secret.clear()
+        secret.update(values)
+
     def volume_dir(self, name: str) -> Path:
         """Returns the directory of the named volume."""
         return self._storage.volume_directory(name)
+
+    def tags(self, app: str) -> dict[str, str]:
+        """Returns the tags of the app of this name, as they arrived at deployment."""
+        return dict(self._apps.app_named(app).tags)
 
     @property
     def dicts(self) -> list[str]:

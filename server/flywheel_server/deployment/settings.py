@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from flywheel_server.deployment.weights import DEFAULT, Weights, check_fit, find
 from flywheel_server.settings import PREFIX, Settings, host_and_port
@@ -20,6 +20,7 @@ NOT_FROM_THE_SHELL: Final = (
     "api_keys_file",
     "engine",
     "model",
+    "script",
     "tls_cert",
     "tls_client_ca",
     "tls_key",
@@ -29,7 +30,17 @@ NOT_FROM_THE_SHELL: Final = (
 The keys are in a secret.
 """
 
+GPU_MODEL_MEMORY: Final = 4096
+"""MiB for Python, CUDA, and a tensor or two on their way to the GPU, the largest of which have some hundred MiB."""
+
+CPU_MODEL_MEMORY: Final = 1024
+"""MiB for Python and llama.cpp, beside the weights and the KV cache."""
+
 Count = Annotated[int, Field(ge=0)]
+# How a variable asks for a default that is no number.
+EmptyIsNone = BeforeValidator(lambda value: None if value == "" else value)
+Cores = Annotated[float, Field(ge=0.125, le=64, allow_inf_nan=False)]
+MiB = Annotated[int, Field(ge=128, le=2**20)]
 
 
 def _option(default: Any, description: str) -> Any:  # noqa: ANN401 - as generic as pydantic's Field
@@ -52,10 +63,14 @@ class Deployment(BaseModel):
     )
     routing_region: str = _option("us-east", "Where Modal takes in the calls of the server.")
     gateway_min_containers: Count = _option(1, "Gateways that run always. A tunnel does not start one: keep at least 1.")
-    gateway_max_containers: Annotated[int, Field(ge=1)] | None = _option(None, "Gateways that run at most. Default: no limit.")
+    gateway_max_containers: Annotated[Annotated[int, Field(ge=1)] | None, EmptyIsNone] = _option(
+        None, "Gateways that run at most. Default: no limit."
+    )
     gateway_concurrency: Annotated[int, Field(ge=1)] = _option(
         256, "Calls on one gateway beyond which the server starts another."
     )
+    gateway_cpu: Cores = _option(0.5, "Cores that are kept free for one gateway; it may use more if there are.")
+    gateway_memory: MiB = _option(512, "MiB of memory that are kept free for one gateway; it may use more if there are.")
     weights: str = _option(DEFAULT, "What the Model runs: a name of `flywheel_server.deployment.weights`.")
     weights_path: str = _option("/weights", "Where its containers see the volume with the weights.")
     model_slots: Annotated[int, Field(ge=1, le=256)] = _option(8, "Samples that one container generates at a time.")
@@ -63,17 +78,30 @@ class Deployment(BaseModel):
         16, "Calls that one container takes in; those beyond its slots wait in it, and are next."
     )
     model_min_containers: Count = _option(0, "Containers with a GPU that run always. 0 lets all stop when nobody calls.")
-    model_max_containers: Annotated[int, Field(ge=1)] | None = _option(
-        None, "Containers with a GPU that run at most. Default: no limit."
+    model_max_containers: Annotated[int, Field(ge=1)] = _option(
+        1, "Containers with a GPU that run, and bill, at most. Calls beyond what they take in wait."
     )
     model_scaledown: Annotated[int, Field(ge=2, le=3600)] = _option(
         300, "Seconds without a call after which a container with a GPU stops."
+    )
+    model_cpu: Cores = _option(
+        2.0, "Cores that are kept free for one container of the Model, and the threads that it computes with, at least 1."
+    )
+    model_memory: Annotated[MiB | None, EmptyIsNone] = _option(
+        None,
+        "MiB of memory that are kept free for one container of the Model. Default: 4096, or without a GPU 1024 beside the "
+        "weights and the KV cache.",
     )
 
     @property
     def tunnelled(self) -> bool:
         """Whether each gateway has a tunnel."""
         return self.expose in {"tunnel", "both"}
+
+    @property
+    def model_threads(self) -> int:
+        """How many threads a container of the Model computes with. The cores that it sees are the machine's, not its own."""
+        return max(1, int(self.model_cpu))
 
     @property
     def served(self) -> bool:
@@ -97,13 +125,24 @@ class Configuration:
     weights: Weights | None
     environment: dict[str, str]
 
+    @property
+    def model_memory(self) -> int | None:
+        """MiB of memory for a container of the Model; None if there is no Model here."""
+        if self.weights is None or self.deployment.model_memory is not None:
+            return self.deployment.model_memory
+        if self.server.modal_gpu:
+            return GPU_MODEL_MEMORY
+        fit = check_fit(self.weights, None, self.server.modal_context)
+        return CPU_MODEL_MEMORY + -(-(self.weights.size_bytes + fit.kv_bytes) // 2**20)
+
 
 def configured(environment: Mapping[str, str]) -> Configuration:
     """Returns the configuration that the variables of the environment describe; raises `ValueError` where they are wrong."""
     try:
         deployment = Deployment(**_own(environment, DEPLOY_PREFIX, Deployment))
         variables = _server_environment(deployment, environment)
-        server = Settings(**_own(variables, PREFIX, Settings))
+        # By themselves, settings look at the environment of this process, in which no name begins so.
+        server = Settings(_env_prefix="\0", **_own(variables, PREFIX, Settings))
     except ValidationError as error:
         prefix = DEPLOY_PREFIX if error.title == Deployment.__name__ else PREFIX
         found = error.errors(include_url=False, include_input=False)
@@ -123,15 +162,20 @@ def configured(environment: Mapping[str, str]) -> Configuration:
     return Configuration(deployment, server, weights, variables)
 
 
+def given(environment: Mapping[str, str]) -> dict[str, str]:
+    """Returns those variables of the environment that a configuration is made from."""
+    names = [f"{DEPLOY_PREFIX}{name.upper()}" for name in Deployment.model_fields]
+    names += [f"{PREFIX}{name.upper()}" for name in Settings.model_fields if name not in NOT_FROM_THE_SHELL]
+    return {name: environment[name] for name in names if name in environment}
+
+
 def _own(environment: Mapping[str, str], prefix: str, settings: type[BaseModel]) -> dict[str, Any]:
     names = {name: f"{prefix}{name.upper()}" for name in settings.model_fields}
     return {name: environment[variable] for name, variable in names.items() if variable in environment}
 
 
 def _server_environment(deployment: Deployment, environment: Mapping[str, str]) -> dict[str, str]:
-    given = _own(environment, PREFIX, Settings)
-    for name in NOT_FROM_THE_SHELL:
-        given.pop(name, None)
+    given = {name: value for name, value in _own(environment, PREFIX, Settings).items() if name not in NOT_FROM_THE_SHELL}
     ours = given.get("modal_app", deployment.app) == deployment.app
     settings = {
         "engine": "flywheel",

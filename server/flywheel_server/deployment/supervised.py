@@ -149,6 +149,10 @@ class SupervisedEngine:
         """Returns how busy the engine is; see `Engine.stats`."""
         return await self._engine.stats()
 
+    def is_reachable(self) -> bool:
+        """Returns whether calls can be made; see `Engine.is_reachable`."""
+        return self._engine.is_reachable()
+
     def model(self) -> EngineModel:
         """Returns what the engine runs; see `Engine.model`."""
         return self._engine.model()

@@ -1,0 +1,55 @@
+"""The settings of a gateway, read from the environment of its container, in which Modal puts the keys of callers.
+
+Modal tells nobody the values of a secret. So `python -m flywheel_server.deployment.gateway_settings` is a step of the build of
+the gateway's image, which is given the secret: with keys that a gateway would refuse, nothing is deployed.
+"""
+
+import os
+import shlex
+import sys
+from typing import Final
+
+from pydantic import ValidationError
+
+from flywheel_server.settings import PREFIX, Settings
+
+KEYS_SECRET: Final = "flywheel-grpc-keys"  # noqa: S105 - its name
+KEYS_VARIABLE: Final = f"{PREFIX}API_KEYS"
+
+
+def gateway_settings() -> Settings:
+    """Returns the settings of the environment; raises `ValueError`, which says how to mend them, if they are wrong."""
+    try:
+        settings = Settings()
+    except ValidationError as error:
+        found = error.errors(include_url=False, include_input=False, include_context=False)
+        problems = [f"{_place(problem['loc'])}: {problem['msg'].removeprefix('Value error, ')}" for problem in found]
+    else:
+        if settings.api_keys:
+            return settings
+        problems = [f"{KEYS_VARIABLE}: must hold a key"]
+    rows = "\n".join(f"  {problem}" for problem in problems)
+    raise ValueError(
+        f'A gateway does not start with these settings, of which {KEYS_VARIABLE} is from the modal.Secret "{KEYS_SECRET}":\n\n'
+        f"{rows}\n\nTo make the secret anew, note the key for your callers, and deploy again:\n\n"
+        f"{create_secret(os.environ.get('MODAL_ENVIRONMENT', ''), replace=True)}"
+    )
+
+
+def _place(location: tuple[int | str, ...]) -> str:
+    name, *within = location
+    return " ".join([f"{PREFIX}{name}".upper(), *(f"number {number + 1}" for number in within if isinstance(number, int))])
+
+
+def create_secret(environment: str, *, replace: bool = False) -> str:
+    """Returns the commands that make the secret with a new key, in this environment of Modal's or in the default one."""
+    options = [*(["-e", shlex.quote(environment)] if environment else []), *(["--force"] if replace else [])]
+    create = " ".join(["modal secret create", *options, KEYS_SECRET, f"{KEYS_VARIABLE}=$KEY"])
+    return f'  KEY=$(openssl rand -hex 32)\n  {create}\n  echo "$KEY"\n'
+
+
+if __name__ == "__main__":
+    try:
+        gateway_settings()
+    except ValueError as error:
+        sys.exit(str(error))

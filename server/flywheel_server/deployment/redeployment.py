@@ -1,0 +1,116 @@
+"""Keeps a deployment from changing what an app runs only because a variable is not set in today's shell.
+
+The settings with which an app was deployed are tags of the app on Modal, which the next deployment reads.
+"""
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+from urllib.parse import unquote_to_bytes
+
+from flywheel_server.deployment.settings import DEPLOY_PREFIX, Configuration, Deployment, configured, given
+from flywheel_server.settings import PREFIX, Settings
+
+MAX_TAG: Final = 63
+"""Modal's limit for the characters of a tag."""
+
+APP: Final = f"{DEPLOY_PREFIX}APP"
+"""The variable that says which app is deployed: with another value it is about another app."""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A setting that a deployment would change, although nothing in its environment says so.
+
+    Attributes:
+        variable: The variable of the environment.
+        running: The value with which the app runs.
+        new: The value with which it would run.
+    """
+
+    variable: str
+    running: str
+    new: str
+
+
+def tags(configuration: Configuration, environment: Mapping[str, str]) -> dict[str, str]:
+    """Returns the tags of an app that is deployed so: the variables that were set, and in any case what runs on which GPU.
+
+    A value that is too long for a tag is left out.
+    """
+    settings = given(environment)
+    if configuration.weights is not None:
+        for variable in (f"{DEPLOY_PREFIX}WEIGHTS", f"{PREFIX}MODAL_GPU"):
+            settings[variable] = _value(configuration, variable)
+    settings.pop(APP, None)
+    encoded = {variable: _encoded(value) for variable, value in settings.items()}
+    return {variable: tag for variable, tag in encoded.items() if len(tag) <= MAX_TAG}
+
+
+def unsaid_changes(running: Mapping[str, str], environment: Mapping[str, str]) -> list[Change]:
+    """Returns what a deployment from the environment would change of an app with these tags, without being told to."""
+    configuration = configured(environment)
+    changes = []
+    for variable, tag in given(running).items():
+        if variable in environment:
+            continue
+        value = _decoded(tag)
+        try:
+            as_it_runs = configured({**environment, variable: value})
+        except ValueError:  # as it runs, it does not fit what else has changed
+            as_it_runs = None
+        if as_it_runs is None or _settings(as_it_runs) != _settings(configuration):
+            changes.append(Change(variable, value, _value(configuration, variable)))
+    return changes
+
+
+def refusal(app: str, changes: Sequence[Change], command: Sequence[str]) -> str:
+    """Returns what to tell whoever deploys with this command, which would make the changes."""
+    rows = [f"  {change.variable}: {change.running or 'empty'} now, {change.new or 'empty'} then" for change in changes]
+    keep = " ".join(f"{change.variable}={shlex.quote(change.running)}" for change in changes)
+    replace = " ".join(f"{change.variable}={shlex.quote(change.new)}" for change in changes)
+    typed = shlex.join(command)
+    return "\n".join(
+        [
+            f"The app {app} runs with settings that this deployment would change, because their variables are not set:",
+            "",
+            *rows,
+            "",
+            "So nothing was deployed. To keep what runs:",
+            "",
+            f"  {keep} {typed}",
+            "",
+            "To change it:",
+            "",
+            f"  {replace} {typed}",
+        ]
+    )
+
+
+def _settings(configuration: Configuration) -> tuple[Deployment, Settings]:
+    return configuration.deployment, configuration.server
+
+
+def _value(configuration: Configuration, variable: str) -> str:
+    if variable in configuration.environment:
+        return configuration.environment[variable]
+    is_deployments = variable.startswith(DEPLOY_PREFIX)
+    settings = configuration.deployment if is_deployments else configuration.server
+    value = getattr(settings, variable.removeprefix(DEPLOY_PREFIX if is_deployments else PREFIX).lower())
+    return "" if value is None else str(value)
+
+
+def _encoded(value: str) -> str:
+    """Returns the value in the characters that a tag may have, of which it must have one."""
+    special = re.compile(rb"[^A-Za-z0-9.-]")
+    return special.sub(lambda found: b"__" if found[0] == b"_" else b"_%02X" % ord(found[0]), value.encode()).decode() or "_"
+
+
+def _decoded(tag: str) -> str:
+    if tag == "_":
+        return ""
+    return unquote_to_bytes(re.sub("_(_|[0-9A-F]{2})", lambda found: "%5F" if found[1] == "_" else f"%{found[1]}", tag)).decode(
+        errors="replace"
+    )
