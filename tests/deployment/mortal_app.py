@@ -118,7 +118,7 @@ class Model:
     @modal.enter()
     async def load(self) -> None:
         self.mortal = MortalEngine()
-        self.engine = await SupervisedEngine(self.mortal, 1.0, end_container).__aenter__()
+        self.engine = await SupervisedEngine(self.mortal, end_container, timeout=1.0).__aenter__()
         self.remote = RemoteModel(self.engine)
 
     @modal.exit()

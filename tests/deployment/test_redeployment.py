@@ -10,7 +10,7 @@ from flywheel_server.settings import PREFIX, Settings
 from hypothesis import given as given_any
 from hypothesis import strategies as st
 
-from tests.deployment.conftest import SMALL, deploy
+from tests.deployment.conftest import ROOT, SMALL, deploy
 from tests.modal_cloud import ModalCloud
 
 COMMAND = ("modal", "deploy", "modal_deploy.py", "-e", "staging")
@@ -122,3 +122,9 @@ def test_an_app_that_was_stopped_is_no_longer_remembered(prepared: ModalCloud) -
     assert prepared.cli("app", "stop", "stopped", "--yes").returncode == 0
     done = deploy(prepared, "stopped", **dict.fromkeys(TRIAL), **idle)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_refusal_in_the_documentation_is_what_is_said() -> None:
+    changes = unsaid_changes(tags(configured(TRIAL), TRIAL), {})
+    said = refusal("flywheel-grpc", changes, [".venv/bin/modal", "deploy", "modal_deploy.py"])
+    assert f"```\n{said}\n```" in (ROOT / "docs" / "modal.md").read_text()

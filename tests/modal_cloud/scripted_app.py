@@ -34,7 +34,7 @@ class Model:
     @modal.enter()
     async def load(self) -> None:
         self.engine = ScriptedEngine(Script.model_validate_json(os.environ["SCRIPT"]))
-        self.supervised = await SupervisedEngine(self.engine, 300.0, end_container).__aenter__()
+        self.supervised = await SupervisedEngine(self.engine, end_container).__aenter__()
         self.remote = RemoteModel(self.supervised)
 
     @modal.exit()

@@ -42,28 +42,6 @@ MAX_OUTBOXES: Final = 64
 """How many gateways are remembered that have no call here now."""
 
 
-async def started(weights: Weights, deployment: Deployment, settings: Settings) -> SupervisedEngine:
-    """Returns the engine that runs the weights in the volume, once it has produced a token; raises `EngineError`."""
-    logs.configure(settings.log_level, settings.log_format)
-    path = weights.path(Path(deployment.weights_path))
-    if not path.is_file():
-        raise EngineSetupError(
-            f"the weights {weights.name} are not in the volume; fetch them: modal run modal_deploy.py::fetch_weights",
-            {"weights": weights.name, "setting": "FLYWHEEL_DEPLOY_WEIGHTS"},
-        )
-    engine = EmbeddedEngine(
-        path,
-        context_tokens=settings.modal_context,
-        slots=deployment.model_slots,
-        threads=deployment.model_threads,
-        batch_tokens=GPU_BATCH_TOKENS if settings.modal_gpu else settings.embedded_batch,
-        prompt_format=settings.modal_prompt,
-        # What goes to a GPU is read faster than it is mapped, page by page, out of a volume.
-        memory_map=not settings.modal_gpu,
-    )
-    return await SupervisedEngine(engine, settings.engine_timeout, end_container).__aenter__()
-
-
 class _WrongFieldsError(ValueError):
     """The fields of a call are no request."""
 
@@ -91,6 +69,32 @@ def _translating_errors(method: Callable[Arguments, Awaitable[Result]]) -> Calla
             raise EngineFailedError(f"the engine raised {type(error).__name__}") from None
 
     return translated
+
+
+@_translating_errors
+async def started(weights: Weights, deployment: Deployment, settings: Settings) -> SupervisedEngine:
+    """Returns the engine that runs the weights in the volume, once it has produced a token; raises `EngineError`."""
+    logs.configure(settings.log_level, settings.log_format)
+    path = weights.path(Path(deployment.weights_path))
+    if not path.is_file():
+        raise EngineSetupError(
+            f"the weights {weights.name} are not in the volume; fetch them: modal run modal_deploy.py::fetch_weights",
+            {"weights": weights.name, "setting": "FLYWHEEL_DEPLOY_WEIGHTS"},
+        )
+    engine = EmbeddedEngine(
+        path,
+        context_tokens=settings.modal_context,
+        slots=deployment.model_slots,
+        threads=deployment.model_threads,
+        batch_tokens=GPU_BATCH_TOKENS if settings.modal_gpu else settings.embedded_batch,
+        prompt_format=settings.modal_prompt,
+        # What goes to a GPU is read faster than it is mapped, page by page, out of a volume.
+        memory_map=not settings.modal_gpu,
+    )
+    supervised = SupervisedEngine(
+        engine, end_container, timeout=settings.engine_timeout, restarts=settings.engine_death == "restart"
+    )
+    return await supervised.__aenter__()
 
 
 def _request(fields: dict[str, Any]) -> GenerationRequest:

@@ -45,14 +45,17 @@ class SupervisedEngine:
 
     Arguments:
         engine: The engine, not yet started.
+        give_up: Called when the engine is dead, and does not start again or is not to.
         timeout: Seconds of silence after which it is checked, and then for its answer; see `Supervisor`.
-        give_up: Called when the engine is dead and cannot be started again.
+        restarts: Whether a dead engine is started again.
     """
 
-    def __init__(self, engine: Engine, timeout: float, give_up: Callable[[], Awaitable[None]]) -> None:
+    def __init__(
+        self, engine: Engine, give_up: Callable[[], Awaitable[None]], *, timeout: float = 300.0, restarts: bool = True
+    ) -> None:
         self._engine = engine
         self._activity = Activity()
-        self._supervisor = Supervisor(engine, self._activity, self._serving, timeout=timeout, restarts=True)
+        self._supervisor = Supervisor(engine, self._activity, self._serving, timeout=timeout, restarts=restarts)
         self._give_up = give_up
         self._stopping = asyncio.Event()
         self._running: asyncio.Task[None] | None = None
@@ -133,7 +136,7 @@ class SupervisedEngine:
         running.cancel()
         running.add_done_callback(lambda done: done.cancelled() or done.exception())
         await asyncio.wait({running}, timeout=ABANDON_TIMEOUT)
-        raise EngineUnavailableError("the engine has died, and is being started again")
+        raise EngineUnavailableError("the engine has stopped, or is being started again")
 
     async def _raise_if_dead(self, error: Exception) -> None:
         """Raises `EngineUnavailableError` if the call has failed because the engine is dead; waits until that is known."""
