@@ -3,6 +3,7 @@
 import asyncio
 import os
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any
 
 import modal
@@ -89,16 +90,17 @@ class MortalEngine(ScriptedEngine):
             self._die(how)
         await self._live()
         number = 0
-        async for event in super().generate(prepared):
-            number += 1
-            if kind == "raise" and number == 5:
-                raise FOREIGN[how]
-            if kind == "decode" and number == 5:
-                self._die(how)
-            await self._live()
-            if kind == "afterwards" and isinstance(event, GenerationResponseSample):
-                self._die(how)
-            yield event
+        async with aclosing(super().generate(prepared)) as events:
+            async for event in events:
+                number += 1
+                if kind == "raise" and number == 5:
+                    raise FOREIGN[how]
+                if kind == "decode" and number == 5:
+                    self._die(how)
+                await self._live()
+                if kind == "afterwards" and isinstance(event, GenerationResponseSample):
+                    self._die(how)
+                yield event
 
     async def check(self) -> None:
         await self._live()

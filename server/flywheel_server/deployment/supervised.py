@@ -4,7 +4,7 @@ import asyncio
 import os
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Final, Self, TypeVar
 
 import modal
@@ -30,6 +30,9 @@ log = structlog.stdlib.get_logger(__name__)
 
 T = TypeVar("T")
 
+VERDICT_TIMEOUT: Final = 10.0
+"""Seconds that a failed call waits to be told whether the engine is dead. A check of one that has much to do takes its time."""
+
 ABANDON_TIMEOUT: Final = 1.0
 """Seconds that a dead engine has to let go of a call."""
 
@@ -51,7 +54,7 @@ class SupervisedEngine:
     """
 
     def __init__(
-        self, engine: Engine, give_up: Callable[[], Awaitable[None]], *, timeout: float = 300.0, restarts: bool = True
+        self, engine: Engine, give_up: Callable[[], Awaitable[object]], *, timeout: float = 300.0, restarts: bool = True
     ) -> None:
         self._engine = engine
         self._activity = Activity()
@@ -100,7 +103,7 @@ class SupervisedEngine:
         try:
             with self._activity.failures_noticed():
                 async with self._activity.within_engine():
-                    return await self._while_up(self._engine.prepare(request))
+                    return await self._while_up(lambda: self._engine.prepare(request))
         except Exception as error:
             await self._raise_if_dead(error)
             raise
@@ -111,7 +114,7 @@ class SupervisedEngine:
         try:
             with self._activity.failures_noticed():
                 async with self._activity.within_engine(), aclosing(self._engine.generate(prepared)) as events:
-                    while (event := await self._while_up(anext(events, None))) is not None:
+                    while (event := await self._while_up(lambda: anext(events, None))) is not None:
                         if not isinstance(event, Started):
                             self._activity.sign()
                             has_text = True
@@ -121,32 +124,34 @@ class SupervisedEngine:
                 await self._raise_if_dead(error)
             raise
 
-    async def _while_up(self, work: Awaitable[T]) -> T:
+    async def _while_up(self, work: Callable[[], Awaitable[T]]) -> T:
         """Returns or raises what the work does; raises `EngineUnavailableError` if the engine is down or goes down."""
         down = self._down
         running = asyncio.create_task(_contained(work))
         try:
             await asyncio.wait((running, down), return_when=asyncio.FIRST_COMPLETED)
-        except asyncio.CancelledError:
-            running.cancel()
-            await asyncio.gather(running, return_exceptions=True)
-            raise
-        if running.done():
-            return await running
-        running.cancel()
-        running.add_done_callback(lambda done: done.cancelled() or done.exception())
-        await asyncio.wait({running}, timeout=ABANDON_TIMEOUT)
-        raise EngineUnavailableError("the engine has stopped, or is being started again")
+            if running.done():
+                return await running
+            raise EngineUnavailableError("the engine has stopped, or is being started again")
+        finally:
+            if not running.done():
+                running.cancel()
+                running.add_done_callback(lambda done: done.cancelled() or done.exception())
+                await asyncio.wait((running, down), return_when=asyncio.FIRST_COMPLETED)
+                # A dead engine may never let go of it.
+                await asyncio.wait((running,), timeout=ABANDON_TIMEOUT)
 
     async def _raise_if_dead(self, error: Exception) -> None:
-        """Raises `EngineUnavailableError` if the call has failed because the engine is dead; waits until that is known."""
+        """Raises `EngineUnavailableError` if the call has failed because the engine is dead, for which it waits to be known."""
         if isinstance(error, EngineError) and not isinstance(error, EngineFailedError):
             return
-        await self._while_up(self._activity.confirmed_alive())
+        with suppress(TimeoutError):
+            async with asyncio.timeout(VERDICT_TIMEOUT):
+                await self._while_up(self._activity.confirmed_alive)
 
     async def check(self) -> None:
         """Generates a token; see `Engine.check`."""
-        await self._while_up(self._engine.check())
+        await self._while_up(self._engine.check)
 
     async def stats(self) -> EngineStats:
         """Returns how busy the engine is; see `Engine.stats`."""
@@ -161,9 +166,9 @@ class SupervisedEngine:
         return self._engine.model()
 
 
-async def _contained(work: Awaitable[T]) -> T:
+async def _contained(work: Callable[[], Awaitable[T]]) -> T:
     try:
-        return await work
+        return await work()
     except SystemExit as error:
         # In a task of its own it would end the event loop, and with it the container.
         raise EngineFailedError("the engine raised SystemExit") from error
