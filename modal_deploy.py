@@ -258,13 +258,22 @@ if configuration.weights is not None:
     hub_token = [modal.Secret.from_dict({"HF_TOKEN": os.environ["HF_TOKEN"]})] if "HF_TOKEN" in os.environ else []
     hub_image = (
         locked(slim_image, "modal-hub.txt")
-        .env({"HF_XET_HIGH_PERFORMANCE": "1"})  # as many connections, and as much memory, as it takes
+        .env(
+            {
+                "HF_XET_HIGH_PERFORMANCE": "1",
+                # By itself, it takes a share of the machine's memory, of which the container has a small part.
+                "HF_XET_RECONSTRUCTION_DOWNLOAD_BUFFER_SIZE": "3gb",
+                "HF_XET_RECONSTRUCTION_DOWNLOAD_BUFFER_LIMIT": "4gb",
+            }
+        )
         .add_local_python_source(*SOURCES)
     )
     # An app of its own: running it starts no gateway.
     weights_app = modal.App(f"{deployment.app}-weights")
 
-    @weights_app.function(image=hub_image, env=environment, secrets=hub_token, volumes=volumes, timeout=4 * 3600)
+    @weights_app.function(
+        image=hub_image, env=environment, secrets=hub_token, volumes=volumes, cpu=4, memory=6144, timeout=4 * 3600
+    )
     def fetch_weights() -> None:
         """Downloads the weights of the Model into its volume, unless they are there."""
         from flywheel_server.deployment.download import fetch

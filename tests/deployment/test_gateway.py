@@ -3,6 +3,9 @@
 import asyncio
 import json
 import random
+import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -264,6 +267,15 @@ async def test_containers_that_the_deployment_keeps_warm_are_those_that_are_call
     assert only.definition.resources.gpu_config.gpu_type == "A10G"
 
 
+def xet(environment: dict[str, str]) -> dict[str, int]:
+    """Returns the numbers with which the installed version of Xet downloads in this environment."""
+    program = (
+        "import hf_xet, json\nprint(json.dumps({name: value for name, value in hf_xet.XetConfig() if isinstance(value, int)}))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)  # type: ignore[no-any-return]
+
+
 def test_the_weights_are_fetched_into_the_volume(prepared: ModalCloud) -> None:
     done = prepared.cli(
         "run",
@@ -277,10 +289,13 @@ def test_the_weights_are_fetched_into_the_volume(prepared: ModalCloud) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "smollm2-135m-instruct-q8_0: is there" in done.stdout
     built = "\n".join(prepared.image_commands("flywheel-grpc-weights/fetch_weights"))
-    for expected in ("--require-hashes", "HF_XET_HIGH_PERFORMANCE=1"):
-        assert expected in built
+    assert "--require-hashes" in built
     for heavy in ("cuda", "xllamacpp", "nvidia"):
         assert heavy not in built.lower(), "it does not wait for the image with CUDA"
+    fast, by_itself = xet(dict(re.findall(r"(HF_XET_\w+)=(\w+)", built))), xet({})
+    assert fast["client.ac_max_download_concurrency"] > by_itself["client.ac_max_download_concurrency"]
+    memory = prepared.function("flywheel-grpc-weights/fetch_weights").resources.memory_mb * 2**20
+    assert max(fast["reconstruction.download_buffer_limit"], fast["reconstruction.download_buffer_size"]) < memory
     assert find("smollm2-135m-instruct-q8_0").path(prepared.volume_dir(VOLUME)).exists()
 
 

@@ -72,6 +72,7 @@ def test_what_is_said_or_makes_no_difference_is_not_asked_for() -> None:
     assert unsaid_changes(tags(configured(MIXTRAL), MIXTRAL), {}) == []
     assert unsaid_changes(tags(configured({}), {}), {}) == []
     assert unsaid_changes({}, TRIAL) == []
+    assert unsaid_changes(running, {"FLYWHEEL_MODAL_APP": "another", "FLYWHEEL_MODAL_GPU": ""}) == []
     assert unsaid_changes({"team": "llamas", "FLYWHEEL_OF_ANOTHER_VERSION": "1"}, {}) == []
 
 

@@ -20,6 +20,10 @@ APP: Final = f"{DEPLOY_PREFIX}APP"
 """The variable that says which app is deployed: with another value it is about another app."""
 
 
+OF_THE_MODEL: Final = (f"{DEPLOY_PREFIX}MODEL_", f"{DEPLOY_PREFIX}WEIGHTS")
+"""How the variables begin that make no difference where the class of another app generates."""
+
+
 @dataclass(frozen=True, slots=True)
 class Change:
     """A setting that a deployment would change, although nothing in its environment says so.
@@ -54,7 +58,7 @@ def unsaid_changes(running: Mapping[str, str], environment: Mapping[str, str]) -
     configuration = configured(environment)
     changes = []
     for variable, tag in given(running).items():
-        if variable in environment:
+        if variable in environment or (configuration.weights is None and variable.startswith(OF_THE_MODEL)):
             continue
         value = _decoded(tag)
         try:
