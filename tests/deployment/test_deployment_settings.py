@@ -1,6 +1,8 @@
 """The configuration of a deployment: checked before anything is deployed, and the same again in its containers."""
 
+import modal
 import pytest
+from flywheel_server.deployment.directory import dict_name
 from flywheel_server.deployment.settings import configured
 
 
@@ -103,3 +105,14 @@ def test_what_is_wrong_is_named(environment: dict[str, str], named: list[str]) -
         configured(environment)
     for expected in named:
         assert expected in str(caught.value)
+
+
+def test_the_name_of_an_app_leaves_room_for_that_of_its_dict() -> None:
+    """By the rule of Modal's own client."""
+    longest = "a" * 54
+    assert configured({"FLYWHEEL_DEPLOY_APP": longest}).deployment.app == longest
+    modal.Dict.from_name(dict_name(longest))
+    with pytest.raises(modal.exception.InvalidError):
+        modal.Dict.from_name(dict_name(longest + "a"))
+    with pytest.raises(ValueError, match="FLYWHEEL_DEPLOY_APP: String should have at most 54 characters"):
+        configured({"FLYWHEEL_DEPLOY_APP": longest + "a"})

@@ -1,12 +1,14 @@
 """The address of a gateway in the real `modal.Dict`: there in time, kept fresh, withdrawn, and cleared of the dead."""
 
+import asyncio
 import time
+from collections.abc import AsyncIterator
 from typing import Any
 
 import modal
 import pytest
 from flywheel_server.deployment import directory
-from flywheel_server.deployment.directory import DICT, published
+from flywheel_server.deployment.directory import MAX_UNCHANGED_LOOKS, dict_name, published
 from grpclib import Status
 from grpclib.exceptions import StreamTerminatedError
 
@@ -14,82 +16,218 @@ from tests.modal_cloud import ModalCloud
 from tests.serving import until
 
 TASK = "ta-test"
+APP = "some-app"
+NAME = f"{APP}-endpoints"
+UNREADABLE = b"no pickle"
 
 
 @pytest.fixture(autouse=True)
-async def in_a_container(cloud: ModalCloud, monkeypatch: pytest.MonkeyPatch) -> None:
+async def in_a_container(cloud: ModalCloud, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[None]:
     monkeypatch.setenv("MODAL_TASK_ID", TASK)
-    monkeypatch.setattr(directory, "REFRESH_INTERVAL", 0.2)  # and the time that a request has
+    monkeypatch.setattr(directory, "REFRESH_INTERVAL", 0.1)
+    yield
+    cloud.calm()
+    await modal.Dict.objects.delete.aio(NAME, allow_missing=True)
+
+
+def records() -> modal.Dict:
+    """A handle of its own, as that of another process."""
+    return modal.Dict.from_name(NAME, create_if_missing=True)
 
 
 async def record() -> dict[str, Any] | None:
-    found: dict[str, Any] | None = await modal.Dict.from_name(DICT, create_if_missing=True).get.aio(TASK)
+    found: dict[str, Any] | None = await records().get.aio(TASK)
     return found
 
 
-async def refreshed_after(moment: float) -> bool:
+async def refreshed_after(count: int) -> bool:
     found = await record()
-    return found is not None and found["refreshed"] > moment
+    return found is not None and found["refreshes"] > count
 
 
 async def test_published_kept_fresh_and_withdrawn() -> None:
-    async with published("some-app", "localhost:1234"):
+    async with published(APP, "localhost:1234"):
         first = await record()
         assert first is not None
-        assert (first["app"], first["address"]) == ("some-app", "localhost:1234")
+        assert (first["app"], first["address"]) == (APP, "localhost:1234")
         assert abs(first["started"] - time.time()) < 10
-        await until(lambda: refreshed_after(first["refreshed"]), "it is refreshed")
+        await until(lambda: refreshed_after(first["refreshes"]), "it is refreshed")
         later = await record()
         assert later is not None
         assert later["started"] == first["started"]
+        assert later["refreshed"] > first["refreshed"]
     assert await record() is None
 
 
-async def test_a_control_plane_that_is_away_for_a_while_makes_it_stale_not_gone(cloud: ModalCloud) -> None:
-    async with published("some-app", "localhost:1234"):
-        cloud.disturb("DictUpdate", status=Status.UNAVAILABLE)
-        await until(lambda: cloud.rpcs["DictUpdate"] > 3, "it has tried")
+@pytest.mark.parametrize("offset", [-3600.0, 0.0, 3600.0, None])
+async def test_the_record_moves_by_any_clock(offset: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also by one that stands still."""
+    right = time.time
+    monkeypatch.setattr(time, "time", (lambda: 1.0) if offset is None else (lambda: right() + offset))
+    async with published(APP, "localhost:1234"):
+        await until(lambda: refreshed_after(2), "it is refreshed")
+
+
+def test_each_app_has_a_dict_of_its_own() -> None:
+    assert dict_name("flywheel-grpc") == "flywheel-grpc-endpoints"
+    assert dict_name("other") == "other-endpoints"
+
+
+async def test_deleting_the_dict_of_one_app_leaves_that_of_another() -> None:
+    async with published(APP, "localhost:1234"), published("another-app", "localhost:1235"):
+        await modal.Dict.objects.delete.aio("another-app-endpoints")
+        await until(lambda: refreshed_after(2), "it is refreshed")
+    await modal.Dict.objects.delete.aio("another-app-endpoints", allow_missing=True)
+
+
+async def test_a_dict_that_was_deleted_is_made_again(cloud: ModalCloud) -> None:
+    async with published(APP, "localhost:1234"):
+        for _ in range(2):
+            await modal.Dict.objects.delete.aio(NAME)
+            await until(lambda: refreshed_after(0), "it is published again")
+        await modal.Dict.objects.delete.aio(NAME)
+    # Deleting, publishing again and withdrawing may come in any order.
+    assert await record() is None
+
+
+@pytest.mark.parametrize("rpc", ["DictGetOrCreate", "DictUpdate", "DictContents", "DictPop"])
+@pytest.mark.parametrize("status", [status for status in Status if status is not Status.OK])
+async def test_no_status_of_any_rpc_ends_the_refreshing(cloud: ModalCloud, rpc: str, status: Status) -> None:
+    async with published(APP, "localhost:1234"):
+        # Something for each RPC to do: a Dict to make again, and a record of the dead to remove.
+        await modal.Dict.objects.delete.aio(NAME)
+        await records().put.aio("ta-dead", {"refreshed": 1.0})
+        befallen = cloud.disturb(rpc, status=status, times=2)
+        await until(lambda: befallen.befallen > 0 or rpc == "DictPop", "it fails")
         cloud.calm()
-        moment = time.time()
-        await until(lambda: refreshed_after(moment), "it is refreshed again")
+        before = await record()
+        await until(lambda: refreshed_after(before["refreshes"] if before else 0), "it is refreshed again")
+    assert await record() is None
 
 
-async def test_no_error_of_any_kind_ends_the_refreshing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Modal's client lets those of its transport through."""
+async def test_no_error_of_the_transport_ends_the_refreshing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modal's client lets those through."""
     errors: list[Exception] = [StreamTerminatedError("gone"), TimeoutError(), RuntimeError("a bug")]
-    put = directory._put
+    refresh = directory._Record.refresh
 
-    async def failing(*arguments: Any) -> None:
+    async def failing(self: Any) -> None:
         if errors:
             raise errors.pop()
-        await put(*arguments)
+        await refresh(self)
 
-    async with published("some-app", "localhost:1234"):
-        monkeypatch.setattr(directory, "_put", failing)
+    async with published(APP, "localhost:1234"):
+        monkeypatch.setattr(directory._Record, "refresh", failing)
         await until(lambda: not errors, "it has failed in all ways")
-        moment = time.time()
-        await until(lambda: refreshed_after(moment), "it is refreshed again")
+        before = await record()
+        assert before is not None
+        await until(lambda: refreshed_after(before["refreshes"]), "it is refreshed again")
 
 
-async def test_withdrawing_waits_for_nobody(cloud: ModalCloud, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(directory, "WITHDRAW_TIMEOUT", 0.1)
+async def test_withdrawing_waits_for_nobody_and_goes_on(cloud: ModalCloud, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(directory, "WITHDRAW_WAIT", 0.1)
+    monkeypatch.setattr(directory, "WITHDRAW_INTERVAL", 0.05)
     begun = time.monotonic()
-    async with published("some-app", "localhost:1234"):
-        cloud.disturb(status=Status.UNAVAILABLE)
-    cloud.calm()
+    async with published(APP, "localhost:1234"):
+        cloud.disturb("DictPop", status=Status.RESOURCE_EXHAUSTED)
     assert time.monotonic() - begun < 5
-    await modal.Dict.from_name(DICT).pop.aio(TASK)
+    assert await record() is not None
+    cloud.calm()
+
+    async def withdrawn() -> bool:
+        return await record() is None
+
+    await until(withdrawn, "it is withdrawn as soon as Modal lets it")
 
 
-async def test_the_records_of_the_dead_are_removed(cloud: ModalCloud) -> None:
-    known = modal.Dict.from_name(DICT, create_if_missing=True)
-    for task, age in (("ta-dead", 2 * directory.FORGOTTEN_AFTER), ("ta-late", 120.0)):
-        await known.put.aio(task, {"app": "some-app", "address": "x:1", "started": 0.0, "refreshed": time.time() - age})
-    async with published("some-app", "localhost:1234"):
+async def test_a_slow_withdrawal_gets_through(cloud: ModalCloud, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(directory, "WITHDRAW_WAIT", 0.1)
+    async with published(APP, "localhost:1234"):
+        slow = cloud.disturb("DictPop", delay=0.5, times=1)
 
-        async def dead_is_gone() -> bool:
-            return await known.get.aio("ta-dead") is None
+    async def withdrawn() -> bool:
+        return await record() is None
 
-        await until(dead_is_gone, "the dead one is removed")
-        assert await known.get.aio("ta-late") is not None
-    await known.pop.aio("ta-late")
+    await until(withdrawn, "it is withdrawn")
+    assert slow.befallen == 1
+
+
+async def test_cancelling_at_any_moment_ends_the_refreshing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(directory, "REFRESH_INTERVAL", 0.002)
+
+    async def publish(entered: asyncio.Event) -> None:
+        async with published(APP, "localhost:1234"):
+            entered.set()
+            await asyncio.sleep(60)
+
+    for number in range(20):
+        entered = asyncio.Event()
+        publishing = asyncio.create_task(publish(entered))
+        await entered.wait()
+        await asyncio.sleep(number / 2000)
+        publishing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await publishing
+        assert not [task for task in asyncio.all_tasks() if "_keep_fresh" in repr(task)]
+        assert await record() is None
+
+
+async def test_the_records_of_the_dead_are_removed_and_those_of_the_living_kept() -> None:
+    """Whatever their clocks say, and also among values that cannot be read."""
+    others = records()
+    dead = {
+        "ta-killed": {"app": APP, "address": "x:1", "started": 0.0, "refreshed": time.time(), "refreshes": 7},
+        "ta-ahead": {"app": APP, "address": "x:1", "started": 0.0, "refreshed": time.time() + 3600, "refreshes": 7},
+        "ta-older": {"app": APP, "address": "x:1", "started": 0.0, "refreshed": time.time()},
+    }
+    living = {"ta-behind": {"refreshed": 5.0, "refreshes": 0}, "ta-older-behind": {"refreshed": 5.0}}
+    for task, value in (dead | living).items():
+        await others.put.aio(task, value)
+    async with published(APP, "localhost:1234"):
+        gone: set[str] = set()
+
+        async def dead_are_gone() -> bool:
+            for value in living.values():
+                value["refreshed"] += 1.0
+            await others.update.aio(living)
+            gone.update({task for task in dead if not await others.contains.aio(task)})
+            return gone == dead.keys()
+
+        await until(dead_are_gone, "the dead are removed")
+        for task in living:
+            assert await others.contains.aio(task)
+        assert await others.contains.aio(TASK)
+
+
+@pytest.mark.parametrize("first", ["key", "value"])
+async def test_what_cannot_be_read_does_not_keep_the_dead(cloud: ModalCloud, first: str) -> None:
+    await cloud_put(cloud, **{first: UNREADABLE})
+    await records().put.aio("ta-killed", {"refreshed": 1.0})
+    async with published(APP, "localhost:1234"):
+        before = cloud.rpcs["DictContents"]
+        await until(lambda: cloud.rpcs["DictContents"] > before + 2, "it looks")
+        await until(lambda: refreshed_after(MAX_UNCHANGED_LOOKS + 3), "it goes on")
+        if first == "value":
+            assert not await records().contains.aio("ta-killed")
+
+
+async def test_nobody_is_removed_for_a_time_in_which_nobody_could_refresh(cloud: ModalCloud) -> None:
+    await records().put.aio("ta-other", {"refreshed": 1.0})
+    async with published(APP, "localhost:1234"):
+        await until(lambda: refreshed_after(2), "it looks")
+        cloud.disturb("DictUpdate", status=Status.RESOURCE_EXHAUSTED)
+        tried = cloud.rpcs["DictUpdate"]
+        await until(lambda: cloud.rpcs["DictUpdate"] > tried + MAX_UNCHANGED_LOOKS + 3, "it cannot refresh")
+        cloud.calm()
+        before = await record()
+        assert before is not None
+        await until(lambda: refreshed_after(before["refreshes"]), "it is refreshed again")
+        assert await records().contains.aio("ta-other")
+
+
+async def cloud_put(cloud: ModalCloud, key: bytes | None = None, value: bytes | None = None) -> None:
+    """Stores bytes that are no pickle."""
+    from modal._serialization import serialize
+
+    handle = records()
+    await handle.hydrate.aio()
+    cloud._storage._dicts[handle.object_id][key or serialize("ta-garbage")] = value or serialize("text")

@@ -1,79 +1,172 @@
-"""Tells callers where the gateways are: one record for each container in a `modal.Dict`.
+"""Tells callers where the gateways of an app are: one record for each container, in a `modal.Dict` of the app.
 
 The key is the id of the container's task. The record, which `flywheel_client` reads, is plain data:
 
     app        the name of the app
     address    host:port of the tunnel, which is TLS
     started    when the container published it first, in seconds since the epoch
-    refreshed  when it did so last; a record that was not refreshed for 90 s is stale
+    refreshed  when the container did so last
+    refreshes  how often it has done so
+
+The two times are for people to read. Whether a container still refreshes its record is judged by whether the record changes
+from one reading to the next, because the clocks of two machines may differ.
 """
 
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager, suppress
 from typing import Any, Final
 
 import modal
 import structlog
 
+from flywheel_server.engines.modal_waits import modal_result
+
 log = structlog.stdlib.get_logger(__name__)
 
-DICT: Final = "flywheel-grpc-endpoints"
-
 REFRESH_INTERVAL: Final = 20.0
-"""Seconds between two refreshes: a few may fail before the record goes stale."""
+"""Seconds between two refreshes, after each of which the gateway looks at the records of the others."""
 
-FORGOTTEN_AFTER: Final = 3600.0
-"""Seconds without a refresh after which a record is removed: its container was killed before it could withdraw it."""
+MAX_UNCHANGED_LOOKS: Final = 9
+"""Looks in a row that find another record unchanged before it is removed: its container was killed before it could withdraw it.
 
-WITHDRAW_TIMEOUT: Final = 2.0
-"""Seconds for the withdrawal, which must not eat up the time that running calls have to finish."""
+Looks are counted rather than seconds, because nobody can refresh a record while Modal cannot be reached.
+"""
+
+MAX_RECORDS: Final = 1000
+"""Records of one Dict that are looked at."""
+
+WITHDRAW_WAIT: Final = 2.0
+"""Seconds that the end of the server waits for the withdrawal, which goes on beside the calls that are still running."""
+
+TRY_TIMEOUT: Final = 20.0
+"""Seconds that one try to refresh the record, to look at the others, or to withdraw it may take."""
+
+WITHDRAW_INTERVAL: Final = 0.5
+"""Seconds between two tries to withdraw."""
+
+MAX_WITHDRAW_TRIES: Final = 20
+"""Tries to withdraw before the record is left to the other gateways, which find it unchanged."""
+
+
+def dict_name(app: str) -> str:
+    """Returns the name of the `modal.Dict` with the records of an app."""
+    return f"{app}-endpoints"
+
+
+_withdrawals: set[asyncio.Task[None]] = set()
 
 
 @asynccontextmanager
 async def published(app: str, address: str) -> AsyncIterator[None]:
-    """Publishes the address for the length of the context, and keeps it fresh; raises `modal.exception.Error`."""
-    directory = modal.Dict.from_name(DICT, create_if_missing=True)
-    task = os.environ["MODAL_TASK_ID"]
-    record = {"app": app, "address": address, "started": time.time()}
-    await _put(directory, task, record)
-    refreshing = asyncio.create_task(_keep_fresh(directory, task, record))
+    """Publishes the address for the length of the context, and keeps it fresh; raises `modal.exception.Error`.
+
+    A withdrawal that takes longer than `WITHDRAW_WAIT` goes on after the context has ended, for as long as the event loop runs.
+    """
+    record = _Record(app, os.environ["MODAL_TASK_ID"], address)
+    await record.refresh()
+    refreshing = asyncio.create_task(_keep_fresh(record))
     try:
         yield
     finally:
         refreshing.cancel()
         await asyncio.gather(refreshing, return_exceptions=True)
-        async with _tolerant("address not withdrawn", WITHDRAW_TIMEOUT):
-            await directory.pop.aio(task)
+        withdrawing = asyncio.create_task(_withdraw(record))
+        _withdrawals.add(withdrawing)  # the event loop keeps no reference of its own
+        withdrawing.add_done_callback(_withdrawals.discard)
+        await asyncio.wait({withdrawing}, timeout=WITHDRAW_WAIT)
 
 
-async def _keep_fresh(directory: modal.Dict, task: str, record: dict[str, Any]) -> None:
-    async with _tolerant("old addresses not removed", REFRESH_INTERVAL):
-        await _forget_the_dead(directory)
+class _Record:
+    """The record of this container, and those of the others beside it."""
+
+    def __init__(self, app: str, task: str, address: str) -> None:
+        self._name = dict_name(app)
+        self._task = task
+        self._record = {"app": app, "address": address, "started": time.time()}
+        self._refreshes = 0
+        self._dict = self._found_or_made()
+        self._others: dict[str, tuple[tuple[str, ...], int]] = {}
+        """How far each of the others was at the last look, and how many looks in a row have found it no further."""
+
+    async def refresh(self) -> None:
+        """Publishes the record anew, in a new Dict if the old one was deleted."""
+        self._refreshes += 1
+        record = {**self._record, "refreshed": time.time(), "refreshes": self._refreshes}
+        try:
+            await modal_result(self._dict.put.aio(self._task, record))
+        except modal.exception.NotFoundError:
+            self._dict = self._found_or_made()
+            await modal_result(self._dict.put.aio(self._task, record))
+
+    async def withdraw(self) -> None:
+        """Removes the record, if it is still there."""
+        with suppress(modal.exception.NotFoundError):
+            await modal_result(self._dict.pop.aio(self._task, None))
+
+    async def forget_the_dead(self) -> None:
+        """Looks at the other records, and removes those that have not changed for many looks."""
+        others = {}
+        for task, record in await modal_result(_records(self._dict)):
+            progress = _progress(record)
+            before, looks = self._others.get(task, (None, 0))
+            others[task] = progress, looks + 1 if progress == before else 0
+        others.pop(self._task, None)
+        self._others = others
+        for task, (_, looks) in others.items():
+            if looks >= MAX_UNCHANGED_LOOKS:
+                await modal_result(self._dict.pop.aio(task, None))
+                log.info("removed the record of a container that has ended", container=task)
+
+    def _found_or_made(self) -> modal.Dict:
+        return modal.Dict.from_name(self._name, create_if_missing=True)
+
+
+async def _keep_fresh(record: _Record) -> None:
     while True:
         await asyncio.sleep(REFRESH_INTERVAL)
-        async with _tolerant("address not refreshed", REFRESH_INTERVAL):
-            await _put(directory, task, record)
+        if await _succeeds("address not refreshed", record.refresh()):
+            await _succeeds("other addresses not looked at", record.forget_the_dead())
 
 
-@asynccontextmanager
-async def _tolerant(failure: str, timeout: float) -> AsyncIterator[None]:  # noqa: ASYNC109 - of the work in the context
-    """Logs what goes wrong: whatever it is, the next try may work, and the server goes on meanwhile."""
+async def _withdraw(record: _Record) -> None:
+    for _ in range(MAX_WITHDRAW_TRIES):
+        if await _succeeds("address not withdrawn", record.withdraw()):
+            return
+        await asyncio.sleep(WITHDRAW_INTERVAL)
+
+
+async def _succeeds(failure: str, work: Coroutine[Any, Any, None]) -> bool:
+    """Returns whether the work ends well in time, and logs what went wrong: the next try may work, and the server goes on."""
     try:
-        async with asyncio.timeout(timeout):
-            yield
-    except Exception as error:  # noqa: BLE001
+        async with asyncio.timeout(TRY_TIMEOUT):
+            await work
+    except Exception as error:  # noqa: BLE001 - whatever it is
         log.warning(failure, error=type(error).__name__)
+        return False
+    return True
 
 
-async def _put(directory: modal.Dict, task: str, record: dict[str, Any]) -> None:
-    await directory.put.aio(task, {**record, "refreshed": time.time()})
+async def _records(directory: modal.Dict) -> list[tuple[str, Any]]:
+    """Returns the records by task; one that cannot be read is None. It would end `items`, so then each is read by itself."""
+    try:
+        found = [item async for item in directory.items.aio()]
+    except modal.exception.DeserializationError:
+        tasks = [task async for task in directory.keys.aio()]
+        found = [(task, await _get(directory, task)) for task in tasks[:MAX_RECORDS]]
+    return [(task, record) for task, record in found[:MAX_RECORDS] if isinstance(task, str)]
 
 
-async def _forget_the_dead(directory: modal.Dict) -> None:
-    limit = time.time() - FORGOTTEN_AFTER
-    dead = [task async for task, record in directory.items.aio() if record.get("refreshed", 0.0) < limit]
-    for task in dead:
-        await directory.pop.aio(task)
+async def _get(directory: modal.Dict, task: str) -> Any:  # noqa: ANN401 - anything can be stored
+    with suppress(modal.exception.DeserializationError):
+        return await modal_result(directory.get.aio(task))
+    return None
+
+
+def _progress(record: Any) -> tuple[str, ...]:  # noqa: ANN401 - as above
+    """Returns what changes with each refresh."""
+    known = record if type(record) is dict else {}
+    values = (known.get("refreshed"), known.get("refreshes"))
+    return tuple(str(value) for value in values if isinstance(value, int | float))

@@ -14,6 +14,9 @@ DEPLOY_PREFIX: Final = f"{PREFIX}DEPLOY_"
 MAX_STOP_TIME: Final = 22.0
 """Seconds. The rest of the 30 that Modal grants is for withdrawing the address before, and for cancelling and closing after."""
 
+MAX_APP_NAME: Final = 54
+"""Characters: Modal allows 64 in the name of an object, and the Dict of the app is called as the app is, and `-endpoints`."""
+
 NOT_FROM_THE_SHELL: Final = (
     "address",
     "api_keys",
@@ -52,7 +55,7 @@ class Deployment(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    app: str = _option("flywheel-grpc", "The name of the app on Modal.")
+    app: Annotated[str, Field(max_length=MAX_APP_NAME)] = _option("flywheel-grpc", "The name of the app on Modal.")
     expose: Literal["tunnel", "server", "both"] = _option(
         "tunnel",
         "How callers reach the gateway: tunnel (an address for each container), server (a stable one, balanced and scaled by "
