@@ -174,10 +174,11 @@ if deployment.served:
 @modal.asgi_app()
 def endpoints() -> Any:  # noqa: ANN401 - an ASGI application
     """Says where the gateways are, to everybody: `{"endpoints": [{"address": "HOST:PORT", …}]}`."""
-    from flywheel_client import published_endpoints
+    from flywheel_client import ModalDirectory
     from flywheel_server.deployment.page import json_page
 
-    return json_page(lambda: published_endpoints(deployment.app))
+    # It remembers what it has read, and so sees which records still change.
+    return json_page(ModalDirectory(deployment.app).endpoints)
 
 
 if configuration.weights is not None:

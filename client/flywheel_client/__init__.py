@@ -24,7 +24,8 @@ from flywheel_client._errors import (
     UnauthenticatedError,
     UnavailableError,
 )
-from flywheel_client._modal import Endpoint, published_endpoints
+from flywheel_client._modal import ModalDirectory, published_endpoints
+from flywheel_client._records import Endpoint
 from flywheel_client._request import GenerationFields
 from flywheel_client._results import Defaults, Delta, Limits, Model, Response, Sample, Stats
 from flywheel_client._retry import Retry
@@ -48,6 +49,7 @@ __all__ = [
     "InternalError",
     "InvalidArgumentError",
     "Limits",
+    "ModalDirectory",
     "Model",
     "QuotaViolation",
     "ResourceExhaustedError",

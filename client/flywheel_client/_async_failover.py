@@ -2,12 +2,15 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
+from math import inf
 
 import grpc.aio
 
 from flywheel_client._async_calls import AsyncRetryingChannel, Call, retrieve
 from flywheel_client._errors import FlywheelError, deadline_exceeded
+from flywheel_client._health import probe
 from flywheel_client._pool import Directory, Member, Pool
 from flywheel_client._retry import Retry
 
@@ -22,65 +25,119 @@ class AsyncFailoverChannel(AsyncRetryingChannel):
         self._directory = directory
         self._pool = Pool(open_channel)
         self._reading: asyncio.Task[None] | None = None
+        self._probes: set[asyncio.Task[None]] = set()
         self._closing: set[asyncio.Task[None]] = set()
+        self._changed = asyncio.Event()
+        """Is set, and replaced by a new one, when a probe or a reading has ended, or the channel is closed."""
 
     async def close(self) -> None:
         """Closes all channels, which cancels the calls under way and those that wait."""
         if self._reading is not None:
             self._reading.cancel()
         await super().close()
-        if self._reading is not None:
-            await asyncio.wait({self._reading})
+        self._notify()
+        for task in self._probes:
+            task.cancel()
+        if ending := self._probes | self._closing | ({self._reading} if self._reading is not None else set()):
+            await asyncio.wait(ending)
 
     def _channels(self) -> Collection[grpc.aio.Channel]:
         return self._pool.channels()
 
     def pick_now(self, call: Call) -> Member[grpc.aio.Channel] | None:
-        """Returns the endpoint to try next, which counts as in use until `ended`; None where the directory must be read."""
+        """Returns the endpoint to try next, which counts as in use until `ended`; None where that takes a while."""
         self.raise_if_closed(call)
         now = time.monotonic()
-        member = self._pool.pick(call.tries, now)
-        if member is not None and self._pool.is_old(now):
-            self._read()
-        return member
+        return self._pick(call, now) if self._pool.is_usable(now) else None
 
     async def pick(self, call: Call) -> Member[grpc.aio.Channel]:
         """Returns the endpoint to try next, which counts as in use until `ended`.
 
         Raises what the call ends with where there is none: the error of its last try, or one of the directory.
         """
-        if member := self.pick_now(call):
-            return member
-        error: BaseException | None = None
-        if call.tries.may_reread:
-            reading = self._read()
-            await asyncio.wait({reading}, timeout=call.tries.remaining(time.monotonic()))
+        reading: asyncio.Task[None] | None = None
+        while True:
             self.raise_if_closed(call)
-            if not reading.done():
-                raise deadline_exceeded(call.request_id)
-            error = reading.exception()
-            if member := self._pool.pick_after_reading(call.tries, time.monotonic()):
-                return member
-        raise call.tries.error or error or self._directory.no_endpoint()
+            now = time.monotonic()
+            if reading is not None or self._pool.is_usable(now):
+                if member := self._pick(call, now):
+                    return member
+                wait = self._pool.wait(call.tries, now)
+                if wait is not None:
+                    await self._wait(call, wait)
+                    continue
+            if reading is None and call.tries.may_reread:
+                reading = self._read()
+                while not reading.done():
+                    await self._wait(call, inf)
+                call.tries.may_reread = not call.tries.failed
+                continue
+            call.tries.error = call.tries.error or self._pool.refusal
+            raise call.tries.error or (reading and reading.exception()) or self._directory.no_endpoint()
+
+    def _pick(self, call: Call, now: float) -> Member[grpc.aio.Channel] | None:
+        member = self._pool.pick(call.tries, now)
+        if member is not None and self._pool.is_old(now):
+            self._read()
+        return member
+
+    async def _wait(self, call: Call, seconds: float) -> None:
+        """Waits until something has changed, for so long at most; raises what the call ends with meanwhile."""
+        remaining = call.tries.remaining(time.monotonic())
+        if remaining == 0:
+            raise deadline_exceeded(call.request_id)
+        limit = min(seconds, inf if remaining is None else remaining)
+        changed = self._changed
+        with suppress(TimeoutError):
+            async with asyncio.timeout(None if limit == inf else limit):
+                await changed.wait()
+        self.raise_if_closed(call)
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
 
     def is_to_blame(self, member: Member[grpc.aio.Channel], call: Call, error: grpc.aio.AioRpcError | FlywheelError) -> bool:
         """Notes that a try of a call failed there, and returns whether another endpoint may do better at once."""
-        return self._pool.failed(call.tries, member, error, time.monotonic())
+        to_blame = self._pool.failed(call.tries, member, error, time.monotonic())
+        self._probe()
+        return to_blame
 
     def ended(self, member: Member[grpc.aio.Channel]) -> None:
         """Notes that a try is over."""
         channel = self._pool.ended(member)
-        if channel is not None:
+        self._close_soon([] if channel is None else [channel])
+
+    def _close_soon(self, channels: Iterable[grpc.aio.Channel]) -> None:
+        for channel in channels:
             closing = asyncio.get_running_loop().create_task(channel.close())
             self._closing.add(closing)
             closing.add_done_callback(self._closing.discard)
+
+    def _probe(self) -> None:
+        """Probes the endpoints that are to be, as many as may be at the same time."""
+        if not self._closed.done():
+            for member in self._pool.to_probe():
+                task = asyncio.get_running_loop().create_task(self._probe_one(member))
+                self._probes.add(task)
+                task.add_done_callback(self._probes.discard)
+
+    async def _probe_one(self, member: Member[grpc.aio.Channel]) -> None:
+        no_answer, refuses = await probe(member.channel)
+        self._close_soon(self._pool.probed(member, no_answer, time.monotonic(), refuses=refuses))
+        self._notify()
+        self._probe()
 
     def _read(self) -> asyncio.Task[None]:
         """Begins to read the directory, or returns the reading that is under way."""
         if self._reading is None or self._reading.done():
             self._reading = asyncio.get_running_loop().create_task(self._update())
-            self._reading.add_done_callback(retrieve)
+            self._reading.add_done_callback(self._reading_ended)
         return self._reading
+
+    def _reading_ended(self, reading: asyncio.Task[None]) -> None:
+        retrieve(reading)
+        self._notify()
 
     async def _update(self) -> None:
         try:
@@ -88,5 +145,7 @@ class AsyncFailoverChannel(AsyncRetryingChannel):
         except Exception:
             self._pool.keep(time.monotonic())
             raise
-        for channel in self._pool.update(addresses, time.monotonic()):
-            await channel.close()
+        if self._closed.done():
+            return
+        self._close_soon(self._pool.update(addresses, time.monotonic()))
+        self._probe()

@@ -14,7 +14,6 @@ from typing import Any, Final, cast
 import grpc
 import grpc.aio
 from flywheel_proto import __version__
-from google.protobuf.wrappers_pb2 import Int32Value, StringValue
 
 from flywheel_client._async_calls import AsyncTargetChannel
 from flywheel_client._async_failover import AsyncFailoverChannel
@@ -34,6 +33,9 @@ MAX_RECEIVE_MESSAGE_BYTES: Final = -1
 # punishes, and each of which puts off the client's own.
 KEEPALIVE_TIME: Final = 360
 KEEPALIVE_TIMEOUT: Final = 20
+
+# Seconds to connect to one of several endpoints, TLS and the first frame of HTTP/2 included.
+CONNECT_TIMEOUT: Final = 4
 
 CHANNEL_OPTIONS: Final[Mapping[str, int | str]] = {
     "grpc.max_receive_message_length": MAX_RECEIVE_MESSAGE_BYTES,
@@ -55,22 +57,13 @@ CHANNEL_OPTIONS: Final[Mapping[str, int | str]] = {
 # which share their connections; and to an endpoint of a directory, which the client picks itself.
 SERVING_ONLY: Final[Mapping[str, int | str]] = {"grpc.service_config": BALANCING_CONFIG}
 ANY_HEALTH: Final[Mapping[str, int | str]] = {**SERVING_ONLY, "grpc.inhibit_health_checking": 1}
-NO_BALANCING: Final[Mapping[str, int | str]] = {}
+ENDPOINT: Final[Mapping[str, int | str]] = {
+    # Despite its name, the time that an attempt to connect may take: 20 s by default, for an address that is silent.
+    "grpc.min_reconnect_backoff_ms": CONNECT_TIMEOUT * 1000,
+}
 
 MAX_REQUEST_ID_LENGTH: Final = 128
 _VISIBLE_ASCII: Final = frozenset(string.ascii_letters + string.digits + string.punctuation)
-
-# grpc.health.v1.Health by hand, so that the client does not need grpcio-health-checking, which wants a protobuf of its
-# own age (grpc#42906). On the wire its messages are what those of the well-known wrappers are: one value in field 1.
-HEALTH_CHECK: Final = "/grpc.health.v1.Health/Check"
-health_request = StringValue.SerializeToString
-health_response = Int32Value.FromString
-_SERVING_STATUS: Final = {0: "UNKNOWN", 1: "SERVING", 2: "NOT_SERVING", 3: "SERVICE_UNKNOWN"}
-
-
-def serving_status(response: Int32Value) -> str:
-    """Returns the name of the ServingStatus in a HealthCheckResponse."""
-    return _SERVING_STATUS.get(response.value, str(response.value))
 
 
 class ClientDefault(enum.Enum):
@@ -152,13 +145,13 @@ class Connection:
             wait_for_ready=self.wait_for_ready if wait_for_ready is None else wait_for_ready,
         )
 
-    def _open(self, address: str, balancing: Mapping[str, int | str] = NO_BALANCING) -> grpc.Channel:
+    def _open(self, address: str, balancing: Mapping[str, int | str] = ENDPOINT) -> grpc.Channel:
         options = self._options(balancing)
         if self.credentials is None:
             return grpc.insecure_channel(address, options)
         return grpc.secure_channel(address, self.credentials, options)
 
-    def _open_async(self, address: str, balancing: Mapping[str, int | str] = NO_BALANCING) -> grpc.aio.Channel:
+    def _open_async(self, address: str, balancing: Mapping[str, int | str] = ENDPOINT) -> grpc.aio.Channel:
         options = self._options(balancing)
         if self.credentials is None:
             return grpc.aio.insecure_channel(address, options)

@@ -17,7 +17,9 @@ from flywheel_proto import __version__
 
 from flywheel_client import _terminal as terminal
 from flywheel_client._errors import FlywheelError, InvalidArgumentError
-from flywheel_client._modal import APP, STALE_AFTER, no_endpoint, read_published
+from flywheel_client._health import PROBE_TIMEOUT, answering
+from flywheel_client._modal import APP, no_endpoint, published_endpoints
+from flywheel_client._records import Endpoint
 from flywheel_client._retry import Retry
 from flywheel_client._sync import Client
 
@@ -37,6 +39,16 @@ app = typer.Typer(
 )
 
 Timeout = Annotated[float, typer.Option(metavar="SECONDS", min=0.001, help="How long the call may take.")]
+CaCert = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        exists=True,
+        dir_okay=False,
+        help="With TLS, trust the certificates in this PEM file.",
+        show_default="those of public authorities",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -66,16 +78,7 @@ class Server:
     tls: Annotated[
         bool, typer.Option(envvar="FLYWHEEL_TLS", help="Connect with TLS. Servers on Modal always have it.", show_envvar=True)
     ] = False
-    cacert: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            exists=True,
-            dir_okay=False,
-            help="With TLS, trust the certificates in this PEM file.",
-            show_default="those of public authorities",
-        ),
-    ] = None
+    cacert: CaCert = None
     cert: Annotated[
         Path | None,
         typer.Option(
@@ -365,22 +368,35 @@ def endpoints(
         bool,
         typer.Option("--first", help="Print the first address only, as for a script: ADDRESS=$(flywheel endpoints --first)."),
     ] = False,
+    cacert: CaCert = None,
     as_json: Json = False,
 ) -> None:
     """List the live addresses of a deployment on Modal.
 
-    All of them speak TLS. The one of a GatewayServer, which stays the same, is first; then those that were refreshed last.
+    All of them speak TLS. The one of a GatewayServer, which stays the same, is first; then those that were refreshed last. Live
+    are those that answer. If none does, all are listed, as the network of this machine may be to blame.
     """
     with _exit_codes():
-        found = asyncio.run(read_published(app_name, environment))
-        if not found.live:
-            raise no_endpoint(app_name, environment, found.stale)
-        shown = found.live[:1] if first else found.live
+        credentials = grpc.ssl_channel_credentials(None if cacert is None else cacert.read_bytes())
+        live, silent = asyncio.run(_endpoints(app_name, environment, credentials))
+        if not live and not silent:
+            raise no_endpoint(app_name, environment)
+        shown = (live or silent)[: 1 if first else None]
         if as_json:
             terminal.show_json([asdict(endpoint) for endpoint in shown])
         elif first:
             terminal.show(shown[0].address)
         else:
             terminal.show_endpoints(shown, time.time())
-            if found.stale:
-                terminal.show_aside([f"{found.stale} more not refreshed for {STALE_AFTER:g} s or longer"])
+        if silent and not (first and live):
+            which = "any of these" if not live else ", ".join(endpoint.address for endpoint in silent)
+            terminal.show_aside([f"no answer within {PROBE_TIMEOUT:g} s from {which}"])
+
+
+async def _endpoints(
+    app_name: str, environment: str | None, credentials: grpc.ChannelCredentials
+) -> tuple[list[Endpoint], list[Endpoint]]:
+    """Returns the published endpoints that answer, and those that do not."""
+    found = await published_endpoints(app_name, environment)
+    live = await answering([endpoint.address for endpoint in found], credentials)
+    return [it for it in found if it.address in live], [it for it in found if it.address not in live]

@@ -217,6 +217,12 @@ def deadline_exceeded(request_id: str) -> DeadlineExceededError:
     return DeadlineExceededError(grpc.StatusCode.DEADLINE_EXCEEDED, message, request_id=request_id)
 
 
+def no_connection(address: str, reason: str) -> UnavailableError:
+    """Returns the exception for an address that was probed and did not answer, in the words of grpc for such a call."""
+    message = f"failed to connect to all addresses; {address} does not answer: {reason}"
+    return UnavailableError(grpc.StatusCode.UNAVAILABLE, message)
+
+
 def request_id_in(metadata: Iterable[tuple[str, str | bytes]] | None, sent: str) -> str:
     """Returns the request id in metadata, or the one that was sent where they hold none."""
     for key, value in metadata or ():

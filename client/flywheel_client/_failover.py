@@ -1,20 +1,34 @@
 """A channel to all endpoints of a directory, for threads: each call to one of them, and to another if that one is gone.
 
+Endpoints are probed side by side, and calls go to those that answer, so that one that is silent holds up none.
 A call that finds its endpoint gone, or about to stop, before the engine has begun on it is tried elsewhere at once, within its
 deadline and its attempts. Only if it has tried them all does it wait before it goes round again.
 """
 
 import asyncio
+import functools
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Final
+from math import inf
+from typing import Any, Final
 
 import grpc
+from google.protobuf.wrappers_pb2 import StringValue
 
 from flywheel_client._calls import Call, RetryingChannel
 from flywheel_client._errors import FlywheelError, deadline_exceeded
+from flywheel_client._health import (
+    HEALTH_CHECK,
+    PROBE_TIMEOUT,
+    SILENCE,
+    health_request,
+    health_response,
+    is_not_serving,
+    no_answer,
+)
 from flywheel_client._pool import Directory, Member, Pool
 from flywheel_client._retry import Retry
 
@@ -49,39 +63,81 @@ class FailoverChannel(RetryingChannel):
 
         Raises what the call ends with where there is none: the error of its last try, or one of the directory.
         """
+        reading: _Reading | None = None
         with self._changed:
-            self.raise_if_cancelled(call)
-            now = time.monotonic()
-            member = self._pool.pick(call.tries, now)
-            if member is not None:
-                if self._pool.is_old(now):
-                    self._read()
-                return member
-            error: BaseException | None = None
-            if call.tries.may_reread:
-                reading = self._read()
-                self._changed.wait_for(lambda: reading.finished or call.cancelled or self._closed, call.tries.remaining(now))
+            while True:
                 self.raise_if_cancelled(call)
-                if not reading.finished:
-                    raise deadline_exceeded(call.request_id)
-                error = reading.error
-                member = self._pool.pick_after_reading(call.tries, time.monotonic())
-        if member is None:
-            raise call.tries.error or error or self._directory.no_endpoint()
-        return member
+                now = time.monotonic()
+                if reading is not None or self._pool.is_usable(now):
+                    member = self._pool.pick(call.tries, now)
+                    if member is not None:
+                        if self._pool.is_old(now):
+                            self._read()
+                        return member
+                    wait = self._pool.wait(call.tries, now)
+                    if wait is not None:
+                        self._wait(call, wait)
+                        continue
+                if reading is None and call.tries.may_reread:
+                    reading = self._read()
+                    while not reading.finished:
+                        self._wait(call, inf)
+                    call.tries.may_reread = not call.tries.failed
+                    continue
+                call.tries.error = call.tries.error or self._pool.refusal
+                raise call.tries.error or (reading and reading.error) or self._directory.no_endpoint()
+
+    def _wait(self, call: Call, seconds: float) -> None:
+        """Waits until something has changed, for so long at most; raises what the call ends with meanwhile."""
+        remaining = call.tries.remaining(time.monotonic())
+        if remaining == 0:
+            raise deadline_exceeded(call.request_id)
+        self._changed.wait(min(seconds, threading.TIMEOUT_MAX, inf if remaining is None else remaining))
+        self.raise_if_cancelled(call)
 
     def is_to_blame(self, member: Member[grpc.Channel], call: Call, error: grpc.RpcError | FlywheelError) -> bool:
         """Notes that a try of a call failed there, and returns whether another endpoint may do better at once."""
         with self._changed:
-            return self._pool.failed(call.tries, member, error, time.monotonic())
+            to_blame = self._pool.failed(call.tries, member, error, time.monotonic())
+        self._probe()
+        return to_blame
 
     def ended(self, member: Member[grpc.Channel]) -> None:
         """Notes that a try is over."""
         with self._changed:
             channel = self._pool.ended(member)
         if channel is not None:
+            self._close_soon([channel])
+
+    def _close_soon(self, channels: Iterable[grpc.Channel]) -> None:
+        for channel in channels:
             # Not here, which may be the channel's own thread: closing it waits for that.
             threading.Thread(target=channel.close, daemon=True).start()
+
+    def _probe(self) -> None:
+        """Probes the endpoints that are to be, as many as may be at the same time."""
+        with self._changed:
+            members = [] if self._closed else self._pool.to_probe()
+        for member in members:
+            check = member.channel.unary_unary(HEALTH_CHECK, health_request, health_response)
+            with suppress(ValueError):  # the channel has been closed meanwhile
+                probe = check.future(StringValue())
+                # Not a deadline of grpc, which counts from the time of day, and that may be wrong or change.
+                timer = threading.Timer(PROBE_TIMEOUT, probe.cancel)
+                timer.daemon = True
+                timer.start()
+                probe.add_done_callback(functools.partial(self._probed, member, timer))
+
+    def _probed(self, member: Member[grpc.Channel], timer: threading.Timer, probe: Any) -> None:  # noqa: ANN401 - grpc has no public type for it
+        timer.cancel()
+        code = probe.code()
+        reason = SILENCE if probe.cancelled() else no_answer(code, probe.details())
+        refuses = code is grpc.StatusCode.OK and is_not_serving(probe.result())
+        with self._changed:
+            unneeded = self._pool.probed(member, reason, time.monotonic(), refuses=refuses)
+            self._changed.notify_all()
+        self._close_soon(unneeded)
+        self._probe()
 
     def _read(self) -> _Reading:
         """Begins to read the directory, or returns the reading that is under way."""
@@ -115,5 +171,5 @@ class FailoverChannel(RetryingChannel):
             reading.finished = True
             self._reading = None
             self._changed.notify_all()
-        for channel in unneeded:
-            channel.close()
+        self._probe()
+        self._close_soon(unneeded)

@@ -1,62 +1,37 @@
-"""Where a deployment on Modal publishes its addresses, and how they are read.
-
-A container of `Gateway` has a tunnel, whose address it puts into the `modal.Dict` named `DICT`, under its own id, as
-`{"app": …, "address": "host:port", "started": …, "refreshed": …}` with times in seconds since the epoch. It refreshes that
-every 20 s and takes it back when it ends, so that what has long not been refreshed belongs to a container that could not.
-A `GatewayServer` has an address that stays. Both speak TLS, with certificates that everybody trusts.
-"""
+"""How Modal is asked for the addresses of a deployment; `_records` has what is published there."""
 
 import asyncio
 import importlib
 import importlib.util
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Final, Literal
+from collections.abc import AsyncIterable, Callable, Coroutine, Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 from urllib.parse import urlsplit
 
 import grpc
 
-from flywheel_client._errors import FailedPreconditionError, UnauthenticatedError, UnavailableError
+from flywheel_client._errors import FailedPreconditionError, FlywheelError, UnauthenticatedError, UnavailableError
+from flywheel_client._records import MAX_RECORDS, Endpoint, Memory, Reading, dict_name, is_address
+
+if TYPE_CHECKING:
+    import modal
+
+T = TypeVar("T")
 
 APP: Final = "flywheel-grpc"
-DICT: Final = "flywheel-grpc-endpoints"
 SERVER: Final = "GatewayServer"
-
-STALE_AFTER: Final = 90.0
-"""Seconds without a refresh after which an address is taken as dead."""
 
 TIMEOUT: Final = 8.0
 """Seconds that Modal may take to answer."""
 
 
-@dataclass(frozen=True, slots=True)
-class Endpoint:
-    """An address of a deployment on Modal, which speaks TLS. Times are seconds since the epoch, on the container's clock.
-
-    A `server` is the one address of all containers of a `GatewayServer`, so it has no container and no times.
-    """
-
-    address: str
-    kind: Literal["tunnel", "server"]
-    container: str | None
-    started: float | None
-    refreshed: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class Published:
-    """What an app has published: the live endpoints, and how many stale ones were left out."""
-
-    live: list[Endpoint]
-    stale: int
-
-
 async def published_endpoints(app: str = APP, environment: str | None = None) -> list[Endpoint]:
-    """Returns the live endpoints of an app on Modal; none is an empty list.
+    """Returns the endpoints that an app on Modal has published; none is an empty list.
 
-    Those that were refreshed last are first, and before all of them a `GatewayServer`, whose address stays the same.
+    One may belong to a container that was killed, until a gateway of the app has noticed that its record no longer changes,
+    which takes some minutes: connect to several at the same time, or pass over one that does not answer. A `GatewayServer`,
+    whose address stays the same, is first, and then those that were refreshed last by the clocks of their containers.
 
     Args:
         app: The name of the deployed app.
@@ -66,51 +41,14 @@ async def published_endpoints(app: str = APP, environment: str | None = None) ->
         FlywheelError: Modal cannot be asked: it knows no such token, or cannot be reached.
         ModuleNotFoundError: The package modal is not installed.
     """
-    return (await read_published(app, environment)).live
+    return await ModalDirectory(app, environment).endpoints()
 
 
-async def read_published(app: str, environment: str | None) -> Published:
-    """Returns what `published_endpoints` does, with the number of stale ones."""
-    require_modal()
-    # In a thread, because importing modal takes a third of a second, for which an event loop must not stand still.
-    await asyncio.to_thread(importlib.import_module, "modal")
-    with _modal_errors(app):
-        async with asyncio.timeout(TIMEOUT):
-            # Both answers are waited for, also where one is an error, so that nothing is left running.
-            items, server = await asyncio.gather(_items(environment), _server(app, environment), return_exceptions=True)
-        if isinstance(items, BaseException):
-            raise items
-        if isinstance(server, BaseException):
-            raise server
-    return published(items, server, app, time.time())
-
-
-def published(items: Iterable[tuple[object, object]], server: str | None, app: str, now: float) -> Published:
-    """Sorts what was read at the time `now`: records of other apps, and what is no record at all, are left out."""
-    tunnels: list[tuple[float, Endpoint]] = []
-    for container, record in items:
-        match record:
-            case {
-                "address": str(address),
-                "started": int() | float() as started,
-                "refreshed": int() | float() as refreshed,
-                "app": str(named),
-            } if named == app:
-                tunnels.append((refreshed, Endpoint(address, "tunnel", str(container), started, refreshed)))
-    tunnels.sort(key=lambda tunnel: tunnel[0], reverse=True)
-    live = [tunnel for refreshed, tunnel in tunnels if now - refreshed <= STALE_AFTER]
-    servers = [] if server is None else [Endpoint(server, "server", None, None, None)]
-    return Published(servers + live, stale=len(tunnels) - len(live))
-
-
-def no_endpoint(app: str, environment: str | None, stale: int = 0) -> UnavailableError:
-    """Returns what to tell where an app has no live endpoint."""
+def no_endpoint(app: str, environment: str | None) -> UnavailableError:
+    """Returns what to tell if an app has published no endpoint."""
     where = "the default environment" if environment is None else f"the environment {environment!r}"
-    found = f"the Modal app {app!r} in {where} has no live endpoint"
-    if stale:
-        found += f" ({stale} not refreshed for {STALE_AFTER:g} s: ended, unless the clock of this machine is wrong)"
     advice = "Deploy it with: modal deploy modal_deploy.py. Its containers take a while to start."
-    return UnavailableError(grpc.StatusCode.UNAVAILABLE, f"{found}. {advice}")
+    return UnavailableError(grpc.StatusCode.UNAVAILABLE, f"the Modal app {app!r} in {where} has no live endpoint. {advice}")
 
 
 def require_modal() -> None:
@@ -120,46 +58,130 @@ def require_modal() -> None:
 
 
 class ModalDirectory:
-    """The endpoints of an app on Modal, as the `Directory` of a client."""
+    """The endpoints of an app on Modal, for whoever reads them again and again, as a client does.
 
-    def __init__(self, app: str, environment: str | None) -> None:
+    It remembers what it has read: a part of a reading that fails takes away nothing that was known, and a record that has not
+    changed for 90 s, while others have, is left out. Takes and raises what `published_endpoints` does.
+    """
+
+    def __init__(self, app: str = APP, environment: str | None = None) -> None:
         require_modal()
         self._app = app
         self._environment = environment
-        self._stale = 0
+        self._memory = Memory()
+        self._server: str | None = None
 
     async def read(self) -> list[str]:
-        """Returns the addresses of the live endpoints; raises what `published_endpoints` does."""
-        found = await read_published(self._app, self._environment)
-        self._stale = found.stale
-        return [endpoint.address for endpoint in found.live]
+        """Returns the addresses of the endpoints."""
+        return [endpoint.address for endpoint in await self.endpoints()]
+
+    async def endpoints(self) -> list[Endpoint]:
+        """Returns the endpoints that are published now; `FlywheelError` is raised only if none is known."""
+        # In a thread, because importing modal takes a third of a second, for which an event loop must not stand still.
+        await asyncio.to_thread(importlib.import_module, "modal")
+        reading, server = await asyncio.gather(self._ask(self._records), self._ask(self._url))
+        now = time.monotonic()
+        if not isinstance(reading, FlywheelError):
+            self._memory.note(reading, self._app, now)
+        if not isinstance(server, FlywheelError):
+            self._server = server
+        servers = [] if self._server is None else [Endpoint(self._server, "server", None, None, None)]
+        found = servers + self._memory.endpoints(now)
+        for failure in (reading, server):
+            if isinstance(failure, FlywheelError) and not found:
+                raise failure
+        return found
 
     def no_endpoint(self) -> UnavailableError:
         """Returns what to tell a caller where the last reading found none."""
-        return no_endpoint(self._app, self._environment, self._stale)
+        return no_endpoint(self._app, self._environment)
+
+    async def _ask(self, read: Callable[[], Coroutine[Any, Any, T]]) -> T | FlywheelError:
+        try:
+            with _modal_errors(self._app):
+                async with asyncio.timeout(TIMEOUT):
+                    return await _modal_result(read())
+        except FlywheelError as error:
+            return error
+
+    async def _records(self) -> Reading:
+        """Reads the Dict. What cannot be read would end `items`, so then each value is read by itself."""
+        import modal
+
+        records = modal.Dict.from_name(dict_name(self._app), environment_name=self._environment)
+        try:
+            return Reading(await _collected(records.items.aio()))
+        except modal.exception.NotFoundError:
+            return Reading([])
+        except modal.exception.DeserializationError:
+            return await _one_by_one(records)
+
+    async def _url(self) -> str | None:
+        import modal
+
+        try:
+            url = await modal.Server.from_name(self._app, SERVER, environment_name=self._environment).get_url.aio()
+        except modal.exception.NotFoundError:
+            return None
+        try:
+            parts = urlsplit(url or "")
+            address = f"{parts.hostname or ''}:{parts.port or 443}"
+        except ValueError:
+            return None
+        return address if is_address(address) else None
 
 
-async def _items(environment: str | None) -> list[tuple[object, object]]:
+async def _one_by_one(records: "modal.Dict") -> Reading:
     import modal
 
-    records = modal.Dict.from_name(DICT, environment_name=environment)
+    found: list[tuple[object, object]] = []
     try:
-        return [item async for item in records.items.aio()]
-    except modal.exception.NotFoundError:
-        return []
+        async for key in records.keys.aio():
+            value = None
+            with suppress(modal.exception.DeserializationError):
+                value = await records.get.aio(key)
+            found.append((key, value))
+            if len(found) == MAX_RECORDS:
+                break
+    except modal.exception.DeserializationError:
+        # A key that cannot be read ends `keys`, but not `values`.
+        with suppress(modal.exception.DeserializationError):
+            async for value in records.values.aio():
+                found.append((f"unknown {len(found)}", value))
+                if len(found) >= MAX_RECORDS:
+                    break
+        return Reading(found, complete=False)
+    return Reading(found)
 
 
-async def _server(app: str, environment: str | None) -> str | None:
-    import modal
+async def _collected(items: AsyncIterable[T]) -> list[T]:
+    found: list[T] = []
+    async for item in items:
+        found.append(item)
+        if len(found) == MAX_RECORDS:
+            break
+    return found
 
+
+async def _modal_result(work: Coroutine[Any, Any, T]) -> T:
+    """Returns or raises what the work does, or raises CancelledError at once if the task is cancelled.
+
+    The `.aio` methods of Modal may swallow a cancellation that arrives as they end. If one does, it is the work that goes on
+    to its end, and not whoever waits for it.
+    """
+    running = asyncio.create_task(work)
     try:
-        url = await modal.Server.from_name(app, SERVER, environment_name=environment).get_url.aio()
-    except modal.exception.NotFoundError:
-        return None
-    if not url:
-        return None
-    parts = urlsplit(url)
-    return f"{parts.hostname}:{parts.port or 443}"
+        await asyncio.wait({running})
+    finally:
+        running.cancel()  # does nothing to work that has ended
+        running.add_done_callback(_retrieve)
+    return running.result()
+
+
+def _retrieve(task: "asyncio.Task[Any]") -> None:
+    """Looks at how a task ended: asyncio complains of an exception that nobody has looked at."""
+    if not task.cancelled():
+        task.exception()
 
 
 @contextmanager

@@ -10,7 +10,8 @@ from typing import Any, Final, Generic, Protocol, TypeVar
 
 import grpc
 
-from flywheel_client._errors import FlywheelError
+from flywheel_client._errors import FlywheelError, no_connection
+from flywheel_client._health import MAX_PROBES
 from flywheel_client._retry import Tries
 
 ChannelT = TypeVar("ChannelT")
@@ -24,6 +25,9 @@ USABLE: Final = 60.0
 REST: Final = 5.0
 """Seconds for which an endpoint that has failed is the last choice."""
 
+SPREAD_DELAY: Final = 0.3
+"""Seconds for which calls wait for further endpoints after the first has answered, so that not all of them go to that one."""
+
 GONE: Final = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED})
 """How calls end on an endpoint that stops. CANCELLED is for those that arrive at the last moment, before any code sees them."""
 
@@ -32,7 +36,7 @@ class Directory(Protocol):
     """Where the endpoints of a service are published."""
 
     async def read(self) -> Collection[str]:
-        """Returns the addresses of those that are live; raises `FlywheelError` where it cannot tell."""
+        """Returns their addresses, the likeliest to be live first; raises `FlywheelError` if it cannot tell."""
 
     def no_endpoint(self) -> FlywheelError:
         """Returns what to tell a caller where the last reading found none."""
@@ -45,13 +49,21 @@ class Member(Generic[ChannelT]):
     address: str
     channel: ChannelT
     listed: bool = True
+    """Whether the last reading of the directory has it."""
+    answers: bool = False
+    """Whether it has answered a probe, and no call has failed there since."""
+    probing: bool = False
     calls: int = 0
     last_pick: int = 0
     failed: float = -inf
 
 
 class Pool(Generic[ChannelT]):
-    """The endpoints that the directory lists, each with a channel, and those no longer listed that still have calls.
+    """The endpoints that calls may go to, each with a channel, and those no longer wanted that still have calls.
+
+    A reading of the directory adds endpoints. Each is probed, several at the same time, and one that does not answer is dropped
+    until another reading lists it. One that is no longer listed is dropped once a listed one answers, so that a directory which
+    is empty, or cannot be read, takes nothing away that works.
 
     A call goes to the endpoint with the fewest calls of this client, in turn where several have as few. Generations last
     from a moment to minutes, so that dealing them out in turn alone would pile up the long ones.
@@ -60,33 +72,40 @@ class Pool(Generic[ChannelT]):
     def __init__(self, open_channel: Callable[[str], ChannelT]) -> None:
         self._open_channel = open_channel
         self._members: dict[str, Member[ChannelT]] = {}
-        self._unlisted: set[Member[ChannelT]] = set()
+        self._dropped: set[Member[ChannelT]] = set()
         self._read = -inf
+        self._spread_until = -inf
         self._picks = 0
+        self.refusal: FlywheelError | None = None
+        """Why the last endpoint that did not answer was dropped, since the last reading."""
 
     def is_old(self, now: float) -> bool:
         """Whether it is time to read the directory again."""
         return now - self._read >= FRESH
 
+    def is_usable(self, now: float) -> bool:
+        """Whether a call need not wait for a new reading."""
+        return now - self._read <= USABLE
+
     def pick(self, tries: Tries, now: float) -> Member[ChannelT] | None:
-        """Returns the endpoint to try next, for which a call now counts; None where the directory has to be read first."""
-        return self._pick(tries, now) if now - self._read <= USABLE else None
-
-    def pick_after_reading(self, tries: Tries, now: float) -> Member[ChannelT] | None:
-        """Returns the endpoint to try next after the directory was read, or could not be; None where nothing is left."""
-        if tries.failed:
-            tries.may_reread = False
-        return self._pick(tries, now)
-
-    def _pick(self, tries: Tries, now: float) -> Member[ChannelT] | None:
-        untried = [member for member in self._members.values() if member.address not in tries.failed]
-        if not untried:
+        """Returns the endpoint to try next, for which a call now counts; None if there is none, or none yet."""
+        untried = self._untried(tries)
+        # If only one is left, the call finds out by itself whether that one answers.
+        able = untried if len(untried) == 1 else [member for member in untried if member.answers]
+        if not able or (len(able) < len(untried) and now < self._spread_until):
             return None
-        member = min(untried, key=lambda each: (now - each.failed < REST, each.calls, each.last_pick))
+        member = min(able, key=lambda each: (now - each.failed < REST, not each.listed, each.calls, each.last_pick))
         self._picks += 1
         member.last_pick = self._picks
         member.calls += 1
         return member
+
+    def wait(self, tries: Tries, now: float) -> float | None:
+        """Returns the seconds after which to pick again, if no probe ends before; None if there is nothing to wait for."""
+        untried = self._untried(tries)
+        if not untried:
+            return None
+        return self._spread_until - now if any(member.answers for member in untried) else inf
 
     def failed(
         self,
@@ -98,6 +117,7 @@ class Pool(Generic[ChannelT]):
         """Notes that a try of a call failed there, and returns whether the endpoint, rather than the call, was to blame."""
         if error.code() not in GONE:
             return False
+        member.answers = False
         member.failed = now
         self._read = min(self._read, now - FRESH)
         tries.error = error
@@ -105,35 +125,88 @@ class Pool(Generic[ChannelT]):
         return True
 
     def ended(self, member: Member[ChannelT]) -> ChannelT | None:
-        """Notes that a call ended, and returns the channel if that was the last call of an endpoint no longer listed."""
+        """Notes that a call ended, and returns the channel if that was the last call of an endpoint that was dropped."""
         member.calls -= 1
-        if member.listed or member.calls:
+        if member.calls or member not in self._dropped:
             return None
-        self._unlisted.discard(member)
+        self._dropped.discard(member)
         return member.channel
 
     def update(self, addresses: Iterable[str], now: float) -> list[ChannelT]:
         """Takes a reading of the directory, and returns the channels that nobody needs any more."""
+        if not self.is_usable(now):
+            for member in self._members.values():
+                member.answers = False
         self._read = now
-        before = self._members
-        self._members = {
-            address: before.get(address) or Member(address, self._open_channel(address)) for address in dict.fromkeys(addresses)
-        }
-        unneeded = []
-        for address, member in before.items():
+        self.refusal = None
+        listed = dict.fromkeys(addresses)
+        for member in self._members.values():
+            member.listed = member.address in listed
+        for address in listed:
             if address not in self._members:
-                member.listed = False
-                if member.calls:
-                    self._unlisted.add(member)
-                else:
-                    unneeded.append(member.channel)
-        return unneeded
+                self._members[address] = Member(address, self._open_channel(address))
+        return self._drop_unlisted()
 
     def keep(self, now: float) -> None:
         """Notes that the directory could not be read: what it listed before, if anything, has to serve for longer."""
         if self._members:
             self._read = now
 
+    def to_probe(self) -> list[Member[ChannelT]]:
+        """Returns the endpoints to probe now, each of which must be followed by `probed`."""
+        free = MAX_PROBES - sum(member.probing for member in self._members.values())
+        chosen = [member for member in self._members.values() if not member.answers and not member.probing][: max(free, 0)]
+        for member in chosen:
+            member.probing = True
+        return chosen
+
+    def probed(
+        self,
+        member: Member[ChannelT],
+        no_answer: str | None,
+        now: float,
+        *,
+        refuses: bool,
+    ) -> list[ChannelT]:
+        """Notes how a probe ended, and returns the channels that nobody needs any more.
+
+        Args:
+            member: The endpoint.
+            no_answer: Why the endpoint does not answer; None if it does.
+            now: The time.
+            refuses: Whether the endpoint says that it will refuse calls.
+        """
+        member.probing = False
+        if self._members.get(member.address) is not member:
+            return []
+        if no_answer is not None:
+            self.refusal = no_connection(member.address, no_answer)
+            return self._drop([member])
+        if not any(other.answers for other in self._members.values()):
+            self._spread_until = now + SPREAD_DELAY
+        member.answers = True
+        if refuses:
+            member.failed = now
+        return self._drop_unlisted()
+
     def channels(self) -> list[ChannelT]:
         """Returns every channel that is open."""
-        return [member.channel for member in (*self._members.values(), *self._unlisted)]
+        return [member.channel for member in (*self._members.values(), *self._dropped)]
+
+    def _untried(self, tries: Tries) -> list[Member[ChannelT]]:
+        return [member for member in self._members.values() if member.address not in tries.failed]
+
+    def _drop_unlisted(self) -> list[ChannelT]:
+        if not any(member.listed and member.answers for member in self._members.values()):
+            return []
+        return self._drop([member for member in self._members.values() if not member.listed])
+
+    def _drop(self, members: Iterable[Member[ChannelT]]) -> list[ChannelT]:
+        unneeded = []
+        for member in members:
+            del self._members[member.address]
+            if member.calls:
+                self._dropped.add(member)
+            else:
+                unneeded.append(member.channel)
+        return unneeded

@@ -11,16 +11,13 @@ from google.protobuf.wrappers_pb2 import StringValue
 
 from flywheel_client._channel import (
     CLIENT_TIMEOUT,
-    HEALTH_CHECK,
     CallOptions,
     Connection,
     Timeout,
     call_metadata,
-    health_request,
-    health_response,
-    serving_status,
 )
 from flywheel_client._errors import error_from_call, request_id_in
+from flywheel_client._health import HEALTH_CHECK, health_request, health_response, serving_status
 from flywheel_client._modal import APP, ModalDirectory
 from flywheel_client._pool import Directory
 from flywheel_client._request import GenerationFields, generation_request

@@ -17,7 +17,7 @@ from typing import Final, TextIO
 import typer
 
 from flywheel_client._errors import FlywheelError, InvalidArgumentError, ResourceExhaustedError, UnavailableError
-from flywheel_client._modal import Endpoint
+from flywheel_client._records import Endpoint
 from flywheel_client._results import Delta
 
 # C0 except tab and newline, DEL and C1. The first 32 and DEL have pictures in Unicode.

@@ -361,7 +361,7 @@ async def test_channels_of_endpoints_that_are_gone_are_closed(
     await one.close_stream(stream)
     await until(lambda: closed == [fakes[1].address, fakes[0].address], "the other is closed after its call")
     assert list(one.pool._members) == [fakes[2].address]
-    assert not one.pool._unlisted
+    assert not one.pool._dropped
     assert len(one.pool.channels()) == 1
 
 

@@ -25,7 +25,8 @@ from flywheel_client import (
     UnavailableError,
     published_endpoints,
 )
-from flywheel_client._modal import APP, DICT, STALE_AFTER, published
+from flywheel_client._modal import APP
+from flywheel_client._records import STALE_AFTER, Memory, Reading, dict_name, is_address, record_from
 from grpclib import Status
 
 from tests.client.conftest import serving_fake
@@ -49,7 +50,7 @@ def connected(cloud: ModalCloud) -> None:
 @pytest.fixture
 async def records() -> AsyncIterator[modal.Dict]:
     """The Dict that endpoints are published in, empty."""
-    records = modal.Dict.from_name(DICT, create_if_missing=True)
+    records = modal.Dict.from_name(dict_name(APP), create_if_missing=True)
     await records.clear.aio()
     yield records
     await records.clear.aio()
@@ -104,8 +105,8 @@ async def test_both_clients_balance_over_what_is_published(
 ) -> None:
     await records.put.aio("ta-1", record(secured[0].address))
     await records.put.aio("ta-2", record(secured[1].address))
-    await records.put.aio("ta-3", record("localhost:1", age=STALE_AFTER + 10))
-    await records.put.aio("ta-4", record("localhost:1", app="another"))
+    await records.put.aio("ta-3", record("localhost:1"))
+    await records.put.aio("ta-4", record(secured[0].address, app="another"))
 
     def in_threads() -> str:
         with Client.from_modal(credentials=credentials, api_key="key-1", timeout=WAIT) as client:
@@ -199,11 +200,9 @@ async def test_no_endpoint(records: modal.Dict) -> None:
             UnavailableError, match=r"'absent' in the environment 'dev' has no live .* modal deploy modal_deploy.py"
         ):
             await client.generate_all("p", max_tokens=1)
-    await records.put.aio("ta-1", record("localhost:1", age=STALE_AFTER + 10))
+    await records.put.aio("ta-1", record("localhost:1"))
     async with AsyncClient.from_modal(timeout=WAIT) as client:
-        with pytest.raises(
-            UnavailableError, match=r"in the default environment has no live endpoint \(1 not refreshed for 90 s"
-        ):
+        with pytest.raises(UnavailableError, match="failed to connect"):
             assert [delta async for delta in client.generate_deltas("p", max_tokens=1)]
 
 
@@ -259,47 +258,152 @@ def test_modal_is_imported_only_when_it_is_asked() -> None:
     assert process.stdout == "False\n"
 
 
-def test_records_are_sorted_out() -> None:
-    live = {"app": APP, "address": "a:1", "started": NOW - 100, "refreshed": NOW - 50}
-    items: list[tuple[object, object]] = [
-        ("ta-old", {**live, "refreshed": NOW - STALE_AFTER - 1}),
-        ("ta-1", live),
-        ("ta-2", {**live, "address": "b:2", "refreshed": int(NOW)}),
-        ("ta-other", {**live, "app": "other"}),
-        ("ta-text", "a:1"),
-        ("ta-half", {"app": APP, "address": "a:1"}),
-        ("ta-nobody's", {"address": "a:1", "started": NOW - 100, "refreshed": NOW - 50}),
-        ("ta-wrong", {**live, "refreshed": "yesterday"}),
-    ]
-    found = published(items, "server:443", APP, NOW)
-    assert found.live == [
-        Endpoint("server:443", "server", None, None, None),
-        Endpoint("b:2", "tunnel", "ta-2", NOW - 100, NOW),
-        Endpoint("a:1", "tunnel", "ta-1", NOW - 100, NOW - 50),
-    ]
-    assert found.stale == 1
-    assert [endpoint.container for endpoint in published(items, None, "other", NOW).live] == ["ta-other"]
+@pytest.mark.parametrize(
+    "address",
+    ["r1.modal.host:443", "localhost:1", "127.0.0.1:65535", "[::1]:50051", "a_b.c-d:8", "h:1"],
+)
+def test_addresses(address: str) -> None:
+    assert is_address(address)
 
 
-async def test_the_command_lists_endpoints(cloud: ModalCloud, records: modal.Dict) -> None:
-    await records.put.aio("ta-1", record("r1.modal.test:40001", age=10.2))
-    await records.put.aio("ta-22", record("r22.modal.test:443", age=3.2))
-    await records.put.aio("ta-3", record("r3.modal.test:40003", age=STALE_AFTER + 10))
-    process = await asyncio.to_thread(flywheel, cloud, "endpoints")
+NO_ADDRESSES = (
+    *("", "host", "host:", ":443", "host:0", "host:65536", "host:-1", "host:4x3", "host:443 ", " host:443", "host:443\n"),
+    *("unix:/etc/passwd", "dns:///host:443", "ipv4:1.2.3.4:80,5.6.7.8:90", "https://host:443", "a,b:443", "user@host:443"),
+    *("-host:443", "ho st:443", "hö.st:443", "host:٤٤٣", "host/path:443", "[host]:443", "::1:443", "h" * 300 + ":443"),
+)
+
+
+@pytest.mark.parametrize("address", NO_ADDRESSES)
+def test_no_addresses(address: str) -> None:
+    assert not is_address(address)
+
+
+LIVE = {"app": APP, "address": "a:1", "started": NOW - 100, "refreshed": NOW - 50, "refreshes": 3}
+GARBAGE: dict[str, object] = {
+    "nothing": None,
+    "text": "a:1",
+    "a number": 7,
+    "a list": ["app", APP],
+    "an empty record": {},
+    "other keys": {7: 7},
+    "half a record": {"app": APP, "address": "a:1"},
+    "nobody's": {"address": "a:1", "started": NOW - 100, "refreshed": NOW - 50},
+    "another app's": {**LIVE, "app": "other"},
+    "an app of another type": {**LIVE, "app": 7},
+    "an address of another type": {**LIVE, "address": ["a", 1]},
+    "a time in words": {**LIVE, "refreshed": "yesterday"},
+    "no time": {**LIVE, "started": None},
+    "a time that is true": {**LIVE, "refreshed": True},
+    "a time that is no number": {**LIVE, "refreshed": float("nan")},
+    "an endless time": {**LIVE, "started": float("inf")},
+    "a negative time": {**LIVE, "refreshed": -1.0},
+    "a time beyond all": {**LIVE, "refreshed": 10**400},
+    **{f"the address {address[:30]!r}": {**LIVE, "address": address} for address in NO_ADDRESSES},
+}
+
+
+@pytest.mark.parametrize("kind", GARBAGE)
+def test_no_records(kind: str) -> None:
+    assert record_from("ta-1", GARBAGE[kind], APP) is None
+
+
+@pytest.mark.parametrize("container", [7, None, b"ta-1", ("ta", 1), "t" * 1000])
+def test_no_containers(container: object) -> None:
+    assert record_from(container, LIVE, APP) is None
+
+
+@pytest.mark.parametrize("refreshes", [..., 0, 3, 10**30, "many", None])
+def test_records_of_older_and_newer_gateways(refreshes: object) -> None:
+    value = {**LIVE, "refreshes": refreshes, "of a later version": [1]}
+    if refreshes is ...:
+        del value["refreshes"]
+    found = record_from("ta-1", value, APP)
+    assert found is not None
+    assert found.endpoint == Endpoint("a:1", "tunnel", "ta-1", NOW - 100, NOW - 50)
+
+
+def addresses(memory: Memory, now: float) -> list[str]:
+    return [endpoint.address for endpoint in memory.endpoints(now)]
+
+
+@pytest.mark.parametrize("offset", [-3600.0, -600.0, -100.0, 0.0, 100.0, 600.0, 3600.0])
+@pytest.mark.parametrize("counts", [True, False])
+def test_a_record_counts_for_as_long_as_it_changes(offset: float, counts: bool) -> None:
+    """By whatever clock it was written, one that counts its refreshes or an older one."""
+
+    def written(address: str, moment: float, clock: float) -> dict[str, object]:
+        value = {**LIVE, "address": address, "refreshed": NOW + moment + clock, "refreshes": int(moment)}
+        if not counts:
+            del value["refreshes"]
+        return value
+
+    memory = Memory()
+    for moment in range(0, 3600, 20):
+        items = [("ta-1", written("living:1", moment, offset)), ("ta-2", written("killed:1", min(moment, 100), -offset))]
+        memory.note(Reading(items), APP, moment)
+        expected = {"living:1"} if moment - 100 > STALE_AFTER else {"living:1", "killed:1"}
+        assert set(addresses(memory, moment)) == expected
+
+
+def test_if_no_record_changes_all_count() -> None:
+    memory = Memory()
+    items = [("ta-1", LIVE), ("ta-2", {**LIVE, "address": "b:2"})]
+    for moment in (0.0, 10.0, 10_000.0):
+        memory.note(Reading(items), APP, moment)
+        assert set(addresses(memory, moment)) == {"a:1", "b:2"}
+
+
+@pytest.mark.parametrize("kind", GARBAGE)
+def test_what_cannot_be_understood_stands_for_what_it_was(kind: str) -> None:
+    memory = Memory()
+    memory.note(Reading([("ta-1", LIVE), ("ta-2", {**LIVE, "address": "b:2"})]), APP, 0.0)
+    memory.note(Reading([("ta-1", GARBAGE[kind]), ("ta-2", {**LIVE, "address": "b:2"})]), APP, 10.0)
+    assert set(addresses(memory, 10.0)) == {"a:1", "b:2"}
+
+
+def test_the_same_address_twice() -> None:
+    memory = Memory()
+    memory.note(
+        Reading([("ta-1", LIVE), ("ta-2", {**LIVE, "refreshed": NOW}), ("ta-3", {**LIVE, "refreshed": NOW - 99})]), APP, 0.0
+    )
+    assert [(it.address, it.container) for it in memory.endpoints(0.0)] == [("a:1", "ta-2")]
+
+
+async def test_the_command_lists_endpoints(
+    cloud: ModalCloud, records: modal.Dict, secured: list[FakeService], authority: tuple[trustme.CA, Path]
+) -> None:
+    addresses = [fake.address for fake in secured]
+    await records.put.aio("ta-1", record(addresses[0], age=10.2))
+    await records.put.aio("ta-22", record(addresses[1], age=3.2))
+    # Killed, and so far ahead that it is listed first.
+    await records.put.aio("ta-3", record("localhost:1", age=-600.0))
+    trust = ["--cacert", str(authority[1])]
+    process = await asyncio.to_thread(flywheel, cloud, "endpoints", *trust)
     lines = [line.split() for line in process.stdout.splitlines()]
     assert lines[0] == ["ADDRESS", "KIND", "AGE", "REFRESHED", "CONTAINER"]
     assert [(line[0], line[1], line[2], line[4]) for line in lines[1:]] == [
-        ("r22.modal.test:443", "tunnel", "60m", "ta-22"),
-        ("r1.modal.test:40001", "tunnel", "60m", "ta-1"),
+        (addresses[1], "tunnel", "60m", "ta-22"),
+        (addresses[0], "tunnel", "60m", "ta-1"),
     ]
-    assert process.stderr == "1 more not refreshed for 90 s or longer\n"
-    process = await asyncio.to_thread(flywheel, cloud, "endpoints", "--json")
+    assert (process.returncode, process.stderr) == (0, "no answer within 6 s from localhost:1\n")
+    process = await asyncio.to_thread(flywheel, cloud, "endpoints", "--json", *trust)
     assert [(each["address"], each["kind"], each["container"]) for each in json.loads(process.stdout)] == [
-        ("r22.modal.test:443", "tunnel", "ta-22"),
-        ("r1.modal.test:40001", "tunnel", "ta-1"),
+        (addresses[1], "tunnel", "ta-22"),
+        (addresses[0], "tunnel", "ta-1"),
     ]
+    process = await asyncio.to_thread(flywheel, cloud, "endpoints", "--first", *trust)
+    assert (process.returncode, process.stdout, process.stderr) == (0, f"{addresses[1]}\n", "")
+
+
+async def test_the_command_lists_all_if_none_answers(cloud: ModalCloud, records: modal.Dict) -> None:
+    await records.put.aio("ta-1", record("localhost:1"))
+    await records.put.aio("ta-2", record("localhost:2", age=3.0))
+    process = await asyncio.to_thread(flywheel, cloud, "endpoints")
+    assert [line.split()[0] for line in process.stdout.splitlines()] == ["ADDRESS", "localhost:2", "localhost:1"]
+    assert (process.returncode, process.stderr) == (0, "no answer within 6 s from any of these\n")
     process = await asyncio.to_thread(flywheel, cloud, "endpoints", "--first")
-    assert (process.returncode, process.stdout, process.stderr) == (0, "r22.modal.test:443\n", "")
+    assert (process.returncode, process.stdout) == (0, "localhost:2\n")
+    assert process.stderr == "no answer within 6 s from any of these\n"
 
 
 async def test_the_command_says_that_there_is_none(cloud: ModalCloud, records: modal.Dict) -> None:
@@ -334,8 +438,9 @@ async def test_the_command_calls_a_deployment(
     assert "To see what is live: flywheel endpoints --app flywheel-grpc\n" in process.stderr
 
 
-async def test_the_stable_address_of_a_server(cloud: ModalCloud, records: modal.Dict) -> None:
+async def test_the_stable_address_of_a_server(cloud: ModalCloud) -> None:
     with serving_fake() as fake:
+        records = modal.Dict.from_name("with-server-endpoints", create_if_missing=True)
         await records.put.aio("ta-1", record("localhost:1", app="with-server"))
         app = Path(__file__).with_name("modal_app.py")
         deployed = await asyncio.to_thread(cloud.cli, "deploy", str(app), env={"PORT": fake.address.rpartition(":")[2]})

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import random
 import re
 import subprocess
@@ -14,6 +15,7 @@ import grpc
 import grpc.aio
 import modal
 import pytest
+from flywheel_client import AsyncClient
 from flywheel_proto.v1 import generation_pb2 as pb
 from flywheel_server.deployment.weights import find
 from flywheel_server.engines.scripted import Script
@@ -28,7 +30,6 @@ from tests.serving import until
 
 REQUEST = pb.GenerationRequest(text="What is a llama?", max_tokens=12, num_samples=3)
 SHORT = pb.GenerationRequest(text="hello", max_tokens=1)
-DIRECTORY = "flywheel-grpc-endpoints"
 
 
 def tunnels(cloud: ModalCloud, app: str) -> list[Tunnel]:
@@ -37,8 +38,8 @@ def tunnels(cloud: ModalCloud, app: str) -> list[Tunnel]:
 
 
 async def records(app: str) -> dict[str, dict[str, Any]]:
-    directory = modal.Dict.from_name(DIRECTORY, create_if_missing=True)
-    return {task: record async for task, record in directory.items.aio() if record["app"] == app}
+    directory = modal.Dict.from_name(f"{app}-endpoints", create_if_missing=True)
+    return {task: record async for task, record in directory.items.aio()}
 
 
 async def published(cloud: ModalCloud, app: str, count: int = 1) -> list[Tunnel]:
@@ -342,3 +343,43 @@ async def _512_calls_at_a_time(tunnel: Tunnel, cloud: ModalCloud, gateway: Conta
         assert (stats.active, stats.queued) == (0, 0)
     # The first round sets up buffers and connections for so many calls; after that it goes up and down by some percent.
     assert sizes[2] < sizes[0] * 1.15, sizes
+
+
+async def test_a_gateway_that_was_killed_holds_up_nobody(prepared: ModalCloud, tmp_path: Path) -> None:
+    """Its record stays for some minutes, and Modal starts another gateway in its place."""
+    await asyncio.to_thread(scripted.deploy, prepared, "unhurried", Script(token_delay=0.01))
+    await deployed(prepared, "killed", FLYWHEEL_MODAL_APP="unhurried", FLYWHEEL_DEPLOY_GATEWAY_MIN_CONTAINERS="2")
+    await published(prepared, "killed", count=2)
+    credentials = grpc.ssl_channel_credentials(root_certificates=prepared.ca_certificate)
+    options: dict[str, Any] = {"credentials": credentials, "api_key": KEY, "timeout": 10.0}
+    async with AsyncClient.from_modal("killed", **options) as running:
+        for _ in range(4):
+            await running.generate_all("hello", max_tokens=1)
+        killed = prepared.containers("killed/Gateway")[0]
+        await asyncio.to_thread(killed.kill)
+        dead = (await records("killed"))[killed.task_id]["address"]
+        for _ in range(8):
+            await running.generate_all("hello", max_tokens=1)
+
+        async def replaced() -> bool:
+            return len(await records("killed")) == 3
+
+        await until(replaced, "another one is published beside the record of the dead")
+        async with AsyncClient.from_modal("killed", **options) as new:
+            begun = time.monotonic()
+            for client in (running, new) * 4:
+                await client.generate_all("hello", max_tokens=1)
+            assert time.monotonic() - begun < 5
+    authority = tmp_path / "ca.pem"
+    authority.write_bytes(prepared.ca_certificate)
+    shown = await asyncio.to_thread(
+        subprocess.run,
+        [sys.executable, "-m", "flywheel_client", "endpoints", "--app", "killed", "--cacert", str(authority), "--json"],
+        env=os.environ | prepared.environ,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    addresses = {each["address"] for each in json.loads(shown.stdout)}
+    assert addresses == {record["address"] for record in (await records("killed")).values()} - {dead}
+    assert shown.stderr == f"no answer within 6 s from {dead}\n"

@@ -1,0 +1,76 @@
+"""Asks endpoints how they are.
+
+This is grpc.health.v1.Health by hand, so that the client does not need grpcio-health-checking, which wants a protobuf of its
+own age (grpc#42906). On the wire its messages are those of the well-known wrappers: one value in field 1.
+"""
+
+import asyncio
+from collections.abc import Iterable
+from typing import Final
+
+import grpc
+import grpc.aio
+from google.protobuf.wrappers_pb2 import Int32Value, StringValue
+
+HEALTH_CHECK: Final = "/grpc.health.v1.Health/Check"
+health_request = StringValue.SerializeToString
+health_response = Int32Value.FromString
+
+PROBE_TIMEOUT: Final = 6.0
+"""Seconds that an endpoint may take to answer whether it is there."""
+
+_NOT_SERVING: Final = 2
+_SERVING_STATUS: Final = {0: "UNKNOWN", 1: "SERVING", _NOT_SERVING: "NOT_SERVING", 3: "SERVICE_UNKNOWN"}
+
+
+def serving_status(response: Int32Value) -> str:
+    """Returns the name of the ServingStatus in a HealthCheckResponse."""
+    return _SERVING_STATUS.get(response.value, str(response.value))
+
+
+def is_not_serving(response: Int32Value) -> bool:
+    """Whether a HealthCheckResponse says that calls will be refused."""
+    return response.value == _NOT_SERVING
+
+
+_NO_ANSWER: Final = frozenset(
+    {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED},
+)
+"""How the check ends on an endpoint that is not there, or is just stopping. With any other status, it has answered."""
+
+SILENCE: Final = f"silent for {PROBE_TIMEOUT:g} s"
+
+MAX_PROBES: Final = 8
+"""Endpoints that are probed at the same time."""
+
+
+async def probe(channel: grpc.aio.Channel) -> tuple[str | None, bool]:
+    """Returns why the endpoint at the other end does not answer, None if it does; and whether it says that it refuses calls."""
+    # Not a deadline of grpc, which counts from the time of day, and that may be wrong or change.
+    try:
+        async with asyncio.timeout(PROBE_TIMEOUT):
+            answer = await channel.unary_unary(HEALTH_CHECK, health_request, health_response)(StringValue())
+    except TimeoutError:
+        return SILENCE, False
+    except grpc.aio.AioRpcError as error:
+        return no_answer(error.code(), error.details()), False
+    return None, is_not_serving(answer)
+
+
+def no_answer(code: grpc.StatusCode, details: str | None) -> str | None:
+    """Returns why an endpoint does not answer whose check has ended so; None if it does answer."""
+    return (details or code.name) if code in _NO_ANSWER else None
+
+
+async def answering(addresses: Iterable[str], credentials: grpc.ChannelCredentials) -> set[str]:
+    """Returns those of the addresses that answer, be it that they are not serving."""
+    free = asyncio.Semaphore(MAX_PROBES)
+
+    async def answers(address: str) -> bool:
+        async with free, grpc.aio.secure_channel(address, credentials) as channel:
+            refusal, _ = await probe(channel)
+            return refusal is None
+
+    unique = list(dict.fromkeys(addresses))
+    found = await asyncio.gather(*map(answers, unique))
+    return {address for address, answered in zip(unique, found, strict=True) if answered}

@@ -1,0 +1,266 @@
+"""Endpoints that are listed and do not answer: in both clients, and in the command, they hold up no call."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import ssl
+import time
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING, Any, Self
+
+import grpc
+import pytest
+import trustme
+from flywheel_client import Retry, UnavailableError, _failover, _health
+from flywheel_client._health import MAX_PROBES, PROBE_TIMEOUT, answering
+
+from tests.client.conftest import Caller, serving_fake
+from tests.client.test_failover import FakeDirectory
+from tests.serving import until
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterator
+
+    from tests.client.conftest import FakeService
+
+SOON = 2.0
+"""Seconds within which a call is answered although other endpoints are silent; a try of one of them takes 4."""
+
+SETTINGS = bytes(3) + b"\x04" + bytes(5)
+"""The frame that a server of HTTP/2 begins with."""
+
+HURRY = [("grpc.min_reconnect_backoff_ms", 400)]
+
+
+@pytest.fixture(scope="module")
+def authority() -> trustme.CA:
+    return trustme.CA()
+
+
+@pytest.fixture
+def credentials(authority: trustme.CA) -> grpc.ChannelCredentials:
+    return grpc.ssl_channel_credentials(authority.cert_pem.bytes())
+
+
+@pytest.fixture
+def live(authority: trustme.CA) -> Iterator[FakeService]:
+    """A server that speaks TLS."""
+    certificate = authority.issue_cert("localhost")
+    chain = b"".join(blob.bytes() for blob in certificate.cert_chain_pems)
+    own = grpc.ssl_server_credentials([(certificate.private_key_pem.bytes(), chain)])
+    with serving_fake(credentials=own, host="localhost") as fake:
+        yield fake
+
+
+class Silent:
+    """Listens, and does less than a server should."""
+
+    def __init__(self, kind: str, authority: trustme.CA) -> None:
+        self._kind = kind
+        self._tls: ssl.SSLContext | None = None
+        self._backlog: list[socket.socket] = []
+        self.open = self.most = self.accepted = 0
+        if kind.startswith("TLS"):
+            self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            self._tls.set_alpn_protocols(["http/1.1"] if "another protocol" in kind else ["h2"])
+            issuer = trustme.CA() if "not trusted" in kind else authority
+            issuer.issue_cert("localhost").configure_cert(self._tls)
+
+    async def __aenter__(self) -> Self:
+        listening = socket.create_server(("127.0.0.1", 0), backlog=100)
+        self.address = f"localhost:{listening.getsockname()[1]}"
+        self._server: asyncio.Server | None = None
+        if self._kind == "drops packets":
+            # A full backlog drops what further connections begin with.
+            listening.listen(0)
+            for _ in range(3):
+                waiting = socket.socket()
+                waiting.setblocking(False)
+                with contextlib.suppress(BlockingIOError):
+                    waiting.connect(listening.getsockname())
+                self._backlog.append(waiting)
+            self._backlog.append(listening)
+        elif self._kind == "refuses connections":
+            listening.close()
+        else:
+            self._server = await asyncio.start_server(self._accept, sock=listening, ssl=self._tls)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for each in self._backlog:
+            each.close()
+        if self._server is not None:
+            self._server.close()
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.accepted += 1
+        self.open += 1
+        self.most = max(self.most, self.open)
+        try:
+            if self._kind == "closes at once":
+                return
+            if self._kind == "speaks something else":
+                writer.write(b"SSH-2.0-OpenSSH_9.0\r\n")
+            if "HTTP/2" in self._kind:
+                writer.write(SETTINGS)
+            while await reader.read(2**16):
+                pass
+        except OSError:
+            pass
+        finally:
+            self.open -= 1
+            writer.transport.abort()
+
+
+KINDS = (
+    "accepts and is silent",
+    "drops packets",
+    "refuses connections",
+    "closes at once",
+    "speaks something else",
+    "TLS, then silence",
+    "TLS, then HTTP/2 and silence",
+    "TLS that is not trusted",
+    "TLS with another protocol",
+)
+
+
+@pytest.fixture
+async def silent(authority: trustme.CA) -> AsyncIterator[Callable[..., Any]]:
+    async with AsyncExitStack() as stack:
+
+        async def make(kind: str) -> Silent:
+            return await stack.enter_async_context(Silent(kind, authority))
+
+        yield make
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_one_that_does_not_answer_holds_up_no_new_client(
+    caller: Callable[..., Caller], silent: Any, live: FakeService, credentials: grpc.ChannelCredentials, kind: str
+) -> None:
+    bad = await silent(kind)
+    for retry in (None, Retry()):
+        one = caller(FakeDirectory(bad.address, live.address), credentials=credentials, timeout=10.0, retry=retry)
+        begun = time.monotonic()
+        assert await one.call() == "p"
+        assert await one.next(await one.stream()) == "ab"
+        assert time.monotonic() - begun < SOON
+    assert len(live.requests) == 4
+
+
+async def test_many_that_do_not_answer_hold_up_no_new_client(
+    caller: Callable[..., Caller], silent: Any, live: FakeService, credentials: grpc.ChannelCredentials
+) -> None:
+    """Of every kind at the same time, and all before the live one in the list."""
+    bad = [(await silent(kind)).address for kind in KINDS[:7]]
+    one = caller(FakeDirectory(*bad, live.address), credentials=credentials, timeout=10.0)
+    begun = time.monotonic()
+    assert await asyncio.gather(*(one.call() for _ in range(16))) == ["p"] * 16
+    assert time.monotonic() - begun < SOON
+    assert len(live.requests) == 16
+
+
+async def test_only_so_many_are_tried_at_the_same_time(
+    caller: Callable[..., Caller],
+    silent: Any,
+    live: FakeService,
+    credentials: grpc.ChannelCredentials,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for module in (_failover, _health):
+        monkeypatch.setattr(module, "PROBE_TIMEOUT", 0.4)
+    # One that counts, at many addresses.
+    bad = await silent("accepts and is silent")
+    port = int(bad.address.rpartition(":")[2])
+    hosts = [f"127.0.0.{number}" for number in range(1, 5 * MAX_PROBES + 1)]
+    listeners = [await asyncio.start_server(bad._accept, host, port) for host in hosts[1:]]
+    directory = FakeDirectory(*(f"{host}:{port}" for host in hosts), live.address)
+    one = caller(directory, credentials=credentials, timeout=20.0)
+    assert await one.call() == "p"
+    assert bad.accepted >= len(hosts)
+    # grpc.aio closes some of those that have been given up only when it has something else to do.
+    assert bad.most <= 3 * MAX_PROBES
+    for listener in listeners:
+        listener.close()
+
+
+@pytest.mark.parametrize("kind", ["accepts and is silent", "drops packets", "TLS, then HTTP/2 and silence"])
+async def test_nothing_but_silence_ends_in_bounded_time(
+    caller: Callable[..., Caller],
+    silent: Any,
+    credentials: grpc.ChannelCredentials,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+) -> None:
+    for module in (_failover, _health):
+        monkeypatch.setattr(module, "PROBE_TIMEOUT", 0.5)
+    addresses = [(await silent(kind)).address for _ in range(4)]
+    one = caller(FakeDirectory(*addresses), credentials=credentials, retry=None, channel_options=HURRY, timeout=5.0)
+    begun = time.monotonic()
+    if kind == "TLS, then HTTP/2 and silence":
+        # It has connected, so the call that was sent to the last one may be under way: it ends with its deadline.
+        with pytest.raises(Exception, match=r"deadline|failed to connect"):
+            await one.call(timeout=2.0)
+    else:
+        with pytest.raises(UnavailableError, match="failed to connect"):
+            await one.call()
+    assert time.monotonic() - begun < 4
+
+
+async def test_an_endpoint_that_falls_silent_holds_up_a_running_client_once(
+    caller: Callable[..., Caller], silent: Any, fakes: list[FakeService]
+) -> None:
+    directory = FakeDirectory(fakes[0].address, fakes[1].address)
+    one = caller(directory, timeout=10.0)
+    for _ in range(4):
+        await one.call()
+    fakes[0].stop()
+    begun = time.monotonic()
+    for _ in range(8):
+        assert await one.call() == "p"
+    assert time.monotonic() - begun < SOON
+    assert [len(fake.requests) for fake in fakes] == [2, 10, 0]
+
+
+async def test_one_that_answers_later_is_used_as_soon_as_it_does(
+    caller: Callable[..., Caller], fakes: list[FakeService], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flywheel_client import _pool
+
+    monkeypatch.setattr(_pool, "FRESH", 0.0)
+    with socket.create_server(("127.0.0.1", 0)) as reserved:
+        port = reserved.getsockname()[1]
+    one = caller(FakeDirectory(f"127.0.0.1:{port}", fakes[0].address), timeout=10.0)
+    assert await one.call() == "p"
+    with serving_fake(port=port) as late:
+
+        async def used() -> bool:
+            await one.call()
+            return bool(late.requests)
+
+        await until(used, "it is used")
+        await one.close()
+
+
+async def test_closing_a_client_while_it_probes(
+    caller: Callable[..., Caller], silent: Any, credentials: grpc.ChannelCredentials
+) -> None:
+    bad = [(await silent("accepts and is silent")).address for _ in range(3)]
+    one = caller(FakeDirectory(*bad), credentials=credentials, timeout=10.0)
+    waiting = asyncio.create_task(one.call())
+    await until(lambda: bool(one.client._channels) and any(it.probing for it in one.pool._members.values()), "it probes")
+    begun = time.monotonic()
+    await one.close()
+    with pytest.raises(Exception, match="cancelled"):
+        await waiting
+    assert time.monotonic() - begun < SOON
+
+
+async def test_what_the_command_takes_for_live(silent: Any, live: FakeService, credentials: grpc.ChannelCredentials) -> None:
+    bad = [(await silent(kind)).address for kind in KINDS]
+    begun = time.monotonic()
+    assert await answering([*bad, live.address, live.address], credentials) == {live.address}
+    assert time.monotonic() - begun < 2 * PROBE_TIMEOUT + 1
