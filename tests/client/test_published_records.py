@@ -68,7 +68,7 @@ async def store(cloud: ModalCloud, key: bytes, value: bytes) -> None:
     """Stores bytes as they are, before all that is there, so that they are read first."""
     handle = records()
     await handle.hydrate.aio()
-    stored = cloud._storage._dicts[handle.object_id]
+    stored = cloud._storage.dicts[handle.object_id]
     others = dict(stored)
     stored.clear()
     stored.update({key: value, **{other: others[other] for other in others if other != key}})

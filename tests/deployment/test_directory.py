@@ -230,4 +230,4 @@ async def cloud_put(cloud: ModalCloud, key: bytes | None = None, value: bytes | 
 
     handle = records()
     await handle.hydrate.aio()
-    cloud._storage._dicts[handle.object_id][key or serialize("ta-garbage")] = value or serialize("text")
+    cloud._storage.dicts[handle.object_id][key or serialize("ta-garbage")] = value or serialize("text")
