@@ -20,13 +20,19 @@ def plain(data: Any) -> bool:
         case dict():
             return all(isinstance(key, str) and plain(value) for key, value in data.items())
         case _:
-            return type(data) in {str, int, float}
+            return type(data) in {str, int, float, bool}
 
 
 def test_there_and_back() -> None:
-    pile = Pile("call-1", "attempt-1", 3, EVENTS)
-    assert plain(pile.pack())
-    assert Pile.unpack(pile.pack()) == pile
+    for pile in (
+        Pile("call-1", "attempt-1", 3, EVENTS),
+        Pile("call-1", "attempt-1", 3, EVENTS, "container-1"),
+        Pile("call-1", "attempt-1", 4, [], "container-1", ended=True),
+        Pile.sign_of_life("container-1"),
+        Pile.sign_of_life("container-1", leaving=True),
+    ):
+        assert plain(pile.pack())
+        assert Pile.unpack(pile.pack()) == pile
 
 
 def pile(*events: Any, **fields: Any) -> dict[str, Any]:

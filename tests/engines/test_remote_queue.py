@@ -11,8 +11,9 @@ import grpc.aio
 import pytest
 from flywheel_proto.v1 import generation_pb2 as pb
 from flywheel_server.deployment.lease import MAX_UNCHANGED, Lease
+from flywheel_server.deployment.outbox import Outbox, Sender
 from flywheel_server.engines import inbox, remote_stream
-from flywheel_server.engines.base import EngineUnavailableError, TextDelta
+from flywheel_server.engines.base import EngineUnavailableError, Started, TextDelta
 from flywheel_server.engines.lease import lease_of, leased_partition
 from flywheel_server.engines.remote_events import Pile
 from flywheel_server.engines.remote_stream import Arrivals
@@ -26,7 +27,7 @@ from tests.server.test_errors import details_of
 from tests.serving import Target, connected, drained, serving, until
 
 APP = "queued"
-TOKENS = 100
+TOKENS = 60
 # What Modal's client repeats by itself, four times in all.
 REPEATED = {Status.UNAVAILABLE, Status.INTERNAL, Status.UNKNOWN, Status.CANCELLED, Status.DEADLINE_EXCEEDED}
 REFUSALS = [(status, None) for status in Status if status is not Status.OK] + [(Status.RESOURCE_EXHAUSTED, 0.3)]
@@ -268,6 +269,22 @@ def test_the_names_of_partitions_are_within_the_limit_of_modal() -> None:
     assert lease != partition
     assert max(len(partition), len(lease)) <= 64
     assert lease_of("0" * 32) is None
+
+
+async def test_what_waits_for_a_put_is_joined_and_split_into_items_that_modal_takes() -> None:
+    queue: Any = None  # which is not asked
+    sender = Sender(Outbox(queue, "partition", "container"), "call")
+    sender.add(Started(3))
+    for number in range(1, 1001):
+        for index in range(4):
+            sender.add(TextDelta(index, "word " * 10, number))
+    piles = sender.take()
+    events = [event for pile in piles for event in pile.events]
+    assert events == [Started(3), *(TextDelta(index, "word " * 10_000, 1000) for index in range(4))]
+    assert [pile.number for pile in piles] == [0, 1]
+    sender.add(TextDelta(0, "x", 1001))
+    assert sender.take() == [Pile("call", sender.attempt, 2, [TextDelta(0, "x", 1001)], "container")]
+    assert sender.take() == []
 
 
 def pile(number: int, container: str) -> Pile:
