@@ -18,7 +18,8 @@ REFUSALS: Final = (
     exception.NotFoundError,
     exception.PermissionDeniedError,
     exception.AuthError,
-    exception.InvalidError,  # its subclass ConflictError too
+    exception.InvalidError,
+    exception.ConflictError,
     exception.UnimplementedError,
 )
 """What a request raises that Modal has certainly not accepted, and may accept at the next try."""
@@ -27,7 +28,7 @@ REFUSED_TRIES: Final = 3
 """How often a request is made that Modal refuses."""
 
 FIRST_DELAY: Final = 0.25
-"""Seconds until the first further try, about: all delays vary by a quarter, so that those who failed together spread out."""
+"""Seconds until the first further try, after those that Modal asks for. All delays vary by a quarter, to spread the tries."""
 
 MAX_DELAY: Final = 5.0
 """Seconds that the delays, which double, grow to."""
@@ -50,7 +51,7 @@ class Backoff:
         asked = min(error.retry_delay, MAX_RETRY_AFTER) if isinstance(error, EngineOverloadedError) else 0.0
         delay = min(FIRST_DELAY * 2.0 ** min(self.failures, 10), MAX_DELAY)
         self.failures += 1
-        return max(asked, delay) * random.uniform(0.75, 1.25)  # noqa: S311 - nothing is secret in it
+        return asked + delay * random.uniform(0.75, 1.25)  # noqa: S311 - nothing is secret in it
 
 
 async def unless_refused(request: Callable[[], Awaitable[T]]) -> T:
