@@ -215,11 +215,12 @@ async def test_cancels_that_modal_never_takes_are_counted_when_the_engine_stops(
     deployed.limit("FunctionCallCancel")
     with structlog.testing.capture_logs() as logged:
         async with serving(scripted.engine(APP)) as target:
-            reading = [asyncio.ensure_future(code_of(target.stub.GenerateDeltas(request(3000)))) for _ in range(3)]
+            reading = [asyncio.ensure_future(code_of(target.stub.GenerateDeltas(request(150)))) for _ in range(3)]
             await until(lambda: sum(call.state == "running" for call in deployed.calls[before:]) == 3, "they run")
         await asyncio.gather(*reading, return_exceptions=True)
     (line,) = [line for line in logged if line["event"] == "calls not cancelled"]
     assert line["calls"] == 3
+    await until(lambda: {call.state for call in deployed.calls[before:]} == {"done"}, "they have ended by themselves")
 
 
 async def test_a_stopping_engine_tries_again_within_its_grace(deployed: ModalCloud) -> None:
