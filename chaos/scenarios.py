@@ -22,7 +22,8 @@ REFUSALS: Final = (
     Status.INTERNAL,
 )
 
-# What Modal is asked, by gateways, the Model or clients, while calls are made and while nothing is to be done.
+# What gateways, the Model and clients ask of Modal. If it refuses a call as such, the caller may have to make it again; whatever
+# else it refuses should cost no call.
 OF_EACH_CALL: Final = ("FunctionMap",)
 OF_ALL_CALLS: Final = (
     "DictContents",
@@ -189,6 +190,16 @@ def refused(rpc: str) -> Callable[[Stage], None]:
     return befall
 
 
+def throttled_and_refused(rpc: str) -> Callable[[Stage], None]:
+    """Returns what limits an RPC, and lets it fail with each status afterwards."""
+
+    def befall(stage: Stage) -> None:
+        throttled(rpc, serving=True)(stage)
+        refused(rpc)(stage)
+
+    return befall
+
+
 def _wait_until_struck(faults: Sequence[Fault]) -> None:
     """Returns when each has struck, or after a while: some RPCs are made only now and then."""
     until = time.monotonic() + 12
@@ -273,9 +284,8 @@ def scenarios(cancels: int) -> list[Scenario]:
         Scenario("slow-1s", slow(1, 6)),
         Scenario("slow-5s", slow(5, 12)),
         *(Scenario(f"throttled-{rpc}", throttled(rpc, serving=False), limited) for rpc in OF_EACH_CALL),
-        *(Scenario(f"throttled-{rpc}", throttled(rpc, serving=True)) for rpc in OF_ALL_CALLS),
         *(Scenario(f"refused-{rpc}", refused(rpc), several) for rpc in OF_EACH_CALL),
-        *(Scenario(f"refused-{rpc}", refused(rpc)) for rpc in OF_ALL_CALLS),
+        *(Scenario(f"rpc-{rpc}", throttled_and_refused(rpc)) for rpc in OF_ALL_CALLS),
         Scenario("throttled-at-the-start", limited_at_the_start, lost),
         *(Scenario(f"gateway-clocks-{offset}s", lasting(3), prepare=wrong_clocks(offset)) for offset in (100, 600)),
         *(Scenario(f"client-clock-{offset:+}s", lasting(2), clock=offset) for offset in (100, -100, 600, -600)),

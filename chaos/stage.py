@@ -177,7 +177,8 @@ class Stage:
     def callers(self, load: Load, clock: float = 0.0) -> Iterator["Callers"]:
         """Lets callers call, whose clock is wrong by so many seconds, and waits for their first answer."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("MODAL_", "FLYWHEEL_"))}
-        callers = Callers(load, with_clock(kept | self.cloud.environ, clock))
+        quiet = {"MODAL_LOGLEVEL": "ERROR"}  # it would tell of each RPC that it tries again
+        callers = Callers(load, with_clock(kept | self.cloud.environ | quiet, clock))
         try:
             yield callers
         finally:
