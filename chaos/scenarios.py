@@ -22,8 +22,8 @@ REFUSALS: Final = (
     Status.INTERNAL,
 )
 
-# What gateways, the Model and clients ask of Modal. If it refuses a call as such, the caller may have to make it again; whatever
-# else it refuses should cost no call.
+# What gateways, the Model and clients ask of Modal. If it refuses a call as such, the caller may have to repeat that call.
+# Whatever else it refuses should cost no call.
 OF_EACH_CALL: Final = ("FunctionMap",)
 OF_ALL_CALLS: Final = (
     "DictContents",
