@@ -344,4 +344,4 @@ async def test_the_first_text_of_a_call_does_not_wait(deployed: ModalCloud) -> N
             taken.append(time.monotonic() - begun_at)
             stream.call.cancel()
             await asyncio.sleep(0.5)
-        assert sorted(taken)[1] < 0.2
+        assert min(taken) < 0.2
