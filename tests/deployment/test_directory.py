@@ -99,7 +99,7 @@ async def test_no_status_of_any_rpc_ends_the_refreshing(cloud: ModalCloud, rpc: 
         fault = cloud.disturb(rpc, status=status, times=2)
         if rpc == "DictGetOrCreate":
             # Not through an RPC, of which the client would ask for the Dict first.
-            cloud._storage._dicts.delete(known.object_id)
+            cloud._storage.dicts.delete(known.object_id)
         await until(lambda: fault.befallen > 0, "it fails")
         cloud.calm()
         before = await record()
