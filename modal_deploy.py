@@ -108,7 +108,7 @@ class Serving:
         """Starts the server, and returns when it can be reached."""
         from flywheel_server.deployment.gateway import GatewayThread
 
-        self.gateway = GatewayThread(gateway_settings(), tunnelled_app)
+        self.gateway = GatewayThread(gateway_settings(), tunnelled_app, deployment.tunnel_interval)
         self.gateway.start()
 
     @modal.exit()

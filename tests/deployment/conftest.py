@@ -5,16 +5,18 @@ import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import grpc
 import grpc.aio
+import modal
 import pytest
 from flywheel_proto.v1 import generation_pb2_grpc
 from flywheel_server.deployment.weights import find
 from flywheel_server.engines.embedded import default_model
 
-from tests.modal_cloud import ModalCloud, Tunnel
-from tests.serving import Target
+from tests.modal_cloud import Container, ModalCloud, Tunnel
+from tests.serving import Target, until
 
 ROOT = Path(__file__).parent.parent.parent
 KEY = "0123456789abcdef"
@@ -61,3 +63,27 @@ async def through(relay: Tunnel | str, cloud: ModalCloud) -> AsyncIterator[Targe
     address = relay if isinstance(relay, str) else f"{relay.host}:{relay.port}"
     async with grpc.aio.secure_channel(address, credentials) as channel:
         yield Target(address, channel, generation_pb2_grpc.GenerationServiceStub(channel))
+
+
+def current(cloud: ModalCloud, name: str) -> list[Container]:
+    """Returns the containers of the version that was deployed last, without those that are ending."""
+    return [one for one in cloud.containers(name) if one.version == one.function.app.version and not one.ending]
+
+
+async def records(app: str) -> dict[str, dict[str, Any]]:
+    """Returns what the gateways of the app have published, by their containers' ids."""
+    directory = modal.Dict.from_name(f"{app}-endpoints", create_if_missing=True)
+    return {task: record async for task, record in directory.items.aio()}
+
+
+async def published(cloud: ModalCloud, app: str) -> list[Tunnel]:
+    """Returns the tunnels of the app's current gateways, once they are published and those before them withdrawn."""
+    found: list[Tunnel] = []
+
+    async def all_published() -> bool:
+        addresses = {task: record["address"] for task, record in (await records(app)).items()}
+        found[:] = [tunnel for tunnel in cloud.tunnels if addresses.get(tunnel.task_id) == f"{tunnel.host}:{tunnel.port}"]
+        return bool(addresses) and set(addresses) == {one.task_id for one in current(cloud, f"{app}/Gateway")}
+
+    await until(all_published, "the addresses are published")
+    return found

@@ -24,34 +24,12 @@ from flywheel_server.messages import GenerationRequest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from modal_proto import api_pb2
 
-from tests.deployment.conftest import AUTHORIZATION, KEY, ROOT, VOLUME, deploy, deployed, through
+from tests.deployment.conftest import AUTHORIZATION, KEY, ROOT, VOLUME, current, deploy, deployed, published, records, through
 from tests.modal_cloud import Container, ModalCloud, Tunnel, scripted
 from tests.serving import until
 
 REQUEST = pb.GenerationRequest(text="What is a llama?", max_tokens=12, num_samples=3)
 SHORT = pb.GenerationRequest(text="hello", max_tokens=1)
-
-
-def tunnels(cloud: ModalCloud, app: str) -> list[Tunnel]:
-    tasks = {container.task_id for container in cloud.containers(f"{app}/Gateway")}
-    return [tunnel for tunnel in cloud.tunnels if tunnel.open and tunnel.task_id in tasks]
-
-
-async def records(app: str) -> dict[str, dict[str, Any]]:
-    directory = modal.Dict.from_name(f"{app}-endpoints", create_if_missing=True)
-    return {task: record async for task, record in directory.items.aio()}
-
-
-async def published(cloud: ModalCloud, app: str, count: int = 1) -> list[Tunnel]:
-    """Returns the tunnels of the app, once so many are published."""
-
-    async def all_published() -> bool:
-        return len(await records(app)) == count
-
-    await until(all_published, "the addresses are published")
-    # A gateway that stops keeps its tunnel for a while after it has withdrawn the address.
-    tasks = await records(app)
-    return [tunnel for tunnel in tunnels(cloud, app) if tunnel.task_id in tasks]
 
 
 async def health(target: Any, service: str = "") -> int:
@@ -152,16 +130,17 @@ async def test_a_real_client_gets_samples_and_deltas_through_the_tunnel(prepared
     assert abs(record["refreshed"] - time.time()) < 60
 
 
-@pytest.fixture
-async def slow(prepared: ModalCloud) -> ModalCloud:
+@pytest.fixture(scope="module")
+def slow(prepared: ModalCloud) -> ModalCloud:
     """A gateway to a class that generates a token each 10 ms, in another app: one setting points there."""
-    await asyncio.to_thread(scripted.deploy, prepared, "unhurried", Script(token_delay=0.01))
-    await deployed(prepared, "slow-service", FLYWHEEL_MODAL_APP="unhurried")
+    scripted.deploy(prepared, "unhurried", Script(token_delay=0.01))
+    done = deploy(prepared, "slow-service", FLYWHEEL_MODAL_APP="unhurried")
+    assert done.returncode == 0, done.stdout + done.stderr
     return prepared
 
 
 def container(cloud: ModalCloud, app: str) -> Container:
-    (only,) = cloud.containers(f"{app}/Gateway")
+    (only,) = current(cloud, f"{app}/Gateway")
     return only
 
 
@@ -171,7 +150,7 @@ async def test_preemption_withdraws_the_address_and_lets_calls_finish(slow: Moda
     assert not slow.function("slow-service/Gateway").resources.gpu_config.gpu_type
     assert "slow-service/Model" not in slow.functions
     async with through(tunnel, slow) as target:
-        request = pb.GenerationRequest(text="hello", max_tokens=400)
+        request = pb.GenerationRequest(text="hello", max_tokens=600)
         messages = aiter(target.stub.GenerateDeltas(request, metadata=AUTHORIZATION))
         text = (await anext(messages)).text
         gateway.interrupt()
@@ -179,7 +158,7 @@ async def test_preemption_withdraws_the_address_and_lets_calls_finish(slow: Moda
         async def withdrawn() -> bool:
             return gateway.task_id not in await records("slow-service")
 
-        await until(withdrawn, "the address is withdrawn", within=5)
+        await until(withdrawn, "the address is withdrawn", within=15)
         text += (await anext(messages)).text
         assert gateway.alive
 
@@ -189,14 +168,14 @@ async def test_preemption_withdraws_the_address_and_lets_calls_finish(slow: Moda
             assert code in {grpc.StatusCode.OK, grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAVAILABLE}
             return bool(code is grpc.StatusCode.UNAVAILABLE)
 
-        await until(closed, "new calls are not taken", within=3)
+        await until(closed, "new calls are not taken", within=15)
         assert gateway.alive
         finish_reason = ""
         async for message in messages:
             text += message.text
             finish_reason = message.finish_reason
         assert finish_reason == "length"
-        assert len(text.encode()) > 1500
+        assert text == Script().text * 40  # 15 tokens each
     assert await asyncio.to_thread(gateway.wait, 20) == 0
     # Modal replaces it, and callers find the new one.
     (replacement,) = await published(slow, "slow-service")
@@ -349,7 +328,7 @@ async def test_a_gateway_that_was_killed_holds_up_nobody(prepared: ModalCloud, t
     """Its record stays for some minutes, and Modal starts another gateway in its place."""
     await asyncio.to_thread(scripted.deploy, prepared, "unhurried", Script(token_delay=0.01))
     await deployed(prepared, "killed", FLYWHEEL_MODAL_APP="unhurried", FLYWHEEL_DEPLOY_GATEWAY_MIN_CONTAINERS="2")
-    await published(prepared, "killed", count=2)
+    await published(prepared, "killed")
     credentials = grpc.ssl_channel_credentials(root_certificates=prepared.ca_certificate)
     options: dict[str, Any] = {"credentials": credentials, "api_key": KEY, "timeout": 10.0}
     async with AsyncClient.from_modal("killed", **options) as running:

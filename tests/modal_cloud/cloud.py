@@ -229,6 +229,10 @@ class ModalCloud:
         """The RPCs that arrived and are not played."""
         return self._control_plane.unimplemented
 
+    def address(self, name: str) -> str:
+        """Returns HOST:PORT of the server's relay."""
+        return self._apps.named(name).url.removeprefix("https://")
+
     # Containers
 
     def containers(self, name: str) -> list[Container]:

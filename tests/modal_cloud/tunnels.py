@@ -53,11 +53,15 @@ class Relay:
         await self._listen(self._relay, self._context)
         return self._port
 
-    def close(self) -> None:
-        """Stops listening, and cuts the connections."""
+    def refuse_new(self) -> None:
+        """Stops listening; connections go on."""
         if self._listener is not None:
             self._listener.close()
             self._listener = None
+
+    def close(self) -> None:
+        """Stops listening, and cuts the connections."""
+        self.refuse_new()
         self.cut()
         self._passes.set()
 
@@ -139,6 +143,10 @@ class Tunnel:
     def refuse(self) -> None:
         """Resets the connections, and refuses new ones."""
         self._do(self.relay.close)
+
+    def refuse_new(self) -> None:
+        """Refuses new connections; those there are go on."""
+        self._do(self.relay.refuse_new)
 
     def silence(self) -> None:
         """Lets no byte through any more: connections stay, and new ones are accepted, and nothing answers."""

@@ -38,17 +38,17 @@ Looks are counted rather than seconds, because nobody can refresh a record while
 MAX_RECORDS: Final = 1000
 """Records of one Dict that are looked at."""
 
-WITHDRAW_WAIT: Final = 2.0
-"""Seconds that the end of the server waits for the withdrawal, which goes on beside the calls that are still running."""
-
 TRY_TIMEOUT: Final = 20.0
 """Seconds that one try to refresh the record, to look at the others, or to withdraw it may take."""
 
+WITHDRAW_TIMEOUT: Final = 28.0
+"""Seconds for the withdrawal, beside which all else goes on: see `flywheel_server.deployment.gateway`.
+
+After that, the record is left to the other gateways, which find it unchanged.
+"""
+
 WITHDRAW_INTERVAL: Final = 0.5
 """Seconds between two tries to withdraw."""
-
-MAX_WITHDRAW_TRIES: Final = 20
-"""Tries to withdraw before the record is left to the other gateways, which find it unchanged."""
 
 
 def dict_name(app: str) -> str:
@@ -56,14 +56,11 @@ def dict_name(app: str) -> str:
     return f"{app}-endpoints"
 
 
-_withdrawals: set[asyncio.Task[None]] = set()
-
-
 @asynccontextmanager
 async def published(app: str, address: str) -> AsyncIterator[None]:
     """Publishes the address for the length of the context, and keeps it fresh; raises `modal.exception.Error`.
 
-    A withdrawal that takes longer than `WITHDRAW_WAIT` goes on after the context has ended, for as long as the event loop runs.
+    Leaving the context takes as long as Modal does to withdraw the address, up to `WITHDRAW_TIMEOUT`.
     """
     record = _Record(app, os.environ["MODAL_TASK_ID"], address)
     await record.refresh()
@@ -73,10 +70,7 @@ async def published(app: str, address: str) -> AsyncIterator[None]:
     finally:
         refreshing.cancel()
         await asyncio.gather(refreshing, return_exceptions=True)
-        withdrawing = asyncio.create_task(_withdraw(record))
-        _withdrawals.add(withdrawing)  # the event loop keeps no reference of its own
-        withdrawing.add_done_callback(_withdrawals.discard)
-        await asyncio.wait({withdrawing}, timeout=WITHDRAW_WAIT)
+        await _withdraw(record)
 
 
 class _Record:
@@ -132,10 +126,10 @@ async def _keep_fresh(record: _Record) -> None:
 
 
 async def _withdraw(record: _Record) -> None:
-    for _ in range(MAX_WITHDRAW_TRIES):
-        if await _succeeds("address not withdrawn", record.withdraw()):
-            return
-        await asyncio.sleep(WITHDRAW_INTERVAL)
+    with suppress(TimeoutError):
+        async with asyncio.timeout(WITHDRAW_TIMEOUT):
+            while not await _succeeds("address not withdrawn", record.withdraw()):  # noqa: ASYNC110 - nothing tells when
+                await asyncio.sleep(WITHDRAW_INTERVAL)
 
 
 async def _succeeds(failure: str, work: Coroutine[Any, Any, None]) -> bool:

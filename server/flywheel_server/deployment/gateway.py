@@ -1,96 +1,122 @@
-"""The server inside a container on Modal: on a thread of its own, behind a tunnel, found through a `modal.Dict`."""
+"""The server inside a container on Modal: on a thread of its own, beside Modal's event loop.
+
+Modal grants a container 30 s (`GRACE`) from the signal that ends it. This is what it does with them; all times are at most:
+
+     0 s    the address is withdrawn; whatever that takes, the server does not wait for it
+     0 s    the server reports that it stops; for `withdraw_window` it takes calls, for `drain_timeout` more they may finish
+    22 s    (`MAX_STOP_TIME`) calls that still run are cancelled on Modal, all side by side (`STOP_GRACE`)
+    28 s    the last connections end (`LAST_WORDS`), and their last bytes get through Modal's relay (`FLUSH`)
+    29.5 s  (`STOP_LIMIT`) the container ends, whatever is still under way
+"""
 
 import asyncio
+import os
+import signal
 import threading
-from collections.abc import AsyncIterator
+import time
 from concurrent.futures import Future
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, suppress
 from typing import Final
 
-import modal
 import structlog
 from uvloop import new_event_loop
 
-from flywheel_server import descriptors, logs
-from flywheel_server.deployment.directory import published
+from flywheel_server import descriptors, heap, logs
+from flywheel_server.deployment.tunnel import reachable
 from flywheel_server.engines.chosen import chosen_engine
 from flywheel_server.server import serve
 from flywheel_server.settings import Settings
 
 log = structlog.stdlib.get_logger(__name__)
 
-TUNNEL_FLUSH: Final = 1.0
-"""Seconds for the last bytes of the last calls to get through the tunnel, which the server hands over and does not wait for."""
+GRACE: Final = 30.0
+"""Seconds that Modal grants a container to end."""
 
-TUNNEL_CLOSE_TIMEOUT: Final = 2.0
-"""Seconds to tell Modal that the tunnel is no longer needed."""
+FLUSH: Final = 1.0
+"""Seconds for the last bytes of the last calls to get through Modal's relay; the server hands them over and does not wait."""
+
+STOP_LIMIT: Final = 29.5
+"""Seconds after which the exit hook returns, whatever is still under way."""
 
 
 class GatewayThread:
     """Runs the server beside Modal's own loop, which stands still between the inputs of a container.
 
+    If the server ends by itself, for whatever reason, the container ends too, so that Modal starts another one.
+
     Arguments:
         settings: Those of the server. Without an API key it does not start: its address is on the open Internet.
-        tunnelled_app: The app under whose name to publish a tunnel to the server; None where Modal forwards its port by itself.
+        tunnelled_app: The app under whose name to publish a tunnel to the server. None if Modal forwards its port by itself.
+        tunnel_interval: Seconds between two looks at the tunnel from outside. 0 for none.
     """
 
-    def __init__(self, settings: Settings, tunnelled_app: str | None) -> None:
+    def __init__(self, settings: Settings, tunnelled_app: str | None, tunnel_interval: float) -> None:
         if not settings.api_keys:
             raise ValueError("the gateway does not start without FLYWHEEL_API_KEYS, which belong into its modal.Secret")
         self._settings = settings
         self._tunnelled_app = tunnelled_app
+        self._tunnel_interval = tunnel_interval
         self._ready: Future[None] = Future()
         self._loop = new_event_loop()
         self._stop = asyncio.Event()
-        self._thread = threading.Thread(target=self._run, name="gateway", daemon=True)
+        self._told_to_stop = False
+        self._ended = threading.Event()
 
     def start(self) -> None:
         """Returns when the server can be reached; raises what keeps it from that."""
+        heap.limit_heaps()
         descriptors.raise_limit()
         logs.configure(self._settings.log_level, self._settings.log_format)
-        self._thread.start()
+        threading.Thread(target=self._run, name="gateway", daemon=True).start()
         self._ready.result()
 
     def stop(self) -> None:
-        """Withdraws the address, lets running calls finish within the drain timeout, and returns when all is closed."""
-        with suppress(RuntimeError):  # the loop is closed where the server broke
+        """Withdraws the address, lets running calls finish within the drain timeout, and returns when all is closed.
+
+        Returns after `STOP_LIMIT` seconds at the latest.
+        """
+        self._told_to_stop = True
+        with suppress(RuntimeError):  # the loop is closed if the server has ended by itself
             self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join()
+        if not self._ended.wait(STOP_LIMIT):
+            log.error("the gateway has not ended in time")
 
     def _run(self) -> None:
-        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
-            try:
+        try:
+            with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
                 runner.run(self._serve())
-            except Exception as error:
-                if self._ready.done():
-                    log.exception("the gateway did not end well")
-                else:
-                    self._ready.set_exception(error)
+        except BaseException as error:
+            # Whatever it is: the container would go on without a server.
+            if not self._ready.done():
+                self._ready.set_exception(error)
+                return
+            log.exception("the gateway broke")
+        finally:
+            self._ended.set()
+        if not self._told_to_stop:
+            log.error("the gateway has ended by itself: its container ends")
+            _end_container()
 
     async def _serve(self) -> None:
-        async with AsyncExitStack() as tunnel, AsyncExitStack() as server:
-            port = await server.enter_async_context(serve(chosen_engine(self._settings), self._settings))
-            async with AsyncExitStack() as directory:
-                if self._tunnelled_app is not None:
-                    # It outlasts the server, whose last calls still need it when the address has long been withdrawn.
-                    address = await tunnel.enter_async_context(_tunnel(port))
-                    await directory.enter_async_context(published(self._tunnelled_app, address))
-                    log.info("reachable", address=address)
-                self._ready.set_result(None)
+        async with AsyncExitStack() as outlasting, serve(chosen_engine(self._settings), self._settings) as port:
+            withdraw = None
+            if self._tunnelled_app is not None:
+                server = f"{self._settings.address.rpartition(':')[0]}:{port}"
+                withdraw = await outlasting.enter_async_context(
+                    reachable(self._tunnelled_app, server, self._tunnel_interval, self._stop.set)
+                )
+            outlasting.push_async_callback(asyncio.sleep, FLUSH)
+            self._ready.set_result(None)
+            try:
                 await self._stop.wait()
+            finally:
+                # The server stops meanwhile: however slow Modal is, no new call is taken.
+                if withdraw is not None:
+                    withdraw()
 
 
-@asynccontextmanager
-async def _tunnel(port: int) -> AsyncIterator[str]:
-    """Opens the port to the Internet for the length of the context, which gets the address; raises `modal.exception.Error`."""
-    async with AsyncExitStack() as stack:
-        forwarded = await stack.enter_async_context(modal.forward(port, h2_enabled=True))
-        closing = stack.pop_all()
-    try:
-        yield f"{forwarded.host}:{forwarded.port}"
-    finally:
-        await asyncio.sleep(TUNNEL_FLUSH)
-        # It ends with the container anyway.
-        with suppress(modal.exception.Error, OSError):
-            async with asyncio.timeout(TUNNEL_CLOSE_TIMEOUT):
-                await closing.aclose()
+def _end_container() -> None:
+    """Ends this process as Modal itself would, so that the exit hooks run; without them if that does not help."""
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(GRACE)
+    os._exit(1)

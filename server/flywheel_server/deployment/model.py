@@ -14,7 +14,7 @@ import structlog
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from flywheel_server import logs
+from flywheel_server import heap, logs
 from flywheel_server.deployment.outbox import Outbox
 from flywheel_server.deployment.settings import Deployment
 from flywheel_server.deployment.supervised import SupervisedEngine, end_container
@@ -74,6 +74,7 @@ def _translating_errors(method: Callable[Arguments, Awaitable[Result]]) -> Calla
 @_translating_errors
 async def started(weights: Weights, deployment: Deployment, settings: Settings) -> SupervisedEngine:
     """Returns the engine that runs the weights in the volume, once it has produced a token; raises `EngineError`."""
+    heap.limit_heaps()
     logs.configure(settings.log_level, settings.log_format)
     path = weights.path(Path(deployment.weights_path))
     if not path.is_file():

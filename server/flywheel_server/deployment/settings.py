@@ -12,7 +12,7 @@ from flywheel_server.settings import PREFIX, Settings, host_and_port
 DEPLOY_PREFIX: Final = f"{PREFIX}DEPLOY_"
 
 MAX_STOP_TIME: Final = 22.0
-"""Seconds. The rest of the 30 that Modal grants is for withdrawing the address before, and for cancelling and closing after."""
+"""Seconds. The rest of the 30 that Modal grants is for what comes after: see `flywheel_server.deployment.gateway`."""
 
 MAX_APP_NAME: Final = 54
 """Characters: Modal allows 64 in the name of an object, and the Dict of the app is called as the app is, and `-endpoints`."""
@@ -74,6 +74,9 @@ class Deployment(BaseModel):
     )
     gateway_cpu: Cores = _option(0.5, "Cores that are kept free for one gateway; it may use more if there are.")
     gateway_memory: MiB = _option(512, "MiB of memory that are kept free for one gateway; it may use more if there are.")
+    tunnel_interval: Annotated[float, Field(ge=0)] = _option(
+        60.0, "Seconds between two looks of a gateway at its own tunnel, from outside. 0 for none."
+    )
     weights: str = _option(DEFAULT, "What the Model runs: a name of `flywheel_server.deployment.weights`.")
     weights_path: str = _option("/weights", "Where its containers see the volume with the weights.")
     model_slots: Annotated[int, Field(ge=1, le=256)] = _option(8, "Samples that one container generates at a time.")

@@ -1,0 +1,111 @@
+"""The tunnel of a gateway is looked at from outside, and replaced if it does not answer."""
+
+import asyncio
+from pathlib import Path
+
+import grpc.aio
+import pytest
+from flywheel_proto.v1 import generation_pb2 as pb
+from flywheel_server.deployment import tunnel
+from flywheel_server.engines.scripted import Script, ScriptedEngine
+
+from tests.deployment.conftest import AUTHORIZATION, current, deployed, published, through
+from tests.modal_cloud import ModalCloud, Tunnel, scripted
+from tests.serving import serving, through_a_cable, until
+
+REQUEST = pb.GenerationRequest(text="hello", max_tokens=12)
+
+
+async def test_a_tunnel_that_does_not_answer_is_replaced_and_calls_through_it_go_on(
+    prepared: ModalCloud, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    authority = tmp_path / "authority.pem"
+    authority.write_bytes(prepared.ca_certificate)
+    monkeypatch.setenv("GRPC_DEFAULT_SSL_ROOTS_FILE_PATH", str(authority))  # for containers
+    await asyncio.to_thread(scripted.deploy, prepared, "steady", Script(token_delay=0.01))
+    await deployed(prepared, "watched", FLYWHEEL_MODAL_APP="steady", FLYWHEEL_DEPLOY_TUNNEL_INTERVAL="0.2")
+    (first,) = await published(prepared, "watched")
+    (container,) = current(prepared, "watched/Gateway")
+
+    async def another_than(*dead: Tunnel) -> Tunnel:
+        async def there() -> bool:
+            return bool(set(await published(prepared, "watched")) - set(dead))
+
+        await until(there, "another tunnel is published")
+        (found,) = await published(prepared, "watched")
+        return found
+
+    async with through(first, prepared) as target:
+        stream = target.stub.GenerateDeltas(pb.GenerationRequest(text="hello", max_tokens=800), metadata=AUTHORIZATION)
+        await anext(aiter(stream))
+        first.refuse_new()
+        second = await another_than(first)
+        async with through(second, prepared) as other:
+            assert (await other.stub.GenerateAll(REQUEST, metadata=AUTHORIZATION)).num_samples == 1
+        second.refuse_new()
+        third = await another_than(first, second)
+        async with through(third, prepared) as other:
+            assert (await other.stub.GenerateAll(REQUEST, metadata=AUTHORIZATION)).num_samples == 1
+        assert container.alive
+        # Something else is wrong with the container: it ends as at a preemption, and its calls may finish.
+        third.refuse_new()
+        assert [message async for message in stream][-1].finish_reason == "length"
+    assert await asyncio.to_thread(container.wait, 30) == 0
+    last = await another_than(first, second, third)
+    assert last.task_id != container.task_id
+
+
+@pytest.mark.parametrize(
+    ("seen", "dead"),
+    [
+        ("+---", True),
+        ("+--+---", True),
+        ("+--+--+--+", False),  # never three in a row
+        ("-" * 12, False),  # the container cannot see its tunnel: that proves nothing
+        ("---+---", True),
+        ("+" + "?" * 12, False),  # the server does not answer either
+        ("+--?-", True),
+    ],
+)
+async def test_when_a_tunnel_counts_as_dead(monkeypatch: pytest.MonkeyPatch, seen: str, dead: bool) -> None:
+    """A look finds an answer (+), an answer only from within (-), or none at all (?)."""
+    looks = iter(seen)
+    all_seen = asyncio.Event()
+    look = ""
+
+    async def answers(channel: grpc.aio.Channel | None) -> bool:
+        nonlocal look
+        from_outside = channel is None
+        if from_outside:
+            look = next(looks, "")
+        if not look:
+            all_seen.set()
+            await asyncio.Event().wait()
+        return look == "+" if from_outside else look == "-"
+
+    monkeypatch.setattr(tunnel, "_answers", answers)
+    monkeypatch.setattr(tunnel, "_outside", {"tunnel.example:1": None}.get)
+    looking = asyncio.create_task(tunnel.Looks("127.0.0.1:1", 0.001).until_dead("tunnel.example:1"))
+    ended = asyncio.create_task(all_seen.wait())
+    await asyncio.wait({looking, ended}, return_when=asyncio.FIRST_COMPLETED, timeout=10)
+    assert (looking.done(), next(looks, "")) == (dead, "")
+    assert all_seen.is_set() != dead
+    looking.cancel()
+    ended.cancel()
+    await asyncio.gather(looking, ended, return_exceptions=True)
+
+
+async def test_a_silent_tunnel_is_dead_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tunnel, "LOOK_TIMEOUT", 0.3)
+    monkeypatch.setattr(tunnel, "_outside", grpc.aio.insecure_channel)
+    async with serving(ScriptedEngine()) as target, through_a_cable(target.address) as cable:
+        looks = tunnel.Looks(target.address, 0.01)
+        looking = asyncio.create_task(looks.until_dead(cable.address))
+        await until(lambda: looks._can_see, "it answers")
+        cable.unplug()
+        await asyncio.wait_for(looking, 10)
+
+
+async def test_a_gateway_that_does_not_look_waits_for_ever() -> None:
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(tunnel.Looks("127.0.0.1:1", 0).until_dead("127.0.0.1:1"), 0.05)
