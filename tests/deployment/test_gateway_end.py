@@ -91,6 +91,33 @@ async def test_a_slow_control_plane_leaves_neither_an_address_nor_a_call(
     assert await records(app) == {}
 
 
+@pytest.mark.parametrize("starting", [True, False])
+async def test_a_slow_withdrawal_is_waited_for_without_calls_too(endless: ModalCloud, starting: bool) -> None:
+    app = "starting" if starting else "idle"
+    endless.replaces_containers = False
+    try:
+        if starting:
+            publications = endless.rpcs["DictUpdate"]
+            endless.disturb("DictUpdate", delay=2.0, side="containers")
+            deploying = asyncio.create_task(deployed(endless, app, FLYWHEEL_MODAL_APP="endless"))
+            await until(lambda: endless.rpcs["DictUpdate"] > publications, "the gateway publishes its address")
+        else:
+            await deployed(endless, app, FLYWHEEL_MODAL_APP="endless")
+            await until(lambda: any(one.ready for one in current(endless, f"{app}/Gateway")), "the gateway is up")
+            await published(endless, app)
+        (container,) = current(endless, f"{app}/Gateway")
+        assert container.ready != starting
+        endless.disturb(delay=5.0, side="containers")
+        container.interrupt()
+        await asyncio.to_thread(container.wait)
+        if starting:
+            await deploying
+    finally:
+        endless.calm()
+        endless.replaces_containers = True
+    assert await records(app) == {}
+
+
 async def test_the_last_bytes_of_a_server_have_time_to_get_through(endless: ModalCloud, unused_tcp_port: int) -> None:
     await deployed(
         endless,

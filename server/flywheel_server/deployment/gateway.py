@@ -68,7 +68,12 @@ class GatewayThread:
         descriptors.raise_limit()
         logs.configure(self._settings.log_level, self._settings.log_format)
         threading.Thread(target=self._run, name="gateway", daemon=True).start()
-        self._ready.result()
+        try:
+            self._ready.result()
+        except BaseException:
+            # Modal runs no exit hook of a container that it ends while it starts.
+            self.stop()
+            raise
 
     def stop(self) -> None:
         """Withdraws the address, lets running calls finish within the drain timeout, and returns when all is closed.

@@ -38,7 +38,7 @@ CLOSE_TIMEOUT: Final = 1.0
 
 
 @asynccontextmanager
-async def reachable(app: str, server: str, interval: float, lost: Callable[[], None]) -> AsyncIterator[Callable[[], object]]:
+async def reachable(app: str, server: str, interval: float, lost: Callable[[], None]) -> AsyncIterator[Callable[[], None]]:
     """Opens a tunnel to the server, and publishes its address for the length of the context.
 
     The context gets a function that begins to withdraw the address and returns at once. The tunnel itself stays open until the
@@ -69,12 +69,16 @@ async def reachable(app: str, server: str, interval: float, lost: Callable[[], N
         log.error("the tunnel does not answer, and cannot be replaced", error=repr(error) if error else None)
         lost()
 
+    def withdraw() -> None:
+        if not keeping.cancelling():  # a second time would cut the withdrawal short
+            keeping.cancel()
+
     keeping.add_done_callback(ended)
     try:
         await reached
-        yield keeping.cancel
+        yield withdraw
     finally:
-        keeping.cancel()
+        withdraw()
         await asyncio.wait({keeping})
         # They end with the container anyway.
         with suppress(modal.exception.Error, OSError):
