@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -113,20 +113,27 @@ def point_at(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
 
 
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    state = Hub()
+@contextmanager
+def serving_hub(state: Hub) -> Iterator[str]:
+    """Serves the hub on the loopback interface, and gives its URL."""
     with ThreadingHTTPServer(("127.0.0.1", 0), type("BoundHandler", (Handler,), {"hub": state})) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
-        point_at(f"http://127.0.0.1:{server.server_port}", monkeypatch)
-        monkeypatch.delenv("HF_TOKEN", raising=False)
         try:
-            yield state
+            yield f"http://127.0.0.1:{server.server_port}"
         finally:
             state.go_on.set()
             server.shutdown()
             thread.join()
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    state = Hub()
+    with serving_hub(state) as url:
+        point_at(url, monkeypatch)
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        yield state
 
 
 @pytest.fixture

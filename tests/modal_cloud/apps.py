@@ -186,6 +186,11 @@ class Apps:
                 yield api_pb2.TaskLogsBatch(app_done=True)
                 return
 
+    async def AppFetchLogs(self, request: api_pb2.AppFetchLogsRequest) -> api_pb2.AppFetchLogsResponse:
+        since, until = request.since.ToNanoseconds() / 1e9, request.until.ToNanoseconds() / 1e9
+        logs = [batch for batch in self._app(request.app_id).logs if since <= batch.items[0].timestamp <= until]
+        return api_pb2.AppFetchLogsResponse(batches=logs[-request.limit :])
+
     # Functions and classes
 
     async def FunctionPrecreate(self, request: api_pb2.FunctionPrecreateRequest) -> api_pb2.FunctionPrecreateResponse:
