@@ -61,6 +61,7 @@ class Silent:
         self._kind = kind
         self._tls: ssl.SSLContext | None = None
         self._backlog: list[socket.socket] = []
+        self._writers: set[asyncio.StreamWriter] = set()
         self.open = self.most = self.accepted = 0
         if kind.startswith("TLS"):
             self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -93,8 +94,12 @@ class Silent:
             each.close()
         if self._server is not None:
             self._server.close()
+        for writer in self._writers:
+            writer.transport.abort()
+        await until(lambda: not self._writers, "all connections are closed")
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writers.add(writer)
         self.accepted += 1
         self.open += 1
         self.most = max(self.most, self.open)
@@ -112,6 +117,9 @@ class Silent:
         finally:
             self.open -= 1
             writer.transport.abort()
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
+            self._writers.discard(writer)
 
 
 KINDS = (

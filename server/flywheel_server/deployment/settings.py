@@ -202,5 +202,5 @@ def _server_environment(deployment: Deployment, environment: Mapping[str, str]) 
         "GRPC_EXPERIMENTS": "-event_engine_listener",
         "GRPC_VERBOSITY": "ERROR",
         # Seconds. By default Modal's client waits for as long as it is throttled, and the caller learns nothing.
-        "MODAL_MAX_THROTTLE_WAIT": "5",
+        "MODAL_MAX_THROTTLE_WAIT": "0",
     }
