@@ -85,7 +85,7 @@ def play(stage: Stage, scenario: Scenario, streams: int) -> Row:
             begun = time.monotonic()
             try:
                 scenario.befall(stage)
-            except (NotInTimeError, AssertionError) as error:  # the calls are looked at all the same
+            except (NotInTimeError, AssertionError, TimeoutError) as error:  # the calls are looked at all the same
                 promises.append(str(error))
             times = Times(begun, time.monotonic())
             if "calls" in scenario.load:
@@ -110,7 +110,7 @@ def play(stage: Stage, scenario: Scenario, streams: int) -> Row:
     except NotInTimeError as error:
         promises.append(f"not as before: {error}")
     row = Row(scenario.name, outcomes, stage.cloud.rpcs.total() - rpcs, struck, left, settled, promises)
-    if promises:
+    if promises or scenario.rebuild:
         stage.rebuild()
     return row
 

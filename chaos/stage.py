@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Final
 
 import grpc
+from flywheel_proto.v1 import generation_pb2, generation_pb2_grpc
 from flywheel_server.engines.scripted import Script
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpclib import Status
 
 from chaos.callers import FIRST
 from chaos.load import BYTES_PER_TOKEN, TOKEN_DELAY, Load, Outcome
-from tests.deployment.conftest import KEY, ROOT, deploy
+from tests.deployment.conftest import AUTHORIZATION, KEY, ROOT, deploy
 from tests.modal_cloud import Container, Fault, ModalCloud, Tunnel, scripted, with_clock
 
 APP: Final = "service"
@@ -70,8 +71,9 @@ class Stage:
         scripted.deploy(self.cloud, ENGINE, SCRIPT)
 
     def gateways(self) -> list[Container]:
-        """Returns the containers of gateways that have been published."""
-        return [container for container in self.cloud.containers(f"{APP}/Gateway") if container.ready and container.alive]
+        """Returns the containers of gateways that have been published and have not been told to end."""
+        published = [each for each in self.cloud.containers(f"{APP}/Gateway") if each.ready and each.alive]
+        return [each for each in published if not each.ending and not each.stopping]
 
     def models(self) -> list[Container]:
         """Returns the containers of the Model."""
@@ -80,6 +82,16 @@ class Stage:
     def tunnel(self, gateway: Container) -> Tunnel:
         """Returns the tunnel to a gateway."""
         return next(tunnel for tunnel in self.cloud.tunnels if tunnel.task_id == gateway.task_id and tunnel.open)
+
+    def active(self, gateway: Container) -> int:
+        """Returns how many calls the gateway works on, as it says itself."""
+        with self._channel(gateway) as channel:
+            stub = generation_pb2_grpc.GenerationServiceStub(channel)
+            return int(stub.GetStats(generation_pb2.GetStatsRequest(), metadata=AUTHORIZATION, timeout=5).active)
+
+    def _channel(self, gateway: Container) -> grpc.Channel:
+        tunnel = self.tunnel(gateway)
+        return grpc.secure_channel(f"{tunnel.host}:{tunnel.port}", self._credentials)
 
     def directories(self) -> list[str]:
         """Returns the names of the Dicts in which gateways publish their addresses."""
@@ -95,20 +107,18 @@ class Stage:
     def check_serving(self) -> None:
         """Raises `NotInTimeError` unless all gateways are SERVING, as they should be while calls can be made."""
         for gateway in self.gateways():
-            if not gateway.ending and not self._serving(gateway):
+            if not self._serving(gateway):
                 raise NotInTimeError("a gateway is not SERVING, while calls can be made")
 
     def wait_until_whole(self, within: float = 30.0) -> None:
         """Returns when there are as many gateways as there should be, and all are SERVING; raises `NotInTimeError`."""
         until = time.monotonic() + within
-        wait_for(lambda: len([each for each in self.gateways() if not each.ending]) == GATEWAYS, "two gateways", within)
+        wait_for(lambda: len(self.gateways()) == GATEWAYS, "two gateways", within)
         for gateway in self.gateways():
-            if not gateway.ending:
-                wait_for(lambda gateway=gateway: self._serving(gateway), "SERVING", max(1.0, until - time.monotonic()))  # type: ignore[misc]
+            wait_for(lambda gateway=gateway: self._serving(gateway), "SERVING", max(1.0, until - time.monotonic()))  # type: ignore[misc]
 
     def _serving(self, gateway: Container) -> bool:
-        tunnel = self.tunnel(gateway)
-        with grpc.secure_channel(f"{tunnel.host}:{tunnel.port}", self._credentials) as channel:
+        with self._channel(gateway) as channel:
             stub = health_pb2_grpc.HealthStub(channel)
             try:
                 answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=3)
@@ -158,7 +168,6 @@ class Stage:
             self._end_all_calls()
         finally:
             self.cloud.reschedules_inputs = True
-        self.deploy_gateways()
         self.wait_until_whole(60)
 
     def _end_all_calls(self) -> None:
