@@ -23,9 +23,10 @@ import modal
 import structlog
 
 from flywheel_server.deployment.lease import LOOK_INTERVAL, Lease
-from flywheel_server.engines.backoff import Backoff, RateLimit
 from flywheel_server.engines.base import EngineUnavailableError, Event, Started, TextDelta
+from flywheel_server.engines.modal_retries import Backoff
 from flywheel_server.engines.modal_waits import modal_result
+from flywheel_server.engines.rate_limit import RateLimit
 from flywheel_server.engines.remote_events import Pile
 from flywheel_server.messages import GenerationResponseSample
 
@@ -51,6 +52,9 @@ SIGN_INTERVAL: Final = 3.0
 
 ANSWER_SECONDS: Final = 20.0
 """How long one put is waited for before it is tried again."""
+
+MAX_RETRY_DELAY: Final = 2.0
+"""Seconds between two tries of a put at most."""
 
 PUT_SECONDS: Final = 60.0
 """How long a put is tried for before its calls end."""
@@ -301,7 +305,7 @@ class Outbox:
     async def _put(self, piles: list[Pile]) -> None:
         """Returns when the piles are in the queue; raises `EngineUnavailableError` if they cannot get there."""
         loop = asyncio.get_running_loop()
-        backoff = Backoff()
+        backoff = Backoff(MAX_RETRY_DELAY)
         begun = loop.time()
         missing_since: float | None = None
         items: list[Any] = [pile.pack() for pile in piles]
@@ -318,7 +322,8 @@ class Outbox:
                     raise EngineUnavailableError("events not sent: Modal no longer has the queue") from None
                 if loop.time() - begun > PUT_SECONDS:
                     raise EngineUnavailableError(f"events not sent: {type(error).__name__}") from None
-            await backoff.wait()
+                delay = backoff.delay(error)
+            await asyncio.sleep(delay)
 
 
 def _size(event: Event) -> int:

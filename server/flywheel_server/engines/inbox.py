@@ -31,10 +31,11 @@ from typing import Any, Final
 import modal
 import structlog
 
-from flywheel_server.engines.backoff import Backoff, RateLimit
 from flywheel_server.engines.base import EngineError, EngineUnavailableError
 from flywheel_server.engines.lease import RENEWAL_INTERVAL, lease_of, leased_partition
+from flywheel_server.engines.modal_retries import Backoff
 from flywheel_server.engines.modal_waits import modal_result
+from flywheel_server.engines.rate_limit import RateLimit
 from flywheel_server.engines.remote_events import Pile
 from flywheel_server.engines.remote_stream import Arrivals
 
@@ -51,6 +52,9 @@ READS_AT_ONCE: Final = 6
 
 READ_SECONDS: Final = 2.0
 """How long one request waits for events while there are calls. It is the clock by which containers are silent."""
+
+MAX_RETRY_DELAY: Final = 2.0
+"""Seconds between two tries at most: events wait meanwhile."""
 
 OPENING_SECONDS: Final = 30.0
 """How long the making of a queue is tried again for."""
@@ -103,7 +107,7 @@ class Inbox:
             yield address, arrivals
 
     async def _open(self) -> "_Reader":
-        backoff = Backoff()
+        backoff = Backoff(MAX_RETRY_DELAY)
         given_up = asyncio.get_running_loop().time() + OPENING_SECONDS
         while True:
             making = modal.Queue.ephemeral(environment_name=self._environment or None)
@@ -114,7 +118,7 @@ class Inbox:
                 if asyncio.get_running_loop().time() > given_up:
                     raise
                 log.warning("queue not made", error=str(error))
-                await backoff.wait()
+                await asyncio.sleep(backoff.delay(error))
             else:
                 return self._read_from(made, making)
 
@@ -209,7 +213,7 @@ class _Reader:
 
     async def _read(self) -> None:
         loop = asyncio.get_running_loop()
-        backoff, limit = Backoff(), RateLimit(READS_PER_SECOND, READS_AT_ONCE)
+        backoff, limit = Backoff(MAX_RETRY_DELAY), RateLimit(READS_PER_SECOND, READS_AT_ONCE)
         read_at, refused = loop.time(), 0
         while not self._is_gone():
             await limit.acquire()
@@ -220,7 +224,7 @@ class _Reader:
                 if not refused:
                     log.warning("events not read", error=f"{type(error).__name__}: {error}")
                 refused += 1
-                await backoff.wait()
+                await asyncio.sleep(backoff.delay(error))
                 read_at = loop.time()
                 continue
             if refused:

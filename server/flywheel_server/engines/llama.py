@@ -89,6 +89,9 @@ class Llama:
         params.verbosity = verbosity
         try:
             self._server = xllamacpp.Server(params)
+            # Answered by its loop. A server that is unloaded before its loop has begun waits for that loop for ever, and holds
+            # the interpreter meanwhile.
+            self._request("GET", "/slots")
         except BaseException:
             shutil.rmtree(self._directory, ignore_errors=True)
             raise

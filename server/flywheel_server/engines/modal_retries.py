@@ -41,15 +41,20 @@ DOUBT_SECONDS: Final = 10.0
 
 
 class Backoff:
-    """The delays between tries that go on failing."""
+    """The delays between tries that go on failing, of `max_delay` seconds at most unless Modal asks for more."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_delay: float = MAX_DELAY) -> None:
+        self._max_delay = max_delay
+        self.failures = 0
+
+    def reset(self) -> None:
+        """Begins anew, after a try that succeeded."""
         self.failures = 0
 
     def delay(self, error: BaseException) -> float:
         """Returns the seconds until the next try, after one that failed with the error."""
         asked = min(error.retry_delay, MAX_RETRY_AFTER) if isinstance(error, EngineOverloadedError) else 0.0
-        delay = min(FIRST_DELAY * 2.0 ** min(self.failures, 10), MAX_DELAY)
+        delay = min(FIRST_DELAY * 2.0 ** min(self.failures, 10), self._max_delay)
         self.failures += 1
         return asked + delay * random.uniform(0.75, 1.25)  # noqa: S311 - nothing is secret in it
 
