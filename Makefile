@@ -5,7 +5,7 @@ PYTHON ?= python3
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-floor check format generate bench soak fuzz chaos lock baseline clean
+.PHONY: help install serve test test-thorough test-floor check format generate bench soak fuzz chaos lock baseline clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -18,6 +18,9 @@ serve: .venv/.installed ## Run the server: make serve ARGS="--address 127.0.0.1:
 
 test: .venv/.installed ## Run the tests
 	.venv/bin/pytest $(ARGS)
+
+test-thorough: .venv/.installed ## Run the further cases of what the tests try some of, such as each status of each request to Modal
+	.venv/bin/pytest -m thorough $(ARGS)
 
 test-floor: .venv-floor/.installed ## Run the tests with the lowest supported version of every dependency
 	.venv-floor/bin/pytest $(ARGS)

@@ -34,6 +34,7 @@ OF_ALL_CALLS: Final = (
     "FunctionGetCurrentStats",
     "FunctionGetOutputs",
     "QueueGet",
+    "QueueLen",
     "QueuePut",
 )
 # What it is asked once, when a gateway or a client begins.

@@ -11,15 +11,17 @@ import pytest
 from flywheel_client import ModalDirectory, UnavailableError, _pool, published_endpoints
 from flywheel_client._modal import APP
 from flywheel_client._records import dict_name
-from grpclib import Status
 from modal._serialization import serialize
 
 from tests.client.conftest import Caller, serving_fake
 from tests.client.test_from_modal import GARBAGE, record
 from tests.serving import until
+from tests.statuses import STATUSES
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
+
+    from grpclib import Status
 
     from tests.client.conftest import FakeService
     from tests.modal_cloud import ModalCloud
@@ -142,7 +144,7 @@ async def test_its_own_record_cannot_be_read(
         await plaintext().call()
 
 
-@pytest.mark.parametrize("status", [status for status in Status if status is not Status.OK])
+@pytest.mark.parametrize("status", STATUSES)
 async def test_no_status_of_any_rpc_takes_away_what_works(
     plaintext: Callable[..., Caller], fakes: list[FakeService], cloud: ModalCloud, status: Status
 ) -> None:

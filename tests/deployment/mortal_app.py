@@ -14,9 +14,6 @@ from flywheel_server.engines.base import EngineFailedError, Event, PreparedReque
 from flywheel_server.engines.scripted import Script, ScriptedEngine
 from flywheel_server.messages import GenerationRequest, GenerationResponseSample
 
-supervision.RESTART_INTERVAL = 0.5  # type: ignore[misc]
-supervision.STOP_TIMEOUT = 0.5  # type: ignore[misc]
-
 image = modal.Image.debian_slim().add_local_python_source("flywheel_proto", "flywheel_server")
 app = modal.App("mortal")
 
@@ -119,6 +116,8 @@ class Model:
 
     @modal.enter()
     async def load(self) -> None:
+        # Here, in the container: tests import this module too.
+        supervision.RESTART_INTERVAL = supervision.STOP_TIMEOUT = 0.5  # type: ignore[misc]
         self.mortal = MortalEngine()
         self.engine = await SupervisedEngine(self.mortal, end_container, timeout=1.0).__aenter__()
         self.remote = RemoteModel(self.engine)

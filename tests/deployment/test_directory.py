@@ -14,6 +14,7 @@ from grpclib.exceptions import StreamTerminatedError
 
 from tests.modal_cloud import ModalCloud
 from tests.serving import until
+from tests.statuses import STATUSES
 
 TASK = "ta-test"
 APP = "some-app"
@@ -91,7 +92,7 @@ async def test_a_dict_that_was_deleted_is_made_again(cloud: ModalCloud) -> None:
 
 
 @pytest.mark.parametrize("rpc", ["DictGetOrCreate", "DictUpdate", "DictContents", "DictPop"])
-@pytest.mark.parametrize("status", [status for status in Status if status is not Status.OK])
+@pytest.mark.parametrize("status", STATUSES)
 async def test_no_status_of_any_rpc_ends_the_refreshing(cloud: ModalCloud, rpc: str, status: Status) -> None:
     known = records()
     await known.put.aio("ta-dead", {"refreshed": 1.0})

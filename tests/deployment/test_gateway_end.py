@@ -44,7 +44,7 @@ def unfinished(cloud: ModalCloud) -> list[str]:
     return [call.id for call in cloud.calls if call.target.app.description == "endless" and not call.finished]
 
 
-@pytest.mark.parametrize("kind", ["tunnel", "server"])
+@pytest.mark.parametrize("kind", ["tunnel", pytest.param("server", marks=pytest.mark.thorough)])
 async def test_a_slow_control_plane_leaves_neither_an_address_nor_a_call(
     endless: ModalCloud, kind: str, unused_tcp_port: int
 ) -> None:
@@ -91,7 +91,7 @@ async def test_a_slow_control_plane_leaves_neither_an_address_nor_a_call(
     assert await records(app) == {}
 
 
-@pytest.mark.parametrize("starting", [True, False])
+@pytest.mark.parametrize("starting", [True, pytest.param(False, marks=pytest.mark.thorough)])
 async def test_a_slow_withdrawal_is_waited_for_without_calls_too(endless: ModalCloud, starting: bool) -> None:
     app = "starting" if starting else "idle"
     endless.replaces_containers = False
@@ -162,7 +162,7 @@ async def only(cloud: ModalCloud, name: str) -> Container:
 
 
 @pytest.mark.parametrize("manner", ["the engine is dead", "a bug", "cancelled", "it exits", "its event loop stops"])
-@pytest.mark.parametrize("name", ["Gateway", "GatewayServer"])
+@pytest.mark.parametrize("name", ["Gateway", pytest.param("GatewayServer", marks=pytest.mark.thorough)])
 async def test_a_gateway_that_ends_by_itself_ends_its_container(
     cloud: ModalCloud, breaking: Path, name: str, manner: str
 ) -> None:

@@ -27,7 +27,7 @@ from tests.server.test_errors import details_of
 from tests.serving import Target, drained, serving, until
 
 APP = Path(__file__).with_name("mortal_app.py")
-METHODS = ["Generate", "GenerateDeltas", "GenerateAll"]
+METHODS = ["GenerateDeltas", *(pytest.param(name, marks=pytest.mark.thorough) for name in ("Generate", "GenerateAll"))]
 UNAVAILABLE, INTERNAL = grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL
 
 

@@ -45,7 +45,7 @@ def deployed(cloud: ModalCloud) -> ModalCloud:
     return cloud
 
 
-@pytest.fixture(scope="module", params=["Faulty", "FaultyStream"])
+@pytest.fixture(scope="module", params=["Faulty", pytest.param("FaultyStream", marks=pytest.mark.thorough)])
 async def target(deployed: ModalCloud, request: pytest.FixtureRequest) -> AsyncIterator[Target]:
     async with serving(scripted.engine(APP, request.param)) as target:
         yield target

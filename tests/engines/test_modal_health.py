@@ -12,11 +12,12 @@ from grpclib import Status
 
 from tests.modal_cloud import ModalCloud, scripted
 from tests.serving import Target, serving, until
+from tests.statuses import STATUSES
 
 APP = "healthy"
 SERVING = health_pb2.HealthCheckResponse.SERVING
 LOOK_UP = ("ClassGet", "FunctionGet", "FunctionBindParams")
-STATUSES = [status for status in Status if status is not Status.OK]
+EVERY_STATUS = [status for status in Status if status is not Status.OK]
 INTERVAL = 0.05
 
 
@@ -67,7 +68,7 @@ async def test_stats_that_modal_does_not_tell_leave_health_as_it_is(deployed: Mo
         await until(lambda: is_serving(target), "it is serving")
         await target.stub.GenerateAll(pb.GenerationRequest(text="x", max_tokens=1))
         await until(lambda: is_serving(target, RUNNERS), "it has runners")
-        for status in STATUSES:
+        for status in EVERY_STATUS:
             fault = deployed.disturb("FunctionGetCurrentStats", status=status)
             await until(lambda: fault.befallen >= 2, "stats were asked for")  # noqa: B023 - it is awaited here
             await stays_serving(target, 0.2)
@@ -89,7 +90,7 @@ async def test_a_server_that_starts_without_stats_is_serving(deployed: ModalClou
         assert not await is_serving(target, RUNNERS)
 
 
-@pytest.mark.parametrize("status", STATUSES, ids=lambda status: status.name)
+@pytest.mark.parametrize("status", STATUSES)
 async def test_a_class_that_cannot_be_found_for_a_while_is_not_serving(deployed: ModalCloud, status: Status) -> None:
     async with serving(scripted.engine(APP), health_interval=INTERVAL) as target:
         await until(lambda: is_serving(target), "it is serving")

@@ -25,12 +25,16 @@ from fuzz.probe import flywheel_server
 from tests.modal_cloud import ModalCloud, scripted
 from tests.server.test_errors import details_of
 from tests.serving import Target, connected, drained, serving, until
+from tests.statuses import STATUSES
 
 APP = "queued"
 TOKENS = 60
 # What Modal's client repeats by itself, four times in all.
 REPEATED = {Status.UNAVAILABLE, Status.INTERNAL, Status.UNKNOWN, Status.CANCELLED, Status.DEADLINE_EXCEEDED}
-REFUSALS = [(status, None) for status in Status if status is not Status.OK] + [(Status.RESOURCE_EXHAUSTED, 0.3)]
+REFUSALS = [
+    *(pytest.param(*each.values, None, id=each.id, marks=each.marks) for each in STATUSES),
+    pytest.param(Status.RESOURCE_EXHAUSTED, 0.3, id="RESOURCE_EXHAUSTED with a delay"),
+]
 GATEWAYS = ("QueueGet", "QueuePut", "QueueClear", "QueueHeartbeat")
 CONTAINERS = ("QueuePut", "QueueLen")
 
@@ -85,7 +89,7 @@ def nothing_runs(cloud: ModalCloud) -> bool:
     return all(call.state not in {"pending", "running"} for call in cloud.calls)
 
 
-@pytest.mark.parametrize(("status", "retry_after"), REFUSALS, ids=str)
+@pytest.mark.parametrize(("status", "retry_after"), REFUSALS)
 @pytest.mark.parametrize("side", ["clients", "containers"])
 async def test_no_refusal_ends_a_stream_or_changes_its_text(
     calm: ModalCloud, side: Literal["clients", "containers"], status: Status, retry_after: float | None
@@ -102,7 +106,7 @@ async def test_no_refusal_ends_a_stream_or_changes_its_text(
         first.call.cancel()
 
 
-@pytest.mark.parametrize(("status", "retry_after"), REFUSALS, ids=str)
+@pytest.mark.parametrize(("status", "retry_after"), REFUSALS)
 async def test_a_queue_that_is_not_made_at_once_is_made_later(
     calm: ModalCloud, status: Status, retry_after: float | None
 ) -> None:
@@ -128,7 +132,12 @@ async def test_a_queue_that_cannot_be_made_has_its_status(calm: ModalCloud, monk
 
 
 @pytest.mark.parametrize(
-    ("status", "retry_after"), [(Status.RESOURCE_EXHAUSTED, None), (Status.RESOURCE_EXHAUSTED, 1.0), (Status.NOT_FOUND, None)]
+    ("status", "retry_after"),
+    [
+        (Status.RESOURCE_EXHAUSTED, None),
+        pytest.param(Status.RESOURCE_EXHAUSTED, 1.0, marks=pytest.mark.thorough),
+        pytest.param(Status.NOT_FOUND, None, marks=pytest.mark.thorough),
+    ],
 )
 async def test_eight_seconds_of_refusals_end_no_stream(calm: ModalCloud, status: Status, retry_after: float | None) -> None:
     async with serving(scripted.engine(APP)) as target:
@@ -173,6 +182,7 @@ async def test_a_queue_that_is_gone_ends_its_calls_and_is_made_anew(
         await until(lambda: nothing_runs(deployed), "the call has ended in the class", within=20)
 
 
+@pytest.mark.thorough
 async def test_refusals_that_end_no_call_do_not_make_a_container_silent(
     calm: ModalCloud, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,7 +207,7 @@ async def no_new_container(cloud: ModalCloud) -> AsyncIterator[None]:
         cloud._loop.call_soon_threadsafe(cloud._fleet.scale, function)
 
 
-@pytest.mark.parametrize(("how", "within"), [("interrupt", 5.0), ("kill", 22.0)])
+@pytest.mark.parametrize(("how", "within"), [("interrupt", 5.0), pytest.param("kill", 22.0, marks=pytest.mark.thorough)])
 async def test_the_loss_of_a_container_is_told_before_there_is_another(deployed: ModalCloud, how: str, within: float) -> None:
     async with serving(scripted.engine(APP)) as target:
         stream = await begun(target)
@@ -226,7 +236,7 @@ async def test_a_call_that_has_sent_nothing_outlives_the_loss_of_its_container(c
         assert await call == expected(4)
 
 
-@pytest.mark.parametrize("with_its_container", [False, True])
+@pytest.mark.parametrize("with_its_container", [False, pytest.param(True, marks=pytest.mark.thorough)])
 async def test_calls_of_a_gateway_that_was_killed_end(cloud: ModalCloud, with_its_container: bool) -> None:
     """Those that run, those that wait in the container, and those that run again in another one."""
     app = f"leased-{with_its_container}"
@@ -319,6 +329,7 @@ async def test_the_error_of_a_call_is_asked_for_as_soon_as_the_class_tells_of_it
 OF_THE_QUEUE = ("QueueGet", "QueuePut", "QueueLen", "QueueClear", "FunctionGetOutputs")
 
 
+@pytest.mark.thorough
 async def test_requests_to_modal_do_not_grow_with_the_streams(deployed: ModalCloud) -> None:
     seconds = 6.0
     async with serving(scripted.engine(APP)) as target:
