@@ -329,8 +329,10 @@ async def test_a_container_that_is_preempted_is_unavailable(slow: ModalCloud, me
         assert (await target.stub.GenerateAll(request())).num_samples == 1
 
 
-async def test_a_refusal_passes(deployed: ModalCloud) -> None:
+async def test_a_refusal_passes(deployed: ModalCloud, monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine that was refused, before or after it had found the class, works again as soon as it is not."""
+    monkeypatch.setattr("flywheel_server.engines.inbox.OPENING_SECONDS", 0.5)
+    monkeypatch.setattr("flywheel_server.engines.modal_retries.FIRST_DELAY", 0.05)
     for status in (Status.UNAVAILABLE, Status.UNAUTHENTICATED, Status.NOT_FOUND):
         async with serving(scripted.engine(APP), health_interval=30) as target:
             for _ in range(2):

@@ -421,7 +421,10 @@ async def test_clients_may_be_refused_or_cut_off(cloud: ModalCloud, model: Any) 
     await until(lambda: "awake through it" in container.output(), "the container heard of it")
 
 
-async def test_rpcs_may_be_limited_slow_or_fail_now_and_then(cloud: ModalCloud, model: Any) -> None:
+async def test_rpcs_may_be_limited_slow_or_fail_now_and_then(
+    cloud: ModalCloud, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MODAL_MAX_THROTTLE_WAIT", raising=False)  # which a gateway sets for its process
     fault = cloud.disturb("FunctionMap", status=Status.ABORTED, times=1)
     with pytest.raises(modal.exception.ConflictError):
         await model.echo.remote.aio(1)

@@ -200,4 +200,5 @@ def test_every_engine_error_has_a_row() -> None:
         below = [leaf for subclass in kind.__subclasses__() for leaf in leaves(subclass)]
         return set(below) or {kind}
 
-    assert leaves(base.EngineError) <= TABLE.keys()
+    ours = {kind for kind in leaves(base.EngineError) if kind.__module__.startswith("flywheel_server.")}
+    assert ours <= TABLE.keys()

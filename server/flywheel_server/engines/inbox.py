@@ -4,7 +4,7 @@ One partition for all, rather than one for each call, because then one request t
 more there is to do, the fewer requests it takes for each. No status that Modal answers with is a verdict by itself:
 
     RPC                status                      what happens
-    QueueGetOrCreate   any                         tried again with backoff for 30 s; then the calls that wait for the queue
+    QueueGetOrCreate   any                         tried again with backoff for 10 s; then the calls that wait for the queue
                                                    end with the status of the last answer
     QueueGet           NOT_FOUND, twice running    new calls get a new queue; those before go on waiting
                        NOT_FOUND, for 10 s         the queue is gone: calls that wait for it end with UNAVAILABLE
@@ -56,7 +56,7 @@ READ_SECONDS: Final = 2.0
 MAX_RETRY_DELAY: Final = 2.0
 """Seconds between two tries at most: events wait meanwhile."""
 
-OPENING_SECONDS: Final = 30.0
+OPENING_SECONDS: Final = 10.0
 """How long the making of a queue is tried again for."""
 
 GONE_SECONDS: Final = 10.0

@@ -43,8 +43,8 @@ DOUBT_SECONDS: Final = 10.0
 class Backoff:
     """The delays between tries that go on failing, of `max_delay` seconds at most unless Modal asks for more."""
 
-    def __init__(self, max_delay: float = MAX_DELAY) -> None:
-        self._max_delay = max_delay
+    def __init__(self, max_delay: float | None = None) -> None:
+        self._max_delay = MAX_DELAY if max_delay is None else max_delay
         self.failures = 0
 
     def reset(self) -> None:
