@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from tests.modal_cloud import ModalCloud
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """Returns one more than there are cores: tests wait much of the time, for deadlines, containers and subprocesses."""
+    return (os.cpu_count() or 1) + 1
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--address", help="HOST:PORT of a running server: the conformance suite tests it too")
 

@@ -23,6 +23,7 @@ from flywheel_server.engines.scripted import Script, ScriptedEngine
 from tests.client.conftest import WAIT
 from tests.client.test_failover import FakeDirectory
 from tests.serving import drained, serving
+from tests.thorough import further
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Callable
@@ -191,7 +192,7 @@ async def call(one: Caller, method: str) -> None:
         await one.rest(function() if one.is_async else await asyncio.to_thread(function))
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", ["a directory of three", *further(["one address", "two addresses"])])
 @pytest.mark.parametrize("failure", FAILURES)
 async def test_what_has_begun_begins_once(caller: Callable[..., Caller], target: str, failure: str) -> None:
     script, prepare = FAILURES[failure]

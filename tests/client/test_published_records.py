@@ -17,6 +17,7 @@ from tests.client.conftest import Caller, serving_fake
 from tests.client.test_from_modal import GARBAGE, record
 from tests.serving import until
 from tests.statuses import STATUSES
+from tests.thorough import further
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -91,7 +92,7 @@ async def settled(cloud: ModalCloud, readings: int = 2) -> None:
     await until(lambda: cloud.rpcs["DictGetOrCreate"] > before + readings, "the records are read again")
 
 
-@pytest.mark.parametrize("kind", ["emptied", "deleted", "deleted and made again", *GARBAGE])
+@pytest.mark.parametrize("kind", ["emptied", "deleted", "deleted and made again", *further(GARBAGE)])
 async def test_a_running_client_keeps_what_works(
     plaintext: Callable[..., Caller], fakes: list[FakeService], cloud: ModalCloud, kind: str
 ) -> None:

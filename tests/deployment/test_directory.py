@@ -15,6 +15,7 @@ from grpclib.exceptions import StreamTerminatedError
 from tests.modal_cloud import ModalCloud
 from tests.serving import until
 from tests.statuses import STATUSES
+from tests.thorough import further
 
 TASK = "ta-test"
 APP = "some-app"
@@ -91,7 +92,7 @@ async def test_a_dict_that_was_deleted_is_made_again(cloud: ModalCloud) -> None:
     assert await record() is None
 
 
-@pytest.mark.parametrize("rpc", ["DictGetOrCreate", "DictUpdate", "DictContents", "DictPop"])
+@pytest.mark.parametrize("rpc", ["DictUpdate", *further(["DictGetOrCreate", "DictContents", "DictPop"])])
 @pytest.mark.parametrize("status", STATUSES)
 async def test_no_status_of_any_rpc_ends_the_refreshing(cloud: ModalCloud, rpc: str, status: Status) -> None:
     known = records()

@@ -18,6 +18,7 @@ from flywheel_server.engines.scripted import Script
 from tests.deployment.conftest import AUTHORIZATION, current, deployed, published, records, through
 from tests.modal_cloud import Container, ModalCloud, scripted
 from tests.serving import drained, until
+from tests.thorough import further
 
 DRAIN = 1.0
 AFTER_THE_DRAIN = gateway.GRACE - MAX_STOP_TIME
@@ -44,7 +45,7 @@ def unfinished(cloud: ModalCloud) -> list[str]:
     return [call.id for call in cloud.calls if call.target.app.description == "endless" and not call.finished]
 
 
-@pytest.mark.parametrize("kind", ["tunnel", pytest.param("server", marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("kind", ["tunnel", *further(["server"])])
 async def test_a_slow_control_plane_leaves_neither_an_address_nor_a_call(
     endless: ModalCloud, kind: str, unused_tcp_port: int
 ) -> None:
@@ -91,7 +92,8 @@ async def test_a_slow_control_plane_leaves_neither_an_address_nor_a_call(
     assert await records(app) == {}
 
 
-@pytest.mark.parametrize("starting", [True, pytest.param(False, marks=pytest.mark.thorough)])
+@pytest.mark.thorough
+@pytest.mark.parametrize("starting", [True, False])
 async def test_a_slow_withdrawal_is_waited_for_without_calls_too(endless: ModalCloud, starting: bool) -> None:
     app = "starting" if starting else "idle"
     endless.replaces_containers = False
@@ -161,8 +163,8 @@ async def only(cloud: ModalCloud, name: str) -> Container:
     return cloud.containers(name)[0]
 
 
-@pytest.mark.parametrize("manner", ["the engine is dead", "a bug", "cancelled", "it exits", "its event loop stops"])
-@pytest.mark.parametrize("name", ["Gateway", pytest.param("GatewayServer", marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("manner", ["the engine is dead", "a bug", *further(["cancelled", "it exits", "its event loop stops"])])
+@pytest.mark.parametrize("name", ["Gateway", *further(["GatewayServer"])])
 async def test_a_gateway_that_ends_by_itself_ends_its_container(
     cloud: ModalCloud, breaking: Path, name: str, manner: str
 ) -> None:

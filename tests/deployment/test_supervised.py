@@ -25,9 +25,10 @@ from tests.deployment.mortal_app import FOREIGN, MortalEngine
 from tests.modal_cloud import Container, ModalCloud, scripted
 from tests.server.test_errors import details_of
 from tests.serving import Target, drained, serving, until
+from tests.thorough import further
 
 APP = Path(__file__).with_name("mortal_app.py")
-METHODS = ["GenerateDeltas", *(pytest.param(name, marks=pytest.mark.thorough) for name in ("Generate", "GenerateAll"))]
+METHODS = ["GenerateDeltas", *further(["Generate", "GenerateAll"])]
 UNAVAILABLE, INTERNAL = grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL
 
 
@@ -124,7 +125,7 @@ async def test_a_container_whose_engine_does_not_start_again_is_replaced(mortal:
     assert mortal.containers("mortal/Model")
 
 
-@pytest.mark.parametrize("kind", FOREIGN)
+@pytest.mark.parametrize("kind", ["OSError", "UnpicklableError", *further(FOREIGN.keys() - {"OSError", "UnpicklableError"})])
 @pytest.mark.parametrize("when", ["raise", "raise-early"])
 async def test_what_an_engine_raises_fails_the_call_once(mortal: ModalCloud, target: Target, when: str, kind: str) -> None:
     await again(target)
@@ -158,6 +159,7 @@ def sockets_of(container: Container) -> list[Path]:
     return [Path(row[7]) for row in rows if len(row) == 8 and row[6] in inodes and row[7].endswith("llama.sock")]
 
 
+@pytest.mark.thorough
 async def test_llama_cpp_that_no_longer_answers_is_started_again(prepared: ModalCloud) -> None:
     await deployed(prepared, "llama", FLYWHEEL_DEPLOY_GATEWAY_MIN_CONTAINERS="1")
     await until(lambda: bool(prepared.containers("llama/Gateway")), "there is a gateway")

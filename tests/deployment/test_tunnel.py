@@ -16,6 +16,7 @@ from tests.serving import serving, through_a_cable, until
 REQUEST = pb.GenerationRequest(text="hello", max_tokens=12)
 
 
+@pytest.mark.thorough
 async def test_a_tunnel_that_does_not_answer_is_replaced_and_calls_through_it_go_on(
     prepared: ModalCloud, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -22,6 +22,7 @@ from tests.modal_cloud import ModalCloud, scripted
 from tests.server.test_errors import details_of
 from tests.serving import Target, drained, serving, until
 from tests.statuses import STATUSES
+from tests.thorough import further
 
 APP = "statuses"
 UNREACHABLE = {Status.CANCELLED, Status.UNKNOWN, Status.DEADLINE_EXCEEDED, Status.INTERNAL, Status.UNAVAILABLE}
@@ -252,7 +253,7 @@ async def test_a_call_whose_caller_goes_while_it_is_spawned_is_cancelled(
     await until(lambda: {call.state for call in deployed.calls[before:]} == {"cancelled"}, "all are cancelled")
 
 
-@pytest.mark.parametrize("rpc", ["ClassGet", "FunctionGet", "FunctionBindParams"])
+@pytest.mark.parametrize("rpc", ["ClassGet", *further(["FunctionGet", "FunctionBindParams"])])
 @pytest.mark.parametrize("status", STATUSES)
 async def test_a_class_that_is_not_found(deployed: ModalCloud, targets: dict[str, Target], rpc: str, status: Status) -> None:
     deployed.disturb(rpc, status=status)

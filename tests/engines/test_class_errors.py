@@ -45,12 +45,13 @@ def deployed(cloud: ModalCloud) -> ModalCloud:
     return cloud
 
 
-@pytest.fixture(scope="module", params=["Faulty", pytest.param("FaultyStream", marks=pytest.mark.thorough)])
+@pytest.fixture(scope="module", params=["Faulty", "FaultyStream"])
 async def target(deployed: ModalCloud, request: pytest.FixtureRequest) -> AsyncIterator[Target]:
     async with serving(scripted.engine(APP, request.param)) as target:
         yield target
 
 
+@pytest.mark.thorough
 async def test_whatever_a_class_raises_is_internal_and_runs_once(deployed: ModalCloud, target: Target) -> None:
     assert {"OSError", "TimeoutError", "ConnectionResetError", "modal.ServiceError", "modal.ResourceExhaustedError"} < set(
         RAISED

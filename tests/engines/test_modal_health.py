@@ -63,6 +63,7 @@ async def stays_serving(target: Target, seconds: float) -> None:
     assert statuses == [SERVING]
 
 
+@pytest.mark.thorough
 async def test_stats_that_modal_does_not_tell_leave_health_as_it_is(deployed: ModalCloud) -> None:
     async with serving(scripted.engine(APP), health_interval=INTERVAL) as target:
         await until(lambda: is_serving(target), "it is serving")

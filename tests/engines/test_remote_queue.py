@@ -131,13 +131,9 @@ async def test_a_queue_that_cannot_be_made_has_its_status(calm: ModalCloud, monk
         assert await text_of(target) == expected()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
-    ("status", "retry_after"),
-    [
-        (Status.RESOURCE_EXHAUSTED, None),
-        pytest.param(Status.RESOURCE_EXHAUSTED, 1.0, marks=pytest.mark.thorough),
-        pytest.param(Status.NOT_FOUND, None, marks=pytest.mark.thorough),
-    ],
+    ("status", "retry_after"), [(Status.RESOURCE_EXHAUSTED, None), (Status.RESOURCE_EXHAUSTED, 1.0), (Status.NOT_FOUND, None)]
 )
 async def test_eight_seconds_of_refusals_end_no_stream(calm: ModalCloud, status: Status, retry_after: float | None) -> None:
     async with serving(scripted.engine(APP)) as target:
@@ -149,6 +145,7 @@ async def test_eight_seconds_of_refusals_end_no_stream(calm: ModalCloud, status:
         assert await asyncio.gather(*streams) == [expected(200)] * 30
 
 
+@pytest.mark.thorough
 async def test_a_slow_control_plane_ends_no_stream(calm: ModalCloud) -> None:
     async with serving(scripted.engine(APP)) as target:
         first = asyncio.create_task(text_of(target, max_tokens=600))
@@ -236,7 +233,8 @@ async def test_a_call_that_has_sent_nothing_outlives_the_loss_of_its_container(c
         assert await call == expected(4)
 
 
-@pytest.mark.parametrize("with_its_container", [False, pytest.param(True, marks=pytest.mark.thorough)])
+@pytest.mark.thorough
+@pytest.mark.parametrize("with_its_container", [False, True])
 async def test_calls_of_a_gateway_that_was_killed_end(cloud: ModalCloud, with_its_container: bool) -> None:
     """Those that run, those that wait in the container, and those that run again in another one."""
     app = f"leased-{with_its_container}"

@@ -24,6 +24,7 @@ from modal_proto import api_pb2
 
 from tests.modal_cloud import Container, ModalCloud, Tunnel, with_clock
 from tests.serving import until
+from tests.thorough import further
 
 SAMPLE = Path(__file__).parent / "sample_app.py"
 
@@ -169,7 +170,7 @@ async def test_values_of_a_queue_may_be_read_and_left_there(client: modal.Client
     assert await named.len.aio() == 3
 
 
-@pytest.mark.parametrize("kind", ["dict", "queue", "volume", "secret"])
+@pytest.mark.parametrize("kind", ["secret", *further(["dict", "queue", "volume"])])
 def test_the_command_makes_lists_and_deletes(cloud: ModalCloud, kind: str) -> None:
     def modal_command(*arguments: str) -> str:
         done = cloud.cli(kind, *arguments)
