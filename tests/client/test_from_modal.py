@@ -190,9 +190,9 @@ async def test_a_process_that_ends_while_the_addresses_are_read_again(
     process = await asyncio.to_thread(
         subprocess.run, [sys.executable, "-c", program, str(authority[1])], capture_output=True, text=True, check=False
     )
-    # Modal's synchronicity leaves a future behind if an iteration is cancelled just as it ends.
-    complaints = process.stderr.split("Future exception was never retrieved\n")
-    assert [said for said in complaints if said and "StopAsyncIteration" not in said] == []
+    # Modal's client leaves a future behind if a request is cancelled just as it fails, of which asyncio says this.
+    assert process.stderr.startswith(("Future exception was never retrieved\n", "")[not process.stderr])
+    assert not [complaint for complaint in ("Warning", "Task ", "Fatal", "Exception ignored") if complaint in process.stderr]
     assert process.returncode == 0
     assert len(secured[0].requests) == 2
 

@@ -286,6 +286,7 @@ def resident_kib(container: Container) -> int:
     return int(found.split()[1])
 
 
+@pytest.mark.thorough
 async def test_512_calls_at_a_time_none_lost_none_mixed_up_and_memory_flat(tmp_path: Path) -> None:
     # As many streams as HTTP/2 has by default: Modal does not say how many it allows.
     with ModalCloud(tmp_path, max_streams=100) as cloud:

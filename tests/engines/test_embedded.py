@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 
 from tests.engines.conftest import SLOTS, Work, with_metrics
 from tests.serving import Target, until
+from tests.thorough import further
 
 COUNTING = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13,"
 LLAMA = "<|im_start|>user\nTell me about llamas.<|im_end|>\n<|im_start|>assistant\n"
@@ -160,7 +161,7 @@ def listening_ports() -> set[str]:
     return ports
 
 
-@pytest.mark.parametrize("num_samples", [1, 4, 8])
+@pytest.mark.parametrize("num_samples", [8, *further([1, 4])])
 async def test_what_is_admitted_fits_whatever_the_slots_have_kept(num_samples: int) -> None:
     large = GenerationRequest(text="zebra " * 120, max_tokens=8, num_samples=num_samples)
     async with engine_of(default_model(), slots=8, context_tokens=256) as engine:

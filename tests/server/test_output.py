@@ -98,8 +98,11 @@ NATIVE = ([*EMBEDDED, "--log-level", "debug"], pb.GenerationRequest(text="x", ma
 
 @pytest.mark.parametrize(
     ("engine", "request_", "form"),
-    [(*PROMPTS, "text"), (*PROMPTS, "json"), (*NATIVE, "text")],
-    ids=["text", "json", "embedded"],
+    [
+        pytest.param(*PROMPTS, "text", id="text"),
+        pytest.param(*PROMPTS, "json", id="json"),
+        pytest.param(*NATIVE, "text", id="embedded", marks=pytest.mark.thorough),
+    ],
 )
 async def test_a_reader_of_the_log_that_stalls_stops_nobody(
     engine: list[str], request_: pb.GenerationRequest, form: str, pipe: Pipe
