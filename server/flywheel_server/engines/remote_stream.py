@@ -13,10 +13,11 @@ from flywheel_server.engines.remote_events import Pile, Receipt
 EVENTS_GRACE: Final = 10.0
 """Seconds of working reads for the rest of the events to arrive once the call that sent them has returned."""
 
-MAX_SILENCE: Final = 15.0
+MAX_SILENCE: Final = 30.0
 """Seconds of working reads without a sign of life after which a container counts as lost.
 
-It sends one every 3 s (`deployment.outbox`), and may be kept from that by a limit of Modal's for some seconds.
+It sends one every 3 s. It may be kept from that by a limit of Modal's for some seconds, or by one request to Modal whose answer
+does not come, for which it waits `ANSWER_SECONDS` of `deployment.outbox`.
 """
 
 
