@@ -3,9 +3,10 @@
 import asyncio
 import os
 import threading
+from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager, suppress
-from typing import Final, Self, TypeVar
+from typing import Final, Generic, Self, TypeVar
 
 import modal
 import structlog
@@ -113,8 +114,8 @@ class SupervisedEngine:
         has_text = False
         try:
             with self._activity.failures_noticed():
-                async with self._activity.within_engine(), aclosing(self._engine.generate(prepared)) as events:
-                    while (event := await self._while_up(lambda: anext(events, None))) is not None:
+                async with self._activity.within_engine(), aclosing(self._events_while_up(prepared)) as events:
+                    async for event in events:
                         if not isinstance(event, Started):
                             self._activity.sign()
                             has_text = True
@@ -124,22 +125,37 @@ class SupervisedEngine:
                 await self._raise_if_dead(error)
             raise
 
+    async def _events_while_up(self, prepared: PreparedRequest) -> AsyncGenerator[Event, None]:
+        """Yields the events of the engine; raises `EngineUnavailableError` if it is down or goes down."""
+        arrived: deque[Event] = deque()
+
+        async def take() -> None:
+            async with aclosing(self._engine.generate(prepared)) as events:
+                async for event in events:
+                    arrived.append(event)
+                    work.news.set()
+
+        async with self._work(take) as work:
+            while not work.has_ended():
+                await work.news_came()
+                while arrived:
+                    yield arrived.popleft()
+
     async def _while_up(self, work: Callable[[], Awaitable[T]]) -> T:
         """Returns or raises what the work does; raises `EngineUnavailableError` if the engine is down or goes down."""
-        down = self._down
-        running = asyncio.create_task(_contained(work))
+        async with self._work(work) as running:
+            while not running.has_ended():
+                await running.news_came()
+            return running.task.result()
+
+    @asynccontextmanager
+    async def _work(self, work: Callable[[], Awaitable[T]]) -> "AsyncIterator[_Work[T]]":
+        """Runs the work in a task of its own, and cancels what is left of it at the end of the context."""
+        running = _Work(work, self._down)
         try:
-            await asyncio.wait((running, down), return_when=asyncio.FIRST_COMPLETED)
-            if running.done():
-                return await running
-            raise EngineUnavailableError("the engine has stopped, or is being started again")
+            yield running
         finally:
-            if not running.done():
-                running.cancel()
-                running.add_done_callback(lambda done: done.cancelled() or done.exception())
-                await asyncio.wait((running, down), return_when=asyncio.FIRST_COMPLETED)
-                # A dead engine may never let go of it.
-                await asyncio.wait((running,), timeout=ABANDON_TIMEOUT)
+            await running.cancel()
 
     async def _raise_if_dead(self, error: Exception) -> None:
         """Raises `EngineUnavailableError` if the call has failed because the engine is dead, for which it waits to be known."""
@@ -164,6 +180,51 @@ class SupervisedEngine:
     def model(self) -> EngineModel:
         """Returns what the engine runs; see `Engine.model`."""
         return self._engine.model()
+
+
+class _Work(Generic[T]):
+    """Some work of the engine, in a task of its own, because a dead engine may never let go of it.
+
+    Attributes:
+        task: The task.
+        news: Is set when the work has ended or the engine goes down, and whenever the work itself sets it.
+    """
+
+    def __init__(self, work: Callable[[], Awaitable[T]], down: asyncio.Future[None]) -> None:
+        self.news = asyncio.Event()
+        self._down = down
+        self.task = asyncio.create_task(_contained(work))
+        for future in (self.task, down):
+            future.add_done_callback(self._wake)
+
+    def _wake(self, _: object) -> None:
+        self.news.set()
+
+    async def news_came(self) -> None:
+        """Returns when there is news."""
+        await self.news.wait()
+        self.news.clear()
+
+    def has_ended(self) -> bool:
+        """Returns whether the work has ended; raises what it has raised.
+
+        Raises `EngineUnavailableError` if it has not ended and the engine is down.
+        """
+        if self.task.done():
+            self.task.result()
+            return True
+        if self._down.done():
+            raise EngineUnavailableError("the engine has stopped, or is being started again")
+        return False
+
+    async def cancel(self) -> None:
+        """Cancels what is left of the work."""
+        self._down.remove_done_callback(self._wake)
+        if not self.task.done():
+            self.task.cancel()
+            self.task.add_done_callback(lambda done: done.cancelled() or done.exception())
+            await asyncio.wait((self.task, self._down), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((self.task,), timeout=ABANDON_TIMEOUT)
 
 
 async def _contained(work: Callable[[], Awaitable[T]]) -> T:
