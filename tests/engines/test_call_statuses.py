@@ -6,10 +6,12 @@ The tables are those of `flywheel_server.engines.remote_call` and `flywheel_serv
 import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import grpc
 import grpc.aio
+import modal
 import pytest
 import structlog
 from flywheel_proto.v1 import generation_pb2 as pb
@@ -172,6 +174,36 @@ async def test_a_limited_watch_ends_none_of_30_streams(
     codes = await asyncio.gather(*(code_of(targets["Model"].stub.GenerateDeltas(request(100))) for _ in range(30)))
     assert codes == [grpc.StatusCode.OK] * 30
     assert limit.befallen > 0
+
+
+async def test_two_looks_that_fail_are_no_verdict_if_text_has_arrived_between_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flywheel_server.engines.modal_retries.DOUBT_SECONDS", 0.3)
+    monkeypatch.setattr(remote_call, "SILENCE_SECONDS", 0.2)
+    looks = 0
+
+    class Accepted:
+        @property
+        def get(self) -> Any:
+            return self
+
+        async def aio(self, timeout: float) -> str:  # noqa: ASYNC109 - Modal's
+            nonlocal looks
+            looks += 1
+            if looks < 3:
+                raise modal.exception.NotFoundError("there is no such call")
+            return "done"
+
+    async def spawn() -> Any:
+        return Accepted()
+
+    call = remote_call.RemoteCall(spawn(), nullcontext, 600)
+    watching = asyncio.create_task(call.watched(asyncio.Semaphore()))
+    await until(lambda: looks == 1, "a look has failed")
+    for _ in range(10):
+        call.heard()
+        await asyncio.sleep(0.05)
+    assert looks == 1
+    assert await watching == "done"
 
 
 @pytest.mark.parametrize("status", STATUSES)

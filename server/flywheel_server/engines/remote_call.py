@@ -92,10 +92,13 @@ class RemoteCall:
         self.ended = False
         """Whether there is nothing left to cancel."""
         self._silent_at = 0.0
+        self._doubt = Doubt(timeout)
 
     def heard(self) -> None:
-        """Takes note that something has arrived from the call, so that it need not be looked at now."""
+        """Takes note that something has arrived from the call: it lives, and need not be looked at now."""
         self._silent_at = asyncio.get_running_loop().time() + SILENCE_SECONDS
+        if self._doubt.failures:
+            self._doubt.dispel()
 
     async def accepted(self) -> modal.FunctionCall[Any]:
         """Returns the call on Modal, once Modal has accepted it; raises `EngineError`."""
@@ -118,7 +121,6 @@ class RemoteCall:
         So a call is looked at only while nothing arrives from it, and one whose looks fail keeps its turn until the next.
         """
         call = await self.accepted()
-        doubt = Doubt(self._timeout)
         while True:
             while (left := self._silent_at - asyncio.get_running_loop().time()) > 0:  # noqa: ASYNC110 - for the time
                 await asyncio.sleep(left)
@@ -126,9 +128,9 @@ class RemoteCall:
                 try:
                     return await self._outcome(call, LOOK_SECONDS)
                 except TimeoutError:
-                    doubt.dispel()
+                    self._doubt.dispel()
                 except UnansweredError as unanswered:
-                    await asyncio.sleep(doubt.delay(unanswered.error, passes=unanswered.passes))
+                    await asyncio.sleep(self._doubt.delay(unanswered.error, passes=unanswered.passes))
 
     async def has_ended(self) -> bool:
         """Returns whether the call is known to have ended."""
