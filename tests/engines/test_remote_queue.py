@@ -280,6 +280,56 @@ async def test_calls_of_a_gateway_that_was_killed_end(cloud: ModalCloud, with_it
         await until(lambda: nothing_runs(cloud), "nobody's calls have ended")
 
 
+async def test_a_call_that_modal_accepted_without_saying_so_is_cancelled(
+    calm: ModalCloud, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inbox, "STRAY_SECONDS", 0.5)
+    async with serving(scripted.engine(APP)) as target:
+        stream = await begun(target)
+        before = len(calm.calls)
+        # Modal's client repeats it three times, and the stand-in takes each for another call.
+        lost = calm.disturb("FunctionMap", status=Status.UNAVAILABLE, of_answers=True, times=4)
+        error = await Stream(target, max_tokens=4000).error()
+        assert error.code() is grpc.StatusCode.UNAVAILABLE
+        await until(lambda: lost.befallen == 4, "the client has given up")
+        calm.disturb("FunctionCallCancel", status=Status.NOT_FOUND, times=2)
+        await until(lambda: {call.state for call in calm.calls[before:]} == {"cancelled"}, "nothing is left of it")
+        assert (await anext(stream.messages)).text
+        stream.call.cancel()
+
+
+class Partitions:
+    """A queue whose partitions are as long as they say."""
+
+    def __init__(self, **lengths: int) -> None:
+        self.lengths = lengths
+
+    @property
+    def len(self) -> Any:
+        class Method:
+            async def aio(_, partition: str) -> int:  # noqa: N805 - of another object
+                return self.lengths[partition]
+
+        return Method()
+
+
+@pytest.mark.parametrize(("read", "others"), [(True, 0), (True, 5), (False, 0), (False, 5)])
+async def test_a_gateway_that_reads_but_cannot_renew_is_not_lost(
+    monkeypatch: pytest.MonkeyPatch, *, read: bool, others: int
+) -> None:
+    """Even if other containers put so much that nobody sees the partition empty."""
+    monkeypatch.setattr("flywheel_server.deployment.lease.LOOK_INTERVAL", 0.0)
+    partition = leased_partition()
+    queue: Any = Partitions(**{partition: others, str(lease_of(partition)): 7})
+    lease = Lease(queue, partition)
+    for _ in range(3 * MAX_UNCHANGED):
+        lease.note_put(3)
+        if not read:
+            queue.lengths[partition] += 3 + others
+        await lease.look()
+    assert lease.has_expired is not read
+
+
 async def test_a_gateway_that_renews_no_lease_is_never_lost() -> None:
     queue: Any = None  # which is not asked
     lease = Lease(queue, "the-partition-of-an-older-gateway")

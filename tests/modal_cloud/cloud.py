@@ -43,6 +43,7 @@ class FaultOptions(TypedDict, total=False):
     times: int | None
     per_second: float | None
     retry_after: float | None
+    of_answers: bool
 
 
 class ModalCloud:

@@ -111,7 +111,9 @@ class ControlPlane:
             calling.set(container)
             answer = play(await stream.recv_message())
             if not inspect.isasyncgen(answer):
-                await stream.send_message(await answer)
+                message = await answer
+                await self.faults.meet(name, of_a_container=container is not None, of_answers=True)
+                await stream.send_message(message)
                 return
             async with aclosing(cast("AsyncGenerator[Any, None]", answer)) as messages:
                 async for message in messages:

@@ -27,6 +27,8 @@ class Fault:
         per_second: How many pass in a second: it befalls those beyond. None where none passes.
         retry_after: Seconds after which Modal asks the client to repeat the RPC, as it does where it limits them; None where
             it does not ask.
+        of_answers: Whether Modal does what the RPC asks for first, so that only its answer is lost or late. Not for RPCs with
+            more than one answer.
     """
 
     rpcs: frozenset[str] = frozenset()
@@ -38,6 +40,7 @@ class Fault:
     times: int | None = None
     per_second: float | None = None
     retry_after: float | None = None
+    of_answers: bool = False
     befallen: int = 0
     """How many RPCs it has befallen so far."""
     _ended: bool = False
@@ -98,7 +101,7 @@ class Faults:
             fault.end()
         self._set.clear()
 
-    async def meet(self, rpc: str, *, of_a_container: bool) -> None:
+    async def meet(self, rpc: str, *, of_a_container: bool, of_answers: bool = False) -> None:
         for fault in tuple(self._set):
-            if fault.strikes(rpc, of_a_container=of_a_container):
+            if fault.of_answers == of_answers and fault.strikes(rpc, of_a_container=of_a_container):
                 await fault.befall()

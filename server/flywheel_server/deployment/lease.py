@@ -24,6 +24,8 @@ class Lease:
         self._lease = lease_of(partition)
         self._seen: int | None = None
         self._unchanged = 0
+        self._put = 0
+        """How many items this container has put into the partition for events since a look that saw no renewal."""
         self._looked_at = float("-inf")
 
     @property
@@ -35,6 +37,10 @@ class Lease:
         """Forgets how often there was no renewal: a gateway without calls does not renew."""
         self._unchanged = 0
 
+    def note_put(self, items: int) -> None:
+        """Takes note that so many items were put into the partition for events."""
+        self._put += items
+
     async def look(self) -> None:
         """Looks whether the lease was renewed, unless it has looked just now; a gateway that renews none is never lost."""
         now = asyncio.get_running_loop().time()
@@ -44,9 +50,16 @@ class Lease:
         try:
             renewals = await modal_result(self._queue.len.aio(partition=self._lease))
             unchanged = self._unchanged + 1 if renewals == self._seen else 0
-            if unchanged == MAX_UNCHANGED and await modal_result(self._queue.len.aio(partition=self._partition)) == 0:
-                # Containers put something into it every few seconds: somebody reads, who is kept from renewing.
-                unchanged = 0
+            if unchanged == MAX_UNCHANGED and await self._is_read():
+                unchanged = 0  # somebody reads, who is kept from renewing
         except Exception:  # noqa: BLE001 - Modal is out of reach, or limits its requests, which says nothing of the gateway
             return
         self._seen, self._unchanged = renewals, unchanged
+        if unchanged < MAX_UNCHANGED // 2:
+            self._put = 0
+
+    async def _is_read(self) -> bool:
+        # It puts something every few seconds. Where several containers do, the partition may never be seen empty.
+        put = self._put
+        waiting: int = await modal_result(self._queue.len.aio(partition=self._partition))
+        return waiting < max(put, 1)

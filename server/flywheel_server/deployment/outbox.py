@@ -17,6 +17,7 @@ import asyncio
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import Any, Final
 
 import modal
@@ -84,6 +85,7 @@ class Sender:
         self._outbox = outbox
         self._call = call
         self.attempt = uuid.uuid4().hex
+        self._function_call = modal.current_function_call_id() or ""
         self.limit = asyncio.timeout(None)
         """Ends the call when it is rescheduled."""
         self._piles = 0
@@ -141,13 +143,11 @@ class Sender:
         events: list[Event] = [self._started] if self._started else []
         events += [TextDelta(index, "".join(texts), self._tokens[index]) for index, texts in self._texts.items()]
         events += self._samples
-        container = self._outbox.container
-        piles = [
-            Pile(self._call, self.attempt, number, part, container) for number, part in enumerate(_parts(events), self._piles)
-        ]
+        pile = partial(Pile, self._call, self.attempt, container=self._outbox.container, function_call=self._function_call)
+        piles = [pile(number, part) for number, part in enumerate(_parts(events), self._piles)]
         self._piles += len(piles)
         if self._has_failed:
-            piles.append(Pile(self._call, self.attempt, self._piles, [], container, ended=True))
+            piles.append(pile(self._piles, [], ended=True))
         self._started, self._texts, self._samples, self._has_failed = None, {}, [], False
         return piles
 
@@ -312,7 +312,7 @@ class Outbox:
         while True:
             try:
                 async with asyncio.timeout(ANSWER_SECONDS):
-                    return await modal_result(
+                    await modal_result(
                         self._queue.put_many.aio(items, block=False, partition=self._partition, partition_ttl=PARTITION_TTL)
                     )
             except Exception as error:  # noqa: BLE001 - of Modal, of its transport, or because the queue is full
@@ -323,6 +323,9 @@ class Outbox:
                 if loop.time() - begun > PUT_SECONDS:
                     raise EngineUnavailableError(f"events not sent: {type(error).__name__}") from None
                 delay = backoff.delay(error)
+            else:
+                self._lease.note_put(len(items))
+                return
             await asyncio.sleep(delay)
 
 

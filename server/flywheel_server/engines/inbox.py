@@ -16,6 +16,8 @@ more there is to do, the fewer requests it takes for each. No status that Modal 
     QueuePut,          any                         of the lease: tried again a second later; see `engines.lease`
     QueueClear
 
+A call that goes on sending events though nobody waits for it is cancelled: Modal may accept a call, and its answer be lost.
+
 Modal's client itself repeats UNAVAILABLE, INTERNAL, UNKNOWN, CANCELLED and DEADLINE_EXCEEDED a few times, and any status for as
 long as Modal asks it to with a retry policy, before that counts as an answer here. `deployment.outbox` has the other side.
 """
@@ -67,6 +69,12 @@ RENEWALS_KEPT: Final = 100
 
 RENEWAL_RETRY: Final = 1.0
 """Seconds until a renewal that failed is tried again."""
+
+STRAY_SECONDS: Final = 10.0
+"""How long a call may go on sending events after its caller has gone, until it is cancelled; and until it is so once more."""
+
+MAX_STRAYS: Final = 8
+"""How many of them are cancelled at a time: the next is when it sends again."""
 
 HEARD_SECONDS: Final = 600.0
 """How long a container is remembered after its last sign of life."""
@@ -156,6 +164,9 @@ class _Reader:
         """Seconds for which the queue could be read."""
         self._heard: dict[str, float] = {}
         """When each container gave its last sign of life, by that clock."""
+        self._left: dict[str, float] = {}
+        """When callers left, by the ids of their calls, and when strays were cancelled, by Modal's ids; in order of time."""
+        self._cancelling: set[asyncio.Task[None]] = set()
         self._renewing: asyncio.Task[None] | None = None
         self._renewed_at = float("-inf")
         self._renewals = 0
@@ -194,6 +205,8 @@ class _Reader:
             yield {"queue": self._queue, "partition": self._partition, "call": call}, arrivals
         finally:
             del self._calls[call]
+            self._forget_old()
+            self._left[call] = asyncio.get_running_loop().time()
             self._end_if_retired()
 
     def _end_if_retired(self) -> None:
@@ -206,8 +219,8 @@ class _Reader:
         finally:
             for arrivals in self._calls.values():
                 arrivals.fail(_gone())
-            if self._renewing is not None:
-                self._renewing.cancel()
+            for task in (*self._cancelling, *filter(None, [self._renewing])):
+                task.cancel()
             with suppress(Exception):
                 await modal_result(self._making.__aexit__(None, None, None))
 
@@ -271,8 +284,26 @@ class _Reader:
         if pile.leaving:
             for each in self._calls.values():
                 each.leave(pile.container)
-        elif arrivals is not None:  # otherwise of a call that nobody waits for any more, or of none
+        elif arrivals is not None:
             arrivals.add(pile)
+        elif pile.function_call and not pile.ended:
+            self._stop_if_stray(pile)
+
+    def _stop_if_stray(self, pile: Pile) -> None:
+        """Cancels the call of the pile, which nobody waits for, unless its caller has left just now, who cancels it."""
+        self._forget_old()
+        if {pile.call, pile.function_call} & self._left.keys() or len(self._cancelling) >= MAX_STRAYS:
+            return
+        log.warning("stray call cancelled", call=pile.function_call)
+        self._left[pile.function_call] = asyncio.get_running_loop().time()
+        task = self._in_background(_cancel(pile.function_call))
+        self._cancelling.add(task)
+        task.add_done_callback(self._cancelling.discard)
+
+    def _forget_old(self) -> None:
+        now = asyncio.get_running_loop().time()
+        while self._left and now - next(iter(self._left.values())) > STRAY_SECONDS:
+            del self._left[next(iter(self._left))]
 
     def _note_life_of(self, container: str) -> None:
         if container not in self._heard:
@@ -296,6 +327,12 @@ class _Reader:
                 self._renewals += 1
                 self._renewed_at = loop.time()
                 await asyncio.sleep(RENEWAL_INTERVAL)
+
+
+async def _cancel(function_call: str) -> None:
+    with suppress(Exception):  # it is cancelled again when it sends again
+        call: modal.FunctionCall[Any] = modal.FunctionCall.from_id(function_call)
+        await modal_result(call.cancel.aio())
 
 
 def _gone() -> EngineUnavailableError:

@@ -43,6 +43,7 @@ class _Pile(BaseModel):
     container: str = ""
     ended: bool = False
     leaving: bool = False
+    function_call: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,7 @@ class Pile:
         container: An id of the container that sent the pile; empty if the container is of a version that tells none.
         ended: Whether the attempt has failed, so that its error can be asked for at once.
         leaving: Whether the container is about to end, and all attempts in it with it.
+        function_call: Modal's id of the call, with which it can be cancelled; empty if the container does not tell it.
     """
 
     call: str
@@ -66,6 +68,7 @@ class Pile:
     container: str = ""
     ended: bool = False
     leaving: bool = False
+    function_call: str = ""
 
     @classmethod
     def sign_of_life(cls, container: str, *, leaving: bool = False) -> Self:
@@ -81,7 +84,8 @@ class Pile:
             "events": [_packed(event) for event in self.events],
             "container": self.container,
         }
-        return packed | {name: True for name in ("ended", "leaving") if getattr(self, name)}
+        further = {name: getattr(self, name) for name in ("ended", "leaving", "function_call")}
+        return packed | {name: value for name, value in further.items() if value}
 
     @classmethod
     def unpack(cls, data: Any) -> Self:  # noqa: ANN401 - what has come is to be found out
@@ -93,7 +97,7 @@ class Pile:
             problems = error.errors(include_url=False, include_input=False, include_context=False)
             raise EngineFailedError(f"the class sent what is no pile of events: {problems}") from None
         events = [_unpacked(event) for event in pile.events]
-        return cls(pile.call, pile.attempt, pile.number, events, pile.container, pile.ended, pile.leaving)
+        return cls(pile.call, pile.attempt, pile.number, events, pile.container, pile.ended, pile.leaving, pile.function_call)
 
 
 class Receipt(BaseModel):
