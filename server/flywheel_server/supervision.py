@@ -17,6 +17,12 @@ log = structlog.stdlib.get_logger(__name__)
 RESTART_INTERVAL: Final = 10.0
 """Seconds between two starts of an engine at least."""
 
+TELLING_TIME: Final = 2.0
+"""Seconds between the end of a dead engine and the next start, at least, for its calls to be told.
+
+While llama.cpp loads a model, nothing else runs in the process, which may take minutes.
+"""
+
 STOP_TIMEOUT: Final = 10.0
 """Seconds that an engine has to stop. One that is dead may never do so."""
 
@@ -97,7 +103,7 @@ class Supervisor:
             await self._death()
         while self._restarts:
             # What kills the engine may come again at once.
-            await asyncio.sleep(began + RESTART_INTERVAL - loop_time())
+            await asyncio.sleep(max(began + RESTART_INTERVAL - loop_time(), TELLING_TIME))
             log.warning("engine is started again")
             began = loop_time()
             try:

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
@@ -53,10 +54,13 @@ class MortalEngine(ScriptedEngine):
         self.hangs = False
         self.may_start = True
         self.may_stop = True
+        self.loading = 0.0
 
     async def __aenter__(self) -> Any:
         if not self.may_start:
             raise EngineFailedError("it is broken")
+        time.sleep(self.loading)  # noqa: ASYNC251 - llama.cpp, too, loads a model while nothing else can run
+        self.loading = 0.0
         self.starts += 1
         self.dead = self.hangs = False
         return self
@@ -68,6 +72,7 @@ class MortalEngine(ScriptedEngine):
     def _die(self, how: str) -> None:
         self.may_start = how != "for good"
         self.may_stop = how != "undead"
+        self.loading = 6.0 if how == "slowly started" else 0.0
         self.hangs = how == "silently"
         self.dead = True
 

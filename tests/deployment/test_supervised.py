@@ -3,6 +3,7 @@
 import asyncio
 import random
 import re
+import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from pathlib import Path
@@ -95,6 +96,19 @@ async def test_a_dead_engine_is_started_again_in_its_container(target: Target, m
     assert (await running).code() in {UNAVAILABLE, INTERNAL}
     await again(target)
     assert (await counts())[:2] == (process, starts + 1)
+
+
+@pytest.mark.parametrize("where", ["decode", pytest.param("prepare", marks=pytest.mark.thorough)])
+async def test_the_calls_of_a_dead_engine_are_told_before_it_starts_again(target: Target, where: str) -> None:
+    """Which can take minutes, during which Python stands still in the container."""
+    await again(target)
+    running = [asyncio.ensure_future(failure_of(target.stub.GenerateDeltas(request("hello", 2000)))) for _ in range(3)]
+    await until(lambda: begun(3), "they run")
+    asked = time.monotonic()
+    error = await failure_of(target.stub.GenerateDeltas(request(f"{where} slowly started")))
+    assert {error.code(), *[(await each).code() for each in running]} <= {UNAVAILABLE, INTERNAL}
+    assert time.monotonic() - asked < 4
+    await again(target)
 
 
 @pytest.mark.parametrize("how", ["at once", "silently"])

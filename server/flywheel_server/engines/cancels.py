@@ -64,7 +64,7 @@ class Cancels:
         try:
             await call.accepted()
         except EngineError:
-            return  # which the caller was told. If there is a call all the same, `engines.inbox` cancels it once it sends events
+            return  # which the caller was told; if there is a call all the same, `engines.inbox` cancels it once it sends
         async with self._turns:
             is_over = await self._tell(call)
         if call in self._delayed:
