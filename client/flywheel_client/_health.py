@@ -40,21 +40,33 @@ _NO_ANSWER: Final = frozenset(
 
 SILENCE: Final = f"silent for {PROBE_TIMEOUT:g} s"
 
-MAX_PROBES: Final = 8
-"""Endpoints that are probed at the same time."""
+LATE: Final = 0.1
+"""Seconds in which an event loop that has stood still learns of an answer that arrived meanwhile."""
+
+MAX_PROBES: Final = 64
+"""Endpoints that are probed at the same time. Many that are silent should not keep one that lives waiting."""
 
 
 async def probe(channel: grpc.aio.Channel) -> tuple[str | None, bool]:
     """Returns why the endpoint at the other end does not answer, None if it does; and whether it says that it refuses calls."""
-    # Not a deadline of grpc, which counts from the time of day, and that may be wrong or change.
-    try:
-        async with asyncio.timeout(PROBE_TIMEOUT):
+
+    async def ask() -> tuple[str | None, bool]:
+        try:
             answer = await channel.unary_unary(HEALTH_CHECK, health_request, health_response)(StringValue())
-    except TimeoutError:
-        return SILENCE, False
-    except grpc.aio.AioRpcError as error:
-        return no_answer(error.code(), error.details()), False
-    return None, is_not_serving(answer)
+        except grpc.aio.AioRpcError as error:
+            return no_answer(error.code(), error.details()), False
+        # grpc.aio makes None of what is no HealthCheckResponse.
+        return None, answer is not None and is_not_serving(answer)
+
+    asking = asyncio.create_task(ask())
+    try:
+        # Not a deadline of grpc, which counts from the time of day, and that may be wrong or change.
+        for seconds in (PROBE_TIMEOUT, LATE):
+            if not asking.done():
+                await asyncio.wait({asking}, timeout=seconds)
+        return asking.result() if asking.done() else (SILENCE, False)
+    finally:
+        asking.cancel()
 
 
 def no_answer(code: grpc.StatusCode, details: str | None) -> str | None:
