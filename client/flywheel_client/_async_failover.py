@@ -141,6 +141,7 @@ class AsyncFailoverChannel(AsyncRetryingChannel):
 
     async def _update(self) -> None:
         try:
+            await asyncio.sleep(self._pool.begin_reading(time.monotonic()))
             addresses = await self._directory.read()
         except Exception:
             self._pool.keep(time.monotonic())

@@ -149,12 +149,18 @@ class FailoverChannel(RetryingChannel):
         return self._reading
 
     async def _read_unless_closed(self) -> Collection[str]:
-        reading = asyncio.ensure_future(self._directory.read())
+        reading = asyncio.ensure_future(self._read_in_turn())
         while not reading.done():
             await asyncio.wait({reading}, timeout=CLOSING)
             if self._closed:
                 reading.cancel()
         return reading.result()
+
+    async def _read_in_turn(self) -> Collection[str]:
+        with self._changed:
+            delay = self._pool.begin_reading(time.monotonic())
+        await asyncio.sleep(delay)
+        return await self._directory.read()
 
     def _read_in_thread(self, reading: _Reading) -> None:
         unneeded: list[grpc.Channel] = []

@@ -19,6 +19,9 @@ ChannelT = TypeVar("ChannelT")
 FRESH: Final = 10.0
 """Seconds for which a reading of the directory holds. An older one still serves while it is renewed."""
 
+LEAST_INTERVAL: Final = 1.0
+"""Seconds from the beginning of a reading to that of the next, also while calls fail, of which each wants a new one."""
+
 USABLE: Final = 60.0
 """Seconds after which a call waits for the renewal: a client that was idle for long should not try what is long gone."""
 
@@ -27,6 +30,9 @@ REST: Final = 5.0
 
 SPREAD_DELAY: Final = 0.3
 """Seconds for which calls wait for further endpoints after the first has answered, so that not all of them go to that one."""
+
+NO_SPREAD: Final = 3.0
+"""Calls whose deadline is nearer than so many seconds do not wait for further endpoints."""
 
 GONE: Final = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED})
 """How calls end on an endpoint that stops. CANCELLED is for those that arrive at the last moment, before any code sees them."""
@@ -74,6 +80,7 @@ class Pool(Generic[ChannelT]):
         self._members: dict[str, Member[ChannelT]] = {}
         self._dropped: set[Member[ChannelT]] = set()
         self._read = -inf
+        self._reading_begun = -inf
         self._spread_until = -inf
         self._picks = 0
         self.refusal: FlywheelError | None = None
@@ -87,12 +94,19 @@ class Pool(Generic[ChannelT]):
         """Whether a call need not wait for a new reading."""
         return now - self._read <= USABLE
 
+    def begin_reading(self, now: float) -> float:
+        """Returns the seconds after which a new reading may ask the directory."""
+        begun = max(now, self._reading_begun + LEAST_INTERVAL)
+        self._reading_begun = begun
+        return begun - now
+
     def pick(self, tries: Tries, now: float) -> Member[ChannelT] | None:
         """Returns the endpoint to try next, for which a call now counts; None if there is none, or none yet."""
         untried = self._untried(tries)
         # If only one is left, the call finds out by itself whether that one answers.
         able = untried if len(untried) == 1 else [member for member in untried if member.answers]
-        if not able or (len(able) < len(untried) and now < self._spread_until):
+        spreads = now < self._spread_until and tries.deadline - now > NO_SPREAD
+        if not able or (len(able) < len(untried) and spreads):
             return None
         member = min(able, key=lambda each: (now - each.failed < REST, not each.listed, each.calls, each.last_pick))
         self._picks += 1
@@ -115,6 +129,9 @@ class Pool(Generic[ChannelT]):
         now: float,
     ) -> bool:
         """Notes that a try of a call failed there, and returns whether the endpoint, rather than the call, was to blame."""
+        if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and not any(error.trailing_metadata() or ()):
+            # A word of the server would be there. It may be silent, so it has to answer a probe before it gets more calls.
+            member.answers = False
         if error.code() not in GONE:
             return False
         member.answers = False

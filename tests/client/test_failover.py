@@ -330,6 +330,7 @@ async def test_channels_of_endpoints_that_are_gone_are_closed(
     caller: Callable[..., Caller], fakes: list[FakeService], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_pool, "FRESH", 0.0)
+    monkeypatch.setattr(_pool, "LEAST_INTERVAL", 0.0)
     fakes[0].hangs = True
     directory = directory_of(fakes)
     one = caller(directory)
@@ -374,6 +375,7 @@ async def test_an_old_reading_is_renewed_while_calls_go_on(
     await one.call()
     assert directory.readings == 1
     monkeypatch.setattr(_pool, "FRESH", 0.0)
+    monkeypatch.setattr(_pool, "LEAST_INTERVAL", 0.0)
     directory.addresses = [fakes[1].address]
     directory.answers.clear()
     # The directory does not answer, and no call waits for it.

@@ -43,6 +43,7 @@ class Explosive:
 @pytest.fixture(autouse=True)
 async def clean(cloud: ModalCloud, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[None]:
     monkeypatch.setattr(_pool, "FRESH", 0.0)  # each call has the records read again
+    monkeypatch.setattr(_pool, "LEAST_INTERVAL", 0.0)
     await modal.Dict.objects.delete.aio(NAME, allow_missing=True)
     yield
     cloud.calm()
