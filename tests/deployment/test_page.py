@@ -1,5 +1,6 @@
 """The page with the addresses, as an ASGI application."""
 
+import asyncio
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +44,7 @@ async def test_it_says_what_is_read_and_reads_once_for_many(monkeypatch: pytest.
         assert (status, json.loads(body)) == (200, {"endpoints": [{"address": "host:1"}]})
     assert await ask(application, "HEAD") == (200, b"")
     monkeypatch.setattr(page, "CACHE_SECONDS", -1.0)
+    monkeypatch.setattr(page, "MAX_AGE", -1.0)
     application = json_page(read)
     await ask(application)
     assert json.loads((await ask(application))[1]) == {"endpoints": [{"address": "host:3"}]}
@@ -65,6 +67,36 @@ async def test_what_cannot_be_read_is_503_and_only_for_now(monkeypatch: pytest.M
     answers.insert(0, RuntimeError("SECRET"))
     application = json_page(read)
     assert [(await ask(application))[0] for _ in range(2)] == [503, 200]
+
+
+async def test_many_callers_do_not_wait_for_a_slow_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those who come while it is asked get the answer before, and who leaves meanwhile takes nothing from the others."""
+    monkeypatch.setattr(page, "CACHE_SECONDS", -1.0)
+    asked = 0
+    go_on = asyncio.Event()
+
+    async def read() -> list[Endpoint]:
+        nonlocal asked
+        asked += 1
+        await go_on.wait()
+        return [Endpoint(f"host:{asked}")]
+
+    application = json_page(read)
+    first = [asyncio.create_task(ask(application)) for _ in range(3)]
+    await asyncio.sleep(0)
+    first[0].cancel()
+    go_on.set()
+    answers = await asyncio.gather(*first, return_exceptions=True)
+    assert isinstance(answers[0], asyncio.CancelledError)
+    assert [answer[0] for answer in answers[1:] if isinstance(answer, tuple)] == [200, 200]
+    go_on.clear()
+    async with asyncio.timeout(5):
+        for _ in range(200):
+            status, body = await ask(application)
+            assert (status, json.loads(body)) == (200, {"endpoints": [{"address": "host:1"}]})
+            await asyncio.sleep(0)
+    assert asked == 2
+    go_on.set()
 
 
 async def test_nothing_but_get() -> None:
