@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from types import SimpleNamespace
 from typing import Any
 
 import modal
@@ -162,6 +163,47 @@ async def test_cancelling_at_any_moment_ends_the_refreshing(monkeypatch: pytest.
             await publishing
         assert not [task for task in asyncio.all_tasks() if "_keep_fresh" in repr(task)]
         assert await record() is None
+
+
+@pytest.mark.parametrize("refreshes", [1, 2])
+async def test_a_refresh_that_comes_late_leaves_nothing(monkeypatch: pytest.MonkeyPatch, refreshes: int) -> None:
+    """Modal may do what its client has given up, after what the client asked for then. Also with the first one."""
+    found_or_made = directory._Record._found_or_made
+    landed = 0
+    background: list[asyncio.Future[None]] = []
+    late = asyncio.Event()
+
+    def with_late_puts(self: Any) -> Any:
+        real = found_or_made(self)
+
+        async def put(task: str, value: Any) -> None:
+            async def land() -> None:
+                nonlocal landed
+                if value["refreshes"] == refreshes:
+                    late.set()
+                    await asyncio.sleep(0.3)
+                await real.put.aio(task, value)
+                landed += 1
+
+            background.append(asyncio.ensure_future(land()))
+            await asyncio.shield(background[-1])
+
+        return SimpleNamespace(put=SimpleNamespace(aio=put), pop=real.pop, items=real.items)
+
+    monkeypatch.setattr(directory._Record, "_found_or_made", with_late_puts)
+
+    async def publish() -> None:
+        async with published(APP, "localhost:1234"):
+            await asyncio.Event().wait()
+
+    publishing = asyncio.create_task(publish())
+    await late.wait()
+    publishing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await publishing
+    await asyncio.gather(*background)
+    assert landed == refreshes
+    assert await record() is None
 
 
 async def test_the_records_of_the_dead_are_removed_and_those_of_the_living_kept() -> None:

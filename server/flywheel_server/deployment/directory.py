@@ -58,12 +58,16 @@ def dict_name(app: str) -> str:
 
 @asynccontextmanager
 async def published(app: str, address: str) -> AsyncIterator[None]:
-    """Publishes the address for the length of the context, and keeps it fresh; raises `modal.exception.Error`.
+    """Publishes the address for the length of the context, and keeps it fresh; raises `modal.exception.Error` or TimeoutError.
 
     Leaving the context takes as long as Modal does to withdraw the address, up to `WITHDRAW_TIMEOUT`.
     """
     record = _Record(app, os.environ["MODAL_TASK_ID"], address)
-    await record.refresh()
+    try:
+        await record.refresh()
+    except asyncio.CancelledError:
+        await _withdraw(record)
+        raise
     refreshing = asyncio.create_task(_keep_fresh(record))
     try:
         yield
@@ -81,19 +85,36 @@ class _Record:
         self._task = task
         self._record = {"app": app, "address": address, "started": time.time()}
         self._refreshes = 0
+        self._putting: asyncio.Task[None] | None = None
         self._dict = self._found_or_made()
         self._others: dict[str, tuple[tuple[str, ...], int]] = {}
         """How far each of the others was at the last look, and how many looks in a row have found it no further."""
 
     async def refresh(self) -> None:
-        """Publishes the record anew, in a new Dict if the old one was deleted."""
+        """Publishes the record anew. Cancelling it does not end that: `refreshed` waits for it."""
+        self._putting = asyncio.create_task(self._put())
+        await asyncio.shield(self._putting)
+
+    @property
+    def is_refreshing(self) -> bool:
+        """Whether the record is being published anew."""
+        return self._putting is not None and not self._putting.done()
+
+    async def refreshed(self) -> None:
+        """Returns when the record is not being published anew."""
+        if self._putting is not None:
+            await asyncio.wait({self._putting})
+
+    async def _put(self) -> None:
+        """Stores the record, in a new Dict if the old one was deleted."""
         self._refreshes += 1
         record = {**self._record, "refreshed": time.time(), "refreshes": self._refreshes}
-        try:
-            await modal_result(self._dict.put.aio(self._task, record))
-        except modal.exception.NotFoundError:
-            self._dict = self._found_or_made()
-            await modal_result(self._dict.put.aio(self._task, record))
+        async with asyncio.timeout(TRY_TIMEOUT):
+            try:
+                await modal_result(self._dict.put.aio(self._task, record))
+            except modal.exception.NotFoundError:
+                self._dict = self._found_or_made()
+                await modal_result(self._dict.put.aio(self._task, record))
 
     async def withdraw(self) -> None:
         """Removes the record, if it is still there."""
@@ -126,10 +147,19 @@ async def _keep_fresh(record: _Record) -> None:
 
 
 async def _withdraw(record: _Record) -> None:
+    """Withdraws the record at once, and again if a refresh was on its way, which may have come after that."""
     with suppress(TimeoutError):
         async with asyncio.timeout(WITHDRAW_TIMEOUT):
-            while not await _succeeds("address not withdrawn", record.withdraw()):  # noqa: ASYNC110 - nothing tells when
-                await asyncio.sleep(WITHDRAW_INTERVAL)
+            was_refreshing = record.is_refreshing
+            await _withdraw_once(record)
+            if was_refreshing:
+                await record.refreshed()
+                await _withdraw_once(record)
+
+
+async def _withdraw_once(record: _Record) -> None:
+    while not await _succeeds("address not withdrawn", record.withdraw()):  # noqa: ASYNC110 - nothing tells when
+        await asyncio.sleep(WITHDRAW_INTERVAL)
 
 
 async def _succeeds(failure: str, work: Coroutine[Any, Any, None]) -> bool:
