@@ -85,7 +85,7 @@ class AsyncFailoverChannel(AsyncRetryingChannel):
         """Waits until something has changed, for so long at most; raises what the call ends with meanwhile."""
         remaining = call.tries.remaining(time.monotonic())
         if remaining == 0:
-            raise deadline_exceeded(call.request_id)
+            raise call.tries.error or deadline_exceeded(call.request_id)
         limit = min(seconds, inf if remaining is None else remaining)
         changed = self._changed
         with suppress(TimeoutError):

@@ -91,7 +91,7 @@ class FailoverChannel(RetryingChannel):
         """Waits until something has changed, for so long at most; raises what the call ends with meanwhile."""
         remaining = call.tries.remaining(time.monotonic())
         if remaining == 0:
-            raise deadline_exceeded(call.request_id)
+            raise call.tries.error or deadline_exceeded(call.request_id)
         self._changed.wait(min(seconds, threading.TIMEOUT_MAX, inf if remaining is None else remaining))
         self.raise_if_cancelled(call)
 

@@ -342,6 +342,15 @@ async def test_failing_calls_do_not_ask_the_directory_again_and_again(
     assert directory.readings <= (time.monotonic() - begun) / 0.5 + 1
 
 
+async def test_a_deadline_that_passes_while_the_directory_is_read_does_not_hide_why_a_call_failed(
+    caller: Callable[..., Caller], fakes: list[FakeService]
+) -> None:
+    unavailable(fakes[0])
+    one = caller(FakeDirectory(fakes[0].address), timeout=10.0)
+    with pytest.raises(UnavailableError, match="stopping"):
+        await one.call(timeout=0.3)
+
+
 async def test_an_endpoint_whose_answer_cannot_be_read_is_there() -> None:
     """A health service of another kind, as a proxy may have."""
 
