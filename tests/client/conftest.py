@@ -282,6 +282,12 @@ class Caller:
         return caught.value
 
 
+@pytest.fixture(autouse=True)
+def hurried_readings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets clients ask their directory more often than a real one would like."""
+    monkeypatch.setattr(_pool, "LEAST_INTERVAL", 0.05)
+
+
 @pytest.fixture(params=(Client, AsyncClient), ids=["threads", "asyncio"])
 async def caller(request: AnyType) -> AsyncIterator[Callable[..., Caller]]:
     """Makes clients of the one kind and then of the other, and closes them."""

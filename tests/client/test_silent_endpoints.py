@@ -326,6 +326,7 @@ async def test_a_deadline_that_passes_takes_no_endpoint_away_that_answers(
 async def test_failing_calls_do_not_ask_the_directory_again_and_again(
     caller: Callable[..., Caller], fakes: list[FakeService], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(_pool, "LEAST_INTERVAL", 0.5)
     for fake in fakes[:2]:
         unavailable(fake)
     directory = FakeDirectory(fakes[0].address, fakes[1].address)
