@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Final, Literal, get_args, get_origin
 
 from flywheel_proto import __version__
-from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, StringConstraints, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
@@ -86,10 +86,16 @@ class Settings(BaseSettings):
         True,
         "Whether a prompt that begins like the last one in its slot is read faster, as callers can tell: true or false.",
     )
-    modal_app: str = _option("Engine", "flywheel-grpc", "The app on Modal whose class generates.")
-    modal_class: str = _option("Engine", "Model", "The class of that app, with Flywheel's method `generate`.")
+    modal_app: Annotated[str, Field(min_length=1)] = _option(
+        "Engine", "flywheel-grpc", "The app on Modal whose class generates."
+    )
+    modal_class: Annotated[str, Field(min_length=1)] = _option(
+        "Engine", "Model", "The class of that app, with Flywheel's method `generate`."
+    )
     modal_environment: str = _option("Engine", "", "Its environment on Modal. Default: that of the Modal profile.")
-    modal_gpu: str = _option("Engine", "A10G", "The GPU that the class runs on; empty leaves that to its deployment.")
+    modal_gpu: Annotated[str, StringConstraints(strip_whitespace=True, to_upper=True)] = _option(
+        "Engine", "A10G", "The GPU that the class runs on; empty leaves that to its deployment."
+    )
     modal_timeout: Annotated[int, Field(ge=1, le=86400)] = _option(
         "Engine", 600, "Seconds after which Modal ends a generation."
     )

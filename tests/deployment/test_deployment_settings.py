@@ -4,6 +4,7 @@ import modal
 import pytest
 from flywheel_server.deployment.directory import dict_name
 from flywheel_server.deployment.settings import configured
+from modal._utils.mount_utils import validate_volumes
 
 
 @pytest.mark.parametrize(
@@ -94,9 +95,34 @@ def test_one_container_with_a_gpu_unless_more_are_asked_for() -> None:
         ({"FLYWHEEL_DEPLOY_ADDRESS": "nowhere"}, ["FLYWHEEL_DEPLOY_ADDRESS", "HOST:PORT"]),
         ({"FLYWHEEL_DEPLOY_ADDRESS": "0.0.0.0:0", "FLYWHEEL_DEPLOY_EXPOSE": "server"}, ["FLYWHEEL_DEPLOY_ADDRESS", "a port"]),
         ({"FLYWHEEL_DRAIN_TIMEOUT": "21"}, ["FLYWHEEL_DRAIN_TIMEOUT", "at most 22 s", "WITHDRAW_WINDOW", "30 s"]),
-        ({"FLYWHEEL_DEPLOY_WEIGHTS": "gpt"}, ["'gpt'", "mixtral-8x7b-instruct-q3_k_s"]),
-        ({"FLYWHEEL_MODAL_GPU": "A11"}, ["'A11'", "A10G"]),
-        ({"FLYWHEEL_DEPLOY_WEIGHTS": "mixtral-8x7b-instruct-q4_k_m"}, ["does not fit A10G", "missing", "GiB", "It fits L40S"]),
+        ({"FLYWHEEL_DEPLOY_WEIGHTS": "gpt"}, ["FLYWHEEL_DEPLOY_WEIGHTS", "'gpt'", "mixtral-8x7b-instruct-q3_k_s"]),
+        ({"FLYWHEEL_DEPLOY_WEIGHTS": ""}, ["FLYWHEEL_DEPLOY_WEIGHTS", "mixtral-8x7b-instruct-q3_k_s"]),
+        ({"FLYWHEEL_MODAL_GPU": "A11"}, ["FLYWHEEL_MODAL_GPU", "'A11'", "A10G", "empty is none"]),
+        ({"FLYWHEEL_MODAL_GPU": "A10G:x"}, ["FLYWHEEL_MODAL_GPU", "NAME:COUNT"]),
+        ({"FLYWHEEL_DEPLOY_APP": ""}, ["FLYWHEEL_DEPLOY_APP", "1 to 54 letters"]),
+        ({"FLYWHEEL_DEPLOY_APP": "my app"}, ["FLYWHEEL_DEPLOY_APP", "dashes, periods and underscores"]),
+        ({"FLYWHEEL_MODAL_APP": ""}, ["FLYWHEEL_MODAL_APP", "at least 1 character"]),
+        ({"FLYWHEEL_MODAL_CLASS": "Flywheel"}, ["FLYWHEEL_MODAL_CLASS", "must be Model", "FLYWHEEL_MODAL_APP"]),
+        ({"FLYWHEEL_MODAL_ENVIRONMENT": "prod"}, ["FLYWHEEL_MODAL_ENVIRONMENT", "must be empty", "-e ENVIRONMENT"]),
+        ({"FLYWHEEL_DEPLOY_ROUTING_REGION": ""}, ["FLYWHEEL_DEPLOY_ROUTING_REGION"]),
+        ({"FLYWHEEL_DEPLOY_WEIGHTS_PATH": "weights"}, ["FLYWHEEL_DEPLOY_WEIGHTS_PATH", "absolute path such as /weights"]),
+        ({"FLYWHEEL_DEPLOY_WEIGHTS_PATH": "/root"}, ["FLYWHEEL_DEPLOY_WEIGHTS_PATH", "neither / nor /root"]),
+        ({"FLYWHEEL_DEPLOY_WEIGHTS_PATH": "/a/../b"}, ["FLYWHEEL_DEPLOY_WEIGHTS_PATH"]),
+        ({"FLYWHEEL_DEPLOY_TUNNEL_INTERVAL": "inf"}, ["FLYWHEEL_DEPLOY_TUNNEL_INTERVAL", "finite"]),
+        ({"FLYWHEEL_DEPLOY_MODEL_MAX_CONTAINERS": "99999999999"}, ["FLYWHEEL_DEPLOY_MODEL_MAX_CONTAINERS", "less than"]),
+        (
+            {"FLYWHEEL_DEPLOY_MODEL_MIN_CONTAINERS": "2"},
+            ["MODEL_MIN_CONTAINERS", "FLYWHEEL_DEPLOY_MODEL_MAX_CONTAINERS", "is 1"],
+        ),
+        (
+            {"FLYWHEEL_DEPLOY_GATEWAY_MIN_CONTAINERS": "3", "FLYWHEEL_DEPLOY_GATEWAY_MAX_CONTAINERS": "2"},
+            ["FLYWHEEL_DEPLOY_GATEWAY_MIN_CONTAINERS", "FLYWHEEL_DEPLOY_GATEWAY_MAX_CONTAINERS", "is 2"],
+        ),
+        ({"FLYWHEEL_MODAL_GPU": "", "FLYWHEEL_MODAL_CONTEXT": "2000000000"}, ["FLYWHEEL_MODAL_CONTEXT", "MiB"]),
+        (
+            {"FLYWHEEL_DEPLOY_WEIGHTS": "mixtral-8x7b-instruct-q4_k_m"},
+            ["does not fit A10G", "missing", "It fits L40S", "FLYWHEEL_MODAL_GPU"],
+        ),
         ({"FLYWHEEL_MODAL_CONTEXT": "32768"}, ["32768 tokens x 128 KiB", "with at most 15"]),
     ],
 )
@@ -107,6 +133,20 @@ def test_what_is_wrong_is_named(environment: dict[str, str], named: list[str]) -
         assert expected in str(caught.value)
 
 
+@pytest.mark.parametrize("gpu", ["a10g", " A10G", "A10g "])
+def test_a_gpu_is_the_same_however_it_is_written(gpu: str) -> None:
+    assert configured({"FLYWHEEL_MODAL_GPU": gpu}).server == configured({}).server
+
+
+@pytest.mark.parametrize("path", ["/", "/root", "/tmp", "weights", "/a/", "/a/../b", "//a"])  # noqa: S108 - a name
+def test_modal_mounts_no_volume_where_we_refuse_to(path: str) -> None:
+    """By the rule of Modal's own client."""
+    with pytest.raises(modal.exception.InvalidError):
+        validate_volumes({path: modal.Volume.from_name("weights")})  # type: ignore[dict-item] # it is unwrapped before
+    with pytest.raises(ValueError, match="FLYWHEEL_DEPLOY_WEIGHTS_PATH: must be an absolute path"):
+        configured({"FLYWHEEL_DEPLOY_WEIGHTS_PATH": path})
+
+
 def test_the_name_of_an_app_leaves_room_for_that_of_its_dict() -> None:
     """By the rule of Modal's own client."""
     longest = "a" * 54
@@ -114,5 +154,5 @@ def test_the_name_of_an_app_leaves_room_for_that_of_its_dict() -> None:
     modal.Dict.from_name(dict_name(longest))
     with pytest.raises(modal.exception.InvalidError):
         modal.Dict.from_name(dict_name(longest + "a"))
-    with pytest.raises(ValueError, match="FLYWHEEL_DEPLOY_APP: String should have at most 54 characters"):
+    with pytest.raises(ValueError, match="FLYWHEEL_DEPLOY_APP: must be 1 to 54 letters, digits"):
         configured({"FLYWHEEL_DEPLOY_APP": longest + "a"})

@@ -1,13 +1,15 @@
 """What `modal deploy modal_deploy.py` takes from the environment, each as `FLYWHEEL_DEPLOY_X`."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from flywheel_server.deployment.weights import DEFAULT, Weights, check_fit, find
-from flywheel_server.settings import PREFIX, Settings, host_and_port
+from flywheel_server.deployment.weights import DEFAULT, DoesNotFitError, Weights, check_fit, find
+from flywheel_server.messages import INT32_MAX
+from flywheel_server.settings import PREFIX, Positive, Settings, host_and_port
 
 DEPLOY_PREFIX: Final = f"{PREFIX}DEPLOY_"
 
@@ -33,21 +35,41 @@ NOT_FROM_THE_SHELL: Final = (
 The keys are in a secret.
 """
 
+MODEL_CLASS: Final = "Model"
+"""The name of the class in `modal_deploy.py`."""
+
 GPU_MODEL_MEMORY: Final = 4096
 """MiB for Python, CUDA, and a tensor or two on their way to the GPU, the largest of which have some hundred MiB."""
 
 CPU_MODEL_MEMORY: Final = 1024
 """MiB for Python and llama.cpp, beside the weights and the KV cache."""
 
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, le=INT32_MAX)]
 # How a variable asks for a default that is no number.
 EmptyIsNone = BeforeValidator(lambda value: None if value == "" else value)
 Cores = Annotated[float, Field(ge=0.125, le=64, allow_inf_nan=False)]
-MiB = Annotated[int, Field(ge=128, le=2**20)]
+MAX_MIB: Final = 2**20
+MiB = Annotated[int, Field(ge=128, le=MAX_MIB)]
 
 
 def _option(default: Any, description: str) -> Any:  # noqa: ANN401 - as generic as pydantic's Field
     return Field(default=default, description=description)
+
+
+def _app_name(name: str) -> str:
+    if not re.fullmatch(rf"[A-Za-z0-9._-]{{1,{MAX_APP_NAME}}}", name):
+        raise ValueError(f"must be 1 to {MAX_APP_NAME} letters, digits, dashes, periods and underscores")
+    return name
+
+
+def _known_weights(name: str) -> str:
+    return find(name).name
+
+
+def _mount_point(path: str) -> str:
+    if not re.fullmatch(r"(/[A-Za-z0-9._-]*[A-Za-z0-9_-])+", path) or path in {"/root", "/tmp"}:  # noqa: S108 - nothing is written
+        raise ValueError("must be an absolute path such as /weights, and neither / nor /root nor /tmp")
+    return path
 
 
 class Deployment(BaseModel):
@@ -55,7 +77,7 @@ class Deployment(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    app: Annotated[str, Field(max_length=MAX_APP_NAME)] = _option("flywheel-grpc", "The name of the app on Modal.")
+    app: Annotated[str, AfterValidator(_app_name)] = _option("flywheel-grpc", "The name of the app on Modal.")
     expose: Literal["tunnel", "server", "both"] = _option(
         "tunnel",
         "How callers reach the gateway: tunnel (an address for each container), server (a stable one, balanced and scaled by "
@@ -64,27 +86,29 @@ class Deployment(BaseModel):
     address: Annotated[str, AfterValidator(host_and_port)] = _option(
         "0.0.0.0:50051", "HOST:PORT that a gateway listens on in its container."
     )
-    routing_region: str = _option("us-east", "Where Modal takes in the calls of the server.")
+    routing_region: Annotated[str, Field(min_length=1)] = _option("us-east", "Where Modal takes in the calls of the server.")
     gateway_min_containers: Count = _option(1, "Gateways that run always. A tunnel does not start one: keep at least 1.")
-    gateway_max_containers: Annotated[Annotated[int, Field(ge=1)] | None, EmptyIsNone] = _option(
+    gateway_max_containers: Annotated[Positive | None, EmptyIsNone] = _option(
         None, "Gateways that run at most. Default: no limit."
     )
-    gateway_concurrency: Annotated[int, Field(ge=1)] = _option(
-        256, "Calls on one gateway beyond which the server starts another."
-    )
+    gateway_concurrency: Positive = _option(256, "Calls on one gateway beyond which the server starts another.")
     gateway_cpu: Cores = _option(0.5, "Cores that are kept free for one gateway; it may use more if there are.")
     gateway_memory: MiB = _option(512, "MiB of memory that are kept free for one gateway; it may use more if there are.")
-    tunnel_interval: Annotated[float, Field(ge=0)] = _option(
+    tunnel_interval: Annotated[float, Field(ge=0, le=86400, allow_inf_nan=False)] = _option(
         60.0, "Seconds between two looks of a gateway at its own tunnel, from outside. 0 for none."
     )
-    weights: str = _option(DEFAULT, "What the Model runs: a name of `flywheel_server.deployment.weights`.")
-    weights_path: str = _option("/weights", "Where its containers see the volume with the weights.")
+    weights: Annotated[str, AfterValidator(_known_weights)] = _option(
+        DEFAULT, "What the Model runs: a name of `flywheel_server.deployment.weights`."
+    )
+    weights_path: Annotated[str, AfterValidator(_mount_point)] = _option(
+        "/weights", "Where its containers see the volume with the weights."
+    )
     model_slots: Annotated[int, Field(ge=1, le=256)] = _option(8, "Samples that one container generates at a time.")
-    model_concurrency: Annotated[int, Field(ge=1)] = _option(
+    model_concurrency: Positive = _option(
         16, "Calls that one container takes in; those beyond its slots wait in it, and are next."
     )
     model_min_containers: Count = _option(0, "Containers with a GPU that run always. 0 lets all stop when nobody calls.")
-    model_max_containers: Annotated[int, Field(ge=1)] = _option(
+    model_max_containers: Positive = _option(
         1, "Containers with a GPU that run, and bill, at most. Calls beyond what they take in wait."
     )
     model_scaledown: Annotated[int, Field(ge=2, le=3600)] = _option(
@@ -152,8 +176,23 @@ def configured(environment: Mapping[str, str]) -> Configuration:
     except ValidationError as error:
         prefix = DEPLOY_PREFIX if error.title == Deployment.__name__ else PREFIX
         found = error.errors(include_url=False, include_input=False)
-        problems = [f"  {prefix}{str(item['loc'][0]).upper()}: {item['msg']}" for item in found]
+        problems = [f"  {prefix}{str(item['loc'][0]).upper()}: {item['msg'].removeprefix('Value error, ')}" for item in found]
         raise ValueError("\n".join(["Some settings are wrong:", *problems])) from None
+    _check_together(deployment, server)
+    if server.modal_app != deployment.app:
+        return Configuration(deployment, server, None, variables)
+    weights = find(deployment.weights)
+    _check_model(weights, server)
+    configuration = Configuration(deployment, server, weights, variables)
+    if (configuration.model_memory or 0) > MAX_MIB:
+        raise ValueError(
+            f"{PREFIX}MODAL_CONTEXT: {server.modal_context} tokens need {configuration.model_memory} MiB of memory; at most "
+            f"{MAX_MIB} can be asked for."
+        )
+    return configuration
+
+
+def _check_together(deployment: Deployment, server: Settings) -> None:
     if server.withdraw_window + server.drain_timeout > MAX_STOP_TIME:
         raise ValueError(
             f"{PREFIX}DRAIN_TIMEOUT: must be at most {MAX_STOP_TIME:g} s together with {PREFIX}WITHDRAW_WINDOW, because Modal "
@@ -161,11 +200,35 @@ def configured(environment: Mapping[str, str]) -> Configuration:
         )
     if deployment.served and server.port == 0:
         raise ValueError(f"{DEPLOY_PREFIX}ADDRESS: must name a port, because Modal forwards that of a server.")
-    if server.modal_app != deployment.app:
-        return Configuration(deployment, server, None, variables)
-    weights = find(deployment.weights)
-    check_fit(weights, server.modal_gpu, server.modal_context)
-    return Configuration(deployment, server, weights, variables)
+    for kind, least, most in (
+        ("GATEWAY", deployment.gateway_min_containers, deployment.gateway_max_containers),
+        ("MODEL", deployment.model_min_containers, deployment.model_max_containers),
+    ):
+        if most is not None and least > most:
+            raise ValueError(
+                f"{DEPLOY_PREFIX}{kind}_MIN_CONTAINERS: must be at most {DEPLOY_PREFIX}{kind}_MAX_CONTAINERS, which is {most}."
+            )
+
+
+def _check_model(weights: Weights, server: Settings) -> None:
+    """Raises `ValueError` if the gateway would not call the Model of this deployment, or its GPU is too small."""
+    if server.modal_class != MODEL_CLASS:
+        raise ValueError(
+            f"{PREFIX}MODAL_CLASS: must be {MODEL_CLASS}, or {PREFIX}MODAL_APP must name the app that has the class."
+        )
+    if server.modal_environment:
+        raise ValueError(
+            f"{PREFIX}MODAL_ENVIRONMENT: must be empty, unless {PREFIX}MODAL_APP names another app, because a gateway calls "
+            "the Model beside it. To deploy to an environment of Modal: modal deploy -e ENVIRONMENT."
+        )
+    try:
+        check_fit(weights, server.modal_gpu, server.modal_context)
+    except DoesNotFitError as error:
+        raise ValueError(
+            f"{error}\nThe variables are {DEPLOY_PREFIX}WEIGHTS, {PREFIX}MODAL_GPU and {PREFIX}MODAL_CONTEXT."
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"{PREFIX}MODAL_GPU: {error}") from None
 
 
 def given(environment: Mapping[str, str]) -> dict[str, str]:
