@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import os
 import time
 import uuid
 from collections.abc import Awaitable, Callable
@@ -79,7 +80,7 @@ async def started(weights: Weights, deployment: Deployment, settings: Settings) 
     path = weights.path(Path(deployment.weights_path))
     if not path.is_file():
         raise EngineSetupError(
-            f"the weights {weights.name} are not in the volume; fetch them: modal run modal_deploy.py::fetch_weights",
+            f"the weights {weights.name} are not in the volume; fetch them: {_fetch_command(weights, settings)}",
             {"weights": weights.name, "setting": "FLYWHEEL_DEPLOY_WEIGHTS"},
         )
     engine = EmbeddedEngine(
@@ -96,6 +97,16 @@ async def started(weights: Weights, deployment: Deployment, settings: Settings) 
         engine, end_container, timeout=settings.engine_timeout, restarts=settings.engine_death == "restart"
     )
     return await supervised.__aenter__()
+
+
+def _fetch_command(weights: Weights, settings: Settings) -> str:
+    """Returns the command that fetches these weights from any shell, whichever variables are set there."""
+    environment = os.environ.get("MODAL_ENVIRONMENT")
+    options = f"-e {environment} " if environment else ""
+    return (
+        f"FLYWHEEL_DEPLOY_WEIGHTS={weights.name} FLYWHEEL_MODAL_GPU={settings.modal_gpu} "
+        f"modal run {options}modal_deploy.py::fetch_weights"
+    )
 
 
 def _request(fields: dict[str, Any]) -> GenerationRequest:
