@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import modal
 from flywheel_server.deployment.gateway_settings import KEYS_SECRET, KEYS_VARIABLE, create_secret, gateway_settings
-from flywheel_server.deployment.redeployment import refusal, tags, unsaid_changes
-from flywheel_server.deployment.settings import configured
+from flywheel_server.deployment.redeployment import APP, IN_ANY_CASE, refusal, tags, unknown_app, unsaid_changes
+from flywheel_server.deployment.settings import configured, given
 from flywheel_server.deployment.signature import takes_fields
 from flywheel_server.deployment.weights import find_gpu
 from modal.config import config
@@ -60,23 +60,55 @@ def check_secret() -> None:
         sys.exit(NO_KEYS)
 
 
-def check_redeployment() -> None:
-    """Exits with a message if the app runs with settings that nobody has said to change."""
+def check_command(verb: str, options: list[str]) -> None:
+    """Exits with a message if the command would start gateways that are not those of the deployed app."""
+    if verb == "serve" or (verb == "run" and not any(option.endswith("::fetch_weights") for option in options)):
+        sys.exit(
+            f"modal {verb} would start a second gateway, whose address clients of the app {deployment.app} would find. Use "
+            f"`modal deploy`, with another {APP} to try something out, or `modal run modal_deploy.py::fetch_weights`."
+        )
+    if verb == "deploy" and any(option.partition("=")[0] == "--name" for option in options):
+        sys.exit(f"The gateway would not know a name that is given with --name. Use {APP}=NAME instead. Nothing was deployed.")
+
+
+def check_class() -> None:
+    """Exits with a message if the gateway would call a class of another app which is not there."""
+    environment = settings.modal_environment or config.get("environment") or ""
+    try:
+        modal.Cls.from_name(settings.modal_app, settings.modal_class, environment_name=environment or None).hydrate()
+    except (modal.exception.NotFoundError, modal.exception.InvalidError) as error:
+        sys.exit(
+            f"FLYWHEEL_MODAL_APP is {settings.modal_app}, and Modal has no class {settings.modal_class} in an app of that name"
+            f"{f' in the environment {environment}' if environment else ''}, so nothing was deployed: {error}\n"
+            f"To deploy a Model of ours, leave FLYWHEEL_MODAL_APP unset."
+        )
+
+
+def check_redeployment(command: list[str]) -> None:
+    """Exits with a message if the app runs with settings that the command would change, and nobody has said so."""
     try:
         running = modal.App.lookup(deployment.app).get_tags()
     except modal.exception.NotFoundError:
         return
-    if changes := unsaid_changes(running, os.environ):
-        typed = sys.argv[0] if Path(sys.argv[0]).name == "modal" else "modal"
-        sys.exit(refusal(deployment.app, changes, [typed, *sys.argv[1:]]))
+    except modal.exception.Error as error:
+        sys.exit(f"Modal does not say with which settings the app {deployment.app} runs, so nothing was done: {error}")
+    changes = unsaid_changes(running, os.environ)
+    if "run" in command[1:2] and IN_ANY_CASE[0] not in {change.variable for change in changes}:
+        return  # the same weights
+    if changes:
+        sys.exit(refusal(deployment.app, changes, command, os.environ))
+    if not given(running) and (message := unknown_app(deployment.app, configuration, command, os.environ)):
+        sys.exit(message)
 
 
-if modal.is_local():
-    # Any other error of Modal's, the command that imports this meets again, and says it better.
+if modal.is_local() and sys.argv[1:2] and sys.argv[1] in {"deploy", "run", "serve"}:
+    check_command(sys.argv[1], sys.argv[2:])
+    # Any other error of Modal's is met again, and said better, by what follows.
     with suppress(modal.exception.Error):
         check_secret()
-        if sys.argv[1:2] == ["deploy"]:
-            check_redeployment()
+        if sys.argv[1] == "deploy" and configuration.weights is None:
+            check_class()
+    check_redeployment([sys.argv[0] if Path(sys.argv[0]).name == "modal" else "modal", *sys.argv[1:]])
 
 
 def locked(image: modal.Image, lock: str, options: str = "--only-binary :all:") -> modal.Image:

@@ -2,11 +2,14 @@
 
 import re
 import shlex
+import subprocess
+from pathlib import Path
 
 import pytest
 from flywheel_server.deployment.redeployment import MAX_TAG, refusal, tags, unsaid_changes
 from flywheel_server.deployment.settings import DEPLOY_PREFIX, NOT_FROM_THE_SHELL, Deployment, configured, given
 from flywheel_server.settings import PREFIX, Settings
+from grpclib import Status
 from hypothesis import given as given_any
 from hypothesis import strategies as st
 
@@ -14,15 +17,19 @@ from tests.deployment.conftest import ROOT, SMALL, deploy
 from tests.modal_cloud import ModalCloud
 
 COMMAND = ("modal", "deploy", "modal_deploy.py", "-e", "staging")
+IDLE = {"FLYWHEEL_DEPLOY_GATEWAY_MIN_CONTAINERS": "0"}
 TRIAL = {"FLYWHEEL_DEPLOY_WEIGHTS": SMALL.name, "FLYWHEEL_MODAL_GPU": ""}
 MIXTRAL = {"FLYWHEEL_DEPLOY_WEIGHTS": "mixtral-8x7b-instruct-q3_k_s", "FLYWHEEL_MODAL_GPU": "A10G"}
+OF_ANOTHER_APP = ("modal_class", "modal_environment")
+"""Settings that say nothing about a Model of ours."""
+
 VARIABLES = [
     *(f"{DEPLOY_PREFIX}{name.upper()}" for name in Deployment.model_fields if name != "app"),
-    *(f"{PREFIX}{name.upper()}" for name in Settings.model_fields if name not in NOT_FROM_THE_SHELL),
+    *(f"{PREFIX}{name.upper()}" for name in Settings.model_fields if name not in (*NOT_FROM_THE_SHELL, *OF_ANOTHER_APP)),
 ]
 VALUES = (
     *("true", "false", "2", "0", "3", "7", "2000", "5.5", "0.25", "/some/dir", "1.2.3.4:5"),
-    *("both", "raw", "end", "exit", "warning", "text", SMALL.name, "L40S"),
+    *("1", "both", "raw", "end", "exit", "warning", "text", SMALL.name, "L40S"),
 )
 
 
@@ -58,7 +65,7 @@ def test_each_setting_is_asked_for_that_is_no_longer_set(variable: str) -> None:
     running = tags(configured(environment), environment)
     changes = unsaid_changes(running, {})
     assert variable in {change.variable for change in changes}
-    keep, replace = commands(refusal("flywheel-grpc", changes, COMMAND))
+    keep, replace = commands(refusal("flywheel-grpc", changes, COMMAND, {}))
     assert configuration(keep) == configuration(environment)
     assert configuration(replace) == configuration({})
     for answer in (keep, replace):
@@ -82,50 +89,132 @@ def test_what_runs_is_remembered_although_nobody_has_set_it() -> None:
 
 @given_any(st.text(max_size=30))
 def test_any_value_survives_in_a_tag(value: str) -> None:
-    environment = {"FLYWHEEL_MODAL_CLASS": value}
+    another = {"FLYWHEEL_MODAL_APP": "another"}
+    environment = {**another, "FLYWHEEL_MODAL_ENVIRONMENT": value}
     found = tags(configured(environment), environment)
     for tag in found.values():
         assert re.fullmatch(r"[A-Za-z0-9._-]+", tag), tag
         assert len(tag) <= MAX_TAG
-    if "FLYWHEEL_MODAL_CLASS" in found and value != "Model":
-        (change,) = unsaid_changes(found, {})
-        assert (change.running, change.new) == (value, "Model")
+    if "FLYWHEEL_MODAL_ENVIRONMENT" in found and value:
+        (change,) = unsaid_changes(found, another)
+        assert (change.running, change.new) == (value, "")
 
 
 def test_nothing_replaces_the_trial_by_accident(prepared: ModalCloud) -> None:
     """The trial of the documentation, then a deployment from a shell that no longer has its variables."""
-    idle = {"FLYWHEEL_DEPLOY_GATEWAY_MIN_CONTAINERS": "0"}
-    assert deploy(prepared, "trial", **TRIAL, **idle).returncode == 0
+    assert deploy(prepared, "trial", **TRIAL, **IDLE).returncode == 0
     before = prepared.tags("trial")
     assert given(before) == before
-    forgetful = deploy(prepared, "trial", **dict.fromkeys(TRIAL), **idle)
+    forgetful = deploy(prepared, "trial", **dict.fromkeys(TRIAL), **IDLE)
     assert forgetful.returncode == 1
     assert "Traceback" not in forgetful.stderr
     for expected in (
-        f"FLYWHEEL_DEPLOY_WEIGHTS: {SMALL.name} now, mixtral-8x7b-instruct-q3_k_s then",
-        "FLYWHEEL_MODAL_GPU: empty now, A10G then",
-        f"  FLYWHEEL_DEPLOY_WEIGHTS={SMALL.name} FLYWHEEL_MODAL_GPU='' modal deploy modal_deploy.py",
-        "  FLYWHEEL_DEPLOY_WEIGHTS=mixtral-8x7b-instruct-q3_k_s FLYWHEEL_MODAL_GPU=A10G modal deploy modal_deploy.py",
+        f"FLYWHEEL_DEPLOY_WEIGHTS: the app has {SMALL.name}, this command would use mixtral-8x7b-instruct-q3_k_s",
+        "FLYWHEEL_MODAL_GPU: the app has an empty value, this command would use A10G",
+        f" FLYWHEEL_DEPLOY_WEIGHTS={SMALL.name} FLYWHEEL_MODAL_GPU='' modal deploy modal_deploy.py",
+        " FLYWHEEL_DEPLOY_WEIGHTS=mixtral-8x7b-instruct-q3_k_s FLYWHEEL_MODAL_GPU=A10G modal deploy modal_deploy.py",
     ):
         assert expected in forgetful.stderr
     assert prepared.tags("trial") == before
     assert not prepared.function("trial/Model").resources.gpu_config.gpu_type
     for answer, gpu in ((TRIAL, ""), (MIXTRAL, "A10G")):
-        done = deploy(prepared, "trial", **answer, **idle)
+        done = deploy(prepared, "trial", **answer, **IDLE)
         assert done.returncode == 0, done.stderr
         assert prepared.function("trial/Model").resources.gpu_config.gpu_type == gpu
-    assert deploy(prepared, "trial", **dict.fromkeys(TRIAL), **idle).returncode == 0, "these are the defaults"
+    assert deploy(prepared, "trial", **dict.fromkeys(TRIAL), **IDLE).returncode == 0, "these are the defaults"
+
+
+def test_the_commands_of_a_refusal_are_about_the_same_app_account_and_settings() -> None:
+    shell = {
+        "FLYWHEEL_DEPLOY_APP": "second",
+        "FLYWHEEL_LOG_LEVEL": "debug",
+        "MODAL_PROFILE": "work",
+        "MODAL_ENVIRONMENT": "staging",
+        "FLYWHEEL_API_KEYS": "0123456789abcdef",
+        "FLYWHEEL_API_KEY": "0123456789abcdef",
+        "MODAL_TOKEN_SECRET": "as-0123456789abcdef",
+    }
+    said = refusal("second", unsaid_changes(tags(configured(TRIAL), TRIAL), shell), COMMAND, shell)
+    kept = {name: value for name, value in shell.items() if "0123456789abcdef" not in value}
+    assert commands(said) == [{**kept, **TRIAL}, {**kept, **MIXTRAL}]
+    assert "0123456789abcdef" not in said
+
+
+@pytest.fixture(scope="module")
+def tried(prepared: ModalCloud) -> ModalCloud:
+    """The cloud with the trial of the documentation as the app `tried`."""
+    assert deploy(prepared, "tried", **TRIAL, **IDLE).returncode == 0
+    return prepared
+
+
+def untouched(cloud: ModalCloud, refused: subprocess.CompletedProcess[str], *named: str) -> None:
+    """Asserts that the command was refused in words, and that the app `tried` is still the trial."""
+    assert refused.returncode == 1, refused.stdout
+    assert "Traceback" not in refused.stderr
+    assert "App deployed" not in refused.stdout
+    for expected in named:
+        assert expected in refused.stderr
+    assert not cloud.function("tried/Model").resources.gpu_config.gpu_type
+
+
+@pytest.mark.parametrize("status", [Status.PERMISSION_DENIED, Status.UNIMPLEMENTED, Status.FAILED_PRECONDITION])
+def test_nothing_is_deployed_if_modal_does_not_tell_the_settings(tried: ModalCloud, status: Status) -> None:
+    tried.disturb("AppGetTags", status=status, message="not for you")
+    try:
+        refused = deploy(tried, "tried", **dict.fromkeys(TRIAL), **IDLE)
+    finally:
+        tried.calm()
+    untouched(tried, refused, "which settings the app tried runs", "not for you")
+
+
+@pytest.mark.parametrize("option", [["--name", "other"], ["--name=other"]])
+def test_a_name_that_the_gateway_does_not_know_is_refused(tried: ModalCloud, option: list[str]) -> None:
+    refused = tried.cli("deploy", *option, "modal_deploy.py", env=TRIAL, cwd=ROOT)
+    untouched(tried, refused, "FLYWHEEL_DEPLOY_APP=NAME")
+    with pytest.raises(KeyError):
+        tried.function("other/Gateway")
+
+
+@pytest.mark.parametrize("command", [["serve", "modal_deploy.py"], ["run", "modal_deploy.py::Model.generate", "--text", "x"]])
+def test_no_second_gateway_beside_the_deployed_ones(tried: ModalCloud, command: list[str]) -> None:
+    refused = tried.cli(*command, env={**TRIAL, "FLYWHEEL_DEPLOY_APP": "tried"}, cwd=ROOT)
+    untouched(tried, refused, "modal deploy", "modal run modal_deploy.py::fetch_weights")
+
+
+def test_other_weights_than_the_app_runs_are_not_fetched_by_accident(tried: ModalCloud) -> None:
+    variables = {"FLYWHEEL_DEPLOY_APP": "tried", "FLYWHEEL_DEPLOY_WEIGHTS_PATH": str(tried.directory / "weights")}
+    refused = tried.cli("run", "modal_deploy.py::fetch_weights", env=variables, cwd=ROOT)
+    untouched(tried, refused, f"FLYWHEEL_DEPLOY_WEIGHTS={SMALL.name}", "modal run modal_deploy.py::fetch_weights")
+
+
+def test_an_app_that_is_not_known_to_be_ours_is_not_replaced_by_accident(tried: ModalCloud, tmp_path: Path) -> None:
+    (tmp_path / "foreign.py").write_text("import modal\napp = modal.App('foreign')\n@app.function()\ndef nothing(): ...\n")
+    deployed = tried.cli("deploy", "foreign.py", cwd=tmp_path)
+    assert deployed.returncode == 0, deployed.stderr
+    refused = deploy(tried, "foreign", **dict.fromkeys(TRIAL), **IDLE)
+    untouched(tried, refused, "There is an app foreign", "FLYWHEEL_DEPLOY_WEIGHTS=mixtral", "FLYWHEEL_MODAL_GPU=A10G modal")
+    done = deploy(tried, "foreign", **TRIAL, **IDLE)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "variables", [{"FLYWHEEL_MODAL_APP": "mk2"}, {"FLYWHEEL_MODAL_APP": "tried", "FLYWHEEL_MODAL_CLASS": "Modl"}]
+)
+def test_no_gateway_for_a_class_that_is_not_there(tried: ModalCloud, variables: dict[str, str]) -> None:
+    refused = deploy(tried, "fronting", **variables, **IDLE)
+    untouched(tried, refused, *(f"{name} is {value}" for name, value in variables.items() if name.endswith("APP")))
+    with pytest.raises(KeyError):
+        tried.function("fronting/Gateway")
 
 
 def test_an_app_that_was_stopped_is_no_longer_remembered(prepared: ModalCloud) -> None:
-    idle = {"FLYWHEEL_DEPLOY_GATEWAY_MIN_CONTAINERS": "0"}
-    assert deploy(prepared, "stopped", **TRIAL, **idle).returncode == 0
+    assert deploy(prepared, "stopped", **TRIAL, **IDLE).returncode == 0
     assert prepared.cli("app", "stop", "stopped", "--yes").returncode == 0
-    done = deploy(prepared, "stopped", **dict.fromkeys(TRIAL), **idle)
+    done = deploy(prepared, "stopped", **dict.fromkeys(TRIAL), **IDLE)
     assert done.returncode == 0, done.stderr
 
 
 def test_the_refusal_in_the_documentation_is_what_is_said() -> None:
     changes = unsaid_changes(tags(configured(TRIAL), TRIAL), {})
-    said = refusal("flywheel-grpc", changes, [".venv/bin/modal", "deploy", "modal_deploy.py"])
+    said = refusal("flywheel-grpc", changes, [".venv/bin/modal", "deploy", "modal_deploy.py"], {})
     assert f"```\n{said}\n```" in (ROOT / "docs" / "modal.md").read_text()

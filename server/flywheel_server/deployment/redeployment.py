@@ -20,6 +20,12 @@ APP: Final = f"{DEPLOY_PREFIX}APP"
 """The variable that says which app is deployed: with another value it is about another app."""
 
 
+IN_ANY_CASE: Final = (f"{DEPLOY_PREFIX}WEIGHTS", f"{PREFIX}MODAL_GPU")
+"""What is remembered of a Model, also if it is the default: another version may have another default."""
+
+OF_MODAL: Final = ("MODAL_PROFILE", "MODAL_ENVIRONMENT")
+"""Variables of the `modal` command that say which account and environment it deploys to."""
+
 OF_THE_MODEL: Final = (f"{DEPLOY_PREFIX}MODEL_", f"{DEPLOY_PREFIX}WEIGHTS")
 """How the variables begin that make no difference where the class of another app generates."""
 
@@ -46,7 +52,7 @@ def tags(configuration: Configuration, environment: Mapping[str, str]) -> dict[s
     """
     settings = given(environment)
     if configuration.weights is not None:
-        for variable in (f"{DEPLOY_PREFIX}WEIGHTS", f"{PREFIX}MODAL_GPU"):
+        for variable in IN_ANY_CASE:
             settings[variable] = _value(configuration, variable)
     settings.pop(APP, None)
     encoded = {variable: _encoded(value) for variable, value in settings.items()}
@@ -70,26 +76,53 @@ def unsaid_changes(running: Mapping[str, str], environment: Mapping[str, str]) -
     return changes
 
 
-def refusal(app: str, changes: Sequence[Change], command: Sequence[str]) -> str:
-    """Returns what to tell whoever deploys with this command, which would make the changes."""
-    rows = [f"  {change.variable}: {change.running or 'empty'} now, {change.new or 'empty'} then" for change in changes]
-    keep = " ".join(f"{change.variable}={shlex.quote(change.running)}" for change in changes)
-    replace = " ".join(f"{change.variable}={shlex.quote(change.new)}" for change in changes)
-    typed = shlex.join(command)
+def refusal(app: str, changes: Sequence[Change], command: Sequence[str], environment: Mapping[str, str]) -> str:
+    """Returns the message for a command that would make the changes, with the two commands that say what is wanted.
+
+    Those set all variables of the environment that count, because nobody knows which of them the next shell has too.
+    """
+    rows = [
+        f"  {change.variable}: the app has {change.running or 'an empty value'}, this command would use {change.new or 'none'}"
+        for change in changes
+    ]
+    keep = {change.variable: change.running for change in changes}
+    replace = {change.variable: change.new for change in changes}
     return "\n".join(
         [
-            f"The app {app} runs with settings that this deployment would change, because their variables are not set:",
+            f"The app {app} runs with other settings than this command would use, because these variables are not set:",
             "",
             *rows,
             "",
-            "So nothing was deployed. To keep what runs:",
+            "So nothing was done. To keep the settings of the app:",
             "",
-            f"  {keep} {typed}",
+            f"  {_typed(command, environment, keep)}",
             "",
-            "To change it:",
+            "To change them:",
             "",
-            f"  {replace} {typed}",
+            f"  {_typed(command, environment, replace)}",
         ]
+    )
+
+
+def unknown_app(app: str, configuration: Configuration, command: Sequence[str], environment: Mapping[str, str]) -> str | None:
+    """Returns the message for a command that would replace an app without tags of ours, unless it is said what is to run."""
+    if all(variable in environment for variable in IN_ANY_CASE):
+        return None
+    said = {variable: _value(configuration, variable) for variable in IN_ANY_CASE}
+    return (
+        f"There is an app {app}, and it does not say with which settings it runs: an older version deployed it, or it is "
+        f"another program, which this command would replace. So nothing was done. If it is to be replaced, say what is to "
+        f"run:\n\n  {_typed(command, environment, said)}"
+    )
+
+
+def _typed(command: Sequence[str], environment: Mapping[str, str], answer: Mapping[str, str]) -> str:
+    where = {name: environment[name] for name in OF_MODAL if environment.get(name)}
+    variables = {**where, **given(environment), **answer}
+    return (
+        shlex.join(command)
+        if not variables
+        else (" ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items()) + " " + shlex.join(command))
     )
 
 
