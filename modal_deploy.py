@@ -34,12 +34,6 @@ CUDA_IMAGE = "nvidia/cuda:12.8.1-devel-ubuntu22.04"
 SOURCES = ("flywheel_proto", "flywheel_server", "flywheel_client")
 LOCKS = Path(__file__).parent / "requirements"
 
-NO_KEYS = f"""\
-There is no modal.Secret "{KEYS_SECRET}" with {KEYS_VARIABLE} in it, so nothing was deployed.
-The gateway's address is on the open Internet: it lets in only callers with a key. Make one, and note it for your callers:
-
-{create_secret(config.get("environment") or "")}"""
-
 try:
     # In a container, the environment holds what was configured when it was deployed.
     configuration = configured(os.environ)
@@ -56,8 +50,22 @@ def check_secret() -> None:
     """Exits with a message if there is no secret with keys."""
     try:
         keys.hydrate()
+    except modal.exception.NotFoundError as error:
+        environment = config.get("environment") or ""
+        sys.exit(
+            f'There is no modal.Secret "{KEYS_SECRET}" with {KEYS_VARIABLE} in it, so nothing was done. ({error})\n'
+            "The gateway's address is on the open Internet: it lets in only callers with a key. Make one, and note it for your "
+            f"callers:\n\n{create_secret(environment, replace=has_secret_without_keys())}"
+        )
+
+
+def has_secret_without_keys() -> bool:
+    """Returns whether there is a secret of that name, which has to be replaced."""
+    try:
+        modal.Secret.from_name(KEYS_SECRET).hydrate()
     except modal.exception.NotFoundError:
-        sys.exit(NO_KEYS)
+        return False
+    return True
 
 
 def check_command(verb: str, options: list[str]) -> None:

@@ -85,6 +85,23 @@ def test_a_gateway_that_does_not_start_says_why_and_what_to_do(own: ModalCloud) 
     assert f"modal secret create -e main --force {SECRET}" in container.output()
 
 
+def test_the_command_of_the_refusal_replaces_a_secret_that_lacks_the_variable(own: ModalCloud) -> None:
+    """Such as one that was made with FLYWHEEL_API_KEY, which is the variable of the client."""
+    own.create_secret(SECRET, {"FLYWHEEL_API_KEY": KEY})
+    refused = deploy(own, "misnamed", **IDLE)
+    assert refused.returncode == 1
+    (create,) = re.findall(r"^  modal (secret create .*)$", refused.stderr, re.MULTILINE)
+    assert own.cli(*create.replace("$KEY", KEY).split()).returncode == 0
+    done = deploy(own, "misnamed", **IDLE)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_an_environment_that_is_not_there_is_named_in_the_words_of_modal(own: ModalCloud) -> None:
+    refused = own.cli("deploy", "-e", "nowhere", "modal_deploy.py", cwd=ROOT)
+    assert refused.returncode == 1
+    assert re.search(r"\(.*not found in environment 'nowhere'\)|\(Environment 'nowhere' not found", refused.stderr)
+
+
 @pytest.mark.parametrize("how", ["option", "variable"])
 def test_the_hint_for_a_missing_secret_has_the_environment(own: ModalCloud, how: str) -> None:
     own.cli("environment", "create", "staging")
