@@ -11,7 +11,6 @@ What can be set is in `flywheel_server.deployment.settings`: variables of the en
 
 import os
 import sys
-from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -111,11 +110,14 @@ def check_redeployment(command: list[str]) -> None:
 
 if modal.is_local() and sys.argv[1:2] and sys.argv[1] in {"deploy", "run", "serve"}:
     check_command(sys.argv[1], sys.argv[2:])
-    # Any other error of Modal's is met again, and said better, by what follows.
-    with suppress(modal.exception.Error):
+    try:
         check_secret()
         if sys.argv[1] == "deploy" and configuration.weights is None:
             check_class()
+    except modal.exception.ConnectionError as error:
+        sys.exit(f"{error} Nothing was done.")  # Modal's client has tried for a minute
+    except modal.exception.Error:
+        pass  # what follows meets it again, and says it better
     check_redeployment([sys.argv[0] if Path(sys.argv[0]).name == "modal" else "modal", *sys.argv[1:]])
 
 

@@ -47,7 +47,11 @@ async def published_endpoints(app: str = APP, environment: str | None = None) ->
 def no_endpoint(app: str, environment: str | None) -> UnavailableError:
     """Returns what to tell if an app has published no endpoint."""
     where = "the default environment" if environment is None else f"the environment {environment!r}"
-    advice = "Deploy it with: modal deploy modal_deploy.py. Its containers take a while to start."
+    option = "" if environment is None else f" -e {environment}"
+    advice = (
+        "Deploy it with: modal deploy modal_deploy.py. Its containers take a while to start. If none does, this says why: "
+        f"modal app logs {app}{option}"
+    )
     return UnavailableError(grpc.StatusCode.UNAVAILABLE, f"the Modal app {app!r} in {where} has no live endpoint. {advice}")
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from flywheel_server.deployment.settings import configured
 from flywheel_server.engines.embedded import default_model
 
 from tests.deployment.conftest import ROOT, SMALL, VOLUME
@@ -149,6 +150,17 @@ def test_the_first_ten_minutes_need_neither_a_gpu_nor_a_large_model() -> None:
         "flywheel generate",
     ):
         assert expected in first
+
+
+def test_the_costs_follow_from_the_prices_and_the_defaults() -> None:
+    gpu, core, gib = map(float, re.findall(r"\$(0\.000\d+) a\s+second", PAGE))
+    found = configured({})
+    gateway = found.deployment.gateway_cpu * core + found.deployment.gateway_memory / 1024 * gib
+    assert found.model_memory is not None
+    model = gpu + found.deployment.model_cpu * core + found.model_memory / 1024 * gib
+    assert f"${gateway * 86400:.2f} a day, or ${gateway * 86400 * 30:.0f} a month" in PAGE
+    assert PAGE.count(f"${gateway * 86400:.2f} a day") == 2
+    assert f"costs ${model * 3600:.2f} an hour" in PAGE
 
 
 @pytest.mark.timeout(600)  # a model that generates on a busy machine takes its time

@@ -3,6 +3,7 @@
 import re
 import shlex
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -165,6 +166,14 @@ def test_nothing_is_deployed_if_modal_does_not_tell_the_settings(tried: ModalClo
     finally:
         tried.calm()
     untouched(tried, refused, "which settings the app tried runs", "not for you")
+
+
+@pytest.mark.thorough  # for as long as Modal's client tries, which is a minute
+def test_a_deployment_waits_once_for_a_modal_that_cannot_be_reached(tried: ModalCloud) -> None:
+    began = time.monotonic()
+    refused = deploy(tried, "tried", MODAL_SERVER_URL="http://127.0.0.1:9", **TRIAL, **IDLE)
+    untouched(tried, refused, "Could not connect to the Modal server")
+    assert time.monotonic() - began < 100, "twice would be two minutes"
 
 
 @pytest.mark.parametrize("option", [["--name", "other"], ["--name=other"]])
