@@ -75,6 +75,7 @@ lock: .venv/.installed ## Bring requirements/*.txt in line with pyproject.toml
 	$(compile) $(ARGS) --all-extras --group dev pyproject.toml --output-file requirements/dev.txt
 	$(compile) $(ARGS) --all-extras --group test --resolution lowest-direct pyproject.toml --output-file requirements/floor.txt
 	$(compile) $(ARGS) requirements/codegen.in --output-file requirements/codegen.txt
+	$(compile) $(ARGS) requirements/modal-build.in --output-file requirements/modal-build.txt
 	$(compile) $(ARGS) --constraint requirements/dev.txt --extra server pyproject.toml --output-file requirements/modal-gateway.txt
 	$(compile) $(ARGS) --constraint requirements/dev.txt --extra embedded pyproject.toml --output-file requirements/modal-model.txt
 	$(compile) $(ARGS) --constraint requirements/dev.txt --extra server --extra hub pyproject.toml --output-file requirements/modal-hub.txt

@@ -246,7 +246,9 @@ if configuration.weights is not None:
                 }
             )
         )
-        model_image = locked(cuda_image, "modal-model.txt", "--no-binary xllamacpp")
+        # By itself, pip would fetch what builds a package in the newest version, and without a hash.
+        build_image = locked(cuda_image, "modal-build.txt")
+        model_image = locked(build_image, "modal-model.txt", "--no-binary xllamacpp --no-build-isolation")
     else:
         model_image = locked(slim_image, "modal-model.txt")
     model_image = model_image.add_local_python_source(*SOURCES)

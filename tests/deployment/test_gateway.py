@@ -92,8 +92,10 @@ def test_what_arrives_at_modal(prepared: ModalCloud) -> None:
     for expected in (
         *("nvidia/cuda", "CUDA_ARCHITECTURES=86", "--require-hashes", "--no-binary xllamacpp"),
         "-DLLAMA_USE_PREBUILT_UI=OFF",  # the build would fetch it in some version
+        "--no-build-isolation",  # so would pip what builds it
     ):
         assert expected in built
+    assert built.index("--only-binary :all:") < built.index("--no-build-isolation"), "what builds it is there before"
     assert "huggingface" not in built.lower()
     files = prepared.mounted_files("defaults/Gateway")
     assert {"/root/modal_deploy.py", "/root/flywheel_server/server.py", "/root/flywheel_proto/v1/generation_pb2.py"} <= files
