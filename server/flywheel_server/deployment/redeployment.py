@@ -81,8 +81,9 @@ def refusal(app: str, changes: Sequence[Change], command: Sequence[str], environ
 
     Those set all variables of the environment that count, because nobody knows which of them the next shell has too.
     """
+    empty = "an empty value"
     rows = [
-        f"  {change.variable}: the app has {change.running or 'an empty value'}, this command would use {change.new or 'none'}"
+        f"  {change.variable}: the app has {change.running or empty}, this command would use {change.new or empty}"
         for change in changes
     ]
     keep = {change.variable: change.running for change in changes}
@@ -119,11 +120,7 @@ def unknown_app(app: str, configuration: Configuration, command: Sequence[str], 
 def _typed(command: Sequence[str], environment: Mapping[str, str], answer: Mapping[str, str]) -> str:
     where = {name: environment[name] for name in OF_MODAL if environment.get(name)}
     variables = {**where, **given(environment), **answer}
-    return (
-        shlex.join(command)
-        if not variables
-        else (" ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items()) + " " + shlex.join(command))
-    )
+    return " ".join([*(f"{name}={shlex.quote(value)}" for name, value in variables.items()), shlex.join(command)])
 
 
 def _settings(configuration: Configuration) -> tuple[Deployment, Settings]:
