@@ -12,6 +12,7 @@ from flywheel_server.deployment.settings import DEPLOY_PREFIX, NOT_FROM_THE_SHEL
 from flywheel_server.settings import PREFIX, Settings
 from grpclib import Status
 from hypothesis import given as given_any
+from hypothesis import settings
 from hypothesis import strategies as st
 
 from tests.deployment.conftest import ROOT, SMALL, deploy
@@ -88,6 +89,7 @@ def test_what_runs_is_remembered_although_nobody_has_set_it() -> None:
     assert tags(configured({}), {}) == {name: value.replace("_", "__") for name, value in MIXTRAL.items()}
 
 
+@settings(deadline=None)  # a busy machine takes its time
 @given_any(st.text(max_size=30))
 def test_any_value_survives_in_a_tag(value: str) -> None:
     another = {"FLYWHEEL_MODAL_APP": "another"}
