@@ -139,7 +139,8 @@ async def test_one_endpoint_alone_is_tried_again_after_a_cut(caller: Callable[..
         fakes[0].holds = False
         cables[0][1]()
         assert await unary == "p"
-        assert (directory.readings, len(fakes[0].requests)) == (2, 2)
+        assert len(fakes[0].requests) == 2
+        assert 2 <= directory.readings <= 3
         await one.close()
 
 
