@@ -116,7 +116,9 @@ async def test_a_look_that_goes_on_failing_ends_a_call_only_if_that_cannot_pass(
     fault = deployed.disturb("FunctionGetOutputs", status=status)
     before = len(deployed.calls)
     passes = status in UNREACHABLE | LIMITED | CONFLICT
-    calls = [targets[class_name].stub.GenerateAll(request(60 if passes else 3000)) for class_name in CLASSES]
+    # Text that arrives proves that the call is there, whatever Modal says: only a class that sends none is believed to be gone.
+    classes = CLASSES if passes else ["Flywheel"]
+    calls = [targets[class_name].stub.GenerateAll(request(60 if passes else 3000)) for class_name in classes]
     reading = [asyncio.ensure_future(code_of(call)) for call in calls]
     if passes:
         ended = ["done", "done"]
@@ -127,10 +129,10 @@ async def test_a_look_that_goes_on_failing_ends_a_call_only_if_that_cannot_pass(
         assert await asyncio.gather(*reading) == [grpc.StatusCode.OK] * 2
         return
     expected = grpc.StatusCode.UNAVAILABLE if status in GONE else CODES[status]
-    assert await asyncio.gather(*reading) == [expected] * 2
+    assert await asyncio.gather(*reading) == [expected]
     await until(
         lambda: {made.state for made in deployed.calls[before:]} == {"cancelled"},
-        "they are cancelled: nobody knows that they have ended",
+        "it is cancelled: nobody knows whether it has ended",
     )
 
 

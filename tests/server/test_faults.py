@@ -135,6 +135,7 @@ async def test_a_call_that_is_ended_while_it_begins_gets_its_status(
         assert as_dict(caught.value.trailing_metadata())["x-request-id"]
 
 
+@pytest.mark.thorough
 async def test_an_engine_without_memory_ends_calls_with_a_status_and_does_not_hang() -> None:
     settings = ("--embedded-threads", "1", "--engine-timeout", "5", "--log-level", "error")
     async with command("--address", "127.0.0.1:0", *settings) as process:

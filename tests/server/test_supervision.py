@@ -72,6 +72,7 @@ async def code_of(call: Any) -> grpc.StatusCode:
 @pytest.fixture(autouse=True)
 def _no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervision, "RESTART_INTERVAL", 0.01)
+    monkeypatch.setattr(supervision, "TELLING_TIME", 0.01)
 
 
 @pytest.mark.parametrize("method", METHODS)
