@@ -218,14 +218,17 @@ async def test_an_endpoint_that_the_reading_again_finds_is_tried(
 async def test_one_deadline_holds_for_all_tries(caller: Callable[..., Caller], fakes: list[FakeService]) -> None:
     unavailable(fakes[0])
     fakes[1].hangs = True
-    directory = directory_of(fakes[:2])
-    directory.answers.clear()
-    one = caller(directory, timeout=100.0)
-    asyncio.get_running_loop().call_later(0.3, directory.answers.set)
-    with pytest.raises(DeadlineExceededError):
-        await one.call(timeout=0.6)
-    await happened(fakes[1].cancelled)
-    first, second = fakes[0].seconds_remaining[0], fakes[1].seconds_remaining[0]
+    # Which of the two is found first, and gets the first try, is chance.
+    while not fakes[0].seconds_remaining:
+        fakes[1].cancelled.clear()
+        directory = directory_of(fakes[:2])
+        directory.answers.clear()
+        one = caller(directory, timeout=100.0)
+        asyncio.get_running_loop().call_later(0.3, directory.answers.set)
+        with pytest.raises(DeadlineExceededError):
+            await one.call(timeout=0.6)
+        await happened(fakes[1].cancelled)
+    first, second = fakes[0].seconds_remaining[0], fakes[1].seconds_remaining[-1]
     assert first is not None
     assert second is not None
     assert second < first < 0.35
