@@ -1,6 +1,7 @@
 """What pytest needs before anything else is imported, the options of the suite, and what many of its tests share."""
 
 import os
+import signal
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,10 @@ structlog.configure(processors=[structlog.processors.format_exc_info, structlog.
 
 # As `flywheel-server` has it; grpc reads it when it is imported.
 os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_listener")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell starts what runs in the background so, and the servers and containers of tests would inherit it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if TYPE_CHECKING:
     from tests.modal_cloud import ModalCloud
