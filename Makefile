@@ -9,7 +9,7 @@ ARGS ?=
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo '  ARGS="…" is passed on to serve, test, test-floor, bench, soak, chaos and lock; PYTHON=… is the interpreter to install with.'
+	@echo '  ARGS="…" is passed on to serve, test, test-thorough, test-floor, bench, soak, chaos and lock; PYTHON=… is the interpreter to install with.'
 
 install: .venv/.installed ## Build .venv with everything for work on the project
 

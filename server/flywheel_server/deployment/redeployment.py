@@ -19,7 +19,6 @@ MAX_TAG: Final = 63
 APP: Final = f"{DEPLOY_PREFIX}APP"
 """The variable that says which app is deployed: with another value it is about another app."""
 
-
 IN_ANY_CASE: Final = (f"{DEPLOY_PREFIX}WEIGHTS", f"{PREFIX}MODAL_GPU")
 """What is remembered of a Model, also if it is the default: another version may have another default."""
 

@@ -32,7 +32,6 @@ LOOK_TIMEOUT: Final = 10.0
 OPEN_TIMEOUT: Final = 30.0
 """Seconds for Modal to open a tunnel."""
 
-
 CLOSE_TIMEOUT: Final = 1.0
 """Seconds to tell Modal that tunnels are no longer needed."""
 

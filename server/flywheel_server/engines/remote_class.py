@@ -48,7 +48,6 @@ STATS_TIMEOUT: Final = 5.0
 PROBE_TIMEOUT: Final = 15.0
 """Seconds that Modal has to find the class, when that is only done to see whether it can be reached."""
 
-
 RENEWAL_TIMEOUT: Final = 5.0
 """Seconds that Modal has to find a class anew that was found before. Calls wait for it."""
 
