@@ -1,4 +1,4 @@
-"""Generates `flywheel_proto` from the .proto files, or with --check tells whether it is up to date.
+"""Generates `flywheel_proto` from the contract, or with --check tells whether it is up to date.
 
 Run by `make generate` in an environment of its own with the *oldest* supported grpcio-tools (requirements/codegen.in):
 generated code refuses a protobuf or grpcio runtime older than itself, so the floor of what we generate with is the floor of
@@ -7,10 +7,13 @@ what our users may have installed.
 The descriptor keeps its canonical name, `flywheel/v1/generation.proto`, so that stubs which a user generates from the
 same file can live in one process with ours. Only the Python module is renamed, from `flywheel.v1` to `flywheel_proto.v1`:
 a top-level package `flywheel` would be too general a name to claim.
+
+The service config beside a .proto file is part of the contract too, and is copied, so that it is installed with the stubs.
 """
 
 import argparse
 import re
+import shutil
 import sys
 import tempfile
 from importlib import resources
@@ -20,11 +23,12 @@ from grpc_tools import protoc
 
 ROOT = Path(__file__).parent
 PACKAGE = ROOT / "flywheel_proto"
+GENERATED = ("*_pb2*.py", "*_pb2*.pyi", "*_service_config.json")
 MODULE = re.compile(r"\bflywheel(\.v1(?:\.\w+_pb2| import \w+_pb2))")
 
 
 def generate(destination: Path) -> None:
-    """Writes the generated modules and their stubs below `destination`, in the layout of `flywheel_proto`."""
+    """Writes the modules, their stubs and the service config below `destination`, in the layout of `flywheel_proto`."""
     with tempfile.TemporaryDirectory() as output:
         arguments = [
             f"--proto_path={ROOT}",
@@ -41,15 +45,17 @@ def generate(destination: Path) -> None:
             target = destination / generated.relative_to(Path(output) / "flywheel")
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(MODULE.sub(r"flywheel_proto\1", generated.read_text()))
+    for config in sorted(ROOT.glob("flywheel/**/*_service_config.json")):
+        shutil.copyfile(config, destination / config.relative_to(ROOT / "flywheel"))
 
 
 def outdated(committed: Path) -> list[str]:
-    """Returns the names of the files under `committed` that differ from what the .proto files generate."""
+    """Returns the names of the files under `committed` that differ from what the contract generates."""
     with tempfile.TemporaryDirectory() as fresh:
         generate(Path(fresh))
 
         def contents(directory: Path) -> dict[str, str]:
-            files = (path for path in directory.rglob("*_pb2*") if path.suffix in {".py", ".pyi"})
+            files = (path for pattern in GENERATED for path in directory.rglob(pattern))
             return {str(path.relative_to(directory)): path.read_text() for path in files}
 
         have, want = contents(committed), contents(Path(fresh))
@@ -58,7 +64,7 @@ def outdated(committed: Path) -> list[str]:
 
 def main() -> None:
     """Generates, or checks."""
-    parser = argparse.ArgumentParser(description="Generate flywheel_proto from the .proto files.")
+    parser = argparse.ArgumentParser(description="Generate flywheel_proto from the contract.")
     parser.add_argument("--check", action="store_true", help="change nothing; fail where the committed code is outdated")
     if parser.parse_args().check:
         if names := outdated(PACKAGE):
