@@ -5,7 +5,7 @@ PYTHON ?= python3
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-thorough test-floor check format generate bench soak fuzz chaos lock baseline clean
+.PHONY: help install serve test test-thorough test-floor check format generate descriptor bench soak fuzz chaos lock baseline clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -61,6 +61,9 @@ generate = PATH="$(CURDIR)/.venv-codegen/bin:$$PATH" .venv-codegen/bin/python pr
 
 generate: .venv-codegen/.installed ## Generate flywheel_proto from the contract
 	$(generate)
+
+descriptor: .venv/.installed ## Write build/flywheel.v1.binpb, for tools that call the server without reflection
+	.venv/bin/python proto/descriptor.py build/flywheel.v1.binpb
 
 # The contract as it was last released. `make check` compares with it, so it moves at a release and at no other time: moved
 # along with a change, it would let every break pass. It is text, so that its diff shows what a release changes for callers.
