@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
+from tests.contract import DESCRIPTOR
 from tests.serving import until
 
 DOCUMENT: Final = Path(__file__).parents[2] / "docs" / "proxies.md"
@@ -39,6 +40,12 @@ def haproxy() -> str | None:
     return shutil.which("haproxy")
 
 
+def block_of(name: str) -> str:
+    """Returns the code block of the document with that name."""
+    (block,) = re.findall(rf"^```{name}\n(.*?)^```", DOCUMENT.read_text(), re.MULTILINE | re.DOTALL)
+    return str(block)
+
+
 class Kind:
     """A proxy: the block of the document with its configuration, where its program is, and how it is run."""
 
@@ -52,11 +59,33 @@ class Kind:
         values = {"file": str(configuration), "folder": str(configuration.parent)}
         return [str(self.find()), *(argument.format(**values) for argument in self.arguments)]
 
+    def documented(self) -> str:
+        """Returns the configuration of the document."""
+        return block_of(self.block)
+
 
 NGINX: Final = ("-p", "{folder}", "-c", "{file}", "-g", "daemon off; error_log stderr error; pid {folder}/pid;")
 HAPROXY: Final = ("-db", "-q", "-f", "{file}")
 
-ENVOY = Kind("yaml", envoy, ".yaml", "-c", "{file}", "--disable-hot-restart", "--concurrency", "1", "--log-level", "error")
+ENVOY_ARGUMENTS: Final = ("-c", "{file}", "--disable-hot-restart", "--concurrency", "1", "--log-level", "error")
+
+
+class TranscodingEnvoy(Kind):
+    """Envoy with the filter of the document that takes JSON."""
+
+    ROUTER: Final = " " * 18 + "- name: envoy.filters.http.router\n"
+
+    def __init__(self, descriptor: Path) -> None:
+        super().__init__("yaml", envoy, ".yaml", *ENVOY_ARGUMENTS)
+        self._descriptor = descriptor
+
+    def documented(self) -> str:
+        """Returns the configuration of the document, with the filter before the router, and the file that it reads."""
+        before, router, after = super().documented().partition(self.ROUTER)
+        return before + block_of("yaml transcoder").replace(DESCRIPTOR, str(self._descriptor)) + router + after
+
+
+ENVOY = Kind("yaml", envoy, ".yaml", *ENVOY_ARGUMENTS)
 KINDS: Final = {
     "envoy": ENVOY,
     "nginx": Kind("nginx", nginx, ".conf", *NGINX),
@@ -77,10 +106,10 @@ def free_ports(number: int) -> list[int]:
 
 def configuration(kind: Kind, ports: dict[int, int]) -> str:
     """Returns the configuration of the document, with other ports."""
-    (block,) = re.findall(rf"^```{kind.block}\n(.*?)^```", DOCUMENT.read_text(), re.MULTILINE | re.DOTALL)
+    block = kind.documented()
     for documented, port in ports.items():
         block = block.replace(str(documented), str(port))
-    return str(block)
+    return block
 
 
 @asynccontextmanager

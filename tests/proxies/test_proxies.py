@@ -1,6 +1,9 @@
 """Behind real proxies, no call is lost while one of two servers drains, and only what may be repeated is."""
 
 import asyncio
+import json
+import urllib.error
+import urllib.request
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
@@ -15,8 +18,9 @@ from flywheel_proto.v1 import generation_pb2 as pb
 from flywheel_proto.v1 import generation_pb2_grpc
 from structlog.testing import capture_logs
 
+from tests.contract import write_descriptor_set
 from tests.draining import Draining
-from tests.proxies.proxies import ENVOY, KINDS, Kind, free_ports, proxy
+from tests.proxies.proxies import ENVOY, KINDS, Kind, TranscodingEnvoy, free_ports, proxy
 from tests.serving import as_dict, drained, until
 
 SHORT = pb.GenerationRequest(text="x", max_tokens=1)
@@ -148,3 +152,50 @@ async def test_envoy_repeats_what_a_full_server_refuses_and_nothing_that_is_wron
         with capture_logs() as log:
             assert await stub.GenerateAll(pb.GenerationRequest()).code() is grpc.StatusCode.INVALID_ARGUMENT
         assert len([entry for entry in log if entry.get("code") == "INVALID_ARGUMENT"]) == 1
+
+
+KEY = "a-key-of-the-caller"
+DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""Without the proxy that the environment may name."""
+
+
+async def post(address: str, method: str, request: dict[str, Any], *, key: str | None = KEY) -> tuple[int, list[Any]]:
+    """Calls with JSON over HTTP, and returns the status and the lines of the body."""
+    asked = urllib.request.Request(
+        f"http://{address}/flywheel.v1.GenerationService/{method}",
+        json.dumps(request).encode(),
+        {"content-type": "application/json", **({"authorization": f"Bearer {key}"} if key else {})},
+    )
+
+    def read() -> tuple[int, bytes]:
+        try:
+            with DIRECTLY.open(asked, timeout=60) as response:
+                return response.status, response.read()
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.read()
+
+    status, body = await asyncio.to_thread(read)
+    return status, [json.loads(line) for line in body.splitlines()]
+
+
+async def test_envoy_takes_json_and_answers_with_error_details(tmp_path: Path) -> None:
+    kind = TranscodingEnvoy(write_descriptor_set(tmp_path / "set.binpb"))
+    async with behind(kind, tmp_path, api_keys=KEY) as (_, address):
+        request = {"text": "x", "max_tokens": 1}
+        status, (response,) = await post(address, "GenerateAll", request)
+        assert (status, response["responses"][0]["finish_reason"]) == (200, "length")
+
+        status, deltas = await post(address, "GenerateDeltas", {**request, "num_samples": 3})
+        assert (status, sorted(delta.get("index", 0) for delta in deltas)) == (200, [0, 1, 2])
+
+        for method in ("GenerateAll", "Generate", "GenerateDeltas"):
+            status, (error,) = await post(address, method, {"text": "x", "top_p": 2})
+            assert (status, error["code"]) == (400, grpc.StatusCode.INVALID_ARGUMENT.value[0])
+            (detail,) = error["details"]
+            assert detail["@type"] == "type.googleapis.com/google.rpc.BadRequest"
+            assert [each["field"] for each in detail["field_violations"]] == ["max_tokens", "top_p"]
+
+        status, (error,) = await post(address, "GetModel", {}, key=None)
+        (detail,) = error["details"]
+        assert (status, detail["reason"]) == (401, "API_KEY_MISSING")
