@@ -31,6 +31,8 @@ VOLUME = "flywheel-grpc-weights"
 PYTHON = "3.12"
 CUDA_IMAGE = "nvidia/cuda:12.8.1-devel-ubuntu22.04"
 SOURCES = ("flywheel_proto", "flywheel_server", "flywheel_client")
+# By itself, Modal takes only Python files: the service config would not be there.
+LEFT_OUT = ~modal.FilePatternMatcher("**/*.py", "**/*.json")
 LOCKS = Path(__file__).parent / "requirements"
 
 try:
@@ -128,9 +130,9 @@ def locked(image: modal.Image, lock: str, options: str = "--only-binary :all:") 
 
 slim_image = modal.Image.debian_slim(PYTHON)
 gateway_packages = locked(slim_image, "modal-gateway.txt")
-page_image = gateway_packages.add_local_python_source(*SOURCES)
+page_image = gateway_packages.add_local_python_source(*SOURCES, ignore=LEFT_OUT)
 gateway_image = (
-    gateway_packages.add_local_python_source(*SOURCES, copy=True)
+    gateway_packages.add_local_python_source(*SOURCES, copy=True, ignore=LEFT_OUT)
     .workdir("/root")
     .run_commands(
         "python -m flywheel_server.deployment.gateway_settings",
@@ -251,7 +253,7 @@ if configuration.weights is not None:
         model_image = locked(build_image, "modal-model.txt", "--no-binary xllamacpp --no-build-isolation")
     else:
         model_image = locked(slim_image, "modal-model.txt")
-    model_image = model_image.add_local_python_source(*SOURCES)
+    model_image = model_image.add_local_python_source(*SOURCES, ignore=LEFT_OUT)
 
     @app.cls(
         image=model_image,
@@ -311,7 +313,7 @@ if configuration.weights is not None:
                 "HF_XET_RECONSTRUCTION_DOWNLOAD_BUFFER_LIMIT": "4gb",
             }
         )
-        .add_local_python_source(*SOURCES)
+        .add_local_python_source(*SOURCES, ignore=LEFT_OUT)
     )
     # An app of its own: running it starts no gateway.
     weights_app = modal.App(f"{deployment.app}-weights")

@@ -32,6 +32,16 @@ REQUEST = pb.GenerationRequest(text="What is a llama?", max_tokens=12, num_sampl
 SHORT = pb.GenerationRequest(text="hello", max_tokens=1)
 
 
+def package_files() -> list[Path]:
+    """Returns what the packages need where they run, relative to where they are imported from."""
+    return [
+        file.relative_to(ROOT / folder)
+        for folder in ("proto", "server", "client")
+        for file in (ROOT / folder).glob("flywheel_*/**/*.*")
+        if file.suffix not in {".pyc", ".pyi", ".typed"}
+    ]
+
+
 async def health(target: Any, service: str = "") -> int:
     stub = health_pb2_grpc.HealthStub(target.channel)
     return int((await stub.Check(health_pb2.HealthCheckRequest(service=service))).status)
@@ -97,8 +107,10 @@ def test_what_arrives_at_modal(prepared: ModalCloud) -> None:
         assert expected in built
     assert built.index("--only-binary :all:") < built.index("--no-build-isolation"), "what builds it is there before"
     assert "huggingface" not in built.lower()
-    files = prepared.mounted_files("defaults/Gateway")
-    assert {"/root/modal_deploy.py", "/root/flywheel_server/server.py", "/root/flywheel_proto/v1/generation_pb2.py"} <= files
+    needed = {f"/root/{file}" for file in package_files()}
+    assert {"/root/flywheel_server/server.py", "/root/flywheel_proto/v1/generation_grpc_service_config.json"} <= needed
+    for each in ("Gateway", "GatewayServer", "Model", "endpoints"):
+        assert {"/root/modal_deploy.py", *needed} <= prepared.mounted_files(f"defaults/{each}"), each
 
 
 async def test_a_real_client_gets_samples_and_deltas_through_the_tunnel(prepared: ModalCloud) -> None:
