@@ -12,11 +12,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import grpc
 import pytest
 import trustme
 from flywheel_proto.v1 import generation_pb2
 from flywheel_server.engines.scripted import ScriptedEngine
 from google.protobuf import json_format
+from grpc_health.v1.health_pb2 import HealthCheckResponse
 
 from tests.contract import DESCRIPTOR, ROOT
 from tests.serving import serving
@@ -98,6 +100,12 @@ def test_requests_in_json_are_requests() -> None:
     assert len(found) >= 2
     for request in found:
         json_format.ParseDict(json.loads(request), generation_pb2.GenerationRequest())
+
+
+def test_the_statuses_it_names_exist() -> None:
+    found = set(re.findall(r"`([A-Z]+(?:_[A-Z]+)*)`", PAGE))
+    assert {"UNAVAILABLE", "NOT_SERVING"} <= found
+    assert found <= {code.name for code in grpc.StatusCode} | set(HealthCheckResponse.ServingStatus.keys())
 
 
 def test_its_links_lead_somewhere() -> None:

@@ -46,6 +46,7 @@ domain of every ErrorInfo is `flywheel.v1`.
                       A call that reaches a server in the moment when it stops may end with CANCELLED instead, without
                       details: gRPC itself ends it so, and nothing has been done for it. Treat that as UNAVAILABLE.
                       A delay in RetryInfo is also in the trailing metadata `grpc-retry-pushback-ms` (gRFC A6).
+                      `generation_grpc_service_config.json`, beside this file, has gRPC's own retries heed it.
   INTERNAL            The engine failed: ErrorInfo `ENGINE_FAILED` with the request id. The cause is in the server's
                       log.
 """
