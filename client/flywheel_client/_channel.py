@@ -23,6 +23,8 @@ from flywheel_client._failover import FailoverChannel
 from flywheel_client._pool import Directory
 from flywheel_client._retry import Retry
 from flywheel_client._service_config import BALANCING_CONFIG
+from flywheel_client._targets import PROXY_OPTIONS, checked_target, proxy_options
+from flywheel_client._timeouts import checked_timeout
 
 # The caller decided how much text it asks for; grpc's default of 4 MiB would refuse it after it was generated.
 MAX_RECEIVE_MESSAGE_BYTES: Final = -1
@@ -108,6 +110,12 @@ class Connection:
     retry: Retry | None
     wait_for_ready: bool
 
+    def __post_init__(self) -> None:
+        """Raises `TypeError` or `ValueError` for a target or a timeout that cannot be one."""
+        if not callable(getattr(self.target, "read", None)):
+            checked_target(self.target)
+        object.__setattr__(self, "timeout", checked_timeout(self.timeout))
+
     @property
     def checks_health(self) -> bool:
         """Whether some channels look at the health of servers. Those of a directory do not: a refused call goes elsewhere."""
@@ -139,23 +147,25 @@ class Connection:
         elif not 1 <= len(request_id) <= MAX_REQUEST_ID_LENGTH or not _VISIBLE_ASCII.issuperset(request_id):
             raise ValueError(f"request_id must be 1 to {MAX_REQUEST_ID_LENGTH} visible ASCII characters")
         return CallOptions(
-            timeout=self.timeout if isinstance(timeout, ClientDefault) else timeout,
+            timeout=self.timeout if isinstance(timeout, ClientDefault) else checked_timeout(timeout),
             metadata=(*self.metadata, (REQUEST_ID_KEY, request_id)),
             request_id=request_id,
             wait_for_ready=self.wait_for_ready if wait_for_ready is None else wait_for_ready,
         )
 
     def _open(self, address: str, balancing: Mapping[str, int | str] = ENDPOINT) -> grpc.Channel:
-        options = self._options(balancing)
+        options = self._options(address, balancing)
         if self.credentials is None:
             return grpc.insecure_channel(address, options)
         return grpc.secure_channel(address, self.credentials, options)
 
     def _open_async(self, address: str, balancing: Mapping[str, int | str] = ENDPOINT) -> grpc.aio.Channel:
-        options = self._options(balancing)
+        options = self._options(address, balancing)
         if self.credentials is None:
             return grpc.aio.insecure_channel(address, options)
         return grpc.aio.secure_channel(address, self.credentials, options)
 
-    def _options(self, balancing: Mapping[str, int | str]) -> list[tuple[str, Any]]:
-        return list({**CHANNEL_OPTIONS, **balancing, **dict(self.channel_options)}.items())
+    def _options(self, address: str, balancing: Mapping[str, int | str]) -> list[tuple[str, Any]]:
+        own = dict(self.channel_options)
+        proxy = {} if own.keys() & PROXY_OPTIONS else proxy_options(address)
+        return list({**CHANNEL_OPTIONS, **balancing, **proxy, **own}.items())

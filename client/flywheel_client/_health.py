@@ -12,6 +12,8 @@ import grpc
 import grpc.aio
 from google.protobuf.wrappers_pb2 import Int32Value, StringValue
 
+from flywheel_client._targets import proxy_options
+
 HEALTH_CHECK: Final = "/grpc.health.v1.Health/Check"
 health_request = StringValue.SerializeToString
 health_response = Int32Value.FromString
@@ -34,9 +36,16 @@ def is_not_serving(response: Int32Value) -> bool:
 
 
 _NO_ANSWER: Final = frozenset(
-    {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED},
+    {
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.CANCELLED,
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        grpc.StatusCode.INTERNAL,
+        grpc.StatusCode.UNKNOWN,
+    }
 )
-"""How the check ends on an endpoint that is not there, or is just stopping. With any other status, it has answered."""
+"""How the check ends on an endpoint that is not there or is just stopping. The last two are the words of something on the way,
+such as a relay that has lost its server. With any other status, the endpoint has answered."""
 
 SILENCE: Final = f"silent for {PROBE_TIMEOUT:g} s"
 
@@ -79,7 +88,7 @@ async def answering(addresses: Iterable[str], credentials: grpc.ChannelCredentia
     free = asyncio.Semaphore(MAX_PROBES)
 
     async def answers(address: str) -> bool:
-        async with free, grpc.aio.secure_channel(address, credentials) as channel:
+        async with free, grpc.aio.secure_channel(address, credentials, list(proxy_options(address).items())) as channel:
             refusal, _ = await probe(channel)
             return refusal is None
 

@@ -6,11 +6,13 @@ Nothing here waits, looks at a clock, or throws dice: `now` is the caller's, in 
 
 from dataclasses import dataclass, field
 from math import inf
+from numbers import Integral, Real
 from typing import Final
 
 import grpc
 
-from flywheel_client._errors import FlywheelError
+from flywheel_client._errors import FlywheelError, UnavailableError
+from flywheel_client._timeouts import seconds_of
 
 BACKOFF_JITTER: Final = 0.2
 """By how much of itself a backoff is shorter or longer, so that clients that failed together do not return together."""
@@ -35,10 +37,10 @@ class Retry:
             is also how often the engine can begin on a call, or how many servers a call can crash. Addresses of a
             directory that cannot be connected to are passed over; only if there is no other do they count as one attempt.
         initial_backoff: The seconds before the second attempt, give or take a fifth.
-        max_backoff: The longest backoff in seconds.
+        max_backoff: The longest backoff in seconds; may be infinite.
         multiplier: By how much a backoff is longer than the one before.
         max_delay: The longest wait in seconds that a server may ask for. Where it asks for more, the call fails at once, and
-            the error's `retry_delay` says when to come back.
+            the error's `retry_delay` says when to come back. Infinity waits as long as any server asks for.
     """
 
     max_attempts: int = 5
@@ -48,13 +50,17 @@ class Retry:
     max_delay: float = 30.0
 
     def __post_init__(self) -> None:
-        if (
-            self.max_attempts < 1
-            or self.multiplier < 1
-            or min(self.initial_backoff, self.max_backoff) <= 0
-            or self.max_delay < 0
-        ):
-            raise ValueError(f"max_attempts and multiplier must be at least 1, and backoffs greater than 0: {self}")
+        """Raises `TypeError` for a value of another type, and `ValueError` for one out of range."""
+        for name in ("initial_backoff", "max_backoff", "max_delay"):
+            object.__setattr__(self, name, seconds_of(name, getattr(self, name)))
+        for name, kind in (("max_attempts", Integral), ("multiplier", Real)):
+            if not isinstance(getattr(self, name), kind) or isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be a number, not {getattr(self, name)!r}")
+        backoffs = self.initial_backoff > 0 and self.max_backoff > 0
+        if not (self.max_attempts >= 1 and self.multiplier >= 1 and backoffs and self.max_delay >= 0):
+            raise ValueError(
+                f"max_attempts and multiplier must be at least 1, backoffs greater than 0, and max_delay 0 or more: {self}"
+            )
 
 
 DEFAULT_RETRY: Final = Retry()
@@ -121,7 +127,8 @@ class Tries:
             delay = max(error.retry_delay, 0.0) + backoff * jitter
         else:
             return None
-        if now + delay >= self.deadline:
+        # Infinite backoffs may make it NaN, which is no wait either.
+        if not now + delay < self.deadline:
             return None
         self.backoff = backoff
         self.counted = False
@@ -149,6 +156,8 @@ def was_sent(error: FlywheelError) -> bool:
 
 def is_retryable(error: FlywheelError) -> bool:
     """Whether a call that ended so, before the engine began on it, may end better the next time."""
+    if isinstance(error, UnavailableError):
+        return True
     match error.code:
         case grpc.StatusCode.UNAVAILABLE:
             return True

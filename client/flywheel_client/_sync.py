@@ -132,8 +132,10 @@ class Client:
         Args:
             address: The server's `host:port`, or any other target of gRPC, such as `dns:///host:port` or
                 `ipv4:10.0.0.1:50051,10.0.0.2:50051`: calls go in turn to all of its servers that are SERVING by their health.
-                (`from_modal` gives a directory of them.)
-            timeout: The seconds that a call may take unless it says otherwise. Default: no deadline.
+                (`from_modal` gives a directory of them.) Those of this machine are called without the proxy of the environment
+                (`http_proxy`), unless `channel_options` say otherwise.
+            timeout: The seconds that a call may take unless it says otherwise; above 27,000 hours, the most that gRPC sends, no
+                deadline. Default: no deadline.
             metadata: What every call carries, such as `[("tenant", "a")]`. Keys are lowercase.
             channel_options: Options of the channel, which take precedence over the client's own.
             credentials: For TLS, such as `grpc.ssl_channel_credentials()`; with a key and a certificate it is mutual TLS.
@@ -144,7 +146,9 @@ class Client:
                 default it fails, once it was tried again, where there is none.
 
         Raises:
-            ValueError: The key is empty, or has characters that are not visible ASCII.
+            TypeError: The address is no string, or the timeout is no number.
+            ValueError: The address is no target of gRPC, the timeout is negative or NaN, or the key is empty or has characters
+                that are not visible ASCII.
         """
         self._connection = Connection(
             address, timeout, call_metadata(metadata, api_key), channel_options, credentials, retry, wait_for_ready
@@ -220,8 +224,8 @@ class Client:
             **fields: The other fields of the request: `max_tokens`, which is required, and those of `GenerationFields`.
 
         Raises:
-            TypeError: A field has the wrong type or is unknown, or max_tokens is missing.
-            ValueError: A value cannot be put into its field.
+            TypeError: A field has the wrong type or is unknown, max_tokens is missing, or the timeout is no number.
+            ValueError: A value cannot be put into its field, or the timeout is negative or NaN.
             FlywheelError: The call failed; the stream raises it while it is iterated over.
         """
         request = generation_request(text, **fields)

@@ -152,7 +152,7 @@ class Looks:
         while self._interval:
             if await _answers(_outside(address)):
                 failures, self._can_see = 0, True
-            elif await _answers(grpc.aio.insecure_channel(self._server, _OWN_CONNECTION)):
+            elif await _answers(grpc.aio.insecure_channel(self._server, _WITHIN)):
                 failures += 1
             if failures == MAX_FAILURES and self._can_see:
                 return
@@ -170,6 +170,9 @@ def _spread() -> float:
 
 _OWN_CONNECTION: Final = [("grpc.use_local_subchannel_pool", 1)]
 """A channel of its own has a connection of its own: one that gRPC keeps from an earlier look would prove nothing."""
+
+_WITHIN: Final = [*_OWN_CONNECTION, ("grpc.enable_http_proxy", 0)]
+"""The proxy of the environment (`http_proxy`) is for what is outside of the container."""
 
 
 def _outside(address: str) -> grpc.aio.Channel:

@@ -1,0 +1,35 @@
+"""Reads the numbers of seconds that a caller gives, the same way wherever one enters the client."""
+
+from math import inf, nan
+from typing import Final, SupportsFloat, SupportsIndex
+
+MAX_DEADLINE: Final = 27_000 * 3600.0
+"""Seconds of the longest deadline that gRPC sends: 27,000 hours, about three years. It cuts longer ones down to that, and one
+beyond the year 2262, where 64 bits of nanoseconds end, has passed at once (grpcio 1.73 to 1.85)."""
+
+
+def checked_timeout(timeout: object) -> float | None:
+    """Returns the timeout of a call in seconds; None, which is no deadline, for None and for more than `MAX_DEADLINE`.
+
+    Raises:
+        TypeError: It is no number.
+        ValueError: It is negative or NaN.
+    """
+    if timeout is None:
+        return None
+    seconds = seconds_of("timeout", timeout)
+    if not seconds >= 0:
+        raise ValueError(f"timeout must be 0 seconds or more, not {timeout!r}")
+    return seconds if seconds <= MAX_DEADLINE else None
+
+
+def seconds_of(name: str, value: object) -> float:
+    """Returns a number of any type as a float, which may be infinite or NaN; raises `TypeError` if it is no number."""
+    if isinstance(value, bool) or not isinstance(value, SupportsFloat | SupportsIndex):
+        raise TypeError(f"{name} must be a number of seconds, not {value!r}")
+    try:
+        return float(value)
+    except OverflowError:  # an integer beyond the range of floats
+        return inf if value > 0 else -inf  # type: ignore[operator]
+    except ValueError:  # Decimal("sNaN")
+        return nan
