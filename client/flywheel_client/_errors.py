@@ -6,11 +6,14 @@
       FailedPreconditionError    the deployment is not set up for this call
       ResourceExhaustedError     the server is full, a quota is used up, or a message is too large
       DeadlineExceededError      the deadline of the call passed
-      UnavailableError           the server or its engine cannot be reached now, or no endpoint of a Modal app is live
+      UnavailableError           the server or its engine cannot be reached now, the connection broke or something on the way
+                                 ended the call, or no endpoint of a Modal app is live
       CallCancelledError         the call was cancelled, by `cancel()`, by closing the client, or by the server
-      InternalError              the engine failed
+      InternalError              the engine failed, or what answered is no message of the contract
 
-The codes and their details are those of `flywheel/v1/generation.proto`, which follows google.rpc (AIP-193).
+The codes and their details are those of `flywheel/v1/generation.proto`, which follows google.rpc (AIP-193). The server gives a
+reason whenever it ends a call with INTERNAL or UNKNOWN. Without one, these are how proxies and gRPC itself end a call whose
+connection broke on the way, so they become `UnavailableError`, whose `code` is still the one that arrived.
 """
 
 from collections.abc import Iterable
@@ -23,6 +26,9 @@ from google.rpc import error_details_pb2, status_pb2
 
 REQUEST_ID_KEY: Final = "x-request-id"
 STATUS_DETAILS_KEY: Final = "grpc-status-details-bin"
+
+UNREADABLE: Final = "Exception deserializing response!"
+"""What grpc says, with INTERNAL, of an answer that is no message of the method."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +137,12 @@ class DeadlineExceededError(FlywheelError):
 
 
 class UnavailableError(FlywheelError):
-    """The server cannot be reached or is stopping, or its engine is starting or cannot be reached."""
+    """The server cannot be reached or is stopping, its engine is starting or cannot be reached, or the call broke off.
+
+    Attributes:
+        code: UNAVAILABLE. INTERNAL, UNKNOWN or CANCELLED if the call broke off between client and server, which is how a proxy
+            tells that it has lost the server.
+    """
 
 
 class CallCancelledError(FlywheelError):
@@ -139,7 +150,10 @@ class CallCancelledError(FlywheelError):
 
 
 class InternalError(FlywheelError):
-    """The engine failed; the cause is in the server's log, under the request id."""
+    """The engine failed (`reason` is `ENGINE_FAILED`), and the cause is in the server's log, under the request id.
+
+    Without a reason, the answer could not be read as a message of the contract.
+    """
 
 
 _CLASSES: Final[dict[grpc.StatusCode, type[FlywheelError]]] = {
@@ -172,7 +186,11 @@ def error_from_status(
     if code is grpc.StatusCode.DEADLINE_EXCEEDED and not details:
         # The timer of this side was first, and what grpc says then is about streams rather than about the call.
         message = "The deadline passed before the call finished."
-    error = _CLASSES.get(code, FlywheelError)(code, message or "", request_id=request_id)
+    kind = _CLASSES.get(code, FlywheelError)
+    if broke_off(code, message) and not any(map(_is_a_reason, details)):
+        kind = UnavailableError
+        message = f"The connection to the server broke, or something on the way ended the call: {message or 'no reason given'}"
+    error = kind(code, message or "", request_id=request_id)
     for detail in details:
         match detail:
             case error_details_pb2.ErrorInfo():
@@ -195,6 +213,22 @@ def error_from_call(error: Any, request_id: str) -> FlywheelError:  # noqa: ANN4
     # What is refused has no initial metadata, so that whoever is on the way may try it again.
     request_id = request_id_in(error.initial_metadata(), request_id_in(trailing_metadata, request_id))
     return error_from_status(error.code(), error.details(), trailing_metadata, request_id)
+
+
+def broke_off(code: grpc.StatusCode, message: str | None) -> bool:
+    """Returns whether a call that ended so, without a reason of the server, broke off on the way to it.
+
+    A stream that was reset (RST_STREAM) is told from a cancelled one only by the words of grpc.
+    """
+    match code:
+        case grpc.StatusCode.INTERNAL:
+            return message != UNREADABLE
+        case grpc.StatusCode.UNKNOWN:
+            return True
+        case grpc.StatusCode.CANCELLED:
+            return "RST_STREAM" in (message or "")
+        case _:
+            return False
 
 
 def has_begun(error: Any) -> bool:  # noqa: ANN401 - grpc has no public type for it
@@ -229,6 +263,11 @@ def request_id_in(metadata: Iterable[tuple[str, str | bytes]] | None, sent: str)
         if key == REQUEST_ID_KEY and isinstance(value, str):
             return value
     return sent
+
+
+def _is_a_reason(detail: Message) -> bool:
+    """Returns whether a detail of a status is the service's own reason. Others on the way have reasons of other domains."""
+    return isinstance(detail, error_details_pb2.ErrorInfo) and detail.domain in {"", "flywheel.v1"}
 
 
 def _details(trailing_metadata: Iterable[tuple[str, str | bytes]]) -> Iterable[Message]:

@@ -10,7 +10,13 @@ from typing import Any, Final, Generic, Protocol, TypeVar
 
 import grpc
 
-from flywheel_client._errors import FlywheelError, no_connection
+from flywheel_client._errors import (
+    CallCancelledError,
+    FlywheelError,
+    UnavailableError,
+    error_from_call,
+    no_connection,
+)
 from flywheel_client._health import MAX_PROBES
 from flywheel_client._retry import Tries
 
@@ -34,8 +40,8 @@ SPREAD_DELAY: Final = 0.3
 NO_SPREAD: Final = 3.0
 """Calls whose deadline is nearer than so many seconds do not wait for further endpoints."""
 
-GONE: Final = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED})
-"""How calls end on an endpoint that stops. CANCELLED is for those that arrive at the last moment, before any code sees them."""
+GONE: Final = (UnavailableError, CallCancelledError)
+"""How calls end on an endpoint that stops; with the latter, those that arrive at the last moment, before any code sees them."""
 
 
 class Directory(Protocol):
@@ -132,7 +138,7 @@ class Pool(Generic[ChannelT]):
         if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and not any(error.trailing_metadata() or ()):
             # A word of the server would be there. It may be silent, so it has to answer a probe before it gets more calls.
             member.answers = False
-        if error.code() not in GONE:
+        if not isinstance(error_from_call(error, ""), GONE):
             return False
         member.answers = False
         member.failed = now

@@ -63,7 +63,7 @@ async def test_status_becomes_its_exception(fake: FakeService, code: grpc.Status
 
 
 async def test_an_error_after_messages(fake: FakeService) -> None:
-    fake.fail(grpc.StatusCode.INTERNAL, "the engine failed")
+    fake.fail(grpc.StatusCode.INTERNAL, "the engine failed", ErrorInfo(reason="ENGINE_FAILED", domain="flywheel.v1"))
     with Client(fake.address, retry=None) as client, client.generate_deltas("p", max_tokens=1) as deltas:
         assert [next(deltas).text, next(deltas).text] == ["ab", "c"]
         with pytest.raises(flywheel_client.InternalError):

@@ -24,6 +24,7 @@ from flywheel_client import (
 )
 from flywheel_proto.v1 import generation_pb2
 from flywheel_server.engines.scripted import Script, ScriptedEngine
+from google.rpc.error_details_pb2 import ErrorInfo
 
 from tests.client.conftest import WAIT, Caller, happened, unavailable
 from tests.serving import serving, through_a_cable, until
@@ -163,7 +164,7 @@ async def test_what_has_delivered_is_not_repeated(caller: Callable[..., Caller],
 async def test_other_failures_are_not_repeated(caller: Callable[..., Caller], fakes: list[FakeService]) -> None:
     for fake in fakes:
         fake.deltas = []
-        fake.fail(grpc.StatusCode.INTERNAL, "the engine failed")
+        fake.fail(grpc.StatusCode.INTERNAL, "the engine failed", ErrorInfo(reason="ENGINE_FAILED", domain="flywheel.v1"))
     one = caller(directory_of(fakes))
     await one.expect(InternalError)
     assert sum(len(fake.requests) for fake in fakes) == 2

@@ -168,7 +168,7 @@ async def test_the_server_says_when(caller: Callable[..., Caller], fake: FakeSer
 async def test_what_would_fail_again_is_not_repeated(
     caller: Callable[..., Caller], fake: FakeService, code: grpc.StatusCode, kind: type[FlywheelError]
 ) -> None:
-    refuse(fake, code)
+    refuse(fake, code, reason="ENGINE_FAILED" if code is grpc.StatusCode.INTERNAL else "")
     await caller(fake.address, retry=QUICK).expect(kind)
     assert len(fake.requests) == 2
 

@@ -13,15 +13,18 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
-from flywheel_client import SERVICE_CONFIG
+from flywheel_client import SERVICE_CONFIG, AsyncClient, Client, Retry, UnavailableError
 from flywheel_proto.v1 import generation_pb2 as pb
 from flywheel_proto.v1 import generation_pb2_grpc
 from structlog.testing import capture_logs
 
+from tests.client.conftest import Caller
+from tests.client.test_restart import servers as processes
 from tests.contract import write_descriptor_set
 from tests.draining import Draining
 from tests.proxies.proxies import ENVOY, KINDS, Kind, TranscodingEnvoy, free_ports, proxy
 from tests.serving import as_dict, drained, until
+from tests.thorough import further
 
 SHORT = pb.GenerationRequest(text="x", max_tokens=1)
 HELD = pb.GenerationRequest(text="x", max_tokens=3)
@@ -199,3 +202,31 @@ async def test_envoy_takes_json_and_answers_with_error_details(tmp_path: Path) -
         status, (error,) = await post(address, "GetModel", {}, key=None)
         (detail,) = error["details"]
         assert (status, detail["reason"]) == (401, "API_KEY_MISSING")
+
+
+@pytest.mark.parametrize("name", ["envoy", *further({*KINDS} - {"envoy"})])
+async def test_clients_tell_a_killed_server_from_a_failed_engine(name: str, tmp_path: Path) -> None:
+    kind = KINDS[name]
+    if kind.find() is None:
+        pytest.skip("there is no such proxy on this machine")
+    ports = free_ports(2)
+    server = f"127.0.0.1:{ports[0]}"
+    async with processes(server, script='{"slots": 2, "hang_after": 2}') as running, proxy(kind, ports, tmp_path) as address:
+        callers = [Caller(kind, address, retry=Retry(max_attempts=2, initial_backoff=0.01)) for kind in (Client, AsyncClient)]
+        begun = [await one.stream(max_tokens=9, wait_for_ready=True) for one in callers]
+        for one, stream in zip(callers, begun, strict=True):
+            assert await one.next(stream)
+        queued = [asyncio.create_task(one.call()) for one in callers]
+        direct = Caller(AsyncClient, server)
+
+        async def are_queued() -> bool:
+            return int((await direct.client.stats()).queued) == len(queued)
+
+        await until(are_queued, "the calls wait for the engine")
+        running[server].kill()
+        for one, stream, call in zip(callers, begun, queued, strict=True):
+            for result in (one.rest(stream), call):
+                with pytest.raises(UnavailableError):
+                    await result
+            await one.close()
+        await direct.close()
