@@ -5,7 +5,7 @@ import functools
 import inspect
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -16,17 +16,23 @@ import typer
 from flywheel_proto import __version__
 
 from flywheel_client import _terminal as terminal
-from flywheel_client._errors import FlywheelError, InvalidArgumentError
+from flywheel_client._errors import DeadlineExceededError, FlywheelError, InvalidArgumentError, UnavailableError
 from flywheel_client._health import PROBE_TIMEOUT, answering
 from flywheel_client._modal import APP, no_endpoint, published_endpoints
 from flywheel_client._records import Endpoint
 from flywheel_client._retry import Retry
 from flywheel_client._sync import Client
+from flywheel_client._waiting import ReadyServer, was_begun
 
 FAILED: Final = 1
 INVALID: Final = 2
 INTERRUPTED: Final = 130
 BROKEN_PIPE: Final = 141
+
+UNHEALTHY: Final = "backend unhealthy"
+"""What gRPC says if a server answers that it is not SERVING."""
+
+Watch = Callable[[Iterable[Any]], Iterator[Any]]
 
 app = typer.Typer(
     help="Generates text with a Flywheel gRPC server, and asks the server how it is.",
@@ -126,10 +132,24 @@ class Server:
             return grpc.ssl_channel_credentials(trusted, key, chain)
         return None
 
-    def advice(self) -> str:
-        """Returns what to look at where the server cannot be reached."""
+    @property
+    def name(self) -> str:
+        """How to name the server in a sentence, at its beginning."""
+        return f"The server at {self.address}" if self.modal_app is None else f"The server of the Modal app {self.modal_app}"
+
+    def advice(self, error: FlywheelError) -> str:
+        """Returns what to look at if a call ended with this error; empty if the error says enough."""
+        if isinstance(error, DeadlineExceededError) and not error.reason and error.request_id and not was_begun(error):
+            return f"{self.name} has not answered. It may be loading its model, or something on the way drops what is sent."
+        if not isinstance(error, UnavailableError) or not error.request_id:
+            return ""
+        if error.reason == "ENGINE_UNAVAILABLE" or UNHEALTHY in error.message:
+            return f"{self.name} answers, but its engine is starting, stopping or out of reach."
+        if error.reason:
+            return ""
         if self.modal_app is None:
-            return f"Is flywheel-server running at {self.address}?"
+            refused = "Nothing listens there. " if "Connection refused" in error.message else ""
+            return f"{refused}Is flywheel-server running at {self.address}?"
         environment = f" --environment {self.modal_environment}" if self.modal_environment else ""
         return f"To see what is live: flywheel endpoints --app {self.modal_app}{environment}"
 
@@ -141,7 +161,7 @@ def _command(run: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(run)
     def command(context: typer.Context, **options: Any) -> None:  # noqa: ANN401 - as many kinds as there are options
         server = Server(**{each.name: options.pop(each.name) for each in fields(Server)})
-        with _exit_codes(server.advice()):
+        with _exit_codes(server.advice):
             if server.modal_app is None and server.modal_environment is not None:
                 raise ValueError("--modal-environment needs --modal-app")
             address = context.get_parameter_source("address")
@@ -159,13 +179,13 @@ def _command(run: Callable[..., None]) -> Callable[..., None]:
 
 
 @contextmanager
-def _exit_codes(advice: str = "") -> Iterator[None]:
+def _exit_codes(advice: Callable[[FlywheelError], str] = lambda _: "") -> Iterator[None]:
     """Turns what may go wrong in a subcommand into a message and an exit code."""
     try:
         yield
         sys.stdout.flush()
     except FlywheelError as error:
-        terminal.show_error(terminal.describe(error, advice))
+        terminal.show_error(terminal.describe(error, advice(error)))
         raise typer.Exit(INVALID if isinstance(error, InvalidArgumentError) else FAILED) from None
     except (TypeError, ValueError) as error:
         terminal.show_error(str(error))
@@ -242,7 +262,8 @@ def generate(
 
     Several samples are printed one after another. A summary of each goes to stderr. A newline at the end of stdin is not
     taken as part of the prompt. A call that fails before the engine has begun on it is tried again for some
-    seconds. Exit codes: see flywheel --help.
+    seconds, and if the server answers that its engine is not ready, for as long as --timeout allows. Exit codes: see
+    flywheel --help.
     """
     options: dict[str, Any] = {
         "text": _text(prompt),
@@ -258,11 +279,12 @@ def generate(
         "frequency_penalty": frequency_penalty,
     }
     # Somebody looks at the terminal: what takes longer than that is for them to decide.
-    with server.client(timeout, Retry(max_delay=5.0)) as client:
+    with server.client(timeout, Retry(max_delay=5.0)) as client, server.client(timeout) as observer:
+        ready = ReadyServer(observer, server.name, timeout, wait_for_ready=server.wait_for_ready)
         if as_json:
-            _print_samples(client, options)
+            ready.call(lambda seconds: _print_samples(ready.noting_silence, client, options | {"timeout": seconds}))
         else:
-            _print_text(client, options, samples or 1)
+            ready.call(lambda seconds: _print_text(ready.noting_silence, client, options | {"timeout": seconds}, samples or 1))
 
 
 def _text(prompt: str | None) -> str:
@@ -279,20 +301,20 @@ def _text(prompt: str | None) -> str:
     return prompt
 
 
-def _print_samples(client: Client, fields: dict[str, Any]) -> None:
+def _print_samples(watched: Watch, client: Client, fields: dict[str, Any]) -> None:
     with client.generate(**fields) as samples:
-        for sample in samples:
+        for sample in watched(samples):
             terminal.show_json(asdict(sample))
 
 
-def _print_text(client: Client, fields: dict[str, Any], num_samples: int) -> None:
+def _print_text(watched: Watch, client: Client, fields: dict[str, Any], num_samples: int) -> None:
     # Where the locale's encoding has no such character, a question mark must do.
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     writer = terminal.SampleWriter(terminal.Output(sys.stdout), num_samples)
     begun = time.monotonic()
     with client.generate_deltas(**fields) as deltas:
         try:
-            for delta in deltas:
+            for delta in watched(deltas):
                 writer.add(delta, time.monotonic() - begun)
         finally:
             deltas.close()

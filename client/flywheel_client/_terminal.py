@@ -16,7 +16,7 @@ from typing import Final, TextIO
 
 import typer
 
-from flywheel_client._errors import FlywheelError, InvalidArgumentError, ResourceExhaustedError, UnavailableError
+from flywheel_client._errors import FlywheelError, InvalidArgumentError, ResourceExhaustedError
 from flywheel_client._records import Endpoint
 from flywheel_client._results import Delta
 
@@ -195,13 +195,13 @@ def show_error(message: str) -> None:
 
 
 def describe(error: FlywheelError, advice: str) -> str:
-    """Returns an error in words: the status, each violation and quota on its own line, what to do, and the request id."""
+    """Returns an error in words: the status, each violation and quota on its own line, the advice, and the request id."""
     lines = [f"{error.code.name}: {error.message}"]
     if isinstance(error, InvalidArgumentError) and error.violations:
         if all(violation.description in error.message for violation in error.violations):
             lines = [f"{error.code.name}:"]
         lines += [f"{violation.field} {violation.description}" for violation in error.violations]
-    if isinstance(error, UnavailableError) and not error.reason and error.request_id:
+    if advice:
         lines.append(advice)
     if isinstance(error, ResourceExhaustedError):
         quotas = (quota for quota in error.quota_violations if quota.description not in error.message)
