@@ -28,7 +28,8 @@ class Retry:
     The server sends the headers of its answer (initial metadata) when the engine begins. A call is never tried again once
     they have arrived, even if no result has. This is the rule of gRPC's own retries (gRFC A6). Before that, a call is tried
     again if the server was UNAVAILABLE, was full and said when to come back (RESOURCE_EXHAUSTED with `RetryInfo`), or
-    stopped as the call arrived (CANCELLED). The wait is what the server asks for and a little more, or else a backoff that
+    stopped as the call arrived (CANCELLED), and if something on the way ended the call (INTERNAL or UNKNOWN without a
+    reason of the server). The wait is what the server asks for and a little more, or else a backoff that
     grows from one attempt to the next. One deadline holds for all attempts: if it would pass first, the call fails at once.
 
     Attributes:
