@@ -8,7 +8,7 @@ import grpc.aio
 import structlog
 
 from flywheel_server.engines.base import EngineError
-from flywheel_server.errors import DeadlineExceededError, QuotaExceededError, UnauthenticatedError, status_of
+from flywheel_server.errors import CallStatus, DeadlineExceededError, QuotaExceededError, UnauthenticatedError, status_of
 from flywheel_server.interceptors.base import Call, CallInterceptor, Context
 from flywheel_server.interceptors.methods import MethodError
 from flywheel_server.interceptors.request_id import KEY, SENDING, request_id
@@ -46,7 +46,7 @@ def _clear_frames(error: BaseException) -> None:
 
 
 class ErrorInterceptor(CallInterceptor):
-    """Turns exceptions into statuses, and logs the cause of those that are the server's own fault."""
+    """Turns exceptions into statuses, and logs the status and the cause of each call that ended with one of them."""
 
     async def around(self, call: Call, context: Context) -> None:
         """Runs the call; an exception ends it with its status."""
@@ -54,22 +54,42 @@ class ErrorInterceptor(CallInterceptor):
             await call(context)
         except grpc.aio.AbortError:
             raise
-        except Exception as error:
-            status = status_of(error, request_id.get())
-            if status.code is grpc.StatusCode.INTERNAL:
-                log.exception("call failed", **_cause(error))
-            else:
-                log.info("call refused", code=status.code.name, error=type(error).__name__, **_cause(error))
-            _clear_frames(error)
-            # Here too: a call that is refused before it begins has no initial metadata.
-            metadata = (*status.trailing_metadata(), (KEY, request_id.get()))
-            try:
-                async with asyncio.timeout(SENDING):
-                    await context.abort(status.code, status.message, metadata)
-            except grpc.aio.AbortError:
-                raise
-            except Exception as unsent:
-                # Either the caller reads nothing, and gets the status when it does. Or it has gone in this moment, and what
-                # grpc raises then, it would log as if it were a fault of ours.
-                log.debug("status not sent", error=type(unsent).__name__)
-                raise asyncio.CancelledError from unsent
+        except Exception as error:  # noqa: BLE001 - every call ends with a status
+            await _end(context, error)
+
+
+async def _end(context: Context, error: Exception) -> None:
+    """Ends the call with the status of the error, and logs it; raises what ends the handler of a call that has its status.
+
+    The log follows the status: a call that gRPC has ended meanwhile, because its caller is gone or its message is refused, has
+    another status, and often it is only this end that the error comes from. A fault of the server's own is logged in any case.
+    """
+    status = status_of(error, request_id.get())
+    _clear_frames(error)
+    # Here too: a call that is refused before it begins has no initial metadata.
+    metadata = (*status.trailing_metadata(), (KEY, request_id.get()))
+    is_own_fault = status.code is grpc.StatusCode.INTERNAL and not isinstance(error, grpc.aio.InternalError)
+    is_sent = True
+    try:
+        async with asyncio.timeout(SENDING):
+            await context.abort(status.code, status.message, metadata)
+    except grpc.aio.AbortError:
+        raise
+    except TimeoutError as unread:
+        # The caller reads nothing, and gets the status when it does.
+        raise asyncio.CancelledError from unread
+    except Exception as unsent:
+        # What grpc raises if the call has ended, it would log as if it were a fault of ours.
+        is_sent = False
+        log.debug("status not sent", error=type(unsent).__name__)
+        raise asyncio.CancelledError from unsent
+    finally:
+        if is_sent or is_own_fault:
+            _log(error, status)
+
+
+def _log(error: Exception, status: CallStatus) -> None:
+    if status.code is grpc.StatusCode.INTERNAL:
+        log.error("call failed", exc_info=error, **_cause(error))
+    else:
+        log.info("call refused", code=status.code.name, error=type(error).__name__, **_cause(error))

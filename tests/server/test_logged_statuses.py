@@ -1,0 +1,160 @@
+"""The log has the status that the caller gets, and none of ours for a call to which gRPC itself has given another."""
+
+import asyncio
+from collections import defaultdict
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import grpc.aio
+import pytest
+import structlog
+from flywheel_proto.v1 import generation_pb2 as pb
+from flywheel_server.engines.base import EngineFailedError, EngineOverloadedError
+from flywheel_server.engines.scripted import Script, ScriptedEngine
+from structlog.testing import capture_logs
+
+from tests.server.http2_client import Client, http2, prefixed
+from tests.serving import Target, serving, until
+
+PATH = "/flywheel.v1.GenerationService/"
+METHODS = ["Generate", "GenerateDeltas", "GenerateAll"]
+GENERATION = prefixed(pb.GenerationRequest(text="x", max_tokens=1).SerializeToString())
+CODES = {code.value[0]: code.name for code in grpc.StatusCode}
+LIMITS: dict[str, Any] = {"max_message_bytes": 10_000, "max_text_bytes": 1_000}
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A call as bytes, and the status that its caller gets.
+
+    Attributes:
+        data: What is sent after the headers.
+        code: The status.
+        headers: Further headers.
+        half_closes: Whether the caller says that it sends no more.
+        is_logged: Whether the server gives the status, and so logs it; otherwise gRPC does.
+    """
+
+    data: bytes
+    code: str
+    headers: tuple[tuple[str, str], ...] = ()
+    half_closes: bool = True
+    is_logged: bool = False
+    path: str = PATH + "{method}"
+
+
+CALLS = {
+    "served": Sent(GENERATION, "OK"),
+    "two messages": Sent(GENERATION * 2, "OK"),
+    "no message": Sent(b"", "INVALID_ARGUMENT", is_logged=True),
+    "undecodable": Sent(prefixed(b"\xff"), "INVALID_ARGUMENT", is_logged=True),
+    "invalid": Sent(prefixed(b""), "INVALID_ARGUMENT", is_logged=True),
+    "text too long": Sent(
+        prefixed(pb.GenerationRequest(text="x" * 2_000, max_tokens=1).SerializeToString()), "INVALID_ARGUMENT", is_logged=True
+    ),
+    "compressed, but not": Sent(
+        prefixed(b"abc", compressed=True), "INVALID_ARGUMENT", (("grpc-encoding", "gzip"),), is_logged=True
+    ),
+    "ends in the message": Sent(prefixed(b"abc", length=1_000), "INVALID_ARGUMENT", is_logged=True),
+    "ends in the prefix": Sent(b"\0\0", "INVALID_ARGUMENT", is_logged=True),
+    "deadline": Sent(GENERATION, "DEADLINE_EXCEEDED", (("grpc-timeout", "1n"),)),
+    "too large": Sent(prefixed(bytes(20_000)), "RESOURCE_EXHAUSTED"),
+    "too large, without end": Sent(prefixed(b"abc", length=100_000_000), "RESOURCE_EXHAUSTED", half_closes=False),
+    "compressed without encoding": Sent(prefixed(b"abc", compressed=True), "INTERNAL"),
+    "unknown encoding": Sent(prefixed(b"abc", compressed=True), "INTERNAL", (("grpc-encoding", "br"),)),
+    "unreadable deadline": Sent(GENERATION, "INTERNAL", (("grpc-timeout", "1x"),)),
+    "unknown method": Sent(GENERATION, "UNIMPLEMENTED", path=PATH + "{method}Nothing"),
+    "unknown service": Sent(GENERATION, "UNIMPLEMENTED", path="/no.such.Service/{method}"),
+    "health, too large for it": Sent(
+        prefixed(bytes(5_000)), "RESOURCE_EXHAUSTED", path="/grpc.health.v1.Health/Check", is_logged=True
+    ),
+    "health, too large": Sent(prefixed(bytes(20_000)), "RESOURCE_EXHAUSTED", path="/grpc.health.v1.Health/Check"),
+}
+"""How a call may go wrong before a generation begins."""
+
+
+@asynccontextmanager
+async def logged(engine: ScriptedEngine, **settings: Any) -> AsyncIterator[tuple[Target, dict[str, list[str]]]]:
+    """Gives a server, and the statuses in its log by request id."""
+    codes: dict[str, list[str]] = defaultdict(list)
+    with capture_logs(processors=[structlog.contextvars.merge_contextvars]) as lines:
+        async with serving(engine, **settings) as target:
+            yield target, codes
+    for line in lines:
+        if line["event"] in {"call refused", "call failed"}:
+            codes[line["request_id"]].append(line.get("code", "INTERNAL"))
+
+
+def id_of(name: str) -> str:
+    """Returns a request id."""
+    return name.replace(" ", "-")
+
+
+async def send(client: Client, sent: Sent, method: str, request_id: str) -> str:
+    path = sent.path.format(method=method)
+    code = await client.call(path, sent.data, ("x-request-id", request_id), *sent.headers, end=sent.half_closes)
+    return CODES[code]
+
+
+@pytest.mark.parametrize("method", METHODS)
+async def test_it_is_the_one_that_the_caller_gets(method: str) -> None:
+    async with logged(ScriptedEngine(), **LIMITS) as (target, codes), http2(target.address) as client:
+        got = await asyncio.gather(*(send(client, sent, method, id_of(name)) for name, sent in CALLS.items() for _ in range(5)))
+    assert got == [sent.code for sent in CALLS.values() for _ in range(5)]
+    # gRPC may be first to see that a deadline has passed.
+    assert set(codes.pop("deadline", ())) <= {"DEADLINE_EXCEEDED"}
+    assert codes == {id_of(name): [sent.code] * 5 for name, sent in CALLS.items() if sent.is_logged}
+
+
+async def test_it_is_so_too_when_grpc_tells_first_that_no_message_comes_and_then_that_the_call_has_ended() -> None:
+    """Makes calls until gRPC has, which it does with one in a hundred."""
+    sent = CALLS["compressed without encoding"]
+    async with logged(ScriptedEngine(), **LIMITS) as (target, codes), http2(target.address) as client:
+        for first in range(0, 600, 60):
+            calls = (send(client, sent, "GenerateAll", str(first + number)) for number in range(60))
+            assert set(await asyncio.gather(*calls)) == {sent.code}
+    assert not codes
+
+
+class RefusingEngine(ScriptedEngine):
+    """Raises an error when a call ends, as an engine may that is told to stop in the middle of something."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(Script(hang_after=1))
+        self.error = error
+
+    async def generate(self, prepared: Any) -> Any:
+        try:
+            async for event in super().generate(prepared):
+                yield event
+        except asyncio.CancelledError:
+            if prepared.request.text == "check":
+                raise
+            raise self.error from None
+
+
+async def left(target: Target, engine: ScriptedEngine, method: str) -> None:
+    """Makes a call, and drops the connection while it runs."""
+    async with http2(target.address) as client:
+        stream = client.begin(PATH + method, ("x-request-id", "gone"))
+        await client.send(stream, prefixed(pb.GenerationRequest(text="x", max_tokens=9).SerializeToString()), end=True)
+        await until(lambda: engine.running == 1, "it runs")
+    await until(lambda: engine.running == 0, "it has ended")
+
+
+@pytest.mark.parametrize("method", METHODS)
+async def test_what_the_server_would_have_said_to_a_caller_who_has_gone_is_not_logged(method: str) -> None:
+    engine = RefusingEngine(EngineOverloadedError("full"))
+    async with logged(engine) as (target, codes):
+        await left(target, engine, method)
+    assert not codes
+
+
+async def test_a_fault_of_the_servers_own_is_logged_whoever_hears_of_it() -> None:
+    engine = RefusingEngine(EngineFailedError("broken"))
+    async with logged(engine) as (target, codes):
+        await left(target, engine, "GenerateAll")
+    assert codes == {"gone": ["INTERNAL"]}
