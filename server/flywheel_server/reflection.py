@@ -9,7 +9,23 @@ from typing import Any, Final
 
 import grpc
 import grpc.aio
-from google.protobuf import descriptor_pb2, descriptor_pool, text_format
+from google.protobuf import (
+    any_pb2,
+    api_pb2,
+    descriptor_pb2,
+    descriptor_pool,
+    duration_pb2,
+    empty_pb2,
+    field_mask_pb2,
+    source_context_pb2,
+    struct_pb2,
+    text_format,
+    timestamp_pb2,
+    type_pb2,
+    wrappers_pb2,
+)
+from google.protobuf.descriptor import Descriptor, FieldDescriptor, FileDescriptor
+from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -17,26 +33,112 @@ Context = grpc.aio.ServicerContext[Any, Any]
 V1: Final = "grpc.reflection.v1.ServerReflection"
 V1ALPHA: Final = reflection.SERVICE_NAME
 
+COMMON_FILES: Final[tuple[FileDescriptor, ...]] = tuple(
+    module.DESCRIPTOR
+    for module in (
+        any_pb2,
+        api_pb2,
+        descriptor_pb2,
+        duration_pb2,
+        empty_pb2,
+        field_mask_pb2,
+        source_context_pb2,
+        struct_pb2,
+        timestamp_pb2,
+        type_pb2,
+        wrappers_pb2,
+        code_pb2,
+        error_details_pb2,
+        status_pb2,
+    )
+)
+"""The well-known types, and google.rpc, without which tools cannot show the details of an error."""
+
 
 class ReflectionServicer(reflection_pb2_grpc.ServerReflectionServicer):  # type: ignore[misc] # it has no types
     """Answers as that of grpcio-reflection does, but gets the requests one by one, and writes to the context."""
 
     def __init__(self, services: Iterable[str]) -> None:
-        self._answering = reflection.aio.ReflectionServicer(services)
+        services = tuple(services)
+        self._answering = reflection.aio.ReflectionServicer(services, ServedFiles(services))
 
     async def ServerReflectionInfo(self, request: reflection_pb2.ServerReflectionRequest, context: Context) -> None:
-        """Sends the answer to one request."""
+        """Sends the answer to one request; what is not there is NOT_FOUND in the answer, and the stream goes on."""
 
         async def requests() -> AsyncIterator[reflection_pb2.ServerReflectionRequest]:
             yield request
 
         async for answer in self._answering.ServerReflectionInfo(requests(), context):
+            answer.valid_host = request.host
             await context.write(answer)
+
+
+class ServedFiles:
+    """A pool of the files that define the services, of `COMMON_FILES`, and of what all of these import.
+
+    It has the look-ups that grpcio-reflection makes, which raise `KeyError` for what is not there. The default pool would show
+    strangers every other file that the process has loaded, such as those of Modal's client.
+    """
+
+    def __init__(self, services: Iterable[str]) -> None:
+        self._pool = descriptor_pool.DescriptorPool()
+        self._names: set[str] = set()
+        default = descriptor_pool.Default()
+        for service in services:
+            if service == V1:
+                self._pool.AddSerializedFile(_v1().SerializeToString())
+            else:
+                self._add(default.FindServiceByName(service).file)
+        for file in COMMON_FILES:
+            self._add(file)
+
+    def _add(self, file: FileDescriptor) -> None:
+        if file.name not in self._names:
+            self._names.add(file.name)
+            for imported in file.dependencies:
+                self._add(imported)
+            self._pool.AddSerializedFile(file.serialized_pb)
+
+    def FindFileByName(self, name: str) -> FileDescriptor:
+        """Returns the file with this name."""
+        return self._pool.FindFileByName(name)
+
+    def FindFileContainingSymbol(self, symbol: str) -> FileDescriptor:
+        """Returns the file that defines a service, method, message, field, oneof, enum, enum value or extension.
+
+        The full name of an enum value has its enum's parent before it (`package.VALUE`). Tools that name the enum too are
+        understood.
+        """
+        for find in (self._pool.FindFileContainingSymbol, self._file_of_method, self._file_of_enum_value):
+            try:
+                return find(symbol)
+            except KeyError:
+                continue
+        raise KeyError(symbol)
+
+    def _file_of_method(self, symbol: str) -> FileDescriptor:
+        # Protobuf has the methods, but its `FindFileContainingSymbol` passes over them (protobuf 7.36, upb).
+        return self._pool.FindMethodByName(symbol).containing_service.file
+
+    def _file_of_enum_value(self, symbol: str) -> FileDescriptor:
+        enum, _, value = symbol.rpartition(".")
+        return self._pool.FindEnumTypeByName(enum).values_by_name[value].type.file
+
+    def FindMessageTypeByName(self, name: str) -> Descriptor:
+        """Returns the message type with this full name."""
+        return self._pool.FindMessageTypeByName(name)
+
+    def FindExtensionByNumber(self, extended: Descriptor, number: int) -> FieldDescriptor:
+        """Returns the extension of a message type that has this number."""
+        return self._pool.FindExtensionByNumber(extended, number)
+
+    def FindAllExtensions(self, extended: Descriptor) -> list[FieldDescriptor]:
+        """Returns all extensions of a message type."""
+        return self._pool.FindAllExtensions(extended)
 
 
 def add_reflection(services: Iterable[str], server: grpc.aio.Server) -> None:
     """Adds reflection of the named services, and of itself, to the server."""
-    _describe_v1()
     servicer = ReflectionServicer((*services, V1, V1ALPHA))
     reflection_pb2_grpc.add_ServerReflectionServicer_to_server(servicer, server)
     info = grpc.stream_stream_rpc_method_handler(
@@ -47,14 +149,9 @@ def add_reflection(services: Iterable[str], server: grpc.aio.Server) -> None:
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(V1, {"ServerReflectionInfo": info}),))
 
 
-def _describe_v1() -> None:
-    """Makes v1 known to the descriptor pool, so that tools can describe it like any other service."""
-    pool = descriptor_pool.Default()
-    try:
-        pool.FindServiceByName(V1)
-    except KeyError:
-        v1alpha = descriptor_pb2.FileDescriptorProto()
-        reflection_pb2.DESCRIPTOR.CopyToProto(v1alpha)
-        v1alpha.options.ClearField("deprecated")
-        v1 = text_format.Parse(str(v1alpha).replace("v1alpha", "v1"), descriptor_pb2.FileDescriptorProto())
-        pool.AddSerializedFile(v1.SerializeToString())
+def _v1() -> descriptor_pb2.FileDescriptorProto:
+    """Returns the file of v1, which tools describe like any other."""
+    v1alpha = descriptor_pb2.FileDescriptorProto()
+    reflection_pb2.DESCRIPTOR.CopyToProto(v1alpha)
+    v1alpha.options.ClearField("deprecated")
+    return text_format.Parse(str(v1alpha).replace("v1alpha", "v1"), descriptor_pb2.FileDescriptorProto())

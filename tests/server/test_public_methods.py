@@ -19,7 +19,7 @@ from flywheel_proto.v1 import generation_pb2 as pb
 from flywheel_server import public_limits
 from flywheel_server.engines.scripted import Script, ScriptedEngine
 from flywheel_server.public_limits import MAX_CALLS_PER_CONNECTION, MAX_REQUEST_BYTES, MAX_TURNS, MAX_UNREAD_ANSWERS
-from google.protobuf import descriptor_pool
+from flywheel_server.reflection import ServedFiles
 from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
@@ -57,10 +57,11 @@ async def methods(target: Target) -> dict[str, int]:
     (answer,) = [answer async for answer in reflection.ServerReflectionInfo(asked)]
     names = [service.name for service in answer.list_services_response.service]
     assert PROTECTED in names
+    files = ServedFiles(names)
     found = {
         f"/{name}/{method.name}": UNAUTHENTICATED if name == PROTECTED else OK
         for name in names
-        for method in descriptor_pool.Default().FindServiceByName(name).methods
+        for method in files.FindFileContainingSymbol(name).services_by_name[name.rpartition(".")[2]].methods
     }
     assert list(found.values()).count(OK) >= 4, "health and reflection in both versions"
     return found | dict.fromkeys(UNKNOWN, UNIMPLEMENTED)
