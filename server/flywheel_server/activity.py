@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
+from flywheel_server import running_time
 from flywheel_server.engines.base import EngineError, EngineFailedError
 from flywheel_server.shortage import is_shortage
 
@@ -13,7 +14,7 @@ class Activity:
 
     Attributes:
         inside: Calls that were given to the engine, whether it has begun to work on them or not.
-        last_sign: When the engine last made something of a sample, or got a call after having none, on the clock of the loop.
+        last_sign: When the engine last made something of a sample, or got a call after having none, in running time.
         failed: Is set when the engine has failed in a way that may be more than this one call's.
     """
 
@@ -36,11 +37,11 @@ class Activity:
 
     def sign(self) -> None:
         """Notes that the engine has made something of a sample."""
-        self.last_sign = asyncio.get_running_loop().time()
+        self.last_sign = running_time.now()
 
     def silence(self) -> float:
-        """Returns the seconds since the last sign."""
-        return asyncio.get_running_loop().time() - self.last_sign
+        """Returns the seconds of running time since the last sign."""
+        return running_time.now() - self.last_sign
 
     @contextmanager
     def failures_noticed(self) -> Iterator[None]:

@@ -1,7 +1,6 @@
 """Who may start, who waits, and who is refused."""
 
 import asyncio
-import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -9,6 +8,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Final
 
+from flywheel_server import running_time
 from flywheel_server.callers import Caller
 from flywheel_server.errors import DeadlineExceededError, ServerFullError
 
@@ -77,10 +77,10 @@ class Admission:
     Arguments:
         max_concurrent: Samples that are generated at a time.
         max_queued: Samples that may wait, besides those for which there are free slots.
-        clock: Seconds that only ever increase.
+        clock: Seconds that only ever increase, by default those in which the server runs.
     """
 
-    def __init__(self, max_concurrent: int, max_queued: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, max_concurrent: int, max_queued: int, clock: Callable[[], float] = running_time.now) -> None:
         self.active = 0
         """Samples that have been let in."""
         self.queued = 0

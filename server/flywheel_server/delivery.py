@@ -12,6 +12,7 @@ from typing import Any, Final, Literal, Protocol
 
 from flywheel_proto.v1 import generation_pb2 as pb
 
+from flywheel_server import running_time
 from flywheel_server.engines.base import TextDelta
 from flywheel_server.errors import SlowReaderError
 from flywheel_server.messages import GenerationResponseSample
@@ -30,7 +31,7 @@ class Patience:
     Attributes:
         max_bytes: Text that may wait for it, in bytes of UTF-8, give or take one event.
         when_full: Whether the engine then waits for the reader, or the stream ends.
-        timeout: Seconds in which it must have taken a message, give or take a quarter.
+        timeout: Seconds of running time in which it must have taken a message, give or take a quarter.
     """
 
     max_bytes: int
@@ -64,7 +65,7 @@ async def deliver(
 async def deliver_one(message: Any, write: Callable[[Any], Awaitable[None]], patience: Patience) -> None:  # noqa: ANN401
     """Writes a message; raises `SlowReaderError` where the reader takes longer than patience allows."""
     try:
-        async with asyncio.timeout(patience.timeout):
+        async with running_time.timeout(patience.timeout):
             await write(message)
     except TimeoutError as error:
         raise SlowReaderError from error
@@ -80,7 +81,7 @@ class _Delivery:
         self._buffer = buffer
         self._write = write
         self._patience = patience
-        self._loop = asyncio.get_running_loop()
+        self._clock = running_time.clock()
         self._something = asyncio.Event()
         self._room = asyncio.Event()
         self._overflown = False
@@ -119,7 +120,7 @@ class _Delivery:
                 await self._room.wait()
             elif before:
                 self._overflown = True
-                self._end()
+                running_time.expire(self._limit)
                 raise SlowReaderError
 
     async def _write_all(self) -> None:
@@ -128,21 +129,17 @@ class _Delivery:
         for message in messages:
             if self._overflown:
                 raise SlowReaderError
-            self._writing_since = self._loop.time()
+            self._writing_since = self._clock.time()
             await self._write(message)
         self._writing_since = None
 
-    def _end(self) -> None:
-        """Interrupts the writing."""
-        self._limit.reschedule(self._loop.time())
-
-    def _look_later(self) -> asyncio.TimerHandle:
+    def _look_later(self) -> running_time.Timer:
         # A look now and then, because a timer for each message would cost a tenth of what the message does.
-        return self._loop.call_later(self._patience.timeout / 4, self._look)
+        return self._clock.call_later(self._patience.timeout / 4, self._look)
 
     def _look(self) -> None:
-        if self._writing_since is not None and self._loop.time() - self._writing_since >= self._patience.timeout:
-            self._end()
+        if self._writing_since is not None and self._clock.time() - self._writing_since >= self._patience.timeout:
+            running_time.expire(self._limit)
         else:
             self._looking = self._look_later()
 

@@ -5,6 +5,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Final
 
+from flywheel_server import running_time
 from flywheel_server.activity import Activity
 from flywheel_server.admission import DEFAULT_SERVICE_TIME, Admission
 from flywheel_server.callers import Caller
@@ -58,7 +59,7 @@ class Generations:
         """Gives the generations under way `timeout` seconds to finish, and ends the others with `EngineUnavailableError`."""
         try:
             with suppress(TimeoutError):
-                async with asyncio.timeout(timeout):
+                async with running_time.timeout(timeout):
                     await self._all_left()
         finally:
             self.end_all("the server is stopping")

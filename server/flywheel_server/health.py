@@ -11,6 +11,7 @@ import structlog
 from flywheel_proto.v1 import generation_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from flywheel_server import running_time
 from flywheel_server.engines.base import Engine, EngineUnavailableError
 from flywheel_server.shortage import shortage_in
 
@@ -129,7 +130,7 @@ class Health:
 
     async def _look(self, engine: Engine, within: float) -> None:
         try:
-            async with asyncio.timeout(within):
+            async with running_time.timeout(within):
                 stats = await engine.stats()
         except Exception as error:  # noqa: BLE001 - whatever it is, health must not go on as if nothing were
             if shortage := shortage_in(error):

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Final
 
+from flywheel_server import running_time
 from flywheel_server.errors import IncompleteRequestError, ServerFullError
 
 MAX_REQUEST_BYTES: Final = 4096
@@ -125,7 +126,7 @@ class Turns:
             raise
         finally:
             self._running.discard(turn)
-            turn.stop_timer()
+            turn.stop_timers()
             self._pass_on()
 
     async def _admitted(self, connection: str) -> None:
@@ -136,7 +137,7 @@ class Turns:
             turn.hurry()
         admitted = self._wait(connection)
         try:
-            async with asyncio.timeout(TURN_TIMEOUT):
+            async with running_time.timeout(TURN_TIMEOUT):
                 await admitted
         except BaseException as error:
             if admitted.done() and not admitted.cancelled():
@@ -183,10 +184,11 @@ class Turns:
 
 class _Turn:
     def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._began = self._loop.time()
-        self._ending: asyncio.TimerHandle | None = None
-        self.scope = asyncio.timeout(TURN_TIMEOUT)
+        self._clock = running_time.clock()
+        self._began = self._clock.time()
+        self._ending: running_time.Timer | None = None
+        self.scope = asyncio.timeout(None)
+        self._expiry = self._clock.call_later(TURN_TIMEOUT, lambda: running_time.expire(self.scope))
 
     @property
     def is_hurried(self) -> bool:
@@ -195,14 +197,15 @@ class _Turn:
     def hurry(self) -> None:
         """Ends the turn as soon as it has lasted as long as it may while others wait."""
         if self._ending is None:
-            self._ending = self._loop.call_at(self._began + HURRIED_TURN_TIMEOUT, self._end)
+            self._ending = self._clock.call_later(self._began + HURRIED_TURN_TIMEOUT - self._clock.time(), self._end)
 
     def _end(self) -> None:
         # Not at once: where the event loop was busy, the request may have arrived without the call having learned of it.
         if not self.scope.expired():
-            self.scope.reschedule(self._loop.time() + LAG)
+            self.scope.reschedule(self._clock.loop.time() + LAG)
 
-    def stop_timer(self) -> None:
+    def stop_timers(self) -> None:
         """Leaves the scope alone from now on: it has ended."""
+        self._expiry.cancel()
         if self._ending is not None:
             self._ending.cancel()

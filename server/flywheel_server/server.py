@@ -1,6 +1,5 @@
 """Assembles the server and runs it: listener, service, health, reflection, start and stop."""
 
-import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -8,6 +7,7 @@ import grpc.aio
 from flywheel_proto.v1 import generation_pb2_grpc
 from grpc_health.v1 import health, health_pb2_grpc
 
+from flywheel_server import running_time
 from flywheel_server.admission import Admission
 from flywheel_server.delivery import Patience
 from flywheel_server.engines.base import Engine
@@ -91,7 +91,7 @@ async def serve(engine: Engine, settings: Settings) -> AsyncIterator[int]:
                 drain_timeout = 0.0
                 try:
                     if service.is_open:
-                        await asyncio.sleep(settings.withdraw_window)
+                        await running_time.sleep(settings.withdraw_window)
                     drain_timeout = settings.drain_timeout
                 finally:
                     connections.drain()

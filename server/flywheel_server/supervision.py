@@ -7,7 +7,7 @@ from typing import Final
 
 import structlog
 
-from flywheel_server import descriptors
+from flywheel_server import descriptors, running_time
 from flywheel_server.activity import Activity
 from flywheel_server.engines.base import Engine, EngineOverloadedError
 from flywheel_server.shortage import is_shortage
@@ -44,7 +44,7 @@ class Supervisor:
         engine: The engine, not yet started.
         activity: What its calls show of its condition.
         serving: Makes the context in which the engine is given calls: it is entered while the engine is up.
-        timeout: Seconds.
+        timeout: Seconds of running time: an engine is not dead because the whole process was stopped.
         restarts: Whether a dead engine is started again.
     """
 
@@ -96,16 +96,15 @@ class Supervisor:
                 raise error
 
     async def _live(self, up: asyncio.Event) -> None:
-        loop_time = asyncio.get_running_loop().time
-        began = loop_time()
+        began = running_time.now()
         async with self._lifetime():
             up.set()
             await self._death()
         while self._restarts:
             # What kills the engine may come again at once.
-            await asyncio.sleep(max(began + RESTART_INTERVAL - loop_time(), TELLING_TIME))
+            await running_time.sleep(max(began + RESTART_INTERVAL - running_time.now(), TELLING_TIME))
             log.warning("engine is started again")
-            began = loop_time()
+            began = running_time.now()
             try:
                 async with self._lifetime():
                     await self._death()
@@ -124,7 +123,7 @@ class Supervisor:
         await self._engine.__aenter__()
         try:
             try:
-                async with asyncio.timeout(self._timeout):
+                async with running_time.timeout(self._timeout):
                     await self._engine.check()
             except TimeoutError as error:
                 raise EngineDiedError(f"the engine has started, but produced no token within {self._timeout:g} s") from error
@@ -132,7 +131,7 @@ class Supervisor:
                 yield
         finally:
             stopping = asyncio.create_task(self._engine.__aexit__(None, None, None))
-            await asyncio.wait({stopping}, timeout=STOP_TIMEOUT)
+            await running_time.wait({stopping}, STOP_TIMEOUT)
             if not stopping.done():
                 raise EngineDiedError("the engine does not stop")
             stopping.result()
@@ -142,7 +141,7 @@ class Supervisor:
         while True:
             self._activity.failed.clear()
             try:
-                async with asyncio.timeout(self._timeout):
+                async with running_time.timeout(self._timeout):
                     await self._activity.failed.wait()
             except TimeoutError:
                 if not self._activity.inside or self._activity.silence() < self._timeout:
@@ -158,8 +157,8 @@ class Supervisor:
         checking = asyncio.ensure_future(self._engine.check())
         try:
             # Where it has much to do, the check waits for its turn; what it makes meanwhile for others will do.
-            done, _ = await asyncio.wait({checking}, timeout=self._timeout)
-            if not done:
+            await running_time.wait({checking}, self._timeout)
+            if not checking.done():
                 return self._activity.silence() < self._timeout
             if checking.cancelled():
                 return False

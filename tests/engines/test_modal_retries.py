@@ -1,9 +1,9 @@
 """How long an error of Modal's is doubted, and how often a request is made again."""
 
-import asyncio
 from collections.abc import Iterator
 
 import pytest
+from flywheel_server import running_time
 from flywheel_server.engines.base import EngineOverloadedError, EngineSetupError, EngineUnavailableError
 from flywheel_server.engines.modal_retries import DOUBT_SECONDS, MAX_DELAY, MAX_RETRY_AFTER, Backoff, Doubt, unless_refused
 from modal import exception
@@ -24,7 +24,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
     clock = Clock()
     with monkeypatch.context() as patch:
-        patch.setattr(asyncio, "get_running_loop", lambda: clock)
+        patch.setattr(running_time, "now", clock.time)
         yield clock
 
 

@@ -23,6 +23,7 @@ from typing import Any, Final
 import modal
 import structlog
 
+from flywheel_server import running_time
 from flywheel_server.deployment.lease import LOOK_INTERVAL, Lease
 from flywheel_server.engines.base import EngineUnavailableError, Event, Started, TextDelta
 from flywheel_server.engines.modal_retries import Backoff
@@ -304,9 +305,8 @@ class Outbox:
 
     async def _put(self, piles: list[Pile]) -> None:
         """Returns when the piles are in the queue; raises `EngineUnavailableError` if they cannot get there."""
-        loop = asyncio.get_running_loop()
         backoff = Backoff(MAX_RETRY_DELAY)
-        begun = loop.time()
+        begun = running_time.now()
         missing_since: float | None = None
         items: list[Any] = [pile.pack() for pile in piles]
         while True:
@@ -317,10 +317,10 @@ class Outbox:
                     )
             except Exception as error:  # noqa: BLE001 - of Modal, of its transport, or because the queue is full
                 is_missing = isinstance(error, modal.exception.NotFoundError)
-                missing_since = (missing_since or loop.time()) if is_missing else None
-                if missing_since is not None and loop.time() - missing_since > GONE_SECONDS:
+                missing_since = (missing_since or running_time.now()) if is_missing else None
+                if missing_since is not None and running_time.now() - missing_since > GONE_SECONDS:
                     raise EngineUnavailableError("events not sent: Modal no longer has the queue") from None
-                if loop.time() - begun > PUT_SECONDS:
+                if running_time.now() - begun > PUT_SECONDS:
                     raise EngineUnavailableError(f"events not sent: {type(error).__name__}") from None
                 delay = backoff.delay(error)
             else:

@@ -11,6 +11,7 @@ from typing import Final, Generic, Self, TypeVar
 import modal
 import structlog
 
+from flywheel_server import running_time
 from flywheel_server.activity import Activity
 from flywheel_server.engines.base import (
     Engine,
@@ -162,7 +163,7 @@ class SupervisedEngine:
         if isinstance(error, EngineError) and not isinstance(error, EngineFailedError):
             return
         with suppress(TimeoutError):
-            async with asyncio.timeout(VERDICT_TIMEOUT):
+            async with running_time.timeout(VERDICT_TIMEOUT):
                 await self._while_up(self._activity.confirmed_alive)
 
     async def check(self) -> None:
@@ -224,7 +225,7 @@ class _Work(Generic[T]):
             self.task.cancel()
             self.task.add_done_callback(lambda done: done.cancelled() or done.exception())
             await asyncio.wait((self.task, self._down), return_when=asyncio.FIRST_COMPLETED)
-            await asyncio.wait((self.task,), timeout=ABANDON_TIMEOUT)
+            await running_time.wait((self.task,), ABANDON_TIMEOUT)
 
 
 async def _contained(work: Callable[[], Awaitable[T]]) -> T:

@@ -33,6 +33,7 @@ from typing import Any, Final
 import modal
 import structlog
 
+from flywheel_server import running_time
 from flywheel_server.engines.base import EngineError, EngineUnavailableError
 from flywheel_server.engines.lease import RENEWAL_INTERVAL, lease_of, leased_partition
 from flywheel_server.engines.modal_retries import Backoff
@@ -116,14 +117,14 @@ class Inbox:
 
     async def _open(self) -> "_Reader":
         backoff = Backoff(MAX_RETRY_DELAY)
-        given_up = asyncio.get_running_loop().time() + OPENING_SECONDS
+        given_up = running_time.now() + OPENING_SECONDS
         while True:
             making = modal.Queue.ephemeral(environment_name=self._environment or None)
             try:
                 with self._errors():
                     made = await modal_result(making.__aenter__())
             except EngineError as error:
-                if asyncio.get_running_loop().time() > given_up:
+                if running_time.now() > given_up:
                     raise
                 log.warning("queue not made", error=str(error))
                 await asyncio.sleep(backoff.delay(error))
@@ -266,10 +267,10 @@ class _Reader:
         if isinstance(error, modal.exception.NotFoundError):
             self._missing += 1
             if self._missing == 1:
-                self._missing_since = asyncio.get_running_loop().time()
+                self._missing_since = running_time.now()
 
     def _is_gone(self) -> bool:
-        return self._missing > 1 and asyncio.get_running_loop().time() - self._missing_since > GONE_SECONDS
+        return self._missing > 1 and running_time.now() - self._missing_since > GONE_SECONDS
 
     def _hand_over(self, data: Any) -> None:  # noqa: ANN401 - what has come is to be found out
         arrivals = self._calls.get(str(data.get("call"))) if isinstance(data, dict) else None

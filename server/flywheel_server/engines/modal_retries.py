@@ -10,6 +10,7 @@ from typing import Final, TypeVar
 
 from modal import exception
 
+from flywheel_server import running_time
 from flywheel_server.engines.base import EngineError, EngineOverloadedError
 
 T = TypeVar("T")
@@ -97,7 +98,7 @@ class Doubt:
 
     def delay(self, error: EngineError, *, passes: bool) -> float:
         """Returns the seconds until the next reading, after one that failed; raises the error if it is believed."""
-        now = asyncio.get_running_loop().time()
+        now = running_time.now()
         if self._failing_since is None:
             self._failing_since = now
         if passes:

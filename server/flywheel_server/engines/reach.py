@@ -1,7 +1,6 @@
 """Whether calls to a class on Modal can be made: what health says while Modal does not say how busy the class is."""
 
-import asyncio
-
+from flywheel_server import running_time
 from flywheel_server.engines.modal_retries import DOUBT_SECONDS
 
 
@@ -20,7 +19,7 @@ class Reach:
     def __bool__(self) -> bool:
         if not self._known or self._failing_since is None:
             return self._known
-        lasted = asyncio.get_running_loop().time() - self._failing_since
+        lasted = running_time.now() - self._failing_since
         return self._failures < 2 or lasted < DOUBT_SECONDS  # noqa: PLR2004 - one failure is no verdict
 
     def succeeded(self) -> None:
@@ -33,4 +32,4 @@ class Reach:
         """Takes note that the class could not be found."""
         self._failures += 1
         if self._failing_since is None:
-            self._failing_since = asyncio.get_running_loop().time()
+            self._failing_since = running_time.now()

@@ -4,10 +4,10 @@ grpc itself would receive and parse it before any interceptor runs, be the calle
 for ever, and would end a call whose bytes are no message with INTERNAL and without details.
 """
 
-import asyncio
 from collections.abc import Callable
 from typing import Any, Final
 
+from flywheel_server import running_time
 from flywheel_server.errors import IncompleteRequestError, MalformedRequestError
 from flywheel_server.interceptors.base import Call, CallInterceptor, Context, Handler
 from flywheel_server.interceptors.methods import Method
@@ -15,7 +15,7 @@ from flywheel_server.interceptors.public import is_public
 from flywheel_server.stopping import Interruptions
 
 REQUEST_TIMEOUT: Final = 30.0
-"""Seconds in which a request must have arrived."""
+"""Seconds of running time in which a request must have arrived."""
 
 
 class ReadingInterceptor(CallInterceptor):
@@ -55,7 +55,7 @@ class ReadingInterceptor(CallInterceptor):
 
     async def _request(self, method: Method, context: Context) -> Any:  # noqa: ANN401 - any method's request
         try:
-            async with self._interruptions.interruptible(), asyncio.timeout(REQUEST_TIMEOUT):
+            async with self._interruptions.interruptible(), running_time.timeout(REQUEST_TIMEOUT):
                 request = await method.receive(context, self._max_message_bytes)
         except TimeoutError as error:
             raise IncompleteRequestError from error
