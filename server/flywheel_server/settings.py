@@ -78,8 +78,11 @@ class Settings(BaseSettings):
     embedded_batch: Annotated[int, Field(ge=1, le=8192)] = _option(
         "Engine", 32, "Tokens computed in one step. More reads prompts faster; fewer reacts to a cancel sooner."
     )
-    embedded_prompt: PromptFormat = _option(
-        "Engine", "chat", "How the model reads a prompt: chat (in the model's template, unless it has special tokens) or raw."
+    embedded_prompt: Literal["auto", "chat", "raw"] = _option(
+        "Engine",
+        "auto",
+        "How the model reads a prompt: chat (in its chat template, unless the prompt begins as the template does), raw (as it "
+        "is) or auto (chat if the model has a template, else raw).",
     )
     embedded_prompt_cache: bool = _option(
         "Engine",
@@ -107,7 +110,11 @@ class Settings(BaseSettings):
     modal_context: Annotated[int, Field(ge=1, le=INT32_MAX)] = _option(
         "Engine", 8192, "Tokens of context that the class has; Modal cannot be asked without waking it."
     )
-    modal_prompt: PromptFormat = _option("Engine", "chat", "How the class reads a prompt, for callers to know: chat or raw.")
+    modal_prompt: PromptFormat = _option(
+        "Engine",
+        "chat",
+        "How the class reads a prompt: chat or raw. Callers are told so, and the Model of ours does so.",
+    )
     modal_penalizes_prompt: bool = _option(
         "Engine", True, "Whether its penalties count the prompt too, for callers to know: true or false."
     )

@@ -18,7 +18,6 @@ from flywheel_server.engines import native_log
 from flywheel_server.engines.base import EngineError, EngineFailedError, EngineUnavailableError, TextDelta
 from flywheel_server.engines.embedded import EmbeddedEngine, default_model
 from flywheel_server.engines.llama import Chunk
-from flywheel_server.engines.tokenizer import Tokenizer
 from flywheel_server.messages import GenerationRequest, GenerationResponseSample
 from hypothesis import given
 from hypothesis import strategies as st
@@ -220,15 +219,6 @@ async def test_an_answer_that_cannot_be_used_is_an_error_not_a_hang(
         monkeypatch.setattr(embedded._llama, "complete", complete)
         with pytest.raises(EngineFailedError):
             await samples_of(embedded, request)
-
-
-async def test_chat_puts_a_bare_text_into_the_template(embedded: EmbeddedEngine, embedded_target: Target) -> None:
-    llama = embedded._llama
-    chat = Tokenizer(llama, embedded._vocabulary, 4096, "chat")
-    bare = chat.tokens(GenerationRequest(text="Hello", max_tokens=1), never)
-    assert bare == llama.tokenize(llama.render_chat("Hello"))
-    assert llama.tokenize("Hello")[0] in bare
-    assert chat.tokens(GenerationRequest(text=LLAMA, max_tokens=1), never) == llama.tokenize(LLAMA)
 
 
 def engine_of(model: Path, slots: int = 1, context_tokens: int = 512) -> EmbeddedEngine:

@@ -2,16 +2,17 @@
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import pytest
 from flywheel_server.engines import tokenizer as tokenizer_module
 from flywheel_server.engines.base import EngineUnavailableError, PromptTooLongError
 from flywheel_server.engines.embedded import EmbeddedEngine, default_model
-from flywheel_server.engines.gguf import Vocabulary
+from flywheel_server.engines.gguf import NotGgufError, read_metadata
 from flywheel_server.engines.llama import Llama
 from flywheel_server.engines.tokenizer import StoppedError, Tokenizer
+from flywheel_server.engines.vocabulary import Vocabulary
 from flywheel_server.messages import GenerationRequest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -20,6 +21,7 @@ from tests.engines.models import default_metadata, gguf, write_model
 from tests.serving import until
 
 CONTEXT = 1024
+NONE: frozenset[str] = frozenset()
 
 PARTS = st.sampled_from(
     [
@@ -49,30 +51,34 @@ class Counting(Llama):
         self.__dict__ = dict(llama.__dict__)
         self.characters = self.longest = 0
 
-    def tokenize(self, text: str, *, begins_text: bool = True) -> list[int]:
-        self.characters += len(text)
-        self.longest = max(self.longest, len(text))
-        return super().tokenize(text, begins_text=begins_text)
+    def tokenize(self, text: str | Sequence[str], *, add_special: bool = False, parse_special: bool = True) -> list[int]:
+        for each in [text] if isinstance(text, str) else text:
+            self.characters += len(each)
+            self.longest = max(self.longest, len(each))
+        return super().tokenize(text, add_special=add_special, parse_special=parse_special)
 
     def close(self) -> None:
         """It is the other's to close."""
 
 
 def tokenizer_of(engine: EmbeddedEngine, llama: Llama | None = None, context_tokens: int = 10**6) -> Tokenizer:
-    return Tokenizer(llama or engine._llama, engine._vocabulary, context_tokens, "raw")
+    tokenizer = Tokenizer(llama or engine._llama, engine._file.vocabulary, context_tokens)
+    if isinstance(llama, Counting):
+        llama.characters = llama.longest = 0
+    return tokenizer
 
 
 @settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=TEXTS, piece=st.integers(1, 40), kept=st.integers(1, 30))
 def test_the_tokens_are_those_of_the_whole_text(engine: EmbeddedEngine, text: str, piece: int, kept: int) -> None:
-    whole = engine._llama.tokenize(text)
+    whole = engine._llama.tokenize(text, add_special=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenizer_module, "PIECE", piece)
         patch.setattr(tokenizer_module, "MARGIN", 1)
         tokenizer = tokenizer_of(engine)
         assert tokenizer.tokens(GenerationRequest(text=text, max_tokens=1), lambda: False) == whole
         request = GenerationRequest(text=text * 20, max_tokens=1, max_input_tokens=kept)
-        assert tokenizer.tokens(request, lambda: False) == engine._llama.tokenize(text * 20)[-kept:]
+        assert tokenizer.tokens(request, lambda: False) == engine._llama.tokenize(text * 20, add_special=True)[-kept:]
 
 
 def with_tokens(*pairs: tuple[str, str]) -> dict[str, object]:
@@ -132,9 +138,9 @@ def test_the_tokens_are_those_of_the_whole_text_with_any_tokenizer(
     monkeypatch.setattr(tokenizer_module, "MARGIN", 1)
     monkeypatch.setattr(tokenizer_module, "PIECE", 7)
     try:
-        tokenizer = Tokenizer(llama, Vocabulary.read(model), 10**6, "raw")
+        tokenizer = Tokenizer(llama, Vocabulary.of(read_metadata(model)[0]), 10**6)
         for text in (joint * 100, ("ab " + joint) * 100, (joint + "\n") * 100):
-            whole = llama.tokenize(text)
+            whole = llama.tokenize(text, add_special=True)
             assert tokenizer.tokens(GenerationRequest(text=text, max_tokens=1), lambda: False) == whole
             for kept in range(1, 30):
                 request = GenerationRequest(text=text, max_tokens=1, max_input_tokens=kept)
@@ -164,8 +170,8 @@ def test_of_a_long_text_only_an_end_is_tokenized_where_only_an_end_is_kept(engin
     counting = Counting(engine._llama)
     request = GenerationRequest(text=text, max_tokens=1, max_input_tokens=20)
     tokens = tokenizer_of(engine, counting).tokens(request, lambda: False)
-    assert tokens == engine._llama.tokenize(text)[-20:]
-    longest = engine._vocabulary.max_token_bytes or 0
+    assert tokens == engine._llama.tokenize(text, add_special=True)[-20:]
+    longest = engine._file.vocabulary.max_token_bytes or 0
     assert 20 * longest <= counting.characters < 20 * longest + tokenizer_module.MARGIN + 20
 
 
@@ -173,7 +179,7 @@ async def test_a_text_that_cannot_fit_is_refused_by_its_bytes(engine: EmbeddedEn
     def unasked(*_: object, **__: object) -> list[int]:
         raise AssertionError("it is tokenized")
 
-    longest = engine._vocabulary.max_token_bytes or 0
+    longest = engine._file.vocabulary.max_token_bytes or 0
     room = CONTEXT - 24
     with monkeypatch.context() as patch:
         # Of the class: older versions of pytest leave the method in the instance.
@@ -215,9 +221,9 @@ async def test_stopping_the_engine_does_not_wait_for_whole_prompts(monkeypatch: 
     async with engine:
         tokenize = engine._llama.tokenize
 
-        def noting(text: str, *, begins_text: bool = True) -> list[int]:
-            pieces.append(text)
-            return tokenize(text, begins_text=begins_text)[:1]
+        def noting(texts: Sequence[str], *, parse_special: bool) -> list[int]:
+            pieces.extend(texts)
+            return tokenize(texts, parse_special=parse_special)[:1]
 
         monkeypatch.setattr(engine._llama, "tokenize", noting)
         reading = asyncio.ensure_future(engine.prepare(GenerationRequest(text="word " * 100_000, max_tokens=1)))
@@ -231,29 +237,41 @@ async def test_stopping_the_engine_does_not_wait_for_whole_prompts(monkeypatch: 
     ("kind", "tokens", "types", "expected"),
     [
         # Byte-pair encoding writes each byte as a character: the second token is three bytes of text.
-        ("gpt2", ["<s>", "ĠĊé", "ab", ")Ċ", "_Ċ", "Ġa"], [3, 1, 1, 1, 1, 1], Vocabulary("gpt2", 3, ("<s>",), True, ("<s>",))),
+        (
+            "gpt2",
+            ["<s>", "ĠĊé", "ab", ")Ċ", "_Ċ", "Ġa"],
+            [3, 1, 1, 1, 1, 1],
+            Vocabulary("gpt2", 3, ("<s>",), NONE, True, ("<s>",)),
+        ),
         (
             "llama",
             ["<unk>", "</s>", "▁▁", "ab"],
             [2, 3, 1, 1],
-            Vocabulary("llama", 6, ("<unk>", "</s>"), True, ("<unk>", "</s>")),
+            Vocabulary("llama", 6, ("<unk>", "</s>"), NONE, True, ("<unk>", "</s>")),
         ),
         # Tokens that reach across the space or the line break between two words, of whichever script.
-        ("gpt2", ["a", "<|a b|>"], [1, 4], Vocabulary("gpt2", 7, (), False, ("<|a b|>",))),
-        ("gpt2", ["a", "ofĠthe"], [1, 1], Vocabulary("gpt2", 6, (), False, ())),
-        ("gpt2", ["a", "éĊ"], [1, 1], Vocabulary("gpt2", 2, (), True, ())),
-        ("gpt2", ["a", "Ã©Ċ"], [1, 1], Vocabulary("gpt2", 3, (), False, ())),
-        ("llama", ["a", "▁of▁the"], [1, 1], Vocabulary("llama", 11, (), False, ())),
-        ("llama", ["a", "f\n"], [1, 4], Vocabulary("llama", 2, (), False, ("f\n",))),
+        ("gpt2", ["a", "<|a b|>"], [1, 4], Vocabulary("gpt2", 7, ("<|a b|>",), frozenset({"<|a b|>"}), False, ("<|a b|>",))),
+        ("gpt2", ["a", "ofĠthe"], [1, 1], Vocabulary("gpt2", 6, (), NONE, False, ())),
+        ("gpt2", ["a", "éĊ"], [1, 1], Vocabulary("gpt2", 2, (), NONE, True, ())),
+        ("gpt2", ["a", "Ã©Ċ"], [1, 1], Vocabulary("gpt2", 3, (), NONE, False, ())),
+        ("llama", ["a", "▁of▁the"], [1, 1], Vocabulary("llama", 11, (), NONE, False, ())),
+        ("llama", ["a", "f\n"], [1, 4], Vocabulary("llama", 2, ("f\n",), frozenset({"f\n"}), False, ("f\n",))),
         # Only what neither overlaps another token nor is part of one: a text can be cut before the first and the last.
         (
             "llama",
             ["<s>", "{ab", "bc}", "}}", "▁{", "[x]"],
             [3, 4, 4, 4, 4, 3],
-            Vocabulary("llama", 4, ("<s>", "[x]"), True, ("<s>", "[x]")),
+            Vocabulary(
+                "llama",
+                4,
+                ("<s>", "{ab", "bc}", "}}", "▁{", "[x]"),
+                frozenset({"{ab", "bc}", "}}", "▁{"}),
+                True,
+                ("<s>", "[x]"),
+            ),
         ),
         # One that maps unknown words to a token, however long they are.
-        ("bert", ["[UNK]", "ab"], [2, 1], Vocabulary("bert", None, ("[UNK]",), False, ())),
+        ("bert", ["[UNK]", "ab"], [2, 1], Vocabulary("bert", None, ("[UNK]",), NONE, False, ())),
     ],
 )
 def test_the_vocabulary_of_a_file(tmp_path: Path, kind: str, tokens: list[str], types: list[int], expected: Vocabulary) -> None:
@@ -269,15 +287,15 @@ def test_the_vocabulary_of_a_file(tmp_path: Path, kind: str, tokens: list[str], 
             }
         )
     )
-    assert Vocabulary.read(file) == expected
+    assert Vocabulary.of(read_metadata(file)[0]) == expected
     for length in (0, 3, 40, file.stat().st_size - 5):
         broken = tmp_path / "broken.gguf"
         broken.write_bytes(file.read_bytes()[:length])
-        with pytest.raises(ValueError, match=r"GGUF|empty"):
-            Vocabulary.read(broken)
+        with pytest.raises(NotGgufError):
+            read_metadata(broken)
 
 
 def test_the_vocabulary_of_the_default_model(engine: EmbeddedEngine) -> None:
-    assert engine._vocabulary.tokenizer == "gpt2"
-    assert engine._vocabulary.max_token_bytes == 81
-    assert "<|im_start|>" in engine._vocabulary.special_tokens
+    assert engine._file.vocabulary.tokenizer == "gpt2"
+    assert engine._file.vocabulary.max_token_bytes == 81
+    assert "<|im_start|>" in engine._file.vocabulary.special_tokens

@@ -84,8 +84,12 @@ class GenerationRequest(_message.Message):
     PRESENCE_PENALTY_FIELD_NUMBER: _builtins.int
     FREQUENCY_PENALTY_FIELD_NUMBER: _builtins.int
     text: _builtins.str
-    """The prompt. `Model.prompt_format` tells whether the model reads it as it is or as a message in its chat template. The
-    model's special tokens, such as `<|im_start|>`, are recognised. Required: not empty, and at most
+    """The prompt. `Model.prompt_format` tells whether the model reads it as it is ("raw") or as the message of a user in its
+    chat template ("chat"). A text that begins as the template itself begins, such as `<|im_start|>user` or `[INST]`, brings
+    its own, and is read as it is too; leading spaces do not count, nor does the token that begins a text, such as `<s>`.
+    In a text that is read as it is, the model's special tokens are recognised, wherever they are. In one that is put into
+    the template they are plain text, so that no text can act as a part of the template. The token that begins a text is
+    added if the model wants it and the text does not begin with it. Required: not empty, and at most
     `Limits.max_text_bytes` in UTF-8.
     """
     max_tokens: _builtins.int
@@ -350,9 +354,9 @@ class Model(_message.Message):
     penalizes_prompt: _builtins.bool
     """Whether presence_penalty and frequency_penalty also count the tokens of the prompt."""
     prompt_format: _builtins.str
-    """How the model reads the text of a request. "raw": as it is. "chat": as the message of a user in the model's chat
-    template, which may add to it, unless it has special tokens of the model and so brings a template of its own. The set grows; take a value
-    that you do not know as "raw".
+    """How the model reads the text of a request. "raw": as it is, which is how a model without a chat template reads it unless
+    the server is told otherwise. "chat": as the message of a user in the model's chat template, which may add to it, unless
+    it begins as the template does; see `GenerationRequest.text`. The set grows; take a value that you do not know as "raw".
     """
     @_builtins.property
     def limits(self) -> Global___Limits:

@@ -20,7 +20,7 @@ def chosen_engine(settings: Settings) -> Engine:
                 slots=settings.embedded_slots,
                 threads=settings.embedded_threads or os.cpu_count() or 1,
                 batch_tokens=settings.embedded_batch,
-                prompt_format=settings.embedded_prompt,
+                prompt_format=None if settings.embedded_prompt == "auto" else settings.embedded_prompt,
                 prompt_cache=settings.embedded_prompt_cache,
             )
         case "flywheel":

@@ -27,11 +27,14 @@ from flywheel_server.engines.base import (
     Started,
 )
 from flywheel_server.engines.capacity import Capacity
+from flywheel_server.engines.chat_template import ChatTemplate, UnusableTemplateError
 from flywheel_server.engines.completion import Completion
-from flywheel_server.engines.gguf import Vocabulary
 from flywheel_server.engines.llama import Llama
+from flywheel_server.engines.load_failure import load_failure, template_failure
+from flywheel_server.engines.model_file import ModelFile, UnusableModelError
 from flywheel_server.engines.tokenizer import PIECE, StoppedError, Tokenizer
 from flywheel_server.engines.uninterrupted import to_its_end
+from flywheel_server.memory import total_memory
 from flywheel_server.messages import GenerationRequest, GenerationResponseSample
 
 log = structlog.stdlib.get_logger(__name__)
@@ -64,7 +67,8 @@ class EmbeddedEngine:
         slots: Samples generated at a time; others wait.
         threads: Threads that compute.
         batch_tokens: Tokens computed in one step, which is how long it takes until a cancel is seen.
-        prompt_format: Whether a text without special tokens is put into the model's chat template.
+        prompt_format: Whether a text that does not bring the model's chat template is put into it. None leaves that to the
+            model: "chat" if it has a template, "raw" if not.
         prompt_cache: Whether what a slot has read is not read again for a prompt that begins alike, whoever's it is.
         memory_map: Whether the file is mapped into memory, rather than read.
     """
@@ -77,7 +81,7 @@ class EmbeddedEngine:
         slots: int,
         threads: int,
         batch_tokens: int,
-        prompt_format: PromptFormat,
+        prompt_format: PromptFormat | None,
         prompt_cache: bool = True,
         memory_map: bool = True,
     ) -> None:
@@ -87,7 +91,8 @@ class EmbeddedEngine:
         self._slots = slots
         self._threads = threads
         self._batch_tokens = batch_tokens
-        self._prompt_format = prompt_format
+        self._wanted_format = prompt_format
+        self._prompt_format: PromptFormat = prompt_format or "raw"
         self._prompt_cache = prompt_cache
         self._memory_map = memory_map
         self._capacity = Capacity(slots, context_tokens)
@@ -96,7 +101,7 @@ class EmbeddedEngine:
         self._tasks: set[asyncio.Task[None]] = set()
         self._running: set[Completion] = set()
         self._stack = AsyncExitStack()
-        self._vocabulary: Vocabulary
+        self._file: ModelFile
         self._llama: Llama
         self._tokenizer: Tokenizer
         self._tokenizing: ThreadPoolExecutor
@@ -104,24 +109,36 @@ class EmbeddedEngine:
 
     async def __aenter__(self) -> Self:
         self._stopping = False
-        if not self._path.is_file():
-            raise EngineUnavailableError(f"there is no file {self._path}; --model must name a GGUF file")
-        async with AsyncExitStack() as stack:
-            stack.enter_context(native_log.captured())
-            stack.push_async_callback(asyncio.to_thread, self._unload)
-            try:
-                # xllamacpp holds the interpreter while it loads, so nothing else runs meanwhile, on whichever thread.
-                await to_its_end(asyncio.get_running_loop().run_in_executor(None, self._load))
-            except (RuntimeError, ValueError) as error:
-                raise EngineUnavailableError(f"llama.cpp cannot load {self._path}: is it a GGUF model?") from error
-            finally:
-                _take_back_signals()
-            self._context_tokens = min(self._pool_tokens, await asyncio.to_thread(self._llama.trained_context))
-            self._tokenizer = Tokenizer(self._llama, self._vocabulary, self._context_tokens, self._prompt_format)
-            self._tokenizing = ThreadPoolExecutor(TOKENIZERS + 1, "llama.cpp tokenize")
-            self._completing = ThreadPoolExecutor(self._slots, "llama.cpp complete")
-            self._stack = stack.pop_all()
-        log.info("model loaded", model=self._path.stem, context_tokens=self._context_tokens, slots=self._slots)
+        errors = native_log.Errors()
+        try:
+            async with AsyncExitStack() as stack:
+                errors = stack.enter_context(native_log.captured())
+                stack.push_async_callback(asyncio.to_thread, self._unload)
+                try:
+                    # xllamacpp holds the interpreter while it loads, so nothing else runs meanwhile, on whichever thread.
+                    await to_its_end(asyncio.get_running_loop().run_in_executor(None, self._load))
+                except RuntimeError:
+                    await asyncio.to_thread(errors.wait_for_last)
+                    raise
+                finally:
+                    _take_back_signals()
+                self._tokenizing = ThreadPoolExecutor(TOKENIZERS + 1, "llama.cpp tokenize")
+                self._completing = ThreadPoolExecutor(self._slots, "llama.cpp complete")
+                self._stack = stack.pop_all()
+        except UnusableModelError as error:
+            raise EngineUnavailableError(f"{self._path} {error}") from error
+        except UnusableTemplateError as error:
+            raise EngineUnavailableError(template_failure(self._path, str(error))) from error
+        except (RuntimeError, OSError, HTTPException, ValueError) as error:
+            raise EngineUnavailableError(load_failure(self._path, errors.lines)) from error
+        log.info(
+            "model loaded",
+            model=self._path.stem,
+            context_tokens=self._context_tokens,
+            slots=self._slots,
+            prompt_format=self._prompt_format,
+            chat_template="model" if self._file.has_chat_template else None,
+        )
         return self
 
     async def __aexit__(self, *exception: object) -> None:
@@ -134,7 +151,10 @@ class EmbeddedEngine:
         await self._stack.aclose()
 
     def _load(self) -> None:
-        self._vocabulary = Vocabulary.read(self._path)
+        self._file = ModelFile.read(self._path)
+        self._prompt_format = self._wanted_format or ("chat" if self._file.has_chat_template else "raw")
+        self._tell_what_is_unusual()
+        is_chat = self._prompt_format == "chat"
         self._llama = Llama(
             self._path,
             context_tokens=self._pool_tokens,
@@ -143,13 +163,36 @@ class EmbeddedEngine:
             batch_tokens=self._batch_tokens,
             memory_map=self._memory_map,
             http_threads=TOKENIZERS + 1,
+            uses_chat_template=is_chat,
             verbosity=native_log.verbosity(),
         )
+        self._context_tokens = min(self._pool_tokens, self._llama.trained_context())
+        template = ChatTemplate(self._llama, self._file.vocabulary) if is_chat else None
+        self._tokenizer = Tokenizer(self._llama, self._file.vocabulary, self._context_tokens, template)
+
+    def _tell_what_is_unusual(self) -> None:
+        if not self._file.has_chat_template:
+            if self._prompt_format == "chat":
+                log.warning("the model has no chat template; prompts are put into ChatML", model=self._path.stem)
+            elif self._wanted_format is None:
+                log.info(
+                    "the model has no chat template; prompts are read as they are",
+                    model=self._path.stem,
+                    other_templates=self._file.named_templates,
+                )
+        memory = total_memory()
+        if self._memory_map and memory and self._file.total_bytes > memory:
+            log.warning(
+                "the model is larger than the memory: each token reads it from the disk anew",
+                model_bytes=self._file.total_bytes,
+                memory_bytes=memory,
+            )
 
     def _unload(self) -> None:
         with suppress(AttributeError):
             self._llama.close()
-            del self._llama, self._tokenizer
+            del self._llama
+            del self._tokenizer
 
     async def prepare(self, request: GenerationRequest) -> PreparedRequest:
         """Returns the request with the tokens of its prompt; see `Engine.prepare`."""

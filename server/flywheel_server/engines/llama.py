@@ -10,7 +10,7 @@ import secrets
 import shutil
 import socket
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from http.client import HTTPConnection
 from pathlib import Path
@@ -28,6 +28,14 @@ MAX_SOCKET_PATH: Final = 100
 """Bytes that the path of a Unix socket may have. Operating systems allow for 104 or 108."""
 
 
+class RefusedError(ValueError):
+    """llama.cpp answers with an error. Its `reason` is not part of the text: it may quote a prompt, and the text is logged."""
+
+    def __init__(self, path: str, status: int, reason: str) -> None:
+        super().__init__(f"llama.cpp answered {path} with {status}")
+        self.reason = reason
+
+
 class Llama:
     """A loaded model. Its methods block, and may be called from several threads.
 
@@ -39,6 +47,8 @@ class Llama:
         batch_tokens: Tokens computed in one step.
         memory_map: Whether the file is mapped into memory. If not, it is read, which takes less time if a GPU gets all of it.
         http_threads: Texts tokenized at a time. Each thread keeps the memory that its longest text took.
+        uses_chat_template: Whether `render_chat` uses the template in the file, or ChatML if there is none. If not, the file's
+            template is not even read, so that an unusable one does no harm.
         verbosity: How much llama.cpp logs: 1 errors, 2 also warnings, 3 also information, 4 everything.
     """
 
@@ -52,6 +62,7 @@ class Llama:
         batch_tokens: int,
         memory_map: bool = True,
         http_threads: int = 1,
+        uses_chat_template: bool = True,
         verbosity: int = 1,
     ) -> None:
         params = xllamacpp.CommonParams()
@@ -82,6 +93,8 @@ class Llama:
         params.n_threads_http = http_threads
         params.ui = False
         params.endpoint_slots = True
+        if not uses_chat_template:
+            params.chat_template = "chatml"
         # Nothing is saved there, but without it slots cannot be erased.
         params.slot_save_path = f"{self._directory}/"
         # Without it a silent connection would draw comments into the stream, which the binding does not expect.
@@ -108,19 +121,36 @@ class Llama:
         """
         self._server.handle_completions(body, on_chunk)
 
-    def tokenize(self, text: str, *, begins_text: bool = True) -> list[int]:
-        """Returns the tokens of a text, special tokens recognised; with those that the model wants where a text begins.
+    def tokenize(self, text: str | Sequence[str], *, add_special: bool = False, parse_special: bool = True) -> list[int]:
+        """Return the tokens of a text, or of several that are tokenized each by itself.
+
+        Arguments:
+            text: The text or texts.
+            add_special: Whether the tokens are added that the model wants where a text begins and ends.
+            parse_special: Whether special tokens such as `<|im_start|>` are recognised, rather than plain text.
 
         Raises `OSError`, `HTTPException` or `ValueError` if llama.cpp does not answer as it should.
         """
-        body = {"content": text, "add_special": begins_text, "parse_special": True}
+        body = {"content": text, "add_special": add_special, "parse_special": parse_special}
         tokens: list[int] = self._request("POST", "/tokenize", body)["tokens"]
         return tokens
 
-    def render_chat(self, text: str) -> str:
-        """Returns the text as a user's message in the model's chat template; raises what `tokenize` does."""
-        body = {"messages": [{"role": "user", "content": text}]}
+    def render_chat(self, messages: Sequence[tuple[str, str]]) -> str:
+        """Return the messages, each a role and a content, in the model's chat template; raise what `tokenize` does.
+
+        What the model is to answer follows the returned text. A token that the model wants where a text begins is not part of
+        it, even if the template writes that token.
+        """
+        body = {"messages": [{"role": role, "content": content} for role, content in messages]}
         return str(self._request("POST", "/apply-template", body)["prompt"])
+
+    def chat_template(self) -> str:
+        """Return the source of the chat template that `render_chat` uses; raise what `tokenize` does."""
+        return str(self._request("GET", "/props")["chat_template"])
+
+    def bos_token(self) -> str:
+        """Return the text of the token that begins a text, empty if there is none; raise what `tokenize` does."""
+        return str(self._request("GET", "/props")["bos_token"])
 
     def erase_idle_slots(self) -> None:
         """Has the slots that nothing runs in forget their last prompts; raises what `tokenize` does."""
@@ -142,8 +172,16 @@ class Llama:
         finally:
             connection.close()
         if response.status != HTTPStatus.OK:
-            raise ValueError(f"llama.cpp answered {path} with {response.status}")
+            raise RefusedError(path, response.status, _message(answer))
         return json.loads(answer)
+
+
+def _message(answer: bytes) -> str:
+    """Return what llama.cpp says is wrong."""
+    try:
+        return str(json.loads(answer)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return ""
 
 
 class _UnixConnection(HTTPConnection):

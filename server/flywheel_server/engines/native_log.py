@@ -6,6 +6,7 @@ What is not a line of llama.cpp's passes through unchanged.
 import logging
 import re
 import threading
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from queue import SimpleQueue
@@ -28,6 +29,12 @@ _ORDINARY: Final = re.compile(
     "|failed to find a memory slot|purging slot|failed to find free space in the KV cache"
 )
 
+_LAST_LINE: Final = "exiting due to model loading error"
+"""What llama.cpp says last if it cannot load a model."""
+
+LAST_LINE_TIMEOUT: Final = 5.0
+"""Seconds to wait for that."""
+
 _Records = SimpleQueue[tuple[int, str] | None]
 
 
@@ -36,9 +43,34 @@ def verbosity() -> int:
     return 4 if log.isEnabledFor(logging.DEBUG) else 2
 
 
+class Errors:
+    """The lines that llama.cpp has logged as errors; those without a level go on with the one before."""
+
+    def __init__(self) -> None:
+        self.lines: deque[str] = deque(maxlen=100)
+        self._continues = False
+        self._has_ended = threading.Event()
+
+    def add(self, level: bytes | None, text: str) -> None:
+        """Note a line of the log."""
+        self._continues = level == b"E" or (level is None and self._continues)
+        if self._continues:
+            self.lines.append(text)
+        if _LAST_LINE in text:
+            self._has_ended.set()
+
+    def wait_for_last(self) -> None:
+        """Wait until llama.cpp has said all about a start that failed: it logs on a thread of its own, which may be behind."""
+        self._has_ended.wait(LAST_LINE_TIMEOUT)
+
+
 @contextmanager
-def captured() -> Iterator[None]:
-    """Logs what llama.cpp writes, for the length of the context, at the level it has there; its information is our debug."""
+def captured() -> Iterator[Errors]:
+    """Logs what llama.cpp writes, for the length of the context, at the level it has there; its information is our debug.
+
+    Gives its last errors.
+    """
+    errors = Errors()
     records: _Records = SimpleQueue()
     # On a thread of its own, because whoever logs may write to descriptor 2 itself: the one that empties the pipe must not wait
     # for that.
@@ -47,8 +79,8 @@ def captured() -> Iterator[None]:
     try:
         writer.start()
         try:
-            with output.captured(2, lambda line: _sort(line, records, others)):
-                yield
+            with output.captured(2, lambda line: _sort(line, records, others, errors)):
+                yield errors
         finally:
             records.put(None)
             writer.join(timeout=1)
@@ -56,9 +88,11 @@ def captured() -> Iterator[None]:
         others.close()
 
 
-def _sort(line: bytes, records: _Records, others: Output) -> None:
-    if match := _LINE.match(line):
-        text = _COLOR.sub("", match["text"].decode(errors="replace")).rstrip()
+def _sort(line: bytes, records: _Records, others: Output, errors: Errors) -> None:
+    match = _LINE.match(line)
+    text = _COLOR.sub("", (match["text"] if match else line).decode(errors="replace")).rstrip()
+    errors.add(match and match["level"], text)
+    if match:
         records.put((logging.DEBUG if _ORDINARY.search(text) else _LEVELS[match["level"]], text))
     else:
         others.write(line)

@@ -1,0 +1,38 @@
+"""Why llama.cpp could not load a model, in one sentence, from what it has logged."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Final
+
+_OF_TEMPLATE: Final = re.compile(r"chat template parsing error|failed to initialize chat template")
+_OUT_OF_MEMORY: Final = re.compile(r"bad_alloc|to allocate|out of memory")
+_REASONS: Final = (
+    # For example `Error: Jinja Exception: it needs a list of tools`.
+    re.compile(r"^Error: (?:Jinja Exception: )?(.+)"),
+    re.compile(r"common_chat_templates_init: error: (.+)"),
+    re.compile(r"chat template parsing error: (.+)"),
+    re.compile(r"error loading model: (?:error loading model \w+: )?(.+)"),
+    re.compile(r"((?:failed|unable) to allocate .+|std::bad_alloc)"),
+    re.compile(r"(failed to .+)"),
+)
+"""How llama.cpp says it, the most telling first."""
+
+
+def load_failure(model: Path, errors: Iterable[str]) -> str:
+    """Return why the model cannot be loaded, from the lines that llama.cpp has logged as errors."""
+    lines = list(errors)
+    found = next((found[1] for reason in _REASONS for line in lines if (found := reason.search(line))), None)
+    if found and _OUT_OF_MEMORY.search(found):
+        found = f"there is not enough memory for the model and its context ({found})"
+    if any(map(_OF_TEMPLATE.search, lines)):
+        return template_failure(model, found or "llama.cpp does not say why")
+    return f"llama.cpp cannot load {model}: {found or 'its log says more, with the setting log_level=debug'}"
+
+
+def template_failure(model: Path, reason: str) -> str:
+    """Return what to do about a chat template that cannot be used."""
+    return (
+        f"the chat template of {model} cannot be used: {reason}. "
+        "--embedded-prompt raw (FLYWHEEL_EMBEDDED_PROMPT; for the Model on Modal: FLYWHEEL_MODAL_PROMPT) does without it"
+    )
