@@ -16,7 +16,10 @@ from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any, Final
 
-import xllamacpp
+from flywheel_server.engines.openmp import short_spins
+
+with short_spins():
+    import xllamacpp
 
 Chunk = dict[str, Any]
 """A piece of the answer to a completion, in the shape of OpenAI's API with llama.cpp's additions."""
