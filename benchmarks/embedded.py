@@ -7,13 +7,13 @@ it is not sleeps. The ratio of a row is the median over the rounds.
 """
 
 import asyncio
-import os
 import statistics
 import threading
 import time
 from typing import Final
 
 from flywheel_client import AsyncClient
+from flywheel_server.cores import usable_cores
 from flywheel_server.engines.embedded import default_model
 from flywheel_server.engines.llama import Chunk, Llama
 
@@ -28,7 +28,7 @@ PROMPT: Final = "<|im_start|>Series {}: 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12,"
 
 def main() -> None:
     """Measures, and prints a table."""
-    llama = Llama(default_model(), context_tokens=8192, slots=8, threads=os.cpu_count() or 1, batch_tokens=32, verbosity=1)
+    llama = Llama(default_model(), context_tokens=8192, slots=8, threads=usable_cores(), batch_tokens=32, verbosity=1)
     print(f"{'clients':>8} {'direct tokens/s':>16} {'gRPC tokens/s':>14} {'ratio':>6}   (ratio of each round)")
     with flywheel_server() as address:
         for concurrency in CONCURRENCY:

@@ -29,6 +29,7 @@ from typing import Final, TextIO
 import grpc
 import uvloop
 from flywheel_proto.v1 import generation_pb2 as pb
+from flywheel_server.cores import usable_cores
 from grpc import StatusCode
 
 from benchmarks import soak_calls
@@ -261,7 +262,7 @@ def _criteria(result: Result) -> list[tuple[str, str, bool]]:
 def _report(result: Result, criteria: Sequence[tuple[str, str, bool]]) -> str:
     total = result.statuses.total()
     circumstances = (
-        f"{total} calls in {result.seconds:.0f} s, {datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} cores that callers and "
+        f"{total} calls in {result.seconds:.0f} s, {datetime.now(UTC):%Y-%m-%d}, {usable_cores()} cores that callers and "
         f"server shared, grpcio {grpc.__version__}, Python {platform.python_version()}."
     )
     lines = [

@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """Returns one more than there are cores: tests wait much of the time, for deadlines, containers and subprocesses."""
-    return (os.cpu_count() or 1) + 1
+    """Returns one more than there are cores to use: tests wait much of the time, for deadlines, containers and subprocesses."""
+    from flywheel_server.cores import usable_cores
+
+    return usable_cores() + 1
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

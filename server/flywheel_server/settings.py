@@ -19,6 +19,8 @@ from flywheel_server.messages import INT32_MAX
 
 PREFIX: Final = "FLYWHEEL_"
 MAX_PORT: Final = 65535
+MAX_THREADS: Final = 512
+"""As llama.cpp has it."""
 
 Positive = Annotated[int, Field(ge=1, le=INT32_MAX)]
 # What grpc counts in milliseconds has 24 days at most.
@@ -72,8 +74,8 @@ class Settings(BaseSettings):
         "Tokens of context that all concurrent samples share; one request has at most this, or the model's.",
     )
     embedded_slots: Annotated[int, Field(ge=1, le=256)] = _option("Engine", 8, "Samples generated at a time; others wait.")
-    embedded_threads: Annotated[int, Field(ge=0, le=512)] = _option(
-        "Engine", 0, "Threads that compute; 0 is one for each core. Fewer are faster where other programs compute."
+    embedded_threads: Annotated[int, Field(ge=0, le=MAX_THREADS)] = _option(
+        "Engine", 0, "Threads that compute; 0 is one for each core that the process may use, by its affinity and its CPU quota."
     )
     embedded_batch: Annotated[int, Field(ge=1, le=8192)] = _option(
         "Engine", 32, "Tokens computed in one step. More reads prompts faster; fewer reacts to a cancel sooner."

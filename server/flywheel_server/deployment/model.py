@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from flywheel_server import heap, logs
+from flywheel_server.cores import usable_cores
 from flywheel_server.deployment.outbox import Outbox
 from flywheel_server.deployment.settings import Deployment
 from flywheel_server.deployment.supervised import SupervisedEngine, end_container
@@ -87,7 +88,7 @@ async def started(weights: Weights, deployment: Deployment, settings: Settings) 
         path,
         context_tokens=settings.modal_context,
         slots=deployment.model_slots,
-        threads=deployment.model_threads,
+        threads=min(deployment.model_threads, usable_cores()),
         batch_tokens=GPU_BATCH_TOKENS if settings.modal_gpu else settings.embedded_batch,
         prompt_format=settings.modal_prompt,
         # What goes to a GPU is read faster than it is mapped, page by page, out of a volume.

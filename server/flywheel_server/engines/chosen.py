@@ -1,11 +1,11 @@
 """The engine that the settings name. Each is imported only where it is used: what it needs may not be there."""
 
-import os
 from pathlib import Path
 from typing import assert_never
 
+from flywheel_server.cores import usable_cores
 from flywheel_server.engines.base import Engine, EngineModel
-from flywheel_server.settings import Settings
+from flywheel_server.settings import MAX_THREADS, Settings
 
 
 def chosen_engine(settings: Settings) -> Engine:
@@ -18,7 +18,7 @@ def chosen_engine(settings: Settings) -> Engine:
                 Path(settings.model) if settings.model else default_model(),
                 context_tokens=settings.embedded_context,
                 slots=settings.embedded_slots,
-                threads=settings.embedded_threads or os.cpu_count() or 1,
+                threads=settings.embedded_threads or min(usable_cores(), MAX_THREADS),
                 batch_tokens=settings.embedded_batch,
                 prompt_format=None if settings.embedded_prompt == "auto" else settings.embedded_prompt,
                 prompt_cache=settings.embedded_prompt_cache,

@@ -136,6 +136,7 @@ class EmbeddedEngine:
             model=self._path.stem,
             context_tokens=self._context_tokens,
             slots=self._slots,
+            threads=self._threads,
             prompt_format=self._prompt_format,
             chat_template="model" if self._file.has_chat_template else None,
         )
