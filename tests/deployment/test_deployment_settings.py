@@ -97,6 +97,7 @@ def test_one_container_with_a_gpu_unless_more_are_asked_for() -> None:
         ({"FLYWHEEL_DRAIN_TIMEOUT": "21"}, ["FLYWHEEL_DRAIN_TIMEOUT", "at most 22 s", "WITHDRAW_WINDOW", "30 s"]),
         ({"FLYWHEEL_DEPLOY_WEIGHTS": "gpt"}, ["FLYWHEEL_DEPLOY_WEIGHTS", "'gpt'", "mixtral-8x7b-instruct-q3_k_s"]),
         ({"FLYWHEEL_DEPLOY_WEIGHTS": ""}, ["FLYWHEEL_DEPLOY_WEIGHTS", "mixtral-8x7b-instruct-q3_k_s"]),
+        ({"FLYWHEEL_MODAL_CONTEXT": "255"}, ["FLYWHEEL_MODAL_CONTEXT", "256"]),
         ({"FLYWHEEL_MODAL_GPU": "A11"}, ["FLYWHEEL_MODAL_GPU", "'A11'", "A10G", "empty is none"]),
         ({"FLYWHEEL_MODAL_GPU": "A10G:x"}, ["FLYWHEEL_MODAL_GPU", "NAME:COUNT"]),
         ({"FLYWHEEL_DEPLOY_APP": ""}, ["FLYWHEEL_DEPLOY_APP", "1 to 54 letters"]),

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from flywheel_server.deployment.weights import DEFAULT, DoesNotFitError, Weights, check_fit, find
 from flywheel_server.messages import INT32_MAX
-from flywheel_server.settings import PREFIX, Positive, Settings, host_and_port
+from flywheel_server.settings import MIN_CONTEXT, PREFIX, Positive, Settings, host_and_port
 
 DEPLOY_PREFIX: Final = f"{PREFIX}DEPLOY_"
 
@@ -115,7 +115,7 @@ class Deployment(BaseModel):
         300, "Seconds without a call after which a container with a GPU stops."
     )
     model_cpu: Cores = _option(
-        2.0, "Cores that are kept free for one container of the Model, and the threads that it computes with, at least 1."
+        2.0, "Cores that are kept free for one container of the Model. It computes with as many threads, at least 1."
     )
     model_memory: Annotated[MiB | None, EmptyIsNone] = _option(
         None,
@@ -130,7 +130,7 @@ class Deployment(BaseModel):
 
     @property
     def model_threads(self) -> int:
-        """How many threads a container of the Model computes with. The cores that it sees are the machine's, not its own."""
+        """How many threads a container of the Model computes with at most. The cores that it sees may be the machine's."""
         return max(1, int(self.model_cpu))
 
     @property
@@ -221,6 +221,8 @@ def _check_model(weights: Weights, server: Settings) -> None:
             f"{PREFIX}MODAL_ENVIRONMENT: must be empty, unless {PREFIX}MODAL_APP names another app, because a gateway calls "
             "the Model beside it. To deploy to an environment of Modal: modal deploy -e ENVIRONMENT."
         )
+    if server.modal_context < MIN_CONTEXT:
+        raise ValueError(f"{PREFIX}MODAL_CONTEXT: must be at least {MIN_CONTEXT} for the Model of this deployment.")
     try:
         check_fit(weights, server.modal_gpu, server.modal_context)
     except DoesNotFitError as error:

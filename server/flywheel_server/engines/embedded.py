@@ -66,7 +66,7 @@ class EmbeddedEngine:
         context_tokens: Tokens of context that all samples share; one has at most these, or what the model was trained for.
         slots: Samples generated at a time; others wait.
         threads: Threads that compute.
-        batch_tokens: Tokens computed in one step, which is how long it takes until a cancel is seen.
+        batch_tokens: Tokens computed in one step, or one for each slot; a cancel is seen after the step.
         prompt_format: Whether a text that does not bring the model's chat template is put into it. None leaves that to the
             model: "chat" if it has a template, "raw" if not.
         prompt_cache: Whether what a slot has read is not read again for a prompt that begins alike, whoever's it is.

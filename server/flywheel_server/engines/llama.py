@@ -11,11 +11,13 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from http import HTTPStatus
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any, Final
 
+from flywheel_server.engines.memory_bound import bounded_memory
 from flywheel_server.engines.openmp import short_spins
 
 with short_spins():
@@ -23,6 +25,9 @@ with short_spins():
 
 Chunk = dict[str, Any]
 """A piece of the answer to a completion, in the shape of OpenAI's API with llama.cpp's additions."""
+
+MIN_BATCH_TOKENS: Final = 2
+"""Tokens that a step must have room for. With room for one, llama.cpp ends the process."""
 
 HTTP_TIMEOUT: Final = 60.0
 """Seconds that llama.cpp may take for an answer by HTTP. A MiB of text that cannot be cut takes six seconds of a core."""
@@ -47,7 +52,7 @@ class Llama:
         context_tokens: Tokens of context that all slots share.
         slots: How many samples are generated at a time.
         threads: Threads that compute.
-        batch_tokens: Tokens computed in one step.
+        batch_tokens: Tokens computed in one step, or one for each slot if these are more.
         memory_map: Whether the file is mapped into memory. If not, it is read, which takes less time if a GPU gets all of it.
         http_threads: Texts tokenized at a time. Each thread keeps the memory that its longest text took.
         uses_chat_template: Whether `render_chat` uses the template in the file, or ChatML if there is none. If not, the file's
@@ -75,7 +80,8 @@ class Llama:
         params.n_parallel = slots
         # One pool of context for all slots: whoever needs much of it can have it while others need little.
         params.kv_unified = True
-        params.n_batch = params.n_ubatch = batch_tokens
+        # A step computes a token for each slot that generates. Without room for all of them, llama.cpp ends the process.
+        params.n_batch = params.n_ubatch = max(batch_tokens, slots, MIN_BATCH_TOKENS)
         if not memory_map:
             params.load_mode = xllamacpp.llama_load_mode.LLAMA_LOAD_MODE_NONE
         for cpu in (params.cpuparams, params.cpuparams_batch):
@@ -104,7 +110,8 @@ class Llama:
         params.sse_ping_interval = -1
         params.verbosity = verbosity
         try:
-            self._server = xllamacpp.Server(params)
+            with bounded_memory(threads + http_threads) if _computes_on_cpu() else nullcontext():
+                self._server = xllamacpp.Server(params)
             # Answered by its loop. A server that is unloaded before its loop has begun waits for that loop for ever, and holds
             # the interpreter meanwhile.
             self._request("GET", "/slots")
@@ -198,6 +205,12 @@ class _UnixConnection(HTTPConnection):
         self.sock = socket.socket(socket.AF_UNIX)
         self.sock.settimeout(self.timeout)
         self.sock.connect(self._path)
+
+
+def _computes_on_cpu() -> bool:
+    """Return whether there is no GPU. The driver of one may allocate addresses far beyond the memory that there is."""
+    cpu = xllamacpp.ggml_backend_dev_type.GGML_BACKEND_DEVICE_TYPE_CPU
+    return all(device["type"] == cpu for device in xllamacpp.get_device_info())
 
 
 def _private_directory() -> Path:

@@ -24,7 +24,10 @@ def load_failure(model: Path, errors: Iterable[str]) -> str:
     lines = list(errors)
     found = next((found[1] for reason in _REASONS for line in lines if (found := reason.search(line))), None)
     if found and _OUT_OF_MEMORY.search(found):
-        found = f"there is not enough memory for the model and its context ({found})"
+        found = (
+            f"there is not enough memory for the model and its context ({found}). A smaller --embedded-context "
+            "(FLYWHEEL_EMBEDDED_CONTEXT; for the Model on Modal: FLYWHEEL_MODAL_CONTEXT) needs less"
+        )
     if any(map(_OF_TEMPLATE.search, lines)):
         return template_failure(model, found or "llama.cpp does not say why")
     return f"llama.cpp cannot load {model}: {found or 'its log says more, with the setting log_level=debug'}"
