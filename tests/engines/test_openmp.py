@@ -4,9 +4,14 @@ import os
 import re
 import subprocess
 import sys
+import time
+from pathlib import Path
 
+import flywheel_server.engines.llama  # noqa: F401 - loads libgomp
 import pytest
-from flywheel_server.engines.openmp import SPINS
+from flywheel_server.engines.openmp import LOOK_INTERVAL, VARIABLES, SpinGuard
+
+from tests.serving import until
 
 # What the library was told, then what a child of the process would be told.
 LOADED = """
@@ -20,8 +25,8 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="llama.cpp is bu
 @pytest.mark.parametrize(
     ("user", "spins"),
     [
-        ({}, SPINS),
-        ({"GOMP_SPINCOUNT": ""}, SPINS),
+        ({}, int(VARIABLES["GOMP_SPINCOUNT"])),
+        ({"GOMP_SPINCOUNT": ""}, int(VARIABLES["GOMP_SPINCOUNT"])),
         ({"GOMP_SPINCOUNT": "123"}, 123),
         ({"GOMP_SPINCOUNT": "0"}, 0),
         ({"OMP_WAIT_POLICY": "passive"}, 0),
@@ -29,7 +34,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="llama.cpp is bu
     ],
     ids=str,
 )
-def test_threads_spin_for_a_moment_unless_the_user_has_chosen(user: dict[str, str], spins: int) -> None:
+def test_threads_spin_as_told_unless_the_user_has_chosen(user: dict[str, str], spins: int) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("GOMP_", "OMP_"))}
     done = subprocess.run(
         [sys.executable, "-c", LOADED],
@@ -42,3 +47,25 @@ def test_threads_spin_for_a_moment_unless_the_user_has_chosen(user: dict[str, st
     assert told
     assert int(told[1]) == spins
     assert done.stdout == f"{user}\n"
+
+
+def threads() -> int:
+    return len(list(Path("/proc/self/task").iterdir()))
+
+
+async def test_libgomp_has_more_threads_than_cores_while_others_are_busy() -> None:
+    busy = 0.0
+
+    def used() -> float:
+        return busy * time.monotonic()
+
+    guard = SpinGuard(max(2, len(os.sched_getaffinity(0))), used)
+    looking = threads()
+    busy = 1.0
+    await until(lambda: threads() >= looking + 2, "sleeping threads")
+    busy = 0.0
+    await until(lambda: threads() == looking, "no sleeping threads", within=20 * LOOK_INTERVAL)
+    busy = 1.0
+    await until(lambda: threads() >= looking + 2, "sleeping threads")
+    guard.close()
+    await until(lambda: threads() == looking - 1, "no thread of the guard")

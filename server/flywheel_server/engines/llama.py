@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from flywheel_server.engines.memory_bound import bounded_memory
-from flywheel_server.engines.openmp import short_spins
+from flywheel_server.engines.openmp import SpinGuard, adjustable_spins
 
-with short_spins():
+with adjustable_spins():
     import xllamacpp
 
 Chunk = dict[str, Any]
@@ -115,12 +115,14 @@ class Llama:
             # Answered by its loop. A server that is unloaded before its loop has begun waits for that loop for ever, and holds
             # the interpreter meanwhile.
             self._request("GET", "/slots")
+            self._spins = SpinGuard(threads)
         except BaseException:
             shutil.rmtree(self._directory, ignore_errors=True)
             raise
 
     def close(self) -> None:
         """Unloads the model."""
+        self._spins.close()
         del self._server
         shutil.rmtree(self._directory, ignore_errors=True)
 
