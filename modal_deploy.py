@@ -258,7 +258,7 @@ if configuration.weights is not None:
     @app.cls(
         image=model_image,
         env=environment,
-        gpu=settings.modal_gpu or None,
+        gpu=settings.modal_gpu,
         volumes=volumes,
         cpu=deployment.model_cpu,
         memory=configuration.model_memory,
@@ -302,7 +302,7 @@ if configuration.weights is not None:
             return await self.remote.generate_deltas(**arguments)
 
     # The token of the Hugging Face hub, for weights that are not for everybody.
-    hub_token = [modal.Secret.from_dict({"HF_TOKEN": os.environ["HF_TOKEN"]})] if "HF_TOKEN" in os.environ else []
+    hub_token = [modal.Secret.from_dict({"HF_TOKEN": os.environ["HF_TOKEN"]})] if os.environ.get("HF_TOKEN") else []
     hub_image = (
         locked(slim_image, "modal-hub.txt")
         .env(

@@ -3,13 +3,14 @@
 import asyncio
 import functools
 import inspect
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, get_args
 
 import grpc
 import typer
@@ -55,7 +56,15 @@ CaCert = Annotated[
         show_default="those of public authorities",
     ),
 ]
+_KEY_VARIABLE: Final = "FLYWHEEL_API_KEY"
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def _key_that_is_not_empty(key: str | None) -> str | None:
+    # Whoever sets a key means to send one. Typer takes an empty variable for one that is not set.
+    if not (os.environ.get(_KEY_VARIABLE, "unset") if key is None else key).strip():
+        raise typer.BadParameter("it is empty, and must hold a key")
+    return key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +84,9 @@ class Server:
     api_key: Annotated[
         str | None,
         typer.Option(
-            envvar="FLYWHEEL_API_KEY",
+            envvar=_KEY_VARIABLE,
             metavar="KEY",
+            callback=_key_that_is_not_empty,
             help="The key that the server asks for. Others on this machine can see options, but not variables.",
             show_envvar=True,
         ),
@@ -154,6 +164,21 @@ class Server:
         return f"To see what is live: flywheel endpoints --app {self.modal_app}{environment}"
 
 
+_VARIABLES: Final = [
+    option.envvar for each in fields(Server) for option in get_args(each.type)[1:] if getattr(option, "envvar", None)
+]
+
+
+def _tidy_variables() -> None:
+    """Unsets the variables of the options that are empty, and strips the others, for typer to read."""
+    for name in _VARIABLES:
+        value = os.environ.get(name, "").strip()
+        if value:
+            os.environ[name] = value
+        elif name != _KEY_VARIABLE:
+            os.environ.pop(name, None)
+
+
 def _command(run: Callable[..., None]) -> Callable[..., None]:
     """Makes a subcommand of a function, whose parameter `server` becomes the options of `Server`."""
 
@@ -209,11 +234,11 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _flywheel(
-    version: Annotated[
+    version: Annotated[  # noqa: ARG001 - its callback has printed it
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    pass
+    _tidy_variables()
 
 
 @_command

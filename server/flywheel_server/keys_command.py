@@ -14,6 +14,7 @@ from typing import Any, Final
 from pydantic import TypeAdapter, ValidationError
 
 from flywheel_server.keys_file import Identity, KeyEntry, KeysFile, Name, Priority, Quota, hash_of, new_key
+from flywheel_server.setting_texts import is_blank
 
 FILE_VARIABLE: Final = "FLYWHEEL_API_KEYS_FILE"
 _UNITS: Final = {"h": timedelta(hours=1), "d": timedelta(days=1), "w": timedelta(weeks=1)}
@@ -23,7 +24,7 @@ def main(arguments: Sequence[str]) -> None:
     """Runs the command with what follows `keys`. Exits with 1 where it fails, and with 2 where the arguments are wrong."""
     parser = _parser()
     given = parser.parse_args(arguments)
-    if not given.file:
+    if is_blank(given.file):
         parser.error(f"which file? Give --file, or set {FILE_VARIABLE}")
     try:
         given.run(Path(given.file), given)

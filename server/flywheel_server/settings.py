@@ -1,21 +1,41 @@
 """Every option of the server, once: the environment variable, the flag, the default and the meaning come from here.
 
 A field `x` is the variable `FLYWHEEL_X` and the flag `--x`, with dashes for underscores. The flag wins over the variable.
+How their texts are read is in `flywheel_server.setting_texts`.
 """
 
 import argparse
 import re
 from collections.abc import Sequence
-from typing import Annotated, Any, Final, Literal, get_args, get_origin
+from typing import Annotated, Any, Final, Literal
 
 from flywheel_proto import __version__
-from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, StringConstraints, ValidationError
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    SecretStr,
+    StringConstraints,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from flywheel_server.engines.base import PromptFormat
 from flywheel_server.engines.scripted import Script
 from flywheel_server.messages import INT32_MAX
+from flywheel_server.setting_texts import (
+    MUST_HOLD,
+    NONE,
+    NoneWord,
+    accepted_by,
+    as_written,
+    choices,
+    problems_of,
+    without_none_word,
+)
 
 PREFIX: Final = "FLYWHEEL_"
 MAX_PORT: Final = 65535
@@ -30,8 +50,16 @@ Positive = Annotated[int, Field(ge=1, le=INT32_MAX)]
 Seconds = Annotated[float, Field(ge=0, le=INT32_MAX // 1000, allow_inf_nan=False)]
 
 
-def _option(group: str, default: Any, description: str, *, has_flag: bool = True) -> Any:  # noqa: ANN401 - as pydantic's Field
-    return Field(default=default, description=description, json_schema_extra={"group": group, "has_flag": has_flag})
+def _option(
+    group: str,
+    default: Any,  # noqa: ANN401 - as pydantic's Field
+    description: str,
+    *,
+    has_flag: bool = True,
+    must_hold: str = "",
+) -> Any:  # noqa: ANN401 - as pydantic's Field
+    extra: dict[str, Any] = {"group": group, "has_flag": has_flag, MUST_HOLD: must_hold}
+    return Field(default=default, description=description, json_schema_extra=extra)
 
 
 def _from_json(value: Script | str) -> Script:
@@ -39,7 +67,12 @@ def _from_json(value: Script | str) -> Script:
 
 
 def _split(value: tuple[str, ...] | str) -> tuple[str, ...]:
-    return tuple(filter(None, (part.strip() for part in value.split(",")))) if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    keys = tuple(filter(None, (part.strip() for part in value.split(","))))
+    if not keys:
+        raise ValueError("must hold a key: it has only commas")
+    return keys
 
 
 def _api_key(key: SecretStr) -> SecretStr:
@@ -102,9 +135,11 @@ class Settings(BaseSettings):
     modal_class: Annotated[str, Field(min_length=1)] = _option(
         "Engine", "Model", "The class of that app, with Flywheel's method `generate`."
     )
-    modal_environment: str = _option("Engine", "", "Its environment on Modal. Default: that of the Modal profile.")
-    modal_gpu: Annotated[str, StringConstraints(strip_whitespace=True, to_upper=True)] = _option(
-        "Engine", "A10G", "The GPU that the class runs on; empty leaves that to its deployment."
+    modal_environment: Annotated[str, AfterValidator(lambda name: without_none_word(name) or "")] = _option(
+        "Engine", "", f"Its environment on Modal. Default, or {NONE}: that of the Modal profile."
+    )
+    modal_gpu: Annotated[Annotated[str, StringConstraints(to_upper=True)] | None, NoneWord] = _option(
+        "Engine", "A10G", f"The GPU that the class runs on; {NONE} leaves that to its deployment."
     )
     modal_timeout: Annotated[int, Field(ge=1, le=86400)] = _option(
         "Engine", 600, "Seconds after which Modal ends a generation."
@@ -138,19 +173,24 @@ class Settings(BaseSettings):
             (),
             "Keys, separated by commas, of which callers must send one as `authorization: Bearer KEY`. They have no quotas.",
             has_flag=False,  # other users of the machine see the command line
+            must_hold="a key",
         )
     )
     api_keys_file: str | None = _option(
         "Listening",
         None,
         "The file with the keys that callers may send, as `flywheel-server keys` writes it. Read again when it changes.",
+        must_hold="the name of a file",
     )
     tls_cert: str | None = _option(
         "Listening", None, "The PEM file with the server's certificate chain, which turns on TLS. Read again when it changes."
     )
     tls_key: str | None = _option("Listening", None, "The PEM file with the private key of that certificate.")
     tls_client_ca: str | None = _option(
-        "Listening", None, "The PEM file with the authorities whose certificates callers must have, which makes it mutual TLS."
+        "Listening",
+        None,
+        "The PEM file with the authorities whose certificates callers must have, which makes it mutual TLS.",
+        must_hold="the name of a file",
     )
     allow_unauthenticated_network_callers: bool = _option(
         "Listening",
@@ -233,6 +273,11 @@ class Settings(BaseSettings):
     )
     log_prompts: bool = _option("Logging", False, "Whether the log has the text of prompts: true or false.")
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_written(cls, value: Any, info: ValidationInfo) -> Any:  # noqa: ANN401 - whatever a field is given
+        return as_written(value, cls.model_fields[str(info.field_name)])
+
     @property
     def port(self) -> int:
         """The port to listen on; 0 is any free one."""
@@ -243,11 +288,16 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
     """Returns the settings of the command line and the environment; exits with a message where they are wrong."""
     parser = _parser()
     given = vars(parser.parse_args(arguments))
+    # A variable cannot always be unset, but a flag can be left out: an empty one is a mistake, such as a shell variable's.
+    empty = [name for name, text in given.items() if not text.strip()]
+    problems = [_problem((name,), _must_not_be_empty(name)) for name in empty]
     try:
-        return Settings(**given)
+        settings = Settings(**{name: text for name, text in given.items() if name not in empty})
     except ValidationError as error:
-        problems = [_problem(item["loc"], item["msg"]) for item in error.errors(include_url=False)]
+        problems += [_problem(location, message) for location, message in problems_of(error, Settings)]
+    if problems:
         parser.exit(2, "\n".join(["flywheel-server: some settings are wrong", *problems, ""]))
+    return settings
 
 
 def _problem(location: tuple[int | str, ...], message: str) -> str:
@@ -256,14 +306,15 @@ def _problem(location: tuple[int | str, ...], message: str) -> str:
     return "  ".join(["", f"{flag(name)} ({variable}):" if flag(name) else f"{variable}:", *within, message])
 
 
+def _must_not_be_empty(name: str) -> str:
+    accepted = accepted_by(Settings, name)
+    return f"must not be empty (accepted: {accepted})" if accepted else "must not be empty"
+
+
 def flag(name: str) -> str:
     """Returns the command line flag of a setting; empty for one that only the environment may hold."""
     field = Settings.model_fields[name]
     return "--" + name.replace("_", "-") if field.json_schema_extra["has_flag"] else ""  # type: ignore[index]
-
-
-def _choices(field: FieldInfo) -> tuple[str, ...]:
-    return get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
 
 
 def default_text(field: FieldInfo) -> str:
@@ -293,7 +344,7 @@ def _parser() -> argparse.ArgumentParser:
         groups[title].add_argument(
             flag(name),
             dest=name,
-            metavar="|".join(_choices(field)) or name.rpartition("_")[2].upper(),
+            metavar="|".join(choices(field)) or name.rpartition("_")[2].upper(),
             help=f"{field.description}{f' Default: {default}' if default else ''}".replace("%", "%%"),
         )
     return parser

@@ -17,7 +17,7 @@ from modal._utils.mount_utils import validate_volumes
             "FLYWHEEL_DEPLOY_ADDRESS": "127.0.0.1:5",
         },
         {"FLYWHEEL_MODAL_APP": "mk1-flywheel-latest-mistral-7b-instruct", "FLYWHEEL_MODAL_PROMPT": "raw"},
-        {"FLYWHEEL_DEPLOY_WEIGHTS": "smollm2-135m-instruct-q8_0", "FLYWHEEL_MODAL_GPU": ""},
+        {"FLYWHEEL_DEPLOY_WEIGHTS": "smollm2-135m-instruct-q8_0", "FLYWHEEL_MODAL_GPU": "none"},
     ],
 )
 def test_a_container_comes_to_the_same_configuration(environment: dict[str, str]) -> None:
@@ -69,8 +69,8 @@ def test_what_means_something_else_in_the_shell_of_who_deploys_is_left_there(mon
         ({"FLYWHEEL_DEPLOY_MODEL_CPU": "3.9", "FLYWHEEL_DEPLOY_MODEL_MEMORY": "9000"}, 3, 9000),
         ({"FLYWHEEL_DEPLOY_MODEL_CPU": "0.5", "FLYWHEEL_DEPLOY_MODEL_MEMORY": ""}, 1, 4096),
         # 139 MiB of weights and 8192 tokens of 22.5 KiB on the CPU; 19488 MiB and 8192 of 128 KiB.
-        ({"FLYWHEEL_DEPLOY_WEIGHTS": "smollm2-135m-instruct-q8_0", "FLYWHEEL_MODAL_GPU": ""}, 2, 1024 + 319),
-        ({"FLYWHEEL_MODAL_GPU": ""}, 2, 1024 + 20512),
+        ({"FLYWHEEL_DEPLOY_WEIGHTS": "smollm2-135m-instruct-q8_0", "FLYWHEEL_MODAL_GPU": "none"}, 2, 1024 + 319),
+        ({"FLYWHEEL_MODAL_GPU": "none"}, 2, 1024 + 20512),
         ({"FLYWHEEL_MODAL_APP": "another"}, 2, None),
     ],
 )
@@ -96,16 +96,12 @@ def test_one_container_with_a_gpu_unless_more_are_asked_for() -> None:
         ({"FLYWHEEL_DEPLOY_ADDRESS": "0.0.0.0:0", "FLYWHEEL_DEPLOY_EXPOSE": "server"}, ["FLYWHEEL_DEPLOY_ADDRESS", "a port"]),
         ({"FLYWHEEL_DRAIN_TIMEOUT": "21"}, ["FLYWHEEL_DRAIN_TIMEOUT", "at most 22 s", "WITHDRAW_WINDOW", "30 s"]),
         ({"FLYWHEEL_DEPLOY_WEIGHTS": "gpt"}, ["FLYWHEEL_DEPLOY_WEIGHTS", "'gpt'", "mixtral-8x7b-instruct-q3_k_s"]),
-        ({"FLYWHEEL_DEPLOY_WEIGHTS": ""}, ["FLYWHEEL_DEPLOY_WEIGHTS", "mixtral-8x7b-instruct-q3_k_s"]),
         ({"FLYWHEEL_MODAL_CONTEXT": "255"}, ["FLYWHEEL_MODAL_CONTEXT", "256"]),
-        ({"FLYWHEEL_MODAL_GPU": "A11"}, ["FLYWHEEL_MODAL_GPU", "'A11'", "A10G", "empty is none"]),
+        ({"FLYWHEEL_MODAL_GPU": "A11"}, ["FLYWHEEL_MODAL_GPU", "'A11'", "A10G", "or none"]),
         ({"FLYWHEEL_MODAL_GPU": "A10G:x"}, ["FLYWHEEL_MODAL_GPU", "NAME:COUNT"]),
-        ({"FLYWHEEL_DEPLOY_APP": ""}, ["FLYWHEEL_DEPLOY_APP", "1 to 54 letters"]),
         ({"FLYWHEEL_DEPLOY_APP": "my app"}, ["FLYWHEEL_DEPLOY_APP", "dashes, periods and underscores"]),
-        ({"FLYWHEEL_MODAL_APP": ""}, ["FLYWHEEL_MODAL_APP", "at least 1 character"]),
         ({"FLYWHEEL_MODAL_CLASS": "Flywheel"}, ["FLYWHEEL_MODAL_CLASS", "must be Model", "FLYWHEEL_MODAL_APP"]),
-        ({"FLYWHEEL_MODAL_ENVIRONMENT": "prod"}, ["FLYWHEEL_MODAL_ENVIRONMENT", "must be empty", "-e ENVIRONMENT"]),
-        ({"FLYWHEEL_DEPLOY_ROUTING_REGION": ""}, ["FLYWHEEL_DEPLOY_ROUTING_REGION"]),
+        ({"FLYWHEEL_MODAL_ENVIRONMENT": "prod"}, ["FLYWHEEL_MODAL_ENVIRONMENT", "must not be set", "-e ENVIRONMENT"]),
         ({"FLYWHEEL_DEPLOY_WEIGHTS_PATH": "weights"}, ["FLYWHEEL_DEPLOY_WEIGHTS_PATH", "absolute path such as /weights"]),
         ({"FLYWHEEL_DEPLOY_WEIGHTS_PATH": "/root"}, ["FLYWHEEL_DEPLOY_WEIGHTS_PATH", "neither / nor /root"]),
         ({"FLYWHEEL_DEPLOY_WEIGHTS_PATH": "/a/../b"}, ["FLYWHEEL_DEPLOY_WEIGHTS_PATH"]),
@@ -119,7 +115,7 @@ def test_one_container_with_a_gpu_unless_more_are_asked_for() -> None:
             {"FLYWHEEL_DEPLOY_GATEWAY_MIN_CONTAINERS": "3", "FLYWHEEL_DEPLOY_GATEWAY_MAX_CONTAINERS": "2"},
             ["FLYWHEEL_DEPLOY_GATEWAY_MIN_CONTAINERS", "FLYWHEEL_DEPLOY_GATEWAY_MAX_CONTAINERS", "is 2"],
         ),
-        ({"FLYWHEEL_MODAL_GPU": "", "FLYWHEEL_MODAL_CONTEXT": "2000000000"}, ["FLYWHEEL_MODAL_CONTEXT", "MiB"]),
+        ({"FLYWHEEL_MODAL_GPU": "none", "FLYWHEEL_MODAL_CONTEXT": "2000000000"}, ["FLYWHEEL_MODAL_CONTEXT", "MiB"]),
         (
             {"FLYWHEEL_DEPLOY_WEIGHTS": "mixtral-8x7b-instruct-q4_k_m"},
             ["does not fit A10G", "missing", "It fits L40S", "FLYWHEEL_MODAL_GPU"],

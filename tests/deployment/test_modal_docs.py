@@ -25,7 +25,7 @@ PAGE = (ROOT / "docs" / "modal.md").read_text()
 
 RUN = {
     "openssl rand": r"^[0-9a-f]{64}$",
-    "FLYWHEEL_MODAL_GPU=\n": "smollm2-135m-instruct-q8_0: checking the SHA-256",
+    "FLYWHEEL_MODAL_GPU=none": "smollm2-135m-instruct-q8_0: checking the SHA-256",
     "modal deploy": "App deployed",
     "flywheel endpoints\n": r"^localhost:\d+",
     "--max-tokens 32": r"\w",
@@ -145,7 +145,7 @@ def test_the_first_ten_minutes_need_neither_a_gpu_nor_a_large_model() -> None:
     first = PAGE[: PAGE.index("## Mixtral on an A10G")]
     for expected in (
         "FLYWHEEL_DEPLOY_WEIGHTS=smollm2-135m-instruct-q8_0",
-        "FLYWHEEL_MODAL_GPU=\n",
+        "FLYWHEEL_MODAL_GPU=none",
         "modal deploy",
         "flywheel generate",
     ):

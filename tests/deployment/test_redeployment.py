@@ -20,7 +20,7 @@ from tests.modal_cloud import ModalCloud
 
 COMMAND = ("modal", "deploy", "modal_deploy.py", "-e", "staging")
 IDLE = {"FLYWHEEL_DEPLOY_GATEWAY_MIN_CONTAINERS": "0"}
-TRIAL = {"FLYWHEEL_DEPLOY_WEIGHTS": SMALL.name, "FLYWHEEL_MODAL_GPU": ""}
+TRIAL = {"FLYWHEEL_DEPLOY_WEIGHTS": SMALL.name, "FLYWHEEL_MODAL_GPU": "none"}
 MIXTRAL = {"FLYWHEEL_DEPLOY_WEIGHTS": "mixtral-8x7b-instruct-q3_k_s", "FLYWHEEL_MODAL_GPU": "A10G"}
 OF_ANOTHER_APP = ("modal_class", "modal_environment")
 """Settings that say nothing about a Model of ours."""
@@ -81,7 +81,7 @@ def test_what_is_said_or_makes_no_difference_is_not_asked_for() -> None:
     assert unsaid_changes(tags(configured(MIXTRAL), MIXTRAL), {}) == []
     assert unsaid_changes(tags(configured({}), {}), {}) == []
     assert unsaid_changes({}, TRIAL) == []
-    assert unsaid_changes(running, {"FLYWHEEL_MODAL_APP": "another", "FLYWHEEL_MODAL_GPU": ""}) == []
+    assert unsaid_changes(running, {"FLYWHEEL_MODAL_APP": "another", "FLYWHEEL_MODAL_GPU": "none"}) == []
     assert unsaid_changes({"team": "llamas", "FLYWHEEL_OF_ANOTHER_VERSION": "1"}, {}) == []
 
 
@@ -98,9 +98,9 @@ def test_any_value_survives_in_a_tag(value: str) -> None:
     for tag in found.values():
         assert re.fullmatch(r"[A-Za-z0-9._-]+", tag), tag
         assert len(tag) <= MAX_TAG
-    if "FLYWHEEL_MODAL_ENVIRONMENT" in found and value:
+    if "FLYWHEEL_MODAL_ENVIRONMENT" in found and value.strip().lower() != "none":
         (change,) = unsaid_changes(found, another)
-        assert (change.running, change.new) == (value, "")
+        assert (change.running, change.new) == (value, "none")
 
 
 def test_nothing_replaces_the_trial_by_accident(prepared: ModalCloud) -> None:
@@ -113,8 +113,8 @@ def test_nothing_replaces_the_trial_by_accident(prepared: ModalCloud) -> None:
     assert "Traceback" not in forgetful.stderr
     for expected in (
         f"FLYWHEEL_DEPLOY_WEIGHTS: the app has {SMALL.name}, this command would use mixtral-8x7b-instruct-q3_k_s",
-        "FLYWHEEL_MODAL_GPU: the app has an empty value, this command would use A10G",
-        f" FLYWHEEL_DEPLOY_WEIGHTS={SMALL.name} FLYWHEEL_MODAL_GPU='' modal deploy modal_deploy.py",
+        "FLYWHEEL_MODAL_GPU: the app has none, this command would use A10G",
+        f" FLYWHEEL_DEPLOY_WEIGHTS={SMALL.name} FLYWHEEL_MODAL_GPU=none modal deploy modal_deploy.py",
         " FLYWHEEL_DEPLOY_WEIGHTS=mixtral-8x7b-instruct-q3_k_s FLYWHEEL_MODAL_GPU=A10G modal deploy modal_deploy.py",
     ):
         assert expected in forgetful.stderr

@@ -149,10 +149,14 @@ def test_arguments_that_are_wrong(arguments: list[str], keys: Keys) -> None:
 
 def test_which_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.delenv("FLYWHEEL_API_KEYS_FILE", raising=False)
-    with pytest.raises(SystemExit) as caught:
-        main(["list"])
-    assert caught.value.code == 2
-    assert "FLYWHEEL_API_KEYS_FILE" in capsys.readouterr().err
+    for arguments in (["list"], ["list", "--file", ""], ["create", "team-a", "--file", " "]):
+        for variable in (None, "", " "):
+            if variable is not None:
+                monkeypatch.setenv("FLYWHEEL_API_KEYS_FILE", variable)
+            with pytest.raises(SystemExit) as caught:
+                main(arguments)
+            assert caught.value.code == 2
+            assert "FLYWHEEL_API_KEYS_FILE" in capsys.readouterr().err
     monkeypatch.setenv("FLYWHEEL_API_KEYS_FILE", str(tmp_path / "keys.json"))
     main(["create", "team-a"])
     assert [entry.name for entry in KeysFile.read(tmp_path / "keys.json").keys] == ["team-a"]

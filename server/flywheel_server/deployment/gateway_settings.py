@@ -11,6 +11,7 @@ from typing import Final
 
 from pydantic import ValidationError
 
+from flywheel_server.setting_texts import problems_of
 from flywheel_server.settings import PREFIX, Settings
 
 KEYS_SECRET: Final = "flywheel-grpc-keys"  # noqa: S105 - its name
@@ -22,8 +23,7 @@ def gateway_settings() -> Settings:
     try:
         settings = Settings()
     except ValidationError as error:
-        found = error.errors(include_url=False, include_input=False, include_context=False)
-        problems = [f"{_place(problem['loc'])}: {problem['msg'].removeprefix('Value error, ')}" for problem in found]
+        problems = [f"{_place(location)}: {message}" for location, message in problems_of(error, Settings)]
     else:
         if settings.api_keys:
             return settings

@@ -27,6 +27,7 @@ from flywheel_server.engines.embedded import EmbeddedEngine
 from flywheel_server.engines.remote_events import Receipt
 from flywheel_server.engines.remote_fields import UNKNOWN_FIELD
 from flywheel_server.messages import GenerationRequest, GenerationResponse, GenerationResponseSample
+from flywheel_server.setting_texts import NONE
 from flywheel_server.settings import Settings
 
 log = structlog.stdlib.get_logger(__name__)
@@ -105,7 +106,7 @@ def _fetch_command(weights: Weights, settings: Settings) -> str:
     environment = os.environ.get("MODAL_ENVIRONMENT")
     options = f"-e {environment} " if environment else ""
     return (
-        f"FLYWHEEL_DEPLOY_WEIGHTS={weights.name} FLYWHEEL_MODAL_GPU={settings.modal_gpu} "
+        f"FLYWHEEL_DEPLOY_WEIGHTS={weights.name} FLYWHEEL_MODAL_GPU={settings.modal_gpu or NONE} "
         f"modal run {options}modal_deploy.py::fetch_weights"
     )
 

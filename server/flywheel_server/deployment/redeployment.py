@@ -11,6 +11,7 @@ from typing import Final
 from urllib.parse import unquote_to_bytes
 
 from flywheel_server.deployment.settings import DEPLOY_PREFIX, Configuration, Deployment, configured, given
+from flywheel_server.setting_texts import NONE, is_blank
 from flywheel_server.settings import PREFIX, Settings
 
 MAX_TAG: Final = 63
@@ -63,7 +64,7 @@ def unsaid_changes(running: Mapping[str, str], environment: Mapping[str, str]) -
     configuration = configured(environment)
     changes = []
     for variable, tag in given(running).items():
-        if variable in environment or (configuration.weights is None and variable.startswith(OF_THE_MODEL)):
+        if not is_blank(environment.get(variable)) or (configuration.weights is None and variable.startswith(OF_THE_MODEL)):
             continue
         value = _decoded(tag)
         try:
@@ -80,11 +81,7 @@ def refusal(app: str, changes: Sequence[Change], command: Sequence[str], environ
 
     Those set all variables of the environment that count, because nobody knows which of them the next shell has too.
     """
-    empty = "an empty value"
-    rows = [
-        f"  {change.variable}: the app has {change.running or empty}, this command would use {change.new or empty}"
-        for change in changes
-    ]
+    rows = [f"  {change.variable}: the app has {change.running}, this command would use {change.new}" for change in changes]
     keep = {change.variable: change.running for change in changes}
     replace = {change.variable: change.new for change in changes}
     return "\n".join(
@@ -106,7 +103,7 @@ def refusal(app: str, changes: Sequence[Change], command: Sequence[str], environ
 
 def unknown_app(app: str, configuration: Configuration, command: Sequence[str], environment: Mapping[str, str]) -> str | None:
     """Returns the message for a command that would replace an app without tags of ours, unless it is said what is to run."""
-    if all(variable in environment for variable in IN_ANY_CASE):
+    if not any(is_blank(environment.get(variable)) for variable in IN_ANY_CASE):
         return None
     said = {variable: _value(configuration, variable) for variable in IN_ANY_CASE}
     return (
@@ -132,18 +129,19 @@ def _value(configuration: Configuration, variable: str) -> str:
     is_deployments = variable.startswith(DEPLOY_PREFIX)
     settings = configuration.deployment if is_deployments else configuration.server
     value = getattr(settings, variable.removeprefix(DEPLOY_PREFIX if is_deployments else PREFIX).lower())
-    return "" if value is None else str(value)
+    return NONE if value in {None, ""} else str(value)
 
 
 def _encoded(value: str) -> str:
-    """Returns the value in the characters that a tag may have, of which it must have one."""
+    """Returns the value in the characters that a tag may have."""
     special = re.compile(rb"[^A-Za-z0-9.-]")
-    return special.sub(lambda found: b"__" if found[0] == b"_" else b"_%02X" % ord(found[0]), value.encode()).decode() or "_"
+    return special.sub(lambda found: b"__" if found[0] == b"_" else b"_%02X" % ord(found[0]), value.encode()).decode()
 
 
 def _decoded(tag: str) -> str:
     if tag == "_":
-        return ""
+        # An app that was deployed when an empty value asked for none.
+        return NONE
     return unquote_to_bytes(re.sub("_(_|[0-9A-F]{2})", lambda found: "%5F" if found[1] == "_" else f"%{found[1]}", tag)).decode(
         errors="replace"
     )

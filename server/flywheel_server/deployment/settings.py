@@ -5,10 +5,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from flywheel_server.deployment.weights import DEFAULT, DoesNotFitError, Weights, check_fit, find
 from flywheel_server.messages import INT32_MAX
+from flywheel_server.setting_texts import NONE, NoneWord, as_written, is_blank, problems_of
 from flywheel_server.settings import MIN_CONTEXT, PREFIX, Positive, Settings, host_and_port
 
 DEPLOY_PREFIX: Final = f"{PREFIX}DEPLOY_"
@@ -45,8 +46,6 @@ CPU_MODEL_MEMORY: Final = 1024
 """MiB for Python and llama.cpp, beside the weights and the KV cache."""
 
 Count = Annotated[int, Field(ge=0, le=INT32_MAX)]
-# How a variable asks for a default that is no number.
-EmptyIsNone = BeforeValidator(lambda value: None if value == "" else value)
 Cores = Annotated[float, Field(ge=0.125, le=64, allow_inf_nan=False)]
 MAX_MIB: Final = 2**20
 MiB = Annotated[int, Field(ge=128, le=MAX_MIB)]
@@ -63,7 +62,7 @@ def _app_name(name: str) -> str:
 
 
 def _known_weights(name: str) -> str:
-    return find(name).name
+    return find(name.lower()).name
 
 
 def _mount_point(path: str) -> str:
@@ -88,8 +87,8 @@ class Deployment(BaseModel):
     )
     routing_region: Annotated[str, Field(min_length=1)] = _option("us-east", "Where Modal takes in the calls of the server.")
     gateway_min_containers: Count = _option(1, "Gateways that run always. A tunnel does not start one: keep at least 1.")
-    gateway_max_containers: Annotated[Positive | None, EmptyIsNone] = _option(
-        None, "Gateways that run at most. Default: no limit."
+    gateway_max_containers: Annotated[Positive | None, NoneWord] = _option(
+        None, f"Gateways that run at most. Default, or {NONE}: no limit."
     )
     gateway_concurrency: Positive = _option(256, "Calls on one gateway beyond which the server starts another.")
     gateway_cpu: Cores = _option(0.5, "Cores that are kept free for one gateway; it may use more if there are.")
@@ -117,11 +116,16 @@ class Deployment(BaseModel):
     model_cpu: Cores = _option(
         2.0, "Cores that are kept free for one container of the Model. It computes with as many threads, at least 1."
     )
-    model_memory: Annotated[MiB | None, EmptyIsNone] = _option(
+    model_memory: Annotated[MiB | None, NoneWord] = _option(
         None,
-        "MiB of memory that are kept free for one container of the Model. Default: 4096, or without a GPU 1024 beside the "
-        "weights and the KV cache.",
+        f"MiB of memory that are kept free for one container of the Model. Default, or {NONE}: 4096, or without a GPU 1024 "
+        "beside the weights and the KV cache.",
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_written(cls, value: Any, info: ValidationInfo) -> Any:  # noqa: ANN401 - whatever a field is given
+        return as_written(value, cls.model_fields[str(info.field_name)])
 
     @property
     def tunnelled(self) -> bool:
@@ -174,9 +178,9 @@ def configured(environment: Mapping[str, str]) -> Configuration:
         # By themselves, settings look at the environment of this process, in which no name begins so.
         server = Settings(_env_prefix="\0", **_own(variables, PREFIX, Settings))
     except ValidationError as error:
-        prefix = DEPLOY_PREFIX if error.title == Deployment.__name__ else PREFIX
-        found = error.errors(include_url=False, include_input=False)
-        problems = [f"  {prefix}{str(item['loc'][0]).upper()}: {item['msg'].removeprefix('Value error, ')}" for item in found]
+        prefix, settings = (DEPLOY_PREFIX, Deployment) if error.title == Deployment.__name__ else (PREFIX, Settings)
+        found = problems_of(error, settings)
+        problems = [f"  {prefix}{str(location[0]).upper()}: {message}" for location, message in found]
         raise ValueError("\n".join(["Some settings are wrong:", *problems])) from None
     _check_together(deployment, server)
     if server.modal_app != deployment.app:
@@ -218,7 +222,7 @@ def _check_model(weights: Weights, server: Settings) -> None:
         )
     if server.modal_environment:
         raise ValueError(
-            f"{PREFIX}MODAL_ENVIRONMENT: must be empty, unless {PREFIX}MODAL_APP names another app, because a gateway calls "
+            f"{PREFIX}MODAL_ENVIRONMENT: must not be set, unless {PREFIX}MODAL_APP names another app, because a gateway calls "
             "the Model beside it. To deploy to an environment of Modal: modal deploy -e ENVIRONMENT."
         )
     if server.modal_context < MIN_CONTEXT:
@@ -237,12 +241,12 @@ def given(environment: Mapping[str, str]) -> dict[str, str]:
     """Returns those variables of the environment that a configuration is made from."""
     names = [f"{DEPLOY_PREFIX}{name.upper()}" for name in Deployment.model_fields]
     names += [f"{PREFIX}{name.upper()}" for name in Settings.model_fields if name not in NOT_FROM_THE_SHELL]
-    return {name: environment[name] for name in names if name in environment}
+    return {name: environment[name] for name in names if not is_blank(environment.get(name))}
 
 
 def _own(environment: Mapping[str, str], prefix: str, settings: type[BaseModel]) -> dict[str, Any]:
     names = {name: f"{prefix}{name.upper()}" for name in settings.model_fields}
-    return {name: environment[variable] for name, variable in names.items() if variable in environment}
+    return {name: environment[variable].strip() for name, variable in names.items() if not is_blank(environment.get(variable))}
 
 
 def _server_environment(deployment: Deployment, environment: Mapping[str, str]) -> dict[str, str]:

@@ -221,7 +221,7 @@ def find_gpu(gpu: str) -> tuple[Gpu, int]:
     name, colon, count = gpu.upper().partition(":")
     known = GPUS.get(ALIASES.get(name, name))
     if known is None or (colon and not re.fullmatch("[1-9][0-9]*", count)):
-        raise ValueError(f"Unknown GPU {gpu!r}. Known: {', '.join([*GPUS, *ALIASES])}, each also as NAME:COUNT; empty is none.")
+        raise ValueError(f"Unknown GPU {gpu!r}. Known: {', '.join([*GPUS, *ALIASES])}, each also as NAME:COUNT; or none.")
     return known, int(count or 1)
 
 

@@ -45,14 +45,14 @@ class FlywheelEngine:
 
     Arguments:
         target: The class, which is looked up at the first call, and again after a call that did not find it.
-        gpu: The GPU for its containers, as Modal names it; empty leaves that to the deployment of the class.
+        gpu: The GPU for its containers, as Modal names it; None leaves that to the deployment of the class.
         timeout: The seconds after which Modal ends a call.
         as_deployed: Whether both are those of its deployment already. Modal gives a class with options of ours containers of
             their own, apart from those that its deployment keeps warm.
         model: What the class runs. Asking it would wake a container that was scaled to zero.
     """
 
-    def __init__(self, target: Target, *, gpu: str, timeout: int, as_deployed: bool, model: EngineModel) -> None:
+    def __init__(self, target: Target, *, gpu: str | None, timeout: int, as_deployed: bool, model: EngineModel) -> None:
         options: dict[str, Any] = {"timeout": timeout, **({"gpu": gpu} if gpu else {})}
         self._target = target
         self._timeout = timeout
