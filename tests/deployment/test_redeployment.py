@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from flywheel_server.deployment.redeployment import MAX_TAG, refusal, tags, unsaid_changes
+from flywheel_server.deployment.redeployment import MAX_TAG, refusal, tags, unknown_app, unsaid_changes
 from flywheel_server.deployment.settings import DEPLOY_PREFIX, NOT_FROM_THE_SHELL, Deployment, configured, given
 from flywheel_server.settings import PREFIX, Settings
 from grpclib import Status
@@ -83,6 +83,24 @@ def test_what_is_said_or_makes_no_difference_is_not_asked_for() -> None:
     assert unsaid_changes({}, TRIAL) == []
     assert unsaid_changes(running, {"FLYWHEEL_MODAL_APP": "another", "FLYWHEEL_MODAL_GPU": "none"}) == []
     assert unsaid_changes({"team": "llamas", "FLYWHEEL_OF_ANOTHER_VERSION": "1"}, {}) == []
+
+
+def test_an_app_that_was_deployed_with_an_empty_gpu_has_none() -> None:
+    (change,) = unsaid_changes({"FLYWHEEL_MODAL_GPU": "_"}, {})
+    assert (change.running, change.new) == ("none", "A10G")
+    assert (
+        unsaid_changes(
+            {"FLYWHEEL_MODAL_GPU": "_", "FLYWHEEL_DEPLOY_GATEWAY_MAX_CONTAINERS": "_"}, {"FLYWHEEL_MODAL_GPU": "none"}
+        )
+        == []
+    )
+
+
+@pytest.mark.parametrize("empty", ["", " "])
+def test_an_empty_variable_does_not_say_what_is_to_run(empty: str) -> None:
+    running = tags(configured(TRIAL), TRIAL)
+    assert {change.variable for change in unsaid_changes(running, dict.fromkeys(TRIAL, empty))} == set(TRIAL)
+    assert unknown_app("some", configured({}), COMMAND, dict.fromkeys(TRIAL, empty))
 
 
 def test_what_runs_is_remembered_although_nobody_has_set_it() -> None:
