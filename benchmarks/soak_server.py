@@ -10,7 +10,7 @@ import resource
 import sys
 from pathlib import Path
 
-import flywheel_server.__main__  # noqa: F401 - sets what grpc reads from the environment when it is imported
+import flywheel_server.serve_command  # noqa: F401 - sets what grpc reads from the environment when it is imported
 import uvloop
 from flywheel_server import logs
 from flywheel_server.engines.chosen import chosen_engine

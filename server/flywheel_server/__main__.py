@@ -1,109 +1,26 @@
-"""The command `flywheel-server`: settings → engine → server → run until a signal."""
+"""The command `flywheel-server`: heeds signals first, and then loads what serves, or what manages keys."""
 
-import asyncio
-import faulthandler
-import json
-import os
-import signal
 import sys
-from contextlib import suppress
 
-# grpcio 1.80 turned this experiment on, and on asyncio it makes every message dearer, by up to a half (grpcio 1.85.1). It is
-# read when grpc is imported.
-os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_listener")
-# gRPC's own log of ordinary events, such as connections that end, is not in the form of ours.
-os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-
-from flywheel_server import descriptors, heap, keys_command, logs
-from flywheel_server.engines.base import EngineError
-from flywheel_server.engines.chosen import chosen_engine
-from flywheel_server.health import SERVICE
-from flywheel_server.output import Output, captured, open_standard_streams
-from flywheel_server.server import serve
-from flywheel_server.settings import Settings, parse
-from flywheel_server.supervision import EngineDiedError
-
-if sys.platform == "win32":
-    from asyncio import new_event_loop
-else:
-    from uvloop import new_event_loop
+from flywheel_server import signals
 
 
 def main() -> None:
-    """Serves until SIGINT or SIGTERM, or manages its keys.
+    """Serves until a signal stops it, or manages the keys of a server.
 
-    Exits with 1 where it cannot start or the engine has died, and with 2 where the settings are wrong.
+    Exits with 1 if it cannot start or the engine has died, and with 2 if the settings are wrong.
     """
     if sys.argv[1:2] == ["keys"]:
+        signals.exit_at_once()
+        from flywheel_server import keys_command
+
+        signals.exit_in_order()
         keys_command.main(sys.argv[2:])
         return
-    open_standard_streams()
-    faulthandler.enable(_crash_log())
-    stdout, stderr = Output(1), Output(2)
-    try:
-        # Whoever writes there, gRPC and the interpreter included, must not wait for the reader.
-        with captured(2, stderr.write):
-            exit_code = _run(stdout, stderr)
-    finally:
-        stdout.close()
-        if not stderr.close():
-            # Nobody reads: what the interpreter may still have to say would keep it from ending.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    sys.exit(exit_code)
+    stop = signals.StopSignals()
+    from flywheel_server import serve_command
 
-
-def _run(stdout: Output, stderr: Output) -> int:
-    """Serves, and returns the exit code."""
-    settings = parse()
-    heap.limit_heaps()
-    descriptors.raise_limit()
-    logs.configure(settings.log_level, settings.log_format, stderr)
-    try:
-        with suppress(asyncio.CancelledError), asyncio.Runner(loop_factory=new_event_loop) as runner:
-            runner.run(_serve_until_signal(settings, stdout, stderr))
-    except (EngineError, OSError, ValueError) as error:
-        stderr.write(f"flywheel-server: {error}\n".encode())
-        return 1
-    return 0
-
-
-async def _serve_until_signal(settings: Settings, stdout: Output, stderr: Output) -> None:
-    if task := asyncio.current_task():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            # The first one cancels whatever is under way, starting or serving, and a second one the drain too.
-            asyncio.get_running_loop().add_signal_handler(number, task.cancel)
-    try:
-        async with serve(chosen_engine(settings), settings) as port:
-            stdout.write(f"ready: {_example(settings, port)}\n".encode())
-            await asyncio.Event().wait()
-    except EngineDiedError as error:
-        stderr.write(f"flywheel-server: {error}\n".encode())
-        stderr.close()
-        # Not `sys.exit`: that waits for all threads, and those of a dead engine may never end.
-        os._exit(1)
-
-
-def _crash_log() -> int:
-    """Returns a descriptor for what a crash has to say: standard error, past whatever captures it.
-
-    On Linux it does not block where that is a pipe or a terminal. A process that crashes must end, whoever reads.
-    """
-    try:
-        return os.open("/proc/self/fd/2", os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_NOCTTY)
-    except OSError:
-        return os.dup(2)
-
-
-def _example(settings: Settings, port: int) -> str:
-    """Returns a call of the server that works in a terminal, with what the caller has to fill in in capitals."""
-    host = settings.address.rpartition(":")[0]
-    request = json.dumps({"text": "What is the difference between a llama and an alpaca?", "max_tokens": 64})
-    options = ["-cacert CA.pem" if settings.tls_cert else "-plaintext"]
-    if settings.tls_client_ca:
-        options.append("-cert CLIENT.pem -key CLIENT-KEY.pem")
-    if settings.api_keys or settings.api_keys_file:
-        options.append("-H 'authorization: Bearer KEY'")
-    return f"grpcurl {' '.join(options)} -d '{request}' {host}:{port} {SERVICE}/GenerateDeltas"
+    serve_command.main(stop)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from flywheel_server import running_time
 from flywheel_server.admission import Admission
 from flywheel_server.delivery import Patience
 from flywheel_server.engines.base import Engine
+from flywheel_server.engines.uninterrupted import to_its_end
 from flywheel_server.generations import Generations
 from flywheel_server.health import SERVICE, Health
 from flywheel_server.interceptors.authentication import AuthenticationInterceptor
@@ -82,7 +83,8 @@ async def serve(engine: Engine, settings: Settings) -> AsyncIterator[int]:
     )
     try:
         port = listen(server, settings, authenticates=keys.is_required or settings.tls_client_ca is not None)
-        await server.start()
+        # One that is stopped while it starts breaks within gRPC.
+        await to_its_end(asyncio.create_task(server.start()))
         async with supervisor.running(), keys.following(service.revoke):
             try:
                 yield port

@@ -227,10 +227,10 @@ class Settings(BaseSettings):
     withdraw_window: Seconds = _option(
         "Listening",
         2.0,
-        "Seconds after SIGTERM in which health is NOT_SERVING but calls are taken, for load balancers to notice.",
+        "Seconds after a stopping signal in which health is NOT_SERVING but calls are taken, for load balancers to notice.",
     )
     drain_timeout: Seconds = _option(
-        "Listening", 30.0, "Seconds that running calls have to finish after SIGINT or SIGTERM; a second one ends them."
+        "Listening", 30.0, "Seconds that running calls have to finish after the withdraw window; a second signal ends them."
     )
 
     max_concurrent: Positive = _option(

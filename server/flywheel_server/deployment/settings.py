@@ -267,7 +267,7 @@ def _server_environment(deployment: Deployment, environment: Mapping[str, str]) 
     return {
         **{f"{PREFIX}{name.upper()}": value for name, value in settings.items()},
         **{f"{DEPLOY_PREFIX}{name.upper()}": value for name, value in deployed.items()},
-        # Read when grpc is imported; see flywheel_server.__main__.
+        # Read when grpc is imported; see flywheel_server.serve_command.
         "GRPC_EXPERIMENTS": "-event_engine_listener",
         "GRPC_VERBOSITY": "ERROR",
         # Seconds. By default Modal's client waits for as long as it is throttled, and the caller learns nothing.

@@ -1,0 +1,109 @@
+"""The command `flywheel-server` as it serves: settings → engine → server → run until a signal."""
+
+import asyncio
+import faulthandler
+import json
+import os
+import sys
+from contextlib import suppress
+
+# grpcio 1.80 turned this experiment on, and on asyncio it makes every message dearer, by up to a half (grpcio 1.85.1). It is
+# read when grpc is imported.
+os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_listener")
+# gRPC's own log of ordinary events, such as connections that end, is not in the form of ours.
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+
+from flywheel_server import descriptors, heap, logs, signals
+from flywheel_server.engines.base import EngineError
+from flywheel_server.engines.chosen import chosen_engine
+from flywheel_server.health import SERVICE
+from flywheel_server.output import Output, captured, open_standard_streams
+from flywheel_server.server import serve
+from flywheel_server.settings import Settings, parse
+from flywheel_server.signals import StopSignals
+from flywheel_server.supervision import EngineDiedError
+
+if sys.platform == "win32":
+    from asyncio import new_event_loop
+else:
+    from uvloop import new_event_loop
+
+
+def main(stop: StopSignals) -> None:
+    """Serves until a signal stops it.
+
+    Exits with 1 where it cannot start or the engine has died, and with 2 where the settings are wrong.
+    """
+    open_standard_streams()
+    crash_log = _crash_log()
+    faulthandler.enable(crash_log)
+    signals.write_stacks_to(crash_log)
+    stdout, stderr = Output(1), Output(2)
+    try:
+        # Whoever writes there, gRPC and the interpreter included, must not wait for the reader.
+        with captured(2, stderr.write):
+            exit_code = _run(stop, stdout, stderr)
+    finally:
+        stdout.close()
+        if not stderr.close():
+            # Nobody reads: what the interpreter may still have to say would keep it from ending.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    sys.exit(exit_code)
+
+
+def _run(stop: StopSignals, stdout: Output, stderr: Output) -> int:
+    """Serves, and returns the exit code."""
+    settings = parse()
+    heap.limit_heaps()
+    descriptors.raise_limit()
+    logs.configure(settings.log_level, settings.log_format, stderr)
+    try:
+        with suppress(asyncio.CancelledError), asyncio.Runner(loop_factory=new_event_loop) as runner:
+            runner.run(_serve_until_signal(settings, stop, stdout, stderr))
+    except (EngineError, OSError, ValueError) as error:
+        stderr.write(f"flywheel-server: {error}\n".encode())
+        return 1
+    return 0
+
+
+async def _serve_until_signal(settings: Settings, stop: StopSignals, stdout: Output, stderr: Output) -> None:
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+
+    def cancel() -> None:
+        # The first one cancels whatever is under way, starting or serving, and a second one the drain too.
+        if task:
+            loop.call_soon_threadsafe(task.cancel)
+
+    try:
+        with stop.calling(cancel):
+            async with serve(chosen_engine(settings), settings) as port:
+                stdout.write(f"ready: {_example(settings, port)}\n".encode())
+                await asyncio.Event().wait()
+    except EngineDiedError as error:
+        stderr.write(f"flywheel-server: {error}\n".encode())
+        stderr.close()
+        # Not `sys.exit`: that waits for all threads, and those of a dead engine may never end.
+        os._exit(1)
+
+
+def _crash_log() -> int:
+    """Returns a descriptor for what a crash has to say: standard error, past whatever captures it.
+
+    On Linux it does not block where that is a pipe or a terminal. A process that crashes must end, whoever reads.
+    """
+    try:
+        return os.open("/proc/self/fd/2", os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_NOCTTY)
+    except OSError:
+        return os.dup(2)
+
+
+def _example(settings: Settings, port: int) -> str:
+    """Returns a call of the server that works in a terminal, with what the caller has to fill in in capitals."""
+    host = settings.address.rpartition(":")[0]
+    request = json.dumps({"text": "What is the difference between a llama and an alpaca?", "max_tokens": 64})
+    options = ["-cacert CA.pem" if settings.tls_cert else "-plaintext"]
+    if settings.tls_client_ca:
+        options.append("-cert CLIENT.pem -key CLIENT-KEY.pem")
+    if settings.api_keys or settings.api_keys_file:
+        options.append("-H 'authorization: Bearer KEY'")
+    return f"grpcurl {' '.join(options)} -d '{request}' {host}:{port} {SERVICE}/GenerateDeltas"
