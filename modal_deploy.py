@@ -15,12 +15,15 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import modal
-from flywheel_server.deployment.gateway_settings import KEYS_SECRET, KEYS_VARIABLE, create_secret, gateway_settings
-from flywheel_server.deployment.redeployment import APP, IN_ANY_CASE, refusal, tags, unknown_app, unsaid_changes
-from flywheel_server.deployment.settings import configured, given
-from flywheel_server.deployment.signature import takes_fields
-from flywheel_server.deployment.weights import find_gpu
+from flywheel_server.extras import loading
 from modal.config import config
+
+with loading("modal_deploy.py"):
+    from flywheel_server.deployment.gateway_settings import KEYS_SECRET, KEYS_VARIABLE, create_secret, gateway_settings
+    from flywheel_server.deployment.redeployment import APP, IN_ANY_CASE, refusal, tags, unknown_app, unsaid_changes
+    from flywheel_server.deployment.settings import configured, given
+    from flywheel_server.deployment.signature import takes_fields
+    from flywheel_server.deployment.weights import find_gpu
 
 if TYPE_CHECKING:
     from flywheel_server.deployment.gateway import GatewayThread

@@ -13,10 +13,10 @@ def main() -> None:
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
         from flywheel_client._cli import app
-    except ModuleNotFoundError as error:
-        if error.name not in {"typer", "rich"}:
-            raise
-        sys.exit(f"flywheel: the command needs {error.name}; install it with: pip install 'flywheel-grpc[cli]'")
+    except ImportError as error:
+        if isinstance(error, ModuleNotFoundError) and error.name in {"typer", "rich"}:
+            sys.exit(f"flywheel: the command needs {error.name}; install it with: pip install 'flywheel-grpc[cli]'")
+        sys.exit(f"flywheel: the installation is broken: {error}")
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     app(prog_name="flywheel")

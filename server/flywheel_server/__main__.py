@@ -3,23 +3,24 @@
 import sys
 
 from flywheel_server import signals
+from flywheel_server.extras import loading
 
 
 def main() -> None:
     """Serves until a signal stops it, or manages the keys of a server.
 
-    Exits with 1 if it cannot start or the engine has died, and with 2 if the settings are wrong.
+    Exits with 1 if it cannot be loaded or cannot start or the engine has died, and with 2 if the settings are wrong.
     """
     if sys.argv[1:2] == ["keys"]:
         signals.exit_at_once()
-        from flywheel_server import keys_command
-
+        with loading("flywheel-server"):
+            from flywheel_server import keys_command
         signals.exit_in_order()
         keys_command.main(sys.argv[2:])
         return
     stop = signals.StopSignals()
-    from flywheel_server import serve_command
-
+    with loading("flywheel-server"):
+        from flywheel_server import serve_command
     serve_command.main(stop)
 
 

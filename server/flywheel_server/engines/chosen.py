@@ -4,12 +4,23 @@ from pathlib import Path
 from typing import assert_never
 
 from flywheel_server.cores import usable_cores
-from flywheel_server.engines.base import Engine, EngineModel
+from flywheel_server.engines.base import Engine, EngineModel, EngineUnavailableError
+from flywheel_server.extras import reason
 from flywheel_server.settings import MAX_THREADS, Settings
 
 
 def chosen_engine(settings: Settings) -> Engine:
-    """Returns the engine of the settings, not yet started; raises `EngineUnavailableError` where it has no model."""
+    """Returns the engine of the settings, not yet started.
+
+    Raises `EngineUnavailableError` if it has no model, or cannot be loaded, for example because its extra is not installed.
+    """
+    try:
+        return _engine(settings)
+    except ImportError as error:
+        raise EngineUnavailableError(f"the {settings.engine} engine cannot be used: {reason(error)}") from error
+
+
+def _engine(settings: Settings) -> Engine:
     match settings.engine:
         case "embedded":
             from flywheel_server.engines.embedded import EmbeddedEngine, default_model

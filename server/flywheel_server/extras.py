@@ -1,0 +1,35 @@
+"""What to install if a package is missing, in one line rather than a traceback."""
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
+DISTRIBUTION: Final = "flywheel-grpc"
+
+MODULES: Final = {
+    "server": ("cryptography", "grpc_health", "grpc_reflection", "pydantic", "pydantic_settings", "structlog", "uvloop"),
+    "embedded": ("xllamacpp",),
+    "modal": ("modal",),
+}
+"""The extras of the distribution that the server and its engines need, with the modules that each brings."""
+
+
+@contextmanager
+def loading(program: str) -> Iterator[None]:
+    """Exits with 1 and a line that begins with the program's name if an import within the context fails."""
+    try:
+        yield
+    except ImportError as error:
+        sys.exit(f"{program}: {reason(error)}")
+
+
+def reason(error: ImportError) -> str:
+    """Returns why an import has failed: what is missing and how to install it, or else the error in its own words."""
+    module = (error.name or "").partition(".")[0]
+    for extra, modules in MODULES.items():
+        # A package that is there may fail as well, for example if it has no such name in its version, or lacks a library.
+        if module in modules and importlib.util.find_spec(module) is None:
+            return f"{module} is not installed; install it with: pip install '{DISTRIBUTION}[{extra}]'"
+    return f"the installation is broken: {error}"
