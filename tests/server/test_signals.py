@@ -138,7 +138,7 @@ async def test_a_signal_while_the_code_is_loaded_ends_the_server_in_order(number
     async with started(*SCRIPTED) as process:
         await has(process.pid, "SigBlk", number)
         process.send_signal(number)
-        assert not await ended(process)
+        await ended(process)
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +162,7 @@ async def test_a_signal_to_the_first_process_of_a_container_is_not_lost(as_first
         await until(is_there, "the namespace has its first process")
         await has(first, "SigBlk", signal.SIGTERM)
         os.kill(first, signal.SIGTERM)
-        assert not await ended(process)
+        await ended(process)
 
 
 @pytest.mark.parametrize("numbers", further([(signal.SIGTERM, signal.SIGINT), *((number,) for number in STOPPING)]), ids=str)
@@ -183,13 +183,13 @@ def files_of(directory: Path) -> list[str]:
 async def test_keys_end_with_the_code_of_the_signal_and_leave_the_file_whole(number: signal.Signals, tmp_path: Path) -> None:
     file, lock = tmp_path / "keys.json", tmp_path / ".keys.json.lock"
     arguments = ("keys", "create", "team-a", "--file", str(file))
-    async with started(*arguments) as process:
-        await has(process.pid, "SigCgt", STOPPING[-1])  # they are set up one after the other
-        process.send_signal(number)
-        assert await asyncio.wait_for(process.communicate(), 20) == (b"", b"")
-        assert process.returncode == 128 + number
     with lock.open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
+        async with started(*arguments) as process:
+            await has(process.pid, "SigCgt", STOPPING[-1])  # they are set up one after the other
+            process.send_signal(number)
+            assert await asyncio.wait_for(process.communicate(), 20) == (b"", b"")
+            assert process.returncode == 128 + number
         async with started(*arguments) as process:
             descriptors = Path(f"/proc/{process.pid}/fd")
 
