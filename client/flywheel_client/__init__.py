@@ -8,58 +8,25 @@ Example:
 `Client.from_modal()` finds a deployment on Modal by the name of its app, and balances its calls over the containers.
 """
 
-from flywheel_proto import __version__
+import importlib
 
-from flywheel_client._async import AsyncClient, AsyncStream
-from flywheel_client._errors import (
-    CallCancelledError,
-    DeadlineExceededError,
-    FailedPreconditionError,
-    FieldViolation,
-    FlywheelError,
-    InternalError,
-    InvalidArgumentError,
-    QuotaViolation,
-    ResourceExhaustedError,
-    UnauthenticatedError,
-    UnavailableError,
-)
-from flywheel_client._modal import ModalDirectory, published_endpoints
-from flywheel_client._records import Endpoint
-from flywheel_client._request import GenerationFields
-from flywheel_client._results import Defaults, Delta, Limits, Model, Response, Sample, Stats
-from flywheel_client._retry import Retry
-from flywheel_client._service_config import SERVICE_CONFIG
-from flywheel_client._sync import Client, Stream
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from flywheel_client._public import *  # noqa: F403 - the names are listed there
+    from flywheel_client._public import __all__ as __all__
+else:
 
-__all__ = [
-    "SERVICE_CONFIG",
-    "AsyncClient",
-    "AsyncStream",
-    "CallCancelledError",
-    "Client",
-    "DeadlineExceededError",
-    "Defaults",
-    "Delta",
-    "Endpoint",
-    "FailedPreconditionError",
-    "FieldViolation",
-    "FlywheelError",
-    "GenerationFields",
-    "InternalError",
-    "InvalidArgumentError",
-    "Limits",
-    "ModalDirectory",
-    "Model",
-    "QuotaViolation",
-    "ResourceExhaustedError",
-    "Response",
-    "Retry",
-    "Sample",
-    "Stats",
-    "Stream",
-    "UnauthenticatedError",
-    "UnavailableError",
-    "__version__",
-    "published_endpoints",
-]
+    def __getattr__(name: str) -> object:
+        """Returns a public name.
+
+        The first use of one imports grpc, which takes a while. The command `flywheel` handles interrupts before that.
+        """
+        public = importlib.import_module("flywheel_client._public")
+        globals().update({each: getattr(public, each) for each in (*public.__all__, "__all__")})
+        try:
+            return globals()[name]
+        except KeyError:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+
+
+del TYPE_CHECKING

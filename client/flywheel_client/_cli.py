@@ -27,8 +27,6 @@ from flywheel_client._waiting import ReadyServer, was_begun
 
 FAILED: Final = 1
 INVALID: Final = 2
-INTERRUPTED: Final = 130
-BROKEN_PIPE: Final = 141
 
 UNHEALTHY: Final = "backend unhealthy"
 """What gRPC says if a server answers that it is not SERVING."""
@@ -37,7 +35,8 @@ Watch = Callable[[Iterable[Any]], Iterator[Any]]
 
 app = typer.Typer(
     help="Generates text with a Flywheel gRPC server, and asks the server how it is.",
-    epilog="Exit codes: 0 success; 1 failure; 2 wrong usage or invalid argument; 130 interrupted.",
+    epilog="Exit codes: 0 success; 1 failure, also to write the output; 2 wrong usage or invalid argument; 130 interrupted; "
+    "141 the reader of the output has left.",
     no_args_is_help=True,
     rich_markup_mode=None,
     add_completion=False,
@@ -185,6 +184,8 @@ def _command(run: Callable[..., None]) -> Callable[..., None]:
     @app.command()
     @functools.wraps(run)
     def command(context: typer.Context, **options: Any) -> None:  # noqa: ANN401 - as many kinds as there are options
+        with _exit_codes():
+            options = {name: _as_utf8(name, value) for name, value in options.items()}
         server = Server(**{each.name: options.pop(each.name) for each in fields(Server)})
         with _exit_codes(server.advice):
             if server.modal_app is None and server.modal_environment is not None:
@@ -208,22 +209,27 @@ def _exit_codes(advice: Callable[[FlywheelError], str] = lambda _: "") -> Iterat
     """Turns what may go wrong in a subcommand into a message and an exit code."""
     try:
         yield
-        sys.stdout.flush()
     except FlywheelError as error:
         terminal.show_error(terminal.describe(error, advice(error)))
         raise typer.Exit(INVALID if isinstance(error, InvalidArgumentError) else FAILED) from None
     except (TypeError, ValueError) as error:
         terminal.show_error(str(error))
         raise typer.Exit(INVALID) from None
-    except BrokenPipeError:
-        # Whoever read the output, such as head, has seen enough. The code is that of a program which SIGPIPE ended.
-        terminal.discard_output()
-        raise typer.Exit(BROKEN_PIPE) from None
     except (OSError, ImportError) as error:
         terminal.show_error(str(error))
         raise typer.Exit(FAILED) from None
-    except KeyboardInterrupt:
-        raise typer.Exit(INTERRUPTED) from None
+
+
+def _as_utf8(name: str, value: Any) -> Any:  # noqa: ANN401 - any value of an option
+    """Returns an option's value; what the encoding of the locale does not have is read as UTF-8."""
+    if isinstance(value, list):
+        return [_as_utf8(name, each) for each in value]
+    if not isinstance(value, str) or not any("\udc80" <= character <= "\udcff" for character in value):
+        return value
+    try:
+        return os.fsencode(value).decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8, from byte {error.start} on") from None
 
 
 def _print_version(wanted: bool) -> None:
@@ -285,10 +291,10 @@ def generate(
 ) -> None:
     """Continue a prompt, and print the text while it is made.
 
-    Several samples are printed one after another. A summary of each goes to stderr. A newline at the end of stdin is not
-    taken as part of the prompt. A call that fails before the engine has begun on it is tried again for some
-    seconds, and if the server answers that its engine is not ready, for as long as --timeout allows. Exit codes: see
-    flywheel --help.
+    Several samples are printed one after another. A summary of each goes to stderr. Stdin is text in UTF-8: a byte order mark
+    at its beginning and a newline at its end are not taken as part of the prompt, and lines may end as on Windows, with CR and
+    LF. A call that fails before the engine has begun on it is tried again for some seconds, and if the server answers that its
+    engine is not ready, for as long as --timeout allows. Exit codes: see flywheel --help.
     """
     options: dict[str, Any] = {
         "text": _text(prompt),
@@ -317,8 +323,9 @@ def _text(prompt: str | None) -> str:
         raise ValueError('no prompt: give one, as in flywheel generate "Once upon a time", or pipe it in')
     if prompt in {None, "-"}:
         try:
-            # Text tools end what they write with a newline, which is not meant as part of the prompt.
-            prompt = sys.stdin.buffer.read().decode().removesuffix("\n")
+            # Text tools end what they write with a newline, and some begin it with a byte order mark. Neither is meant as part
+            # of the prompt, and nor are the line ends of Windows.
+            prompt = sys.stdin.buffer.read().decode().removeprefix("\ufeff").replace("\r\n", "\n").removesuffix("\n")
         except UnicodeDecodeError as error:
             raise ValueError(f"the prompt on stdin is not UTF-8: {error}") from None
     if not prompt:
@@ -333,8 +340,6 @@ def _print_samples(watched: Watch, client: Client, fields: dict[str, Any]) -> No
 
 
 def _print_text(watched: Watch, client: Client, fields: dict[str, Any], num_samples: int) -> None:
-    # Where the locale's encoding has no such character, a question mark must do.
-    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     writer = terminal.SampleWriter(terminal.Output(sys.stdout), num_samples)
     begun = time.monotonic()
     with client.generate_deltas(**fields) as deltas:
@@ -424,6 +429,7 @@ def endpoints(
     are those that answer. If none does, all are listed, as the network of this machine may be to blame.
     """
     with _exit_codes():
+        app_name, environment = _as_utf8("app", app_name), _as_utf8("environment", environment)
         credentials = grpc.ssl_channel_credentials(None if cacert is None else cacert.read_bytes())
         live, silent = asyncio.run(_endpoints(app_name, environment, credentials))
         if not live and not silent:

@@ -1,40 +1,27 @@
-"""What the command `flywheel` shows: text of a model, which is not trusted, made safe for a terminal and put in order.
+"""What the command `flywheel` shows, and in which order.
 
-A model may generate escape sequences, which could rewrite the screen, set the clipboard, or pose as the shell. On a terminal
-control characters are therefore shown as pictures; into a pipe or file the text goes as it is.
+Standard output makes text of a model safe for a terminal (`flywheel_proto._streams`); into a pipe or file it goes as it is.
+Standard error has no text of a model but what an error or a summary quotes, which is made safe wherever it goes.
 """
 
 import json
 import math
-import os
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Final, TextIO
+from typing import TextIO
 
-import typer
+from flywheel_proto._streams import BOLD, DIM, write_styled
+from flywheel_proto._visible import visible
 
 from flywheel_client._errors import FlywheelError, InvalidArgumentError, ResourceExhaustedError
 from flywheel_client._records import Endpoint
 from flywheel_client._results import Delta
 
-# C0 except tab and newline, DEL and C1. The first 32 and DEL have pictures in Unicode.
-_PICTURES: Final = (
-    {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n"}
-    | {0x7F: 0x2421}
-    | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
-)
-
-
-def visible(text: str) -> str:
-    """Returns the text with every control character but tab and newline replaced by a picture of it."""
-    return text.translate(_PICTURES)
-
 
 class Output:
-    """Writes text at once, knows whether it is at the start of a line, and lets no control character reach a terminal."""
+    """Writes text at once, and knows whether it is at the start of a line."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -44,7 +31,7 @@ class Output:
     def write(self, text: str) -> None:
         """Writes text of a model."""
         if text:
-            self._stream.write(visible(text) if self.is_terminal else text)
+            self._stream.write(text)
             self._stream.flush()
             self._line_is_open = not text.endswith("\n")
 
@@ -56,7 +43,8 @@ class Output:
     def heading(self, text: str) -> None:
         """Writes a heading on its own line, bold on a terminal."""
         self.end_line()
-        typer.secho(text, self._stream, bold=True)
+        write_styled(self._stream, text, BOLD)
+        self._stream.write("\n")
 
 
 @dataclass(slots=True)
@@ -144,7 +132,8 @@ class SampleWriter:
 def show_aside(lines: Iterable[str]) -> None:
     """Writes lines to stderr, dim on a terminal, so that they do not mix with the text."""
     for line in lines:
-        typer.secho(visible(line), err=True, dim=True)
+        write_styled(sys.stderr, visible(line), DIM)
+        sys.stderr.write("\n")
 
 
 def show(line: str) -> None:
@@ -184,9 +173,26 @@ def _ago(then: float | None, now: float) -> str:
 
 
 def show_json(value: object) -> None:
-    """Writes a value as one line of JSON to stdout; ASCII, so that it is harmless on a terminal and right in any encoding."""
-    sys.stdout.write(json.dumps(value) + "\n")
+    """Writes a value as one line of JSON to stdout; ASCII, so that it is harmless on a terminal and right in any encoding.
+
+    JSON has no number for infinity and NaN. They are the strings "Infinity", "-Infinity" and "NaN", as in the JSON of protobuf.
+    """
+    sys.stdout.write(json.dumps(_finite(value), allow_nan=False) + "\n")
     sys.stdout.flush()
+
+
+def _finite(value: object) -> object:
+    match value:
+        case dict():
+            return {key: _finite(each) for key, each in value.items()}
+        case list() | tuple():
+            return [_finite(each) for each in value]
+        case float() if math.isnan(value):
+            return "NaN"
+        case float() if math.isinf(value):
+            return "Infinity" if value > 0 else "-Infinity"
+        case _:
+            return value
 
 
 def show_error(message: str) -> None:
@@ -212,9 +218,3 @@ def describe(error: FlywheelError, advice: str) -> str:
     if error.request_id:
         lines.append(f"request id: {error.request_id}")
     return "\n  ".join(lines)
-
-
-def discard_output() -> None:
-    """Lets what is still buffered for stdout go nowhere, once nobody reads it any more."""
-    with suppress(OSError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

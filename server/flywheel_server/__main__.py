@@ -2,10 +2,13 @@
 
 import sys
 
+from flywheel_proto._streams import standard_streams
+
 from flywheel_server import signals
 from flywheel_server.extras import loading
 
 
+@standard_streams("flywheel-server")
 def main() -> None:
     """Serves until a signal stops it, or manages the keys of a server.
 

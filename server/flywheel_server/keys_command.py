@@ -50,13 +50,16 @@ def _create(path: Path, given: argparse.Namespace) -> None:
         file = _read(path) if path.exists() else KeysFile(keys=())
         if any(other.name == entry.name for other in file.keys):
             raise ValueError(f"{entry.name} is taken; revoke it first, or choose another name")
-        file.with_entry(entry).write(path)
-    if key:
-        # Alone on standard output, so that a script can keep it.
-        sys.stdout.write(f"{key}\n")
-        sys.stderr.write(f"created {entry.name} in {path}; its key is shown this once\n")
-    else:
-        sys.stderr.write(f"created {entry.name} in {path}\n")
+        if key:
+            # Alone on standard output, so that a script can keep it. If this fails, there is no entry whose key nobody has.
+            sys.stdout.write(f"{key}\n")
+            sys.stdout.flush()
+        try:
+            file.with_entry(entry).write(path)
+        except OSError:
+            sys.stderr.write(f"{entry.name} was not created{', and its key is of no use' if key else ''}\n")
+            raise
+    sys.stderr.write(f"created {entry.name} in {path}{'; its key is shown this once' if key else ''}\n")
 
 
 def _list(path: Path, given: argparse.Namespace) -> None:

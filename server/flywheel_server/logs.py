@@ -1,7 +1,6 @@
 """The server's log: one line an event on standard error, of ours and of the libraries alike."""
 
 import logging
-import os
 from typing import Any, Literal
 
 import structlog
@@ -65,7 +64,7 @@ def configure(
         if form == "json"
         else [
             structlog.dev.ConsoleRenderer(
-                colors=os.isatty(2),
+                colors=False,
                 pad_event_to=0,
                 pad_level=False,
                 exception_formatter=structlog.dev.plain_traceback,

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
+from flywheel_proto._visible import visible
+
 MAX_BYTES: Final = 2**20
 """Bytes of output that may wait for the reader."""
 
@@ -26,7 +28,7 @@ def _nothing(_: int) -> bytes:
 
 
 class Output:
-    """Writes to a file descriptor on a thread of its own.
+    """Writes to a file descriptor on a thread of its own, and what a terminal must not get only as pictures of it.
 
     What does not fit into `MAX_BYTES` is dropped and counted, and so is what the system refuses to write: a disk may be full,
     the reader gone.
@@ -41,6 +43,7 @@ class Output:
     def __init__(self, descriptor: int) -> None:
         self.notice: Callable[[int], bytes] = _nothing
         self._descriptor = os.dup(descriptor)
+        self._is_terminal = os.isatty(descriptor)
         # In the order in which they came; a number stands for so many pieces that were dropped there.
         self._waiting: deque[bytes | int] = deque()
         self._waiting_bytes = 0
@@ -58,6 +61,8 @@ class Output:
 
     def write(self, data: bytes) -> None:
         """Add data to what is to be written, or count it as dropped. Never waits."""
+        if self._is_terminal:
+            data = visible(data.decode(errors="backslashreplace")).encode()
         with self._changed:
             if self._closed:
                 return
@@ -154,16 +159,3 @@ def _read(reading: int, on_line: Callable[[bytes], None]) -> None:
     with os.fdopen(reading, "rb") as lines:
         while line := lines.readline(MAX_LINE_BYTES):
             on_line(line)
-
-
-def open_standard_streams() -> None:
-    """Open standard input, output and error on nothing if whoever started the process has closed them.
-
-    Otherwise the next file or connection would get the number, and with it what others print.
-    """
-    for descriptor in range(3):
-        try:
-            os.fstat(descriptor)
-        except OSError:
-            # The lowest number that is free is this one.
-            os.open(os.devnull, os.O_RDWR)

@@ -17,7 +17,7 @@ from flywheel_server import descriptors, heap, logs, signals
 from flywheel_server.engines.base import EngineError
 from flywheel_server.engines.chosen import chosen_engine
 from flywheel_server.health import SERVICE
-from flywheel_server.output import Output, captured, open_standard_streams
+from flywheel_server.output import Output, captured
 from flywheel_server.server import serve
 from flywheel_server.settings import Settings, parse
 from flywheel_server.signals import StopSignals
@@ -34,7 +34,6 @@ def main(stop: StopSignals) -> None:
 
     Exits with 1 where it cannot start or the engine has died, and with 2 where the settings are wrong.
     """
-    open_standard_streams()
     crash_log = _crash_log()
     faulthandler.enable(crash_log)
     signals.write_stacks_to(crash_log)

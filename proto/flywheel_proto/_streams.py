@@ -1,0 +1,169 @@
+"""The standard streams of a command, whatever has become of them before it started or becomes of them while it runs."""
+
+import errno
+import io
+import os
+import select
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final, TextIO
+
+from flywheel_proto._visible import visible
+
+FAILED: Final = 1
+INTERRUPTED: Final = 130
+BROKEN_PIPE: Final = 141
+"""The code of a program that SIGPIPE ended, as a shell shows it."""
+
+BOLD: Final = 1
+DIM: Final = 2
+
+
+class StreamError(Exception):
+    """Standard input cannot be read, or standard output not written.
+
+    This is no `OSError`, because libraries take one for theirs.
+
+    Attributes:
+        exit_code: What the command exits with.
+    """
+
+    def __init__(self, what: str, error: OSError) -> None:
+        super().__init__(f"cannot {what}: {error.strerror}")
+        self.exit_code = BROKEN_PIPE if error.errno == errno.EPIPE else FAILED
+
+
+@contextmanager
+def standard_streams(program: str) -> Iterator[None]:
+    """Replaces the standard streams by ones that fail in a defined way, and ends the program if they do.
+
+    A stream that was closed before the program started is one that fails. Standard output ends the program with the code 1 and
+    a message if it cannot be written, and with 141 and no message if its reader has left. Standard error says as much as it
+    can: nothing fails because of it. An interrupt ends the program with the code 130.
+    """
+    _open_closed_descriptors()
+    # Python 3.14 has colours of its own in the help, as escape sequences that would be made visible.
+    os.environ["PYTHON_COLORS"] = "0"
+    sys.stdin = io.TextIOWrapper(io.BufferedReader(_Input(_raw(sys.stdin, 0))))
+    output = _Output(_raw(sys.stdout, 1))
+    sys.stdout = _SafeText(output, sys.stdout)
+    sys.stderr = _SafeText(_ErrorOutput(_raw(sys.stderr, 2)), sys.stderr)
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            if output.failure:
+                raise output.failure
+    except StreamError as error:
+        if error.exit_code != BROKEN_PIPE:
+            sys.stderr.write(f"{program}: {error}\n")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+
+
+def write_styled(stream: TextIO, text: str, style: int) -> None:
+    """Writes text in a style, `BOLD` or `DIM`, if the stream is a terminal and the user has not asked for plain text.
+
+    That is what a variable NO_COLOR that is not empty does (no-color.org), and TERM=dumb.
+    """
+    plain = not stream.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    stream.write(text if plain else _Styled(f"\x1b[{style}m{visible(text)}\x1b[0m"))
+
+
+class _Styled(str):
+    """Text whose escape sequences are ours."""
+
+    __slots__ = ()
+
+
+class _SafeText(io.TextIOWrapper):
+    """Writes any text: on a terminal visible, and as an escape what the encoding does not have."""
+
+    def __init__(self, raw: io.RawIOBase, like: TextIO | None) -> None:
+        encoding = like.encoding if like else "utf-8"
+        super().__init__(io.BufferedWriter(raw), encoding, "backslashreplace", line_buffering=True)
+        self._before = ""
+
+    def write(self, text: str) -> int:
+        if not isinstance(text, _Styled) and self.isatty():
+            text, self._before = visible(text, self._before), (self._before + text)[-2:]
+        return super().write(text)
+
+
+class _Raw(io.RawIOBase):
+    """A raw stream that waits if its descriptor does not block."""
+
+    def __init__(self, raw: Any) -> None:  # noqa: ANN401 - a FileIO, or what Python has for the console of Windows
+        self._stream = raw
+
+    def fileno(self) -> int:
+        return int(self._stream.fileno())
+
+    def isatty(self) -> bool:
+        return bool(self._stream.isatty())
+
+
+class _Input(_Raw):
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:  # noqa: ANN401 - as io.RawIOBase
+        try:
+            while (count := self._stream.readinto(buffer)) is None:
+                select.select([self], [], [])
+        except OSError as error:
+            raise StreamError("read standard input", error) from None
+        return int(count)
+
+
+class _Output(_Raw):
+    """Fails once. What is written after that goes nowhere, so that the end of the program does not fail again."""
+
+    failure: StreamError | None = None
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:  # noqa: ANN401 - as io.RawIOBase
+        if self.failure:
+            return len(data)
+        try:
+            while (count := self._stream.write(data)) is None:
+                select.select([], [self], [])
+        except OSError as error:
+            self.failure = StreamError("write to standard output", error)
+            raise self.failure from None
+        return int(count)
+
+
+class _ErrorOutput(_Output):
+    """Never fails. What cannot be written goes nowhere."""
+
+    def write(self, data: Any) -> int:  # noqa: ANN401 - as io.RawIOBase
+        try:
+            return super().write(data)
+        except StreamError:
+            return len(data)
+
+
+def _open_closed_descriptors() -> None:
+    """Opens each standard descriptor that is closed, in the wrong direction, so that its use fails as before.
+
+    Otherwise the next file or connection would get the number, and with it what is printed.
+    """
+    for descriptor, flags in enumerate((os.O_WRONLY, os.O_RDONLY, os.O_RDONLY)):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            # The lowest number that is free is this one.
+            os.open(os.devnull, flags)
+
+
+def _raw(stream: TextIO | None, descriptor: int) -> Any:  # noqa: ANN401 - as in _Raw
+    """Returns the raw stream below one of Python's, which is None if its descriptor was closed when Python started."""
+    if stream is None:
+        return io.FileIO(descriptor, "r" if descriptor == 0 else "w", closefd=False)
+    return getattr(stream.buffer, "raw", stream.buffer)
