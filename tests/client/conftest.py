@@ -57,6 +57,7 @@ class FakeService(generation_pb2_grpc.GenerationServiceServicer):
     address: str = ""
     deltas: list[generation_pb2.GenerationDelta] = field(default_factory=lambda: [delta("ab"), delta("c", 0, 2, "stop")])
     samples: list[generation_pb2.GenerationResponseSample] = field(default_factory=lambda: [sample("abc")])
+    model_name: str = "SmolLM2-135M"
     holds: bool = False
     """Before its initial metadata a generation waits until it is cancelled."""
     hangs: bool = False
@@ -124,7 +125,7 @@ class FakeService(generation_pb2_grpc.GenerationServiceServicer):
         self.peers.add(context.peer())
         self._fail(context)
         return generation_pb2.Model(
-            name="SmolLM2-135M",
+            name=self.model_name,
             engine="fake",
             context_tokens=2048,
             limits=generation_pb2.Limits(
