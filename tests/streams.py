@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from grpc_health.v1 import health_pb2
+from grpc_health.v1.health import HealthServicer
+
 from tests.client.conftest import FakeService, serving_fake
 
 WAIT: Final = 30.0
@@ -123,7 +126,9 @@ def expected(command: Command, stream: str, state: str) -> tuple[int, str]:
 @contextmanager
 def serving_text() -> Iterator[FakeService]:
     """Serves text that is not ASCII."""
-    with serving_fake() as fake:
+    health = HealthServicer()
+    health.set("", health_pb2.HealthCheckResponse.SERVING)
+    with serving_fake(health) as fake:
         fake.model_name = MODEL
         fake.deltas[0].text = fake.samples[0].text = DELTAS
         yield fake
@@ -155,7 +160,7 @@ def run(command: Command, stream: str, state: str, address: str, folder: Path) -
                 process.send_signal(signal.SIGTERM)
             out, err = process.communicate(b"a prompt" if command.reads else None, timeout=WAIT)
     encoding = {"ASCII": "ascii", "latin-1": "latin-1"}.get(state, "utf-8")
-    return Ran(process.returncode, (out or b"").decode(encoding), (err or b"").decode())
+    return Ran(process.returncode, (out or b"").decode(encoding), (err or b"").decode(encoding))
 
 
 @contextmanager

@@ -9,12 +9,10 @@ from tests.thorough import further
 
 TELLING = (
     ("flywheel model", "stdout", "ASCII"),
-    ("flywheel model", "stdout", "gone"),
     ("flywheel --help", "stdout", "full"),
     ("flywheel generate", "stdin", "closed"),
-    ("flywheel generate a prompt", "all", "closed"),
+    ("flywheel --version", "all", "closed"),
     ("flywheel-server keys create team-a --file keys.json", "stdout", "full"),
-    ("flywheel-server --version", "stderr", "closed"),
 )
 CASES = [(command, stream, state) for command in (*COMMANDS, SERVE) for stream in STATES for state in STATES[stream]]
 
@@ -40,7 +38,7 @@ def test_a_command_ends_in_a_defined_way(case: tuple[Command, str, str], tmp_pat
     if stream not in {"stderr", "all"}:
         assert ran.err.endswith(message)
         assert bool(ran.err) or exit_code in {0, 141}, "nobody is told why"
-    if stream != "all" and (stream, state) not in {("stdout", "closed"), ("stdout", "full"), ("stdout", "read-only")}:
+    if stream in {"stdin", "stderr"} or state in {"ASCII", "latin-1"}:
         assert bool(ran.out) is (command.prints and exit_code == 0)
     if "create" in command.arguments and "--help" not in command.arguments:
         assert (tmp_path / "keys.json").exists() is (exit_code == 0), "an entry whose key nobody has"

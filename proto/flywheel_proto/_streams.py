@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final, TextIO
 
+from flywheel_proto._interrupts import INTERRUPTED
 from flywheel_proto._visible import visible
 
 FAILED: Final = 1
-INTERRUPTED: Final = 130
 BROKEN_PIPE: Final = 141
 """The code of a program that SIGPIPE ended, as a shell shows it."""
 
@@ -120,22 +120,27 @@ class _Input(_Raw):
 
 
 class _Output(_Raw):
-    """Fails once. What is written after that goes nowhere, so that the end of the program does not fail again."""
+    """Fails once, or is interrupted once. What is written after that goes nowhere: it would keep the program from ending."""
 
     failure: StreamError | None = None
+    _discards = False
 
     def writable(self) -> bool:
         return True
 
     def write(self, data: Any) -> int:  # noqa: ANN401 - as io.RawIOBase
-        if self.failure:
+        if self._discards:
             return len(data)
         try:
             while (count := self._stream.write(data)) is None:
                 select.select([], [self], [])
         except OSError as error:
+            self._discards = True
             self.failure = StreamError("write to standard output", error)
             raise self.failure from None
+        except KeyboardInterrupt:
+            self._discards = True
+            raise
         return int(count)
 
 

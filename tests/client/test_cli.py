@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pty
+import select
 import signal
 import socket
 import subprocess
 import sys
+import time
+import unicodedata
 from typing import TYPE_CHECKING
 
 import flywheel_client
@@ -16,7 +20,7 @@ import grpc
 import pytest
 import trustme
 from flywheel_client import Delta, Endpoint
-from flywheel_client._terminal import Output, SampleWriter, show_endpoints
+from flywheel_client._terminal import Output, SampleWriter, show_endpoints, show_json
 from flywheel_proto._visible import visible
 from flywheel_proto.v1.generation_pb2 import GenerationDelta, GenerationRequest
 from google.protobuf.duration_pb2 import Duration
@@ -24,6 +28,7 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, QuotaFailure, Re
 from grpc_health.v1 import health_pb2
 
 from tests.client.conftest import serving_fake, unavailable
+from tests.thorough import further
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -34,6 +39,9 @@ if TYPE_CHECKING:
 
 WAIT = 20.0
 FLYWHEEL = [sys.executable, "-m", "flywheel_client"]
+
+HIDDEN = "a\u202eb\U000e0041"
+"""Text in another order than it seems, with text that is not seen."""
 
 
 def delta(index: int, text: str, tokens: int, finish_reason: str = "") -> GenerationDelta:
@@ -69,10 +77,10 @@ def on_terminal(fake: FakeService, *arguments: str) -> bytes:
 
 
 def test_one_sample_in_a_pipe_is_its_raw_text(fake: FakeService) -> None:
-    fake.deltas = [delta(0, "a\x1b[31m", 1), delta(0, "[bold]b\r\n", 2), delta(0, "é", 3, "length")]
+    fake.deltas = [delta(0, "a\x1b[31m", 1), delta(0, "[bold]b\r\n", 2), delta(0, f"é{HIDDEN}", 3, "length")]
     process = flywheel(fake, "generate", "p")
     assert process.returncode == 0
-    assert process.stdout == "a\x1b[31m[bold]b\r\né".encode()
+    assert process.stdout == f"a\x1b[31m[bold]b\r\né{HIDDEN}".encode()
     assert process.stderr.startswith(b"3 tokens (prompt 5), length, first text ")
     assert process.stderr.count(b"\n") == 1
 
@@ -113,20 +121,70 @@ def test_an_option_left_out_is_unset(fake: FakeService) -> None:
     assert fake.requests == [GenerationRequest(text="p", max_tokens=128)]
 
 
-@pytest.mark.parametrize("arguments", [[], ["-"]])
-def test_the_prompt_may_be_piped_in(fake: FakeService, arguments: list[str]) -> None:
-    process = flywheel(fake, "generate", *arguments, stdin="Grüße\n\n".encode())
+@pytest.mark.parametrize(
+    "case",
+    [
+        ([], "Grüße\n\n".encode(), "Grüße\n"),
+        (["-"], b"\xef\xbb\xbfa\r\n\r\nb\r\n", "a\n\nb"),
+        *further([([], b"a\rb\r\r\n", "a\rb\r"), ([], b"a\xef\xbb\xbfb\r", "a\ufeffb\r"), ([], b"\r\na", "\na")]),
+    ],
+)
+def test_the_prompt_may_be_piped_in(fake: FakeService, case: tuple[list[str], bytes, str]) -> None:
+    arguments, stdin, prompt = case
+    process = flywheel(fake, "generate", *arguments, stdin=stdin)
     assert process.returncode == 0
-    assert fake.requests[0].text == "Grüße\n"
+    assert fake.requests[0].text == prompt
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        ([b"generate", b"ab\xff"], {}, b"flywheel: prompt is not UTF-8, from byte 2 on\n"),
+        *further(
+            [
+                (
+                    [b"generate", b"a", b"--stop", b"b", b"--stop", b"\xff"],
+                    {},
+                    b"flywheel: stop is not UTF-8, from byte 0 on\n",
+                ),
+                ([b"health", b"--service", b"\xff"], {}, b"flywheel: service is not UTF-8, from byte 0 on\n"),
+                ([b"stats"], {b"FLYWHEEL_ADDRESS": b"\xff:1"}, b"flywheel: address is not UTF-8, from byte 0 on\n"),
+                ([b"stats"], {b"FLYWHEEL_API_KEY": b"k\xff"}, b"flywheel: api_key is not UTF-8, from byte 1 on\n"),
+                ([b"stats"], {b"FLYWHEEL_CERT": b"/\xff"}, b"does not exist.\n"),
+                ([b"stats", b"--timeout", b"\xff"], {}, b"Invalid value for '--timeout'"),
+                ([b"endpoints", b"--app", b"\xff"], {}, b"flywheel: app is not UTF-8, from byte 0 on\n"),
+                ([b"\xff"], {}, b"No such command '\\udcff'.\n"),
+            ]
+        ),
+    ],
+)
+def test_bytes_that_are_not_utf_8_are_refused_by_name(
+    fake: FakeService, case: tuple[list[bytes], dict[bytes, bytes], bytes]
+) -> None:
+    arguments, variables, message = case
+    env = {os.fsencode(name): os.fsencode(value) for name, value in environment(fake).items()} | variables
+    process = subprocess.run([*FLYWHEEL, *arguments], capture_output=True, env=env, timeout=WAIT, check=False)
+    assert (process.returncode, process.stdout) == (2, b"")
+    assert message in process.stderr
+    assert b"Traceback" not in process.stderr
+
+
+@pytest.mark.thorough
+def test_arguments_are_utf_8_whatever_the_locale(fake: FakeService) -> None:
+    env = environment(fake) | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    prompt = "Grüße, 日本"
+    assert subprocess.run([*FLYWHEEL, "generate", prompt.encode()], env=env, capture_output=True, check=False).returncode == 0
+    assert fake.requests[0].text == prompt
 
 
 @pytest.mark.parametrize(
     ("arguments", "stdin", "message"),
     [
         ([], b"", b"the prompt is empty"),
+        (["-"], b"\xef\xbb\xbf\r\n", b"the prompt is empty"),
         ([""], b"", b"the prompt is empty"),
         (["-"], b"\n", b"the prompt is empty"),
-        ([], b"\xff", b"not UTF-8"),
+        ([], b"\xef\xbb\xbf\xff", b"not UTF-8: 'utf-8' codec can't decode byte 0xff in position 3"),
         (["p", "--max-tokens", "9999999999"], b"", b"max_tokens"),
         (["p", "--max-tokens", "many"], b"", b"--max-tokens"),
         (["p", "--wat"], b"", b"--wat"),
@@ -170,10 +228,10 @@ def test_no_text_is_lost_where_a_call_fails(fake: FakeService) -> None:
 
 
 def test_a_terminal_gets_no_control_characters_of_the_model(fake: FakeService) -> None:
-    fake.deltas = [delta(0, "a\x1b]52;c;x\x07\x9b31m\x7f\r[red]b[/red]\tc\n", 1), delta(0, "d", 2, "\x1b[2Jstop")]
+    fake.deltas = [delta(0, f"a\x1b]52;c;x\x07\x9b31m\x7f\r[red]b[/red]\tc{HIDDEN}\n", 1), delta(0, "d", 2, "\x1b[2Jstop")]
     written = on_terminal(fake, "generate", "p").decode()
     text, summary = written.split("\nd\n")
-    assert text == "a␛]52;c;x␇\ufffd31m␡␍[red]b[/red]\tc"
+    assert text == "a␛]52;c;x␇\ufffd31m␡␍[red]b[/red]\tca\ufffdb\ufffd"
     assert "␛[2Jstop" in summary
     assert summary.startswith("\x1b[2m2 tokens (prompt 5)")
 
@@ -184,6 +242,28 @@ def test_headings_on_a_terminal_are_bold(fake: FakeService) -> None:
     assert written.startswith("\x1b[1m── sample 0 ──\x1b[0m\nA\n\n\x1b[1m── sample 1 ──\x1b[0m\nB\n")
 
 
+@pytest.mark.parametrize("variables", [{"NO_COLOR": "1"}, *further([{"TERM": "dumb"}])])
+def test_a_terminal_gets_no_escape_sequence_if_none_is_wanted(
+    fake: FakeService, variables: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    fake.deltas = [delta(0, "A", 1, "stop"), delta(1, "B", 1, "stop")]
+    written = on_terminal(fake, "generate", "p", "-n", "2").decode()
+    assert written.startswith("── sample 0 ──\nA\n\n── sample 1 ──\nB\nsample 0: 1 tokens")
+    assert "\x1b" not in written
+
+
+@pytest.mark.parametrize("arguments", further([["model"], ["stats"], ["stats", f"--{HIDDEN}"]]))
+def test_a_terminal_gets_nothing_invisible_of_servers_and_arguments(fake: FakeService, arguments: list[str]) -> None:
+    fake.model_name = HIDDEN
+    if arguments == ["stats"]:
+        fake.fail(grpc.StatusCode.INTERNAL, HIDDEN)
+    written = on_terminal(fake, *arguments).decode()
+    assert "a\ufffdb\ufffd" in written
+    assert not set(HIDDEN) & set(written) - set("ab")
+
+
 def test_the_message_of_an_error_is_made_visible(fake: FakeService) -> None:
     fake.fail(grpc.StatusCode.INTERNAL, "\x1b[2Jbad")
     assert b"\x1b" not in flywheel(fake, "stats").stderr
@@ -191,13 +271,14 @@ def test_the_message_of_an_error_is_made_visible(fake: FakeService) -> None:
 
 def test_json_is_one_line_for_each_finished_sample(fake: FakeService) -> None:
     fake.samples[0].text = "a\x9bé\n"
+    fake.samples[0].finished = math.inf
     process = flywheel(fake, "generate", "p", "--json")
     assert process.stdout.count(b"\n") == 1
     assert process.stdout.isascii()
     assert json.loads(process.stdout) == {
         "text": "a\x9bé\n",
         "generated_tokens": 2,
-        "finished": 1700000000.5,
+        "finished": "Infinity",
         "finish_reason": "stop",
         "index": 0,
         "prompt_tokens": 5,
@@ -234,6 +315,56 @@ def test_a_reader_that_has_seen_enough_ends_the_command_quietly(fake: FakeServic
         assert process.stderr.read() == b""
         assert process.wait(WAIT) == 141
     assert fake.cancelled.wait(WAIT)
+
+
+@pytest.mark.parametrize("module", ["google", *further(["flywheel_proto._visible", "grpc", "asyncio", "typer"])])
+def test_an_interrupt_while_it_is_loaded_ends_it_quietly(module: str) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-X", "importtime", *FLYWHEEL[1:], "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stderr is not None
+        while module not in (line := process.stderr.readline().decode()):
+            assert line, "it has ended"
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=WAIT)
+    assert process.returncode == 130
+    assert b"Traceback" not in errors
+
+
+def test_an_interrupt_ends_it_while_nobody_reads(fake: FakeService) -> None:
+    fake.deltas = [delta(0, "x" * 2**20, 1)]
+    reading, writing = os.pipe()
+    with subprocess.Popen(
+        [*FLYWHEEL, "generate", "p"], stdout=writing, stderr=subprocess.PIPE, env=environment(fake)
+    ) as process:
+        select.select([reading], [], [], WAIT)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=WAIT)
+    os.close(reading)
+    os.close(writing)
+    assert (process.returncode, errors) == (130, b"")
+
+
+@pytest.mark.thorough
+def test_pipes_that_do_not_block_lose_nothing(fake: FakeService) -> None:
+    fake.deltas = [delta(0, "x" * 2**20, 1, "stop")]
+    pipes = os.pipe(), os.pipe()
+    for descriptor in (*pipes[0], *pipes[1]):
+        os.set_blocking(descriptor, False)
+    (stdin, asking), (answered, stdout) = pipes
+    with subprocess.Popen([*FLYWHEEL, "generate"], stdin=stdin, stdout=stdout, env=environment(fake)) as process:
+        os.close(stdin)
+        os.close(stdout)
+        os.write(asking, b"a ")
+        # By then the command may have found nothing more to read.
+        time.sleep(0.5)
+        os.write(asking, b"prompt")
+        os.close(asking)
+        os.set_blocking(answered, True)
+        with os.fdopen(answered, "rb") as file:
+            assert len(file.read()) == 2**20
+    assert process.returncode == 0
+    assert fake.requests[0].text == "a prompt"
 
 
 @pytest.mark.parametrize(
@@ -473,6 +604,73 @@ def test_control_characters_have_pictures() -> None:
     shown = visible("".join(map(chr, range(0x100))))
     assert len(shown) == 0x100
     assert [character for character in shown if not character.isprintable()] == ["\t", "\n", "\xa0"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["👩‍🚀", "❤️‍🔥", "🏳️‍🌈", "👁️‍🗨️", "1️⃣ #️⃣", "می‌خواهم", "क्‍ष", "葛\U000e0100", "ភាសា\u200bខ្មែរ", "\u1820\u180b", "\u0600", "\ue0b0"],
+)
+def test_what_a_script_or_an_emoji_is_written_with_remains(text: str) -> None:
+    assert visible(text) == text
+    shown = ""
+    for position, character in enumerate(text):
+        shown += visible(character, text[:position][-2:])
+    assert shown == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            "\u00ad",
+            "\u034f",
+            "\u061c",
+            "\u115f",
+            "\u180e",
+            "\u200b",
+            "\u200c",
+            "\u200d",
+            "\u200e",
+            "\u200f",
+            "\u2028",
+            "\u2029",
+        ),
+        *(
+            "\u202a",
+            "\u202e",
+            "\u2060",
+            "\u2064",
+            "\u2065",
+            "\u2066",
+            "\u2069",
+            "\u3164",
+            "\ufe00",
+            "\ufe0f",
+            "\ufeff",
+            "\uffa0",
+        ),
+        *("\ufff9", "\ufffb", "\U0001bca0", "\U0001d173", "\U000e0000", "\U000e0001", "\U000e007f", "\U000e0100", "\U000e01ef"),
+    ],
+    ids=ascii,
+)
+def test_what_is_invisible_or_changes_the_order_of_text_is_shown(text: str) -> None:
+    assert visible(f"a{text}b {text}") == "a\ufffdb \ufffd"
+    # After a character that may have one of these, a second one would be hidden.
+    assert visible(f"é{text}{text}{text}")[2:] == "\ufffd\ufffd"
+
+
+def test_every_format_character_is_shown_or_has_a_glyph() -> None:
+    everything = map(chr, range(sys.maxunicode + 1))
+    kept = {each for each in everything if unicodedata.category(each) in {"Cc", "Cf", "Zl", "Zp"} and visible(each) == each}
+    # Those of Arabic, Syriac, Kaithi and Egyptian are drawn around or under what follows.
+    with_glyphs = {*range(0x600, 0x606), 0x6DD, 0x70F, 0x890, 0x891, 0x8E2, 0x110BD, 0x110CD, *range(0x13430, 0x13440)}
+    assert kept <= {"\t", "\n", *map(chr, with_glyphs)}
+
+
+def test_json_has_no_number_for_infinity(capsys: pytest.CaptureFixture[str]) -> None:
+    show_json({"a": [math.inf, {"b": -math.inf}], "c": (math.nan, 1.5, 1, None, True)})
+    written = capsys.readouterr().out
+    assert json.loads(written) == {"a": ["Infinity", {"b": "-Infinity"}], "c": ["NaN", 1.5, 1, None, True]}
 
 
 def test_the_second_sample_is_written_while_it_is_made(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import os
+import pty
 import re
 import resource
 import signal
@@ -225,6 +226,35 @@ async def test_a_disk_that_is_full_for_a_while_costs_the_lines_of_that_time(tmp_
     assert dropped >= 1
     assert dropped + sum("call refused" in line for line in rest) == 5 + 1
     assert "stopping" in rest[-1]
+
+
+def test_an_output_to_a_terminal_shows_what_is_invisible() -> None:
+    controller, terminal = pty.openpty()
+    output = Output(terminal)
+    os.close(terminal)
+    output.write("a\x1b[2J\u202eb\U000e0041ü\n".encode() + b"\xff")
+    assert output.close()
+    shown = os.read(controller, 2**16)
+    os.close(controller)
+    assert shown.decode() == "a␛[2J\ufffdb\ufffdü\r\n\\xff"
+
+
+@pytest.mark.thorough
+async def test_a_terminal_gets_nothing_invisible_of_what_callers_send() -> None:
+    controller, terminal = pty.openpty()
+    with os.fdopen(terminal, "wb") as file:
+        server = command(*SCRIPTED, "--log-prompts", "true", stderr=file, environment={"NO_COLOR": ""})
+        async with server as process:
+            _, address = await ready_line(process)
+            async with connected(address) as target:
+                await target.stub.GenerateAll(pb.GenerationRequest(text="a\x1b[2J\u202eb\U000e0041c", max_tokens=1))
+            process.send_signal(signal.SIGTERM)
+            assert await process.wait() == 0
+    os.set_blocking(controller, False)
+    log = os.read(controller, 2**16).decode()
+    os.close(controller)
+    assert "a␛[2J\ufffdb\ufffdc" in log
+    assert [character for character in log if not character.isprintable() and character not in "\r\n"] == []
 
 
 def test_an_output_keeps_the_order_and_says_where_something_is_missing(pipe: Pipe) -> None:

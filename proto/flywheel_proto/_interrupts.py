@@ -1,0 +1,24 @@
+"""What an interrupt (SIGINT, Ctrl-C) does to a command. This is loaded before everything that takes a while to load."""
+
+import os
+import signal
+
+INTERRUPTED = 130
+"""The exit code of a program that SIGINT ended, as a shell shows it."""
+
+
+def exit_on_interrupt() -> None:
+    """Lets an interrupt end the process at once, for the time in which nothing has to be tidied up."""
+    if not _is_ignored():
+        signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
+
+
+def raise_on_interrupt() -> None:
+    """Lets an interrupt raise `KeyboardInterrupt`, which ends calls and closes connections."""
+    if not _is_ignored():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _is_ignored() -> bool:
+    """Whether interrupts are ignored, as shells have it for what they run in the background."""
+    return signal.getsignal(signal.SIGINT) is signal.SIG_IGN
