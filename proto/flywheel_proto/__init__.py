@@ -1,4 +1,7 @@
-"""The generated messages and stubs of the contract; see `proto/flywheel/v1/generation.proto`."""
+"""The generated messages and stubs of the contract; see `proto/flywheel/v1/generation.proto`.
+
+The private modules are what the commands `flywheel` and `flywheel-server` share.
+"""
 
 __version__ = "0.1.0"
 """The version of the distribution, for the client and the server alike."""

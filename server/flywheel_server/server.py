@@ -1,5 +1,6 @@
 """Assembles the server and runs it: listener, service, health, reflection, start and stop."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
