@@ -18,9 +18,9 @@ from typing import Final
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health import HealthServicer
 
-from tests.client.conftest import FakeService, serving_fake
+from tests.client.conftest import SERVICE, FakeService, serving_fake
 
-WAIT: Final = 30.0
+WAIT: Final = 60.0
 
 STATES: Final = {
     "stdin": {"closed": "<&-", "write-only": "0>/dev/null"},
@@ -127,7 +127,8 @@ def expected(command: Command, stream: str, state: str) -> tuple[int, str]:
 def serving_text() -> Iterator[FakeService]:
     """Serves text that is not ASCII."""
     health = HealthServicer()
-    health.set("", health_pb2.HealthCheckResponse.SERVING)
+    for name in ("", SERVICE):
+        health.set(name, health_pb2.HealthCheckResponse.SERVING)
     with serving_fake(health) as fake:
         fake.model_name = MODEL
         fake.deltas[0].text = fake.samples[0].text = DELTAS
