@@ -11,7 +11,7 @@ TELLING = (
     ("flywheel model", "stdout", "ASCII"),
     ("flywheel --help", "stdout", "full"),
     ("flywheel generate", "stdin", "closed"),
-    ("flywheel --version", "all", "closed"),
+    ("flywheel-server --help", "stdout", "closed"),
     ("flywheel-server keys create team-a --file keys.json", "stdout", "full"),
 )
 CASES = [(command, stream, state) for command in (*COMMANDS, SERVE) for stream in STATES for state in STATES[stream]]
