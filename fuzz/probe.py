@@ -68,7 +68,7 @@ class ServerProcess:
 @contextmanager
 def flywheel_server(*arguments: str, api_key: str = "") -> Iterator[ServerProcess]:
     """Runs `flywheel-server` with these arguments on a free port, and gives it once it is ready."""
-    environment = {**os.environ, "FLYWHEEL_API_KEYS": api_key}
+    environment = {**os.environ, **({"FLYWHEEL_API_KEYS": api_key} if api_key else {})}
     command = [sys.executable, "-m", "flywheel_server", "--address", "127.0.0.1:0", "--log-level", "error", *arguments]
     with (
         NamedTemporaryFile() as log,

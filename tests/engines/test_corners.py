@@ -19,7 +19,7 @@ MEMORY = "ulimit -S -d 6000000"
 """KiB. Stacks of 512 threads fit, and the longest context does not, as on a machine with little memory."""
 
 SAMPLES = 8
-REQUEST = pb.GenerationRequest(text="Hello", max_tokens=4, num_samples=SAMPLES)
+REQUEST = pb.GenerationRequest(text="Hello", max_tokens=4, num_samples=SAMPLES, temperature=0)
 
 
 def ends(name: str) -> tuple[str, ...]:

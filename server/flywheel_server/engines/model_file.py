@@ -57,7 +57,7 @@ class ModelFile:
             if path.is_dir():
                 raise UnusableModelError("is a directory; name the GGUF file in it")
             if not path.exists():
-                raise UnusableModelError("does not exist")
+                raise UnusableModelError("does not exist; --model (FLYWHEEL_MODEL) must name a GGUF file")
             if not path.is_file():
                 raise UnusableModelError("is not a regular file")
             metadata, tensors = read_metadata(path)
