@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar, Unpack
-from weakref import WeakKeyDictionary
+from weakref import WeakSet
 
 import grpc
 import grpc.aio
@@ -20,7 +20,7 @@ from flywheel_client._channel import (
     Timeout,
     call_metadata,
 )
-from flywheel_client._errors import call_cancelled, error_from_call, request_id_in
+from flywheel_client._errors import error_from_call, request_id_in
 from flywheel_client._health import HEALTH_CHECK, health_request, health_response, serving_status
 from flywheel_client._modal import APP, ModalDirectory
 from flywheel_client._pool import Directory
@@ -57,7 +57,7 @@ class AsyncStream(Generic[ResultT]):
     ) -> None:
         self._call = call
         self._loop = asyncio.get_running_loop()
-        self._messages = _messages(call)
+        self._messages = aiter(call)
         self._result_from = result_from
         self._request_id = request_id
         self._begun = False
@@ -85,17 +85,13 @@ class AsyncStream(Generic[ResultT]):
         except grpc.aio.AioRpcError as error:
             self._ended = True
             raise error_from_call(error, self._request_id) from error
-        except asyncio.CancelledError:
-            await self.aclose()
-            _raise_if_call_was_cancelled(self._request_id)
-            raise
         except BaseException:
             await self.aclose()
             raise
         return self._result_from(message)
 
     def cancel(self) -> None:
-        """Cancels the call on the server; who iterates gets `CallCancelledError`. Call it on the stream's loop."""
+        """Cancels the call on the server; iterating raises `CallCancelledError`. Call it on the stream's loop."""
         self._call.cancel()
 
     async def aclose(self) -> None:
@@ -148,7 +144,8 @@ class AsyncClient:
             timeout: The seconds that a call may take unless it says otherwise; above 27,000 hours, the most that gRPC sends, no
                 deadline. Default: no deadline.
             metadata: What every call carries, such as `[("tenant", "a")]`. Keys are lowercase.
-            channel_options: Options of the channel, which take precedence over the client's own.
+            channel_options: Options of the channel, which take precedence over the client's own, such as
+                `[("grpc.max_receive_message_length", 256 * 2**20)]` for answers of more than 64 MiB.
             credentials: For TLS, such as `grpc.ssl_channel_credentials()`; with a key and a certificate it is mutual TLS.
             api_key: The key that the server asks for; sent as `authorization: Bearer KEY`.
             retry: How a call is tried again that failed before the engine began on it; with None a call is tried once.
@@ -157,15 +154,18 @@ class AsyncClient:
                 default it fails, once it was tried again, where there is none.
 
         Raises:
-            TypeError: The address is no string, or the timeout is no number.
-            ValueError: The address is no target of gRPC, the timeout is negative or NaN, or the key is empty or has characters
-                that are not visible ASCII.
+            TypeError: The address is no string, the timeout is no number, or the metadata are no pairs of `str` and `str`, or
+                `bytes` if the key ends with `-bin`.
+            ValueError: The address is no target of gRPC, the timeout is negative or NaN, or the API key is empty or has characters
+                that are not visible ASCII; or gRPC does not allow the metadata: keys are lowercase ASCII and not reserved, values
+                are printable ASCII.
         """
         self._connection = Connection(
             address, timeout, call_metadata(metadata, api_key), channel_options, credentials, retry, wait_for_ready
         )
+        # Several threads may each run a loop that uses the client, so that only atomic operations are used on these.
         self._channels: dict[tuple[asyncio.AbstractEventLoop, bool], grpc.aio.Channel] = {}
-        self._streams: WeakKeyDictionary[AsyncStream[Any], asyncio.AbstractEventLoop] = WeakKeyDictionary()
+        self._streams: dict[asyncio.AbstractEventLoop, WeakSet[AsyncStream[Any]]] = {}
         self._closed = False
 
     @classmethod
@@ -203,7 +203,9 @@ class AsyncClient:
 
         Raises:
             ModuleNotFoundError: The package modal is not installed: `pip install 'flywheel-grpc[modal]'`.
-            ValueError: The key is empty, or has characters that are not visible ASCII.
+            TypeError: The metadata are no pairs of `str` and `str`, or `bytes` if the key ends with `-bin`.
+            ValueError: The API key is empty, or has characters that are not visible ASCII; or gRPC does not allow the metadata:
+                keys are lowercase ASCII and not reserved, values are printable ASCII.
         """
         return cls(
             ModalDirectory(app, environment),
@@ -309,13 +311,12 @@ class AsyncClient:
     async def close(self) -> None:
         """Closes the running loop's channel, which cancels its calls. The client makes no further calls."""
         self._closed = True
-        for stream, loop in list(self._streams.items()):
+        running = asyncio.get_running_loop()
+        for stream in self._streams.pop(running, ()):
             # Older versions of grpcio, such as 1.73, do not end streams when their channel is closed.
-            if loop is asyncio.get_running_loop():
-                stream.cancel()
-        channels, self._channels = self._channels, {}
-        for (loop, _), channel in channels.items():
-            if loop is asyncio.get_running_loop():
+            stream.cancel()
+        for key in [(running, False), (running, True)]:
+            if channel := self._channels.pop(key, None):
                 await channel.close()
 
     async def __aenter__(self) -> Self:
@@ -332,7 +333,10 @@ class AsyncClient:
         key = asyncio.get_running_loop(), any_health and self._connection.checks_health
         if key not in self._channels:
             # The channels of closed loops can only be dropped: closing one would need its loop.
-            self._channels = {other: channel for other, channel in self._channels.items() if not other[0].is_closed()}
+            for loop, for_any_health in list(self._channels):
+                if loop.is_closed():
+                    self._channels.pop((loop, for_any_health), None)
+                    self._streams.pop(loop, None)
             self._channels[key] = self._connection.open_async(any_health=key[1])
         return self._channels[key]
 
@@ -348,17 +352,8 @@ class AsyncClient:
     ) -> AsyncStream[ResultT]:
         call = method(request, timeout=options.timeout, metadata=options.metadata, wait_for_ready=options.wait_for_ready)
         stream = AsyncStream(call, result_from, options.request_id)
-        self._streams[stream] = asyncio.get_running_loop()
+        self._streams.setdefault(asyncio.get_running_loop(), WeakSet()).add(stream)
         return stream
-
-
-async def _messages(call: "grpc.aio.UnaryStreamCall[Any, MessageT]") -> AsyncIterator[MessageT]:
-    """Yields the messages of a call. A generator, because an event loop that shuts down ends those left in it."""
-    try:
-        async for message in call:
-            yield message
-    finally:
-        call.cancel()
 
 
 async def _unary(
@@ -368,17 +363,3 @@ async def _unary(
         return await method(request, timeout=options.timeout, metadata=options.metadata, wait_for_ready=options.wait_for_ready)
     except grpc.aio.AioRpcError as error:
         raise error_from_call(error, options.request_id) from error
-    except asyncio.CancelledError:
-        _raise_if_call_was_cancelled(options.request_id)
-        raise
-
-
-def _raise_if_call_was_cancelled(request_id: str) -> None:
-    """Raises `CallCancelledError` unless the running task is being cancelled.
-
-    grpc.aio raises `asyncio.CancelledError` in both cases: where the task is cancelled, and where `cancel()` or closing
-    the channel cancelled the call alone. To a task that nobody cancelled, the latter would look like its own end.
-    """
-    task = asyncio.current_task()
-    if task is not None and not task.cancelling():
-        raise call_cancelled(request_id) from None

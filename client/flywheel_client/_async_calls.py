@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import grpc.aio
 
+from flywheel_client._answers import checked, tolerant
 from flywheel_client._errors import FlywheelError, call_cancelled, error_from_call, has_begun, request_id_in
 from flywheel_client._pool import Member
 from flywheel_client._retry import Retry, Tries
@@ -29,13 +30,27 @@ class AsyncRetryingChannel(ABC):
         self.retry = retry
         self._closed = asyncio.get_running_loop().create_future()
 
-    def unary_unary(self, *method: Any, **options: Any) -> Callable[..., Coroutine[Any, Any, Any]]:  # noqa: ANN401 - those of grpc
+    def unary_unary(
+        self,
+        method: str,
+        request_serializer: Callable[[Any], bytes],
+        response_deserializer: Callable[[bytes], Any],
+        **options: Any,  # noqa: ANN401 - those of `grpc.aio.Channel`
+    ) -> Callable[..., Coroutine[Any, Any, Any]]:
         """Returns a method that is answered with one message."""
-        return _Method(self, lambda channel: channel.unary_unary(*method, **options)).call
+        arguments = method, request_serializer, tolerant(response_deserializer)
+        return _Method(self, lambda channel: channel.unary_unary(*arguments, **options)).call
 
-    def unary_stream(self, *method: Any, **options: Any) -> "Callable[..., _StreamCall]":  # noqa: ANN401 - those of grpc
+    def unary_stream(
+        self,
+        method: str,
+        request_serializer: Callable[[Any], bytes],
+        response_deserializer: Callable[[bytes], Any],
+        **options: Any,  # noqa: ANN401 - those of `grpc.aio.Channel`
+    ) -> "Callable[..., _StreamCall]":
         """Returns a method that is answered with a stream."""
-        return _Method(self, lambda channel: channel.unary_stream(*method, **options)).stream
+        arguments = method, request_serializer, tolerant(response_deserializer)
+        return _Method(self, lambda channel: channel.unary_stream(*arguments, **options)).stream
 
     async def close(self) -> None:
         """Closes all channels, which cancels the calls under way and those that wait for their next try."""
@@ -85,8 +100,13 @@ class AsyncRetryingChannel(ABC):
 
     def raise_if_closed(self, call: "Call") -> None:
         """Raises `CallCancelledError` where the channel was closed."""
-        if self._closed.done():
+        if self.is_closed:
             raise call_cancelled(call.request_id)
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether it was closed, which cancels its calls."""
+        return self._closed.done()
 
 
 class AsyncTargetChannel(AsyncRetryingChannel):
@@ -156,13 +176,20 @@ class _UnaryCall(Call):
         """Returns it."""
         delay = 0.0
         while True:
+            cancellations = _cancellations()
             try:
-                return await (await self._next_try(delay))
+                message = await (await self._next_try(delay))
+            except asyncio.CancelledError:
+                if self._channel.is_closed and _cancellations() == cancellations:
+                    raise call_cancelled(self.request_id) from None
+                raise
             except (grpc.aio.AioRpcError, FlywheelError) as error:
                 next_delay = self._channel.delay(self, error)
                 if next_delay is None:
                     raise
                 delay = next_delay
+            else:
+                return checked(message, self.request_id)
 
 
 class _StreamCall(Call):
@@ -182,23 +209,45 @@ class _StreamCall(Call):
             self._begin_soon(0.0)
 
     async def __aiter__(self) -> AsyncIterator[Any]:
+        # A generator, because an event loop that shuts down ends those left in it.
+        messages: AsyncIterator[Any] | None = None
         delivered = False
-        while True:
-            try:
-                if self._beginning is not None:
-                    await self._beginning
-                async for message in self._current:
-                    delivered = True
-                    yield message
-            except (grpc.aio.AioRpcError, FlywheelError) as error:
-                delay = self._channel.delay(self, error)
-                if delay is None or delivered:
+        try:
+            while True:
+                self.raise_if_cancelled()
+                cancellations = _cancellations()
+                try:
+                    if messages is None:
+                        messages = await self._messages()
+                    message = await anext(messages)
+                except StopAsyncIteration:
+                    return
+                except asyncio.CancelledError:
+                    if _cancellations() == cancellations:
+                        self.raise_if_cancelled()
                     raise
-            else:
-                return
-            if self._cancelled:
-                raise asyncio.CancelledError
-            self._begin_soon(delay)
+                except (grpc.aio.AioRpcError, FlywheelError) as error:
+                    delay = self._channel.delay(self, error)
+                    if delay is None or delivered:
+                        raise
+                    self.raise_if_cancelled()
+                    messages = None
+                    self._begin_soon(delay)
+                else:
+                    delivered = True
+                    yield checked(message, self.request_id)
+        finally:
+            self.cancel()
+
+    async def _messages(self) -> AsyncIterator[Any]:
+        if self._beginning is not None:
+            await self._beginning
+        return aiter(self._current)
+
+    def raise_if_cancelled(self) -> None:
+        """Raises `CallCancelledError` where the call was cancelled, or the channel closed."""
+        if self._cancelled or self._channel.is_closed:
+            raise call_cancelled(self.request_id) from None
 
     async def initial_metadata(self) -> Metadata | None:
         """Returns what the endpoint sent before its first message; call it after that has arrived."""
@@ -237,6 +286,16 @@ class _Method:
     ) -> _StreamCall:
         """Begins a call that is answered with a stream."""
         return _StreamCall(self, request, timeout, metadata, wait_for_ready)
+
+
+def _cancellations() -> int:
+    """Returns how often the running task was told to end.
+
+    grpc.aio raises `asyncio.CancelledError` both where the task is cancelled and where the call alone is. If this number is the
+    same afterwards as before, it was the call. It never falls back to 0 in a task that has caught a cancellation and goes on.
+    """
+    task = asyncio.current_task()
+    return 0 if task is None else task.cancelling()
 
 
 def retrieve(task: asyncio.Task[None]) -> None:

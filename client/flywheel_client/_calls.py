@@ -4,27 +4,41 @@
 """
 
 import random
+import sys
 import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Final, TypeVar
 
 import grpc
 
+from flywheel_client._answers import checked, tolerant
 from flywheel_client._errors import FlywheelError, call_cancelled, error_from_call, has_begun, request_id_in
+from flywheel_client._janitor import Janitor
 from flywheel_client._pool import Member
 from flywheel_client._retry import Retry, Tries
 
 T = TypeVar("T")
 Metadata = Sequence[tuple[str, str | bytes]]
 
+CLOSE_TIMEOUT: Final = 1.0
+"""Seconds that closing a channel is waited for. Where a finalizer runs in grpc's own thread, it could never end."""
+
+
+class _Thread(threading.local):
+    """What is known of the thread that asks."""
+
+    in_call = False
+    """Whether it is inside a call of the channel, whose locks it may hold."""
+
 
 class RetryingChannel(ABC):
     """What the clients and the generated stubs use of a `grpc.Channel`.
 
-    Nothing of grpc is called while the lock is held: grpc has locks of its own, and calls back.
+    Nothing of grpc is called while the lock is held: grpc has locks of its own, and calls back. Calls may be cancelled, and the
+    channel closed, at any moment, also in a signal handler or a finalizer: that only sets flags, and the janitor does the rest.
     """
 
     grpc_waits: ClassVar[bool]
@@ -34,23 +48,51 @@ class RetryingChannel(ABC):
         self.retry = retry
         self._changed = threading.Condition()
         self._closed = False
+        self._close_done = threading.Event()
+        self.thread = _Thread()
+        self.janitor = Janitor()
 
-    def unary_unary(self, *method: Any, **options: Any) -> "_Method":  # noqa: ANN401 - those of `grpc.Channel`
+    def unary_unary(
+        self,
+        method: str,
+        request_serializer: Callable[[Any], bytes],
+        response_deserializer: Callable[[bytes], Any],
+        **options: Any,  # noqa: ANN401 - those of `grpc.Channel`
+    ) -> "_Method":
         """Returns a method that is answered with one message."""
-        return _Method(self, lambda channel: channel.unary_unary(*method, **options).future)
+        arguments = method, request_serializer, tolerant(response_deserializer)
+        return _Method(self, lambda channel: channel.unary_unary(*arguments, **options).future)
 
-    def unary_stream(self, *method: Any, **options: Any) -> "_Method":  # noqa: ANN401 - those of `grpc.Channel`
+    def unary_stream(
+        self,
+        method: str,
+        request_serializer: Callable[[Any], bytes],
+        response_deserializer: Callable[[bytes], Any],
+        **options: Any,  # noqa: ANN401 - those of `grpc.Channel`
+    ) -> "_Method":
         """Returns a method that is answered with a stream."""
-        return _Method(self, lambda channel: channel.unary_stream(*method, **options))
+        arguments = method, request_serializer, tolerant(response_deserializer)
+        return _Method(self, lambda channel: channel.unary_stream(*arguments, **options))
 
     def close(self) -> None:
-        """Closes all channels, which cancels the calls under way and those that wait for their next try."""
+        """Closes all channels, which cancels the calls under way and those that wait for their next try.
+
+        Returns when they are closed, but at once in a signal handler or a finalizer that interrupted a call: closing waits for
+        that call, which goes on only after this has returned.
+        """
+        self._closed = True
+        self.janitor.run_soon(self._close)
+        self.janitor.end()
+        if not self.thread.in_call and not sys.is_finalizing():
+            self._close_done.wait(CLOSE_TIMEOUT)
+
+    def _close(self) -> None:
         with self._changed:
-            self._closed = True
             channels = self._channels()
             self._changed.notify_all()
         for channel in channels:
             channel.close()
+        self._close_done.set()
 
     @abstractmethod
     def _channels(self) -> Collection[grpc.Channel]:
@@ -136,6 +178,7 @@ class Call:
     """What the client uses of a call of grpc, be its answer one message or a stream."""
 
     _current: Any = None
+    _ended = False
 
     def __init__(
         self, method: _Method, request: object, timeout: float | None, metadata: Metadata, wait_for_ready: bool | None
@@ -153,24 +196,34 @@ class Call:
         """Where the call is; None where it has found no endpoint."""
         self._delivered = False
         self._error: Exception | None = None
-        self._begin()
+        self._in_call(self._begin)
 
     def __next__(self) -> Any:  # noqa: ANN401 - a message of the method
-        return self._receive(next)
+        try:
+            return self._in_call(lambda: self._receive(next))
+        except StopIteration:
+            self._ended = True
+            raise
 
     def result(self) -> Any:  # noqa: ANN401 - a message of the method
         """Waits for the answer."""
-        return self._receive(lambda call: call.result())
+        message = self._in_call(lambda: self._receive(lambda call: call.result()))
+        self._ended = True
+        return message
 
     def initial_metadata(self) -> Metadata | None:
         """Returns what the endpoint sent before its first message; call it after that has arrived."""
-        metadata: Metadata | None = self._current.initial_metadata()
+        metadata: Metadata | None = self._in_call(self._current.initial_metadata)
         return metadata
 
     def cancel(self) -> None:
         """Ends the call wherever it is: on an endpoint, between two tries, or waiting for the directory."""
-        # In this order, which is the opposite of that in `_try`, so that one of the two sees what the other has set.
         self.cancelled = True
+        self._channel.janitor.run_soon(self._cancel)
+
+    def _cancel(self) -> None:
+        # This reads what `_try` sets, and `cancelled` was set before, in the opposite order, so that one of the two sees what
+        # the other has set.
         current = self._current
         if current is None:
             self._channel.wake()
@@ -179,11 +232,27 @@ class Call:
 
     def __del__(self) -> None:
         # Such as where an interrupt comes before anybody holds the call. One of grpc is kept by its callbacks.
-        if self._current is not None:
-            self._current.cancel()
+        if self._current is not None and not self._ended:
+            self._channel.janitor.run_soon(self._current.cancel)
 
-    def _receive(self, receive: Callable[[Any], T]) -> T:
+    def _in_call(self, function: Callable[[], T]) -> T:
+        """Runs what holds locks of grpc; raises `RuntimeError` where the thread holds some already."""
+        thread = self._channel.thread
+        if thread.in_call:
+            raise RuntimeError(
+                "reentrant call: a signal handler or finalizer that interrupts a call of this client cannot wait for another; "
+                "use a client of its own there, or a thread"
+            )
+        try:
+            thread.in_call = True
+            return function()
+        finally:
+            thread.in_call = False
+
+    def _receive(self, receive: Callable[[Any], Any]) -> Any:  # noqa: ANN401 - a message of the method
         while True:
+            # Messages may have arrived that grpc would hand on, until the janitor has cancelled its call.
+            self._channel.raise_if_cancelled(self)
             try:
                 if self._error is not None:
                     raise self._error
@@ -194,7 +263,7 @@ class Call:
                     raise
             else:
                 self._delivered = True
-                return message
+                return checked(message, self.request_id)
             self._current = None
             self._channel.pause(self, delay)
             self._begin()

@@ -20,14 +20,17 @@ from flywheel_client._async_failover import AsyncFailoverChannel
 from flywheel_client._calls import TargetChannel
 from flywheel_client._errors import REQUEST_ID_KEY
 from flywheel_client._failover import FailoverChannel
+from flywheel_client._metadata import checked_metadata
 from flywheel_client._pool import Directory
 from flywheel_client._retry import Retry
-from flywheel_client._service_config import BALANCING_CONFIG
+from flywheel_client._service_config import BALANCING_CONFIG, ENDPOINT_CONFIG
 from flywheel_client._targets import PROXY_OPTIONS, checked_target, proxy_options
 from flywheel_client._timeouts import checked_timeout
 
-# The caller decided how much text it asks for; grpc's default of 4 MiB would refuse it after it was generated.
-MAX_RECEIVE_MESSAGE_BYTES: Final = -1
+# The largest answer is that of GenerateAll: 16 samples, the default of `max_num_samples`, of 1,048,576 tokens, the longest
+# contexts that are common, of 4 bytes each. grpc's default of 4 MiB would refuse text after it was generated; without a limit,
+# a server could fill the client's memory. grpc holds a message about three times while it is read.
+MAX_RECEIVE_MESSAGE_BYTES: Final = 64 * 2**20
 
 # Seconds of silence after which a ping tests the connection, and to wait for its answer. By default servers in C++, Go, Java
 # and Python end a connection, and every call on it, whose client pings more often than every 5 min (gRFC A8). What keeps a
@@ -41,6 +44,10 @@ CONNECT_TIMEOUT: Final = 4
 
 CHANNEL_OPTIONS: Final[Mapping[str, int | str]] = {
     "grpc.max_receive_message_length": MAX_RECEIVE_MESSAGE_BYTES,
+    # The server never compresses its answers. A small compressed message may be a large one, and some versions of grpc compare
+    # its size with the limit only after it has been decompressed. 1 stands for no compression.
+    "grpc.compression_enabled_algorithms_bitset": 1,
+    "grpc.per_message_decompression": 0,
     "grpc.keepalive_time_ms": KEEPALIVE_TIME * 1000,
     "grpc.keepalive_timeout_ms": KEEPALIVE_TIMEOUT * 1000,
     # An idle channel has nothing to lose; its next call connects anew.
@@ -60,6 +67,7 @@ CHANNEL_OPTIONS: Final[Mapping[str, int | str]] = {
 SERVING_ONLY: Final[Mapping[str, int | str]] = {"grpc.service_config": BALANCING_CONFIG}
 ANY_HEALTH: Final[Mapping[str, int | str]] = {**SERVING_ONLY, "grpc.inhibit_health_checking": 1}
 ENDPOINT: Final[Mapping[str, int | str]] = {
+    "grpc.service_config": ENDPOINT_CONFIG,
     # Despite its name, the time that an attempt to connect may take: 20 s by default, for an address that is silent.
     "grpc.min_reconnect_backoff_ms": CONNECT_TIMEOUT * 1000,
 }
@@ -89,13 +97,14 @@ class CallOptions:
 
 
 def call_metadata(metadata: Sequence[tuple[str, str | bytes]], api_key: str | None) -> tuple[tuple[str, str | bytes], ...]:
-    """Returns what every call of a client carries; raises `ValueError` for a key that no header can hold."""
+    """Returns what every call of a client carries; raises `TypeError` or `ValueError` for what no header can hold."""
+    checked = checked_metadata(metadata)
     if api_key is None:
-        return tuple(metadata)
+        return checked
     if not api_key or not _VISIBLE_ASCII.issuperset(api_key):
         # Without the key itself: messages end up in logs.
         raise ValueError("api_key must be one or more visible ASCII characters")
-    return (*metadata, ("authorization", f"Bearer {api_key}"))
+    return (*checked, ("authorization", f"Bearer {api_key}"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,14 +135,14 @@ class Connection:
         if not isinstance(self.target, str):
             return cast("grpc.Channel", FailoverChannel(self.target, self._open, self.retry))
         channel = self._open(self.target, ANY_HEALTH if any_health else SERVING_ONLY)
-        return channel if self.retry is None else cast("grpc.Channel", TargetChannel(self.target, channel, self.retry))
+        return cast("grpc.Channel", TargetChannel(self.target, channel, self.retry))
 
     def open_async(self, *, any_health: bool) -> grpc.aio.Channel:
         """The same for asyncio: the channel belongs to the running event loop."""
         if not isinstance(self.target, str):
             return cast("grpc.aio.Channel", AsyncFailoverChannel(self.target, self._open_async, self.retry))
         channel = self._open_async(self.target, ANY_HEALTH if any_health else SERVING_ONLY)
-        return channel if self.retry is None else cast("grpc.aio.Channel", AsyncTargetChannel(self.target, channel, self.retry))
+        return cast("grpc.aio.Channel", AsyncTargetChannel(self.target, channel, self.retry))
 
     def call_options(
         self, timeout: Timeout = CLIENT_TIMEOUT, request_id: str | None = None, wait_for_ready: bool | None = None

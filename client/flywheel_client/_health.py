@@ -30,9 +30,9 @@ def serving_status(response: Int32Value) -> str:
     return _SERVING_STATUS.get(response.value, str(response.value))
 
 
-def is_not_serving(response: Int32Value) -> bool:
-    """Whether a HealthCheckResponse says that calls will be refused."""
-    return response.value == _NOT_SERVING
+def is_not_serving(response: Int32Value | None) -> bool:
+    """Whether a HealthCheckResponse says that calls will be refused. It is None if the check ended with OK and without one."""
+    return response is not None and response.value == _NOT_SERVING
 
 
 _NO_ANSWER: Final = frozenset(
@@ -65,7 +65,7 @@ async def probe(channel: grpc.aio.Channel) -> tuple[str | None, bool]:
         except grpc.aio.AioRpcError as error:
             return no_answer(error.code(), error.details()), False
         # grpc.aio makes None of what is no HealthCheckResponse.
-        return None, answer is not None and is_not_serving(answer)
+        return None, is_not_serving(answer)
 
     asking = asyncio.create_task(ask())
     try:

@@ -1,4 +1,4 @@
-"""The service config of the contract, as gRPC channels take it: how calls are spread over servers, and tried again.
+"""The service configs of the client's channels: how calls are spread over servers, and how large answers may be.
 
 `flywheel/v1/generation_grpc_service_config.json` is the policy for clients in every language. It has these parts:
 
@@ -13,12 +13,34 @@ The format is that of https://github.com/grpc/grpc/blob/master/doc/service_confi
 
 import json
 from importlib.resources import files
-from typing import Final
+from typing import Any, Final
+
+from flywheel_proto.v1 import generation_pb2
+
+SERVICE: Final = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name
 
 SERVICE_CONFIG: Final = files("flywheel_proto.v1").joinpath("generation_grpc_service_config.json").read_text("utf-8")
 """For stubs of your own: health-checked round robin and a retry policy, as the channel option `grpc.service_config`."""
 
-BALANCING_CONFIG: Final = json.dumps(
-    {name: part for name, part in json.loads(SERVICE_CONFIG).items() if name != "methodConfig"}
-)
-"""What the channels of the clients have. Their retries are the client's own, which can read how long to wait."""
+MAX_RECEIVE_STATUS_BYTES: Final = 2**16
+"""The largest answer of GetModel, GetStats and health checks, none of which has more than a few hundred bytes."""
+
+_LIMITS: Final[dict[str, Any]] = {
+    "methodConfig": [
+        {
+            "name": [
+                {"service": SERVICE, "method": "GetModel"},
+                {"service": SERVICE, "method": "GetStats"},
+                {"service": "grpc.health.v1.Health"},
+            ],
+            "maxResponseMessageBytes": MAX_RECEIVE_STATUS_BYTES,
+        }
+    ]
+}
+
+# The clients' retries are their own, which can read how long to wait, so `methodConfig` is replaced.
+BALANCING_CONFIG: Final = json.dumps(json.loads(SERVICE_CONFIG) | _LIMITS)
+"""What the clients' channels to a target have."""
+
+ENDPOINT_CONFIG: Final = json.dumps(_LIMITS)
+"""What the clients' channels to an endpoint of a directory have."""

@@ -1,6 +1,5 @@
 """The client for threads."""
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Generic, Protocol, Self, TypeVar, Unpack
@@ -90,7 +89,7 @@ class Stream(Generic[ResultT]):
         return self._result_from(message)
 
     def cancel(self) -> None:
-        """Cancels the call on the server. May be called in any thread; who iterates gets `CallCancelledError`."""
+        """Cancels the call on the server; iterating raises `CallCancelledError`. May be called in any thread, at any moment."""
         self._call.cancel()
 
     def close(self) -> None:
@@ -113,6 +112,10 @@ class Client:
     """A client of the generation service, for threads, which may share it.
 
     It connects at its first call, in plaintext unless it has credentials. Use it as a context manager, or `close()` it.
+
+    A signal handler or a finalizer may close the client, and close or cancel its streams, at any moment: that does not wait for
+    what it has interrupted. A call that a signal handler makes raises `RuntimeError` if it would wait for one that the handler
+    has interrupted. A finalizer (`__del__`) must make no calls: it may run in grpc's own thread, which would wait for itself.
     """
 
     def __init__(
@@ -137,7 +140,8 @@ class Client:
             timeout: The seconds that a call may take unless it says otherwise; above 27,000 hours, the most that gRPC sends, no
                 deadline. Default: no deadline.
             metadata: What every call carries, such as `[("tenant", "a")]`. Keys are lowercase.
-            channel_options: Options of the channel, which take precedence over the client's own.
+            channel_options: Options of the channel, which take precedence over the client's own, such as
+                `[("grpc.max_receive_message_length", 256 * 2**20)]` for answers of more than 64 MiB.
             credentials: For TLS, such as `grpc.ssl_channel_credentials()`; with a key and a certificate it is mutual TLS.
             api_key: The key that the server asks for; sent as `authorization: Bearer KEY`.
             retry: How a call is tried again that failed before the engine began on it; with None a call is tried once.
@@ -146,14 +150,15 @@ class Client:
                 default it fails, once it was tried again, where there is none.
 
         Raises:
-            TypeError: The address is no string, or the timeout is no number.
-            ValueError: The address is no target of gRPC, the timeout is negative or NaN, or the key is empty or has characters
-                that are not visible ASCII.
+            TypeError: The address is no string, the timeout is no number, or the metadata are no pairs of `str` and `str`, or
+                `bytes` if the key ends with `-bin`.
+            ValueError: The address is no target of gRPC, the timeout is negative or NaN, or the API key is empty or has characters
+                that are not visible ASCII; or gRPC does not allow the metadata: keys are lowercase ASCII and not reserved, values
+                are printable ASCII.
         """
         self._connection = Connection(
             address, timeout, call_metadata(metadata, api_key), channel_options, credentials, retry, wait_for_ready
         )
-        self._lock = threading.Lock()
         self._channels: dict[bool, grpc.Channel] = {}
         self._closed = False
 
@@ -192,7 +197,9 @@ class Client:
 
         Raises:
             ModuleNotFoundError: The package modal is not installed: `pip install 'flywheel-grpc[modal]'`.
-            ValueError: The key is empty, or has characters that are not visible ASCII.
+            TypeError: The metadata are no pairs of `str` and `str`, or `bytes` if the key ends with `-bin`.
+            ValueError: The API key is empty, or has characters that are not visible ASCII; or gRPC does not allow the metadata:
+                keys are lowercase ASCII and not reserved, values are printable ASCII.
         """
         return cls(
             ModalDirectory(app, environment),
@@ -296,11 +303,13 @@ class Client:
         return serving_status(_unary(check, StringValue(value=service), options))
 
     def close(self) -> None:
-        """Closes the channel, which cancels the calls under way. The client makes no further calls."""
-        with self._lock:
-            self._closed = True
-            for channel in self._channels.values():
-                channel.close()
+        """Closes the channel, which cancels the calls under way. The client makes no further calls.
+
+        May be called in any thread, and at any moment: see the class.
+        """
+        self._closed = True
+        for channel in list(self._channels.values()):
+            channel.close()
 
     def __enter__(self) -> Self:
         return self
@@ -310,12 +319,18 @@ class Client:
 
     def _opened(self, *, any_health: bool) -> grpc.Channel:
         any_health = any_health and self._connection.checks_health
-        with self._lock:
-            if self._closed:
-                raise RuntimeError("the client is closed")
-            if any_health not in self._channels:
-                self._channels[any_health] = self._connection.open(any_health=any_health)
-            return self._channels[any_health]
+        # Without a lock, which a signal handler or a finalizer would wait for that interrupted its holder.
+        channel = self._channels.get(any_health)
+        if channel is None and not self._closed:
+            opened = self._connection.open(any_health=any_health)
+            channel = self._channels.setdefault(any_health, opened)
+            if channel is not opened:
+                opened.close()
+        if channel is None or self._closed:
+            if channel is not None:
+                channel.close()
+            raise RuntimeError("the client is closed")
+        return channel
 
     def _stub(self, *, any_health: bool = False) -> generation_pb2_grpc.GenerationServiceStub:
         return generation_pb2_grpc.GenerationServiceStub(self._opened(any_health=any_health))

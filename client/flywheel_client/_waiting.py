@@ -7,13 +7,11 @@ from math import inf
 from typing import Final, TypeVar
 
 import grpc
-from flywheel_proto.v1 import generation_pb2
 
 from flywheel_client import _terminal as terminal
 from flywheel_client._errors import DeadlineExceededError, FlywheelError, UnavailableError, has_begun
+from flywheel_client._service_config import SERVICE
 from flywheel_client._sync import Client
-
-SERVICE: Final = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name
 
 ResultT = TypeVar("ResultT")
 

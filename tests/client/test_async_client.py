@@ -5,11 +5,20 @@ from __future__ import annotations
 import asyncio
 import gc
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
 import pytest_asyncio
-from flywheel_client import AsyncClient, CallCancelledError, DeadlineExceededError, Delta, FlywheelError, Stats
+from flywheel_client import (
+    AsyncClient,
+    AsyncStream,
+    CallCancelledError,
+    DeadlineExceededError,
+    Delta,
+    FlywheelError,
+    Stats,
+)
 
 if TYPE_CHECKING:
     import threading
@@ -243,3 +252,75 @@ async def test_an_unreachable_server(client: AsyncClient) -> None:
         with pytest.raises(FlywheelError) as caught:
             await unreachable.stats()
     assert caught.value.request_id
+
+
+async def swallow_a_cancellation() -> None:
+    """Leaves the running task with a cancellation that it has caught, and nobody has taken back."""
+    task = asyncio.current_task()
+    assert task is not None
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await asyncio.sleep(WAIT)
+    assert task.cancelling()
+
+
+async def ended_by(cause: str, fake: FakeService, client: AsyncClient, *, swallows: bool, unary: bool) -> BaseException:
+    """Returns what a task gets that waits for an answer when this happens."""
+    fake.hangs = True
+    fake.deltas = []
+    streams: list[AsyncStream[Delta]] = []
+
+    async def call() -> None:
+        if swallows:
+            await swallow_a_cancellation()
+        if unary:
+            await client.generate_all("p", max_tokens=1)
+        else:
+            streams.append(client.generate_deltas("p", max_tokens=1))
+            await anext(streams[0])
+
+    task = asyncio.create_task(call())
+    await happened(fake.called)
+    if cause == "cancel":
+        streams[0].cancel()
+    elif cause == "close":
+        await client.close()
+    else:
+        task.cancel()
+        if cause == "both":
+            await client.close()
+    await asyncio.wait({task}, timeout=WAIT)
+    if task.cancelled():
+        return asyncio.CancelledError()
+    error = task.exception()
+    assert error is not None
+    return error
+
+
+@pytest.mark.parametrize("swallows", [False, True], ids=["fresh", "swallowed"])
+@pytest.mark.parametrize(
+    ("cause", "unary", "kind"),
+    [
+        ("cancel", False, CallCancelledError),
+        ("close", False, CallCancelledError),
+        ("close", True, CallCancelledError),
+        ("task", False, asyncio.CancelledError),
+        ("task", True, asyncio.CancelledError),
+        ("both", False, asyncio.CancelledError),
+        ("both", True, asyncio.CancelledError),
+    ],
+)
+async def test_the_end_of_a_call_is_not_the_end_of_its_task(
+    fake: FakeService, cause: str, unary: bool, kind: type[BaseException], swallows: bool
+) -> None:
+    async with AsyncClient(fake.address) as client:
+        assert type(await ended_by(cause, fake, client, swallows=swallows, unary=unary)) is kind
+
+
+async def test_a_cancelled_stream_says_so_at_once(fake: FakeService) -> None:
+    async with AsyncClient(fake.address) as client:
+        stream = client.generate_deltas("p", max_tokens=1)
+        assert (await anext(stream)).text == "ab"
+        stream.cancel()
+        with pytest.raises(CallCancelledError):
+            await anext(stream)

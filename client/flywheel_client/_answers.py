@@ -1,0 +1,36 @@
+"""Reads the messages of a server, so that both clients treat an answer that is no message alike.
+
+Without this, grpc ends such a call with INTERNAL, but leaves it open on the wire, and grpc.aio returns None as its answer.
+"""
+
+from collections.abc import Callable
+from typing import Any, Final
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from flywheel_client._errors import InternalError
+
+_UNREADABLE: Final = object()
+
+
+def tolerant(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    """Returns a deserializer that marks bytes that it cannot read, for `checked`, instead of failing."""
+
+    def read(data: bytes) -> Any:  # noqa: ANN401 - a message of the method, or the mark
+        try:
+            return deserialize(data)
+        except (DecodeError, ValueError):
+            # Protobuf in pure Python raises UnicodeDecodeError, a ValueError, for text that is not UTF-8.
+            return _UNREADABLE
+
+    return read
+
+
+def checked(message: Any, request_id: str) -> Any:  # noqa: ANN401 - a message of the method
+    """Returns the message; raises `InternalError` if it could not be read, or the call ended with OK and without one."""
+    if message is _UNREADABLE:
+        raise InternalError(grpc.StatusCode.INTERNAL, "the server's answer is no message of this method", request_id=request_id)
+    if message is None:
+        raise InternalError(grpc.StatusCode.INTERNAL, "the server ended the call without an answer", request_id=request_id)
+    return message

@@ -1,0 +1,61 @@
+"""Checks the metadata that every call of a client carries.
+
+grpc finds out when a call begins, and its two clients say different things, none of which names the metadata.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+Metadata = tuple[tuple[str, str | bytes], ...]
+
+# The format is that of https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md
+_KEY: Final = re.compile(r"[0-9a-z_.-]+", re.ASCII)
+_TEXT: Final = re.compile(r"[ -~]*", re.ASCII)
+_RESERVED: Final = "grpc-"
+_BINARY: Final = "-bin"
+_PAIR: Final = 2
+# Headers that gRPC sends itself, or that RFC 9113, section 8.2.2, forbids: servers and proxies end a call that has one.
+_TRANSPORT: Final = frozenset(
+    {
+        "connection",
+        "content-length",
+        "content-type",
+        "host",
+        "keep-alive",
+        "proxy-connection",
+        "te",
+        "transfer-encoding",
+        "upgrade",
+    }
+)
+
+
+def checked_metadata(metadata: Iterable[Sequence[str | bytes]]) -> Metadata:
+    """Returns the metadata; raises `TypeError` or `ValueError`, which names the key, for what gRPC does not allow."""
+    if isinstance(metadata, str | bytes) or not isinstance(metadata, Iterable):
+        raise TypeError("metadata must be a sequence of pairs of key and value")
+    return tuple(_checked(entry) for entry in metadata)
+
+
+def _checked(entry: Sequence[str | bytes]) -> tuple[str, str | bytes]:
+    if isinstance(entry, str | bytes) or not isinstance(entry, Sequence) or len(entry) != _PAIR:
+        raise TypeError("metadata must be pairs of key and value")
+    key, value = entry
+    if not isinstance(key, str):
+        raise TypeError(f"metadata key {key!r} must be a str")
+    if not _KEY.fullmatch(key):
+        raise ValueError(f"metadata key {key!r} must be one or more lowercase letters, digits, and characters of _.-")
+    if key.startswith(_RESERVED) or key in _TRANSPORT:
+        raise ValueError(f"metadata key {key!r} is reserved for gRPC and HTTP/2 themselves")
+    if key.endswith(_BINARY):
+        if not isinstance(value, bytes):
+            raise TypeError(f"metadata {key!r} must have a value of bytes, because its key ends with {_BINARY}")
+    elif not isinstance(value, str):
+        raise TypeError(f"metadata {key!r} must have a str for a value; for bytes the key must end with {_BINARY}")
+    elif not _TEXT.fullmatch(value) or value != value.strip(" "):
+        # Without the value itself, which may be a secret: messages end up in logs.
+        raise ValueError(
+            f"metadata {key!r} must have a value of printable ASCII without spaces around it, or a key with {_BINARY}"
+        )
+    return key, value
