@@ -31,7 +31,10 @@ class _Thread(threading.local):
     """What is known of the thread that asks."""
 
     in_call = False
-    """Whether it is inside a call of the channel, whose locks it may hold."""
+    """Whether it is inside a call, of any client: grpc may hold locks for it, one of which all channels share."""
+
+
+_thread: Final = _Thread()
 
 
 class RetryingChannel(ABC):
@@ -49,7 +52,6 @@ class RetryingChannel(ABC):
         self._changed = threading.Condition()
         self._closed = False
         self._close_done = threading.Event()
-        self.thread = _Thread()
         self.janitor = Janitor()
 
     def unary_unary(
@@ -83,7 +85,7 @@ class RetryingChannel(ABC):
         self._closed = True
         self.janitor.run_soon(self._close)
         self.janitor.end()
-        if not self.thread.in_call and not sys.is_finalizing():
+        if not _thread.in_call and not sys.is_finalizing():
             self._close_done.wait(CLOSE_TIMEOUT)
 
     def _close(self) -> None:
@@ -237,17 +239,16 @@ class Call:
 
     def _in_call(self, function: Callable[[], T]) -> T:
         """Runs what holds locks of grpc; raises `RuntimeError` where the thread holds some already."""
-        thread = self._channel.thread
-        if thread.in_call:
+        if _thread.in_call:
             raise RuntimeError(
-                "reentrant call: a signal handler or finalizer that interrupts a call of this client cannot wait for another; "
-                "use a client of its own there, or a thread"
+                "reentrant call: a signal handler or finalizer that interrupts a call cannot make another; "
+                "make it in a thread, for which the handler does not wait"
             )
         try:
-            thread.in_call = True
+            _thread.in_call = True
             return function()
         finally:
-            thread.in_call = False
+            _thread.in_call = False
 
     def _receive(self, receive: Callable[[Any], Any]) -> Any:  # noqa: ANN401 - a message of the method
         while True:

@@ -114,8 +114,9 @@ class Client:
     It connects at its first call, in plaintext unless it has credentials. Use it as a context manager, or `close()` it.
 
     A signal handler or a finalizer may close the client, and close or cancel its streams, at any moment: that does not wait for
-    what it has interrupted. A call that a signal handler makes raises `RuntimeError` if it would wait for one that the handler
-    has interrupted. A finalizer (`__del__`) must make no calls: it may run in grpc's own thread, which would wait for itself.
+    what it has interrupted. A call that a signal handler makes raises `RuntimeError` if the handler has interrupted another
+    call; make it in a thread, for which the handler does not wait. A finalizer (`__del__`) must make no calls: it may run in
+    grpc's own thread, which would wait for itself.
     """
 
     def __init__(
@@ -152,9 +153,9 @@ class Client:
         Raises:
             TypeError: The address is no string, the timeout is no number, or the metadata are no pairs of `str` and `str`, or
                 `bytes` if the key ends with `-bin`.
-            ValueError: The address is no target of gRPC, the timeout is negative or NaN, or the API key is empty or has characters
-                that are not visible ASCII; or gRPC does not allow the metadata: keys are lowercase ASCII and not reserved, values
-                are printable ASCII.
+            ValueError: The address is no target of gRPC; the timeout is negative or NaN; the API key is empty, or has characters
+                that are not visible ASCII; or gRPC does not allow the metadata: keys are lowercase ASCII and not reserved,
+                values are printable ASCII.
         """
         self._connection = Connection(
             address, timeout, call_metadata(metadata, api_key), channel_options, credentials, retry, wait_for_ready

@@ -32,11 +32,15 @@ def test_stubs_of_your_own_get_the_file() -> None:
 
 @pytest.mark.parametrize("options", [SERVING_ONLY, ANY_HEALTH], ids=["serving only", "any health"])
 def test_channels_of_the_client_have_all_of_the_file_but_the_retries_which_are_its_own(options: dict[str, str]) -> None:
-    assert json.loads(options["grpc.service_config"]) == {key: CONFIG[key] for key in CONFIG if key != "methodConfig"}
+    config = json.loads(options["grpc.service_config"])
+    assert {key: config[key] for key in config if key != "methodConfig"} == {
+        key: CONFIG[key] for key in CONFIG if key != "methodConfig"
+    }
+    assert not [method for method in config["methodConfig"] if "retryPolicy" in method]
 
 
-def test_a_channel_to_one_endpoint_of_a_directory_has_no_service_config() -> None:
-    assert "grpc.service_config" not in ENDPOINT
+def test_a_channel_to_one_endpoint_of_a_directory_balances_nothing() -> None:
+    assert json.loads(str(ENDPOINT["grpc.service_config"])).keys() == {"methodConfig"}
 
 
 def test_every_implementation_can_read_it() -> None:
