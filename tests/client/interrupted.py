@@ -75,9 +75,12 @@ class Program:
         self.client.generate_all("p", max_tokens=1)
         while self.interruptions < times:
             before = self.interruptions
+            kept: list[list[None]] = []
             arm(self)
             with refused("the client is closed"), suppress(CallCancelledError), self.client:
                 while self.interruptions == before:
+                    # Without objects that are kept, there is no garbage collection.
+                    kept.extend([] for _ in range(20))
                     self.client.generate_all("p", max_tokens=1)
                     with self.client.generate_deltas("p", max_tokens=1) as self.stream:
                         for _ in self.stream:
@@ -104,7 +107,7 @@ def by_signal(_: Program) -> None:
 
 def by_finalizer(program: Program) -> None:
     """Lets a garbage collection come soon, in whichever thread makes the next objects."""
-    gc.set_threshold(random.randint(1, 50), 1, 1)
+    gc.set_threshold(random.randint(1, 1000), 1, 1)
     Garbage(program)
 
 
