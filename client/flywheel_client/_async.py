@@ -156,8 +156,8 @@ class AsyncClient:
         Raises:
             TypeError: The address is no string, the timeout is no number, or the metadata are no pairs of `str` and `str`, or
                 `bytes` if the key ends with `-bin`.
-            ValueError: The address is no target of gRPC; the timeout is negative or NaN; the API key is empty, or has characters
-                that are not visible ASCII; or gRPC does not allow the metadata: keys are lowercase ASCII and not reserved,
+            ValueError: The address is no target of gRPC; the timeout is negative or NaN; the API key is empty, or has other
+                characters than visible ASCII; or gRPC does not allow the metadata: keys are lowercase ASCII and not reserved,
                 values are printable ASCII.
         """
         self._connection = Connection(

@@ -9,7 +9,7 @@
       UnavailableError           the server or its engine cannot be reached now, the connection broke or something on the way
                                  ended the call, or no endpoint of a Modal app is live
       CallCancelledError         the call was cancelled, by `cancel()`, by closing the client, or by the server
-      InternalError              the engine failed, or what answered is no message of the contract
+      InternalError              the engine failed, or what answered sent no message of the contract
 
 The codes and their details are those of `flywheel/v1/generation.proto`, which follows google.rpc (AIP-193). The server gives a
 reason whenever it ends a call with INTERNAL or UNKNOWN. Without one, these are how proxies and gRPC itself end a call whose
@@ -26,9 +26,6 @@ from google.rpc import error_details_pb2, status_pb2
 
 REQUEST_ID_KEY: Final = "x-request-id"
 STATUS_DETAILS_KEY: Final = "grpc-status-details-bin"
-
-UNREADABLE: Final = "Exception deserializing response!"
-"""What grpc says, with INTERNAL, of an answer that is no message of the method."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +149,7 @@ class CallCancelledError(FlywheelError):
 class InternalError(FlywheelError):
     """The engine failed (`reason` is `ENGINE_FAILED`), and the cause is in the server's log, under the request id.
 
-    Without a reason, the answer could not be read as a message of the contract.
+    Without a reason, what answered sent no message of the contract, or none at all.
     """
 
 
@@ -220,15 +217,9 @@ def broke_off(code: grpc.StatusCode, message: str | None) -> bool:
 
     A stream that was reset (RST_STREAM) is told from a cancelled one only by the words of grpc.
     """
-    match code:
-        case grpc.StatusCode.INTERNAL:
-            return message != UNREADABLE
-        case grpc.StatusCode.UNKNOWN:
-            return True
-        case grpc.StatusCode.CANCELLED:
-            return "RST_STREAM" in (message or "")
-        case _:
-            return False
+    if code is grpc.StatusCode.CANCELLED:
+        return "RST_STREAM" in (message or "")
+    return code in {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN}
 
 
 def has_begun(error: Any) -> bool:  # noqa: ANN401 - grpc has no public type for it

@@ -17,7 +17,6 @@ from flywheel_client import (
     UnauthenticatedError,
     UnavailableError,
 )
-from flywheel_client._errors import error_from_status
 from google.rpc.error_details_pb2 import ErrorInfo
 from h2.config import H2Configuration
 from h2.connection import H2Connection
@@ -236,7 +235,3 @@ async def test_a_reason_of_the_server_is_its_own_word(caller: Callable[..., Call
 async def test_a_reason_of_another_domain_is_not(caller: Callable[..., Caller], fake: FakeService) -> None:
     fake.fail(Code.INTERNAL, "no upstream", ErrorInfo(reason="UPSTREAM", domain="proxy.example"))
     await expect(caller(fake.address, retry=None), "generate_all", Code.INTERNAL, UnavailableError)
-
-
-def test_what_grpc_itself_could_not_read_is_no_broken_connection() -> None:
-    assert type(error_from_status(Code.INTERNAL, "Exception deserializing response!", (), "")) is InternalError
