@@ -6,12 +6,10 @@ from grpclib import Status
 ONE_OF_EACH_KIND = {
     Status.UNAVAILABLE,
     Status.RESOURCE_EXHAUSTED,
-    Status.ABORTED,
     Status.NOT_FOUND,
-    Status.PERMISSION_DENIED,
     Status.DATA_LOSS,
 }
-"""Transient, a limit, a conflict, a thing that is gone, a refusal, and what should never be."""
+"""Transient, a limit, a thing that is gone, and what should never be."""
 
 STATUSES = [
     pytest.param(status, id=status.name, marks=() if status in ONE_OF_EACH_KIND else pytest.mark.thorough)

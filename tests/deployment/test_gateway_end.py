@@ -45,7 +45,8 @@ def unfinished(cloud: ModalCloud) -> list[str]:
     return [call.id for call in cloud.calls if call.target.app.description == "endless" and not call.finished]
 
 
-@pytest.mark.parametrize("kind", ["tunnel", *further(["server"])])
+@pytest.mark.thorough
+@pytest.mark.parametrize("kind", ["tunnel", "server"])
 async def test_a_slow_control_plane_leaves_neither_an_address_nor_a_call(
     endless: ModalCloud, kind: str, unused_tcp_port: int
 ) -> None:

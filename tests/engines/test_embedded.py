@@ -116,7 +116,7 @@ async def test_the_temperature_comes_before_top_p(generate: Any) -> None:
     assert len({sample.text for sample in samples}) == 4
 
 
-@pytest.mark.parametrize("penalty", ["presence_penalty", "frequency_penalty"])
+@pytest.mark.parametrize("penalty", ["presence_penalty", *further(["frequency_penalty"])])
 async def test_penalties_make_the_text_more_or_less_varied(embedded: EmbeddedEngine, generate: Any, penalty: str) -> None:
     async def distinct_tokens(value: float) -> int:
         (sample,) = await generate(LLAMA, max_tokens=60, **{penalty: value})
@@ -130,6 +130,7 @@ async def samples_of(engine: EmbeddedEngine, request: GenerationRequest) -> list
     return [event async for event in engine.generate(prepared) if isinstance(event, GenerationResponseSample)]
 
 
+@pytest.mark.thorough
 async def test_prompt_and_max_tokens_may_fill_the_context() -> None:
     async with engine_of(default_model(), slots=2) as engine:
         request = GenerationRequest(text="word " * 512, max_input_tokens=504, max_tokens=8)
@@ -139,6 +140,7 @@ async def test_prompt_and_max_tokens_may_fill_the_context() -> None:
                 assert [(sample.prompt_tokens, sample.generated_tokens) for sample in samples] == [(504, 8)]
 
 
+@pytest.mark.thorough
 async def test_what_the_context_does_not_hold_at_a_time_is_done_one_after_the_other() -> None:
     async with engine_of(default_model(), slots=4, context_tokens=256) as engine:
         # Two at a time fit.

@@ -222,7 +222,8 @@ async def no_new_container(cloud: ModalCloud) -> AsyncIterator[None]:
         cloud._loop.call_soon_threadsafe(cloud._fleet.scale, function)
 
 
-@pytest.mark.parametrize(("how", "within"), [("interrupt", 5.0), pytest.param("kill", 37.0, marks=pytest.mark.thorough)])
+@pytest.mark.thorough
+@pytest.mark.parametrize(("how", "within"), [("interrupt", 5.0), ("kill", 37.0)])
 async def test_the_loss_of_a_container_is_told_before_there_is_another(deployed: ModalCloud, how: str, within: float) -> None:
     async with serving(scripted.engine(APP)) as target:
         stream = await begun(target)

@@ -28,6 +28,7 @@ from tests.server.http2_client import Client, Stream, http2, prefixed
 from tests.server.test_command import SCRIPTED, command, ready_line
 from tests.server.test_errors import details_of
 from tests.serving import Target, connected, drained, serving, until
+from tests.thorough import further
 
 KEY = "0123456789abcdef"
 OK, DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, UNIMPLEMENTED, UNAUTHENTICATED = (
@@ -345,7 +346,9 @@ async def begun_calls(client: Client) -> None:
     assert set(statuses) <= {RESOURCE_EXHAUSTED, DEADLINE_EXCEEDED}
 
 
-@pytest.mark.parametrize("attack", [gzipped_watches, unfinished_checks, open_reflection_streams, large_requests, begun_calls])
+@pytest.mark.parametrize(
+    "attack", [gzipped_watches, open_reflection_streams, large_requests, *further([unfinished_checks, begun_calls])]
+)
 async def test_strangers_cost_little_memory(attack: Callable[[Client], Any]) -> None:
     async with command(*SCRIPTED, environment={"FLYWHEEL_API_KEYS": KEY}) as process:
         _, address = await ready_line(process)
