@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TextIO
 
 from flywheel_proto._streams import BOLD, DIM, write_styled
-from flywheel_proto._visible import visible
+from flywheel_proto._visible import one_line, visible
 
 from flywheel_client._errors import FlywheelError, InvalidArgumentError, ResourceExhaustedError
 from flywheel_client._records import Endpoint
@@ -105,7 +105,7 @@ class SampleWriter:
                 continue
             facts = [
                 f"{end.generated_tokens} tokens (prompt {end.prompt_tokens})",
-                f"{end.finish_reason} {json.dumps(end.stop_sequence)}" if end.stop_sequence else end.finish_reason,
+                one_line(end.finish_reason) + (f" {json.dumps(end.stop_sequence)}" if end.stop_sequence else ""),
             ]
             if sample.first_text is not None:
                 facts.append(f"first text {sample.first_text:.2f} s")
@@ -142,11 +142,11 @@ def show(line: str) -> None:
 
 
 def show_table(rows: Iterable[tuple[str, object]]) -> None:
-    """Writes names and values in two columns to stdout."""
+    """Writes names and values in two columns to stdout, each pair on a line of its own."""
     rows = list(rows)
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
-        show(f"{name.ljust(width)}  {value}")
+        show(f"{name.ljust(width)}  {one_line(str(value))}")
 
 
 def show_endpoints(endpoints: Iterable[Endpoint], now: float) -> None:
@@ -217,4 +217,4 @@ def describe(error: FlywheelError, advice: str) -> str:
         lines.append(f"Try again in {math.ceil(error.retry_delay * 10) / 10:g} s.")
     if error.request_id:
         lines.append(f"request id: {error.request_id}")
-    return "\n  ".join(lines)
+    return "\n  ".join(map(one_line, lines))

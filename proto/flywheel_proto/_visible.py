@@ -25,6 +25,9 @@ _PART_OF_THE_TEXT: Final = (
 )
 _INVISIBLE_CHARACTER: Final = re.compile(rf"({_PART_OF_THE_TEXT})|[{_INVISIBLE}]")
 
+# What `str.splitlines` splits at.
+_LINE_BREAK: Final = re.compile(r"[\n-\r\x1c-\x1e\x85\u2028\u2029]")
+
 # The first 32 and DEL have pictures in Unicode.
 _PICTURES: Final = {chr(code): chr(0x2400 + code) for code in range(0x20)} | {"\x7f": "\u2421"}
 
@@ -41,5 +44,14 @@ def visible(text: str, before: str = "") -> str:
     return _INVISIBLE_CHARACTER.sub(_shown, before + text)[len(before) :]
 
 
+def one_line(text: str) -> str:
+    """Returns the text with a picture, or U+FFFD, for each line break, so that no part of it poses as another line."""
+    return _LINE_BREAK.sub(lambda found: _picture(found[0]), text)
+
+
 def _shown(found: re.Match[str]) -> str:
-    return found[1] or _PICTURES.get(found[0], "\ufffd")
+    return found[1] or _picture(found[0])
+
+
+def _picture(character: str) -> str:
+    return _PICTURES.get(character, "\ufffd")

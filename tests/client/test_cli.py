@@ -19,8 +19,8 @@ import flywheel_client
 import grpc
 import pytest
 import trustme
-from flywheel_client import Delta, Endpoint
-from flywheel_client._terminal import Output, SampleWriter, show_endpoints, show_json
+from flywheel_client import Delta, Endpoint, FieldViolation, InvalidArgumentError
+from flywheel_client._terminal import Output, SampleWriter, describe, show_endpoints, show_json, show_table
 from flywheel_proto._visible import visible
 from flywheel_proto.v1.generation_pb2 import GenerationDelta, GenerationRequest
 from google.protobuf.duration_pb2 import Duration
@@ -267,6 +267,25 @@ def test_a_terminal_gets_nothing_invisible_of_servers_and_arguments(fake: FakeSe
 def test_the_message_of_an_error_is_made_visible(fake: FakeService) -> None:
     fake.fail(grpc.StatusCode.INTERNAL, "\x1b[2Jbad")
     assert b"\x1b" not in flywheel(fake, "stats").stderr
+
+
+LINE_BREAKS = "\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
+
+
+def test_no_line_break_of_a_server_poses_as_another_line(capsys: pytest.CaptureFixture[str]) -> None:
+    forged = "".join(f"a{line_break}request id: b" for line_break in LINE_BREAKS)
+    show_table([("name", forged), ("engine", "e")])
+    table = capsys.readouterr().out
+    assert [line.split()[0] for line in table.splitlines()] == ["name", "engine"]
+
+    writer = SampleWriter(Output(sys.stdout), 1)
+    writer.add(Delta(0, "A\n", 1, 1.0, forged, 1, LINE_BREAKS), 1.0)
+    (summary,) = writer.summary()
+    assert len(summary.splitlines()) == 1
+
+    violations = [FieldViolation(forged, forged), FieldViolation(forged, "d")]
+    error = InvalidArgumentError(grpc.StatusCode.INVALID_ARGUMENT, forged, violations=violations, request_id=forged)
+    assert len(describe(error, "advice").splitlines()) == 5
 
 
 def test_json_is_one_line_for_each_finished_sample(fake: FakeService) -> None:
