@@ -31,6 +31,9 @@ INVALID: Final = 2
 UNHEALTHY: Final = "backend unhealthy"
 """What gRPC says if a server answers that it is not SERVING."""
 
+MAX_PROMPT_BYTES: Final = 64 * 2**20
+"""How much is read from stdin, which may be endless. It is far beyond the longest prompt that a model can read."""
+
 Watch = Callable[[Iterable[Any]], Iterator[Any]]
 
 app = typer.Typer(
@@ -325,12 +328,19 @@ def _text(prompt: str | None) -> str:
         try:
             # Text tools end what they write with a newline, and some begin it with a byte order mark. Neither is meant as part
             # of the prompt, and nor are the line ends of Windows.
-            prompt = sys.stdin.buffer.read().decode().removeprefix("\ufeff").replace("\r\n", "\n").removesuffix("\n")
+            prompt = _stdin().decode().removeprefix("\ufeff").replace("\r\n", "\n").removesuffix("\n")
         except UnicodeDecodeError as error:
             raise ValueError(f"the prompt on stdin is not UTF-8: {error}") from None
     if not prompt:
         raise ValueError("the prompt is empty")
     return prompt
+
+
+def _stdin() -> bytes:
+    read = sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1)
+    if len(read) > MAX_PROMPT_BYTES:
+        raise ValueError(f"the prompt on stdin is longer than {MAX_PROMPT_BYTES // 2**20} MiB")
+    return read
 
 
 def _print_samples(watched: Watch, client: Client, fields: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import unicodedata
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import flywheel_client
@@ -31,8 +32,6 @@ from tests.client.conftest import serving_fake, unavailable
 from tests.thorough import further
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from grpc_health.v1.health import HealthServicer
 
     from tests.client.conftest import FakeService
@@ -197,6 +196,15 @@ def test_wrong_usage(fake: FakeService, arguments: list[str], stdin: bytes, mess
     assert process.stdout == b""
     assert message in process.stderr
     assert not fake.requests
+
+
+@pytest.mark.parametrize("command", [["generate"], *further([["generate", "-", "--json"]])])
+def test_an_endless_prompt_is_refused(fake: FakeService, command: list[str]) -> None:
+    with Path("/dev/zero").open("rb") as endless:
+        process = subprocess.run(
+            [*FLYWHEEL, *command], stdin=endless, capture_output=True, env=environment(fake), timeout=WAIT, check=False
+        )
+    assert (process.returncode, process.stderr) == (2, b"flywheel: the prompt on stdin is longer than 64 MiB\n")
 
 
 def test_several_samples_follow_one_another(fake: FakeService) -> None:
