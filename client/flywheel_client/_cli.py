@@ -21,7 +21,7 @@ from flywheel_client._errors import DeadlineExceededError, FlywheelError, Invali
 from flywheel_client._health import PROBE_TIMEOUT, answering
 from flywheel_client._modal import APP, no_endpoint, published_endpoints
 from flywheel_client._records import Endpoint
-from flywheel_client._retry import Retry
+from flywheel_client._retry import NEVER_SENT, Retry
 from flywheel_client._sync import Client
 from flywheel_client._waiting import ReadyServer, was_begun
 
@@ -30,6 +30,20 @@ INVALID: Final = 2
 
 UNHEALTHY: Final = "backend unhealthy"
 """What gRPC says if a server answers that it is not SERVING."""
+
+NO_CONNECTION: Final = ("connections to all backends failing", *NEVER_SENT)
+"""How the message of gRPC begins if it could not connect to a server."""
+
+HINTS: Final = {
+    "Connection refused": "Nothing listens there.",
+    "Failed parsing HTTP/2": "What listens there is no gRPC server, or one that wants TLS (--tls).",
+    "Socket closed": "What listens there hangs up, as a server does that wants TLS (--tls) or a certificate (--cert).",
+    "WRONG_VERSION_NUMBER": "What listens there does not speak TLS, which --tls, --cacert and --cert ask for.",
+    "CERTIFICATE_VERIFY_FAILED": "Its certificate is not trusted: --cacert names those that are.",
+    "Hostname Verification Check failed": "Its certificate is for another name.",
+    "Failed to create security handshaker": "A file of --cacert, --cert or --key does not have what it should, in PEM.",
+}
+"""What it means if such a message has these words."""
 
 MAX_PROMPT_BYTES: Final = 64 * 2**20
 """How much is read from stdin, which may be endless. It is far beyond the longest prompt that a model can read."""
@@ -157,11 +171,11 @@ class Server:
             return ""
         if error.reason == "ENGINE_UNAVAILABLE" or UNHEALTHY in error.message:
             return f"{self.name} answers, but its engine is starting, stopping or out of reach."
-        if error.reason:
+        if error.reason or error.code is not grpc.StatusCode.UNAVAILABLE:
             return ""
         if self.modal_app is None:
-            refused = "Nothing listens there. " if "Connection refused" in error.message else ""
-            return f"{refused}Is flywheel-server running at {self.address}?"
+            hints = (HINTS[words] for words in HINTS if words in error.message and error.message.startswith(NO_CONNECTION))
+            return " ".join([*hints, f"Is flywheel-server running at {self.address}?"])
         environment = f" --environment {self.modal_environment}" if self.modal_environment else ""
         return f"To see what is live: flywheel endpoints --app {self.modal_app}{environment}"
 
