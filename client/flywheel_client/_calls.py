@@ -9,6 +9,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, TypeVar
 
@@ -92,9 +93,11 @@ class RetryingChannel(ABC):
         with self._changed:
             channels = self._channels()
             self._changed.notify_all()
-        for channel in channels:
-            channel.close()
-        self._close_done.set()
+        with ExitStack() as closing:
+            closing.callback(self._close_done.set)
+            # Each is closed, whatever becomes of the others.
+            for channel in channels:
+                closing.callback(channel.close)
 
     @abstractmethod
     def _channels(self) -> Collection[grpc.Channel]:

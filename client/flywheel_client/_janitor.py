@@ -1,5 +1,6 @@
 """A thread that does what must not be done where it is asked for."""
 
+import sys
 import threading
 from collections.abc import Callable
 from queue import SimpleQueue
@@ -33,6 +34,9 @@ class Janitor:
 
 def _run(jobs: "SimpleQueue[Job | None]") -> None:
     while (job := jobs.get()) is not None:
-        job()
+        try:
+            job()
+        except Exception:  # noqa: BLE001 - reported as if it had ended the thread, which later jobs need
+            threading.excepthook(threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread())))
         # While the thread waits, the last job must not keep a call from being collected.
         del job
