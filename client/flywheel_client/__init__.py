@@ -28,5 +28,9 @@ else:
         except KeyError:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
 
+    def __dir__() -> list[str]:
+        # Asking for `__all__` makes the public names globals.
+        return sorted({*__getattr__("__all__"), *globals()})
+
 
 del TYPE_CHECKING

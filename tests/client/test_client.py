@@ -285,6 +285,12 @@ def test_public_names() -> None:
     assert sorted(flywheel_client.__all__) == sorted(public | {"__version__"})
 
 
+def test_public_names_can_be_listed_before_any_is_used() -> None:
+    program = "import flywheel_client; names = dir(flywheel_client); print(*sorted(set(flywheel_client.__all__) - set(names)))"
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert (process.stdout, process.stderr) == ("\n", "")
+
+
 def _is_module(value: object) -> bool:
     return isinstance(value, type(sys))
 
