@@ -34,14 +34,18 @@ UNHEALTHY: Final = "backend unhealthy"
 NO_CONNECTION: Final = ("connections to all backends failing", *NEVER_SENT)
 """How the message of gRPC begins if it could not connect to a server."""
 
+OTHER_PROTOCOL: Final = "What listens there is no gRPC server, or one that wants TLS (--tls)."
+OTHER_NAME: Final = "Its certificate is for another name."
 HINTS: Final = {
     "Connection refused": "Nothing listens there.",
-    "Failed parsing HTTP/2": "What listens there is no gRPC server, or one that wants TLS (--tls).",
+    "Failed parsing HTTP/2": OTHER_PROTOCOL,
+    "Trying to connect an http1.x server": OTHER_PROTOCOL,
     "Socket closed": "What listens there hangs up, as a server does that wants TLS (--tls) or a certificate (--cert).",
     "WRONG_VERSION_NUMBER": "What listens there does not speak TLS, which --tls, --cacert and --cert ask for.",
     "CERTIFICATE_VERIFY_FAILED": "Its certificate is not trusted: --cacert names those that are.",
-    "Hostname Verification Check failed": "Its certificate is for another name.",
-    "Failed to create security handshaker": "A file of --cacert, --cert or --key does not have what it should, in PEM.",
+    "Hostname Verification Check failed": OTHER_NAME,
+    "is not in peer certificate": OTHER_NAME,
+    "Failed to create security handshaker": "A file of --cacert, --cert or --key cannot be read as what it should be.",
 }
 """What it means if such a message has these words."""
 
@@ -153,7 +157,7 @@ class Server:
     def _credentials(self) -> grpc.ChannelCredentials | None:
         if (self.cert is None) != (self.key is None):
             raise ValueError("--cert and --key need each other")
-        trusted, chain, key = (None if path is None else path.read_bytes() for path in (self.cacert, self.cert, self.key))
+        trusted, chain, key = _pem("--cacert", self.cacert), _pem("--cert", self.cert), _pem("--key", self.key)
         if self.modal_app or self.tls or trusted or chain:
             return grpc.ssl_channel_credentials(trusted, key, chain)
         return None
@@ -178,6 +182,16 @@ class Server:
             return " ".join([*hints, f"Is flywheel-server running at {self.address}?"])
         environment = f" --environment {self.modal_environment}" if self.modal_environment else ""
         return f"To see what is live: flywheel endpoints --app {self.modal_app}{environment}"
+
+
+def _pem(option: str, path: Path | None) -> bytes | None:
+    """Returns what is in the file of an option; gRPC says of what is not PEM only that a connection could not be made."""
+    if path is None:
+        return None
+    read = path.read_bytes()
+    if b"-----BEGIN " not in read:
+        raise ValueError(f"{option} must be a file in PEM, which {path} is not")
+    return read
 
 
 _VARIABLES: Final = [
@@ -454,7 +468,7 @@ def endpoints(
     """
     with _exit_codes():
         app_name, environment = _as_utf8("app", app_name), _as_utf8("environment", environment)
-        credentials = grpc.ssl_channel_credentials(None if cacert is None else cacert.read_bytes())
+        credentials = grpc.ssl_channel_credentials(_pem("--cacert", cacert))
         live, silent = asyncio.run(_endpoints(app_name, environment, credentials))
         if not live and not silent:
             raise no_endpoint(app_name, environment)

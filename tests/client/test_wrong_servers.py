@@ -36,7 +36,6 @@ def authority(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> trustme.CA:
     authority = trustme.CA()
     authority.cert_pem.write_to_path("ca.pem")
     trustme.CA().cert_pem.write_to_path("other.pem")
-    (tmp_path / "no.pem").write_text("no certificate")
     return authority
 
 
@@ -84,7 +83,6 @@ def test_a_server_without_tls(fake: FakeService, authority: trustme.CA, options:
                 ("127.0.0.1", False, ("--tls",), "Its certificate is not trusted"),
                 ("127.0.0.1", False, ("--cacert", "other.pem"), "Its certificate is not trusted"),
                 ("example.com", False, TRUSTING, OTHER_NAME),
-                ("127.0.0.1", False, ("--cacert", "no.pem"), "does not have what it should, in PEM"),
             ]
         ),
     ],
@@ -95,6 +93,16 @@ def test_a_server_with_tls(authority: trustme.CA, case: tuple[str, bool, tuple[s
         process = flywheel(fake, "stats", *options)
     assert process.returncode == 1
     assert hint in process.stderr.decode()
+
+
+@pytest.mark.parametrize(
+    "command", further([("stats", "--cacert"), ("endpoints", "--cacert"), ("health", "--key", "ca.pem", "--cert")])
+)
+def test_a_file_that_is_no_pem(fake: FakeService, authority: trustme.CA, tmp_path: Path, command: tuple[str, ...]) -> None:
+    (tmp_path / "no.pem").write_text("no certificate")
+    process = flywheel(fake, *command, "no.pem")
+    assert process.returncode == 2
+    assert f"{command[-1]} must be a file in PEM, which no.pem is not" in process.stderr.decode()
 
 
 @pytest.mark.parametrize("words", further([b"HTTP/1.1 400 Bad Request\r\n\r\n", b"SSH-2.0-OpenSSH_9.9\r\n"]))
