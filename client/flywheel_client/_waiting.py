@@ -85,15 +85,25 @@ class ReadyServer:
 
     def noting_silence(self, results: Iterable[ResultT]) -> Iterator[ResultT]:
         """Yields the results of a generation; if the first one takes long for want of a ready server, tells the user so."""
-        timer = threading.Timer(SILENCE, lambda: self._note(self._state()))
+        silent = True
+
+        def look() -> None:
+            state = self._state()
+            # Asking took a while, in which the generation may have begun or ended.
+            if silent:
+                self._note(state)
+
+        timer = threading.Timer(SILENCE, look)
         timer.daemon = True
         timer.start()
         try:
             for result in results:
                 timer.cancel()
+                silent = False
                 yield result
         finally:
             timer.cancel()
+            silent = False
 
     def _state(self) -> str:
         """Returns what keeps the generation waiting; empty if the server is ready, or there is nothing to wait for."""

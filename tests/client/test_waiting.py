@@ -173,6 +173,34 @@ def test_a_slow_generation_is_no_reason_for_a_word(fake: FakeService, monkeypatc
     assert (generation.texts, notes) == (["ab", "c"], [])
 
 
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_generation_that_begins_while_the_server_is_asked_is_not_called_silent(
+    monkeypatch: pytest.MonkeyPatch, ends: bool
+) -> None:
+    asked, begun, answered = threading.Event(), threading.Event(), threading.Event()
+    notes: list[str] = []
+
+    class Observer(Client):
+        def health(self, *_: object, **__: object) -> str:
+            asked.set()
+            begun.wait(WAIT)
+            threading.Timer(0.05, answered.set).start()
+            raise DeadlineExceededError(grpc.StatusCode.DEADLINE_EXCEEDED, "silent")
+
+    def results() -> Iterator[str]:
+        asked.wait(WAIT)
+        if not ends:
+            yield "a"
+
+    monkeypatch.setattr(_waiting, "SILENCE", 0.0)
+    monkeypatch.setattr(_terminal, "show_aside", notes.extend)
+    for _ in ReadyServer(Observer("localhost:1"), "It", None, wait_for_ready=False).noting_silence(results()):
+        pass
+    begun.set()
+    assert answered.wait(WAIT)
+    assert not notes
+
+
 @pytest.mark.parametrize("options", [[], *further([["--json"]])], ids=str)
 def test_the_command_waits_for_the_engine(fake: FakeService, health: HealthServicer, options: list[str]) -> None:
     becomes(health, "NOT_SERVING")
