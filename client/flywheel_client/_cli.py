@@ -322,10 +322,10 @@ def generate(
 ) -> None:
     """Continue a prompt, and print the text while it is made.
 
-    Several samples are printed one after another. A summary of each goes to stderr. Stdin is text in UTF-8: a byte order mark
-    at its beginning and a newline at its end are not taken as part of the prompt, and lines may end as on Windows, with CR and
-    LF. A call that fails before the engine has begun on it is tried again for some seconds, and if the server answers that its
-    engine is not ready, for as long as --timeout allows. Exit codes: see flywheel --help.
+    Several samples are printed one after another. A summary of each goes to stderr. Stdin is text in UTF-8, of at most 64
+    MiB: a byte order mark at its beginning and a newline at its end are not taken as part of the prompt, and lines may end
+    as on Windows, with CR and LF. A call that fails before the engine has begun on it is tried again for some seconds, and
+    if the server answers that its engine is not ready, for as long as --timeout allows. Exit codes: see flywheel --help.
     """
     options: dict[str, Any] = {
         "text": _text(prompt),
