@@ -105,7 +105,7 @@ class SampleWriter:
                 continue
             facts = [
                 f"{end.generated_tokens} tokens (prompt {end.prompt_tokens})",
-                one_line(end.finish_reason) + (f" {json.dumps(end.stop_sequence)}" if end.stop_sequence else ""),
+                f"{end.finish_reason} {json.dumps(end.stop_sequence)}" if end.stop_sequence else end.finish_reason,
             ]
             if sample.first_text is not None:
                 facts.append(f"first text {sample.first_text:.2f} s")
@@ -132,21 +132,21 @@ class SampleWriter:
 def show_aside(lines: Iterable[str]) -> None:
     """Writes lines to stderr, dim on a terminal, so that they do not mix with the text."""
     for line in lines:
-        write_styled(sys.stderr, visible(line), DIM)
+        write_styled(sys.stderr, visible(one_line(line)), DIM)
         sys.stderr.write("\n")
 
 
 def show(line: str) -> None:
     """Writes a line to stdout."""
-    Output(sys.stdout).write(f"{line}\n")
+    Output(sys.stdout).write(f"{one_line(line)}\n")
 
 
 def show_table(rows: Iterable[tuple[str, object]]) -> None:
-    """Writes names and values in two columns to stdout, each pair on a line of its own."""
+    """Writes names and values in two columns to stdout."""
     rows = list(rows)
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
-        show(f"{name.ljust(width)}  {one_line(str(value))}")
+        show(f"{name.ljust(width)}  {value}")
 
 
 def show_endpoints(endpoints: Iterable[Endpoint], now: float) -> None:

@@ -21,7 +21,7 @@ import grpc
 import pytest
 import trustme
 from flywheel_client import Delta, Endpoint, FieldViolation, InvalidArgumentError
-from flywheel_client._terminal import Output, SampleWriter, describe, show_endpoints, show_json, show_table
+from flywheel_client._terminal import Output, SampleWriter, describe, show_aside, show_endpoints, show_json, show_table
 from flywheel_proto._visible import visible
 from flywheel_proto.v1.generation_pb2 import GenerationDelta, GenerationRequest
 from google.protobuf.duration_pb2 import Duration
@@ -288,8 +288,11 @@ def test_no_line_break_of_a_server_poses_as_another_line(capsys: pytest.CaptureF
 
     writer = SampleWriter(Output(sys.stdout), 1)
     writer.add(Delta(0, "A\n", 1, 1.0, forged, 1, LINE_BREAKS), 1.0)
-    (summary,) = writer.summary()
-    assert len(summary.splitlines()) == 1
+    show_aside(writer.summary())
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+    show_endpoints([Endpoint("a:1", "tunnel", forged, 1.0, 1.0)], 2.0)
+    assert len(capsys.readouterr().out.splitlines()) == 2
 
     violations = [FieldViolation(forged, forged), FieldViolation(forged, "d")]
     error = InvalidArgumentError(grpc.StatusCode.INVALID_ARGUMENT, forged, violations=violations, request_id=forged)
