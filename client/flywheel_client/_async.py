@@ -74,6 +74,9 @@ class AsyncStream(Generic[ResultT]):
     async def __anext__(self) -> ResultT:
         if self._ended:
             raise StopAsyncIteration
+        if asyncio.get_running_loop() is not self._loop:
+            # A loop that closes ends what is left in it, and what has ended so must not pass for complete.
+            raise RuntimeError("the stream belongs to another event loop")
         try:
             message = await anext(self._messages)
             if not self._begun:

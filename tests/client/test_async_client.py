@@ -242,6 +242,23 @@ def test_a_stream_left_behind_by_its_loop_does_no_harm(fake: FakeService) -> Non
     run(client.close())
 
 
+def test_a_stream_left_behind_by_its_loop_does_not_pass_for_complete(fake: FakeService) -> None:
+    fake.hangs = True
+    client = AsyncClient(fake.address)
+
+    async def leave() -> AsyncStream[Delta]:
+        stream = client.generate_deltas("p", max_tokens=5)
+        await anext(stream)
+        return stream
+
+    async def go_on(stream: AsyncStream[Delta]) -> None:
+        with pytest.raises(RuntimeError, match="another event loop"):
+            await anext(stream)
+        await stream.aclose()
+
+    run(go_on(run(leave())))
+
+
 def test_nothing_of_grpc_exists_before_the_first_call() -> None:
     assert not AsyncClient("localhost:1")._channels
 
