@@ -8,31 +8,33 @@ order, so that a caller of Flywheel finds every argument under its own name. Thi
 element states its range, unit, default and failure.
 
 Conventions
-  - Presence: a field is `optional` exactly where its default is not zero. There an explicit 0 is 0 and an unset field
-    is the default. Everywhere else unset and zero mean the same.
+  - Presence: a field is `optional` exactly if its default is not zero. Of such a field, an explicit 0 is 0, and unset
+    is the default. For all other fields, unset and zero mean the same.
   - Times are seconds since the Unix epoch as a double, with fractions, on the clock of the machine that generates.
   - Tokens are the model's own tokens. `GetModel` tells which model that is.
   - Metadata: the caller may send `x-request-id` (1 to 128 visible ASCII characters, no spaces); the initial metadata of
-    every response carries it, or a new one where the caller sent none or one that does not fit. They are sent when the
-    engine begins. A call that fails carries it in its trailing metadata too, and where it is refused before the engine
-    has begun, only there: gRPC's own retries may repeat such a call.
+    every response has it, or a new one if the caller sent none or one that is not like that. The initial metadata are
+    sent when the engine begins. A call that fails has the id in its trailing metadata too. A call that is refused before
+    the engine begins has it only there, because gRPC's own retries repeat no call that has received initial metadata.
 
 Errors follow google.rpc (AIP-193): the status code, a brief message, and details in `grpc-status-details-bin`. The
 domain of every ErrorInfo is `flywheel.v1`.
-  INVALID_ARGUMENT    One or more fields are out of range: BadRequest with every violation at once. Not a valid message:
-                      ErrorInfo `MALFORMED_REQUEST`. Prompt and max_tokens exceed the model's context: BadRequest with
-                      both numbers, or with "at least", if that is clear before all tokens of the prompt are counted. A field that the engine cannot honour: BadRequest and ErrorInfo
-                      `UNSUPPORTED_FIELD`. Repeating the call unchanged fails again.
+  INVALID_ARGUMENT    One or more fields are out of range: BadRequest with every violation at once. Prompt and max_tokens
+                      together exceed the model's context: BadRequest with both numbers, or with "at least" if that is
+                      clear before all tokens of the prompt are counted. A field that the engine cannot honour:
+                      BadRequest and ErrorInfo `UNSUPPORTED_FIELD`. Not a valid message: ErrorInfo `MALFORMED_REQUEST`.
+                      Repeating the call unchanged fails again.
   RESOURCE_EXHAUSTED  The server is full: RetryInfo and ErrorInfo `OVERLOADED`. A quota of the caller is used up:
                       QuotaFailure, ErrorInfo `QUOTA_EXCEEDED`, and RetryInfo unless the call alone exceeds it. The
-                      stream is not read in time: ErrorInfo `SLOW_READER`. Try again only where there is RetryInfo.
-                      Also a message that is over the size limit after decompression: ErrorInfo `REQUEST_TOO_LARGE`.
-                      Also a message as it is sent, or metadata, over the size limit of the transport, which is refused
-                      before it is read: without details and without a request id.
-  DEADLINE_EXCEEDED   The caller's deadline passed: ErrorInfo `IN_QUEUE` (nothing was generated yet; at once, where the
-                      wait is going to be longer than the deadline) or `IN_GENERATION`. A caller's own timer may fire first; then there are no details. Or the
-                      generation took longer than the deployment allows: ErrorInfo `ENGINE_TIMEOUT`, whose metadata
-                      has the `timeout_seconds`. Or the request did not arrive in time: ErrorInfo `REQUEST_INCOMPLETE`.
+                      stream is not read in time: ErrorInfo `SLOW_READER`. The request is over the size limit after
+                      decompression: ErrorInfo `REQUEST_TOO_LARGE`. The request as it is sent, or its metadata, is over
+                      the size limit of the transport: refused before it is read, without details and without a request
+                      id. Try again only if there is RetryInfo.
+  DEADLINE_EXCEEDED   The caller's deadline passed: ErrorInfo `IN_QUEUE` (nothing was generated yet; at once if the wait is
+                      going to be longer than the deadline) or `IN_GENERATION`. A caller's own timer may fire first; then
+                      there are no details. The generation took longer than the deployment allows: ErrorInfo
+                      `ENGINE_TIMEOUT`, whose metadata has the `timeout_seconds`. The request did not arrive in time:
+                      ErrorInfo `REQUEST_INCOMPLETE`.
   UNAUTHENTICATED     The server wants an API key, as metadata `authorization: Bearer KEY`: ErrorInfo `API_KEY_MISSING`,
                       `API_KEY_INVALID`, `API_KEY_EXPIRED`, or `API_KEY_REVOKED` if the key is revoked while the
                       request arrives or the call runs. Or the client's certificate has a name that cannot be relied
@@ -43,12 +45,15 @@ domain of every ErrorInfo is `flywheel.v1`.
   UNAVAILABLE         The engine is starting or cannot be reached, or the server is stopping: RetryInfo and ErrorInfo
                       `ENGINE_UNAVAILABLE`. The server has run out of descriptors, memory, threads or disk space:
                       RetryInfo and ErrorInfo `OUT_OF_RESOURCES`. If there is no server, there are no details.
-                      A call that reaches a server in the moment when it stops may end with CANCELLED instead, without
-                      details: gRPC itself ends it so, and nothing has been done for it. Treat that as UNAVAILABLE.
-                      A delay in RetryInfo is also in the trailing metadata `grpc-retry-pushback-ms` (gRFC A6).
-                      `generation_grpc_service_config.json`, beside this file, has gRPC's own retries heed it.
-  INTERNAL            The engine failed: ErrorInfo `ENGINE_FAILED` with the request id. The cause is in the server's
-                      log.
+  INTERNAL            The engine failed: ErrorInfo `ENGINE_FAILED` with the request id. The cause is in the server's log.
+
+Without details, a status does not come from the service. CANCELLED that the caller has not asked for is how gRPC ends a call
+that reaches a server in the moment when it stops, and nothing has been done for it. INTERNAL and UNKNOWN are how gRPC and
+proxies end a call whose connection has broken. Treat these three as UNAVAILABLE.
+
+Trying again: UNAVAILABLE, and whatever has RetryInfo, may be repeated as long as no initial metadata have arrived, because
+they are sent when the engine begins. The delay in RetryInfo is also in the trailing metadata `grpc-retry-pushback-ms` (gRFC A6).
+`generation_grpc_service_config.json`, beside this file, has gRPC's own retries heed it.
 """
 
 from collections import abc as _abc
@@ -85,11 +90,11 @@ class GenerationRequest(_message.Message):
     FREQUENCY_PENALTY_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """The prompt. `Model.prompt_format` tells whether the model reads it as it is ("raw") or as the message of a user in its
-    chat template ("chat"). A text that begins as the template itself begins, such as `<|im_start|>user` or `[INST]`, brings
-    its own, and is read as it is too; leading spaces do not count, nor does the token that begins a text, such as `<s>`.
-    In a text that is read as it is, the model's special tokens are recognised, wherever they are. In one that is put into
-    the template they are plain text, so that no text can act as a part of the template. The token that begins a text is
-    added if the model wants it and the text does not begin with it. Required: not empty, and at most
+    chat template ("chat"). A text that begins as the template itself begins, such as with `<|im_start|>user` or `[INST]`,
+    brings a template of its own, and is read as it is too. (Leading spaces and the token that begins a text, such as `<s>`,
+    make no difference.) In a text that is read as it is, the model's special tokens are recognised, wherever they are. In a
+    text that is put into the template they are plain text, so that it cannot act as a part of the template. The token that
+    begins a text is added if the model wants it and the text does not begin with it. Required: not empty, and at most
     `Limits.max_text_bytes` in UTF-8.
     """
     max_tokens: _builtins.int
@@ -113,17 +118,18 @@ class GenerationRequest(_message.Message):
     than 0 and at most 1, where 1 does not restrict. Default: 1.0.
     """
     presence_penalty: _builtins.float
-    """Is subtracted from the logit of every token that occurs in the text so far. -2 to 2. Default: 0.0. Whether the
-    prompt counts as text so far belongs to the engine: `Model.penalizes_prompt`.
+    """What is subtracted from the logit of every token that occurs in the text so far. -2 to 2. Default: 0.0.
+    `Model.penalizes_prompt` tells whether the prompt is part of the text so far.
     """
     frequency_penalty: _builtins.float
-    """Is subtracted from the logit of every token once for each time it occurs in the text so far. -2 to 2. Default: 0.0.
-    Whether the prompt counts as text so far belongs to the engine: `Model.penalizes_prompt`.
+    """What is subtracted from the logit of every token, once for each time that it occurs in the text so far. -2 to 2. Default:
+    0.0. `Model.penalizes_prompt` tells whether the prompt is part of the text so far.
     """
     @_builtins.property
     def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Token ids that end a sample, besides the model's own end-of-generation tokens. The text of the token is not part of
-        the sample. A token that is only a part of a character may go unnoticed. Default: none. Each at least 0; at most `Limits.max_eos_token_ids` of them.
+        the sample. A token that is only a part of a character may go unnoticed. Default: none. Each at least 0; at most
+        `Limits.max_eos_token_ids` of them.
         """
 
     @_builtins.property
@@ -194,15 +200,15 @@ class GenerationResponseSample(_message.Message):
     """When the sample was finished, in seconds since the epoch."""
     finish_reason: _builtins.str
     """Why the sample ended. "stop": an end-of-generation token, one of eos_token_ids, or a stop sequence. "length":
-    max_tokens were generated. The set belongs to the engine; take a value that you do not know as an end like any other.
+    max_tokens were generated. An engine may have others; take a value that you do not know as an end like any other.
     """
     index: _builtins.int
     """Which sample this is: 0 to num_samples - 1."""
     prompt_tokens: _builtins.int
     """How many tokens of the prompt the model read, after max_input_tokens."""
     stop_sequence: _builtins.str
-    """The stop sequence that ended the sample, as it was written in the request. Empty where none did, or where the engine
-    does not tell which.
+    """The stop sequence that ended the sample, as it was written in the request. Empty if none did, or if the engine does
+    not tell which.
     """
     def __init__(
         self,
@@ -293,8 +299,8 @@ class GenerationDelta(_message.Message):
     prompt_tokens: _builtins.int
     """How many tokens of the prompt the model read, after max_input_tokens. Only in the sample's last delta; 0 before."""
     stop_sequence: _builtins.str
-    """The stop sequence that ended the sample. Only in the sample's last delta, and empty where none did, or where the engine
-    does not tell which.
+    """The stop sequence that ended the sample. Only in the sample's last delta, and empty if none did, or if the engine does
+    not tell which.
     """
     def __init__(
         self,
@@ -425,7 +431,7 @@ Global___Limits: _TypeAlias = Limits  # noqa: Y015
 
 @_typing.final
 class Defaults(_message.Message):
-    """The values that the fields of a GenerationRequest take where they are unset and the value is not zero."""
+    """The values that the unset fields of a GenerationRequest take, as far as these are not zero."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -485,8 +491,8 @@ class Stats(_message.Message):
     ACTIVE_FIELD_NUMBER: _builtins.int
     QUEUED_FIELD_NUMBER: _builtins.int
     backlog: _builtins.int
-    """How many requests, or parts of requests, wait in the engine, from all its callers. Those that wait in this server for room in
-    the engine are `queued`.
+    """How many requests, or parts of requests, wait in the engine, from all its callers. Those that wait in this server for
+    room in the engine are `queued`.
     """
     num_total_runners: _builtins.int
     """How many runners the engine has: containers, or 1 for an engine within the server."""

@@ -33,13 +33,13 @@ class GenerationServiceStub(object):
     2. The deltas of an index, joined, are the text of that sample. Every delta is whole UTF-8 characters.
     3. No part of a stop sequence that ended a sample is ever sent. Only text that may still become a stop sequence is
     held back, nothing else.
-    4. Text is sent as soon as it exists. Deltas are merged while the reader is behind. Where the text comes through Modal,
-    the first text of a call is sent at once, and what follows may be merged for a quarter of a second.
+    4. Text is sent as soon as it exists. Deltas are merged while the reader is behind. If the text comes through Modal, the
+    first text of a call is sent at once, and what follows may be merged for a quarter of a second.
     5. Cancelling the call, its deadline, or a broken connection stops the work in the engine, be it queued, reading the
     prompt, or generating.
-    6. The first metadata of the response carry `x-request-id`.
-    7. A call whose reader is slow holds no more than the text of its samples: the engine waits for the reader, where it can,
-    or the call ends, as the deployment has it.
+    6. The initial metadata of the response have `x-request-id`.
+    7. A call whose reader is slow holds no more than the text of its samples: the engine waits for the reader, if it can,
+    or the call ends, as the deployment is set up.
     """
 
     def __init__(self, channel):
@@ -83,13 +83,13 @@ class GenerationServiceServicer(object):
     2. The deltas of an index, joined, are the text of that sample. Every delta is whole UTF-8 characters.
     3. No part of a stop sequence that ended a sample is ever sent. Only text that may still become a stop sequence is
     held back, nothing else.
-    4. Text is sent as soon as it exists. Deltas are merged while the reader is behind. Where the text comes through Modal,
-    the first text of a call is sent at once, and what follows may be merged for a quarter of a second.
+    4. Text is sent as soon as it exists. Deltas are merged while the reader is behind. If the text comes through Modal, the
+    first text of a call is sent at once, and what follows may be merged for a quarter of a second.
     5. Cancelling the call, its deadline, or a broken connection stops the work in the engine, be it queued, reading the
     prompt, or generating.
-    6. The first metadata of the response carry `x-request-id`.
-    7. A call whose reader is slow holds no more than the text of its samples: the engine waits for the reader, where it can,
-    or the call ends, as the deployment has it.
+    6. The initial metadata of the response have `x-request-id`.
+    7. A call whose reader is slow holds no more than the text of its samples: the engine waits for the reader, if it can,
+    or the call ends, as the deployment is set up.
     """
 
     def Generate(self, request, context):
@@ -174,13 +174,13 @@ class GenerationService(object):
     2. The deltas of an index, joined, are the text of that sample. Every delta is whole UTF-8 characters.
     3. No part of a stop sequence that ended a sample is ever sent. Only text that may still become a stop sequence is
     held back, nothing else.
-    4. Text is sent as soon as it exists. Deltas are merged while the reader is behind. Where the text comes through Modal,
-    the first text of a call is sent at once, and what follows may be merged for a quarter of a second.
+    4. Text is sent as soon as it exists. Deltas are merged while the reader is behind. If the text comes through Modal, the
+    first text of a call is sent at once, and what follows may be merged for a quarter of a second.
     5. Cancelling the call, its deadline, or a broken connection stops the work in the engine, be it queued, reading the
     prompt, or generating.
-    6. The first metadata of the response carry `x-request-id`.
-    7. A call whose reader is slow holds no more than the text of its samples: the engine waits for the reader, where it can,
-    or the call ends, as the deployment has it.
+    6. The initial metadata of the response have `x-request-id`.
+    7. A call whose reader is slow holds no more than the text of its samples: the engine waits for the reader, if it can,
+    or the call ends, as the deployment is set up.
     """
 
     @staticmethod

@@ -8,31 +8,33 @@ order, so that a caller of Flywheel finds every argument under its own name. Thi
 element states its range, unit, default and failure.
 
 Conventions
-  - Presence: a field is `optional` exactly where its default is not zero. There an explicit 0 is 0 and an unset field
-    is the default. Everywhere else unset and zero mean the same.
+  - Presence: a field is `optional` exactly if its default is not zero. Of such a field, an explicit 0 is 0, and unset
+    is the default. For all other fields, unset and zero mean the same.
   - Times are seconds since the Unix epoch as a double, with fractions, on the clock of the machine that generates.
   - Tokens are the model's own tokens. `GetModel` tells which model that is.
   - Metadata: the caller may send `x-request-id` (1 to 128 visible ASCII characters, no spaces); the initial metadata of
-    every response carries it, or a new one where the caller sent none or one that does not fit. They are sent when the
-    engine begins. A call that fails carries it in its trailing metadata too, and where it is refused before the engine
-    has begun, only there: gRPC's own retries may repeat such a call.
+    every response has it, or a new one if the caller sent none or one that is not like that. The initial metadata are
+    sent when the engine begins. A call that fails has the id in its trailing metadata too. A call that is refused before
+    the engine begins has it only there, because gRPC's own retries repeat no call that has received initial metadata.
 
 Errors follow google.rpc (AIP-193): the status code, a brief message, and details in `grpc-status-details-bin`. The
 domain of every ErrorInfo is `flywheel.v1`.
-  INVALID_ARGUMENT    One or more fields are out of range: BadRequest with every violation at once. Not a valid message:
-                      ErrorInfo `MALFORMED_REQUEST`. Prompt and max_tokens exceed the model's context: BadRequest with
-                      both numbers, or with "at least", if that is clear before all tokens of the prompt are counted. A field that the engine cannot honour: BadRequest and ErrorInfo
-                      `UNSUPPORTED_FIELD`. Repeating the call unchanged fails again.
+  INVALID_ARGUMENT    One or more fields are out of range: BadRequest with every violation at once. Prompt and max_tokens
+                      together exceed the model's context: BadRequest with both numbers, or with "at least" if that is
+                      clear before all tokens of the prompt are counted. A field that the engine cannot honour:
+                      BadRequest and ErrorInfo `UNSUPPORTED_FIELD`. Not a valid message: ErrorInfo `MALFORMED_REQUEST`.
+                      Repeating the call unchanged fails again.
   RESOURCE_EXHAUSTED  The server is full: RetryInfo and ErrorInfo `OVERLOADED`. A quota of the caller is used up:
                       QuotaFailure, ErrorInfo `QUOTA_EXCEEDED`, and RetryInfo unless the call alone exceeds it. The
-                      stream is not read in time: ErrorInfo `SLOW_READER`. Try again only where there is RetryInfo.
-                      Also a message that is over the size limit after decompression: ErrorInfo `REQUEST_TOO_LARGE`.
-                      Also a message as it is sent, or metadata, over the size limit of the transport, which is refused
-                      before it is read: without details and without a request id.
-  DEADLINE_EXCEEDED   The caller's deadline passed: ErrorInfo `IN_QUEUE` (nothing was generated yet; at once, where the
-                      wait is going to be longer than the deadline) or `IN_GENERATION`. A caller's own timer may fire first; then there are no details. Or the
-                      generation took longer than the deployment allows: ErrorInfo `ENGINE_TIMEOUT`, whose metadata
-                      has the `timeout_seconds`. Or the request did not arrive in time: ErrorInfo `REQUEST_INCOMPLETE`.
+                      stream is not read in time: ErrorInfo `SLOW_READER`. The request is over the size limit after
+                      decompression: ErrorInfo `REQUEST_TOO_LARGE`. The request as it is sent, or its metadata, is over
+                      the size limit of the transport: refused before it is read, without details and without a request
+                      id. Try again only if there is RetryInfo.
+  DEADLINE_EXCEEDED   The caller's deadline passed: ErrorInfo `IN_QUEUE` (nothing was generated yet; at once if the wait is
+                      going to be longer than the deadline) or `IN_GENERATION`. A caller's own timer may fire first; then
+                      there are no details. The generation took longer than the deployment allows: ErrorInfo
+                      `ENGINE_TIMEOUT`, whose metadata has the `timeout_seconds`. The request did not arrive in time:
+                      ErrorInfo `REQUEST_INCOMPLETE`.
   UNAUTHENTICATED     The server wants an API key, as metadata `authorization: Bearer KEY`: ErrorInfo `API_KEY_MISSING`,
                       `API_KEY_INVALID`, `API_KEY_EXPIRED`, or `API_KEY_REVOKED` if the key is revoked while the
                       request arrives or the call runs. Or the client's certificate has a name that cannot be relied
@@ -43,12 +45,15 @@ domain of every ErrorInfo is `flywheel.v1`.
   UNAVAILABLE         The engine is starting or cannot be reached, or the server is stopping: RetryInfo and ErrorInfo
                       `ENGINE_UNAVAILABLE`. The server has run out of descriptors, memory, threads or disk space:
                       RetryInfo and ErrorInfo `OUT_OF_RESOURCES`. If there is no server, there are no details.
-                      A call that reaches a server in the moment when it stops may end with CANCELLED instead, without
-                      details: gRPC itself ends it so, and nothing has been done for it. Treat that as UNAVAILABLE.
-                      A delay in RetryInfo is also in the trailing metadata `grpc-retry-pushback-ms` (gRFC A6).
-                      `generation_grpc_service_config.json`, beside this file, has gRPC's own retries heed it.
-  INTERNAL            The engine failed: ErrorInfo `ENGINE_FAILED` with the request id. The cause is in the server's
-                      log.
+  INTERNAL            The engine failed: ErrorInfo `ENGINE_FAILED` with the request id. The cause is in the server's log.
+
+Without details, a status does not come from the service. CANCELLED that the caller has not asked for is how gRPC ends a call
+that reaches a server in the moment when it stops, and nothing has been done for it. INTERNAL and UNKNOWN are how gRPC and
+proxies end a call whose connection has broken. Treat these three as UNAVAILABLE.
+
+Trying again: UNAVAILABLE, and whatever has RetryInfo, may be repeated as long as no initial metadata have arrived, because
+they are sent when the engine begins. The delay in RetryInfo is also in the trailing metadata `grpc-retry-pushback-ms` (gRFC A6).
+`generation_grpc_service_config.json`, beside this file, has gRPC's own retries heed it.
 """
 
 from collections import abc as _abc
@@ -82,13 +87,13 @@ class GenerationServiceStub:
       2. The deltas of an index, joined, are the text of that sample. Every delta is whole UTF-8 characters.
       3. No part of a stop sequence that ended a sample is ever sent. Only text that may still become a stop sequence is
          held back, nothing else.
-      4. Text is sent as soon as it exists. Deltas are merged while the reader is behind. Where the text comes through Modal,
-         the first text of a call is sent at once, and what follows may be merged for a quarter of a second.
+      4. Text is sent as soon as it exists. Deltas are merged while the reader is behind. If the text comes through Modal, the
+         first text of a call is sent at once, and what follows may be merged for a quarter of a second.
       5. Cancelling the call, its deadline, or a broken connection stops the work in the engine, be it queued, reading the
          prompt, or generating.
-      6. The first metadata of the response carry `x-request-id`.
-      7. A call whose reader is slow holds no more than the text of its samples: the engine waits for the reader, where it can,
-         or the call ends, as the deployment has it.
+      6. The initial metadata of the response have `x-request-id`.
+      7. A call whose reader is slow holds no more than the text of its samples: the engine waits for the reader, if it can,
+         or the call ends, as the deployment is set up.
     """
 
     @_typing.overload
@@ -121,13 +126,13 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
       2. The deltas of an index, joined, are the text of that sample. Every delta is whole UTF-8 characters.
       3. No part of a stop sequence that ended a sample is ever sent. Only text that may still become a stop sequence is
          held back, nothing else.
-      4. Text is sent as soon as it exists. Deltas are merged while the reader is behind. Where the text comes through Modal,
-         the first text of a call is sent at once, and what follows may be merged for a quarter of a second.
+      4. Text is sent as soon as it exists. Deltas are merged while the reader is behind. If the text comes through Modal, the
+         first text of a call is sent at once, and what follows may be merged for a quarter of a second.
       5. Cancelling the call, its deadline, or a broken connection stops the work in the engine, be it queued, reading the
          prompt, or generating.
-      6. The first metadata of the response carry `x-request-id`.
-      7. A call whose reader is slow holds no more than the text of its samples: the engine waits for the reader, where it can,
-         or the call ends, as the deployment has it.
+      6. The initial metadata of the response have `x-request-id`.
+      7. A call whose reader is slow holds no more than the text of its samples: the engine waits for the reader, if it can,
+         or the call ends, as the deployment is set up.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -156,13 +161,13 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
       2. The deltas of an index, joined, are the text of that sample. Every delta is whole UTF-8 characters.
       3. No part of a stop sequence that ended a sample is ever sent. Only text that may still become a stop sequence is
          held back, nothing else.
-      4. Text is sent as soon as it exists. Deltas are merged while the reader is behind. Where the text comes through Modal,
-         the first text of a call is sent at once, and what follows may be merged for a quarter of a second.
+      4. Text is sent as soon as it exists. Deltas are merged while the reader is behind. If the text comes through Modal, the
+         first text of a call is sent at once, and what follows may be merged for a quarter of a second.
       5. Cancelling the call, its deadline, or a broken connection stops the work in the engine, be it queued, reading the
          prompt, or generating.
-      6. The first metadata of the response carry `x-request-id`.
-      7. A call whose reader is slow holds no more than the text of its samples: the engine waits for the reader, where it can,
-         or the call ends, as the deployment has it.
+      6. The initial metadata of the response have `x-request-id`.
+      7. A call whose reader is slow holds no more than the text of its samples: the engine waits for the reader, if it can,
+         or the call ends, as the deployment is set up.
     """
 
     @_abc_1.abstractmethod
