@@ -1,4 +1,4 @@
-"""The documents say what the code does: their tables of settings are made from them, and their Python runs.
+"""The documents say what the code does: tables are made from the settings, links lead somewhere, and the Python runs.
 
 `python -m tests.test_readme` writes the tables.
 """
@@ -19,6 +19,10 @@ from tests.serving import serving
 
 README = Path(__file__).parent.parent / "README.md"
 MODAL = README.parent / "docs" / "modal.md"
+DOCUMENTS = [
+    *(README.parent / name for name in ("README.md", "CHANGELOG.md", "benchmarks/README.md")),
+    *sorted(MODAL.parent.glob("*.md")),
+]
 TABLE = re.compile(r"(?<=<!-- settings: written by `python -m tests.test_readme` -->\n).*?(?=<!-- /settings -->)", re.DOTALL)
 
 
@@ -46,6 +50,25 @@ TABLES = {README: table, MODAL: deployment_table}
 def test_the_tables_of_settings_are_up_to_date(document: Path) -> None:
     (written,) = TABLE.findall(document.read_text())
     assert written == TABLES[document](), "run `python -m tests.test_readme`"
+
+
+def prose(document: Path) -> str:
+    return re.sub(r"^ *```.*?^ *```$", "", document.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(document: Path) -> set[str]:
+    """Returns the anchors that GitHub gives the headings of a document."""
+    headings = re.findall(r"^#+ (.+)$", prose(document), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: str(document.relative_to(README.parent)))
+def test_links_lead_somewhere(document: Path) -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", prose(document))
+    for path, anchor in links:
+        target = (document.parent / path).resolve() if path else document
+        assert target.exists(), path
+        assert not anchor or anchor in anchors(target), f"{path}#{anchor}"
 
 
 def test_the_refusal_in_the_documentation_is_what_is_said() -> None:

@@ -52,8 +52,8 @@ that reaches a server in the moment when it stops, and nothing has been done for
 proxies end a call whose connection has broken. Treat these three as UNAVAILABLE.
 
 Trying again: UNAVAILABLE, and whatever has RetryInfo, may be repeated as long as no initial metadata have arrived, because
-they are sent when the engine begins. The delay in RetryInfo is also in the trailing metadata `grpc-retry-pushback-ms` (gRFC A6).
-`generation_grpc_service_config.json`, beside this file, has gRPC's own retries heed it.
+they are sent when the engine begins. The delay in RetryInfo is also in the trailing metadata `grpc-retry-pushback-ms`
+(gRFC A6). `generation_grpc_service_config.json`, beside this file, has gRPC's own retries heed it.
 """
 
 from collections import abc as _abc
