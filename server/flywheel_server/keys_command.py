@@ -146,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
         return one
 
     create = command("create", _create, "Makes a key and prints it, once. Makes the file where there is none.")
-    create.add_argument("name", type=_as(Name), help="What the caller is called in logs and metrics.")
+    create.add_argument("name", type=_as(Name), help="The caller's name in the log and in quotas.")
     create.add_argument(
         "--expires",
         type=_time,
