@@ -1,13 +1,15 @@
 """Servers for tests: the real one, in process, on a free port of the loopback interface."""
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
+import grpc
 import grpc.aio
-from flywheel_proto.v1 import generation_pb2_grpc
+from flywheel_proto.v1 import generation_pb2, generation_pb2_grpc
 from flywheel_server.engines.base import Engine
 from flywheel_server.server import serve
 from flywheel_server.settings import Settings
@@ -125,3 +127,33 @@ async def drained(call: Any) -> None:
     else:
         async for _ in call:
             pass
+
+
+async def code_of(call: Any) -> grpc.StatusCode:
+    """Reads the call to its end, and returns its status."""
+    try:
+        await drained(call)
+    except grpc.aio.AioRpcError as error:
+        return error.code()
+    return grpc.StatusCode.OK
+
+
+async def last_of(call: Any) -> generation_pb2.GenerationDelta:
+    """Reads the call to its end, as it was begun: by `read`. Returns the last delta."""
+    last = generation_pb2.GenerationDelta()
+    while isinstance(delta := await call.read(), generation_pb2.GenerationDelta):
+        last = delta
+    return last
+
+
+async def settled() -> None:
+    """Lets the event loop do whatever it can do without waiting."""
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+def free_ports(count: int) -> list[int]:
+    """Returns ports of the loopback interface where nothing listens, each a different one."""
+    with ExitStack() as sockets:
+        reserved = [sockets.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [each.getsockname()[1] for each in reserved]

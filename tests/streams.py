@@ -5,7 +5,6 @@ The commands run as a user runs them, as processes of their own.
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from grpc_health.v1 import health_pb2
 from grpc_health.v1.health import HealthServicer
 
 from tests.client.conftest import SERVICE, FakeService, serving_fake
+from tests.serving import free_ports
 
 WAIT: Final = 60.0
 
@@ -143,7 +143,7 @@ def run(command: Command, stream: str, state: str, address: str, folder: Path) -
         subprocess.run([*module, *command.setup], cwd=folder, env=environment, capture_output=True, check=True)
     arguments = command.arguments
     if command is SERVE:
-        address = f"127.0.0.1:{_free_port()}"
+        address = f"127.0.0.1:{free_ports(1)[0]}"
         arguments += ("--address", address)
     files = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     with _gone_reader() as gone:
@@ -173,12 +173,6 @@ def _gone_reader() -> Iterator[int]:
         yield writing
     finally:
         os.close(writing)
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def main() -> None:

@@ -14,6 +14,8 @@ from h2.connection import H2Connection
 from h2.events import RequestReceived, StreamEnded, StreamReset, WindowUpdated
 from h2.exceptions import ProtocolError
 
+from tests.server.http2_client import prefixed
+
 if TYPE_CHECKING:
     from h2.errors import ErrorCodes
     from h2.events import Event
@@ -48,11 +50,6 @@ class GoAway:
 Step = Headers | Reset | GoAway | bytes
 Answer = Callable[[str], Iterable[Step]]
 """What to send to a call of a method, by its path."""
-
-
-def prefixed(message: bytes, *, compressed: bool = False) -> bytes:
-    """Returns the message as gRPC sends it."""
-    return bytes([compressed]) + len(message).to_bytes(4, "big") + message
 
 
 def trailers(*fields: tuple[str, str | bytes]) -> Headers:

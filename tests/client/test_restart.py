@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import re
 import signal
-import socket
 import sys
 from asyncio.subprocess import PIPE
 from collections import Counter
@@ -24,7 +23,7 @@ from flywheel_server.settings import Settings
 
 from tests.client.conftest import Caller
 from tests.draining import HeldEngine
-from tests.serving import serving, through_a_cable, until
+from tests.serving import free_ports, serving, through_a_cable, until
 
 if TYPE_CHECKING:
     from asyncio.subprocess import Process
@@ -34,12 +33,6 @@ TOKENS = 20
 SCRIPT = '{"text": "abcd", "token_delay": 0.01, "prompt_delay": 0.02}'
 TEXT = "abcd" * TOKENS
 PATIENT = Retry(max_attempts=12, initial_backoff=0.1, max_backoff=2.0)
-
-
-def free_port() -> int:
-    with socket.socket() as reserved:
-        reserved.bind(("127.0.0.1", 0))
-        return int(reserved.getsockname()[1])
 
 
 async def started(address: str, script: str = SCRIPT) -> Process:
@@ -84,7 +77,7 @@ async def servers(*addresses: str, script: str = SCRIPT) -> AsyncIterator[dict[s
 
 @pytest.mark.parametrize("kind", [Client, AsyncClient], ids=["threads", "asyncio"])
 async def test_no_call_fails_while_one_server_after_the_other_restarts(kind: Any) -> None:
-    addresses = [f"127.0.0.1:{free_port()}" for _ in range(2)]
+    addresses = [f"127.0.0.1:{port}" for port in free_ports(2)]
     outcomes: Counter[str] = Counter()
     over = asyncio.Event()
 
@@ -159,7 +152,7 @@ async def test_no_call_fails_that_is_on_its_way_when_the_server_stops(make: Call
 
 @pytest.mark.parametrize("kind", [Client, AsyncClient], ids=["threads", "asyncio"])
 async def test_after_a_kill_what_has_begun_is_told_and_what_has_not_is_tried_again(kind: Any) -> None:
-    address = f"127.0.0.1:{free_port()}"
+    address = f"127.0.0.1:{free_ports(1)[0]}"
     async with servers(address, script='{"text": "abcd", "token_delay": 0.05, "slots": 5}') as running:
         one = Caller(kind, address, retry=PATIENT)
         begun = [await one.stream(max_tokens=4000) for _ in range(3)]

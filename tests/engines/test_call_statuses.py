@@ -22,7 +22,7 @@ from grpclib import Status
 
 from tests.modal_cloud import ModalCloud, scripted
 from tests.server.test_errors import details_of
-from tests.serving import Target, drained, serving, until
+from tests.serving import Target, code_of, serving, until
 from tests.statuses import STATUSES
 from tests.thorough import further
 
@@ -80,14 +80,6 @@ async def targets(deployed: ModalCloud) -> AsyncIterator[dict[str, Target]]:
 
 def request(max_tokens: int = 3) -> pb.GenerationRequest:
     return pb.GenerationRequest(text="hello", max_tokens=max_tokens)
-
-
-async def code_of(call: Any) -> grpc.StatusCode:
-    try:
-        await drained(call)
-    except grpc.aio.AioRpcError as error:
-        return error.code()
-    return grpc.StatusCode.OK
 
 
 def test_the_tables_have_all_statuses() -> None:

@@ -23,15 +23,10 @@ from modal.exception import ConnectionError as NoConnection
 from modal_proto import api_pb2
 
 from tests.modal_cloud import Container, ModalCloud, Tunnel, with_clock
-from tests.serving import until
+from tests.serving import free_ports, until
 from tests.thorough import further
 
 SAMPLE = Path(__file__).parent / "sample_app.py"
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return int(free.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +34,7 @@ def cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModalCloud]:
     directory = tmp_path_factory.mktemp("cloud")
     with ModalCloud(directory) as cloud:
         arguments = ("deploy", str(SAMPLE))
-        variables = {"SAMPLE_VOLUME": str(directory / "mounted"), "SAMPLE_PORT": str(free_port())}
+        variables = {"SAMPLE_VOLUME": str(directory / "mounted"), "SAMPLE_PORT": str(free_ports(1)[0])}
         refused = cloud.cli(*arguments, env=variables)
         assert (refused.returncode, "Secret 'sample-keys' not found" in refused.stderr) == (1, True)
         cloud.create_secret("sample-keys", {"KEY": "value"})

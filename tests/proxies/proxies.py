@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from tests.contract import DESCRIPTOR
-from tests.serving import until
+from tests.serving import free_ports, until
 
 DOCUMENT: Final = Path(__file__).parents[2] / "docs" / "proxies.md"
 
@@ -93,15 +93,6 @@ KINDS: Final = {
     "haproxy": Kind("haproxy", haproxy, ".cfg", *HAPROXY),
     "haproxy as a balancer of connections": Kind("haproxy tcp", haproxy, ".cfg", *HAPROXY),
 }
-
-
-def free_ports(number: int) -> list[int]:
-    """Returns ports that nothing listens on."""
-    reserved = [socket.create_server(("127.0.0.1", 0)) for _ in range(number)]
-    ports = [int(each.getsockname()[1]) for each in reserved]
-    for each in reserved:
-        each.close()
-    return ports
 
 
 def configuration(kind: Kind, ports: dict[int, int]) -> str:

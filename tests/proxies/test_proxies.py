@@ -6,7 +6,7 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,8 @@ from tests.client.conftest import Caller
 from tests.client.test_restart import servers as processes
 from tests.contract import write_descriptor_set
 from tests.draining import Draining
-from tests.proxies.proxies import ENVOY, KINDS, Kind, TranscodingEnvoy, free_ports, proxy
-from tests.serving import as_dict, drained, until
+from tests.proxies.proxies import ENVOY, KINDS, Kind, TranscodingEnvoy, proxy
+from tests.serving import as_dict, code_of, free_ports, last_of, until
 from tests.thorough import further
 
 SHORT = pb.GenerationRequest(text="x", max_tokens=1)
@@ -109,13 +109,6 @@ async def test_no_call_fails_while_one_of_two_servers_drains(kind: Kind, tmp_pat
     assert load.outcomes.keys() == {"OK"}, load.outcomes
 
 
-async def last_of(call: Any) -> pb.GenerationDelta:
-    last = pb.GenerationDelta()
-    while isinstance(delta := await call.read(), pb.GenerationDelta):
-        last = delta
-    return last
-
-
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 async def test_it_has_room_for_what_callers_do_and_repeats_nothing_that_has_begun(kind: Kind, tmp_path: Path) -> None:
     async with behind(kind, tmp_path, drain_timeout=0) as (servers, address), grpc.aio.insecure_channel(address) as channel:
@@ -131,13 +124,6 @@ async def test_it_has_room_for_what_callers_do_and_repeats_nothing_that_has_begu
             server.stop()
         assert {await code_of(call) for call in calls} == {grpc.StatusCode.UNAVAILABLE}
         assert sum(server.engine.calls for server in servers) == STREAMS
-
-
-async def code_of(call: Any) -> grpc.StatusCode:
-    with suppress(grpc.aio.AioRpcError):
-        await drained(call)
-    code: grpc.StatusCode = await call.code()
-    return code
 
 
 async def test_envoy_repeats_what_a_full_server_refuses_and_nothing_that_is_wrong(tmp_path: Path) -> None:

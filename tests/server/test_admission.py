@@ -20,7 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.server.test_errors import METHODS, details_of, details_of_a_deadline
 from tests.server.test_quotas import keys_for
-from tests.serving import Target, drained, serving, until
+from tests.serving import Target, drained, serving, settled, until
 
 ONE = pb.GenerationRequest(text="x", max_tokens=1)
 
@@ -33,11 +33,6 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
-
-
-async def settled() -> None:
-    for _ in range(10):
-        await asyncio.sleep(0)
 
 
 class Crowd:

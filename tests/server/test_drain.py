@@ -28,7 +28,7 @@ from tests.server.test_errors import details_of
 from tests.server.test_reading import METHODS, PATH
 from tests.server.test_reflection import VERSIONS
 from tests.server.test_supervision import MortalEngine, dying
-from tests.serving import Target, as_dict, connected, drained, until
+from tests.serving import Target, as_dict, connected, drained, last_of, until
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -50,13 +50,6 @@ async def held(port: int, **settings: Any) -> AsyncIterator[tuple[Draining, Targ
         server.stop()
         async with asyncio.timeout(30):
             await server.stopped()
-
-
-async def last_of(call: Any) -> pb.GenerationDelta:
-    last = pb.GenerationDelta()
-    while isinstance(delta := await call.read(), pb.GenerationDelta):
-        last = delta
-    return last
 
 
 async def says_that_it_stops(call: Any) -> None:

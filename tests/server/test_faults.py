@@ -27,7 +27,7 @@ from google.rpc.error_details_pb2 import ErrorInfo
 from tests.server.test_command import command, ready_line
 from tests.server.test_delivery import CountingEngine
 from tests.server.test_errors import METHODS, FailingEngine, details_of
-from tests.serving import as_dict, connected, drained, serving, through_a_cable, until
+from tests.serving import as_dict, code_of, connected, drained, serving, through_a_cable, until
 
 REQUEST = pb.GenerationRequest(text="x", max_tokens=8, num_samples=2)
 EVENTS = 1 + 2 * 8 + 2
@@ -149,7 +149,7 @@ async def test_an_engine_without_memory_ends_calls_with_a_status_and_does_not_ha
             chance = random.Random(1)
             request = pb.GenerationRequest(text="word " * 1500, max_tokens=8)
             calls = [getattr(target.stub, chance.choice(METHODS))(request, timeout=60) for _ in range(8)]
-            endings = await asyncio.gather(*(ending(call) for call in calls))
+            endings = await asyncio.gather(*(code_of(call) for call in calls))
         assert set(endings) <= {grpc.StatusCode.OK, grpc.StatusCode.INTERNAL, grpc.StatusCode.UNAVAILABLE}
         with suppress(ProcessLookupError):
             resource.prlimit(process.pid, resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
@@ -159,7 +159,7 @@ async def test_an_engine_without_memory_ends_calls_with_a_status_and_does_not_ha
                 return process.returncode != 0
             async with connected(address) as target:
                 call = target.stub.GenerateAll(pb.GenerationRequest(text="Hello", max_tokens=2), timeout=5)
-                return await ending(call) is grpc.StatusCode.OK
+                return await code_of(call) is grpc.StatusCode.OK
 
         # How far it got is the system's affair.
         await until(serves_or_is_gone, "it goes on, has started its engine again, or has ended for all to see")
@@ -178,16 +178,8 @@ async def test_a_signal_while_prompts_are_tokenized_ends_the_server_as_always() 
 
             await until(arrived, "the prompt is being tokenized")
             process.send_signal(signal.SIGTERM)
-            assert await ending(call) is grpc.StatusCode.UNAVAILABLE
+            assert await code_of(call) is grpc.StatusCode.UNAVAILABLE
             assert await process.wait() == 0
-
-
-async def ending(call: Any) -> grpc.StatusCode:
-    try:
-        await drained(call)
-    except grpc.aio.AioRpcError as error:
-        return error.code()
-    return grpc.StatusCode.OK
 
 
 async def test_a_peer_that_takes_nothing_does_not_keep_the_server_from_stopping() -> None:

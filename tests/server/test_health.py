@@ -17,7 +17,7 @@ from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.server.test_errors import details_of
-from tests.serving import Target, connected, drained, serving, until
+from tests.serving import Target, connected, drained, last_of, serving, until
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -151,7 +151,7 @@ async def test_running_calls_finish_within_the_drain_timeout() -> None:
             target = await client.enter_async_context(connected(f"127.0.0.1:{port}"))
             call = target.stub.GenerateDeltas(pb.GenerationRequest(text="x", max_tokens=60))
             await call.read()
-            reading = asyncio.ensure_future(_last(call))
+            reading = asyncio.ensure_future(last_of(call))
         assert (await reading).finish_reason == "length"
 
 
@@ -189,14 +189,6 @@ async def test_a_stream_that_never_ends_does_not_keep_the_server_from_stopping()
         target = await client.enter_async_context(connected(f"127.0.0.1:{port}"))
         watch = health_pb2_grpc.HealthStub(target.channel).Watch(health_pb2.HealthCheckRequest())
         assert (await watch.read()).status == SERVING
-
-
-async def _last(call: grpc.aio.UnaryStreamCall[pb.GenerationRequest, pb.GenerationDelta]) -> pb.GenerationDelta:
-    last = pb.GenerationDelta()
-    # Read as it was begun: iterating over a call that was read is an error.
-    while isinstance(delta := await call.read(), pb.GenerationDelta):
-        last = delta
-    return last
 
 
 class RemoteEngine(ScriptedEngine):

@@ -16,7 +16,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import grpc
 import grpc.aio
@@ -27,7 +26,7 @@ from flywheel_server.engines import native_log
 from flywheel_server.output import MAX_BYTES, Output, captured
 
 from tests.server.test_command import SCRIPTED, command, ready_line
-from tests.serving import Target, connected, drained, until
+from tests.serving import Target, code_of, connected, until
 
 EMBEDDED = ["--address", "127.0.0.1:0", "--embedded-threads", "1"]
 LONG = "llama " * 3_333
@@ -82,14 +81,6 @@ async def answered(target: Target) -> None:
         return await code_of(target.stub.GenerateAll(request, wait_for_ready=True, timeout=30)) is grpc.StatusCode.OK
 
     await until(ok, "it answers")
-
-
-async def code_of(call: Any) -> grpc.StatusCode:
-    try:
-        await drained(call)
-    except grpc.aio.AioRpcError as error:
-        return error.code()
-    return grpc.StatusCode.OK
 
 
 # What makes long lines, or many: the prompts, or what llama.cpp says.

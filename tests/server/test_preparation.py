@@ -22,7 +22,7 @@ from google.rpc.error_details_pb2 import ErrorInfo
 
 from tests.server.test_errors import METHODS, details_of, details_of_a_deadline
 from tests.server.test_quotas import keys_for
-from tests.serving import Target, drained, serving, until
+from tests.serving import Target, drained, serving, settled, until
 
 REQUEST = GenerationRequest(text="x", max_tokens=1)
 
@@ -80,11 +80,6 @@ class Prompts:
     async def finish(self, text: str) -> None:
         self.engine.finish(text)
         await settled()
-
-
-async def settled() -> None:
-    for _ in range(10):
-        await asyncio.sleep(0)
 
 
 @asynccontextmanager

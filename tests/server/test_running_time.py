@@ -29,8 +29,8 @@ from grpc_health.v1 import health_pb2
 
 from tests.server.http2_client import http2, prefixed
 from tests.server.test_command import SCRIPTED, command, ready_line
-from tests.server.test_supervision import MortalEngine, code_of
-from tests.serving import connected, serving, until
+from tests.server.test_supervision import MortalEngine
+from tests.serving import code_of, connected, serving, until
 
 TIMEOUT = 0.6
 HELD_UP = 0.7

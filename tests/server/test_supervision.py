@@ -18,7 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.server.test_command import SCRIPTED, command, ready_line
 from tests.server.test_errors import METHODS, details_of
-from tests.serving import Target, connected, drained, serving, until
+from tests.serving import Target, code_of, connected, drained, serving, until
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -59,14 +59,6 @@ class MortalEngine(ScriptedEngine):
     async def check(self) -> None:
         if self.dead.is_set():
             raise EngineFailedError("dead")
-
-
-async def code_of(call: Any) -> grpc.StatusCode:
-    try:
-        await drained(call)
-    except grpc.aio.AioRpcError as error:
-        return error.code()
-    return grpc.StatusCode.OK
 
 
 @pytest.fixture(autouse=True)
