@@ -298,7 +298,7 @@ def _cancellations() -> int:
     return 0 if task is None else task.cancelling()
 
 
-def retrieve(task: asyncio.Task[None]) -> None:
+def retrieve(task: asyncio.Task[Any]) -> None:
     """Looks at how a task ended: asyncio complains of an exception that nobody has looked at."""
     if not task.cancelled():
         task.exception()

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 import grpc
 
+from flywheel_client._async_calls import retrieve
 from flywheel_client._errors import FailedPreconditionError, FlywheelError, UnauthenticatedError, UnavailableError
 from flywheel_client._records import MAX_RECORDS, Endpoint, Memory, Reading, dict_name, is_address
 
@@ -178,14 +179,8 @@ async def _modal_result(work: Coroutine[Any, Any, T]) -> T:
         await asyncio.wait({running})
     finally:
         running.cancel()  # does nothing to work that has ended
-        running.add_done_callback(_retrieve)
+        running.add_done_callback(retrieve)
     return running.result()
-
-
-def _retrieve(task: "asyncio.Task[Any]") -> None:
-    """Looks at how a task ended: asyncio complains of an exception that nobody has looked at."""
-    if not task.cancelled():
-        task.exception()
 
 
 @contextmanager
