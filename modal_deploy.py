@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import modal
-from flywheel_server.extras import loading
+from flywheel_proto._extras import loading
 from modal.config import config
 
 with loading("modal_deploy.py"):

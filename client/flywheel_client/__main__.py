@@ -1,7 +1,6 @@
 """The command `flywheel`, also `python -m flywheel_client`."""
 
 import os
-import sys
 
 from flywheel_proto._interrupts import exit_on_interrupt, raise_on_interrupt
 
@@ -11,17 +10,14 @@ exit_on_interrupt()
 
 def main() -> None:
     """Runs the command and exits with its code."""
+    from flywheel_proto._extras import loading
     from flywheel_proto._streams import standard_streams
 
     # The command reports what goes wrong in its own words; grpc's log would come between them.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     with standard_streams("flywheel"):
-        try:
+        with loading("flywheel"):
             from flywheel_client._cli import app
-        except ImportError as error:
-            if isinstance(error, ModuleNotFoundError) and error.name in {"typer", "rich"}:
-                sys.exit(f"flywheel: the command needs {error.name}; install it with: pip install 'flywheel-grpc[cli]'")
-            sys.exit(f"flywheel: the installation is broken: {error}")
         try:
             raise_on_interrupt()
             app(prog_name="flywheel")

@@ -2,7 +2,6 @@
 
 import asyncio
 import importlib
-import importlib.util
 import time
 from collections.abc import AsyncIterable, Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from urllib.parse import urlsplit
 
 import grpc
+from flywheel_proto._extras import missing
 
 from flywheel_client._async_calls import retrieve
 from flywheel_client._errors import FailedPreconditionError, FlywheelError, UnauthenticatedError, UnavailableError
@@ -58,8 +58,8 @@ def no_endpoint(app: str, environment: str | None) -> UnavailableError:
 
 def require_modal() -> None:
     """Raises `ModuleNotFoundError` where the package modal is not installed, without importing it."""
-    if importlib.util.find_spec("modal") is None:
-        raise ModuleNotFoundError("this needs modal; install it with: pip install 'flywheel-grpc[modal]'", name="modal")
+    if advice := missing("modal"):
+        raise ModuleNotFoundError(advice, name="modal")
 
 
 class ModalDirectory:

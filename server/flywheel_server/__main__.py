@@ -2,10 +2,10 @@
 
 import sys
 
+from flywheel_proto._extras import loading
 from flywheel_proto._streams import standard_streams
 
 from flywheel_server import signals
-from flywheel_server.extras import loading
 
 
 @standard_streams("flywheel-server")

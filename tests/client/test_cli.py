@@ -627,7 +627,7 @@ def test_a_base_install_says_what_is_missing() -> None:
     program = "import sys; sys.modules['typer'] = None; from flywheel_client.__main__ import main; main()"
     process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert process.returncode == 1
-    assert process.stderr == "flywheel: the command needs typer; install it with: pip install 'flywheel-grpc[cli]'\n"
+    assert process.stderr == "flywheel: typer is not installed; install it with: pip install 'flywheel-grpc[cli]'\n"
 
 
 def test_control_characters_have_pictures() -> None:

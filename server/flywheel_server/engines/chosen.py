@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import assert_never
 
+from flywheel_proto._extras import reason
+
 from flywheel_server.cores import usable_cores
 from flywheel_server.engines.base import Engine, EngineModel, EngineUnavailableError
-from flywheel_server.extras import reason
 from flywheel_server.settings import MAX_THREADS, Settings
 
 

@@ -9,11 +9,12 @@ from typing import Final
 DISTRIBUTION: Final = "flywheel-grpc"
 
 MODULES: Final = {
+    "cli": ("typer",),
     "server": ("cryptography", "grpc_health", "grpc_reflection", "pydantic", "pydantic_settings", "structlog", "uvloop"),
     "embedded": ("xllamacpp",),
     "modal": ("modal",),
 }
-"""The extras of the distribution that the server and its engines need, with the modules that each brings."""
+"""The extras of the distribution that programs need, with the modules that each brings."""
 
 
 @contextmanager
@@ -27,9 +28,13 @@ def loading(program: str) -> Iterator[None]:
 
 def reason(error: ImportError) -> str:
     """Returns why an import has failed: what is missing and how to install it, or else the error in its own words."""
-    module = (error.name or "").partition(".")[0]
+    return missing((error.name or "").partition(".")[0]) or f"the installation is broken: {error}"
+
+
+def missing(module: str) -> str:
+    """Returns how to install a module that an extra brings; empty if it is installed, or no extra brings it."""
     for extra, modules in MODULES.items():
         # A package that is there may fail as well, for example if it has no such name in its version, or lacks a library.
         if module in modules and importlib.util.find_spec(module) is None:
             return f"{module} is not installed; install it with: pip install '{DISTRIBUTION}[{extra}]'"
-    return f"the installation is broken: {error}"
+    return ""

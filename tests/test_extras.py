@@ -11,12 +11,12 @@ import flywheel_client
 import flywheel_proto
 import flywheel_server
 import pytest
-from flywheel_server.extras import DISTRIBUTION, MODULES
+from flywheel_proto._extras import DISTRIBUTION, MODULES
 from packaging.requirements import Requirement
 
 from tests.thorough import further
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parent.parent
 OURS = [str(Path(str(package.__file__)).parents[1]) for package in (flywheel_proto, flywheel_server, flywheel_client)]
 
 SERVER = "from flywheel_server.__main__ import main"
