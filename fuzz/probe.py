@@ -44,7 +44,7 @@ class ServerProcess:
     process: "subprocess.Popen[str]"
     log: Path
     api_key: str
-    """What callers must send; empty where they need nothing."""
+    """What callers must send; empty if they need nothing."""
 
     def resident(self) -> float:
         """Returns how many MiB of memory it has."""
@@ -92,11 +92,11 @@ class Served:
     failures: Counter[str] = field(default_factory=Counter)
 
     def median(self) -> float:
-        """Returns the median of the seconds; infinite where no call was served."""
+        """Returns the median of the seconds; infinite if no call was served."""
         return statistics.median(self.seconds) if self.seconds else float("inf")
 
     def p99(self) -> float:
-        """Returns what 99 of 100 calls were faster than; infinite where too few were served."""
+        """Returns what 99 of 100 calls were faster than; infinite if too few were served."""
         return statistics.quantiles(self.seconds, n=100, method="inclusive")[-1] if len(self.seconds) > 1 else float("inf")
 
     def __str__(self) -> str:
@@ -159,7 +159,7 @@ async def elsewhere(function: Callable[..., T], *arguments: object) -> T:
 
 
 async def _repeat(action: Callable[[], None], interval: float) -> None:
-    """Acts every so many seconds; where it was kept from that, as often at once as it has missed."""
+    """Acts every so many seconds; if it was kept from that, as often at once as it has missed."""
     clock = asyncio.get_running_loop().time
     due = clock()
     while True:

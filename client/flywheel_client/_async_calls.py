@@ -24,7 +24,7 @@ class AsyncRetryingChannel(ABC):
     """What the clients and the generated stubs use of a `grpc.aio.Channel`."""
 
     grpc_waits: ClassVar[bool]
-    """Whether waiting for a server to be ready is left to grpc, which does it where a server comes back to its address."""
+    """Whether waiting for a server to be ready is left to grpc, which does it if a server comes back to its address."""
 
     def __init__(self, retry: Retry | None) -> None:
         self.retry = retry
@@ -65,13 +65,13 @@ class AsyncRetryingChannel(ABC):
 
     @abstractmethod
     def pick_now(self, call: "Call") -> Member[grpc.aio.Channel] | None:
-        """Returns the endpoint to try next, which counts as in use until `ended`; None where that takes a while."""
+        """Returns the endpoint to try next, which counts as in use until `ended`; None if that takes a while."""
 
     @abstractmethod
     async def pick(self, call: "Call") -> Member[grpc.aio.Channel]:
         """Returns the endpoint to try next, which counts as in use until `ended`.
 
-        Raises what the call ends with where there is none.
+        Raises what the call ends with if there is none.
         """
 
     def ended(self, member: Member[grpc.aio.Channel]) -> None:  # noqa: B027 - nothing to note by default
@@ -99,7 +99,7 @@ class AsyncRetryingChannel(ABC):
         self.raise_if_closed(call)
 
     def raise_if_closed(self, call: "Call") -> None:
-        """Raises `CallCancelledError` where the channel was closed."""
+        """Raises `CallCancelledError` if the channel was closed."""
         if self.is_closed:
             raise call_cancelled(call.request_id)
 
@@ -146,7 +146,7 @@ class Call:
         self.tries = Tries.begin(self._channel.retry, timeout, time.monotonic(), wait_for_ready=waits)
         self.request_id = request_id_in(metadata, "")
         self.member: Member[grpc.aio.Channel] | None = None
-        """Where the call is; None where it has found no endpoint."""
+        """Where the call is; None if it has found no endpoint."""
 
     async def _next_try(self, delay: float) -> Any:  # noqa: ANN401 - a call of grpc
         self.member = None
@@ -245,7 +245,7 @@ class _StreamCall(Call):
         return aiter(self._current)
 
     def raise_if_cancelled(self) -> None:
-        """Raises `CallCancelledError` where the call was cancelled, or the channel closed."""
+        """Raises `CallCancelledError` if the call was cancelled, or the channel closed."""
         if self._cancelled or self._channel.is_closed:
             raise call_cancelled(self.request_id) from None
 

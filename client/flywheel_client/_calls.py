@@ -46,7 +46,7 @@ class RetryingChannel(ABC):
     """
 
     grpc_waits: ClassVar[bool]
-    """Whether waiting for a server to be ready is left to grpc, which does it where a server comes back to its address."""
+    """Whether waiting for a server to be ready is left to grpc, which does it if a server comes back to its address."""
 
     def __init__(self, retry: Retry | None) -> None:
         self.retry = retry
@@ -107,7 +107,7 @@ class RetryingChannel(ABC):
     def pick(self, call: "Call") -> Member[grpc.Channel]:
         """Returns the endpoint to try next, which counts as in use until `ended`.
 
-        Raises what the call ends with where there is none.
+        Raises what the call ends with if there is none.
         """
 
     def ended(self, member: Member[grpc.Channel]) -> None:  # noqa: B027 - nothing to note by default
@@ -136,7 +136,7 @@ class RetryingChannel(ABC):
             self.raise_if_cancelled(call)
 
     def raise_if_cancelled(self, call: "Call") -> None:
-        """Raises `CallCancelledError` where the call was cancelled, or the channel closed."""
+        """Raises `CallCancelledError` if the call was cancelled, or the channel closed."""
         if call.cancelled or self._closed:
             raise call_cancelled(call.request_id)
 
@@ -198,7 +198,7 @@ class Call:
         self.request_id = request_id_in(metadata, "")
         self.cancelled = False
         self.member: Member[grpc.Channel] | None = None
-        """Where the call is; None where it has found no endpoint."""
+        """Where the call is; None if it has found no endpoint."""
         self._delivered = False
         self._error: Exception | None = None
         self._in_call(self._begin)
@@ -236,12 +236,12 @@ class Call:
             current.cancel()
 
     def __del__(self) -> None:
-        # Such as where an interrupt comes before anybody holds the call. One of grpc is kept by its callbacks.
+        # For example if an interrupt comes before anybody holds the call. One of grpc is kept by its callbacks.
         if self._current is not None and not self._ended:
             self._channel.janitor.run_soon(self._current.cancel)
 
     def _in_call(self, function: Callable[[], T]) -> T:
-        """Runs what holds locks of grpc; raises `RuntimeError` where the thread holds some already."""
+        """Runs what holds locks of grpc; raises `RuntimeError` if the thread holds some already."""
         if _thread.in_call:
             raise RuntimeError(
                 "reentrant call: a signal handler or finalizer that interrupts a call cannot make another; "

@@ -77,7 +77,7 @@ _VISIBLE_ASCII: Final = frozenset(string.ascii_letters + string.digits + string.
 
 
 class ClientDefault(enum.Enum):
-    """Stands for the client's own timeout where a call does not set one, because None is a value: no deadline."""
+    """Stands for the client's own timeout if a call does not set one, because None is a value: no deadline."""
 
     TIMEOUT = "timeout"
 

@@ -130,7 +130,7 @@ class ResourceExhaustedError(FlywheelError):
 
 
 class DeadlineExceededError(FlywheelError):
-    """The deadline passed; `reason` is `IN_QUEUE` or `IN_GENERATION`, or empty where the client's timer was first."""
+    """The deadline passed; `reason` is `IN_QUEUE` or `IN_GENERATION`, or empty if the client's timer was first."""
 
 
 class UnavailableError(FlywheelError):
@@ -223,7 +223,7 @@ def broke_off(code: grpc.StatusCode, message: str | None) -> bool:
 
 
 def has_begun(error: Any) -> bool:  # noqa: ANN401 - grpc has no public type for it
-    """Whether a call that failed had received headers, which the server sends when the engine begins on it.
+    """Returns whether a call that failed had received headers, which the server sends when the engine begins on it.
 
     grpc shows what is refused before (Trailers-Only), and what a proxy answers with a status of HTTP, without any. grpc.aio
     loses the headers of a stream if its end arrives too before the event loop has turned round to ask for them.
@@ -249,7 +249,7 @@ def no_connection(address: str, reason: str) -> UnavailableError:
 
 
 def request_id_in(metadata: Iterable[tuple[str, str | bytes]] | None, sent: str) -> str:
-    """Returns the request id in metadata, or the one that was sent where they hold none."""
+    """Returns the request id in metadata, or the one that was sent if they hold none."""
     for key, value in metadata or ():
         if key == REQUEST_ID_KEY and isinstance(value, str):
             return value

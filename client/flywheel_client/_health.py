@@ -31,7 +31,10 @@ def serving_status(response: Int32Value) -> str:
 
 
 def is_not_serving(response: Int32Value | None) -> bool:
-    """Whether a HealthCheckResponse says that calls will be refused. It is None if the check ended with OK and without one."""
+    """Returns whether a HealthCheckResponse says that calls are refused.
+
+    It is None if the check ended with OK and without one.
+    """
     return response is not None and response.value == _NOT_SERVING
 
 

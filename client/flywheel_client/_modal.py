@@ -57,7 +57,7 @@ def no_endpoint(app: str, environment: str | None) -> UnavailableError:
 
 
 def require_modal() -> None:
-    """Raises `ModuleNotFoundError` where the package modal is not installed, without importing it."""
+    """Raises `ModuleNotFoundError` if the package modal is not installed, without importing it."""
     if advice := missing("modal"):
         raise ModuleNotFoundError(advice, name="modal")
 
@@ -98,7 +98,7 @@ class ModalDirectory:
         return found
 
     def no_endpoint(self) -> UnavailableError:
-        """Returns what to tell a caller where the last reading found none."""
+        """Returns what to tell a caller if the last reading found none."""
         return no_endpoint(self._app, self._environment)
 
     async def _ask(self, read: Callable[[], Coroutine[Any, Any, T]]) -> T | FlywheelError:

@@ -1,4 +1,4 @@
-"""Which endpoint a call goes to where a service has several: the decisions that both clients share.
+"""Which endpoint a call goes to if a service has several: the decisions that both clients share.
 
 Nothing here waits, locks, or looks at a clock: `now` is the caller's, in seconds of `time.monotonic()`.
 """
@@ -51,7 +51,7 @@ class Directory(Protocol):
         """Returns their addresses, the likeliest to be live first; raises `FlywheelError` if it cannot tell."""
 
     def no_endpoint(self) -> FlywheelError:
-        """Returns what to tell a caller where the last reading found none."""
+        """Returns what to tell a caller if the last reading found none."""
 
 
 @dataclass(slots=True, eq=False)
@@ -77,7 +77,7 @@ class Pool(Generic[ChannelT]):
     until another reading lists it. One that is no longer listed is dropped once a listed one answers, so that a directory which
     is empty, or cannot be read, takes nothing away that works.
 
-    A call goes to the endpoint with the fewest calls of this client, in turn where several have as few. Generations last
+    A call goes to the endpoint with the fewest calls of this client, in turn if several have as few. Generations last
     from a moment to minutes, so that dealing them out in turn alone would pile up the long ones.
     """
 

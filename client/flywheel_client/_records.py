@@ -71,7 +71,7 @@ def record_from(container: object, value: object, app: str) -> Record | None:
 
 
 def is_address(address: str) -> bool:
-    """Whether this is a host and a port."""
+    """Returns whether this is a host and a port."""
     found = _ADDRESS.fullmatch(address) if len(address) <= _MAX_NAME else None
     return found is not None and 0 < int(found[1]) <= _MAX_PORT
 

@@ -147,7 +147,7 @@ class Tries:
 
 
 def was_sent(error: FlywheelError) -> bool:
-    """Whether a server may have received a call that ended so.
+    """Returns whether a server may have received a call that ended so.
 
     Only its words tell that grpc had no connection to send the call on. Other words, also those of later versions, count as
     sent, which errs on the side of fewer tries.
@@ -156,7 +156,7 @@ def was_sent(error: FlywheelError) -> bool:
 
 
 def is_retryable(error: FlywheelError) -> bool:
-    """Whether a call that ended so, before the engine began on it, may end better the next time."""
+    """Returns whether a call that ended so, before the engine began on it, may end better the next time."""
     if isinstance(error, UnavailableError):
         return True
     match error.code:

@@ -89,7 +89,7 @@ class SampleWriter:
             self._write_pending()
 
     def finish(self) -> None:
-        """Writes what still waits, which there is only where the call ended early."""
+        """Flushes the text that still waits; there is some only if the call ended early."""
         for index in sorted(self._samples):
             if self._samples[index].pending:
                 if index != self._current:

@@ -20,5 +20,5 @@ def raise_on_interrupt() -> None:
 
 
 def _is_ignored() -> bool:
-    """Whether interrupts are ignored, as shells have it for what they run in the background."""
+    """Returns whether interrupts are ignored: a shell without job control has what it runs in the background ignore them."""
     return signal.getsignal(signal.SIGINT) is signal.SIG_IGN

@@ -57,13 +57,13 @@ async def deliver(
 ) -> None:
     """Writes what the buffer makes of the events until they end; raises what they raise, after what came before it.
 
-    Raises `SlowReaderError` where the reader is slower than patience allows.
+    Raises `SlowReaderError` if the reader is slower than patience allows.
     """
     await _Delivery(events, buffer, write, patience).run()
 
 
 async def deliver_one(message: Any, write: Callable[[Any], Awaitable[None]], patience: Patience) -> None:  # noqa: ANN401
-    """Writes a message; raises `SlowReaderError` where the reader takes longer than patience allows."""
+    """Writes a message; raises `SlowReaderError` if the reader takes longer than patience allows."""
     try:
         async with running_time.timeout(patience.timeout):
             await write(message)

@@ -21,7 +21,7 @@ _UNITS: Final = {"h": timedelta(hours=1), "d": timedelta(days=1), "w": timedelta
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Runs the command with what follows `keys`. Exits with 1 where it fails, and with 2 where the arguments are wrong."""
+    """Runs the command with what follows `keys`. Exits with 1 if it fails, and with 2 if the arguments are wrong."""
     parser = _parser()
     given = parser.parse_args(arguments)
     if is_blank(given.file):

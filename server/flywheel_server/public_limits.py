@@ -200,7 +200,7 @@ class _Turn:
             self._ending = self._clock.call_later(self._began + HURRIED_TURN_TIMEOUT - self._clock.time(), self._end)
 
     def _end(self) -> None:
-        # Not at once: where the event loop was busy, the request may have arrived without the call having learned of it.
+        # Not at once: if the event loop was busy, the request may have arrived without the call having learned of it.
         if not self.scope.expired():
             self.scope.reschedule(self._clock.loop.time() + LAG)
 

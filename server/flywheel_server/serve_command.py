@@ -32,7 +32,7 @@ else:
 def main(stop: StopSignals) -> None:
     """Serves until a signal stops it.
 
-    Exits with 1 where it cannot start or the engine has died, and with 2 where the settings are wrong.
+    Exits with 1 if it cannot start or the engine has died, and with 2 if the settings are wrong.
     """
     crash_log = _crash_log()
     faulthandler.enable(crash_log)
@@ -88,7 +88,7 @@ async def _serve_until_signal(settings: Settings, stop: StopSignals, stdout: Out
 def _crash_log() -> int:
     """Returns a descriptor for what a crash has to say: standard error, past whatever captures it.
 
-    On Linux it does not block where that is a pipe or a terminal. A process that crashes must end, whoever reads.
+    On Linux it does not block if that is a pipe or a terminal. A process that crashes must end, whoever reads.
     """
     try:
         return os.open("/proc/self/fd/2", os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_NOCTTY)

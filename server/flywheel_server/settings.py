@@ -285,7 +285,7 @@ class Settings(BaseSettings):
 
 
 def parse(arguments: Sequence[str] | None = None) -> Settings:
-    """Returns the settings of the command line and the environment; exits with a message where they are wrong."""
+    """Returns the settings of the command line and the environment; exits with a message if they are wrong."""
     parser = _parser()
     given = vars(parser.parse_args(arguments))
     # A variable cannot always be unset, but a flag can be left out: an empty one is a mistake, such as a shell variable's.

@@ -67,7 +67,7 @@ class Supervisor:
     async def running(self) -> AsyncIterator[None]:
         """Keeps the engine up for the length of the context, which it cancels when the engine is dead for good.
 
-        Raises `EngineError` where the engine does not start, and `EngineDiedError`.
+        Raises `EngineError` if the engine does not start, and `EngineDiedError`.
         """
         up = asyncio.Event()
         living = asyncio.create_task(self._live(up))
@@ -153,7 +153,7 @@ class Supervisor:
             self._activity.confirm_alive()
 
     async def _answers(self) -> bool:
-        """Whether the engine shows a sign of life within the timeout."""
+        """Returns whether the engine shows a sign of life within the timeout."""
         checking = asyncio.ensure_future(self._engine.check())
         try:
             # Where it has much to do, the check waits for its turn; what it makes meanwhile for others will do.

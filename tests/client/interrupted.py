@@ -18,15 +18,15 @@ from typing import Any, Final
 from flywheel_client import CallCancelledError, Client, Stream
 
 LIMIT: Final = 100.0
-"""Seconds after which it is taken as hanging."""
+"""Seconds after which the program counts as hanging."""
 
 LONGEST_DELAY: Final = 0.004
-"""Seconds to an interruption: about as long as a call takes."""
+"""Seconds to an interruption at most: about as long as a call takes."""
 
 
 @contextmanager
 def refused(message: str) -> Iterator[None]:
-    """Takes it that a call is refused with a message."""
+    """Suppresses the `RuntimeError` of a call that is refused with this message."""
     try:
         yield
     except RuntimeError as error:
@@ -45,7 +45,7 @@ class Program:
         self.interruptions = 0
 
     def interrupt(self) -> None:
-        """Does what is to be done in the middle of something else."""
+        """Interrupts the program, by what the command line says."""
         self.interruptions += 1
         self._interrupt()
 
@@ -59,7 +59,7 @@ class Program:
             self.stream.cancel()
 
     def close_stream(self) -> None:
-        """Closes it."""
+        """Closes the stream that is being read."""
         if self.stream is not None:
             self.stream.close()
 
@@ -70,7 +70,7 @@ class Program:
             self.client.generate_all("p", max_tokens=1)
 
     def run(self, times: int, arm: Callable[["Program"], object]) -> None:
-        """Makes calls until it was interrupted so often."""
+        """Makes calls until it was interrupted so many times, with a new client after each interruption."""
         # grpc imports some of itself only then.
         self.client.generate_all("p", max_tokens=1)
         while self.interruptions < times:
@@ -90,7 +90,7 @@ class Program:
 
 
 class Garbage:
-    """Interrupts a program when it is collected."""
+    """Interrupts a program when the garbage collector finds it."""
 
     def __init__(self, program: Program) -> None:
         self._program = program

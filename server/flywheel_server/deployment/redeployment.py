@@ -27,7 +27,7 @@ OF_MODAL: Final = ("MODAL_PROFILE", "MODAL_ENVIRONMENT")
 """Variables of the `modal` command that say which account and environment it deploys to."""
 
 OF_THE_MODEL: Final = (f"{DEPLOY_PREFIX}MODEL_", f"{DEPLOY_PREFIX}WEIGHTS")
-"""How the variables begin that make no difference where the class of another app generates."""
+"""How the variables begin that make no difference if the class of another app generates."""
 
 
 @dataclass(frozen=True, slots=True)

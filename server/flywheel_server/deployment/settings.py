@@ -171,7 +171,7 @@ class Configuration:
 
 
 def configured(environment: Mapping[str, str]) -> Configuration:
-    """Returns the configuration that the variables of the environment describe; raises `ValueError` where they are wrong."""
+    """Returns the configuration that the variables of the environment describe; raises `ValueError` if they are wrong."""
     try:
         deployment = Deployment(**_own(environment, DEPLOY_PREFIX, Deployment))
         variables = _server_environment(deployment, environment)

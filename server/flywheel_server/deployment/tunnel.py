@@ -180,7 +180,7 @@ def _outside(address: str) -> grpc.aio.Channel:
 
 
 async def _answers(channel: grpc.aio.Channel) -> bool:
-    """Whether the server at the other end answers, whatever it says of its health. Closes the channel."""
+    """Returns whether the server at the other end answers, whatever it says of its health. Closes the channel."""
     async with channel:
         try:
             await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=LOOK_TIMEOUT)

@@ -184,12 +184,12 @@ class Fit:
 
     @property
     def left_bytes(self) -> int:
-        """Bytes that nothing needs, or that are missing where it is negative."""
+        """Bytes that nothing needs, or that are missing if it is negative."""
         return self.memory_bytes - self.weights.size_bytes - self.kv_bytes - self.allowance_bytes
 
     @property
     def max_context_tokens(self) -> int:
-        """The largest context that would fit, in tokens; 0 where the weights alone do not."""
+        """The largest context that would fit, in tokens; 0 if the weights alone do not."""
         return max(0, self.context_tokens + self.left_bytes // self.weights.kv_bytes_per_token)
 
     def __str__(self) -> str:
@@ -209,7 +209,7 @@ class Fit:
 
 
 def find(name: str) -> Weights:
-    """Returns the weights of that name. ValueError with the known names where there are none."""
+    """Returns the weights of that name. ValueError with the known names if there are none."""
     try:
         return WEIGHTS[name]
     except KeyError:
@@ -217,7 +217,7 @@ def find(name: str) -> Weights:
 
 
 def find_gpu(gpu: str) -> tuple[Gpu, int]:
-    """Returns the GPU that Modal gives for "name" or "name:count", and how many of it. ValueError where it is unknown."""
+    """Returns the GPU that Modal gives for "name" or "name:count", and how many of it. ValueError if it is unknown."""
     name, colon, count = gpu.upper().partition(":")
     known = GPUS.get(ALIASES.get(name, name))
     if known is None or (colon and not re.fullmatch("[1-9][0-9]*", count)):
@@ -226,7 +226,7 @@ def find_gpu(gpu: str) -> tuple[Gpu, int]:
 
 
 def check_fit(weights: Weights, gpu: str | None, context_tokens: int) -> Fit:
-    """Returns how the memory of the GPU is used; raises where it is not enough.
+    """Returns how the memory of the GPU is used; raises if it is not enough.
 
     The memory of several GPUs is added up. llama.cpp gives each of them whole layers, so with several it is wise to leave the
     size of a layer.

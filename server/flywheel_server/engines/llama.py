@@ -165,7 +165,7 @@ class Llama:
         return str(self._request("GET", "/props")["bos_token"])
 
     def erase_idle_slots(self) -> None:
-        """Has the slots that nothing runs in forget their last prompts; raises what `tokenize` does."""
+        """Makes the slots that nothing runs in forget their last prompts; raises what `tokenize` does."""
         for slot in self._request("GET", "/slots"):
             if not slot["is_processing"]:
                 self._request("POST", f"/slots/{slot['id']}?action=erase")
@@ -216,7 +216,7 @@ def _computes_on_cpu() -> bool:
 
 
 def _private_directory() -> Path:
-    """Makes a directory which only this user may enter, where the path of a socket is not too long."""
+    """Makes a directory which only this user may enter, at a place where the path of a socket is not too long."""
     directory = tempfile.mkdtemp(prefix="flywheel-")
     if len(directory.encode()) + len("/llama.sock") > MAX_SOCKET_PATH:
         Path(directory).rmdir()

@@ -18,7 +18,7 @@ DEFAULT_STACK_BYTES: Final = 8 * 2**20
 
 @contextmanager
 def bounded_memory(threads: int) -> Iterator[None]:
-    """Have the process allocate no more, for the length of the context, than is free when the context begins.
+    """Let the process allocate no more within the context than is free when the context begins.
 
     Arguments:
         threads: How many threads start meanwhile. Their stacks are allocated, but hardly used, so they do not count.

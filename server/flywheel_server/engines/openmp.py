@@ -36,7 +36,7 @@ _SEMAPHORE_BYTES: Final = 64
 
 @contextmanager
 def adjustable_spins() -> Iterator[None]:
-    """Has a libgomp that is loaded meanwhile spin as `VARIABLES` say, unless the environment says how threads wait.
+    """Makes a libgomp that is loaded within the context spin as `VARIABLES` say, unless the environment says how threads wait.
 
     The library reads the environment once, when it is loaded. Child processes do not inherit the variables.
     """

@@ -84,7 +84,7 @@ def _looks_special(text: str, kind: int) -> bool:
 
 
 def _separators(found_first: list[str]) -> tuple[str, ...]:
-    """Returns those of the tokens that are found before all others which can neither overlap another nor be part of one."""
+    """Returns the tokens that can neither overlap another one nor be part of one, of those that are found before all others."""
     firsts = {text[0] for text in found_first}
     laters = {character for text in found_first for character in text[1:]}
     return tuple(text for text in found_first if text[0] not in laters and firsts.isdisjoint(text[1:]))
