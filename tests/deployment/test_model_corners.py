@@ -34,7 +34,7 @@ def test_the_model_starts_with_the_cores_that_it_has(tmp_path: Path) -> None:
         "FLYWHEEL_DEPLOY_MODEL_SLOTS": "256",
         "FLYWHEEL_EMBEDDED_BATCH": "1",
         "FLYWHEEL_MODAL_CONTEXT": "256",
-        "FLYWHEEL_MODAL_GPU": "",
+        "FLYWHEEL_MODAL_GPU": "none",
     }
     weights = configured(environment).weights
     assert weights
