@@ -321,6 +321,8 @@ def default_text(field: FieldInfo) -> str:
     """Returns a setting's default as one would write it."""
     if field.default is None or field.default == ():
         return ""
+    if isinstance(field.default, bool):
+        return str(field.default).lower()
     return "{}" if isinstance(field.default, Script) else str(field.default)
 
 
