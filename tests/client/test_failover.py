@@ -232,7 +232,8 @@ async def test_one_deadline_holds_for_all_tries(caller: Callable[..., Caller], f
     first, second = fakes[0].seconds_remaining[0], fakes[1].seconds_remaining[-1]
     assert first is not None
     assert second is not None
-    assert second < first < 0.35
+    # Not `second < first`: gRPC rounds what it sends, by more than may be between the two tries.
+    assert max(first, second) < 0.35
     fakes[1].deltas = []
     with pytest.raises(DeadlineExceededError):
         await one.next(await one.stream(timeout=0.1))
