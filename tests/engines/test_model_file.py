@@ -2,6 +2,7 @@
 
 import errno
 import os
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -15,7 +16,7 @@ from flywheel_server.engines.embedded import EmbeddedEngine
 from flywheel_server.engines.load_failure import load_failure
 from flywheel_server.settings import parse
 
-from tests.engines.models import gguf, write_small_model
+from tests.engines.models import gguf, text, write_small_model
 from tests.serving import serving
 from tests.thorough import further
 
@@ -23,6 +24,8 @@ TEMPLATE: Final = "tokenizer.chat_template"
 NO_TEMPLATE: Final = {TEMPLATE: None}
 
 TOKENS: Final = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": ["a", "b"]}
+
+PLAIN: Final = "{% for message in messages %}{{ message.content }}{% endfor %}"
 
 TOKENS_: Final[dict[str, Any]] = {name.replace(".", "__"): value for name, value in TOKENS.items()}
 
@@ -62,8 +65,33 @@ def first_of_two(file: Path) -> None:
     write_small_model(file, {"split.count": 2, "split.no": 0, "split.tensors.count": 20})
 
 
+def old_version(file: Path) -> None:
+    write_small_model(file, {})
+    with file.open("r+b") as opened:
+        opened.seek(4)
+        opened.write(struct.pack("<I", 1))
+
+
 def of_architecture(name: str, **values: object) -> Callable[[Path], object]:
     return metadata_only(general__architecture=name, **TOKENS_, **{f"{name}__{key}": value for key, value in values.items()})
+
+
+def of_tokens(tokens: list[Any], **values: object) -> Callable[[Path], object]:
+    return metadata_only(general__architecture="llama", tokenizer__ggml__model="gpt2", tokenizer__ggml__tokens=tokens, **values)
+
+
+HEAD: Final = struct.pack("<4sIQQ", b"GGUF", 3, 1, 1) + text("x")
+LISTS_IN_LISTS: Final = HEAD + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 5000
+
+
+def endless(layout: str, *values: int) -> Callable[[Path], object]:
+    """Returns what writes a file whose only value fills it, and is far larger than the memory."""
+
+    def write(file: Path) -> None:
+        file.write_bytes(HEAD + struct.pack(f"<{layout}", *values))
+        os.truncate(file, 2**37)
+
+    return write
 
 
 WRONG: Final[dict[str, tuple[str, Callable[[Path], object], str]]] = {
@@ -92,6 +120,34 @@ WRONG: Final[dict[str, tuple[str, Callable[[Path], object], str]]] = {
         "is damaged: llama.expert_used_count is 9",
     ),
     "scaling": ("m.gguf", of_architecture("llama", rope__scaling__type="nonesuch"), "llama.rope.scaling.type is nonesuch"),
+    "experts of which none is used": (
+        "m.gguf",
+        of_architecture("llama", expert_count=4),
+        "is damaged: llama.expert_used_count is 0",
+    ),
+    "a text for a number of experts": (
+        "m.gguf",
+        of_architecture("llama", expert_count="x"),
+        "is damaged: llama.expert_count is not a whole number",
+    ),
+    "negative epsilon": ("m.gguf", of_architecture("llama", attention__layer_norm_rms_epsilon=-1.0), "epsilon is -1.0"),
+    "epsilon": ("m.gguf", of_architecture("llama", attention__layer_norm_epsilon=float("nan")), "epsilon is nan"),
+    "alignment": (
+        "m.gguf",
+        metadata_only(general__architecture="llama", general__alignment=8),
+        "is damaged: general.alignment is 8",
+    ),
+    "a text for a number of parts": ("m.gguf", metadata_only(split__count="x"), "split.count is not a whole number"),
+    "lists for a number of parts": ("m.gguf", metadata_only(split__count=[1, 2]), "split.count is not a whole number"),
+    "numbers for tokens": ("m.gguf", of_tokens([1, 2]), "is damaged: its vocabulary is not a list of texts"),
+    "a number for types": ("m.gguf", of_tokens(["a"], tokenizer__ggml__token_type=3), "and one of their types"),
+    "equal tokens": ("m.gguf", of_tokens(["a", "", "b", "", "a"]), "two tokens of its vocabulary have the same text"),
+    "equal tokens to a NUL": ("m.gguf", of_tokens(["a", "b", "a\0b"]), "two tokens of its vocabulary have the same text"),
+    "lists in lists": ("m.gguf", content(LISTS_IN_LISTS), "its metadata are damaged"),
+    **{
+        f"endless {kind}": ("m.gguf", endless(layout, *values), "its metadata are damaged")
+        for kind, layout, *values in (("text", "IQ", 8, 2**36), ("bytes", "IIQ", 9, 0, 2**36), ("texts", "IIQ", 9, 8, 2**36))
+    },
     "embedding": ("m.gguf", of_architecture("qwen3", pooling_type=3), "an embedding model does not generate text"),
     "reranker": ("m.gguf", of_architecture("qwen3", pooling_type=4), "is a reranker"),
     "not causal": ("m.gguf", of_architecture("llama", attention__causal=False), "not causal"),
@@ -99,6 +155,13 @@ WRONG: Final[dict[str, tuple[str, Callable[[Path], object], str]]] = {
     "missing part": ("m-00001-of-00002.gguf", first_of_two, "m-00002-of-00002.gguf is missing beside it"),
     "renamed part": ("m.gguf", first_of_two, "must be called NAME-00001-of-00002.gguf"),
     "truncated": ("m.gguf", truncated, "corrupted or incomplete"),
+    "version 1": ("m.gguf", old_version, "GGUFv1 is no longer supported"),
+    "little context": ("m.gguf", small(llama__context_length=3), "in a context of 3, and the model was trained for no longer"),
+    "much template": (
+        "m.gguf",
+        small(tokenizer__chat_template="x " * 300 + PLAIN),
+        "in a context of 256; raise --embedded-con",
+    ),
     "unknown": ("m.gguf", small(general__architecture="frobnicator"), "unknown model architecture: 'frobnicator'"),
     **{
         architecture: ("m.gguf", of_architecture(architecture), said)

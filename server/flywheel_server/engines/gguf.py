@@ -17,8 +17,11 @@ _NUMBERS: Final = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?
 _STRING: Final = 8
 _ARRAY: Final = 9
 
+_MAX_COUNT: Final = 2**28
+"""Bytes of a text, or values of a list. A file says how many there are, and they must not fill the memory."""
+
 Metadata = dict[str, Any]
-"""The values of a file by their names: numbers, texts as bytes, and lists of them."""
+"""The values of a file by their names: numbers, texts as bytes, tuples of numbers, and lists of texts."""
 
 
 class NotGgufError(ValueError):
@@ -71,14 +74,17 @@ class _Reader:
         if kind != _ARRAY:
             return self._unpack(_NUMBERS[kind])[0]
         (of, count) = self._unpack("IQ")
-        if of in _NUMBERS:
-            return self._unpack(f"{count}{_NUMBERS[of]}")
-        return [self._value(of) for _ in range(count)]
+        if count > _MAX_COUNT:
+            raise IndexError(count)
+        if of == _STRING:
+            return [self._string() for _ in range(count)]
+        # Lists of lists are no part of what llama.cpp reads.
+        return self._unpack(f"{count}{_NUMBERS[of]}")
 
     def _string(self) -> bytes:
         (length,) = self._unpack("Q")
         start, self._at = self._at, self._at + length
-        if self._at > len(self._data):
+        if self._at > len(self._data) or length > _MAX_COUNT:
             raise IndexError(self._at)
         return self._data[start : self._at]
 

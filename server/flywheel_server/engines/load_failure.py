@@ -12,6 +12,7 @@ _REASONS: Final = (
     re.compile(r"^Error: (?:Jinja Exception: )?(.+)"),
     re.compile(r"common_chat_templates_init: error: (.+)"),
     re.compile(r"chat template parsing error: (.+)"),
+    re.compile(r"gguf_init_from_\w+: (.+)"),
     re.compile(r"error loading model: (?:error loading model \w+: )?(.+)"),
     re.compile(r"((?:failed|unable) to allocate .+|std::bad_alloc)"),
     re.compile(r"(failed to .+)"),

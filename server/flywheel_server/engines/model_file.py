@@ -1,19 +1,21 @@
 """What a model's file is, told from its metadata before llama.cpp loads it: why it cannot generate text, and what it has."""
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Final, Self
 
 from flywheel_server.engines.gguf import Metadata, NotGgufError, read_metadata
-from flywheel_server.engines.vocabulary import MODEL, TOKENS, Vocabulary
+from flywheel_server.engines.vocabulary import MODEL, TOKENS, TYPES, Vocabulary
 from flywheel_server.messages import INT32_MAX
 
 MAX_LAYERS: Final = 512
 MAX_EXPERTS: Final = 1024
+MIN_ALIGNMENT: Final = 16
 _ROPE_SCALING: Final = frozenset({"none", "linear", "yarn", "longrope"})
-"""What llama.cpp asserts of a model: it would end the process."""
+"""What llama.cpp asserts of a model: otherwise it ends the process."""
 
 _TEMPLATE: Final = "tokenizer.chat_template"
 
@@ -79,8 +81,7 @@ class ModelFile:
 def _check(metadata: Metadata, tensors: int) -> None:
     _check_kind(metadata)
     _check_architecture(metadata, _text(metadata, "general.architecture"))
-    if _text(metadata, MODEL) in {"", "none", "no_vocab"} or not metadata.get(TOKENS):
-        raise UnusableModelError("has no vocabulary; convert the model again, with its tokenizer")
+    _check_vocabulary(metadata)
     if not tensors:
         raise UnusableModelError("has a vocabulary but no weights")
 
@@ -94,9 +95,9 @@ def _check_kind(metadata: Metadata) -> None:
         raise UnusableModelError("is the part of a model that reads images or audio (mmproj); name the language model")
     if kind == "imatrix" or architecture == "imatrix":
         raise UnusableModelError("is an importance matrix for quantizing, not a model")
-    if metadata.get("split.count", 1) > 1 and metadata.get("split.no"):
-        number = metadata["split.no"] + 1
-        raise UnusableModelError(f"is part {number} of {metadata['split.count']} of a model; name the first part")
+    parts, number = _count(metadata, "split.count"), _count(metadata, "split.no")
+    if parts > 1 and number:
+        raise UnusableModelError(f"is part {number + 1} of {parts} of a model; name the first part")
     if not architecture:
         raise UnusableModelError("does not say which architecture the model has (general.architecture)")
 
@@ -111,30 +112,53 @@ def _check_architecture(metadata: Metadata, architecture: str) -> None:
         raise UnusableModelError(f"is {other} ({architecture}), which cannot continue a text by itself")
     if metadata.get(f"{architecture}.attention.causal") is False:
         raise UnusableModelError("is a model whose attention is not causal, which cannot continue a text")
-    for key, value, (least, most) in _counts(metadata, architecture):
-        if isinstance(value, int) and not least <= value <= most:
-            raise UnusableModelError(f"is damaged: {key} is {value}")
+    _check_numbers(metadata, architecture)
     scaling = _text(metadata, f"{architecture}.rope.scaling.type")
     if scaling and scaling not in _ROPE_SCALING:
         raise UnusableModelError(f"is damaged, or newer than this llama.cpp: {architecture}.rope.scaling.type is {scaling}")
 
 
-def _counts(metadata: Metadata, architecture: str) -> Iterator[tuple[str, Any, tuple[int, int]]]:
-    """Yield the counts for which llama.cpp would end the process if they were out of range, and the range."""
-    experts = metadata.get(f"{architecture}.expert_count", 0)
-    for name, bounds in (
-        ("block_count", (1, MAX_LAYERS)),
-        ("context_length", (1, INT32_MAX)),
-        ("expert_count", (0, MAX_EXPERTS)),
-        ("expert_used_count", (min(experts, 1), experts)),
-    ):
-        if (key := f"{architecture}.{name}") in metadata:
-            yield key, metadata[key], bounds
+def _check_vocabulary(metadata: Metadata) -> None:
+    tokens = metadata.get(TOKENS)
+    if _text(metadata, MODEL) in {"", "none", "no_vocab"} or not tokens:
+        raise UnusableModelError("has no vocabulary; convert the model again, with its tokenizer")
+    if not isinstance(tokens, list) or not isinstance(metadata.get(TYPES, ()), tuple):
+        raise UnusableModelError("is damaged: its vocabulary is not a list of texts and one of their types")
+    # As llama.cpp reads them, which then asserts that no two are the same: to a NUL, and no empty ones.
+    texts = [text for token in tokens if (text := token.partition(b"\0")[0])]
+    if len(set(texts)) < len(texts):
+        raise UnusableModelError("is damaged: two tokens of its vocabulary have the same text")
+
+
+def _check_numbers(metadata: Metadata, architecture: str) -> None:
+    """Refuse numbers out of their range for which llama.cpp would end the process."""
+    experts, used = f"{architecture}.expert_count", f"{architecture}.expert_used_count"
+    ranges: dict[str, tuple[float, float]] = {
+        f"{architecture}.block_count": (1, MAX_LAYERS),
+        f"{architecture}.context_length": (1, INT32_MAX),
+        experts: (0, MAX_EXPERTS),
+        used: (min(_count(metadata, experts), 1), _count(metadata, experts)),
+        f"{architecture}.attention.layer_norm_epsilon": (0, math.inf),
+        f"{architecture}.attention.layer_norm_rms_epsilon": (0, math.inf),
+        "general.alignment": (MIN_ALIGNMENT, INT32_MAX),
+    }
+    for key, (least, most) in ranges.items():
+        value = metadata.get(key, 0 if key == used else least)
+        # What is no number at all, llama.cpp refuses by name.
+        if isinstance(value, int | float) and not least <= value <= most:
+            raise UnusableModelError(f"is damaged: {key} is {value}")
+
+
+def _count(metadata: Metadata, name: str) -> int:
+    value = metadata.get(name, 0)
+    if not isinstance(value, int):
+        raise UnusableModelError(f"is damaged: {name} is not a whole number")
+    return value
 
 
 def _parts(path: Path, metadata: Metadata) -> Iterator[Path]:
     """Yield the files of a model that may be split into several, of which this is the first."""
-    count = metadata.get("split.count", 1)
+    count = _count(metadata, "split.count")
     if count <= 1:
         yield path
         return

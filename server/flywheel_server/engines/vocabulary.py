@@ -8,7 +8,7 @@ from flywheel_server.engines.gguf import Metadata
 
 MODEL: Final = "tokenizer.ggml.model"
 TOKENS: Final = "tokenizer.ggml.tokens"
-_TYPES: Final = "tokenizer.ggml.token_type"
+TYPES: Final = "tokenizer.ggml.token_type"
 
 _NORMAL: Final = 1
 _UNKNOWN: Final = 2
@@ -63,7 +63,7 @@ class Vocabulary:
         """Return the vocabulary in the metadata of a GGUF file; raise `KeyError` if there is none."""
         tokenizer = metadata[MODEL].decode()
         tokens = metadata[TOKENS]
-        types = metadata.get(_TYPES) or [_NORMAL] * len(tokens)
+        types = metadata.get(TYPES) or [_NORMAL] * len(tokens)
         is_known = tokenizer in (BPE, SENTENCEPIECE)
         lengths = (_length(token, kind, tokenizer) for token, kind in zip(tokens, types, strict=False))
         texts = [(_text(token, kind, tokenizer), kind) for token, kind in zip(tokens, types, strict=False)]
