@@ -25,10 +25,19 @@ def cpu_quota(proc: Path = PROC) -> float:
     return min(map(_quota, _groups("cpu", proc)), default=math.inf)
 
 
+def memory_limit(proc: Path = PROC) -> float:
+    """Return how many bytes of memory a process may take; infinity if its groups have no limit.
+
+    Arguments:
+        proc: The directory of the process in procfs; there may be none.
+    """
+    return min(map(_limit, _groups("memory", proc)), default=math.inf)
+
+
 def free_memory(proc: Path = PROC) -> float:
     """Return how many bytes of memory a process may take in addition; infinity if its groups have no limit.
 
-    Files that the kernel has cached make room, so they do not count as taken.
+    Files that the kernel has cached make room, so they do not count as taken, but those in a tmpfs do: they are nowhere else.
 
     Arguments:
         proc: The directory of the process in procfs; there may be none.
@@ -77,13 +86,21 @@ def _quota(group: Path) -> float:
     return math.inf
 
 
-def _free(group: Path) -> float:
-    for limit, taken, cached in (
-        ("memory.max", "memory.current", "file"),
-        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache"),
-    ):
+def _limit(group: Path) -> float:
+    for name in ("memory.max", "memory.limit_in_bytes"):
         # Without a limit, version 2 says "max", which is no number; version 1 has an unreachable one.
+        with suppress(OSError, ValueError):
+            return int((group / name).read_text())
+    return math.inf
+
+
+def _free(group: Path) -> float:
+    for taken, cached, in_tmpfs in (
+        ("memory.current", "file", "shmem"),
+        ("memory.usage_in_bytes", "total_cache", "total_shmem"),
+    ):
         with suppress(OSError, ValueError, KeyError):
             statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-            return int((group / limit).read_text()) - int((group / taken).read_text()) + int(statistics[cached])
+            makes_room = int(statistics[cached]) - int(statistics.get(in_tmpfs, "0"))
+            return _limit(group) - int((group / taken).read_text()) + makes_room
     return math.inf

@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from flywheel_server import cores
-from flywheel_server.cgroups import cpu_quota, free_memory
+from flywheel_server import cores, memory
+from flywheel_server.cgroups import cpu_quota, free_memory, memory_limit
 from flywheel_server.cores import usable_cores
+from flywheel_server.memory import total_memory
 
 from tests.server.test_command import command, ready_line
 
@@ -97,11 +98,11 @@ def test_the_least_quota_of_all_groups_counts(
 
 
 def test_without_procfs_there_is_no_limit(tmp_path: Path) -> None:
-    assert cpu_quota(tmp_path / "none") == free_memory(tmp_path / "none") == math.inf
+    assert all(read(tmp_path / "none") == math.inf for read in (cpu_quota, free_memory, memory_limit))
 
 
 @pytest.mark.parametrize(
-    ("cgroup", "mounts", "files", "free"),
+    ("cgroup", "mounts", "files", "expected"),
     [
         pytest.param(
             "0::/a/b",
@@ -109,12 +110,12 @@ def test_without_procfs_there_is_no_limit(tmp_path: Path) -> None:
             {
                 "a/memory.max": str(4 * GIB),
                 "a/memory.current": str(3 * GIB),
-                "a/memory.stat": f"anon {GIB}\nfile {2 * GIB}",
+                "a/memory.stat": f"anon {GIB // 2}\nfile {2 * GIB + GIB // 2}\nshmem {GIB // 2}",
                 "a/b/memory.max": "max",
                 "a/b/memory.current": str(GIB),
                 "a/b/memory.stat": f"anon {GIB}\nfile 0",
             },
-            3 * GIB,
+            (4 * GIB, 3 * GIB),
             id="v2",
         ),
         pytest.param(
@@ -125,16 +126,24 @@ def test_without_procfs_there_is_no_limit(tmp_path: Path) -> None:
                 "memory/a/memory.usage_in_bytes": str(GIB),
                 "memory/a/memory.stat": "cache 0\ntotal_cache 4096",
             },
-            GIB + 4096,
+            (2 * GIB, GIB + 4096),
             id="v1",
         ),
-        pytest.param("0::/", [V2], {"memory.stat": "file 1"}, math.inf, id="root of the host"),
+        pytest.param("0::/", [V2], {"memory.stat": "file 1"}, (math.inf, math.inf), id="root of the host"),
     ],
 )
 def test_memory_is_free_up_to_the_limit_without_what_is_cached(
-    tmp_path: Path, cgroup: str, mounts: list[str], files: dict[str, str], free: float
+    tmp_path: Path, cgroup: str, mounts: list[str], files: dict[str, str], expected: tuple[float, float]
 ) -> None:
-    assert free_memory(process(tmp_path, cgroup, mounts, "/", files)) == free
+    proc = process(tmp_path, cgroup, mounts, "/", files)
+    assert (memory_limit(proc), free_memory(proc)) == expected
+
+
+def test_the_memory_is_that_of_the_groups_if_they_have_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = total_memory()
+    assert GIB // 2 < machine < math.inf
+    monkeypatch.setattr(memory, "memory_limit", lambda: 4096)
+    assert total_memory() == 4096
 
 
 @pytest.mark.parametrize(("quota", "usable"), [(0.2, 1), (1.0, 1), (1.5, 1), (2.0, 2), (3.9, 3), (8.0, 4), (math.inf, 4)])

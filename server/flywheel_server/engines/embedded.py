@@ -196,7 +196,7 @@ class EmbeddedEngine:
                     other_templates=self._file.named_templates,
                 )
         memory = total_memory()
-        if self._memory_map and memory and self._file.total_bytes > memory:
+        if self._memory_map and self._file.total_bytes > memory:
             log.warning(
                 "the model is larger than the memory: each token reads it from the disk anew",
                 model_bytes=self._file.total_bytes,
