@@ -1,5 +1,6 @@
 """How OpenMP's threads wait for one another, as the library itself tells that it was told."""
 
+import errno
 import os
 import re
 import subprocess
@@ -56,7 +57,12 @@ def threads() -> int:
 async def test_libgomp_has_more_threads_than_cores_while_others_are_busy() -> None:
     busy = 0.0
 
+    descriptors = iter(range(3))
+
     def used() -> float:
+        # The file that tells is not to be opened at first.
+        if next(descriptors, None) is not None:
+            raise OSError(errno.EMFILE, "Too many open files")
         return busy * time.monotonic()
 
     guard = SpinGuard(max(2, len(os.sched_getaffinity(0))), used)

@@ -4,6 +4,7 @@ Linux grants memory that it does not have, and ends a process once the memory is
 reported by llama.cpp as any other reason why a model cannot be loaded.
 """
 
+import math
 import resource
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,10 @@ from pathlib import Path
 from typing import Final
 
 from flywheel_server.cgroups import free_memory
+
+MEMINFO: Final = Path("/proc/meminfo")
+STATUS: Final = Path("/proc/self/status")
+"""See proc(5). What passes for Linux, such as WSL 1 and gVisor, may lack some of their lines."""
 
 DEFAULT_STACK_BYTES: Final = 8 * 2**20
 
@@ -23,12 +28,12 @@ def bounded_memory(threads: int) -> Iterator[None]:
     Arguments:
         threads: How many threads start meanwhile. Their stacks are allocated, but hardly used, so they do not count.
     """
-    free = min(_free_on_machine(), free_memory()) if sys.platform == "linux" else float("inf")
-    if free == float("inf"):
+    allowed = _allowed() if sys.platform == "linux" else math.inf
+    if allowed == math.inf:
         yield
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    bound = _allocated() + int(free) + threads * _stack_bytes()
+    bound = int(allowed) + threads * _stack_bytes()
     # RLIM_INFINITY is negative.
     bounds = [each for each in (bound, soft, hard) if each != resource.RLIM_INFINITY]
     resource.setrlimit(resource.RLIMIT_DATA, (min(bounds), hard))
@@ -38,17 +43,21 @@ def bounded_memory(threads: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
-def _free_on_machine() -> float:
-    return sum(_kibibytes(Path("/proc/meminfo"), name) for name in ("MemAvailable", "SwapFree")) * 1024
+def _allowed() -> float:
+    """Return how many bytes the process has allocated and may allocate; infinity if the kernel does not tell."""
+    try:
+        machine = _kibibytes(MEMINFO)
+        free = (machine["MemAvailable"] + machine["SwapFree"]) * 1024
+        # What counts towards RLIMIT_DATA: see getrlimit(2).
+        allocated = _kibibytes(STATUS)["VmData"] * 1024
+    except (OSError, KeyError):
+        return math.inf
+    return allocated + min(free, free_memory())
 
 
-def _allocated() -> int:
-    """Return how much counts towards RLIMIT_DATA: see getrlimit(2)."""
-    return _kibibytes(Path("/proc/self/status"), "VmData") * 1024
-
-
-def _kibibytes(file: Path, name: str) -> int:
-    return next(int(line.split()[1]) for line in file.read_text().splitlines() if line.startswith(f"{name}:"))
+def _kibibytes(file: Path) -> dict[str, int]:
+    lines = (line.split() for line in file.read_text().splitlines() if line.endswith(" kB"))
+    return {name.removesuffix(":"): int(number) for name, number, _ in lines}
 
 
 def _stack_bytes() -> int:

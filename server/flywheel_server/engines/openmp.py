@@ -14,7 +14,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
@@ -60,7 +61,7 @@ class SpinGuard:
 
     Arguments:
         threads: How many threads compute.
-        used: Returns the seconds of all cores that other programs have used so far.
+        used: Returns the seconds of all cores that other programs have used so far; raises `OSError` if it cannot tell.
     """
 
     def __init__(self, threads: int, used: Callable[[], float] | None = None) -> None:
@@ -86,10 +87,7 @@ class SpinGuard:
         count = max(2, cores - self._threads + 2)
         with ExitStack() as short:
             is_short = False
-            used, at = self._used(), time.monotonic()
-            while not self._ended.wait(LOOK_INTERVAL):
-                before, since = used, at
-                used, at = self._used(), time.monotonic()
+            for (before, since), (used, at) in pairwise(self._looks()):
                 is_wanted = (used - before) / (at - since) > free
                 if is_wanted and not is_short and _can_start(count):
                     short.enter_context(_sleeping_threads(library, count))
@@ -97,6 +95,15 @@ class SpinGuard:
                 elif is_short and not is_wanted:
                     short.close()
                     is_short = False
+
+    def _looks(self) -> Iterator[tuple[float, float]]:
+        """Yields what other programs have used and when, until the end."""
+        while True:
+            # The process may have run out of descriptors.
+            with suppress(OSError):
+                yield self._used(), time.monotonic()
+            if self._ended.wait(LOOK_INTERVAL):
+                return
 
 
 @contextmanager
