@@ -151,13 +151,14 @@ def test_the_token_that_begins_a_text_is_there_once(loaded: Loaded) -> None:
         pytest.skip("adds none")
     (begin,) = loaded.llama.tokenize(bos)
     raw = Tokenizer(loaded.llama, loaded.tokenizer._vocabulary, 10**7)
-    texts = ["Hi", f"{bos}Hi", f" \n{bos}Hi", f"{bos}{'word ' * 7_000}"]
+    texts = ["Hi", bos, f"{bos}Hi", f" \n{bos}Hi", f"{bos}{bos}Hi", f"{bos} {bos}\n{bos}", f"{bos}{'word ' * 7_000}"]
     for text in texts:
         tokens = raw.tokens(GenerationRequest(text=text, max_tokens=1), lambda: False)
         assert (tokens[0], tokens.count(begin)) == (begin, 1)
         kept = raw.tokens(GenerationRequest(text=text, max_tokens=1, max_input_tokens=len(tokens)), lambda: False)
         assert kept == tokens
-        assert begin not in raw.tokens(GenerationRequest(text=text, max_tokens=1, max_input_tokens=1), lambda: False)
+        last = raw.tokens(GenerationRequest(text=text, max_tokens=1, max_input_tokens=1), lambda: False)
+        assert last == tokens[-1:]
     plain = loaded.tokens("a").count(begin)
     for text in ("Hi", f"Hi {bos}", *NO_TEMPLATES[:4]):
         tokens = loaded.tokens(text)
@@ -167,6 +168,8 @@ def test_the_token_that_begins_a_text_is_there_once(loaded: Loaded) -> None:
         assert tokens[0] == begin
         assert tokens[1] != begin
         assert loaded.tokens(bos + text.lstrip().removeprefix(bos)) == tokens
+        if plain == 1:
+            assert loaded.tokens(f"{bos}{bos} {bos}" + text.lstrip().removeprefix(bos)) == tokens
 
 
 def test_a_text_full_of_special_tokens_is_cut_too(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:

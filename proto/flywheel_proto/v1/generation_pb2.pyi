@@ -94,8 +94,8 @@ class GenerationRequest(_message.Message):
     brings a template of its own, and is read as it is too. (Leading spaces and the token that begins a text, such as `<s>`,
     make no difference.) In a text that is read as it is, the model's special tokens are recognised, wherever they are. In a
     text that is put into the template they are plain text, so that it cannot act as a part of the template. The token that
-    begins a text is added if the model wants it and the text does not begin with it. Required: not empty, and at most
-    `Limits.max_text_bytes` in UTF-8.
+    begins a text is there once if the model wants it, however often the text begins with it. Required: not empty, and at
+    most `Limits.max_text_bytes` in UTF-8.
     """
     max_tokens: _builtins.int
     """The most tokens to generate for each sample. Required: 1 to `Model.context_tokens`. Prompt (after max_input_tokens)

@@ -43,6 +43,8 @@ class Tokenizer:
         self._template = template
         self._begin, self._end = _added(llama)
         self._bos = llama.bos_token() if self._begin else ""
+        bos = re.escape(self._bos)
+        self._leading_bos = re.compile(rf"(?:\s|{bos})*{bos}") if bos else None
         words = [BETWEEN_WORDS.pattern] if vocabulary.can_be_cut else []
         # SentencePiece adds a space to the start of a text, which must not be among the tokens that count.
         inner_words = words if vocabulary.tokenizer == BPE else []
@@ -113,9 +115,9 @@ class Tokenizer:
             prompt = [Fragment(text.lstrip(), parse_special=True)]
         else:
             prompt = self._template.prompt(text)
-        # The token that begins a text is not added to one that has it, spaces aside.
-        if self._bos and prompt and prompt[0].parse_special and (stripped := prompt[0].text.lstrip()).startswith(self._bos):
-            prompt[0] = Fragment(stripped, parse_special=True)
+        # The token that begins a text is there once, however often and after which spaces the text brings it.
+        if self._leading_bos and prompt and prompt[0].parse_special and (found := self._leading_bos.match(prompt[0].text)):
+            prompt[0] = Fragment(self._bos + prompt[0].text[found.end() :], parse_special=True)
         return prompt
 
     def _tail(self, prompt: Sequence[Fragment], tokens: int) -> Sequence[Fragment]:
