@@ -5,6 +5,7 @@ anything. The settings that say who may call are the exception. An empty one is 
 would open the server.
 """
 
+import re
 from functools import cache
 from typing import Any, Final, Literal, get_args, get_origin
 
@@ -42,10 +43,13 @@ def as_written(value: Any, field: FieldInfo) -> Any:  # noqa: ANN401 - whatever 
     """Return a text as the validators of the field expect it, and any other value as it is.
 
     Spaces around a text make no difference, and upper case makes none in a choice. Raises `PydanticUseDefault` for an empty
-    text, or `ValueError` if the field must not be empty.
+    text, or `ValueError` if the field must not be empty, or the text has bytes that are not UTF-8.
     """
     if not isinstance(value, str) or value == field.default:
         return value
+    # What Python cannot decode it keeps as surrogates, which neither llama.cpp nor a message to callers can have.
+    if re.search("[\ud800-\udfff]", value):
+        raise ValueError("must be text in UTF-8")
     text = value.strip()
     if text:
         return text.lower() if text.lower() in choices(field) else text

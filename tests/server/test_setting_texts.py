@@ -83,6 +83,21 @@ def test_what_says_who_may_call_must_not_be_empty(
         assert flag(name) in said
 
 
+def test_text_that_is_not_utf_8_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    undecodable = b"weights-\xff.gguf".decode(errors="surrogateescape")
+    for name in Settings.model_fields:
+        with monkeypatch.context() as patch:
+            patch.setenv(variable(name), undecodable)
+            said = refusal_of(capsys)
+        assert f"{variable(name)}" in said
+        assert "must be text in UTF-8" in said
+        if flag(name):
+            assert "must be text in UTF-8" in refusal_of(capsys, flag(name), undecodable)
+    for name in Deployment.model_fields:
+        with pytest.raises(ValueError, match=f"{DEPLOY_PREFIX}{name.upper()}: must be text in UTF-8"):
+            configured({f"{DEPLOY_PREFIX}{name.upper()}": undecodable})
+
+
 def test_keys_with_a_comma_too_many_protect_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLYWHEEL_API_KEYS", f" {KEY} ,, {KEY[::-1]},")
     assert [key.get_secret_value() for key in parse([]).api_keys] == [KEY, KEY[::-1]]
