@@ -242,6 +242,7 @@ UNUSABLE: Final = {
     "raises": ("{{ raise_exception('it needs a list of tools') }}", "it needs a list of tools"),
     "unknown filter": ("{{ messages | frobnicate }}", "frobnicate"),
     "no message": ("{% if messages %}<|im_start|>assistant\n{% endif %}", "leaves out the message of the user"),
+    "upper case": ("<|im_start|>{{ messages[-1].content | upper }}<|im_end|>", "or changes it"),
     "no users": (
         "{{ raise_exception('only humans') if messages | selectattr('role', 'equalto', 'user') | list }}",
         "only humans",
@@ -249,7 +250,7 @@ UNUSABLE: Final = {
 }
 
 
-@pytest.mark.parametrize("case", ["syntax", "raises", *further(["no message", "unknown filter", "no users"])])
+@pytest.mark.parametrize("case", ["syntax", "raises", *further(["no message", "upper case", "unknown filter", "no users"])])
 async def test_a_template_that_cannot_be_used_is_needed_for_chat_only(case: str, tmp_path: Path) -> None:
     template, reason = UNUSABLE[case]
     file = tmp_path / "model.gguf"

@@ -14,7 +14,7 @@ from flywheel_server.engines.template_openings import any_of, common_start, open
 from flywheel_server.engines.vocabulary import Vocabulary
 
 _MARKERS: Final = tuple(f"flywheel7marker{number}end" for number in range(4))
-"""Texts that no template changes or holds."""
+"""Texts that no template holds, and none changes that leaves messages as they are."""
 
 _SPACES: Final = " \t\n\v\f\r"
 """What llama.cpp takes for spaces."""
@@ -82,7 +82,7 @@ class ChatTemplate:
         """Return what the template writes before and after the message of a user."""
         before, found, after = self._llama.render_chat([("user", _MARKERS[0])]).partition(_MARKERS[0])
         if not found:
-            raise UnusableTemplateError("it leaves out the message of the user")
+            raise UnusableTemplateError("it leaves out the message of the user, or changes it")
         return before, after
 
     def _render_roles(self, *roles: str) -> list[str]:
