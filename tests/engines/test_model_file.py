@@ -16,7 +16,7 @@ from flywheel_server.engines.embedded import EmbeddedEngine
 from flywheel_server.engines.load_failure import load_failure
 from flywheel_server.settings import parse
 
-from tests.engines.models import gguf, text, write_small_model
+from tests.engines.models import entry, gguf, text, write_small_model
 from tests.serving import serving
 from tests.thorough import further
 
@@ -143,6 +143,11 @@ WRONG: Final[dict[str, tuple[str, Callable[[Path], object], str]]] = {
     "a number for types": ("m.gguf", of_tokens(["a"], tokenizer__ggml__token_type=3), "and one of their types"),
     "equal tokens": ("m.gguf", of_tokens(["a", "", "b", "", "a"]), "two tokens of its vocabulary have the same text"),
     "equal tokens to a NUL": ("m.gguf", of_tokens(["a", "b", "a\0b"]), "two tokens of its vocabulary have the same text"),
+    "a name twice": (
+        "m.gguf",
+        content(struct.pack("<4sIQQ", b"GGUF", 3, 1, 2**40) + entry("x", 1) * 2 + bytes(10**6)),
+        "is not a GGUF model: it has x twice",
+    ),
     "lists in lists": ("m.gguf", content(LISTS_IN_LISTS), "its metadata are damaged"),
     **{
         f"endless {kind}": ("m.gguf", endless(layout, *values), "its metadata are damaged")

@@ -17,7 +17,7 @@ _NUMBERS: Final = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?
 _STRING: Final = 8
 _ARRAY: Final = 9
 
-_MAX_COUNT: Final = 2**28
+_MAX_COUNT: Final = 2**26
 """Bytes of a text, or values of a list. A file says how many there are, and they must not fill the memory."""
 
 Metadata = dict[str, Any]
@@ -38,8 +38,12 @@ def read_metadata(file: Path) -> tuple[Metadata, int]:
         with data:
             _check_head(data[:8])
             reader = _Reader(data)
+            metadata: Metadata = {}
             try:
-                metadata = dict(reader.metadata())
+                for name, value in reader.metadata():
+                    if name in metadata:
+                        raise NotGgufError(f"it has {name} twice")
+                    metadata[name] = value
             except (struct.error, KeyError, IndexError, UnicodeDecodeError) as error:
                 raise NotGgufError("its metadata are damaged, or end early: was it downloaded to its end?") from error
             return metadata, reader.tensors
