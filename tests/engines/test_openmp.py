@@ -57,12 +57,11 @@ def threads() -> int:
 async def test_libgomp_has_more_threads_than_cores_while_others_are_busy() -> None:
     busy = 0.0
 
-    descriptors = iter(range(3))
+    failures = iter([OSError(errno.EMFILE, "Too many open files")])
 
     def used() -> float:
-        # The file that tells is not to be opened at first.
-        if next(descriptors, None) is not None:
-            raise OSError(errno.EMFILE, "Too many open files")
+        for failure in failures:
+            raise failure
         return busy * time.monotonic()
 
     guard = SpinGuard(max(2, len(os.sched_getaffinity(0))), used)
