@@ -37,7 +37,7 @@ NO_CONNECTION: Final = ("connections to all backends failing", *NEVER_SENT)
 OTHER_PROTOCOL: Final = "What listens there is no gRPC server, or one that wants TLS (--tls)."
 OTHER_NAME: Final = "Its certificate is for another name."
 HINTS: Final = {
-    "Connection refused": "Nothing listens there.",
+    "Connection refused": "Nothing listens at that address; if the server has several, gRPC names one of them.",
     "Failed parsing HTTP/2": OTHER_PROTOCOL,
     "Trying to connect an http1.x server": OTHER_PROTOCOL,
     "Socket closed": "What listens there hangs up, as a server does that wants TLS (--tls) or a certificate (--cert).",

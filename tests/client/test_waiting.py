@@ -228,7 +228,7 @@ def test_the_command_says_that_its_time_is_over(fake: FakeService, health: Healt
 def test_the_command_says_that_nothing_listens(fake: FakeService, command: tuple[str, ...]) -> None:
     process = flywheel(fake, *command, "--timeout", "0.5", "--address", "127.0.0.1:1")
     assert process.returncode == 1
-    assert b"Nothing listens there. Is flywheel-server running at 127.0.0.1:1?" in process.stderr
+    assert b"gRPC names one of them. Is flywheel-server running at 127.0.0.1:1?" in process.stderr
 
 
 @pytest.mark.parametrize("command", [("health",), *further([("generate", "p"), ("stats",), ("model",)])], ids=str)
