@@ -6,6 +6,7 @@
     UnsupportedFieldError      INVALID_ARGUMENT    BadRequest, ErrorInfo UNSUPPORTED_FIELD
     MalformedRequestError      INVALID_ARGUMENT    ErrorInfo MALFORMED_REQUEST
     RequestTooLargeError       RESOURCE_EXHAUSTED  ErrorInfo REQUEST_TOO_LARGE
+    MetadataTooLargeError      RESOURCE_EXHAUSTED  ErrorInfo METADATA_TOO_LARGE
     IncompleteRequestError     DEADLINE_EXCEEDED   ErrorInfo REQUEST_INCOMPLETE
     ServerFullError            RESOURCE_EXHAUSTED  RetryInfo, ErrorInfo OVERLOADED
     EngineOverloadedError      RESOURCE_EXHAUSTED  RetryInfo, ErrorInfo OVERLOADED
@@ -64,6 +65,14 @@ class MalformedRequestError(ValueError):
 
 class RequestTooLargeError(ValueError):
     """The request has more than `limit` bytes after decompression."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(limit)
+        self.limit = limit
+
+
+class MetadataTooLargeError(ValueError):
+    """The call has more than `limit` bytes of metadata, as HTTP/2 counts them."""
 
     def __init__(self, limit: int) -> None:
         super().__init__(limit)
@@ -197,6 +206,11 @@ def _request_too_large(error: RequestTooLargeError, _: str) -> CallStatus:
     return CallStatus(StatusCode.RESOURCE_EXHAUSTED, message, (_error_info("REQUEST_TOO_LARGE"),))
 
 
+def _metadata_too_large(error: MetadataTooLargeError, _: str) -> CallStatus:
+    message = f"The call has more than {error.limit} bytes of metadata, the most that this server takes."
+    return CallStatus(StatusCode.RESOURCE_EXHAUSTED, message, (_error_info("METADATA_TOO_LARGE"),))
+
+
 def _incomplete_request(_: IncompleteRequestError, __: str) -> CallStatus:
     return CallStatus(StatusCode.DEADLINE_EXCEEDED, "The request did not arrive in time.", (_error_info("REQUEST_INCOMPLETE"),))
 
@@ -292,6 +306,7 @@ TABLE: Final[Mapping[type[Exception], Callable[[Any, str], CallStatus]]] = {
     UnsupportedFieldError: _unsupported_field,
     MalformedRequestError: _malformed_request,
     RequestTooLargeError: _request_too_large,
+    MetadataTooLargeError: _metadata_too_large,
     IncompleteRequestError: _incomplete_request,
     ServerFullError: _overloaded,
     EngineOverloadedError: _overloaded,

@@ -18,6 +18,7 @@ from flywheel_server.health import SERVICE, Health
 from flywheel_server.interceptors.authentication import AuthenticationInterceptor
 from flywheel_server.interceptors.errors import ErrorInterceptor
 from flywheel_server.interceptors.handlers import HandlerInterceptor
+from flywheel_server.interceptors.metadata import MetadataInterceptor
 from flywheel_server.interceptors.public import PublicInterceptor
 from flywheel_server.interceptors.reading import ReadingInterceptor
 from flywheel_server.interceptors.request_id import RequestIdInterceptor
@@ -64,6 +65,7 @@ async def serve(engine: Engine, settings: Settings) -> AsyncIterator[int]:
             HandlerInterceptor(),
             RequestIdInterceptor(),
             ErrorInterceptor(),
+            MetadataInterceptor(settings.max_header_bytes),
             authentication,
             ReadingInterceptor(settings.max_message_bytes, interruptions, authentication.confirm),
             PublicInterceptor(max_connections, interruptions),

@@ -15,6 +15,7 @@ from flywheel_server.server import serve
 from flywheel_server.settings import Settings
 from structlog.testing import capture_logs
 
+from tests.server.http2_client import http2, prefixed
 from tests.server.test_command import command, ready_line
 from tests.serving import drained, serving, until
 
@@ -112,6 +113,19 @@ async def test_more_metadata_than_the_limit_is_refused_and_less_is_not() -> None
             await target.stub.GenerateAll(ONE, metadata=(("x", "y" * 5000),))
         assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         await target.stub.GenerateAll(ONE)
+
+
+@pytest.mark.parametrize("path", ["/flywheel.v1.GenerationService/GetModel", "/grpc.health.v1.Health/Watch"])
+async def test_the_limit_holds_before_a_client_has_acknowledged_the_settings_of_the_server(path: str) -> None:
+    async with serving(ScriptedEngine(), max_header_bytes=4096) as target, http2(target.address) as client:
+        # The headers are sent before anything is read.
+        streams = [client.begin(path, *(("x", "y" * 500) for _ in range(entries))) for entries in (8, 400)]
+        for stream in streams:
+            await client.send(stream, prefixed(b""), end=True)
+            assert await stream.status() == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
+        stream = client.begin(path, *(("x", "y" * 500) for _ in range(7)))
+        await client.send(stream, prefixed(b""), end=True)
+        await until(lambda: len(stream.data) > 0, "it is answered")
 
 
 async def test_a_connection_has_so_many_calls_at_a_time_and_further_ones_wait() -> None:

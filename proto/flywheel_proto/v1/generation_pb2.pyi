@@ -29,7 +29,8 @@ domain of every ErrorInfo is `flywheel.v1`.
                       stream is not read in time: ErrorInfo `SLOW_READER`. The request is over the size limit after
                       decompression: ErrorInfo `REQUEST_TOO_LARGE`. The request as it is sent, or its metadata, is over
                       the size limit of the transport: refused before it is read, without details and without a request
-                      id. Try again only if there is RetryInfo.
+                      id. Metadata of a client that has not yet acknowledged the HTTP/2 settings of the server: ErrorInfo
+                      `METADATA_TOO_LARGE`. Try again only if there is RetryInfo.
   DEADLINE_EXCEEDED   The caller's deadline passed: ErrorInfo `IN_QUEUE` (nothing was generated yet; at once if the wait is
                       going to be longer than the deadline) or `IN_GENERATION`. A caller's own timer may fire first; then
                       there are no details. The generation took longer than the deployment allows: ErrorInfo
