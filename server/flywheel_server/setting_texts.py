@@ -6,6 +6,7 @@ would open the server.
 """
 
 import re
+from collections.abc import Iterable
 from functools import cache
 from typing import Any, Final, Literal, get_args, get_origin
 
@@ -65,6 +66,11 @@ def problems_of(error: ValidationError, settings: type[BaseModel]) -> list[tuple
     return [(item["loc"], _message(item["type"], item["msg"], item["loc"], settings)) for item in found]
 
 
+def places(location: Iterable[int | str]) -> list[str]:
+    """Return in words the parts of a place that pydantic locates, such as a key among several."""
+    return [f"number {part + 1}" if isinstance(part, int) else part for part in location]
+
+
 def _message(kind: str, message: str, location: tuple[int | str, ...], settings: type[BaseModel]) -> str:
     # Our own validators say what they accept, and so does pydantic of a choice.
     if kind in {"value_error", "literal_error"} or len(location) > 1:
@@ -91,6 +97,8 @@ def _in_words(schema: dict[str, Any]) -> str:
     match schema:
         case {"enum": [*values]}:
             return ", ".join(values)
+        case {"type": "string", "format": str(words)}:
+            return words
         case {"type": "string"}:
             return "any text"
         case {"type": "boolean"}:

@@ -18,6 +18,7 @@ from pydantic import (
     StringConstraints,
     ValidationError,
     ValidationInfo,
+    WithJsonSchema,
     field_validator,
 )
 from pydantic.fields import FieldInfo
@@ -33,12 +34,14 @@ from flywheel_server.setting_texts import (
     accepted_by,
     as_written,
     choices,
+    places,
     problems_of,
     without_none_word,
 )
 
 PREFIX: Final = "FLYWHEEL_"
 MAX_PORT: Final = 65535
+HOST_AND_PORT: Final = f"HOST:PORT, with a port of 0 to {MAX_PORT} and an IPv6 address in brackets"
 MIN_CONTEXT: Final = 256
 """Tokens. llama.cpp has no smaller contexts."""
 
@@ -84,9 +87,14 @@ def _api_key(key: SecretStr) -> SecretStr:
 def host_and_port(address: str) -> str:
     """Returns an address that is HOST:PORT; raises `ValueError` for any other."""
     host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or int(port) > MAX_PORT:
-        raise ValueError(f"must be HOST:PORT, with a port of 0 to {MAX_PORT}")
+    # gRPC does not listen on a port in digits of other scripts, and takes an IPv6 address without brackets for a host alone.
+    is_host = bool(host) and (":" not in host or (host.startswith("[") and host.endswith("]")))
+    if not is_host or not re.fullmatch("[0-9]+", port) or int(port) > MAX_PORT:
+        raise ValueError(f"must be {HOST_AND_PORT}")
     return address
+
+
+Address = Annotated[str, AfterValidator(host_and_port), WithJsonSchema({"type": "string", "format": HOST_AND_PORT})]
 
 
 class Settings(BaseSettings):
@@ -164,7 +172,7 @@ class Settings(BaseSettings):
         "Engine", Script(), "What the scripted engine plays, as JSON; `pydoc flywheel_server.engines.scripted` has its fields."
     )
 
-    address: Annotated[str, AfterValidator(host_and_port)] = _option(
+    address: Address = _option(
         "Listening", "127.0.0.1:50051", "HOST:PORT to listen on. Port 0 is any free one, which is printed."
     )
     api_keys: Annotated[tuple[Annotated[SecretStr, AfterValidator(_api_key)], ...], NoDecode, BeforeValidator(_split)] = (
@@ -301,7 +309,7 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
 
 
 def _problem(location: tuple[int | str, ...], message: str) -> str:
-    name, *within = map(str, location)
+    name, within = str(location[0]), places(location[1:])
     variable = f"{PREFIX}{name.upper()}"
     return "  ".join(["", f"{flag(name)} ({variable}):" if flag(name) else f"{variable}:", *within, message])
 

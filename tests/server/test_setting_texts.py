@@ -147,6 +147,11 @@ def test_wrong_values_are_answered_with_flag_variable_and_what_is_accepted(
         assert any(word in line for word in ("accepted: ", "Input should be '", "must be", "JSON")), line
 
 
+def test_which_of_several_keys_is_wrong_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("FLYWHEEL_API_KEYS", f"{KEY},short")
+    assert "FLYWHEEL_API_KEYS:  number 2  must be at least 16" in refusal_of(capsys)
+
+
 def test_numbers_are_read_as_python_writes_them_and_an_integer_is_whole(capsys: pytest.CaptureFixture[str]) -> None:
     assert parse(["--max-queued", "1_000", "--drain-timeout", "1e2"]).max_queued == 1000
     assert parse(["--drain-timeout", "1e2"]).drain_timeout == 100

@@ -33,6 +33,7 @@ def test_a_flag_wins_over_the_variable_and_the_variable_over_the_default(monkeyp
         (["--script", "{"], ["--script"]),
         (["--address", "localhost"], ["--address", "HOST:PORT"]),
         (["--address", "127.0.0.1:80000"], ["--address", "65535"]),
+        *((["--address", text], ["HOST:PORT", "in brackets"]) for text in ("::1:5", "http://[::1]:5", "a:\uff15", "a:-5", "")),
         (["--embedded-context", "1", "--embedded-threads", "100000"], ["--embedded-context", "--embedded-threads"]),
         (["--keepalive-time", "1e9", "--max-message-bytes", "99999999999"], ["--keepalive-time", "--max-message-bytes"]),
         (["--script", '{"text": ""}'], ["--script"]),

@@ -11,7 +11,7 @@ from typing import Final
 
 from pydantic import ValidationError
 
-from flywheel_server.setting_texts import problems_of
+from flywheel_server.setting_texts import places, problems_of
 from flywheel_server.settings import PREFIX, Settings
 
 KEYS_SECRET: Final = "flywheel-grpc-keys"  # noqa: S105 - its name
@@ -37,8 +37,7 @@ def gateway_settings() -> Settings:
 
 
 def _place(location: tuple[int | str, ...]) -> str:
-    name, *within = location
-    return " ".join([f"{PREFIX}{name}".upper(), *(f"number {number + 1}" for number in within if isinstance(number, int))])
+    return " ".join([f"{PREFIX}{location[0]}".upper(), *places(location[1:])])
 
 
 def create_secret(environment: str, *, replace: bool = False) -> str:

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from flywheel_server.deployment.weights import DEFAULT, DoesNotFitError, Weights, check_fit, find
 from flywheel_server.messages import INT32_MAX
 from flywheel_server.setting_texts import NONE, NoneWord, as_written, is_blank, problems_of
-from flywheel_server.settings import MIN_CONTEXT, PREFIX, Positive, Settings, host_and_port
+from flywheel_server.settings import MIN_CONTEXT, PREFIX, Address, Positive, Settings
 
 DEPLOY_PREFIX: Final = f"{PREFIX}DEPLOY_"
 
@@ -82,9 +82,7 @@ class Deployment(BaseModel):
         "How callers reach the gateway: tunnel (an address for each container), server (a stable one, balanced and scaled by "
         "Modal) or both.",
     )
-    address: Annotated[str, AfterValidator(host_and_port)] = _option(
-        "0.0.0.0:50051", "HOST:PORT that a gateway listens on in its container."
-    )
+    address: Address = _option("0.0.0.0:50051", "HOST:PORT that a gateway listens on in its container.")
     routing_region: Annotated[str, Field(min_length=1)] = _option("us-east", "Where Modal takes in the calls of the server.")
     gateway_min_containers: Count = _option(1, "Gateways that run always. A tunnel does not start one: keep at least 1.")
     gateway_max_containers: Annotated[Positive | None, NoneWord] = _option(
