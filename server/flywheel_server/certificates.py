@@ -6,7 +6,7 @@ from pathlib import Path
 import grpc
 import structlog
 
-from flywheel_server.reloading import Reloadable
+from flywheel_server.reloading import Reloadable, content_of
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -55,7 +55,7 @@ def _load(cert: Path, key: Path, client_ca: Path | None = None) -> grpc.ServerCe
             f"FLYWHEEL_TLS_CERT ({cert}) and FLYWHEEL_TLS_KEY ({key}) are not a certificate chain and its private key, without "
             f"a password: {_reason(error)}"
         ) from None
-    if (chain, private_key) != (cert.read_bytes(), key.read_bytes()):
+    if (chain, private_key) != (content_of(cert), content_of(key)):
         raise ValueError(f"{cert} and {key} change while they are read")
     if authorities is not None:
         try:
@@ -67,7 +67,7 @@ def _load(cert: Path, key: Path, client_ca: Path | None = None) -> grpc.ServerCe
 
 def _read(file: Path, setting: str) -> bytes:
     try:
-        return file.read_bytes()
+        return content_of(file)
     except OSError as error:
         raise OSError(f"{setting} cannot be read ({file}): {error.strerror}") from None
 

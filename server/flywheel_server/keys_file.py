@@ -26,6 +26,7 @@ from pydantic_core import from_json
 from flywheel_server.callers import Caller
 from flywheel_server.identities import identity
 from flywheel_server.messages import INT32_MAX
+from flywheel_server.reloading import content_of
 
 KEY_PREFIX: Final = "fw_"
 """What the keys begin with, by which scanners find those that were published by mistake."""
@@ -145,7 +146,7 @@ class KeysFile(BaseModel):
     @classmethod
     def read(cls, path: Path) -> Self:
         """Returns what the file says; raises `OSError`, or `ValueError` as `parse` does."""
-        return cls.parse(path.read_bytes())
+        return cls.parse(content_of(path))
 
     def with_entry(self, entry: KeyEntry) -> Self:
         """Returns these entries and one more; raises `ValueError` for one that is there already."""

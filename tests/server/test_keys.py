@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import threading
 from collections.abc import Callable, Collection
 from datetime import UTC, datetime, timedelta
@@ -110,6 +111,17 @@ def test_what_is_wrong_is_said_in_one_line_without_a_secret(content: Any, words:
 def test_a_file_that_is_not_there(path: Path) -> None:
     with pytest.raises(OSError, match=rf"FLYWHEEL_API_KEYS_FILE .*{path}.*: No such file"):
         KeyRing(file=str(path))
+
+
+def test_what_is_no_file(path: Path) -> None:
+    os.mkfifo(path)
+    for each, problem in (
+        (path, "It is not a regular file"),
+        (Path("/dev/zero"), "It is not"),
+        (path.parent, "Is a directory"),
+    ):
+        with pytest.raises(OSError, match=f"FLYWHEEL_API_KEYS_FILE cannot be read .*: {problem}"):
+            KeyRing(file=str(each))
 
 
 def test_with_an_empty_file_nobody_may_call(path: Path) -> None:
@@ -237,7 +249,13 @@ def spoil(path: Path) -> None:
     wrong.replace(path)
 
 
-@pytest.mark.parametrize("harm", [spoil, Path.unlink])
+def replace_by_a_pipe(path: Path) -> None:
+    pipe = path.with_name("pipe")
+    os.mkfifo(pipe)
+    pipe.replace(path)
+
+
+@pytest.mark.parametrize("harm", [spoil, Path.unlink, replace_by_a_pipe])
 async def test_a_file_with_something_wrong_changes_nothing_and_is_logged_once(harm: Callable[[Path], None], path: Path) -> None:
     ring = KeyRing(file=write(path, entry("team-a")))
     follower = Follower(ring)

@@ -1,6 +1,7 @@
 """TLS: who is let in, and that certificates are replaced while the server runs."""
 
 import asyncio
+import os
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -225,6 +226,9 @@ def spoiled(files: Files, harm: str) -> None:
             files.write("tls.crt", b"")
         case "gone":
             (files.folder / "tls.key").unlink()
+        case "a pipe":
+            (files.folder / "tls.key").unlink()
+            os.mkfifo(files.folder / "tls.key")
         case "no authority":
             files.write("ca.crt", b"")
         case "half an authority":
@@ -244,6 +248,7 @@ HARM = {
     "half a chain": "FLYWHEEL_TLS_CERT",
     "empty": "FLYWHEEL_TLS_CERT",
     "gone": "FLYWHEEL_TLS_KEY",
+    "a pipe": "FLYWHEEL_TLS_KEY",
     "no authority": "FLYWHEEL_TLS_CLIENT_CA",
     "half an authority": "FLYWHEEL_TLS_CLIENT_CA",
     "an encrypted key": "FLYWHEEL_TLS_KEY",
