@@ -2,29 +2,32 @@
 
 import sys
 
-from flywheel_proto._extras import loading
-from flywheel_proto._streams import standard_streams
-
 from flywheel_server import signals
 
 
-@standard_streams("flywheel-server")
 def main() -> None:
     """Serves until a signal stops it, or manages the keys of a server.
 
     Exits with 1 if it cannot be loaded or cannot start or the engine has died, and with 2 if the settings are wrong.
     """
-    if sys.argv[1:2] == ["keys"]:
+    manages_keys = sys.argv[1:2] == ["keys"]
+    if manages_keys:
         signals.exit_at_once()
-        with loading("flywheel-server"):
-            from flywheel_server import keys_command
-        signals.exit_in_order()
-        keys_command.main(sys.argv[2:])
-        return
-    stop = signals.StopSignals()
-    with loading("flywheel-server"):
-        from flywheel_server import serve_command
-    serve_command.main(stop)
+    else:
+        stop = signals.StopSignals()
+    from flywheel_proto._extras import loading
+    from flywheel_proto._streams import standard_streams
+
+    with standard_streams("flywheel-server"):
+        if manages_keys:
+            with loading("flywheel-server"):
+                from flywheel_server import keys_command
+            signals.exit_in_order()
+            keys_command.main(sys.argv[2:])
+        else:
+            with loading("flywheel-server"):
+                from flywheel_server import serve_command
+            serve_command.main(stop)
 
 
 if __name__ == "__main__":

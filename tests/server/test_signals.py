@@ -133,6 +133,13 @@ async def started(*arguments: str, before: Sequence[str] = ()) -> AsyncIterator[
         await process.communicate()
 
 
+def test_nothing_that_takes_time_is_loaded_before_signals_are_heeded() -> None:
+    listed = "import sys, flywheel_server.__main__; print(*(name for name in sys.modules if 'flywheel_' in name))"
+    run = subprocess.run([sys.executable, "-c", listed], capture_output=True, text=True, check=True)
+    ours = {name for name in run.stdout.split() if not name.startswith("__editable__")}
+    assert ours == {"flywheel_server", "flywheel_server.__main__", "flywheel_server.signals"}
+
+
 @pytest.mark.parametrize("number", STOPPING)
 async def test_a_signal_while_the_code_is_loaded_ends_the_server_in_order(number: signal.Signals) -> None:
     async with started(*SCRIPTED) as process:
