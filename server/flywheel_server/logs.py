@@ -33,7 +33,9 @@ class OutputHandler(logging.Handler):
         super().close()
 
     def _line(self, record: logging.LogRecord) -> bytes:
-        return f"{self.format(record)}\n".encode(errors="backslashreplace")
+        # Indented, so that no line of a traceback or of somebody's text passes for a record.
+        text = "\n    ".join(self.format(record).splitlines())
+        return f"{text}\n".encode(errors="backslashreplace")
 
     def _notice(self, dropped: int) -> bytes:
         text = "%s log lines dropped"

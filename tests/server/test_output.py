@@ -20,6 +20,7 @@ from pathlib import Path
 import grpc
 import grpc.aio
 import pytest
+import structlog
 from flywheel_proto.v1 import generation_pb2 as pb
 from flywheel_server import descriptors, logs
 from flywheel_server.engines import native_log
@@ -345,18 +346,39 @@ def test_output_that_finds_no_thread_changes_nothing(started: int, monkeypatch: 
     assert os.fstat(2) == before
 
 
-def test_a_log_that_is_configured_again_leaves_nothing_of_the_first_one() -> None:
+@contextmanager
+def logging_to(output: Output | None, form: Any) -> Iterator[None]:
     root = logging.getLogger()
     before = root.handlers, root.level
     try:
-        logs.configure("info", "text")
-        with nothing_left_behind():
-            for form in ("json", "text", "json"):
-                logs.configure("info", form)
+        logs.configure("info", form, output)
+        yield
     finally:
         root.handlers[0].close()
         root.handlers, level = before
         root.setLevel(level)
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_no_text_passes_for_a_record_of_its_own(form: str, pipe: Pipe) -> None:
+    forged = "".join(
+        f"x{end}2026-11-26T00:00:00Z [info] forged" for end in ("\n", "\r", "\r\n", "\x0b", "\x0c", "\x85", "\u2028")
+    )
+    output = Output(pipe.writing)
+    with logging_to(output, form):
+        try:
+            raise ValueError(forged)
+        except ValueError:
+            logging.getLogger("lib").exception(forged)
+            structlog.stdlib.get_logger("ours").exception("failed", cause=forged, items=[forged])
+    lines = os.read(pipe.reading, 2**20).decode().splitlines()
+    assert len([line for line in lines if not line.startswith("    ")]) == 2
+
+
+def test_a_log_that_is_configured_again_leaves_nothing_of_the_first_one() -> None:
+    with logging_to(None, "text"), nothing_left_behind():
+        for form in ("json", "text", "json"):
+            logs.configure("info", form)
 
 
 IN_A_CONTAINER = """
