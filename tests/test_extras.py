@@ -98,6 +98,8 @@ BROKEN = {
     "raise ImportError('libstdc++.so.6: cannot open shared object file')": "libstdc++.so.6: cannot open shared object file",
     "from os import no_such_name": "cannot import name 'no_such_name' from 'os'",
     "import no_such_module": "No module named 'no_such_module'",
+    "raise RuntimeError('it is too old:\\nupgrade it')": "too old",
+    "raise OSError('libgomp.so.1: cannot open shared object file')": "libgomp.so.1: cannot open shared object file",
 }
 
 
@@ -113,7 +115,7 @@ BREAKABLE = [
 BREAKS = [(program, module, instead) for program, module in BREAKABLE for instead in BROKEN]
 
 
-@pytest.mark.parametrize("case", [BREAKS[9], *further(BREAKS)])
+@pytest.mark.parametrize("case", [("flywheel-server by default", "xllamacpp", next(iter(BROKEN))), *further(BREAKS)])
 def test_a_package_that_is_broken_is_not_called_missing(case: tuple[str, str, str], run: Run) -> None:
     program, module, instead = case
     line = line_of(run(program, [module], instead), program)

@@ -22,13 +22,16 @@ def loading(program: str) -> Iterator[None]:
     """Exits with 1 and a line that begins with the program's name if an import within the context fails."""
     try:
         yield
-    except ImportError as error:
+    except Exception as error:  # noqa: BLE001 - generated code raises RuntimeError if grpcio is too old, libraries what they like
         sys.exit(f"{program}: {reason(error)}")
 
 
-def reason(error: ImportError) -> str:
+def reason(error: Exception) -> str:
     """Returns why an import has failed: what is missing and how to install it, or else the error in its own words."""
-    return missing((error.name or "").partition(".")[0]) or f"the installation is broken: {error}"
+    if isinstance(error, ImportError) and (hint := missing((error.name or "").partition(".")[0])):
+        return hint
+    kind = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
+    return f"the installation is broken: {kind}{' '.join(str(error).split())}"
 
 
 def missing(module: str) -> str:

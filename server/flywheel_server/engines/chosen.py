@@ -6,7 +6,7 @@ from typing import assert_never
 from flywheel_proto._extras import reason
 
 from flywheel_server.cores import usable_cores
-from flywheel_server.engines.base import Engine, EngineModel, EngineUnavailableError
+from flywheel_server.engines.base import Engine, EngineError, EngineModel, EngineUnavailableError
 from flywheel_server.settings import MAX_THREADS, Settings
 
 
@@ -17,7 +17,9 @@ def chosen_engine(settings: Settings) -> Engine:
     """
     try:
         return _engine(settings)
-    except ImportError as error:
+    except EngineError:
+        raise
+    except Exception as error:
         raise EngineUnavailableError(f"the {settings.engine} engine cannot be used: {reason(error)}") from error
 
 
