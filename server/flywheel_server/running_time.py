@@ -9,8 +9,9 @@ What is promised to others by the clock of the system, such as the deadline of a
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Collection
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable, Collection
+from contextlib import AbstractAsyncContextManager, suppress
+from types import TracebackType
 from typing import Any, Final
 
 TICK: Final = 0.1
@@ -90,15 +91,28 @@ def now() -> float:
     return clock().time()
 
 
-@asynccontextmanager
-async def timeout(seconds: float) -> AsyncIterator[asyncio.Timeout]:
+def timeout(seconds: float) -> AbstractAsyncContextManager[asyncio.Timeout]:
     """Raise `TimeoutError` from the context when it has lasted for so many seconds, as `asyncio.timeout` does."""
-    async with asyncio.timeout(None) as scope:
-        timer = clock().call_later(seconds, lambda: expire(scope))
-        try:
-            yield scope
-        finally:
-            timer.cancel()
+    return _Timeout(seconds)
+
+
+class _Timeout(AbstractAsyncContextManager[asyncio.Timeout]):
+    # No `asynccontextmanager`: CPython 3.11.7 crashes if such a context is cancelled twice within others of its kind.
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._scope = asyncio.timeout(None)
+
+    async def __aenter__(self) -> asyncio.Timeout:
+        scope = await self._scope.__aenter__()
+        self._timer = clock().call_later(self._seconds, lambda: expire(scope))
+        return scope
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._timer.cancel()
+        await self._scope.__aexit__(kind, error, traceback)
 
 
 def expire(scope: asyncio.Timeout) -> None:
@@ -115,7 +129,10 @@ async def wait(futures: Collection[asyncio.Future[Any]], seconds: float) -> None
 
 
 async def sleep(seconds: float) -> None:
-    """Return after so many seconds."""
+    """Return after so many seconds; with 0, give way once, as `asyncio.sleep` does."""
+    if seconds <= 0:
+        await asyncio.sleep(0)
+        return
     with suppress(TimeoutError):
         async with timeout(seconds):
             await asyncio.Event().wait()

@@ -119,6 +119,8 @@ def test_what_is_no_target_is_refused_with_what_one_looks_like(kind: Any) -> Non
 @pytest.mark.parametrize("command", [("stats",), *further([("generate", "p"), ("model",), ("health",)])], ids=str)
 @pytest.mark.parametrize("address", ["http://localhost:50051", *further(["localhost", " ", "localhost:99999", "::1:50051"])])
 def test_the_command_says_so_too(command: tuple[str, ...], address: str, where: str) -> None:
+    if where == "variable" and not address.strip():
+        pytest.skip("a blank variable counts as not set")
     variable = {"FLYWHEEL_ADDRESS": address} if where == "variable" else {}
     option = ["--address", address] if where == "option" else []
     process = subprocess.run(
