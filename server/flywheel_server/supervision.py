@@ -129,7 +129,7 @@ class Supervisor:
         finally:
             stopping = asyncio.create_task(self._engine.__aexit__(None, None, None))
             # By the clock of the system. In running time, a container whose event loop breaks crashes here (CPython 3.11.7 with
-            # uvloop 0.22; the cause is not known), as test_a_gateway_that_ends_by_itself_ends_its_container shows.
+            # uvloop 0.23; the cause is not known), as test_a_gateway_that_ends_by_itself_ends_its_container shows.
             await asyncio.wait({stopping}, timeout=STOP_TIMEOUT)
             if not stopping.done():
                 raise EngineDiedError("the engine does not stop")

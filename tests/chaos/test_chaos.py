@@ -121,6 +121,7 @@ async def test_calls_go_on_undisturbed_and_each_rpc_of_theirs_has_its_scenarios(
     assert asked <= {*OF_EACH_CALL, *OF_ALL_CALLS, *OF_THE_START}
 
 
+@pytest.mark.thorough
 async def test_the_model_may_be_lost_and_nothing_is_left(deployment: Stage) -> None:
     (killed,) = [scenario for scenario in scenarios(1) if scenario.name == "model-killed"]
     row = await asyncio.to_thread(play, deployment, replace(killed, calm_after=0), 8)

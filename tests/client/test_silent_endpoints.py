@@ -349,7 +349,7 @@ async def test_a_deadline_that_passes_while_the_directory_is_read_does_not_hide_
     unavailable(fakes[0])
     one = caller(FakeDirectory(fakes[0].address), timeout=10.0)
     with pytest.raises(UnavailableError, match="stopping"):
-        await one.call(timeout=0.3)
+        await one.call(timeout=1.0)
 
 
 async def test_an_endpoint_whose_answer_cannot_be_read_is_there() -> None:
@@ -382,6 +382,7 @@ async def test_an_event_loop_that_stands_still_finds_the_answers_to_its_probes(
         assert await probing == (None, False)
 
 
+@pytest.mark.thorough
 async def test_what_the_command_takes_for_live(silent: Any, live: FakeService, credentials: grpc.ChannelCredentials) -> None:
     bad = [(await silent(kind)).address for kind in KINDS]
     begun = time.monotonic()

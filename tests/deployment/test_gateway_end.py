@@ -121,6 +121,7 @@ async def test_a_slow_withdrawal_is_waited_for_without_calls_too(endless: ModalC
     assert await records(app) == {}
 
 
+@pytest.mark.thorough
 async def test_the_last_bytes_of_a_server_have_time_to_get_through(endless: ModalCloud, unused_tcp_port: int) -> None:
     await deployed(
         endless,

@@ -163,6 +163,7 @@ def test_the_costs_follow_from_the_prices_and_the_defaults() -> None:
     assert f"costs ${model * 3600:.2f} an hour" in PAGE
 
 
+@pytest.mark.thorough
 @pytest.mark.timeout(600)  # a model that generates on a busy machine takes its time
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl, as readers of the page do")
 def test_who_follows_the_page_gets_what_it_says(account: ModalCloud, reader: Reader) -> None:

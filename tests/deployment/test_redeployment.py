@@ -121,6 +121,7 @@ def test_any_value_survives_in_a_tag(value: str) -> None:
         assert (change.running, change.new) == (value, "none")
 
 
+@pytest.mark.thorough
 def test_nothing_replaces_the_trial_by_accident(prepared: ModalCloud) -> None:
     """The trial of the documentation, then a deployment from a shell that no longer has its variables."""
     assert deploy(prepared, "trial", **TRIAL, **IDLE).returncode == 0

@@ -162,7 +162,8 @@ def listening_ports() -> set[str]:
     return ports
 
 
-@pytest.mark.parametrize("num_samples", [8, *further([1, 4])])
+@pytest.mark.thorough
+@pytest.mark.parametrize("num_samples", [1, 4, 8])
 async def test_what_is_admitted_fits_whatever_the_slots_have_kept(num_samples: int) -> None:
     large = GenerationRequest(text="zebra " * 120, max_tokens=8, num_samples=num_samples)
     async with engine_of(default_model(), slots=8, context_tokens=256) as engine:

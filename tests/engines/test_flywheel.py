@@ -251,6 +251,7 @@ asyncio.run(main())
         assert secret not in ran.stderr
 
 
+@pytest.mark.thorough
 async def test_whatever_keeps_it_from_the_class_has_its_status(deployed: ModalCloud) -> None:
     async def refused(status: Status | None = None, app: str = APP, class_name: str = "Model") -> grpc.aio.AioRpcError:
         deployed.disturb(status=status)

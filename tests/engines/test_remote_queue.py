@@ -239,6 +239,7 @@ async def test_the_loss_of_a_container_is_told_before_there_is_another(deployed:
         assert await text_of(target, max_tokens=4) == expected(4)
 
 
+@pytest.mark.thorough
 async def test_a_call_that_has_sent_nothing_outlives_the_loss_of_its_container(cloud: ModalCloud) -> None:
     scripted.deploy(cloud, "reading", Script(prompt_delay=1.5))
     async with serving(scripted.engine("reading")) as target:

@@ -91,6 +91,7 @@ async def test_timeouts_and_timers_last_as_long_as_the_event_loop_runs() -> None
     await until(lambda: fired == ["timer"], "it comes")
 
 
+@pytest.mark.thorough
 async def test_a_loop_that_is_always_slow_does_not_put_a_timeout_off_for_ever() -> None:
     async def turn_slowly() -> None:
         async with running_time.timeout(TIMEOUT):
