@@ -115,12 +115,18 @@ def test_what_is_no_target_is_refused_with_what_one_looks_like(kind: Any) -> Non
         assert problem in str(caught.value), address
 
 
-@pytest.mark.parametrize("where", ["option", *further(["variable"])])
+HTTP = "http://localhost:50051"
+GIVEN = [
+    (where, address) for where in ("option", "variable") for address in (HTTP, "localhost", "localhost:99999", "::1:50051")
+]
+BLANK = ("option", " ")
+"""A blank variable counts as not set."""
+
+
+@pytest.mark.parametrize("given", [GIVEN[0], *further([*GIVEN[1:], BLANK])], ids=" ".join)
 @pytest.mark.parametrize("command", [("stats",), *further([("generate", "p"), ("model",), ("health",)])], ids=str)
-@pytest.mark.parametrize("address", ["http://localhost:50051", *further(["localhost", " ", "localhost:99999", "::1:50051"])])
-def test_the_command_says_so_too(command: tuple[str, ...], address: str, where: str) -> None:
-    if where == "variable" and not address.strip():
-        pytest.skip("a blank variable counts as not set")
+def test_the_command_says_so_too(command: tuple[str, ...], given: tuple[str, str]) -> None:
+    where, address = given
     variable = {"FLYWHEEL_ADDRESS": address} if where == "variable" else {}
     option = ["--address", address] if where == "option" else []
     process = subprocess.run(
