@@ -13,7 +13,14 @@ from typing import Any, ClassVar
 import grpc.aio
 
 from flywheel_client._answers import checked, tolerant
-from flywheel_client._errors import FlywheelError, call_cancelled, error_from_call, has_begun, request_id_in
+from flywheel_client._errors import (
+    FlywheelError,
+    call_cancelled,
+    error_from_call,
+    has_begun,
+    request_id_in,
+    unknown_status,
+)
 from flywheel_client._pool import Member
 from flywheel_client._retry import Retry, Tries
 
@@ -188,6 +195,8 @@ class _UnaryCall(Call):
                 if next_delay is None:
                     raise
                 delay = next_delay
+            except KeyError as error:
+                raise unknown_status(self.request_id) from error
             else:
                 return checked(message, self.request_id)
 
@@ -233,6 +242,8 @@ class _StreamCall(Call):
                     self.raise_if_cancelled()
                     messages = None
                     self._begin_soon(delay)
+                except KeyError as error:
+                    raise unknown_status(self.request_id) from error
                 else:
                     delivered = True
                     yield checked(message, self.request_id)

@@ -222,6 +222,11 @@ def broke_off(code: grpc.StatusCode, message: str | None) -> bool:
     return code in {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN}
 
 
+def unknown_status(request_id: str) -> FlywheelError:
+    """Returns the exception for a call whose status is a number that gRPC has not. grpc.aio 1.73 makes a `KeyError` of it."""
+    return error_from_status(grpc.StatusCode.UNKNOWN, "the status is none of gRPC", (), request_id)
+
+
 def has_begun(error: Any) -> bool:  # noqa: ANN401 - grpc has no public type for it
     """Returns whether a call that failed had received headers, which the server sends when the engine begins on it.
 

@@ -102,14 +102,13 @@ async def outcomes(target: Any, method: str, **arguments: Any) -> tuple[type, ob
         finally:
             await caller.close()
     threads, other = found
-    assert threads == other
+    # grpc.aio 1.73 raises KeyError for a status that it does not know, instead of passing its message on.
+    assert threads == other or (GRPC < (1, 85) and threads[:2] == other[:2] and "is none of gRPC" in other[2])
     return threads
 
 
 @pytest.mark.parametrize("name", ANSWERS)
 async def test_an_answer_against_the_rules_is_the_same_error_in_both_clients(name: str) -> None:
-    if name.startswith("an unknown status") and GRPC < (1, 85):
-        pytest.skip("older versions of grpc.aio raise KeyError for a status that they do not know")
     steps, (kind, message) = ANSWERS[name]
     with serving(steps) as server:
         for method in METHODS:
