@@ -18,9 +18,10 @@ METHODS = ["Generate", "GenerateDeltas", "GenerateAll"]
 STORY = "<|im_start|>user\nWrite a very long story about a llama.<|im_end|>\n<|im_start|>assistant\n"
 # More than 200 steps of reading.
 LONG_PROMPT = pb.GenerationRequest(text="word " * 3500, max_tokens=1)
-ENDLESS = pb.GenerationRequest(text=STORY, max_tokens=900, num_samples=SLOTS)
+# Greedy, because the model then repeats itself and ends at max_tokens; a sampled story may end at any time.
+ENDLESS = pb.GenerationRequest(text=STORY, max_tokens=900, num_samples=SLOTS, temperature=0)
 # Leaves slots free, but too little of the context for another call.
-LARGE = pb.GenerationRequest(text=STORY, max_tokens=3500)
+LARGE = pb.GenerationRequest(text=STORY, max_tokens=3500, temperature=0)
 
 Ending = Callable[[Target, str, pb.GenerationRequest, Callable[[], Awaitable[None]]], Awaitable[None]]
 
