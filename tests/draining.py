@@ -5,12 +5,14 @@ import socket
 from typing import Any
 
 from flywheel_server.engines.base import TextDelta
-from flywheel_server.engines.scripted import Script, ScriptedEngine
+from flywheel_server.engines.scripted import Script
 from flywheel_server.server import serve
 from flywheel_server.settings import Settings
 
+from tests.pulled import PulledEngine
 
-class HeldEngine(ScriptedEngine):
+
+class HeldEngine(PulledEngine):
     """Makes the first token of a long sample, and the others only when the test lets it."""
 
     def __init__(self) -> None:
@@ -19,9 +21,9 @@ class HeldEngine(ScriptedEngine):
         self.calls = 0
         self.held = 0
 
-    async def generate(self, prepared: Any) -> Any:
+    async def events(self, prepared: Any) -> Any:
         self.calls += 1
-        async for event in super().generate(prepared):
+        async for event in super().events(prepared):
             yield event
             if prepared.request.max_tokens > 1 and isinstance(event, TextDelta) and event.generated_tokens == 1:
                 self.held += 1

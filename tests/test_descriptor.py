@@ -18,6 +18,7 @@ from google.protobuf.message_factory import GetMessageClass
 from google.rpc import error_details_pb2
 
 from tests.contract import DESCRIPTOR, ROOT, write_descriptor_set
+from tests.pulled import PulledEngine
 from tests.serving import as_dict, serving
 
 SERVICE = "flywheel.v1.GenerationService"
@@ -95,15 +96,15 @@ async def test_it_stands_in_for_reflection(pool: DescriptorPool) -> None:
         assert await call(target.channel, pool, HEALTH, "Check") == {"status": "SERVING"}
 
 
-class RefusingEngine(ScriptedEngine):
+class RefusingEngine(PulledEngine):
     """Ends each call with the error, and passes the checks of the server."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__()
         self.error = error
 
-    async def generate(self, prepared: base.PreparedRequest) -> Any:
-        async for event in super().generate(prepared):
+    async def events(self, prepared: base.PreparedRequest) -> Any:
+        async for event in super().events(prepared):
             if prepared.request.text == "refuse":
                 raise self.error
             yield event

@@ -1,8 +1,8 @@
 """What an engine's calls show of its condition, for whoever supervises it."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from flywheel_server import running_time
 from flywheel_server.engines.base import EngineError, EngineFailedError
@@ -10,22 +10,24 @@ from flywheel_server.shortage import is_shortage
 
 
 class Activity:
-    """The calls within an engine, when it last showed that it lives, and whether it has failed.
+    """The calls within an engine, how long ago it showed that it lives, and whether it has failed.
 
     Attributes:
         inside: Calls that were given to the engine, whether it has begun to work on them or not.
-        last_sign: When the engine last made something of a sample, or got a call after having none, in running time.
         failed: Is set when the engine has failed in a way that may be more than this one call's.
     """
 
     def __init__(self) -> None:
         self.inside = 0
-        self.last_sign = 0.0
         self.failed = asyncio.Event()
+        self._lives = False
+        """Whether the engine has shown that it lives since the last look."""
+        self._seen_alive = 0.0
+        """When a look last found that, in running time."""
         self._in_doubt: asyncio.Future[None] | None = None
 
-    @asynccontextmanager
-    async def within_engine(self) -> AsyncIterator[None]:
+    @contextmanager
+    def within_engine(self) -> Iterator[None]:
         """Counts a call as inside for the length of the context."""
         if not self.inside:
             self.sign()
@@ -36,12 +38,16 @@ class Activity:
             self.inside -= 1
 
     def sign(self) -> None:
-        """Notes that the engine has made something of a sample."""
-        self.last_sign = running_time.now()
+        """Notes that the engine has made something of a sample, or got a call after having none."""
+        # Called for each token: the clock is left to whoever asks.
+        self._lives = True
 
     def silence(self) -> float:
-        """Returns the seconds of running time since the last sign."""
-        return running_time.now() - self.last_sign
+        """Returns the seconds of running time since the first look after the last sign."""
+        if self._lives:
+            self._lives = False
+            self._seen_alive = running_time.now()
+        return running_time.now() - self._seen_alive
 
     @contextmanager
     def failures_noticed(self) -> Iterator[None]:

@@ -1,8 +1,8 @@
 """The generations that are under way: admitted, within their deadlines, counted, and checked against promise 1."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection
-from contextlib import aclosing, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Collection
+from contextlib import asynccontextmanager, suppress
 from typing import Final
 
 from flywheel_server import running_time
@@ -15,15 +15,14 @@ from flywheel_server.engines.base import (
     EngineModel,
     EngineUnavailableError,
     Event,
+    PreparedRequest,
+    Sink,
     Started,
-    TextDelta,
 )
 from flywheel_server.errors import DeadlineExceededError, UnauthenticatedError
 from flywheel_server.messages import GenerationRequest, GenerationResponseSample
 from flywheel_server.preparation import Preparation
 from flywheel_server.quotas import Quotas, Usage
-
-Events = AsyncIterator[TextDelta | GenerationResponseSample]
 
 DEADLINE_MARGIN: Final = 0.05
 """The share of the remaining time, and at most so many seconds, by which the server ends a call before its deadline.
@@ -36,6 +35,7 @@ class Generations:
     """Runs requests on the engine. `queued` counts those that the engine has not begun, `active` those that it has.
 
     Attributes:
+        engine: The engine.
         activity: What they show of the engine's condition.
     """
 
@@ -43,11 +43,11 @@ class Generations:
         self.queued = 0
         self.active = 0
         self.activity = Activity()
-        self._engine = engine
+        self.engine = engine
         self._admission = admission
         self._preparation = Preparation(engine)
         self._quotas = Quotas(lambda caller: admission.service_times.of(caller) or DEFAULT_SERVICE_TIME)
-        self._running: set[_Generation] = set()
+        self._running: set[Generation] = set()
         self._one_has_left = asyncio.Event()
 
     def set_capacity(self, model: EngineModel) -> None:
@@ -82,38 +82,28 @@ class Generations:
             await self._one_has_left.wait()
 
     @asynccontextmanager
-    async def run(
-        self,
-        request: GenerationRequest,
-        caller: Caller,
-        time_remaining: float | None,
-        on_start: Callable[[], Awaitable[None]],
-    ) -> AsyncIterator[Events]:
-        """Gives the events of the request for the length of the context; leaving it stops the work.
+    async def admitted(
+        self, request: GenerationRequest, caller: Caller, time_remaining: float | None
+    ) -> AsyncIterator["Generation"]:
+        """Gives the generation of a request, which has its room in the engine for the length of the context.
 
         Arguments:
             request: What to generate.
             caller: For whom.
             time_remaining: Seconds; when they are over, `DeadlineExceededError` is raised from within the context.
-            on_start: Awaited once the engine starts on the request.
         """
         time_remaining = _within(time_remaining)
-        generation = _Generation(self, caller, request.num_samples, asyncio.timeout(time_remaining))
+        generation = Generation(self, caller, request.num_samples, asyncio.timeout(time_remaining))
         self._running.add(generation)
         try:
             async with generation.deadline:
-                with self._quotas.held(caller, request) as usage:
+                with self._quotas.held(caller, request) as generation.usage:
                     async with self._admission.queue(request.num_samples, caller, time_remaining) as place:
                         place.call_if_lost(generation.end)
                         with self.activity.failures_noticed():
-                            prepared = await self._preparation.prepare(request, caller, usage)
-                        await place.admitted(prepared.context_tokens, generation.time_remaining())
-                        async with (
-                            self.activity.within_engine(),
-                            aclosing(self._engine.generate(prepared)) as events,
-                            aclosing(generation.watch(events, usage, on_start)) as watched,
-                        ):
-                            yield watched
+                            generation.prepared = await self._preparation.prepare(request, caller, generation.usage)
+                        await place.admitted(generation.prepared.context_tokens, generation.time_remaining())
+                        yield generation
         except TimeoutError as error:
             if not generation.deadline.expired():
                 raise
@@ -130,15 +120,27 @@ def _within(time_remaining: float | None) -> float | None:
     return time_remaining - min(DEADLINE_MARGIN, time_remaining * DEADLINE_MARGIN)
 
 
-class _Generation:
-    """One request on its way through the engine."""
+class Generation:
+    """One request on its way through the engine. To the engine, it is the sink for its events.
+
+    Attributes:
+        caller: For whom.
+        deadline: Ends the generation.
+        prepared: The request as the engine takes it, once it was prepared.
+        usage: Counts what it costs.
+    """
+
+    prepared: PreparedRequest
+    usage: Usage
+    _sink: Sink
 
     def __init__(self, generations: Generations, caller: Caller, num_samples: int, deadline: asyncio.Timeout) -> None:
         self.caller = caller
         self.deadline = deadline
-        self._started = False
         self._generations = generations
+        self._activity = generations.activity
         self._unfinished = set(range(num_samples))
+        self._started = False
         self._ended_by: Exception | None = None
         generations.queued += 1
 
@@ -157,27 +159,36 @@ class _Generation:
         """Returns the error to raise if the deadline has passed, or `end` has brought it forward."""
         return self._ended_by or DeadlineExceededError("IN_GENERATION" if self._started else "IN_QUEUE")
 
-    async def watch(
-        self, events: AsyncIterator[Event], usage: Usage, on_start: Callable[[], Awaitable[None]]
-    ) -> AsyncGenerator[TextDelta | GenerationResponseSample, None]:
-        """Passes the events on; raises `EngineFailedError` unless each sample finishes once, and none more."""
-        activity = self._generations.activity
-        with activity.failures_noticed():
-            async for event in events:
-                if isinstance(event, Started):
-                    self._start()
-                    usage.begin(event.prompt_tokens)
-                    await on_start()
-                    continue
-                activity.sign()
-                if event.index not in self._unfinished:
-                    raise EngineFailedError(f"sample {event.index} was not asked for or had finished")
-                if isinstance(event, GenerationResponseSample):
-                    self._unfinished.remove(event.index)
-                usage.count(event)
-                yield event
+    async def run(self, sink: Sink) -> None:
+        """Has the engine generate, and returns when all samples have finished; cancelling it stops the work.
+
+        The sink gets the events. Raises `EngineError`: `EngineFailedError` unless each sample finishes once, and none more.
+        """
+        self._sink = sink
+        with self._activity.failures_noticed():
+            with self._activity.within_engine():
+                await self._generations.engine.generate(self.prepared, self)
             if self._unfinished:
                 raise EngineFailedError(f"samples {sorted(self._unfinished)} did not finish")
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the reader is behind; see `Sink`."""
+        return self._sink.is_full
+
+    def emit(self, event: Event) -> None:
+        """Passes an event on; see `Sink`."""
+        if isinstance(event, Started):
+            self._start()
+            self.usage.begin(event.prompt_tokens)
+        else:
+            self._activity.sign()
+            if event.index not in self._unfinished:
+                raise EngineFailedError(f"sample {event.index} was not asked for or had finished")
+            if isinstance(event, GenerationResponseSample):
+                self._unfinished.remove(event.index)
+            self.usage.count(event)
+        self._sink.emit(event)
 
     def _start(self) -> None:
         if self._started:

@@ -10,7 +10,7 @@ from grpc_health.v1 import health, health_pb2_grpc
 
 from flywheel_server import running_time
 from flywheel_server.admission import Admission
-from flywheel_server.delivery import Patience
+from flywheel_server.delivery import ReaderPolicy
 from flywheel_server.engines.base import Engine
 from flywheel_server.engines.uninterrupted import to_its_end
 from flywheel_server.generations import Generations
@@ -51,7 +51,7 @@ async def serve(engine: Engine, settings: Settings) -> AsyncIterator[int]:
     service = GenerationService(
         engine,
         generations,
-        Patience(settings.max_stream_bytes, settings.slow_reader, settings.slow_reader_timeout),
+        ReaderPolicy(settings.max_stream_bytes, settings.slow_reader, settings.slow_reader_timeout),
         max_text_bytes=settings.max_text_bytes,
         max_num_samples=settings.max_num_samples,
         log_prompts=settings.log_prompts,

@@ -11,12 +11,14 @@ import structlog
 from flywheel_proto.v1 import generation_pb2 as pb
 from flywheel_proto.v1 import generation_pb2_grpc
 
+from flywheel_server import running_time
 from flywheel_server.callers import caller
-from flywheel_server.delivery import DeltaBuffer, Patience, SampleBuffer, deliver, deliver_one
+from flywheel_server.delivery import Buffer, Delivery, DeltaBuffer, ReaderPolicy, SampleBuffer, WholeBuffer
 from flywheel_server.engines.base import Engine, EngineModel, EngineUnavailableError
-from flywheel_server.generations import Events, Generations
+from flywheel_server.errors import SlowReaderError
+from flywheel_server.generations import Generation, Generations
 from flywheel_server.interceptors.request_id import send_request_id
-from flywheel_server.messages import GenerationRequest, GenerationResponse, GenerationResponseSample, RequestLimits
+from flywheel_server.messages import GenerationRequest, GenerationResponse, RequestLimits
 from flywheel_server.translation import (
     model_to_proto,
     request_from_proto,
@@ -41,7 +43,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         self,
         engine: Engine,
         generations: Generations,
-        patience: Patience,
+        policy: ReaderPolicy,
         *,
         max_text_bytes: int,
         max_num_samples: int,
@@ -49,7 +51,8 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     ) -> None:
         self._engine = engine
         self._generations = generations
-        self._patience = patience
+        self._policy = policy
+        self._delivery = Delivery(policy)
         self._max_text_bytes = max_text_bytes
         self._max_num_samples = max_num_samples
         self._log_prompts = log_prompts
@@ -86,22 +89,21 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
 
     async def Generate(self, request: pb.GenerationRequest, context: Context) -> None:  # type: ignore[override]
         """Streams each sample, whole, as soon as it has finished."""
-        async with self._run(self._translate(request), context) as events:
-            await deliver(events, SampleBuffer(), context.write, self._patience)
+        await self._stream(request, SampleBuffer(), context)
 
     async def GenerateDeltas(self, request: pb.GenerationRequest, context: Context) -> None:  # type: ignore[override]
         """Streams the text of all samples while it is made."""
-        async with self._run(self._translate(request), context) as events:
-            await deliver(events, DeltaBuffer(), context.write, self._patience)
+        await self._stream(request, DeltaBuffer(), context)
 
     async def GenerateAll(self, request: pb.GenerationRequest, context: Context) -> None:  # type: ignore[override]
         """Sends all samples, in the order of their index."""
         created = time.time()
         generation_request = self._translate(request)
-        async with self._run(generation_request, context) as events:
-            samples = [event async for event in events if isinstance(event, GenerationResponseSample)]
-            response = response_to_proto(GenerationResponse.of(generation_request, created, samples))
-            await deliver_one(response, context.write, self._patience)
+        async with self._admitted(generation_request, context) as generation:
+            buffer = WholeBuffer()
+            await self._delivery.deliver(generation, buffer, partial(send_request_id, context), context.write)
+            response = response_to_proto(GenerationResponse.of(generation_request, created, buffer.samples))
+            await self._delivery.deliver_one(generation, response, context.write)
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> None:  # type: ignore[override]
         """Sends what is served."""
@@ -114,10 +116,18 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
 
     async def _answer(self, message: pb.Model | pb.Stats, context: Context) -> None:
         await send_request_id(context)
-        await deliver_one(message, context.write, self._patience)
+        try:
+            async with running_time.timeout(self._policy.timeout):
+                await context.write(message)
+        except TimeoutError as error:
+            raise SlowReaderError from error
 
-    def _run(self, request: GenerationRequest, context: Context) -> AbstractAsyncContextManager[Events]:
-        return self._generations.run(request, caller.get(), context.time_remaining(), partial(send_request_id, context))
+    async def _stream(self, request: pb.GenerationRequest, buffer: Buffer, context: Context) -> None:
+        async with self._admitted(self._translate(request), context) as generation:
+            await self._delivery.deliver(generation, buffer, partial(send_request_id, context), context.write)
+
+    def _admitted(self, request: GenerationRequest, context: Context) -> AbstractAsyncContextManager[Generation]:
+        return self._generations.admitted(request, caller.get(), context.time_remaining())
 
     def _translate(self, message: pb.GenerationRequest) -> GenerationRequest:
         request = request_from_proto(message, self._limits())

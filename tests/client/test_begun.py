@@ -18,17 +18,18 @@ import pytest
 from flywheel_client import SERVICE_CONFIG, FlywheelError, Retry, UnavailableError
 from flywheel_proto.v1 import generation_pb2, generation_pb2_grpc
 from flywheel_server.engines.base import Started, TextDelta
-from flywheel_server.engines.scripted import Script, ScriptedEngine
+from flywheel_server.engines.scripted import Script
 
 from tests.client.conftest import WAIT
 from tests.client.test_failover import FakeDirectory
+from tests.pulled import PulledEngine
 from tests.serving import drained, serving
 from tests.thorough import further
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable
 
-    from flywheel_server.engines.base import Event, PreparedRequest
+    from flywheel_server.engines.base import PreparedRequest
 
     from tests.client.conftest import Caller
 
@@ -45,7 +46,7 @@ TARGETS: dict[str, Callable[[list[str]], Any]] = {
 }
 
 
-class CountingEngine(ScriptedEngine):
+class CountingEngine(PulledEngine):
     """Counts how often it begins, and tells the lines of a `Fleet` when they are to fail."""
 
     begun = 0
@@ -57,10 +58,10 @@ class CountingEngine(ScriptedEngine):
         self.on_delta: dict[int, Callable[[], object]] = {}
         """Called when so many deltas have been made. The headers have been sent before the first is."""
 
-    async def generate(self, prepared: PreparedRequest) -> AsyncGenerator[Event, None]:
+    async def events(self, prepared: PreparedRequest) -> Any:
         """Yields the events of the script."""
         deltas = 0
-        async for event in super().generate(prepared):
+        async for event in super().events(prepared):
             if isinstance(event, Started):
                 self.begun += 1
                 self.on_start()

@@ -3,15 +3,13 @@
 import asyncio
 import os
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from typing import Any
 
 import modal
 from flywheel_server import supervision
 from flywheel_server.deployment.model import RemoteModel
 from flywheel_server.deployment.supervised import SupervisedEngine, end_container
-from flywheel_server.engines.base import EngineFailedError, Event, PreparedRequest
+from flywheel_server.engines.base import EngineFailedError, Event, PreparedRequest, Sink
 from flywheel_server.engines.scripted import Script, ScriptedEngine
 from flywheel_server.messages import GenerationRequest, GenerationResponseSample
 
@@ -41,6 +39,18 @@ FOREIGN: dict[str, BaseException] = {
     "OwnError": OwnError("SECRET"),
     **{f"modal.{name}": getattr(modal.exception, name)("SECRET") for name in OF_MODAL},
 }
+
+
+class Made:
+    """What the script has made, for an engine that looks at each event."""
+
+    is_full = False
+
+    def __init__(self) -> None:
+        self.events: asyncio.Queue[Event | None] = asyncio.Queue()
+
+    def emit(self, event: Event) -> None:
+        self.events.put_nowait(event)
 
 
 class MortalEngine(ScriptedEngine):
@@ -86,14 +96,17 @@ class MortalEngine(ScriptedEngine):
             raise FOREIGN[how]
         return await super().prepare(request)
 
-    async def generate(self, prepared: PreparedRequest) -> AsyncGenerator[Event, None]:
+    async def generate(self, prepared: PreparedRequest, sink: Sink) -> None:
         kind, _, how = prepared.request.text.partition(" ")
         if kind == "queue":
             self._die(how)
         await self._live()
         number = 0
-        async with aclosing(super().generate(prepared)) as events:
-            async for event in events:
+        made = Made()
+        generating = asyncio.create_task(super().generate(prepared, made))
+        generating.add_done_callback(lambda _: made.events.put_nowait(None))
+        try:
+            while event := await made.events.get():
                 number += 1
                 if kind == "raise" and number == 5:
                     raise FOREIGN[how]
@@ -102,7 +115,10 @@ class MortalEngine(ScriptedEngine):
                 await self._live()
                 if kind == "afterwards" and isinstance(event, GenerationResponseSample):
                     self._die(how)
-                yield event
+                sink.emit(event)
+            await generating
+        finally:
+            generating.cancel()
 
     async def check(self) -> None:
         await self._live()

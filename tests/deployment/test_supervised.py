@@ -5,7 +5,6 @@ import random
 import re
 import time
 from collections.abc import AsyncIterator
-from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from google.rpc.error_details_pb2 import RetryInfo
 from tests.deployment.conftest import AUTHORIZATION, deployed, through
 from tests.deployment.mortal_app import FOREIGN, MortalEngine
 from tests.modal_cloud import Container, ModalCloud, scripted
+from tests.pulled import pulled
 from tests.server.test_errors import details_of
 from tests.serving import Target, drained, serving, until
 from tests.thorough import further
@@ -200,8 +200,7 @@ async def test_llama_cpp_that_no_longer_answers_is_started_again(prepared: Modal
 
 async def events_of(engine: SupervisedEngine, text: str) -> list[Event]:
     prepared = await engine.prepare(GenerationRequest(text=text, max_tokens=10))
-    async with aclosing(engine.generate(prepared)) as events:
-        return [event async for event in events]
+    return [event async for event in pulled(engine.generate, prepared)]
 
 
 async def test_an_engine_that_is_not_to_be_started_again_is_given_up() -> None:

@@ -18,11 +18,13 @@ from flywheel_server.engines import native_log
 from flywheel_server.engines.base import EngineError, EngineFailedError, EngineUnavailableError, TextDelta
 from flywheel_server.engines.embedded import EmbeddedEngine, default_model
 from flywheel_server.engines.llama import Chunk
+from flywheel_server.engines.samples import Samples
 from flywheel_server.messages import GenerationRequest, GenerationResponseSample
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.engines.conftest import SLOTS, Work, with_metrics
+from tests.pulled import pulled
 from tests.serving import Target, until
 from tests.thorough import further
 
@@ -127,7 +129,9 @@ async def test_penalties_make_the_text_more_or_less_varied(embedded: EmbeddedEng
 
 async def samples_of(engine: EmbeddedEngine, request: GenerationRequest) -> list[GenerationResponseSample]:
     prepared = await engine.prepare(request)
-    return [event async for event in engine.generate(prepared) if isinstance(event, GenerationResponseSample)]
+    samples = Samples()
+    await engine.generate(prepared, samples)
+    return samples.finished
 
 
 @pytest.mark.thorough
@@ -367,7 +371,7 @@ async def test_the_lowest_temperature_is_greedy(generate: Any) -> None:
 
 async def test_stopping_the_engine_ends_what_it_works_on() -> None:
     async with engine_of(default_model()) as engine:
-        events = engine.generate(await engine.prepare(GenerationRequest(text=LLAMA, max_tokens=400, top_k=1)))
+        events = pulled(engine.generate, await engine.prepare(GenerationRequest(text=LLAMA, max_tokens=400, top_k=1)))
         async for event in events:
             if isinstance(event, TextDelta):
                 break

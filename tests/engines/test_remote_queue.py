@@ -62,8 +62,8 @@ async def text_of(target: Target, **fields: Any) -> str:
 
 
 def expected(count: int = TOKENS) -> str:
-    tokens = Script().tokens("")
-    return b"".join(tokens[number % len(tokens)] for number in range(count)).decode(errors="ignore")
+    pieces = Script().pieces(Script().text)
+    return "".join(pieces[number % len(pieces)] for number in range(count))
 
 
 class Stream:
@@ -352,15 +352,15 @@ def test_the_names_of_partitions_are_within_the_limit_of_modal() -> None:
 async def test_what_waits_for_a_put_is_joined_and_split_into_items_that_modal_takes() -> None:
     queue: Any = None  # which is not asked
     sender = Sender(Outbox(queue, "partition", "container"), "call")
-    sender.add(Started(3))
+    sender.emit(Started(3))
     for number in range(1, 1001):
         for index in range(4):
-            sender.add(TextDelta(index, "word " * 10, number))
+            sender.emit(TextDelta(index, "word " * 10, number))
     piles = sender.take()
     events = [event for pile in piles for event in pile.events]
     assert events == [Started(3), *(TextDelta(index, "word " * 10_000, 1000) for index in range(4))]
     assert [pile.number for pile in piles] == [0, 1]
-    sender.add(TextDelta(0, "x", 1001))
+    sender.emit(TextDelta(0, "x", 1001))
     assert sender.take() == [Pile("call", sender.attempt, 2, [TextDelta(0, "x", 1001)], "container")]
     assert sender.take() == []
 

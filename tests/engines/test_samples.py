@@ -2,8 +2,9 @@
 
 from itertools import pairwise
 
-from flywheel_server.engines.base import TextDelta
+from flywheel_server.engines.base import Event, TextDelta
 from flywheel_server.engines.samples import GrowingSample, StopGate
+from flywheel_server.messages import GenerationResponseSample
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -56,10 +57,13 @@ def test_only_what_may_still_become_a_stop_sequence_is_held_back(text: str, stop
 
 
 def test_a_growing_sample_sends_each_character_once() -> None:
-    sample = GrowingSample(index=2, prompt_tokens=5, stop=["END"])
-    events = [*sample.add("a E", 1), *sample.add("N", 2), *sample.add("", 3), *sample.add("x", 4), *sample.end("length", 5)]
+    events: list[Event] = []
+    sample = GrowingSample(index=2, prompt_tokens=5, stop=["END"], emit=events.append)
+    for number, text in enumerate(["a E", "N", "", "x"], start=1):
+        sample.add(text, number)
+    sample.end("length", 5)
     assert [(event.text, event.generated_tokens) for event in events if isinstance(event, TextDelta)] == [("a ", 1), ("ENx", 4)]
     finished = events[-1]
-    assert not isinstance(finished, TextDelta)
+    assert isinstance(finished, GenerationResponseSample)
     assert (finished.index, finished.text, finished.prompt_tokens, finished.generated_tokens) == (2, "a ENx", 5, 5)
     assert sample.finished

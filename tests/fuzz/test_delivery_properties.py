@@ -1,6 +1,7 @@
 """However events pile up before a reader, what it gets is the same text."""
 
 import random
+from typing import Any
 
 from flywheel_server.delivery import DeltaBuffer
 from flywheel_server.engines.base import TextDelta
@@ -20,11 +21,17 @@ PIECES = st.lists(st.text(alphabet="ab🦙é", max_size=4), max_size=6)
 def test_the_deltas_of_a_sample_are_its_text(
     pieces: list[list[str]], stop: list[str], order: random.Random, takes: list[bool]
 ) -> None:
-    samples = [GrowingSample(index, prompt_tokens=1, stop=stop) for index in range(len(pieces))]
     turns = [index for index, some in enumerate(pieces) for _ in range(len(some) + 1)]
     order.shuffle(turns)
     buffer = DeltaBuffer()
     finished: dict[int, str] = {}
+
+    def emit(event: Any) -> None:
+        buffer.add(event)
+        if not isinstance(event, TextDelta):
+            finished[event.index] = event.text
+
+    samples = [GrowingSample(index, 1, stop, emit) for index in range(len(pieces))]
     received = [*buffer.take()]
     generated = [0] * len(pieces)
     for turn, index in enumerate(turns):
@@ -32,13 +39,10 @@ def test_the_deltas_of_a_sample_are_its_text(
             continue
         number = generated[index]
         generated[index] += 1
-        more = number < len(pieces[index])
-        for event in (
-            samples[index].add(pieces[index][number], number + 1) if more else samples[index].end("length", number + 1)
-        ):
-            buffer.add(event)
-            if not isinstance(event, TextDelta):
-                finished[index] = event.text
+        if number < len(pieces[index]):
+            samples[index].add(pieces[index][number], number + 1)
+        else:
+            samples[index].end("length", number + 1)
         if takes[turn]:
             size = buffer.size
             pile = list(buffer.take())

@@ -8,8 +8,6 @@ import asyncio
 import builtins
 import os
 import sys
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from typing import Any
 
 import modal
@@ -17,7 +15,7 @@ from flywheel_server.deployment import model, signature
 from flywheel_server.deployment.model import RemoteModel
 from flywheel_server.deployment.supervised import SupervisedEngine, end_container
 from flywheel_server.engines import remote_events
-from flywheel_server.engines.base import Event, PreparedRequest, PromptTooLongError
+from flywheel_server.engines.base import Event, PreparedRequest, PromptTooLongError, Sink
 from flywheel_server.engines.scripted import Script, ScriptedEngine
 from flywheel_server.messages import GenerationRequest, GenerationResponseSample
 
@@ -78,17 +76,24 @@ class NewerRequest(GenerationRequest):
     scratch: int = 0
 
 
-class NewerEngine(ScriptedEngine):
-    """Says in each sample what it got in the field."""
+class NewerSink:
+    """Says in each sample what the request has in the field."""
 
-    async def generate(self, prepared: PreparedRequest) -> AsyncGenerator[Event, None]:
-        request = prepared.request
-        async with aclosing(super().generate(prepared)) as events:
-            async for event in events:
-                if isinstance(event, GenerationResponseSample) and isinstance(request, NewerRequest):
-                    yield event.model_copy(update={"finish_reason": f"scratch {request.scratch}"})
-                else:
-                    yield event
+    is_full = False
+
+    def __init__(self, request: GenerationRequest, sink: Sink) -> None:
+        self._request = request
+        self._sink = sink
+
+    def emit(self, event: Event) -> None:
+        if isinstance(event, GenerationResponseSample) and isinstance(self._request, NewerRequest):
+            event = event.model_copy(update={"finish_reason": f"scratch {self._request.scratch}"})
+        self._sink.emit(event)
+
+
+class NewerEngine(ScriptedEngine):
+    async def generate(self, prepared: PreparedRequest, sink: Sink) -> None:
+        await super().generate(prepared, NewerSink(prepared.request, sink))
 
 
 def newer_pack(self: remote_events.Pile) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, QuotaFailure, Re
 from google.rpc.status_pb2 import Status
 from structlog.testing import capture_logs
 
+from tests.pulled import PulledEngine
 from tests.serving import as_dict, drained, serving, until
 
 METHODS = ["Generate", "GenerateDeltas", "GenerateAll"]
@@ -26,7 +27,7 @@ REQUEST = pb.GenerationRequest(text="hello", max_tokens=20, num_samples=2)
 INTERNALS = "what only the log may say"
 
 
-class FailingEngine(ScriptedEngine):
+class FailingEngine(PulledEngine):
     """Raises an error after as many events as it is told."""
 
     def __init__(self, error: Exception, after: int = 0) -> None:
@@ -34,16 +35,16 @@ class FailingEngine(ScriptedEngine):
         self.error = error
         self.after = after
 
-    async def generate(self, prepared: base.PreparedRequest) -> Any:
+    async def events(self, prepared: base.PreparedRequest) -> Any:
         if prepared.request.text != "check":
             seen = 0
-            async for event in super().generate(prepared):
+            async for event in super().events(prepared):
                 if seen == self.after:
                     raise self.error
                 seen += 1
                 yield event
         else:
-            async for event in super().generate(prepared):
+            async for event in super().events(prepared):
                 yield event
 
 
@@ -137,14 +138,14 @@ async def test_a_deadline_says_where_it_caught_the_call(script: Script, reason: 
             first.cancel()
 
 
-class ForgetfulEngine(ScriptedEngine):
+class ForgetfulEngine(PulledEngine):
     """Breaks the promise of one finished sample for each index."""
 
     def __init__(self, *indexes: int) -> None:
         super().__init__()
         self.indexes = indexes
 
-    async def generate(self, prepared: base.PreparedRequest) -> Any:
+    async def events(self, prepared: base.PreparedRequest) -> Any:
         yield base.Started()
         for index in self.indexes:
             yield GenerationResponseSample(text="", generated_tokens=1, finished=1.0, finish_reason="stop", index=index)
@@ -170,6 +171,7 @@ from flywheel_server import logs
 from flywheel_server.engines.scripted import Script, ScriptedEngine
 from flywheel_proto.v1 import generation_pb2 as pb
 from tests.serving import drained, serving
+from tests.pulled import PulledEngine
 
 async def main():
     async with serving(ScriptedEngine(Script(text="SECRET-SAMPLE ", fail_after=5))) as target:

@@ -24,6 +24,7 @@ from flywheel_server.server import serve
 from flywheel_server.settings import Settings
 from google.rpc.error_details_pb2 import ErrorInfo
 
+from tests.pulled import PulledEngine
 from tests.server.test_command import command, ready_line
 from tests.server.test_delivery import CountingEngine
 from tests.server.test_errors import METHODS, FailingEngine, details_of
@@ -39,8 +40,8 @@ EVENTS = 1 + 2 * 8 + 2
 @pytest.mark.parametrize("error", [AssertionError(), RuntimeError("a bug"), ExceptionGroup("several", [OSError()])], ids=repr)
 async def test_an_engine_that_breaks_never_ends_with_ok(error: Exception, after: int, method: str) -> None:
     class Engine(FailingEngine):
-        async def generate(self, prepared: Any) -> Any:
-            async for event in super().generate(prepared):
+        async def events(self, prepared: Any) -> Any:
+            async for event in super().events(prepared):
                 yield event
             # After the last event there is none that FailingEngine could fail at.
             raise self.error
@@ -56,9 +57,9 @@ async def test_an_engine_that_breaks_never_ends_with_ok(error: Exception, after:
 
 @pytest.mark.parametrize("method", METHODS)
 async def test_an_engine_that_cancels_itself_ends_with_a_status(method: str) -> None:
-    class Engine(ScriptedEngine):
-        async def generate(self, prepared: Any) -> Any:
-            async for event in super().generate(prepared):
+    class Engine(PulledEngine):
+        async def events(self, prepared: Any) -> Any:
+            async for event in super().events(prepared):
                 yield event
                 raise asyncio.CancelledError
 
@@ -114,10 +115,10 @@ async def test_a_call_that_is_ended_while_it_begins_gets_its_status(
             super().__init__(*arguments)
             made.append(self)
 
-    class Engine(ScriptedEngine):
-        async def generate(self, prepared: Any) -> Any:
+    class Engine(PulledEngine):
+        async def events(self, prepared: Any) -> Any:
             asyncio.get_running_loop().call_soon(end, later)
-            async for event in super().generate(prepared):
+            async for event in super().events(prepared):
                 yield event
 
     def end(later: int) -> None:

@@ -16,6 +16,7 @@ from flywheel_server.engines.base import EngineFailedError, EngineOverloadedErro
 from flywheel_server.engines.scripted import Script, ScriptedEngine
 from structlog.testing import capture_logs
 
+from tests.pulled import PulledEngine
 from tests.server.http2_client import Client, http2, prefixed
 from tests.serving import Target, serving, until
 
@@ -127,16 +128,16 @@ async def test_it_is_so_too_when_grpc_tells_first_that_no_message_comes_and_then
     assert not {request_id: logged for request_id, logged in codes.items() if logged != [got[int(request_id)]]}
 
 
-class RefusingEngine(ScriptedEngine):
+class RefusingEngine(PulledEngine):
     """Raises an error when a call ends, as an engine may that is told to stop in the middle of something."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__(Script(hang_after=1))
         self.error = error
 
-    async def generate(self, prepared: Any) -> Any:
+    async def events(self, prepared: Any) -> Any:
         try:
-            async for event in super().generate(prepared):
+            async for event in super().events(prepared):
                 yield event
         except asyncio.CancelledError:
             if prepared.request.text == "check":

@@ -13,12 +13,14 @@ from flywheel_proto.v1 import generation_pb2 as pb
 from flywheel_server import server
 from flywheel_server.admission import Admission
 from flywheel_server.callers import Caller
+from flywheel_server.delivery import Delivery, ReaderPolicy, WholeBuffer
 from flywheel_server.engines.base import EngineUnavailableError
-from flywheel_server.engines.scripted import Script, ScriptedEngine
+from flywheel_server.engines.scripted import Script
 from flywheel_server.errors import DeadlineExceededError, ServerFullError, UnauthenticatedError
 from flywheel_server.generations import Generations
-from flywheel_server.messages import GenerationRequest, GenerationResponseSample
+from flywheel_server.messages import GenerationRequest
 
+from tests.pulled import PulledEngine
 from tests.serving import Target, drained, serving, until
 
 ROUNDS = 1000
@@ -32,17 +34,17 @@ async def hops(number: int) -> None:
         await asyncio.sleep(0)
 
 
-class DelayedEngine(ScriptedEngine):
+class DelayedEngine(PulledEngine):
     """Pauses at every seam for as long as chance has it."""
 
     def __init__(self, chance: random.Random, script: Script | None = None) -> None:
         super().__init__(script)
         self.chance = chance
 
-    async def generate(self, prepared: Any) -> Any:
+    async def events(self, prepared: Any) -> Any:
         await hops(self.chance.randrange(3))
         try:
-            async for event in super().generate(prepared):
+            async for event in super().events(prepared):
                 yield event
                 await hops(self.chance.randrange(3))
         finally:
@@ -57,23 +59,29 @@ class Race:
         self.engine = DelayedEngine(self.chance, script)
         self.admission = Admission(max_concurrent, max_queued=100)
         self.generations = Generations(self.engine, self.admission)
+        self.delivery = Delivery(ReaderPolicy(max_bytes=1000, when_full="wait", timeout=60))
         self.outcomes: Counter[str] = Counter()
 
-    async def call(self, samples: int = 1, time_remaining: float | None = None, tokens: int = 2) -> None:
+    async def write(self, message: Any) -> None:
+        """Takes a message, of which there is none."""
+        raise AssertionError(message)
+
+    async def call(self, num_samples: int = 1, time_remaining: float | None = None, tokens: int = 2) -> None:
         """Makes a call, and counts how it ended."""
-        request = GenerationRequest(text="x", max_tokens=tokens, num_samples=samples)
+        request = GenerationRequest(text="x", max_tokens=tokens, num_samples=num_samples)
         finished = 0
         try:
-            async with self.generations.run(request, CALLER, time_remaining, lambda: hops(self.chance.randrange(2))) as events:
-                async for event in events:
-                    finished += isinstance(event, GenerationResponseSample)
+            async with self.generations.admitted(request, CALLER, time_remaining) as generation:
+                samples = WholeBuffer()
+                await self.delivery.deliver(generation, samples, lambda: hops(self.chance.randrange(2)), self.write)
+                finished = len(samples.samples)
         except (DeadlineExceededError, EngineUnavailableError, UnauthenticatedError) as error:
             self.outcomes[type(error).__name__] += 1
         except asyncio.CancelledError:
             self.outcomes["cancelled"] += 1
             raise
         else:
-            assert finished == samples
+            assert finished == num_samples
             self.outcomes["finished"] += 1
 
     def begin(self, call: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -92,9 +100,9 @@ class Race:
 async def test_a_cancel_against_the_grant_of_a_place() -> None:
     race = Race(seed=1)
     for _ in range(ROUNDS):
-        holder = race.begin(race.call(samples=2))
+        holder = race.begin(race.call(num_samples=2))
         await hops(race.chance.randrange(12))
-        waiter, next_one = race.begin(race.call(samples=race.chance.choice([1, 2]))), race.begin(race.call())
+        waiter, next_one = race.begin(race.call(num_samples=race.chance.choice([1, 2]))), race.begin(race.call())
         await hops(race.chance.randrange(25))
         waiter.cancel()
         await race.end(holder, waiter, next_one)

@@ -12,11 +12,11 @@ import grpc.aio
 import pytest
 import trustme
 from flywheel_server.engines.base import PreparedRequest
-from flywheel_server.engines.scripted import ScriptedEngine
 from flywheel_server.keys import KeyRing
 from flywheel_server.keys_file import KeyEntry, KeysFile, hash_of
 from google.rpc.error_details_pb2 import ErrorInfo
 
+from tests.pulled import PulledEngine
 from tests.server.test_authentication import CALLS
 from tests.server.test_errors import details_of
 from tests.server.test_tls import Files, chain_of, with_uri
@@ -28,15 +28,15 @@ OTHER = "fedcba9876543210"
 URI = "spiffe://cluster/mesh"
 
 
-class Engine(ScriptedEngine):
+class Engine(PulledEngine):
     """Counts the requests that it gets."""
 
     requests = 0
 
-    async def generate(self, prepared: PreparedRequest) -> Any:
+    async def events(self, prepared: PreparedRequest) -> Any:
         if prepared.request.text == "x":
             self.requests += 1
-        async for event in super().generate(prepared):
+        async for event in super().events(prepared):
             yield event
 
 

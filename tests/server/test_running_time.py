@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from asyncio.subprocess import DEVNULL, PIPE, Process
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import grpc
@@ -18,7 +18,7 @@ from flywheel_proto.v1 import generation_pb2 as pb
 from flywheel_server import admission, public_limits, running_time
 from flywheel_server.admission import Admission
 from flywheel_server.callers import ANYBODY
-from flywheel_server.delivery import DeltaBuffer, Event, Patience, SampleBuffer, deliver, deliver_one
+from flywheel_server.delivery import Delivery, DeltaBuffer, ReaderPolicy, SampleBuffer
 from flywheel_server.engines import modal_retries, reach
 from flywheel_server.engines.base import EngineStats, EngineUnavailableError, TextDelta
 from flywheel_server.engines.scripted import Script, ScriptedEngine
@@ -29,6 +29,7 @@ from grpc_health.v1 import health_pb2
 
 from tests.server.http2_client import http2, prefixed
 from tests.server.test_command import SCRIPTED, command, ready_line
+from tests.server.test_delivery import Reader, Source
 from tests.server.test_supervision import MortalEngine
 from tests.serving import code_of, connected, serving, until
 
@@ -48,20 +49,22 @@ async def slow_write(_: Any) -> None:
     await asyncio.sleep(WORK)
 
 
-async def one_event(event: Event) -> AsyncIterator[Event]:
-    yield event
-
-
 DELTA = TextDelta(0, "x", 1)
 SAMPLE = GenerationResponseSample(text="x", generated_tokens=1, finished=1.0, finish_reason="stop")
 
 
-PATIENCE = Patience(max_bytes=10, when_full="wait", timeout=TIMEOUT)
+POLICY = ReaderPolicy(max_bytes=10, when_full="wait", timeout=TIMEOUT)
+
+
+class SlowReader(Reader):
+    async def write(self, message: Any) -> None:
+        await slow_write(message)
+
 
 WAITS: dict[str, Callable[[], Awaitable[Any]]] = {
-    "stream of deltas": lambda: deliver(one_event(DELTA), DeltaBuffer(), slow_write, PATIENCE),
-    "stream of samples": lambda: deliver(one_event(SAMPLE), SampleBuffer(), slow_write, PATIENCE),
-    "answer": lambda: deliver_one(None, slow_write, PATIENCE),
+    "stream of deltas": lambda: Source(DELTA).deliver(DeltaBuffer(), SlowReader(), POLICY),
+    "stream of samples": lambda: Source(SAMPLE).deliver(SampleBuffer(), SlowReader(), POLICY),
+    "answer": lambda: Delivery(POLICY).deliver_one(Source(), None, slow_write),
 }
 
 

@@ -106,8 +106,8 @@ class PoorEngine(MortalEngine):
         super().__init__(Script())
         self.lacks: Exception | None = None
 
-    async def generate(self, prepared: Any) -> Any:
-        async for event in super().generate(prepared):
+    async def events(self, prepared: Any) -> Any:
+        async for event in super().events(prepared):
             yield event
             if self.lacks:
                 raise self.lacks

@@ -11,11 +11,12 @@ import pytest
 from flywheel_proto.v1 import generation_pb2 as pb
 from flywheel_server import supervision
 from flywheel_server.engines.base import EngineFailedError, EngineOverloadedError, EngineUnavailableError
-from flywheel_server.engines.scripted import Script, ScriptedEngine
+from flywheel_server.engines.scripted import Script
 from flywheel_server.supervision import EngineDiedError
 from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from tests.pulled import PulledEngine
 from tests.server.test_command import SCRIPTED, command, ready_line
 from tests.server.test_errors import METHODS, details_of
 from tests.serving import Target, code_of, connected, drained, serving, until
@@ -26,7 +27,7 @@ ONE = pb.GenerationRequest(text="x", max_tokens=1)
 LONG = pb.GenerationRequest(text="x", max_tokens=1000)
 
 
-class MortalEngine(ScriptedEngine):
+class MortalEngine(PulledEngine):
     """Works until it is killed, and again after it was started. May refuse to start or to stop."""
 
     def __init__(self, script: Script | None = None) -> None:
@@ -50,8 +51,8 @@ class MortalEngine(ScriptedEngine):
         if not self.stops:
             await asyncio.Event().wait()
 
-    async def generate(self, prepared: Any) -> Any:
-        async for event in super().generate(prepared):
+    async def events(self, prepared: Any) -> Any:
+        async for event in super().events(prepared):
             if self.dead.is_set():
                 raise EngineFailedError("dead")
             yield event
@@ -117,10 +118,10 @@ async def test_an_engine_that_is_silent_and_does_not_answer_is_dead() -> None:
 
 async def test_an_engine_that_does_not_even_begin_and_does_not_answer_is_dead() -> None:
     class StuckEngine(MortalEngine):
-        async def generate(self, prepared: Any) -> Any:
+        async def events(self, prepared: Any) -> Any:
             if self.starts == 1:
                 await asyncio.Event().wait()
-            async for event in super().generate(prepared):
+            async for event in super().events(prepared):
                 yield event
 
         async def check(self) -> None:
@@ -175,8 +176,8 @@ async def test_an_engine_that_answers_nobody_but_works_for_others_is_alive() -> 
             if self.running:
                 await asyncio.Event().wait()
 
-        async def generate(self, prepared: Any) -> Any:
-            async for event in super().generate(prepared):
+        async def events(self, prepared: Any) -> Any:
+            async for event in super().events(prepared):
                 if prepared.request.max_tokens == 1:
                     raise EngineFailedError("this one only")
                 yield event

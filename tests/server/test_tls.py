@@ -24,6 +24,7 @@ from flywheel_server.keys_file import KeyEntry, KeysFile, hash_of
 from google.rpc.error_details_pb2 import ErrorInfo
 from structlog.testing import capture_logs
 
+from tests.pulled import PulledEngine
 from tests.server import certificates as made
 from tests.server.test_errors import details_of
 from tests.serving import serving
@@ -32,15 +33,15 @@ KEY = "0123456789abcdef"
 PKCS8 = (made.PEM, serialization.PrivateFormat.PKCS8)
 
 
-class Engine(ScriptedEngine):
+class Engine(PulledEngine):
     """Waits in the middle of a generation until it may go on, and keeps who asked for its statistics."""
 
     def __init__(self) -> None:
         super().__init__()
         self.go_on = asyncio.Event()
 
-    async def generate(self, prepared: PreparedRequest) -> Any:
-        async for event in super().generate(prepared):
+    async def events(self, prepared: PreparedRequest) -> Any:
+        async for event in super().events(prepared):
             yield event
             if isinstance(event, TextDelta) and prepared.request.text == "wait":
                 await self.go_on.wait()

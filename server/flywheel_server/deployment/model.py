@@ -6,7 +6,6 @@ import os
 import time
 import uuid
 from collections.abc import Awaitable, Callable
-from contextlib import aclosing
 from pathlib import Path
 from typing import Any, Final, ParamSpec, TypeVar
 
@@ -26,7 +25,8 @@ from flywheel_server.engines.base import Engine, EngineError, EngineFailedError,
 from flywheel_server.engines.embedded import EmbeddedEngine
 from flywheel_server.engines.remote_events import Receipt
 from flywheel_server.engines.remote_fields import UNKNOWN_FIELD
-from flywheel_server.messages import GenerationRequest, GenerationResponse, GenerationResponseSample
+from flywheel_server.engines.samples import Samples
+from flywheel_server.messages import GenerationRequest, GenerationResponse
 from flywheel_server.setting_texts import NONE
 from flywheel_server.settings import Settings
 
@@ -142,9 +142,9 @@ class RemoteModel:
         created = time.time()
         request = _request(fields)
         prepared = await self._engine.prepare(request)
-        async with aclosing(self._engine.generate(prepared)) as events:
-            samples = [event async for event in events if isinstance(event, GenerationResponseSample)]
-        return GenerationResponse.of(request, created, samples).model_dump(mode="json")
+        samples = Samples()
+        await self._engine.generate(prepared, samples)
+        return GenerationResponse.of(request, created, samples.finished).model_dump(mode="json")
 
     @_translating_errors
     async def generate_deltas(self, queue: modal.Queue, partition: str, call: str, **fields: Any) -> dict[str, Any]:  # noqa: ANN401 - as above
@@ -156,9 +156,7 @@ class RemoteModel:
         request = _request(fields)
         async with self._outbox(queue, partition).sending(call) as sender:
             prepared = await self._engine.prepare(request)
-            async with aclosing(self._engine.generate(prepared)) as events:
-                async for event in events:
-                    sender.add(event)
+            await self._engine.generate(prepared, sender)
             return Receipt(attempt=sender.attempt, piles=await sender.stored()).model_dump()
 
     async def leave(self) -> None:

@@ -82,6 +82,8 @@ PUT_CHARACTERS: Final = 4_000_000
 class Sender:
     """What one attempt at a call sends. Text that waits for the next put is joined, so that it takes no more than itself."""
 
+    is_full = False
+
     def __init__(self, outbox: "Outbox", call: str) -> None:
         self._outbox = outbox
         self._call = call
@@ -99,7 +101,7 @@ class Sender:
         self._stored = asyncio.Event()
         self._stored.set()
 
-    def add(self, event: Event) -> None:
+    def emit(self, event: Event) -> None:
         """Takes in an event for the next put."""
         match event:
             case Started():

@@ -3,10 +3,9 @@
 import asyncio
 import os
 import threading
-from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager, suppress
-from typing import Final, Generic, Self, TypeVar
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from typing import Final, Self, TypeVar
 
 import modal
 import structlog
@@ -22,6 +21,7 @@ from flywheel_server.engines.base import (
     EngineUnavailableError,
     Event,
     PreparedRequest,
+    Sink,
     Started,
 )
 from flywheel_server.engines.modal_waits import modal_result
@@ -103,60 +103,41 @@ class SupervisedEngine:
     async def prepare(self, request: GenerationRequest) -> PreparedRequest:
         """Returns the request as the engine takes it; see `Engine.prepare`."""
         try:
-            with self._activity.failures_noticed():
-                async with self._activity.within_engine():
-                    return await self._while_up(lambda: self._engine.prepare(request))
+            with self._activity.failures_noticed(), self._activity.within_engine():
+                return await self._while_up(lambda: self._engine.prepare(request))
         except Exception as error:
             await self._raise_if_dead(error)
             raise
 
-    async def generate(self, prepared: PreparedRequest) -> AsyncGenerator[Event, None]:
-        """Yields the events of the request; see `Engine.generate`."""
-        has_text = False
+    async def generate(self, prepared: PreparedRequest, sink: Sink) -> None:
+        """Emits the events of the request; see `Engine.generate`."""
+        watched = _Watched(sink, self._activity)
         try:
-            with self._activity.failures_noticed():
-                async with self._activity.within_engine(), aclosing(self._events_while_up(prepared)) as events:
-                    async for event in events:
-                        if not isinstance(event, Started):
-                            self._activity.sign()
-                            has_text = True
-                        yield event
+            with self._activity.failures_noticed(), self._activity.within_engine():
+                await self._while_up(lambda: self._engine.generate(prepared, watched))
         except Exception as error:
-            if not has_text:
+            if not watched.has_text:
                 await self._raise_if_dead(error)
             raise
-
-    async def _events_while_up(self, prepared: PreparedRequest) -> AsyncGenerator[Event, None]:
-        """Yields the events of the engine; raises `EngineUnavailableError` if it is down or goes down."""
-        arrived: deque[Event] = deque()
-
-        async def take() -> None:
-            async with aclosing(self._engine.generate(prepared)) as events:
-                async for event in events:
-                    arrived.append(event)
-                    work.news.set()
-
-        async with self._work(take) as work:
-            while not work.has_ended():
-                await work.news_came()
-                while arrived:
-                    yield arrived.popleft()
+        finally:
+            watched.close()
 
     async def _while_up(self, work: Callable[[], Awaitable[T]]) -> T:
         """Returns or raises what the work does; raises `EngineUnavailableError` if the engine is down or goes down."""
-        async with self._work(work) as running:
-            while not running.has_ended():
-                await running.news_came()
-            return running.task.result()
-
-    @asynccontextmanager
-    async def _work(self, work: Callable[[], Awaitable[T]]) -> "AsyncIterator[_Work[T]]":
-        """Runs the work in a task of its own, and cancels what is left of it at the end of the context."""
-        running = _Work(work, self._down)
+        down = self._down
+        # A task of its own, because a dead engine may never let go of it.
+        task = asyncio.create_task(_contained(work))
         try:
-            yield running
+            await asyncio.wait((task, down), return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                raise EngineUnavailableError("the engine has stopped, or is being started again")
+            return task.result()
         finally:
-            await running.cancel()
+            if not task.done():
+                task.cancel()
+                task.add_done_callback(lambda done: done.cancelled() or done.exception())
+                await asyncio.wait((task, down), return_when=asyncio.FIRST_COMPLETED)
+                await running_time.wait((task,), ABANDON_TIMEOUT)
 
     async def _raise_if_dead(self, error: Exception) -> None:
         """Raises `EngineUnavailableError` if the call has failed because the engine is dead, for which it waits to be known."""
@@ -183,49 +164,30 @@ class SupervisedEngine:
         return self._engine.model()
 
 
-class _Work(Generic[T]):
-    """Some work of the engine, in a task of its own, because a dead engine may never let go of it.
+class _Watched:
+    """Passes the events of the engine on, and notes what they show of its condition."""
 
-    Attributes:
-        task: The task.
-        news: Is set when the work has ended or the engine goes down, and whenever the work itself sets it.
-    """
+    def __init__(self, sink: Sink, activity: Activity) -> None:
+        self.has_text = False
+        self._sink = sink
+        self._activity = activity
+        self._closed = False
 
-    def __init__(self, work: Callable[[], Awaitable[T]], down: asyncio.Future[None]) -> None:
-        self.news = asyncio.Event()
-        self._down = down
-        self.task = asyncio.create_task(_contained(work))
-        for future in (self.task, down):
-            future.add_done_callback(self._wake)
+    @property
+    def is_full(self) -> bool:
+        return self._sink.is_full
 
-    def _wake(self, _: object) -> None:
-        self.news.set()
+    def emit(self, event: Event) -> None:
+        if self._closed:
+            return
+        if not isinstance(event, Started):
+            self._activity.sign()
+            self.has_text = True
+        self._sink.emit(event)
 
-    async def news_came(self) -> None:
-        """Returns when there is news."""
-        await self.news.wait()
-        self.news.clear()
-
-    def has_ended(self) -> bool:
-        """Returns whether the work has ended; raises what it has raised.
-
-        Raises `EngineUnavailableError` if it has not ended and the engine is down.
-        """
-        if self.task.done():
-            self.task.result()
-            return True
-        if self._down.done():
-            raise EngineUnavailableError("the engine has stopped, or is being started again")
-        return False
-
-    async def cancel(self) -> None:
-        """Cancels what is left of the work."""
-        self._down.remove_done_callback(self._wake)
-        if not self.task.done():
-            self.task.cancel()
-            self.task.add_done_callback(lambda done: done.cancelled() or done.exception())
-            await asyncio.wait((self.task, self._down), return_when=asyncio.FIRST_COMPLETED)
-            await running_time.wait((self.task,), ABANDON_TIMEOUT)
+    def close(self) -> None:
+        """Passes nothing on any more: a dead engine may go on."""
+        self._closed = True
 
 
 async def _contained(work: Callable[[], Awaitable[T]]) -> T:

@@ -12,7 +12,7 @@ The errors, each of which has its row in `flywheel_server.errors`:
       UnsupportedFieldError     cannot honour a field of this request
 """
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, Self
 
@@ -29,7 +29,7 @@ class Started:
     prompt_tokens: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen, which would take four times as long to make, and there is one for each token
 class TextDelta:
     """The next piece of a sample's text: whole characters, never empty, never part of a stop sequence that ended it."""
 
@@ -55,6 +55,20 @@ class PreparedRequest:
 
 # A finished sample is its own event; its `text` is all of it, whether or not the engine sent deltas before.
 Event = Started | TextDelta | GenerationResponseSample
+
+
+class Sink(Protocol):
+    """Where an engine puts the events of one generation. It belongs to the thread of the event loop."""
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the reader of the events is behind. An engine that can pause a generation pauses it for that time."""
+
+    def emit(self, event: Event) -> None:
+        """Take the next event, without waiting.
+
+        Raises `EngineFailedError` if the event is not one that may come next. The engine lets that end the generation.
+        """
 
 
 PromptFormat = Literal["raw", "chat"]
@@ -203,10 +217,11 @@ class Engine(Protocol):
         Cancelled, it stops as soon as it can, and returns only when nothing works on it any more.
         """
 
-    def generate(self, prepared: PreparedRequest) -> AsyncGenerator[Event, None]:
-        """Yields `Started`, then deltas and exactly one `GenerationResponseSample` for each index, or raises `EngineError`.
+    async def generate(self, prepared: PreparedRequest, sink: Sink) -> None:
+        """Emits `Started`, then deltas and exactly one `GenerationResponseSample` for each index, or raises `EngineError`.
 
-        Closing the generator stops the work: in the queue, while the prompt is read, or while text is made.
+        Returns when all samples have finished. Cancelled, it stops the work: in the queue, while the prompt is read, or while
+        text is made. Events that the engine emits after that are ignored.
         """
 
     async def check(self) -> None:

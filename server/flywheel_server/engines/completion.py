@@ -31,9 +31,8 @@ class Completion:
     ) -> None:
         self._llama = llama
         self._body = _body(request, prompt, len(indexes)) | {"cache_prompt": cache}
-        self._samples = [GrowingSample(index, len(prompt), request.stop) for index in indexes]
+        self._samples = [GrowingSample(index, len(prompt), request.stop, emit) for index in indexes]
         self._eos_token_ids = frozenset(request.eos_token_ids)
-        self._emit = emit
         self._on_prompt_read = on_prompt_read
         self._is_prompt_read = False
         self._cancelled = False
@@ -72,13 +71,11 @@ class Completion:
         if sample.finished:
             return
         if finish_reason := choice["finish_reason"]:
-            events = sample.end(finish_reason, chunk["usage"]["completion_tokens"])
+            sample.end(finish_reason, chunk["usage"]["completion_tokens"])
         elif self._ends(choice):
-            events = sample.end("stop", chunk["timings"]["predicted_n"])
+            sample.end("stop", chunk["timings"]["predicted_n"])
         else:
-            events = sample.add(choice["text"], chunk["timings"]["predicted_n"])
-        for event in events:
-            self._emit(event)
+            sample.add(choice["text"], chunk["timings"]["predicted_n"])
 
     def _ends(self, choice: dict[str, Any]) -> bool:
         tokens = (choice["logprobs"] or {}).get("content", ())

@@ -4,9 +4,10 @@ import asyncio
 import importlib.util
 import signal
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 from typing import Final, Self
@@ -25,14 +26,17 @@ from flywheel_server.engines.base import (
     PreparedRequest,
     PromptFormat,
     PromptTooLongError,
+    Sink,
     Started,
 )
 from flywheel_server.engines.capacity import Capacity
 from flywheel_server.engines.chat_template import ChatTemplate, UnusableTemplateError
 from flywheel_server.engines.completion import Completion
+from flywheel_server.engines.handover import Handover
 from flywheel_server.engines.llama import Llama
 from flywheel_server.engines.load_failure import load_failure, template_failure
 from flywheel_server.engines.model_file import ModelFile, UnusableModelError
+from flywheel_server.engines.samples import Samples
 from flywheel_server.engines.tokenizer import PIECE, StoppedError, Tokenizer
 from flywheel_server.engines.uninterrupted import to_its_end
 from flywheel_server.memory import total_memory
@@ -110,9 +114,11 @@ class EmbeddedEngine:
         self._tokenizer: Tokenizer
         self._tokenizing: ThreadPoolExecutor
         self._completing: ThreadPoolExecutor
+        self._handover: Handover[Event]
 
     async def __aenter__(self) -> Self:
         self._stopping = False
+        self._handover = Handover(asyncio.get_running_loop())
         errors = native_log.Errors()
         try:
             async with AsyncExitStack() as stack:
@@ -234,31 +240,22 @@ class EmbeddedEngine:
             if len(request.text) > PIECE:
                 heap.release_freed()
 
-    async def generate(self, prepared: PreparedRequest) -> AsyncGenerator[Event, None]:
-        """Yields the events of the request; see `Engine.generate`."""
+    async def generate(self, prepared: PreparedRequest, sink: Sink) -> None:
+        """Emits the events of the request; see `Engine.generate`."""
         request, prompt = prepared.request, prepared.prompt
-        events: asyncio.Queue[Event | EngineError] = asyncio.Queue()
+        progress = _Progress(sink, request.num_samples)
         groups = iter(self._groups(request, len(prompt)))
         tasks = [
-            asyncio.create_task(self._complete_in_turn(request, prompt, groups, events))
+            asyncio.create_task(self._complete_in_turn(request, prompt, groups, progress))
             for _ in range(self._at_a_time(request, len(prompt)))
         ]
         for task in tasks:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
-        unfinished = request.num_samples
-        started = False
         try:
-            while unfinished:
-                event = await events.get()
-                if isinstance(event, EngineError):
-                    raise event
-                if isinstance(event, Started) and started:
-                    continue
-                started = True
-                unfinished -= isinstance(event, GenerationResponseSample)
-                yield event
+            await progress.finished
         finally:
+            progress.finished.cancel()
             # They end with the next step of llama.cpp, and hold their room until then; the caller need not wait for that.
             for task in tasks:
                 task.cancel()
@@ -298,32 +295,28 @@ class EmbeddedEngine:
         request: GenerationRequest,
         prompt: Sequence[int],
         groups: Iterator[range],
-        events: asyncio.Queue[Event | EngineError],
+        progress: "_Progress",
     ) -> None:
         """Runs one completion after the other, so that none waits for room that its request was not admitted for.
 
         In the queue for room, it would be ahead of other requests, which have theirs.
         """
         for indexes in groups:
-            await self._complete(request, prompt, indexes, events)
+            await self._complete(request, prompt, indexes, progress)
 
     async def _complete(
         self,
         request: GenerationRequest,
         prompt: Sequence[int],
         indexes: range,
-        events: asyncio.Queue[Event | EngineError],
+        progress: "_Progress",
     ) -> None:
         """Runs the samples with these indexes as soon as there is room for them; errors go the way of the events."""
         loop = asyncio.get_running_loop()
-
-        def emit(event: Event) -> None:
-            loop.call_soon_threadsafe(events.put_nowait, event)
-
         try:
             async with self._capacity.reserve(len(indexes), len(prompt) + len(indexes) * request.max_tokens):
                 self._refuse_if_stopping()
-                events.put_nowait(Started(len(prompt)))
+                progress.start(len(prompt))
                 async with self._start() as started:
                     if len(indexes) > 1:
                         # Those of its slots that wait for the prompt to be read would keep their last prompts meanwhile.
@@ -333,7 +326,7 @@ class EmbeddedEngine:
                         request,
                         prompt,
                         indexes,
-                        emit,
+                        partial(self._handover.give, progress.emit),
                         on_prompt_read=lambda: loop.call_soon_threadsafe(started.set),
                         cache=self._prompt_cache,
                     )
@@ -347,11 +340,11 @@ class EmbeddedEngine:
                         self._running.remove(completion)
                 self._refuse_if_stopping()
         except EngineError as error:
-            events.put_nowait(error)
+            progress.fail(error)
         except Exception as error:  # noqa: BLE001 - an event that never comes would hang the call
             failure = EngineFailedError("the completion failed")
             failure.__cause__ = error
-            events.put_nowait(failure)
+            progress.fail(failure)
 
     @asynccontextmanager
     async def _start(self) -> AsyncIterator[asyncio.Event]:
@@ -378,8 +371,7 @@ class EmbeddedEngine:
     async def check(self) -> None:
         """Generates a token."""
         prepared = await self.prepare(CHECK)
-        async for _ in self.generate(prepared):
-            pass
+        await self.generate(prepared, Samples())
 
     async def stats(self) -> EngineStats:
         """Returns how many completions wait for room."""
@@ -402,6 +394,44 @@ class EmbeddedEngine:
             shared_context_tokens=self._pool_tokens,
             tokenizers=TOKENIZERS,
         )
+
+
+class _Progress:
+    """How far a request is, whose samples several completions make.
+
+    Attributes:
+        finished: Is done when all samples have finished, or something has gone wrong, whichever comes first.
+    """
+
+    def __init__(self, sink: Sink, num_samples: int) -> None:
+        self.finished: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._sink = sink
+        self._unfinished = num_samples
+        self._started = False
+
+    def start(self, prompt_tokens: int) -> None:
+        """Emits `Started` for the first completion that begins."""
+        if not self._started:
+            self._started = True
+            self.emit(Started(prompt_tokens))
+
+    def emit(self, event: Event) -> None:
+        """Emits an event."""
+        if self.finished.done():
+            return
+        try:
+            self._sink.emit(event)
+        except EngineError as error:
+            self.fail(error)
+            return
+        self._unfinished -= isinstance(event, GenerationResponseSample)
+        if not self._unfinished:
+            self.finished.set_result(None)
+
+    def fail(self, error: Exception) -> None:
+        """Ends the request with the error."""
+        if not self.finished.done():
+            self.finished.set_exception(error)
 
 
 def _take_back_signals() -> None:

@@ -7,7 +7,7 @@ a generator on Modal could stream it too, but a generator cannot be cancelled.
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from functools import partial
 from typing import Any, Final, Self
@@ -19,8 +19,8 @@ from flywheel_server.engines.base import (
     EngineFailedError,
     EngineModel,
     EngineStats,
-    Event,
     PreparedRequest,
+    Sink,
     Started,
 )
 from flywheel_server.engines.cancels import Cancels
@@ -81,26 +81,26 @@ class FlywheelEngine:
         """Returns the request as it is; see `Engine.prepare`. The class tokenizes its prompt."""
         return PreparedRequest(request)
 
-    async def generate(self, prepared: PreparedRequest) -> AsyncGenerator[Event, None]:
-        """Yields the events of the request; see `Engine.generate`."""
+    async def generate(self, prepared: PreparedRequest, sink: Sink) -> None:
+        """Emits the events of the request; see `Engine.generate`."""
         request = prepared.request
         methods = await self._class.methods_for(request)
-        source = self._whole(request) if methods.generate_deltas is None else self._streamed(request)
-        async with aclosing(source) as events:
-            async for event in events:
-                yield event
+        if methods.generate_deltas is None:
+            await self._whole(request, sink)
+        else:
+            await self._streamed(request, sink)
 
-    async def _whole(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
-        """Yields the samples that the method `generate` returns."""
+    async def _whole(self, request: GenerationRequest, sink: Sink) -> None:
+        """Emits the samples that the method `generate` returns."""
         with self._spawned("generate", request) as call:
             await call.accepted()
             # Where it waits, for a container or in one, Modal does not tell.
-            yield Started()
+            sink.emit(Started())
             for sample in _samples(await call.result(), request.stop):
-                yield sample
+                sink.emit(sample)
 
-    async def _streamed(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
-        """Yields what the method `generate_deltas` sends to the inbox."""
+    async def _streamed(self, request: GenerationRequest, sink: Sink) -> None:
+        """Emits what the method `generate_deltas` sends to the inbox."""
         unfinished = request.num_samples
         async with self._inbox.receiving() as (address, arrivals):
             with self._spawned("generate_deltas", request, address) as call:
@@ -109,7 +109,7 @@ class FlywheelEngine:
                         unfinished -= isinstance(event, GenerationResponseSample)
                         # Whatever it does after its last sample, there is nothing left to cancel.
                         call.ended = unfinished == 0
-                        yield event
+                        sink.emit(event)
                         if unfinished == 0:
                             return
 

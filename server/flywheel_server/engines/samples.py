@@ -4,9 +4,9 @@ Engines differ in where their text comes from; what may be sent of it, and when,
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 
-from flywheel_server.engines.base import TextDelta
+from flywheel_server.engines.base import Event, TextDelta
 from flywheel_server.messages import GenerationResponseSample
 
 
@@ -24,6 +24,8 @@ class StopGate:
 
     def feed(self, text: str) -> str:
         """Returns what may be sent now that `text` has come; after that, `matched` is the stop sequence found, if any."""
+        if not self._stop:
+            return text
         text = self._held + text
         ends = [(start + len(stop), start, stop) for stop in self._stop if (start := text.find(stop)) >= 0]
         if ends:
@@ -46,39 +48,56 @@ def _overlap(text: str, stop: str) -> int:
 
 
 class GrowingSample:
-    """One sample while it is made: turns the engine's pieces of text into the events of `engines.base`."""
+    """One sample while it is made: turns the engine's pieces of text into the events of `engines.base`, which it emits."""
 
-    def __init__(self, index: int, prompt_tokens: int, stop: Sequence[str]) -> None:
+    def __init__(self, index: int, prompt_tokens: int, stop: Sequence[str], emit: Callable[[Event], object]) -> None:
         self.finished = False
         self._index = index
         self._prompt_tokens = prompt_tokens
         self._gate = StopGate(stop)
         self._sent: list[str] = []
+        self._emit = emit
 
-    def add(self, text: str, generated_tokens: int) -> Iterator[TextDelta | GenerationResponseSample]:
-        """Yields what follows from the next piece of text: a delta, and the finished sample where a stop sequence ended it."""
-        yield from self._send(self._gate.feed(text), generated_tokens)
+    def add(self, text: str, generated_tokens: int) -> None:
+        """Emits what follows from the next piece of text: a delta, and the finished sample if a stop sequence ended it."""
+        self._send(self._gate.feed(text), generated_tokens)
         if self._gate.matched:
-            yield self._finish("stop", generated_tokens)
+            self._finish("stop", generated_tokens)
 
-    def end(self, finish_reason: str, generated_tokens: int) -> Iterator[TextDelta | GenerationResponseSample]:
-        """Yields what was still held back, and the finished sample."""
-        yield from self._send(self._gate.flush(), generated_tokens)
-        yield self._finish(finish_reason, generated_tokens)
+    def end(self, finish_reason: str, generated_tokens: int) -> None:
+        """Emits what was still held back, and the finished sample."""
+        self._send(self._gate.flush(), generated_tokens)
+        self._finish(finish_reason, generated_tokens)
 
-    def _send(self, text: str, generated_tokens: int) -> Iterator[TextDelta]:
+    def _send(self, text: str, generated_tokens: int) -> None:
         if text:
             self._sent.append(text)
-            yield TextDelta(self._index, text, generated_tokens)
+            self._emit(TextDelta(self._index, text, generated_tokens))
 
-    def _finish(self, finish_reason: str, generated_tokens: int) -> GenerationResponseSample:
+    def _finish(self, finish_reason: str, generated_tokens: int) -> None:
         self.finished = True
-        return GenerationResponseSample(
-            text="".join(self._sent),
-            generated_tokens=generated_tokens,
-            finished=time.time(),
-            finish_reason=finish_reason,
-            index=self._index,
-            prompt_tokens=self._prompt_tokens,
-            stop_sequence=self._gate.matched,
+        self._emit(
+            GenerationResponseSample(
+                text="".join(self._sent),
+                generated_tokens=generated_tokens,
+                finished=time.time(),
+                finish_reason=finish_reason,
+                index=self._index,
+                prompt_tokens=self._prompt_tokens,
+                stop_sequence=self._gate.matched,
+            )
         )
+
+
+class Samples:
+    """A sink that keeps the finished samples, and nothing else."""
+
+    is_full = False
+
+    def __init__(self) -> None:
+        self.finished: list[GenerationResponseSample] = []
+
+    def emit(self, event: Event) -> None:
+        """Keeps the event if it is a finished sample."""
+        if isinstance(event, GenerationResponseSample):
+            self.finished.append(event)

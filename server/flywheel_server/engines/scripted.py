@@ -5,7 +5,7 @@ It can be slow, fail at any point, hang, and cut characters in two, and it keeps
 
 import asyncio
 import codecs
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -17,13 +17,14 @@ from flywheel_server.engines.base import (
     EngineOverloadedError,
     EngineStats,
     EngineUnavailableError,
-    Event,
     PreparedRequest,
     PromptTooLongError,
+    Sink,
     Started,
 )
 from flywheel_server.engines.capacity import Capacity
 from flywheel_server.engines.samples import GrowingSample
+from flywheel_server.engines.stepping import Steps
 from flywheel_server.engines.uninterrupted import to_its_end
 from flywheel_server.messages import GenerationRequest
 
@@ -51,7 +52,7 @@ class Script(BaseModel):
     prompt_delay: Seconds = 0
     """Seconds to read the prompt."""
     token_delay: Seconds = 0
-    """Seconds before each token."""
+    """Seconds from one step to the next, which makes a token of each sample; 0 is as fast as the event loop turns."""
     end_after: Count | None = None
     """Tokens after which the model ends sample 0 of its own accord; the default goes on to max_tokens."""
     stagger: Count = 0
@@ -79,14 +80,77 @@ class Script(BaseModel):
     tokenize_delay: Seconds = 0
     """Seconds to tokenize a prompt, which nothing can interrupt."""
 
-    def tokens(self, prompt: str) -> list[bytes]:
-        """Returns the tokens that a sample says over and over, whose positions are their ids."""
-        encoded = (prompt if self.plays_prompt else self.text).encode()
-        return [encoded[start : start + self.bytes_per_token] for start in range(0, len(encoded), self.bytes_per_token)]
+    def pieces(self, text: str) -> list[str]:
+        """Returns what each token adds to the text: whole characters, or nothing yet."""
+        encoded, size = text.encode(), self.bytes_per_token
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        return [decoder.decode(encoded[start : start + size]) for start in range(0, len(encoded), size)]
+
+    def error(self) -> EngineError:
+        """Returns the error to fail with."""
+        return _FAILURES[self.failure]("the script says so")
+
+
+class _Performance:
+    """What the script says to one request."""
+
+    def __init__(self, script: Script, pieces: Sequence[str], prepared: PreparedRequest, sink: Sink) -> None:
+        request = prepared.request
+        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._script = script
+        self._request = request
+        self._sink = sink
+        self._samples = [
+            GrowingSample(index, len(prepared.prompt), request.stop, sink.emit) for index in range(request.num_samples)
+        ]
+        self._pieces = pieces
+        self._fail_after = script.fail_after if script.fail_on in request.text else None
+        self._generated = 0
+        self._raise_if_it_fails()
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether the reader is behind; see `Stepped`."""
+        return self._sink.is_full
+
+    def step(self) -> bool:
+        """Makes a token of each sample; see `Stepped`."""
+        if self._generated == self._script.hang_after:
+            return False
+        self._make_token()
+        if all(sample.finished for sample in self._samples):
+            if not self.done.done():
+                self.done.set_result(None)
+            return False
+        self._raise_if_it_fails()
+        return True
+
+    def _make_token(self) -> None:
+        token_id = self._generated % len(self._pieces)
+        self._generated += 1
+        is_last = self._generated == self._request.max_tokens
+        for index, sample in enumerate(self._samples):
+            if sample.finished:
+                continue
+            if token_id in self._request.eos_token_ids or self._ends(index):
+                sample.end("stop", self._generated)
+                continue
+            sample.add(self._pieces[token_id], self._generated)
+            if is_last and not sample.finished:
+                sample.end("length", self._generated)
+
+    def _ends(self, index: int) -> bool:
+        """Returns whether the token ends the sample of its own accord."""
+        end_after = self._script.end_after
+        return end_after is not None and self._generated == end_after + index * self._script.stagger + 1
+
+    def _raise_if_it_fails(self) -> None:
+        if self._generated == self._fail_after:
+            raise self._script.error()
 
 
 class ScriptedEngine:
-    """Plays a `Script` for every request, all samples of it in step."""
+    """Plays a `Script` for every request: a step makes the next token of all samples of all requests."""
 
     def __init__(self, script: Script | None = None) -> None:
         self.script = script or Script()
@@ -94,6 +158,8 @@ class ScriptedEngine:
         """How many generations are under way: not queued, not ended."""
         self._calls = 0
         self._capacity = Capacity(slots=self.script.slots, tokens=0)
+        self._steps = Steps(self.script.token_delay)
+        self._pieces = self.script.pieces(self.script.text)
 
     async def __aenter__(self) -> Self:
         self._calls = 0
@@ -114,59 +180,22 @@ class ScriptedEngine:
         needed = prompt_tokens + request.num_samples * request.max_tokens
         return PreparedRequest(request, range(prompt_tokens), min(needed, self.script.shared_context_tokens or needed))
 
-    async def generate(self, prepared: PreparedRequest) -> AsyncGenerator[Event, None]:
-        """Yields the events of the script; see `Engine.generate`."""
-        request, prompt_tokens = prepared.request, len(prepared.prompt)
+    async def generate(self, prepared: PreparedRequest, sink: Sink) -> None:
+        """Emits the events of the script; see `Engine.generate`."""
         self._calls += 1
         self._raise_if_dead()
-        if self.script.fail_in_queue and self.script.fail_on in request.text:
-            raise self._failure()
+        if self.script.fail_in_queue and self.script.fail_on in prepared.request.text:
+            raise self.script.error()
         async with self._capacity.reserve(slots=1, tokens=0):
             self.running += 1
             try:
-                yield Started(prompt_tokens)
-                await asyncio.sleep(self.script.prompt_delay)
-                async for event in self._play(request, prompt_tokens):
-                    yield event
+                sink.emit(Started(len(prepared.prompt)))
+                if self.script.prompt_delay:
+                    await asyncio.sleep(self.script.prompt_delay)
+                pieces = self.script.pieces(prepared.request.text) if self.script.plays_prompt else self._pieces
+                await self._steps.make(_Performance(self.script, pieces, prepared, sink))
             finally:
                 self.running -= 1
-
-    async def _play(self, request: GenerationRequest, prompt_tokens: int) -> AsyncGenerator[Event, None]:
-        samples = [GrowingSample(index, prompt_tokens, request.stop) for index in range(request.num_samples)]
-        decoders = [codecs.getincrementaldecoder("utf-8")() for _ in samples]
-        tokens = self.script.tokens(request.text)
-        ends = [self._end(request, index) for index in range(request.num_samples)]
-        fail_after = self.script.fail_after if self.script.fail_on in request.text else None
-        generated = 0
-        while not all(sample.finished for sample in samples):
-            if generated == fail_after:
-                raise self._failure()
-            if generated == self.script.hang_after:
-                await asyncio.Event().wait()
-            await asyncio.sleep(self.script.token_delay)
-            token_id = generated % len(tokens)
-            generated += 1
-            for sample, decoder, end in zip(samples, decoders, ends, strict=True):
-                if sample.finished:
-                    continue
-                if token_id in request.eos_token_ids or generated == end:
-                    events = sample.end("stop", generated)
-                else:
-                    events = sample.add(decoder.decode(tokens[token_id]), generated)
-                for event in events:
-                    yield event
-                if generated == request.max_tokens and not sample.finished:
-                    for event in sample.end("length", generated):
-                        yield event
-
-    def _end(self, request: GenerationRequest, index: int) -> int:
-        """Returns which token ends the sample of its own accord."""
-        if self.script.end_after is None:
-            return request.max_tokens + 1
-        return self.script.end_after + index * self.script.stagger + 1
-
-    def _failure(self) -> EngineError:
-        return _FAILURES[self.script.failure]("the script says so")
 
     def _raise_if_dead(self) -> None:
         if self.script.die_after is not None and self._calls > self.script.die_after:
