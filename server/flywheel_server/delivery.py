@@ -7,7 +7,7 @@ without delay. A reader that does not keep up is waited for, with a bound on wha
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, Protocol
 
@@ -52,7 +52,7 @@ class Buffer(Protocol):
     def add(self, event: Progress) -> bool:
         """Takes in an event, and returns whether there is something to write."""
 
-    def take(self) -> Iterable[Any]:
+    def take(self) -> Sequence[Any]:
         """Returns the messages for all events that have come since it was last asked, and is empty again."""
 
 
@@ -115,7 +115,7 @@ class _Stream:
         self._is_first = True
         self._over = False
         self.has_news = False
-        """Whether there is something to write."""
+        """Whether the engine has begun or there is something to write."""
 
     @property
     def is_full(self) -> bool:
@@ -124,12 +124,11 @@ class _Stream:
 
     def emit(self, event: Event) -> None:
         """Takes in an event."""
-        if isinstance(event, Started):
-            self._begins = True
-            self._ask()
-            return
         had_text = self._buffer.size > 0
-        if self._buffer.add(event):
+        if isinstance(event, Started):
+            self._begins = self.has_news = True
+            self._ask()
+        elif self._buffer.add(event):
             self.has_news = True
             self._ask()
         if had_text and self._buffer.size > self._policy.max_bytes and self._policy.when_full == "end":
@@ -146,7 +145,7 @@ class _Stream:
         """Returns when the stream may write, and has something to write or to end for."""
         self._turn = asyncio.get_running_loop().create_future()
         turn = self._turn
-        if self.has_news or self._begins or self._over:
+        if self.has_news or self._over:
             self._ask()
         await turn
 
@@ -160,11 +159,12 @@ class _Stream:
         begins, self._begins = self._begins, False
         return begins
 
-    def take(self) -> Iterable[Any]:
+    def take(self) -> Sequence[Any]:
         """Returns the messages to write."""
-        if self.has_news:
-            self._is_first = self.has_news = False
-        return self._buffer.take()
+        self.has_news = False
+        messages = self._buffer.take()
+        self._is_first = self._is_first and not messages
+        return messages
 
 
 class _Readers:
@@ -215,11 +215,11 @@ class SampleBuffer:
         self.size += _utf8_bytes(event.text)
         return True
 
-    def take(self) -> Iterable[pb.GenerationResponseSample]:
+    def take(self) -> Sequence[pb.GenerationResponseSample]:
         """Returns the messages, the sample that finished first before the others."""
         samples, self._samples = self._samples, []
         self.size = 0
-        return map(sample_to_proto, samples)
+        return [sample_to_proto(sample) for sample in samples]
 
 
 class WholeBuffer:
@@ -235,7 +235,7 @@ class WholeBuffer:
             self.samples.append(event)
         return False
 
-    def take(self) -> Iterable[Any]:
+    def take(self) -> Sequence[Any]:
         """Returns no messages."""
         return ()
 
@@ -286,7 +286,7 @@ class DeltaBuffer:
             self._waiting[index] = _Waiting(event, text)
         return True
 
-    def take(self) -> Iterable[pb.GenerationDelta]:
+    def take(self) -> Sequence[pb.GenerationDelta]:
         """Returns the messages, the sample whose event came first before the others."""
         waiting, self._waiting = self._waiting, {}
         self.size = 0

@@ -17,13 +17,15 @@ import grpc.aio
 import pytest
 from flywheel_client import SERVICE_CONFIG, FlywheelError, Retry, UnavailableError
 from flywheel_proto.v1 import generation_pb2, generation_pb2_grpc
+from flywheel_server import service
 from flywheel_server.engines.base import Started, TextDelta
 from flywheel_server.engines.scripted import Script
+from flywheel_server.interceptors.request_id import send_request_id
 
 from tests.client.conftest import WAIT
 from tests.client.test_failover import FakeDirectory
 from tests.pulled import PulledEngine
-from tests.serving import drained, serving
+from tests.serving import drained, serving, until
 from tests.thorough import further
 
 if TYPE_CHECKING:
@@ -57,6 +59,7 @@ class CountingEngine(PulledEngine):
         """Called when it begins, before the headers are sent."""
         self.on_delta: dict[int, Callable[[], object]] = {}
         """Called when so many deltas have been made. The headers have been sent before the first is."""
+        self.headers_sent = 0
 
     async def events(self, prepared: PreparedRequest) -> Any:
         """Yields the events of the script."""
@@ -66,6 +69,8 @@ class CountingEngine(PulledEngine):
                 self.begun += 1
                 self.on_start()
             yield event
+            if isinstance(event, Started):
+                await until(lambda: self.headers_sent == self.begun, "the headers have been sent")
             if isinstance(event, Started | TextDelta):
                 self.on_delta.get(deltas, lambda: None)()
                 deltas += 1
@@ -162,13 +167,20 @@ class Fleet:
 async def fleet(script: Script) -> AsyncIterator[Fleet]:
     engine = CountingEngine(script)
     made = Fleet(engine)
-    async with serving(engine) as target, AsyncExitStack() as stack:
-        for _ in range(3):
-            line = Line(target.address)
-            stack.push_async_callback(line.close)
-            made.lines.append(line)
-            made.addresses.append(line.address)
-        yield made
+
+    async def send_and_count(context: Any) -> None:
+        await send_request_id(context)
+        engine.headers_sent += 1
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(service, "send_request_id", send_and_count)
+        async with serving(engine) as target, AsyncExitStack() as stack:
+            for _ in range(3):
+                line = Line(target.address)
+                stack.push_async_callback(line.close)
+                made.lines.append(line)
+                made.addresses.append(line.address)
+            yield made
 
 
 HANGS = Script(hang_after=0)
