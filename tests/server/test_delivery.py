@@ -200,15 +200,16 @@ class CountingEngine(PulledEngine):
 @asynccontextmanager
 async def one_that_stops_reading(method: str, **settings: Any) -> AsyncIterator[tuple[CountingEngine, Any]]:
     """Gives an engine that generates a lot, and a call of which nothing is read. Little fits between the two."""
-    engine = CountingEngine(Script(text="x" * 20000, bytes_per_token=20000, token_delay=0.001))
+    # Samples come only when they are whole: enough of them, of half a MB and more each, that end one after the other.
+    ends: dict[str, Any] = {"end_after": 25, "stagger": 5} if method == "Generate" else {}
+    engine = CountingEngine(Script(text="x" * 20000, bytes_per_token=20000, token_delay=0.001, **ends))
     options = [("grpc.http2.bdp_probe", 0), ("grpc.max_receive_message_length", -1)]
     async with (
         serving(engine, max_stream_bytes=300_000, **settings) as target,
         grpc.aio.insecure_channel(target.address, options=options) as channel,
     ):
         stub: Any = generation_pb2_grpc.GenerationServiceStub(channel)
-        # Samples come only when they are whole: enough of them, of 2 MB each.
-        asked = (500, 5) if method == "GenerateDeltas" else (100, 16)
+        asked = (500, 5) if method == "GenerateDeltas" else (200, 16)
         call = getattr(stub, method)(pb.GenerationRequest(text="x", max_tokens=asked[0], num_samples=asked[1]))
         await until(lambda: engine.running == 1, "it has begun")
         yield engine, call
