@@ -7,8 +7,9 @@ without delay. A reader that does not keep up is waited for, with a bound on wha
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Final, Literal, Protocol
 
 from flywheel_proto.v1 import generation_pb2 as pb
@@ -84,12 +85,15 @@ class Delivery:
         generating = asyncio.create_task(source.run(stream))
         generating.add_done_callback(stream.wake)
         try:
-            while not generating.done() or stream.has_news:
-                await stream.turn()
-                if stream.is_beginning():
-                    await begin()
-                for message in stream.take():
-                    await self._readers.wait_for(source, write(message))
+            with self._readers.watched(source) as reader:
+                while not generating.done() or stream.has_news:
+                    await stream.turn()
+                    if stream.is_beginning():
+                        await begin()
+                    for message in stream.take():
+                        reader.begins_to_read()
+                        await write(message)
+                    reader.has_read()
             generating.result()
         finally:
             generating.cancel()
@@ -98,61 +102,66 @@ class Delivery:
 
     async def deliver_one(self, source: Source, message: Any, write: Write) -> None:  # noqa: ANN401 - any message
         """Writes a message. If the reader takes longer than the policy allows, the source is ended with `SlowReaderError`."""
-        await self._readers.wait_for(source, write(message))
+        with self._readers.watched(source) as reader:
+            reader.begins_to_read()
+            await write(message)
 
 
 class _Stream:
     """The sink for the events of one generation, and the side that its writer sees."""
 
     def __init__(self, source: Source, buffer: Buffer, policy: ReaderPolicy, turns: Turns) -> None:
+        self.is_full = False
+        """Whether the engine is to wait for the reader."""
+        self.has_news = False
+        """Whether the engine has begun or there is something to write."""
         self._source = source
         self._buffer = buffer
         self._policy = policy
         self._turns = turns
+        # Asking for the loop is a call of the system.
+        self._loop = asyncio.get_running_loop()
         self._turn: asyncio.Future[None] | None = None
         """What the writer waits for, until it is asked for."""
         self._begins = False
         self._is_first = True
         self._over = False
-        self.has_news = False
-        """Whether the engine has begun or there is something to write."""
-
-    @property
-    def is_full(self) -> bool:
-        """Whether the engine is to wait for the reader."""
-        return self._buffer.size > self._policy.max_bytes and self._policy.when_full == "wait"
 
     def emit(self, event: Event) -> None:
         """Takes in an event."""
-        had_text = self._buffer.size > 0
+        buffer = self._buffer
+        before = buffer.size
         if isinstance(event, Started):
-            self._begins = self.has_news = True
-            self._ask()
-        elif self._buffer.add(event):
-            self.has_news = True
-            self._ask()
-        if had_text and self._buffer.size > self._policy.max_bytes and self._policy.when_full == "end":
-            self._source.end(SlowReaderError())
+            self._begins = True
+        elif not buffer.add(event):
+            return
+        self.has_news = True
+        if self._turn is not None:
+            self._ask(self._turn)
+        if buffer.size > self._policy.max_bytes:
+            if self._policy.when_full == "wait":
+                self.is_full = True
+            elif before:
+                self._source.end(SlowReaderError())
 
     def wake(self, generating: asyncio.Task[None]) -> None:
         """Wakes the writer: there are no further events."""
         # Asyncio complains of an error that nobody looks at, and a stream that ends early does not.
         generating.cancelled() or generating.exception()
         self._over = True
-        self._ask()
-
-    async def turn(self) -> None:
-        """Returns when the stream may write, and has something to write or to end for."""
-        self._turn = asyncio.get_running_loop().create_future()
-        turn = self._turn
-        if self.has_news or self._over:
-            self._ask()
-        await turn
-
-    def _ask(self) -> None:
         if self._turn is not None:
-            self._turns.ask(self._turn, is_first=self._is_first)
-            self._turn = None
+            self._ask(self._turn)
+
+    def turn(self) -> asyncio.Future[None]:
+        """Returns what is done when the stream may write, and has something to write or to end for."""
+        turn = self._turn = self._loop.create_future()
+        if self.has_news or self._over:
+            self._ask(turn)
+        return turn
+
+    def _ask(self, turn: asyncio.Future[None]) -> None:
+        self._turn = None
+        self._turns.ask(turn, is_first=self._is_first)
 
     def is_beginning(self) -> bool:
         """Returns whether the engine has begun since this was last asked."""
@@ -161,10 +170,29 @@ class _Stream:
 
     def take(self) -> Sequence[Any]:
         """Returns the messages to write."""
-        self.has_news = False
+        self.has_news = self.is_full = False
         messages = self._buffer.take()
-        self._is_first = self._is_first and not messages
+        if messages:
+            self._is_first = False
         return messages
+
+
+class _Reader:
+    """Who reads a stream."""
+
+    def __init__(self, source: Source, clock: running_time.Clock) -> None:
+        self.source = source
+        self.reads_since: float | None = None
+        """When the message that is being written began, in running time."""
+        self._clock = clock
+
+    def begins_to_read(self) -> None:
+        """Notes that a message is written from now on."""
+        self.reads_since = self._clock.time()
+
+    def has_read(self) -> None:
+        """Notes that no message is being written."""
+        self.reads_since = None
 
 
 class _Readers:
@@ -172,31 +200,33 @@ class _Readers:
 
     def __init__(self, timeout: float) -> None:
         self._timeout = timeout
-        self._since: dict[Source, float] = {}
+        self._readers: set[_Reader] = set()
         self._looking = False
 
-    async def wait_for(self, source: Source, writing: Awaitable[None]) -> None:
-        """Returns when the message has been written. Ends the source with `SlowReaderError` if that takes too long."""
+    @contextmanager
+    def watched(self, source: Source) -> Iterator[_Reader]:
+        """Gives a reader, which is watched for the length of the context. One that is slow ends its source."""
         clock = running_time.clock()
-        self._since[source] = clock.time()
+        reader = _Reader(source, clock)
+        self._readers.add(reader)
         if not self._looking:
             self._look_later(clock)
         try:
-            await writing
+            yield reader
         finally:
-            del self._since[source]
+            self._readers.remove(reader)
 
     def _look_later(self, clock: running_time.Clock) -> None:
         self._looking = True
         clock.call_later(self._timeout / 4, lambda: self._look(clock))
 
     def _look(self, clock: running_time.Clock) -> None:
-        now = clock.time()
-        for source, since in self._since.items():
-            if now - since >= self._timeout:
-                source.end(SlowReaderError())
+        latest = clock.time() - self._timeout
+        for reader in self._readers:
+            if reader.reads_since is not None and reader.reads_since <= latest:
+                reader.source.end(SlowReaderError())
         self._looking = False
-        if self._since:
+        if self._readers:
             self._look_later(clock)
 
 
@@ -212,7 +242,7 @@ class SampleBuffer:
         if isinstance(event, TextDelta):
             return False
         self._samples.append(event)
-        self.size += _utf8_bytes(event.text)
+        self.size += len(event.text.encode())
         return True
 
     def take(self) -> Sequence[pb.GenerationResponseSample]:
@@ -240,25 +270,25 @@ class WholeBuffer:
         return ()
 
 
-@dataclass(slots=True)
-class _Waiting:
-    """What waits of one sample: the event that came last, and the text of all of them."""
+class _Pile:
+    """What waits of one sample: the event that came last, and the texts of all of them."""
 
-    last: Progress
-    text: str
-    more: list[str] = field(default_factory=list)
+    __slots__ = ("last", "texts")
+
+    def __init__(self, event: Progress, text: str) -> None:
+        self.last = event
+        self.texts = [text]
 
     def add(self, event: Progress, text: str) -> None:
         self.last = event
-        self.more.append(text)
+        self.texts.append(text)
         # Many small texts take many times the memory of one large.
-        if len(self.more) == MAX_SEPARATE_TEXTS:
-            self.text = "".join((self.text, *self.more))
-            self.more.clear()
+        if len(self.texts) == MAX_SEPARATE_TEXTS:
+            self.texts = ["".join(self.texts)]
 
     def message(self) -> pb.GenerationDelta:
         """Returns them as one."""
-        text = "".join((self.text, *self.more)) if self.more else self.text
+        text = "".join(self.texts)
         if isinstance(self.last, TextDelta):
             return delta_to_proto(self.last.index, text, self.last.generated_tokens)
         return last_delta_to_proto(self.last, text)
@@ -269,7 +299,7 @@ class DeltaBuffer:
 
     def __init__(self) -> None:
         self.size = 0
-        self._waiting: dict[int, _Waiting] = {}
+        self._piles: dict[int, _Pile] = {}
         # How many characters of each sample have come, which its finished text repeats.
         self._seen: dict[int, int] = {}
 
@@ -279,19 +309,15 @@ class DeltaBuffer:
         seen = self._seen.get(index, 0)
         text = event.text if isinstance(event, TextDelta) else event.text[seen:]
         self._seen[index] = seen + len(text)
-        self.size += _utf8_bytes(text)
-        if waiting := self._waiting.get(index):
-            waiting.add(event, text)
+        self.size += len(text) if text.isascii() else len(text.encode())
+        if pile := self._piles.get(index):
+            pile.add(event, text)
         else:
-            self._waiting[index] = _Waiting(event, text)
+            self._piles[index] = _Pile(event, text)
         return True
 
     def take(self) -> Sequence[pb.GenerationDelta]:
         """Returns the messages, the sample whose event came first before the others."""
-        waiting, self._waiting = self._waiting, {}
+        piles, self._piles = self._piles, {}
         self.size = 0
-        return [each.message() for each in waiting.values()]
-
-
-def _utf8_bytes(text: str) -> int:
-    return len(text) if text.isascii() else len(text.encode())
+        return [pile.message() for pile in piles.values()]

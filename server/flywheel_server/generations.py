@@ -181,13 +181,13 @@ class Generation:
         if isinstance(event, Started):
             self._start()
             self.usage.begin(event.prompt_tokens)
+        elif event.index not in self._unfinished:
+            raise EngineFailedError(f"sample {event.index} was not asked for or had finished")
         else:
             self._activity.sign()
-            if event.index not in self._unfinished:
-                raise EngineFailedError(f"sample {event.index} was not asked for or had finished")
+            self.usage.count(event)
             if isinstance(event, GenerationResponseSample):
                 self._unfinished.remove(event.index)
-            self.usage.count(event)
         self._sink.emit(event)
 
     def _start(self) -> None:

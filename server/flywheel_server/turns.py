@@ -18,6 +18,7 @@ class Turns:
     """Grants turns: first to streams that have written nothing yet, then to those that have waited longest."""
 
     def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._new: deque[asyncio.Future[None]] = deque()
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._left = TURNS_PER_ITERATION
@@ -36,7 +37,9 @@ class Turns:
         if turn.done():
             return  # its call has ended
         if self._left == TURNS_PER_ITERATION:
-            asyncio.get_running_loop().call_soon(self._next_iteration)
+            # Asking for the loop is a call of the system.
+            self._loop = self._loop or asyncio.get_running_loop()
+            self._loop.call_soon(self._next_iteration)
         self._left -= 1
         turn.set_result(None)
 

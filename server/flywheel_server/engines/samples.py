@@ -24,8 +24,6 @@ class StopGate:
 
     def feed(self, text: str) -> str:
         """Returns what may be sent now that `text` has come; after that, `matched` is the stop sequence found, if any."""
-        if not self._stop:
-            return text
         text = self._held + text
         ends = [(start + len(stop), start, stop) for stop in self._stop if (start := text.find(stop)) >= 0]
         if ends:
@@ -54,12 +52,16 @@ class GrowingSample:
         self.finished = False
         self._index = index
         self._prompt_tokens = prompt_tokens
+        self._stop = stop
         self._gate = StopGate(stop)
         self._sent: list[str] = []
         self._emit = emit
 
     def add(self, text: str, generated_tokens: int) -> None:
         """Emits what follows from the next piece of text: a delta, and the finished sample if a stop sequence ended it."""
+        if not self._stop:
+            self._send(text, generated_tokens)
+            return
         self._send(self._gate.feed(text), generated_tokens)
         if self._gate.matched:
             self._finish("stop", generated_tokens)

@@ -100,9 +100,9 @@ class _Performance:
         self._script = script
         self._request = request
         self._sink = sink
-        self._samples = [
-            GrowingSample(index, len(prepared.prompt), request.stop, sink.emit) for index in range(request.num_samples)
-        ]
+        self._unfinished = {
+            index: GrowingSample(index, len(prepared.prompt), request.stop, sink.emit) for index in range(request.num_samples)
+        }
         self._pieces = pieces
         self._fail_after = script.fail_after if script.fail_on in request.text else None
         self._generated = 0
@@ -118,7 +118,7 @@ class _Performance:
         if self._generated == self._script.hang_after:
             return False
         self._make_token()
-        if all(sample.finished for sample in self._samples):
+        if not self._unfinished:
             if not self.done.done():
                 self.done.set_result(None)
             return False
@@ -128,16 +128,17 @@ class _Performance:
     def _make_token(self) -> None:
         token_id = self._generated % len(self._pieces)
         self._generated += 1
-        is_last = self._generated == self._request.max_tokens
-        for index, sample in enumerate(self._samples):
-            if sample.finished:
-                continue
+        has_ended = False
+        for index, sample in self._unfinished.items():
             if token_id in self._request.eos_token_ids or self._ends(index):
                 sample.end("stop", self._generated)
-                continue
-            sample.add(self._pieces[token_id], self._generated)
-            if is_last and not sample.finished:
-                sample.end("length", self._generated)
+            else:
+                sample.add(self._pieces[token_id], self._generated)
+                if self._generated == self._request.max_tokens and not sample.finished:
+                    sample.end("length", self._generated)
+            has_ended = has_ended or sample.finished
+        if has_ended:
+            self._unfinished = {index: sample for index, sample in self._unfinished.items() if not sample.finished}
 
     def _ends(self, index: int) -> bool:
         """Returns whether the token ends the sample of its own accord."""

@@ -90,12 +90,11 @@ class Steps:
 
     def _make(self, generation: Stepped, steps: int) -> None:
         try:
-            for _ in range(steps):
-                if not generation.step():
-                    del self._generations[generation]
+            while generation.step():
+                steps -= 1
+                if not steps or generation.is_paused:
                     return
-                if generation.is_paused:
-                    return
+            del self._generations[generation]
         except Exception as error:  # noqa: BLE001 - it ends this generation, and no other
             del self._generations[generation]
             if not generation.done.done():
