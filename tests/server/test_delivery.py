@@ -79,6 +79,9 @@ class Reader:
         assert not self.read
         self.begun += 1
 
+    async def begin_again(self) -> None:
+        """Takes the headers of one of several streams."""
+
     async def write(self, message: Any) -> None:
         await self._may.acquire()
         self.read.append(message)

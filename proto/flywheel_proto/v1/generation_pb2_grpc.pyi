@@ -88,8 +88,10 @@ class GenerationServiceStub:
       2. The deltas of an index, joined, are the text of that sample. Every delta is whole UTF-8 characters.
       3. No part of a stop sequence that ended a sample is ever sent. Only text that may still become a stop sequence is
          held back, nothing else.
-      4. Text is sent as soon as it exists. Deltas are merged while the reader is behind. If the text comes through Modal, the
-         first text of a call is sent at once, and what follows may be merged for a quarter of a second.
+      4. Text is sent as soon as it exists. Deltas are merged only while the reader is behind, or the server is. A server that
+         has text for more streams than it can write to at once writes to one after the other, to those without a message yet
+         first. What has come for a stream until its turn leaves as one message for each sample. If the text comes through
+         Modal, the first text of a call is sent at once, and what follows may be merged for a quarter of a second.
       5. Cancelling the call, its deadline, or a broken connection stops the work in the engine, be it queued, reading the
          prompt, or generating.
       6. The initial metadata of the response have `x-request-id`.
@@ -127,8 +129,10 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
       2. The deltas of an index, joined, are the text of that sample. Every delta is whole UTF-8 characters.
       3. No part of a stop sequence that ended a sample is ever sent. Only text that may still become a stop sequence is
          held back, nothing else.
-      4. Text is sent as soon as it exists. Deltas are merged while the reader is behind. If the text comes through Modal, the
-         first text of a call is sent at once, and what follows may be merged for a quarter of a second.
+      4. Text is sent as soon as it exists. Deltas are merged only while the reader is behind, or the server is. A server that
+         has text for more streams than it can write to at once writes to one after the other, to those without a message yet
+         first. What has come for a stream until its turn leaves as one message for each sample. If the text comes through
+         Modal, the first text of a call is sent at once, and what follows may be merged for a quarter of a second.
       5. Cancelling the call, its deadline, or a broken connection stops the work in the engine, be it queued, reading the
          prompt, or generating.
       6. The initial metadata of the response have `x-request-id`.
@@ -162,8 +166,10 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
       2. The deltas of an index, joined, are the text of that sample. Every delta is whole UTF-8 characters.
       3. No part of a stop sequence that ended a sample is ever sent. Only text that may still become a stop sequence is
          held back, nothing else.
-      4. Text is sent as soon as it exists. Deltas are merged while the reader is behind. If the text comes through Modal, the
-         first text of a call is sent at once, and what follows may be merged for a quarter of a second.
+      4. Text is sent as soon as it exists. Deltas are merged only while the reader is behind, or the server is. A server that
+         has text for more streams than it can write to at once writes to one after the other, to those without a message yet
+         first. What has come for a stream until its turn leaves as one message for each sample. If the text comes through
+         Modal, the first text of a call is sent at once, and what follows may be merged for a quarter of a second.
       5. Cancelling the call, its deadline, or a broken connection stops the work in the engine, be it queued, reading the
          prompt, or generating.
       6. The initial metadata of the response have `x-request-id`.

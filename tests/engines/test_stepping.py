@@ -1,0 +1,99 @@
+"""Steps for all generations at once: on schedule, also after the event loop was busy, and each generation for itself."""
+
+import asyncio
+import time
+
+import pytest
+from flywheel_server.engines.stepping import Steps
+
+from tests.serving import until
+
+INTERVAL = 0.02
+
+
+class Generation:
+    """Counts its steps, until it has made all of them."""
+
+    def __init__(self, steps: int, *, fails_after: int | None = None) -> None:
+        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.is_paused = False
+        self.steps = 0
+        self.times: list[float] = []
+        self._last = steps
+        self._fails_after = fails_after
+
+    def step(self) -> bool:
+        if self.steps == self._fails_after:
+            raise KeyError("it fails")
+        self.steps += 1
+        self.times.append(time.monotonic())
+        if self.steps == self._last and not self.done.done():
+            self.done.set_result(None)
+        return self.steps < self._last
+
+
+async def test_steps_come_at_their_times() -> None:
+    began = time.monotonic()
+    generation = Generation(5)
+    await Steps(INTERVAL).make(generation)
+    assert all(at - began >= number * INTERVAL - 0.002 for number, at in enumerate(generation.times, start=1))
+
+
+async def test_what_a_busy_event_loop_is_late_for_is_made_up_at_once() -> None:
+    generation = Generation(1000)
+    making = asyncio.create_task(Steps(INTERVAL).make(generation))
+    await asyncio.sleep(0)
+    began = time.monotonic()
+    time.sleep(10 * INTERVAL)  # noqa: ASYNC251 - this is what it is about
+    await until(lambda: generation.steps > 0, "it steps")
+    elapsed = time.monotonic() - began
+    assert 10 <= generation.steps <= elapsed / INTERVAL + 1
+    assert generation.times[9] - generation.times[0] < INTERVAL
+    making.cancel()
+
+
+async def test_all_generations_are_in_one_step_from_the_next_one_on() -> None:
+    steps = Steps(INTERVAL)
+    first, second = Generation(4), Generation(2)
+    making = asyncio.create_task(steps.make(first))
+    await asyncio.sleep(1.5 * INTERVAL)
+    await steps.make(second)
+    await making
+    assert abs(second.times[-1] - first.times[-1]) < INTERVAL / 2 or abs(second.times[-1] - first.times[-2]) < INTERVAL / 2
+
+
+@pytest.mark.parametrize("interval", [0.0, 0.001])
+async def test_a_generation_that_fails_ends_by_itself(interval: float) -> None:
+    steps = Steps(interval)
+    failing, other = Generation(10, fails_after=3), Generation(20)
+    results = await asyncio.gather(steps.make(failing), steps.make(other), return_exceptions=True)
+    assert isinstance(results[0], KeyError)
+    assert results[1] is None
+    assert (failing.steps, other.steps) == (3, 20)
+
+
+@pytest.mark.parametrize("interval", [0.0, 0.001])
+async def test_a_paused_generation_makes_no_steps_and_then_goes_on_at_the_same_pace(interval: float) -> None:
+    steps = Steps(interval)
+    paused, other = Generation(30), Generation(30)
+    paused.is_paused = True
+    making = asyncio.create_task(steps.make(paused))
+    await steps.make(other)
+    assert paused.steps == 0
+    await asyncio.sleep(0.01)
+    paused.is_paused = False
+    began = time.monotonic()
+    await making
+    assert time.monotonic() - began >= 28 * interval
+    assert paused.steps == 30
+
+
+@pytest.mark.parametrize("interval", [0.0, 0.001])
+async def test_without_generations_no_time_is_kept(interval: float) -> None:
+    steps = Steps(interval)
+    await steps.make(Generation(2))
+    making = asyncio.create_task(steps.make(Generation(10**9)))
+    await asyncio.sleep(0.01)
+    making.cancel()
+    await asyncio.gather(making, return_exceptions=True)
+    assert steps._timer is None

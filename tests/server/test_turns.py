@@ -1,0 +1,203 @@
+"""Whose turn it is: everybody's at once while there is nothing to wait for, then one after the other, new streams first."""
+
+import asyncio
+from collections import Counter
+
+from flywheel_server.delivery import Delivery, DeltaBuffer, ReaderPolicy
+from flywheel_server.engines.base import Event, Sink, Started, TextDelta
+from flywheel_server.turns import TURNS_PER_ITERATION, Turns
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.server.test_delivery import Reader, Source, finished
+
+POLICY = ReaderPolicy(max_bytes=1_000_000, when_full="wait", timeout=60)
+
+
+class Queue:
+    """Streams that ask for turns, and in which iteration of the event loop each got its own."""
+
+    def __init__(self) -> None:
+        self.turns = Turns()
+        self.granted: dict[str, int] = {}
+        self.order: list[str] = []
+        self.iteration = 0
+        self._waiting: list[tuple[str, asyncio.Future[None]]] = []
+
+    def ask(self, name: str, *, is_first: bool = False) -> None:
+        turn = asyncio.get_running_loop().create_future()
+        self.turns.ask(turn, is_first=is_first)
+        self._note(name, turn)
+        self._waiting.append((name, turn))
+
+    def _note(self, name: str, turn: asyncio.Future[None]) -> None:
+        if turn.done() and name not in self.granted:
+            self.granted[name] = self.iteration
+            self.order.append(name)
+
+    async def next_iteration(self) -> None:
+        await asyncio.sleep(0)
+        self.iteration += 1
+        for name, turn in self._waiting:
+            self._note(name, turn)
+        self._waiting = [(name, turn) for name, turn in self._waiting if not turn.done()]
+
+
+@settings(deadline=None)
+@given(st.lists(st.lists(st.booleans(), max_size=3 * TURNS_PER_ITERATION), max_size=6))
+def test_each_gets_its_turn_once_and_new_streams_come_first(asked: list[list[bool]]) -> None:
+    async def run() -> None:
+        streams = Queue()
+        when: dict[str, int] = {}
+        new: set[str] = set()
+        for number, batch in enumerate(asked):
+            for each, is_first in enumerate(batch):
+                name = f"{number}-{each}"
+                when[name] = streams.iteration
+                if is_first:
+                    new.add(name)
+                streams.ask(name, is_first=is_first)
+            await streams.next_iteration()
+        for _ in range(len(when) // TURNS_PER_ITERATION + 2):
+            await streams.next_iteration()
+        assert streams.granted.keys() == when.keys()
+        assert max(Counter(streams.granted.values()).values(), default=0) <= TURNS_PER_ITERATION
+        for kind in (new, when.keys() - new):
+            of_kind = [name for name in streams.order if name in kind]
+            assert of_kind == sorted(of_kind, key=lambda name: tuple(map(int, name.split("-")))), "first come, first served"
+        for name in new:
+            waited = streams.granted[name] - when[name]
+            ahead = sum(other in new and when[other] <= when[name] for other in when)
+            assert waited <= 1 + ahead // TURNS_PER_ITERATION, "only other new streams are served before"
+
+    asyncio.run(run())
+
+
+async def test_while_there_is_room_it_is_everybodys_turn_at_once() -> None:
+    streams = Queue()
+    for _ in range(3):
+        for number in range(TURNS_PER_ITERATION):
+            name = f"{streams.iteration}-{number}"
+            streams.ask(name)
+            assert streams.granted[name] == streams.iteration
+        await streams.next_iteration()
+
+
+async def test_a_call_that_has_ended_takes_no_turn() -> None:
+    turns = Turns()
+    loop = asyncio.get_running_loop()
+    waiting = [loop.create_future() for _ in range(3 * TURNS_PER_ITERATION)]
+    for turn in waiting:
+        turns.ask(turn, is_first=False)
+    for turn in waiting[TURNS_PER_ITERATION : 2 * TURNS_PER_ITERATION]:
+        turn.cancel()
+    await asyncio.sleep(0)
+    assert all(turn.done() for turn in waiting)
+
+
+class Stream(Source):
+    """A generation whose events the test emits, and that has ended when its sample has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sink: asyncio.Future[Sink] = asyncio.get_running_loop().create_future()
+        self.over = asyncio.Event()
+
+    async def run(self, sink: Sink) -> None:
+        sink.emit(Started())
+        self.sink.set_result(sink)
+        await self.over.wait()
+
+    def send(self, event: Event) -> None:
+        self.sink.result().emit(event)
+
+
+action = st.tuples(st.sampled_from(["token", "read", "loop"]), st.integers(0, 2), st.text("aé🦙", max_size=3))
+
+
+@settings(deadline=None)
+@given(st.lists(action, max_size=60))
+def test_whatever_the_pace_each_reader_gets_the_text_in_order(actions: list[tuple[str, int, str]]) -> None:
+    async def run() -> None:
+        delivery = Delivery(POLICY)
+        streams = [Stream() for _ in range(3)]
+        readers = [Reader() for _ in streams]
+        texts = ["" for _ in streams]
+        delivering = [
+            asyncio.create_task(delivery.deliver(stream, DeltaBuffer(), reader.begin, reader.write))
+            for stream, reader in zip(streams, readers, strict=True)
+        ]
+        await asyncio.gather(*(stream.sink for stream in streams))
+        for number, (action, index, text) in enumerate(actions, start=1):
+            if action == "token" and text:
+                texts[index] += text
+                streams[index].send(TextDelta(0, text, number))
+            elif action == "read":
+                readers[index].may_read()
+            else:
+                await asyncio.sleep(0)
+        for stream, reader, text in zip(streams, readers, texts, strict=True):
+            reader.may_read(100)
+            stream.send(finished(0, text))
+            stream.over.set()
+        await asyncio.gather(*delivering)
+        for reader, text in zip(readers, texts, strict=True):
+            assert "".join(message.text for message in reader.read) == text
+            assert [bool(message.finish_reason) for message in reader.read] == [False] * (len(reader.read) - 1) + [True]
+            counts = [message.generated_tokens for message in reader.read[:-1]]
+            assert counts == sorted(set(counts))
+
+    asyncio.run(run())
+
+
+async def test_nothing_is_held_while_the_event_loop_is_idle() -> None:
+    delivery = Delivery(POLICY)
+    streams = [Stream() for _ in range(2 * TURNS_PER_ITERATION)]
+    readers = [Reader() for _ in streams]
+    for reader in readers:
+        reader.may_read(100)
+    delivering = [
+        asyncio.create_task(delivery.deliver(stream, DeltaBuffer(), reader.begin, reader.write))
+        for stream, reader in zip(streams, readers, strict=True)
+    ]
+    await asyncio.gather(*(stream.sink for stream in streams))
+    for number in range(1, 4):
+        for stream in streams:
+            stream.send(TextDelta(0, "x", number))
+        # Turns for all, and what each takes to write.
+        for _ in range(8):
+            await asyncio.sleep(0)
+        assert [len(reader.read) for reader in readers] == [number] * len(readers), "each on its own"
+    for each in delivering:
+        each.cancel()
+    await asyncio.gather(*delivering, return_exceptions=True)
+
+
+async def test_a_new_stream_writes_before_those_that_run() -> None:
+    delivery = Delivery(POLICY)
+    old = [Stream() for _ in range(20 * TURNS_PER_ITERATION)]
+    new, reader = Stream(), Reader()
+    everybody = Reader()
+    everybody.may_read(10_000)
+    reader.may_read()
+    delivering = [
+        asyncio.create_task(delivery.deliver(each, DeltaBuffer(), everybody.begin_again, everybody.write)) for each in old
+    ]
+    await asyncio.gather(*(stream.sink for stream in old))
+    for stream in old:
+        stream.send(TextDelta(0, "x", 1))
+    for _ in range(60):
+        await asyncio.sleep(0)
+    assert len(everybody.read) == len(old)
+    for stream in old:
+        stream.send(TextDelta(0, "y", 2))
+    delivering.append(asyncio.create_task(delivery.deliver(new, DeltaBuffer(), reader.begin, reader.write)))
+    await new.sink
+    new.send(TextDelta(0, "z", 1))
+    for _ in range(6):
+        await asyncio.sleep(0)
+    assert [message.text for message in reader.read] == ["z"]
+    assert len(everybody.read) < 1.5 * len(old), "most of the others still wait"
+    for each in delivering:
+        each.cancel()
+    await asyncio.gather(*delivering, return_exceptions=True)
