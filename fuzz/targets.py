@@ -5,7 +5,7 @@ The tests try them with a few hundred inputs each, and `python -m fuzz.coverage_
 
 import math
 import re
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Mapping
 from contextvars import copy_context
 from dataclasses import dataclass
 from typing import Any, Final
@@ -14,9 +14,8 @@ import grpc
 from flywheel_proto.v1 import generation_pb2 as pb
 from flywheel_server.callers import caller
 from flywheel_server.errors import MalformedRequestError, UnauthenticatedError, status_of
-from flywheel_server.interceptors.authentication import AuthenticationInterceptor
-from flywheel_server.interceptors.base import CallInterceptor
-from flywheel_server.interceptors.request_id import RequestIdInterceptor, request_id
+from flywheel_server.interceptors.authentication import Authentication
+from flywheel_server.interceptors.metadata import CallMetadata
 from flywheel_server.keys import KeyRing
 from flywheel_server.keys_file import KeysFile
 from flywheel_server.messages import GenerationRequest, InvalidRequestError, RequestLimits
@@ -94,7 +93,7 @@ def _is_in_range(name: str, value: Any) -> bool:  # noqa: ANN401 - any field's
 def request_ids(data: bytes) -> None:
     """The id of a call is the one that was sent, where that is one, and a new one otherwise."""
     metadata = _metadata(data)
-    found = _within(RequestIdInterceptor(), metadata, request_id.get)
+    found = CallMetadata.of(_context(metadata)).request_id
     sent = next((value for key, value in metadata if key == "x-request-id"), "")
     if isinstance(sent, str) and 1 <= len(sent) <= 128 and all(33 <= ord(character) <= 126 for character in sent):
         assert found == sent
@@ -102,7 +101,7 @@ def request_ids(data: bytes) -> None:
         assert re.fullmatch("[0-9a-f]{32}", found)
 
 
-_KEYS: Final = AuthenticationInterceptor(KeyRing([API_KEY]))
+_KEYS: Final = Authentication(KeyRing([API_KEY]))
 
 
 def authorization(data: bytes) -> None:
@@ -115,7 +114,7 @@ def authorization(data: bytes) -> None:
         case _:
             has_key = False
     try:
-        name = _within(_KEYS, metadata, lambda: caller.get().name)
+        name = copy_context().run(_caller_with, metadata)
     except UnauthenticatedError as error:
         assert not has_key
         assert API_KEY not in status_of(error, "id").message
@@ -156,7 +155,7 @@ def _decoded(key: bytes, value: bytes) -> str | bytes:
 
 @dataclass(frozen=True)
 class _Context:
-    """What interceptors ask of the context of a call."""
+    """What is asked of the context of a call to find out who calls."""
 
     metadata: Metadata
 
@@ -167,26 +166,15 @@ class _Context:
         return {}
 
 
-def _within(interceptor: CallInterceptor, metadata: Metadata, ask: Callable[[], str]) -> str:
-    """Returns the answer to `ask` in a call with this metadata that the interceptor lets through."""
-    answers: list[str] = []
-
-    async def call(context: Any) -> None:  # noqa: ANN401, ARG001 - as the interceptor calls it
-        answers.append(ask())
-
-    context: Any = _Context(metadata)
-    copy_context().run(_run, interceptor.around(call, context))
-    (answer,) = answers
-    return answer
+def _context(metadata: Metadata) -> Any:  # noqa: ANN401 - passes for one of grpc's
+    return _Context(metadata)
 
 
-def _run(coroutine: Coroutine[Any, Any, None]) -> None:
-    """Runs a coroutine that never waits, for which no event loop is needed."""
-    try:
-        coroutine.send(None)
-    except StopIteration:
-        return
-    raise AssertionError("it waits")
+def _caller_with(metadata: Metadata) -> str:
+    """Returns the name of who calls with this metadata."""
+    context = _context(metadata)
+    _KEYS.identify(context, CallMetadata.of(context))
+    return caller.get().name
 
 
 TARGETS: Final[Mapping[str, Callable[[bytes], None]]] = {

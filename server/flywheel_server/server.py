@@ -11,23 +11,23 @@ from grpc_health.v1 import health, health_pb2_grpc
 from flywheel_server import running_time
 from flywheel_server.admission import Admission
 from flywheel_server.delivery import ReaderPolicy
-from flywheel_server.engines.base import Engine
+from flywheel_server.engines.base import Engine, EngineUnavailableError
 from flywheel_server.engines.uninterrupted import to_its_end
+from flywheel_server.errors import IncompleteRequestError
 from flywheel_server.generations import Generations
 from flywheel_server.health import SERVICE, Health
-from flywheel_server.interceptors.authentication import AuthenticationInterceptor
-from flywheel_server.interceptors.errors import ErrorInterceptor
-from flywheel_server.interceptors.handlers import HandlerInterceptor
-from flywheel_server.interceptors.metadata import MetadataInterceptor
-from flywheel_server.interceptors.public import PublicInterceptor
-from flywheel_server.interceptors.reading import ReadingInterceptor
-from flywheel_server.interceptors.request_id import RequestIdInterceptor
+from flywheel_server.interceptors import reading
+from flywheel_server.interceptors.authentication import Authentication
+from flywheel_server.interceptors.calls import CallInterceptor
+from flywheel_server.interceptors.public import PublicMethods
+from flywheel_server.interceptors.reading import RequestReader
 from flywheel_server.keys import KeyRing
 from flywheel_server.listening import channel_arguments, connections_allowed, listen
+from flywheel_server.operations import Waits
 from flywheel_server.reflection import add_reflection
 from flywheel_server.service import GenerationService
 from flywheel_server.settings import Settings
-from flywheel_server.stopping import Connections, Interruptions
+from flywheel_server.stopping import Connections
 from flywheel_server.supervision import Supervisor
 
 
@@ -57,18 +57,17 @@ async def serve(engine: Engine, settings: Settings) -> AsyncIterator[int]:
         log_prompts=settings.log_prompts,
     )
     reported = Health()
-    authentication = AuthenticationInterceptor(keys)
-    interruptions = Interruptions()
+    requests = Waits(reading.REQUEST_TIMEOUT, IncompleteRequestError)
+    authentication = Authentication(keys)
     max_connections = connections_allowed(settings)
     server = grpc.aio.server(
         interceptors=[
-            HandlerInterceptor(),
-            RequestIdInterceptor(),
-            ErrorInterceptor(),
-            MetadataInterceptor(settings.max_header_bytes),
-            authentication,
-            ReadingInterceptor(settings.max_message_bytes, interruptions, authentication.confirm),
-            PublicInterceptor(max_connections, interruptions),
+            CallInterceptor(
+                settings.max_header_bytes,
+                authentication,
+                RequestReader(settings.max_message_bytes, requests, authentication),
+                PublicMethods(max_connections, requests),
+            )
         ],
         options=channel_arguments(settings, max_connections),
     )
@@ -101,7 +100,8 @@ async def serve(engine: Engine, settings: Settings) -> AsyncIterator[int]:
                 finally:
                     connections.drain()
                     reported.end()
-                    interruptions.stop()
+                    # A drain would wait in vain for requests that do not come.
+                    requests.end(lambda: EngineUnavailableError("the server is stopping"))
                     await service.close(drain_timeout)
     finally:
         await connections.end()

@@ -17,7 +17,7 @@ from flywheel_server.delivery import Buffer, Delivery, DeltaBuffer, ReaderPolicy
 from flywheel_server.engines.base import Engine, EngineModel, EngineUnavailableError
 from flywheel_server.errors import SlowReaderError
 from flywheel_server.generations import Generation, Generations
-from flywheel_server.interceptors.request_id import send_request_id
+from flywheel_server.interceptors.metadata import send_request_id
 from flywheel_server.messages import GenerationRequest, GenerationResponse, RequestLimits
 from flywheel_server.translation import (
     model_to_proto,

@@ -1,13 +1,9 @@
-"""How the server takes leave of its callers: of their connections, and of calls that wait for something but the engine."""
+"""How the server takes leave of the connections of its callers."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Final
 
 import grpc.aio
-
-from flywheel_server.engines.base import EngineUnavailableError
 
 UNTIL_CUT_SHORT: Final = 1e6
 """Seconds of grace for calls, more than any stop takes: a second stop with less cuts them short."""
@@ -42,32 +38,3 @@ class Connections:
 
     def _stop(self, grace: float) -> None:
         self._stops.append(asyncio.create_task(self._server.stop(grace)))
-
-
-class Interruptions:
-    """Ends what calls wait for once the server stops, where that is not the engine: a drain would wait for it in vain."""
-
-    def __init__(self) -> None:
-        self._stopping = False
-        self._waits: set[asyncio.Timeout] = set()
-
-    def stop(self) -> None:
-        """Ends all waits, those to come too."""
-        self._stopping = True
-        for wait in self._waits:
-            wait.reschedule(0)
-
-    @asynccontextmanager
-    async def interruptible(self) -> AsyncIterator[None]:
-        """Raises `EngineUnavailableError` from within the context when the server stops."""
-        wait = asyncio.timeout_at(0 if self._stopping else None)
-        try:
-            async with wait:
-                self._waits.add(wait)
-                yield
-        except TimeoutError as error:
-            if not wait.expired():
-                raise
-            raise EngineUnavailableError("the server is stopping") from error
-        finally:
-            self._waits.discard(wait)

@@ -11,7 +11,7 @@ import pytest
 from flywheel_proto.v1 import generation_pb2 as pb
 from flywheel_server.engines.scripted import ScriptedEngine
 from flywheel_server.health import HealthServicer
-from flywheel_server.interceptors.base import CallInterceptor
+from flywheel_server.interceptors.calls import CallInterceptor
 from flywheel_server.reflection import ReflectionServicer
 from flywheel_server.service import GenerationService
 from google.rpc.error_details_pb2 import ErrorInfo
@@ -104,20 +104,23 @@ async def test_a_method_that_does_not_write_its_answer_fails_at_its_first_call(s
 async def test_the_handler_of_a_method_is_wrapped_once_and_none_is_kept_of_a_method_that_is_not_there(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    wrapped: list[str] = []
+    looked_up: list[str] = []
     original = CallInterceptor.intercept_service
 
     async def spy(self: CallInterceptor, continuation: Any, details: Any) -> Any:
-        wrapped.append(details.method)
-        return await original(self, continuation, details)
+        async def seen(details: Any) -> Any:
+            looked_up.append(details.method)
+            return await continuation(details)
+
+        return await original(self, seen, details)
 
     monkeypatch.setattr(CallInterceptor, "intercept_service", spy)
     async with serving(ScriptedEngine()) as target:
         for _ in range(2):
             await target.stub.GetModel(pb.GetModelRequest())
-        once = wrapped.count("/flywheel.v1.GenerationService/GetModel")
+        assert looked_up == ["/flywheel.v1.GenerationService/GetModel"]
         for _ in range(2):
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await target.channel.unary_unary("/x/y", bytes, bytes)(b"")
             assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
-    assert wrapped.count("/x/y") == 2 * once
+    assert looked_up[1:] == ["/x/y", "/x/y"]

@@ -4,6 +4,7 @@ A key is sent as `authorization: Bearer KEY` (RFC 6750). A certificate is that o
 """
 
 import re
+from dataclasses import dataclass
 from typing import Final
 
 import structlog
@@ -11,16 +12,23 @@ import structlog
 from flywheel_server.callers import ANYBODY, Caller, caller
 from flywheel_server.client_certificates import identities_of
 from flywheel_server.errors import UnauthenticatedError
-from flywheel_server.interceptors.base import Call, CallInterceptor, Context
-from flywheel_server.interceptors.public import is_public
+from flywheel_server.interceptors.metadata import CallMetadata
+from flywheel_server.interceptors.types import Context
 from flywheel_server.keys import KeyRing
 
-KEY: Final = "authorization"
 _BEARER: Final = re.compile(r"bearer +(.*)", re.IGNORECASE | re.DOTALL)
 _VISIBLE: Final = re.compile(r"[\x21-\x7e]+")
 
 
-class AuthenticationInterceptor(CallInterceptor):
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """What a caller shows of itself: the names in its certificate, and its key if it sent one."""
+
+    identities: tuple[str, ...]
+    key: str | None
+
+
+class Authentication:
     """Raises `UnauthenticatedError` for a call that has neither a key nor a certificate of the ring.
 
     Where the ring is not required, everybody may call: mutual TLS has turned away who has no certificate.
@@ -29,37 +37,35 @@ class AuthenticationInterceptor(CallInterceptor):
     def __init__(self, keys: KeyRing) -> None:
         self._keys = keys
 
-    def covers(self, method: str) -> bool:
-        """Returns whether the method needs authentication."""
-        return not is_public(method)
+    def identify(self, context: Context, metadata: CallMetadata) -> Credentials:
+        """Makes the call its caller's, and returns what the caller was identified by."""
+        # First of all: one that is not what it seems is refused, whatever else the call has.
+        identities = identities_of(context.auth_context())
+        key = _key(metadata.authorization) if self._keys.is_required else None
+        credentials = Credentials(identities, key)
+        self._set_caller(credentials)
+        return credentials
 
-    async def around(self, call: Call, context: Context) -> None:
-        """Runs the call as its caller."""
-        self._identify(context)
-        await call(context)
-
-    def confirm(self, context: Context) -> None:
+    def confirm(self, credentials: Credentials) -> None:
         """Looks the caller of a running call up again. Raises `UnauthenticatedError` if that caller may no longer call."""
         try:
-            self._identify(context)
+            self._set_caller(credentials)
         except UnauthenticatedError as error:
             if error.reason == "API_KEY_EXPIRED":
                 raise
             raise UnauthenticatedError("API_KEY_REVOKED") from error
 
-    def _identify(self, context: Context) -> None:
-        who = self._caller_of(context)
+    def _set_caller(self, credentials: Credentials) -> None:
+        who = self._caller_of(credentials)
         caller.set(who)
         if who.name:
             # Until the call has ended, which is a task of its own: the line that says how it ended names the caller too.
             structlog.contextvars.bind_contextvars(caller=who.name)
 
-    def _caller_of(self, context: Context) -> Caller:
-        # First of all: one that is not what it seems is refused, whatever else the call has.
-        identities = identities_of(context.auth_context())
+    def _caller_of(self, credentials: Credentials) -> Caller:
+        identities, key = credentials.identities, credentials.key
         if not self._keys.is_required:
             return Caller(identities[0]) if identities else ANYBODY
-        key = _key(context)
         if key is not None:
             return self._keys.caller_of_key(key)
         listed = self._keys.caller_of_certificate(identities)
@@ -68,9 +74,8 @@ class AuthenticationInterceptor(CallInterceptor):
         return listed
 
 
-def _key(context: Context) -> str | None:
+def _key(sent: tuple[str | bytes, ...]) -> str | None:
     """Returns the key of the call; None where it has none; raises `UnauthenticatedError` for what cannot be one."""
-    sent = [value for key, value in context.invocation_metadata() or () if key == KEY]
     if len(sent) > 1:
         # Which of them counts is for nobody to guess: proxies and servers may guess differently.
         raise UnauthenticatedError("API_KEY_INVALID")

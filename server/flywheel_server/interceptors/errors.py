@@ -1,4 +1,4 @@
-"""Ends each call with a status that its caller can act on: whatever goes wrong, by the table in `flywheel_server.errors`."""
+"""Ends calls with a status that their callers can act on: whatever goes wrong, by the table in `flywheel_server.errors`."""
 
 import asyncio
 import traceback
@@ -9,9 +9,10 @@ import structlog
 
 from flywheel_server.engines.base import EngineError
 from flywheel_server.errors import CallStatus, DeadlineExceededError, QuotaExceededError, UnauthenticatedError, status_of
-from flywheel_server.interceptors.base import Call, CallInterceptor, Context
+from flywheel_server.interceptors.metadata import REQUEST_ID, SENDING_TIMEOUT, request_id
 from flywheel_server.interceptors.methods import MethodError
-from flywheel_server.interceptors.request_id import KEY, SENDING, request_id
+from flywheel_server.interceptors.types import Context
+from flywheel_server.operations import Operation
 from flywheel_server.shortage import shortage_in
 
 log = structlog.stdlib.get_logger(__name__)
@@ -45,20 +46,7 @@ def _clear_frames(error: BaseException) -> None:
         link = link.__cause__ or link.__context__
 
 
-class ErrorInterceptor(CallInterceptor):
-    """Turns exceptions into statuses, and logs the status and the cause of each call that ended with one of them."""
-
-    async def around(self, call: Call, context: Context) -> None:
-        """Runs the call; an exception ends it with its status."""
-        try:
-            await call(context)
-        except grpc.aio.AbortError:
-            raise
-        except Exception as error:  # noqa: BLE001 - every call ends with a status
-            await _end(context, error)
-
-
-async def _end(context: Context, error: Exception) -> None:
+async def end_with_status(context: Context, error: Exception) -> None:
     """Ends the call with the status of the error, and logs it; raises what ends the handler of a call that has its status.
 
     The log follows the status: a call that gRPC has ended meanwhile, because its caller is gone or its message is refused, has
@@ -67,12 +55,12 @@ async def _end(context: Context, error: Exception) -> None:
     status = status_of(error, request_id.get())
     _clear_frames(error)
     # Here too: a call that is refused before it begins has no initial metadata.
-    metadata = (*status.trailing_metadata(), (KEY, request_id.get()))
+    metadata = (*status.trailing_metadata(), (REQUEST_ID, request_id.get()))
     is_own_fault = status.code is grpc.StatusCode.INTERNAL and not isinstance(error, grpc.aio.InternalError)
     is_sent = True
     try:
-        async with asyncio.timeout(SENDING):
-            await context.abort(status.code, status.message, metadata)
+        async with asyncio.timeout(SENDING_TIMEOUT):
+            await Operation(context.abort(status.code, status.message, metadata)).result
     except grpc.aio.AbortError:
         raise
     except TimeoutError as unread:

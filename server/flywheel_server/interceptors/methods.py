@@ -1,6 +1,5 @@
 """Receives the requests of a call, and runs the method of the servicer on them."""
 
-import asyncio
 import inspect
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -9,7 +8,8 @@ import grpc.aio
 
 from flywheel_server.compression import decompressed
 from flywheel_server.errors import MalformedRequestError
-from flywheel_server.interceptors.base import Context, Handler
+from flywheel_server.interceptors.types import Context, Handler
+from flywheel_server.operations import Operation, Waits
 
 
 class MethodError(TypeError):
@@ -28,15 +28,15 @@ class Method:
         )
         self._parse: Any = handler.request_deserializer
 
-    async def receive(self, context: Context, limit: int) -> Any:  # noqa: ANN401 - any method's request
-        """Returns the next request; None after the last one.
+    async def receive(self, context: Context, limit: int, waits: Waits) -> Any:  # noqa: ANN401 - any method's request
+        """Returns the next request; None after the last one. Waits for it as one of `waits`, and raises what these raise.
 
         Raises:
             RequestTooLargeError: It has more than `limit` bytes after decompression.
             MalformedRequestError: It is not a message of its type.
         """
-        data = await _read(context)
-        if data is None:
+        data: Any = await waits.wait(Operation(context.read()))
+        if data is grpc.aio.EOF:
             return None
         message = await decompressed(data, limit)
         try:
@@ -57,13 +57,3 @@ class Method:
                 f"{name} returned or yielded an answer ({type(returned).__name__}), which nobody sends. Make it `async def`, "
                 "write each answer with `await context.write(answer)`, and return nothing."
             )
-
-
-async def _read(context: Context) -> bytes | None:
-    """Returns the next message as it came; None after the last one."""
-    reading = asyncio.ensure_future(context.read())
-    # Asyncio complains of an error that nobody looks at.
-    reading.add_done_callback(lambda read: read.cancelled() or read.exception())
-    # grpc does not give back a message that comes for a read that was cancelled.
-    data: Any = await asyncio.shield(reading)
-    return None if data is grpc.aio.EOF else bytes(data)

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
@@ -10,8 +10,10 @@ import grpc.aio
 from grpc_health.v1 import health
 
 from flywheel_server.errors import IncompleteRequestError, MalformedRequestError, ServerFullError
-from flywheel_server.interceptors.base import Call, CallInterceptor, Context, Handler
+from flywheel_server.interceptors.metadata import CallMetadata
 from flywheel_server.interceptors.methods import Method
+from flywheel_server.interceptors.types import Context, Handler
+from flywheel_server.operations import Operation, Waits
 from flywheel_server.public_limits import (
     MAX_BRIEF_CALLS,
     MAX_REQUEST_BYTES,
@@ -21,7 +23,6 @@ from flywheel_server.public_limits import (
     Turns,
 )
 from flywheel_server.reflection import V1, V1ALPHA
-from flywheel_server.stopping import Interruptions
 
 SERVICES: Final = frozenset({health.SERVICE_NAME, V1, V1ALPHA})
 """The services that need no authentication. All others do."""
@@ -32,40 +33,32 @@ def is_public(method: str) -> bool:
     return method.removeprefix("/").partition("/")[0] in SERVICES
 
 
-class PublicInterceptor(CallInterceptor):
-    """The innermost interceptor of public methods: they get the message, and write their own.
+class PublicMethods:
+    """Runs the public methods: they get the message, and write their own.
 
     A call has a turn while its request is received and answered. Of a method with a stream of requests, each of them has. A
     method with a stream of answers to one request has the turn only until the request has arrived, and then a place.
 
     Args:
         max_streams: Calls that may stream answers at a time.
-        interruptions: End the wait for a request.
+        waits: Those for requests.
     """
 
-    def __init__(self, max_streams: int, interruptions: Interruptions) -> None:
-        self._interruptions = interruptions
+    def __init__(self, max_streams: int, waits: Waits) -> None:
+        self._waits = waits
         self._brief = Places(MAX_BRIEF_CALLS)
         self._turns = Turns()
         self._streams = Places(max_streams)
         self._unread: Counter[str] = Counter()
 
-    def covers(self, method: str) -> bool:
-        """Returns whether the method is public."""
-        return is_public(method)
-
-    async def around(self, call: Call, context: Context) -> None:
-        """Runs the call."""
-        await call(context)
-
-    def inner(self, handler: Handler) -> Call:
-        """Returns the method, which gets the message."""
+    def runner(self, handler: Handler) -> Callable[[Context, CallMetadata], Awaitable[None]]:
+        """Returns what runs a call of the method."""
         method = Method(handler)
         if handler.request_streaming:
-            return lambda context: self._answer_each(method, context)
+            return lambda context, _: self._answer_each(method, context)
         if handler.response_streaming:
-            return lambda context: self._stream(method, context)
-        return lambda context: self._answer(method, context)
+            return lambda context, _: self._stream(method, context)
+        return lambda context, _: self._answer(method, context)
 
     @asynccontextmanager
     async def _turn(self, context: Context) -> AsyncIterator[None]:
@@ -109,8 +102,7 @@ class PublicInterceptor(CallInterceptor):
         return request
 
     async def _receive(self, method: Method, context: Context) -> Any:  # noqa: ANN401 - any method's request
-        async with self._interruptions.interruptible():
-            return await method.receive(context, MAX_REQUEST_BYTES)
+        return await method.receive(context, MAX_REQUEST_BYTES, self._waits)
 
 
 class _Answers:
@@ -123,23 +115,21 @@ class _Answers:
 
     async def write(self, message: Any) -> None:  # noqa: ANN401 - any method's answer
         """Sends a message, and returns when the caller has room for it."""
-        writing = asyncio.ensure_future(self._context.write(message))
+        writing = Operation(self._context.write(message))
         try:
-            await asyncio.shield(writing)
+            await writing.result
         except grpc.aio.InternalError as error:
             # The caller has gone in this moment, which grpc would log as if it were a fault of ours.
             raise asyncio.CancelledError from error
         finally:
-            if not writing.done():
+            if not writing.is_over:
                 self._count(writing, self._context.peer())
 
-    def _count(self, writing: asyncio.Future[None], connection: str) -> None:
-        def ended(written: asyncio.Future[None]) -> None:
-            # Asyncio complains of an error that nobody looks at.
-            written.cancelled() or written.exception()
+    def _count(self, writing: Operation[None], connection: str) -> None:
+        def ended(_: object) -> None:
             self._unread[connection] -= 1
             if not self._unread[connection]:
                 del self._unread[connection]
 
         self._unread[connection] += 1
-        writing.add_done_callback(ended)
+        writing.end().add_done_callback(ended)

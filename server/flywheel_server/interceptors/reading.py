@@ -4,62 +4,45 @@ grpc itself would receive and parse it before any interceptor runs, be the calle
 for ever, and would end a call whose bytes are no message with INTERNAL and without details.
 """
 
-from collections.abc import Callable
 from typing import Any, Final
 
-from flywheel_server import running_time
-from flywheel_server.errors import IncompleteRequestError, MalformedRequestError
-from flywheel_server.interceptors.base import Call, CallInterceptor, Context, Handler
+from flywheel_server.errors import MalformedRequestError
+from flywheel_server.interceptors.authentication import Authentication, Credentials
 from flywheel_server.interceptors.methods import Method
-from flywheel_server.interceptors.public import is_public
-from flywheel_server.stopping import Interruptions
+from flywheel_server.interceptors.types import Context
+from flywheel_server.operations import Waits
 
 REQUEST_TIMEOUT: Final = 30.0
 """Seconds of running time in which a request must have arrived."""
 
 
-class ReadingInterceptor(CallInterceptor):
-    """The innermost interceptor of methods that need authentication: they get the message, and write their own.
+class RequestReader:
+    """Receives the requests of known callers.
 
-    Args:
+    Arguments:
         max_message_bytes: The largest request, after decompression.
-        interruptions: End the wait for a request.
-        on_arrival: Is called once the request has arrived, and raises if the call may not go on. The method begins right after
-            it, without anything else in between.
+        waits: Bounds the time in which a request must have arrived.
+        authentication: Confirms, once the request has arrived, that the caller may still call. The method begins right after
+            that, without anything else in between.
     """
 
-    def __init__(self, max_message_bytes: int, interruptions: Interruptions, on_arrival: Callable[[Context], None]) -> None:
+    def __init__(self, max_message_bytes: int, waits: Waits, authentication: Authentication) -> None:
         self._max_message_bytes = max_message_bytes
-        self._interruptions = interruptions
-        self._on_arrival = on_arrival
+        self._waits = waits
+        self._authentication = authentication
 
-    def covers(self, method: str) -> bool:
-        """Returns whether the method needs authentication."""
-        return not is_public(method)
+    async def receive(self, method: Method, context: Context, credentials: Credentials) -> Any:  # noqa: ANN401 - any method's request
+        """Returns the request.
 
-    async def around(self, call: Call, context: Context) -> None:
-        """Runs the call."""
-        await call(context)
-
-    def inner(self, handler: Handler) -> Call:
-        """Returns the method, which gets the message.
-
-        It raises `IncompleteRequestError`, `MalformedRequestError`, and `EngineUnavailableError` if the server stops.
+        Raises:
+            IncompleteRequestError: The request has not arrived in time.
+            RequestTooLargeError: The request is too large.
+            MalformedRequestError: There is no request, or it is not a message of its type.
+            EngineUnavailableError: The server stops.
+            UnauthenticatedError: The caller may no longer call.
         """
-        method = Method(handler)
-
-        async def call(context: Context) -> None:
-            await method.answer(await self._request(method, context), context)
-
-        return call
-
-    async def _request(self, method: Method, context: Context) -> Any:  # noqa: ANN401 - any method's request
-        try:
-            async with self._interruptions.interruptible(), running_time.timeout(REQUEST_TIMEOUT):
-                request = await method.receive(context, self._max_message_bytes)
-        except TimeoutError as error:
-            raise IncompleteRequestError from error
+        request = await method.receive(context, self._max_message_bytes, self._waits)
         if request is None:
             raise MalformedRequestError
-        self._on_arrival(context)
+        self._authentication.confirm(credentials)
         return request

@@ -1,0 +1,11 @@
+"""Names for types of grpc's that have none, or long ones."""
+
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeAlias
+
+import grpc
+import grpc.aio
+
+Context = grpc.aio.ServicerContext[Any, Any]
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"  # not subscriptable at run time
+Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Any]]
