@@ -2,11 +2,10 @@
 
 import asyncio
 from collections import Counter, OrderedDict, deque
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from statistics import median
-from typing import Final
+from typing import Final, Self
 
 from flywheel_server import running_time
 from flywheel_server.callers import Caller
@@ -40,15 +39,18 @@ class ServiceTimes:
         times = self._seconds.setdefault(caller, deque(maxlen=MAX_CALLS))
         self._seconds.move_to_end(caller)
         times.append(seconds)
-        if len(times) >= MIN_CALLS:
-            self._medians[caller] = median(times)
+        # Computed when somebody asks, as few calls do.
+        self._medians.pop(caller, None)
         if len(self._seconds) > MAX_CALLERS:
             forgotten, _ = self._seconds.popitem(last=False)
             self._medians.pop(forgotten, None)
 
     def of(self, caller: str) -> float | None:
         """Returns the seconds that a call of the caller takes; None before enough have finished."""
-        return self._medians.get(caller)
+        known = self._medians.get(caller)
+        if known is None and len(times := self._seconds.get(caller, ())) >= MIN_CALLS:
+            known = self._medians[caller] = median(times)
+        return known
 
 
 @dataclass(eq=False, slots=True)
@@ -58,7 +60,29 @@ class _Waiter:
     tokens: int = 0
     is_ready: bool = False
     """Whether it may start as soon as there is room: its prompt has been read."""
-    turn: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    is_let_in: bool = False
+    lost: ServerFullError | None = None
+    """Why it has lost its place, if it has."""
+    on_lost: Callable[[Exception], None] | None = None
+    turn: asyncio.Future[None] | None = None
+    """What it waits for once it is ready, if it has to wait."""
+
+    @property
+    def has_given_up(self) -> bool:
+        """Whether its call was cancelled, and is about to leave."""
+        return self.turn is not None and self.turn.cancelled()
+
+    def let_in(self) -> None:
+        self.is_let_in = True
+        if self.turn is not None:
+            self.turn.set_result(None)
+
+    def lose(self, error: ServerFullError) -> None:
+        self.lost = error
+        if self.turn is not None:
+            self.turn.set_exception(error)
+        if self.on_lost is not None:
+            self.on_lost(error)
 
 
 class Admission:
@@ -106,9 +130,10 @@ class Admission:
         self._max_tokens = context_tokens
         self._let_in()
 
-    @asynccontextmanager
-    async def queue(self, samples: int, caller: Caller, time_remaining: float | None = None) -> AsyncIterator["Place"]:
-        """Takes a place in the queue for a call; leaving the context gives up the place, or the room that the call has by then.
+    def queue(self, samples: int, caller: Caller, time_remaining: float | None = None) -> "Place":
+        """Returns a place in the queue for a call, which is taken for the length of its context.
+
+        Leaving the context gives up the place, or the room that the call has by then. Entering it raises if there is no place.
 
         Arguments:
             samples: How many samples the call generates.
@@ -119,29 +144,27 @@ class Admission:
             DeadlineExceededError: The wait would last longer than that.
             ServerFullError: Too many wait.
         """
-        waiter = _Waiter(caller, min(samples, self._max_concurrent))
+        return Place(self, _Waiter(caller, min(samples, self._max_concurrent)), time_remaining)
+
+    def enter(self, waiter: _Waiter, time_remaining: float | None) -> None:
+        """Lets a waiter join the queue; see `queue`."""
         self._check_deadline(waiter, time_remaining)
         self._find_place(waiter)
-        self._waiters.setdefault(caller.priority, {})[waiter] = None
+        self._waiters.setdefault(waiter.caller.priority, {})[waiter] = None
         self.queued += waiter.samples
-        self._samples_of[caller.name] += waiter.samples
-        place = Place(self, waiter)
-        try:
-            yield place
-        finally:
-            self._leave(waiter)
-        # Only a call that came to its end: how soon others gave up tells nothing of how long it takes.
-        if place.admitted_at is not None:
-            self.service_times.add(caller.name, self._clock() - place.admitted_at)
+        self._samples_of[waiter.caller.name] += waiter.samples
 
     async def admit(self, waiter: _Waiter, tokens: int, time_remaining: float | None) -> float:
         """Waits for room, and returns the time on the clock when there was some; see `Place.admitted`."""
         waiter.tokens = tokens if self._max_tokens is None else min(tokens, self._max_tokens)
         waiter.is_ready = True
         self._let_in()
-        if not waiter.turn.done():
+        if waiter.lost is not None:
+            raise waiter.lost
+        if not waiter.is_let_in:
             self._check_deadline(waiter, time_remaining)
-        await waiter.turn
+            waiter.turn = asyncio.get_running_loop().create_future()
+            await waiter.turn
         return self._clock()
 
     def _ahead_of(self, waiter: _Waiter) -> Iterator[_Waiter]:
@@ -188,8 +211,8 @@ class Admission:
             lowest = self._waiters[min(self._waiters)]
             last = next(reversed(lowest))
             self._remove(last)
-            if not last.turn.done():
-                last.turn.set_exception(ServerFullError(self._retry_delay(last.samples)))
+            if not last.has_given_up:
+                last.lose(ServerFullError(self._retry_delay(last.samples)))
 
     def _remove(self, waiter: _Waiter) -> None:
         """Takes a waiter out of the queue, if it is in there."""
@@ -200,29 +223,34 @@ class Admission:
         if not waiters:
             self._waiters.pop(waiter.caller.priority, None)
 
-    def _leave(self, waiter: _Waiter) -> None:
-        """Gives back what a call has: its room, or its place in the queue, which others may have waited for."""
+    def leave(self, waiter: _Waiter, admitted_at: float | None) -> None:
+        """Gives back what a call has: its room, or its place in the queue, which others may have waited for.
+
+        `admitted_at` is when the call got its room, if the call has come to its end: how soon others gave up tells nothing of
+        how long calls take.
+        """
         self._remove(waiter)
         self._samples_of[waiter.caller.name] -= waiter.samples
         if not self._samples_of[waiter.caller.name]:
             del self._samples_of[waiter.caller.name]
-        if waiter.turn.done() and not waiter.turn.cancelled() and waiter.turn.exception() is None:
+        if waiter.is_let_in:
             self.active -= waiter.samples
             self._active_tokens -= waiter.tokens
         self._let_in()
+        if admitted_at is not None:
+            self.service_times.add(waiter.caller.name, self._clock() - admitted_at)
 
     def _let_in(self) -> None:
         while (waiter := self._next()) and self._has_room(waiter):
             self._remove(waiter)
             self.active += waiter.samples
             self._active_tokens += waiter.tokens
-            waiter.turn.set_result(None)
+            waiter.let_in()
 
     def _next(self) -> _Waiter | None:
         for priority in sorted(self._waiters, reverse=True):
             for waiter in self._waiters[priority]:
-                # A waiter in the queue whose turn is done was cancelled and is about to leave.
-                if waiter.is_ready and not waiter.turn.done():
+                if waiter.is_ready and not waiter.has_given_up:
                     return waiter
         return None
 
@@ -244,12 +272,20 @@ class Admission:
 
 
 class Place:
-    """A call's place in the queue, and then its room in the engine."""
+    """A call's place in the queue, and then its room in the engine, for the length of its context."""
 
-    def __init__(self, admission: Admission, waiter: _Waiter) -> None:
-        self.admitted_at: float | None = None
+    def __init__(self, admission: Admission, waiter: _Waiter, time_remaining: float | None) -> None:
         self._admission = admission
         self._waiter = waiter
+        self._time_remaining = time_remaining
+        self._admitted_at: float | None = None
+
+    async def __aenter__(self) -> Self:
+        self._admission.enter(self._waiter, self._time_remaining)
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._admission.leave(self._waiter, self._admitted_at if kind is None else None)
 
     async def admitted(self, context_tokens: int, time_remaining: float | None = None) -> None:
         """Returns when there is room for the samples of the call, and for so many tokens of context.
@@ -258,16 +294,11 @@ class Place:
             DeadlineExceededError: The wait would last longer than `time_remaining` (seconds; None is no bound).
             ServerFullError: A call of a higher priority has taken the place.
         """
-        self.admitted_at = await self._admission.admit(self._waiter, context_tokens, time_remaining)
+        self._admitted_at = await self._admission.admit(self._waiter, context_tokens, time_remaining)
 
     def call_if_lost(self, callback: Callable[[Exception], None]) -> None:
         """Calls back with a `ServerFullError` if a call of a higher priority takes the place.
 
         So a call that does something else before it waits in `admitted` can end at once.
         """
-
-        def is_decided(turn: asyncio.Future[None]) -> None:
-            if not turn.cancelled() and isinstance(error := turn.exception(), ServerFullError):
-                callback(error)
-
-        self._waiter.turn.add_done_callback(is_decided)
+        self._waiter.on_lost = callback

@@ -8,6 +8,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from hashlib import blake2b
 from pathlib import Path
 from typing import Final, Self
 
@@ -138,7 +139,7 @@ def _index_of(key_hash: str) -> bytes:
     How long a look-up takes depends on what it compares. That is nothing that callers choose: they do not know the key of this
     process.
     """
-    return hmac.digest(_INDEX_KEY, key_hash.encode(), "sha256")
+    return blake2b(key_hash.encode(), key=_INDEX_KEY, digest_size=16).digest()
 
 
 def _unless_expired(entry: KeyEntry) -> Caller:

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterable
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Final, Self
 
@@ -106,7 +107,7 @@ class KeyEntry(BaseModel):
         """Whether new calls are refused by now."""
         return self.expires is not None and self.expires <= datetime.now(UTC)
 
-    @property
+    @cached_property
     def caller(self) -> Caller:
         """The caller, with what it may have."""
         return Caller(self.name, self.priority, self.max_concurrent, self.tokens_per_minute)

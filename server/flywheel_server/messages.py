@@ -58,10 +58,9 @@ class InvalidRequestError(ValueError):
         self.violations = violations
 
 
-def _utf8(minimum: int, maximum: int | None) -> AfterValidator:
+def _utf8(minimum: int, maximum: int) -> AfterValidator:
     def check(text: str) -> str:
-        length = len(text.encode())
-        if length < minimum or (maximum is not None and length > maximum):
+        if not minimum <= len(text.encode()) <= maximum:
             raise ValueError("length in bytes")
         return text
 
@@ -90,7 +89,7 @@ class GenerationRequest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    text: Annotated[str, _utf8(1, None), _at_most("max_text_bytes")]
+    text: Annotated[str, Field(min_length=1), _at_most("max_text_bytes")]
     max_tokens: Annotated[int, Field(ge=1, le=INT32_MAX), _at_most("context_tokens")]
     eos_token_ids: tuple[Int32, ...] = Field(default=(), max_length=MAX_EOS_TOKEN_IDS)
     max_input_tokens: Int32 = 0

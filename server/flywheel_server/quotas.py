@@ -3,8 +3,7 @@
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
@@ -77,23 +76,23 @@ class Quotas:
         self._samples: Counter[str] = Counter()
         self._buckets: dict[str, _Bucket] = {}
 
-    @contextmanager
-    def held(self, caller: Caller, request: GenerationRequest) -> Iterator[Usage]:
+    def held(self, caller: Caller, request: GenerationRequest) -> "Holding":
         """Counts the call against the caller's quotas for as long as it lasts; what it uses is to be told to `Usage`.
 
-        It lasts for the length of the context, and as long as `Usage.lasts` says. Raises `QuotaExceededError` if the caller
-        has no room for it now.
+        It lasts for the length of the context, and as long as `Usage.lasts` says. Entering the context raises
+        `QuotaExceededError` if the caller has no room for it now.
         """
-        usage = Usage()
+        return Holding(self, caller, request)
+
+    def take(self, caller: Caller, request: GenerationRequest) -> int:
+        """Takes what the call may need, and returns how many tokens that is; see `held`."""
         self._check_samples(caller, request.num_samples)
         taken = self._take_tokens(caller, request.num_samples * request.max_tokens)
         self._samples[caller.name] += request.num_samples
-        try:
-            yield usage
-        finally:
-            usage.call_when_over(partial(self._settle, caller, request.num_samples, taken, usage))
+        return taken
 
-    def _settle(self, caller: Caller, samples: int, taken: int, usage: Usage) -> None:
+    def settle(self, caller: Caller, samples: int, taken: int, usage: Usage) -> None:
+        """Gives back what the call has not used."""
         self._samples[caller.name] -= samples
         if not self._samples[caller.name]:
             del self._samples[caller.name]
@@ -120,3 +119,22 @@ class Quotas:
             raise QuotaExceededError(caller.name, f"tokens_per_minute {limit}", (taken - bucket.tokens) * MINUTE / limit)
         bucket.tokens -= taken
         return taken
+
+
+class Holding:
+    """What a call holds of its caller's quotas for the length of a context, which gets the `Usage` of the call."""
+
+    def __init__(self, quotas: Quotas, caller: Caller, request: GenerationRequest) -> None:
+        self._quotas = quotas
+        self._caller = caller
+        self._request = request
+        self._usage = Usage()
+
+    def __enter__(self) -> Usage:
+        self._taken = self._quotas.take(self._caller, self._request)
+        return self._usage
+
+    def __exit__(self, *_: object) -> None:
+        self._usage.call_when_over(
+            partial(self._quotas.settle, self._caller, self._request.num_samples, self._taken, self._usage)
+        )

@@ -18,7 +18,7 @@ from flywheel_server.engines.base import Engine, EngineModel, EngineUnavailableE
 from flywheel_server.errors import SlowReaderError
 from flywheel_server.generations import Generation, Generations
 from flywheel_server.interceptors.metadata import send_request_id
-from flywheel_server.messages import GenerationRequest, GenerationResponse, RequestLimits
+from flywheel_server.messages import GenerationRequest, RequestLimits
 from flywheel_server.translation import (
     model_to_proto,
     request_from_proto,
@@ -102,7 +102,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         async with self._admitted(generation_request, context) as generation:
             buffer = WholeBuffer()
             await self._delivery.deliver(generation, buffer, partial(send_request_id, context), context.write)
-            response = response_to_proto(GenerationResponse.of(generation_request, created, buffer.samples))
+            response = response_to_proto(generation_request, created, buffer.samples)
             await self._delivery.deliver_one(generation, response, context.write)
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> None:  # type: ignore[override]

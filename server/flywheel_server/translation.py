@@ -1,5 +1,6 @@
 """Between protobuf and the server's own messages: pure functions, one per direction and message."""
 
+from collections.abc import Sequence
 from typing import Final, Literal
 
 from flywheel_proto.v1 import generation_pb2 as pb
@@ -10,7 +11,6 @@ from flywheel_server.messages import (
     MAX_STOP_BYTES,
     MAX_STOP_SEQUENCES,
     GenerationRequest,
-    GenerationResponse,
     GenerationResponseSample,
     RequestLimits,
 )
@@ -54,15 +54,20 @@ def sample_to_proto(sample: GenerationResponseSample) -> pb.GenerationResponseSa
     )
 
 
-def response_to_proto(response: GenerationResponse) -> pb.GenerationResponse:
-    """Returns the response as a message."""
+def response_to_proto(
+    request: GenerationRequest, created: float, samples: Sequence[GenerationResponseSample]
+) -> pb.GenerationResponse:
+    """Returns the response to a request that was accepted at `created`, with its samples in whichever order, as a message.
+
+    It has what `GenerationResponse.of` has, without the model in between, which would cost more than the message.
+    """
     return pb.GenerationResponse(
-        created=response.created,
-        finished=response.finished,
-        num_samples=response.num_samples,
-        responses=map(sample_to_proto, response.responses),
-        prompt=response.prompt,
-        prompt_tokens=response.prompt_tokens,
+        created=created,
+        finished=max(sample.finished for sample in samples),
+        num_samples=len(samples),
+        responses=map(sample_to_proto, sorted(samples, key=lambda sample: sample.index)),
+        prompt=request.text,
+        prompt_tokens=samples[0].prompt_tokens,
     )
 
 

@@ -161,13 +161,12 @@ def test_a_sample_goes_out_whole(sample: GenerationResponseSample) -> None:
     )
 
 
-@given(st.lists(samples, max_size=3), TEXT, NATURAL, POSITIVE_FLOAT)
-def test_a_response_goes_out_whole(several: list[GenerationResponseSample], prompt: str, tokens: int, seconds: float) -> None:
-    response = GenerationResponse(
-        created=seconds, finished=seconds, num_samples=len(several), responses=several, prompt=prompt, prompt_tokens=tokens
-    )
-    message = pb.GenerationResponse.FromString(response_to_proto(response).SerializeToString())
-    assert list(message.responses) == [sample_to_proto(sample) for sample in several]
+@given(st.lists(samples, min_size=1, max_size=3), TEXT, POSITIVE_FLOAT)
+def test_a_response_goes_out_whole(several: list[GenerationResponseSample], prompt: str, created: float) -> None:
+    request = GenerationRequest.model_construct(text=prompt, max_tokens=1)
+    message = pb.GenerationResponse.FromString(response_to_proto(request, created, several).SerializeToString())
+    response = GenerationResponse.of(request, created, several)
+    assert list(message.responses) == [sample_to_proto(sample) for sample in response.responses]
     for name in ("created", "finished", "num_samples", "prompt", "prompt_tokens"):
         assert getattr(message, name) == getattr(response, name)
 
