@@ -252,22 +252,25 @@ class SampleBuffer:
         return [sample_to_proto(sample) for sample in samples]
 
 
-class WholeBuffer:
-    """Whole samples, kept for a single answer: there is nothing to write until the generation has ended."""
+class SampleCollector:
+    """The sink for a generation that is answered with a single message: keeps its samples.
 
-    def __init__(self) -> None:
-        self.size = 0
+    Arguments:
+        begin: Called once the engine has begun.
+    """
+
+    is_full = False
+
+    def __init__(self, begin: Callable[[], None]) -> None:
         self.samples: list[GenerationResponseSample] = []
+        self._begin = begin
 
-    def add(self, event: Progress) -> bool:
+    def emit(self, event: Event) -> None:
         """Takes in an event; deltas are not kept."""
         if isinstance(event, GenerationResponseSample):
             self.samples.append(event)
-        return False
-
-    def take(self) -> Sequence[Any]:
-        """Returns no messages."""
-        return ()
+        elif isinstance(event, Started):
+            self._begin()
 
 
 class _Pile:

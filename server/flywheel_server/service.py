@@ -3,21 +3,18 @@
 import time
 from collections.abc import Collection
 from contextlib import AbstractAsyncContextManager
-from functools import partial
-from typing import Any
 
-import grpc.aio
 import structlog
 from flywheel_proto.v1 import generation_pb2 as pb
 from flywheel_proto.v1 import generation_pb2_grpc
 
 from flywheel_server import running_time
 from flywheel_server.callers import caller
-from flywheel_server.delivery import Buffer, Delivery, DeltaBuffer, ReaderPolicy, SampleBuffer, WholeBuffer
+from flywheel_server.delivery import Buffer, Delivery, DeltaBuffer, ReaderPolicy, SampleBuffer, SampleCollector
 from flywheel_server.engines.base import Engine, EngineModel, EngineUnavailableError
 from flywheel_server.errors import SlowReaderError
 from flywheel_server.generations import Generation, Generations
-from flywheel_server.interceptors.metadata import send_request_id
+from flywheel_server.interceptors.context import CallContext
 from flywheel_server.messages import GenerationRequest, RequestLimits
 from flywheel_server.translation import (
     model_to_proto,
@@ -28,7 +25,7 @@ from flywheel_server.translation import (
 
 log = structlog.stdlib.get_logger(__name__)
 
-Context = grpc.aio.ServicerContext[Any, Any]
+Context = CallContext
 
 
 class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
@@ -100,9 +97,10 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         created = time.time()
         generation_request = self._translate(request)
         async with self._admitted(generation_request, context) as generation:
-            buffer = WholeBuffer()
-            await self._delivery.deliver(generation, buffer, partial(send_request_id, context), context.write)
-            response = response_to_proto(generation_request, created, buffer.samples)
+            # In this task, as there is nothing to write until all has been generated.
+            collector = SampleCollector(context.begin)
+            await generation.run(collector)
+            response = response_to_proto(generation_request, created, collector.samples)
             await self._delivery.deliver_one(generation, response, context.write)
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> None:  # type: ignore[override]
@@ -115,7 +113,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         await self._answer(stats_to_proto(stats, active=self._generations.active, queued=self._generations.queued), context)
 
     async def _answer(self, message: pb.Model | pb.Stats, context: Context) -> None:
-        await send_request_id(context)
+        context.begin()
         try:
             async with running_time.timeout(self._policy.timeout):
                 await context.write(message)
@@ -124,7 +122,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
 
     async def _stream(self, request: pb.GenerationRequest, buffer: Buffer, context: Context) -> None:
         async with self._admitted(self._translate(request), context) as generation:
-            await self._delivery.deliver(generation, buffer, partial(send_request_id, context), context.write)
+            await self._delivery.deliver(generation, buffer, context.has_begun, context.write)
 
     def _admitted(self, request: GenerationRequest, context: Context) -> AbstractAsyncContextManager[Generation]:
         return self._generations.admitted(request, caller.get(), context.time_remaining())

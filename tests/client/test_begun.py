@@ -17,10 +17,9 @@ import grpc.aio
 import pytest
 from flywheel_client import SERVICE_CONFIG, FlywheelError, Retry, UnavailableError
 from flywheel_proto.v1 import generation_pb2, generation_pb2_grpc
-from flywheel_server import service
 from flywheel_server.engines.base import Started, TextDelta
 from flywheel_server.engines.scripted import Script
-from flywheel_server.interceptors.request_id import send_request_id
+from flywheel_server.interceptors.context import CallContext
 
 from tests.client.conftest import WAIT
 from tests.client.test_failover import FakeDirectory
@@ -168,12 +167,13 @@ async def fleet(script: Script) -> AsyncIterator[Fleet]:
     engine = CountingEngine(script)
     made = Fleet(engine)
 
-    async def send_and_count(context: Any) -> None:
-        await send_request_id(context)
+    def send_and_count(context: CallContext) -> None:
+        begin(context)
         engine.headers_sent += 1
 
+    begin = CallContext.begin
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(service, "send_request_id", send_and_count)
+        patch.setattr(CallContext, "begin", send_and_count)
         async with serving(engine) as target, AsyncExitStack() as stack:
             for _ in range(3):
                 line = Line(target.address)

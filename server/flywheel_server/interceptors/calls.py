@@ -8,8 +8,9 @@ import grpc.aio
 import structlog
 
 from flywheel_server.interceptors.authentication import Authentication
+from flywheel_server.interceptors.context import CallContext
 from flywheel_server.interceptors.errors import end_with_status
-from flywheel_server.interceptors.metadata import CallMetadata, request_id
+from flywheel_server.interceptors.metadata import CallMetadata
 from flywheel_server.interceptors.methods import Method
 from flywheel_server.interceptors.public import PublicMethods, is_public
 from flywheel_server.interceptors.reading import RequestReader
@@ -57,23 +58,23 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
         async def call(_: object, context: Context) -> None:
             metadata = CallMetadata.of(context)
-            request_id.set(metadata.request_id)
+            own = CallContext(context, metadata.request_id)
             # Until the call has ended, which is a task of its own.
             structlog.contextvars.bind_contextvars(request_id=metadata.request_id)
             try:
                 metadata.check_size(self._max_metadata_bytes)
-                await run(context, metadata)
+                await run(context, metadata, own)
             except grpc.aio.AbortError:
                 raise
             except Exception as error:  # noqa: BLE001 - every call ends with a status
-                await end_with_status(context, error)
+                await end_with_status(own, error)
 
         return call
 
-    def _for_known_callers(self, method: Method) -> Callable[[Context, CallMetadata], Awaitable[None]]:
-        async def run(context: Context, metadata: CallMetadata) -> None:
+    def _for_known_callers(self, method: Method) -> Callable[[Context, CallMetadata, CallContext], Awaitable[None]]:
+        async def run(context: Context, metadata: CallMetadata, own: CallContext) -> None:
             credentials = self._authentication.identify(context, metadata)
             # The request is in no variable here, because it may be large, and this frame lasts as long as the method runs.
-            await method.answer(await self._requests.receive(method, context, credentials), context)
+            await method.answer(await self._requests.receive(method, context, credentials), own)
 
         return run

@@ -9,10 +9,8 @@ import structlog
 
 from flywheel_server.engines.base import EngineError
 from flywheel_server.errors import CallStatus, DeadlineExceededError, QuotaExceededError, UnauthenticatedError, status_of
-from flywheel_server.interceptors.metadata import REQUEST_ID, SENDING_TIMEOUT, request_id
+from flywheel_server.interceptors.context import CallContext
 from flywheel_server.interceptors.methods import MethodError
-from flywheel_server.interceptors.types import Context
-from flywheel_server.operations import Operation
 from flywheel_server.shortage import shortage_in
 
 log = structlog.stdlib.get_logger(__name__)
@@ -46,21 +44,18 @@ def _clear_frames(error: BaseException) -> None:
         link = link.__cause__ or link.__context__
 
 
-async def end_with_status(context: Context, error: Exception) -> None:
+async def end_with_status(context: CallContext, error: Exception) -> None:
     """Ends the call with the status of the error, and logs it; raises what ends the handler of a call that has its status.
 
     The log follows the status: a call that gRPC has ended meanwhile, because its caller is gone or its message is refused, has
     another status, and often it is only this end that the error comes from. A fault of the server's own is logged in any case.
     """
-    status = status_of(error, request_id.get())
+    status = status_of(error, context.request_id)
     _clear_frames(error)
-    # Here too: a call that is refused before it begins has no initial metadata.
-    metadata = (*status.trailing_metadata(), (REQUEST_ID, request_id.get()))
     is_own_fault = status.code is grpc.StatusCode.INTERNAL and not isinstance(error, grpc.aio.InternalError)
     is_sent = True
     try:
-        async with asyncio.timeout(SENDING_TIMEOUT):
-            await Operation(context.abort(status.code, status.message, metadata)).result
+        await context.abort(status.code, status.message, status.trailing_metadata())
     except grpc.aio.AbortError:
         raise
     except TimeoutError as unread:

@@ -1,29 +1,20 @@
-"""Reads the metadata that a caller sent, and sends the metadata with which an answer begins."""
+"""Reads the metadata of a call."""
 
-import asyncio
 import re
 import secrets
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Final
 
 from flywheel_server.errors import MetadataTooLargeError
+from flywheel_server.interceptors.context import REQUEST_ID
 from flywheel_server.interceptors.types import Context
-from flywheel_server.operations import Operation
 
-REQUEST_ID: Final = "x-request-id"
 AUTHORIZATION: Final = "authorization"
 
 ENTRY_OVERHEAD: Final = 32
 """Bytes that HTTP/2 counts for each entry beside its name and value (RFC 9113, section 6.5.2)."""
 
-SENDING_TIMEOUT: Final = 1.0
-"""Seconds that metadata or a status may take to be sent. A caller that reads nothing could hold the call for ever."""
-
 _ACCEPTED: Final = re.compile(r"[\x21-\x7e]{1,128}")
-
-request_id: ContextVar[str] = ContextVar("request_id")
-"""The request id of the call that runs in this context."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,17 +54,3 @@ class CallMetadata:
         """
         if self.size > limit:
             raise MetadataTooLargeError(limit)
-
-
-async def send_request_id(context: Context) -> None:
-    """Sends the initial metadata, which hold the request id: the call has begun.
-
-    Not before that: a call that is refused without any is one that gRPC's own retries, and those of proxies, may repeat.
-    """
-    sending = Operation(context.send_initial_metadata(((REQUEST_ID, request_id.get()),)))
-    try:
-        await sending.result
-    except asyncio.CancelledError:
-        # Only when they are sent does grpc note it. A status before that would send them again, which fails, and get lost.
-        await asyncio.wait((sending.end(),), timeout=SENDING_TIMEOUT)
-        raise

@@ -10,6 +10,7 @@ import grpc.aio
 from grpc_health.v1 import health
 
 from flywheel_server.errors import IncompleteRequestError, MalformedRequestError, ServerFullError
+from flywheel_server.interceptors.context import CallContext
 from flywheel_server.interceptors.metadata import CallMetadata
 from flywheel_server.interceptors.methods import Method
 from flywheel_server.interceptors.types import Context, Handler
@@ -51,14 +52,14 @@ class PublicMethods:
         self._streams = Places(max_streams)
         self._unread: Counter[str] = Counter()
 
-    def runner(self, handler: Handler) -> Callable[[Context, CallMetadata], Awaitable[None]]:
+    def runner(self, handler: Handler) -> Callable[[Context, CallMetadata, CallContext], Awaitable[None]]:
         """Returns what runs a call of the method."""
         method = Method(handler)
         if handler.request_streaming:
-            return lambda context, _: self._answer_each(method, context)
+            return lambda context, *_: self._answer_each(method, context)
         if handler.response_streaming:
-            return lambda context, _: self._stream(method, context)
-        return lambda context, _: self._answer(method, context)
+            return lambda context, *_: self._stream(method, context)
+        return lambda context, *_: self._answer(method, context)
 
     @asynccontextmanager
     async def _turn(self, context: Context) -> AsyncIterator[None]:
