@@ -101,7 +101,7 @@ def request_ids(data: bytes) -> None:
         assert re.fullmatch("[0-9a-f]{32}", found)
 
 
-_KEYS: Final = Authentication(KeyRing([API_KEY]))
+_KEYS: Final = Authentication(KeyRing([API_KEY]), certificates=False)
 
 
 def authorization(data: bytes) -> None:

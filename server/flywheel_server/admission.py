@@ -36,7 +36,9 @@ class ServiceTimes:
 
     def add(self, caller: str, seconds: float) -> None:
         """Records that a call of the caller finished after so many seconds."""
-        times = self._seconds.setdefault(caller, deque(maxlen=MAX_CALLS))
+        times = self._seconds.get(caller)
+        if times is None:
+            times = self._seconds[caller] = deque(maxlen=MAX_CALLS)
         self._seconds.move_to_end(caller)
         times.append(seconds)
         # Computed when somebody asks, as few calls do.

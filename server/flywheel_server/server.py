@@ -58,7 +58,7 @@ async def serve(engine: Engine, settings: Settings) -> AsyncIterator[int]:
     )
     reported = Health()
     requests = Waits(reading.REQUEST_TIMEOUT, IncompleteRequestError)
-    authentication = Authentication(keys)
+    authentication = Authentication(keys, certificates=settings.tls_client_ca is not None)
     max_connections = connections_allowed(settings)
     server = grpc.aio.server(
         interceptors=[

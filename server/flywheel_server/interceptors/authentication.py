@@ -32,15 +32,20 @@ class Authentication:
     """Raises `UnauthenticatedError` for a call that has neither a key nor a certificate of the ring.
 
     Where the ring is not required, everybody may call: mutual TLS has turned away who has no certificate.
+
+    Arguments:
+        keys: The ring.
+        certificates: Whether clients show certificates, which is so in mutual TLS only.
     """
 
-    def __init__(self, keys: KeyRing) -> None:
+    def __init__(self, keys: KeyRing, *, certificates: bool) -> None:
         self._keys = keys
+        self._certificates = certificates
 
     def identify(self, context: Context, metadata: CallMetadata) -> Credentials:
         """Makes the call its caller's, and returns what the caller was identified by."""
         # First of all: one that is not what it seems is refused, whatever else the call has.
-        identities = identities_of(context.auth_context())
+        identities = identities_of(context.auth_context()) if self._certificates else ()
         key = _key(metadata.authorization) if self._keys.is_required else None
         credentials = Credentials(identities, key)
         self._set_caller(credentials)
@@ -57,6 +62,8 @@ class Authentication:
 
     def _set_caller(self, credentials: Credentials) -> None:
         who = self._caller_of(credentials)
+        if who is caller.get():
+            return
         caller.set(who)
         if who.name:
             # Until the call has ended, which is a task of its own: the line that says how it ended names the caller too.
