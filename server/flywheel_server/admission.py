@@ -1,7 +1,7 @@
 """Who may start, who waits, and who is refused."""
 
 import asyncio
-from collections import Counter, OrderedDict, deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import median
@@ -118,7 +118,7 @@ class Admission:
         self._active_tokens = 0
         self._clock = clock
         self._next_place = 0.0
-        self._samples_of: Counter[str] = Counter()
+        self._samples_of: dict[str, int] = {}
         """Samples of each caller, waiting and let in."""
         # An insertion-ordered set of waiters for each priority: one that gives up leaves at once, wherever it stands.
         self._waiters: dict[int, dict[_Waiter, None]] = {}
@@ -154,7 +154,7 @@ class Admission:
         self._find_place(waiter)
         self._waiters.setdefault(waiter.caller.priority, {})[waiter] = None
         self.queued += waiter.samples
-        self._samples_of[waiter.caller.name] += waiter.samples
+        self._samples_of[waiter.caller.name] = self._samples_of.get(waiter.caller.name, 0) + waiter.samples
 
     async def admit(self, waiter: _Waiter, tokens: int, time_remaining: float | None) -> float:
         """Waits for room, and returns the time on the clock when there was some; see `Place.admitted`."""

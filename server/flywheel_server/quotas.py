@@ -2,7 +2,6 @@
 
 import asyncio
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -73,7 +72,7 @@ class Quotas:
     def __init__(self, service_time: Callable[[str], float], clock: Callable[[], float] = time.monotonic) -> None:
         self._service_time = service_time
         self._clock = clock
-        self._samples: Counter[str] = Counter()
+        self._samples: dict[str, int] = {}
         self._buckets: dict[str, _Bucket] = {}
 
     def held(self, caller: Caller, request: GenerationRequest) -> "Holding":
@@ -88,7 +87,7 @@ class Quotas:
         """Takes what the call may need, and returns how many tokens that is; see `held`."""
         self._check_samples(caller, request.num_samples)
         taken = self._take_tokens(caller, request.num_samples * request.max_tokens)
-        self._samples[caller.name] += request.num_samples
+        self._samples[caller.name] = self._samples.get(caller.name, 0) + request.num_samples
         return taken
 
     def settle(self, caller: Caller, samples: int, taken: int, usage: Usage) -> None:
@@ -101,7 +100,7 @@ class Quotas:
 
     def _check_samples(self, caller: Caller, samples: int) -> None:
         limit = caller.max_concurrent
-        if limit is not None and self._samples[caller.name] + samples > limit:
+        if limit is not None and self._samples.get(caller.name, 0) + samples > limit:
             # One of `limit` calls ends every service_time / limit seconds. A call with more samples than that never fits.
             delay = self._service_time(caller.name) * samples / limit if samples <= limit else None
             raise QuotaExceededError(caller.name, f"max_concurrent {limit}", delay)

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import grpc.aio
 from flywheel_proto.v1 import generation_pb2_grpc
@@ -29,6 +30,7 @@ from flywheel_server.service import GenerationService
 from flywheel_server.settings import Settings
 from flywheel_server.stopping import Connections
 from flywheel_server.supervision import Supervisor
+from flywheel_server.unregistered import Unregistered
 
 
 @asynccontextmanager
@@ -73,9 +75,11 @@ async def serve(engine: Engine, settings: Settings) -> AsyncIterator[int]:
     )
     connections = Connections(server)
     generation_pb2_grpc.add_GenerationServiceServicer_to_server(service, server)
-    health_pb2_grpc.add_HealthServicer_to_server(reported.servicer, server)
+    # As if it were a server, which the generated types insist on.
+    seldom_called: Any = Unregistered(server)
+    health_pb2_grpc.add_HealthServicer_to_server(reported.servicer, seldom_called)
     if settings.reflection:
-        add_reflection((SERVICE, health.SERVICE_NAME), server)
+        add_reflection((SERVICE, health.SERVICE_NAME), seldom_called)
     supervisor = Supervisor(
         engine,
         generations.activity,
