@@ -1,8 +1,6 @@
 """What an engine's calls show of its condition, for whoever supervises it."""
 
 import asyncio
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from flywheel_server import running_time
 from flywheel_server.engines.base import EngineError, EngineFailedError
@@ -25,17 +23,12 @@ class Activity:
         self._seen_alive = 0.0
         """When a look last found that, in running time."""
         self._in_doubt: asyncio.Future[None] | None = None
+        self._within_engine = _WithinEngine(self)
+        self._noticing = _Noticing(self)
 
-    @contextmanager
-    def within_engine(self) -> Iterator[None]:
+    def within_engine(self) -> "_WithinEngine":
         """Counts a call as inside for the length of the context."""
-        if not self.inside:
-            self.sign()
-        self.inside += 1
-        try:
-            yield
-        finally:
-            self.inside -= 1
+        return self._within_engine
 
     def sign(self) -> None:
         """Notes that the engine has made something of a sample, or got a call after having none."""
@@ -49,21 +42,25 @@ class Activity:
             self._seen_alive = running_time.now()
         return running_time.now() - self._seen_alive
 
-    @contextmanager
-    def failures_noticed(self) -> Iterator[None]:
-        """Sets `failed` if an error is raised within that may concern more than one call."""
-        try:
-            yield
-        except asyncio.CancelledError as error:
+    def failures_noticed(self) -> "_Noticing":
+        """Sets `failed` if an error is raised within the context that may concern more than one call."""
+        return self._noticing
+
+    def notice(self, error: BaseException) -> None:
+        """Sets `failed` if the error may concern more than one call.
+
+        Raises `EngineFailedError` if the engine has cancelled itself.
+        """
+        if isinstance(error, asyncio.CancelledError):
             if (task := asyncio.current_task()) and task.cancelling():
-                raise
+                return
             # Nobody has cancelled the call: it is the engine's own, which would leave the caller without a status.
             self._suspect()
             raise EngineFailedError("the engine cancelled itself") from error
-        except Exception as error:
-            if (isinstance(error, EngineFailedError) or not isinstance(error, EngineError)) and not is_shortage(error):
+        if isinstance(error, Exception):
+            is_engines = isinstance(error, EngineFailedError) or not isinstance(error, EngineError)
+            if is_engines and not is_shortage(error):
                 self._suspect()
-            raise
 
     def _suspect(self) -> None:
         self._in_doubt = self._in_doubt or asyncio.get_running_loop().create_future()
@@ -79,3 +76,32 @@ class Activity:
         """Returns once a check has found the engine alive since it last failed; never, if it is dead."""
         if self._in_doubt is not None:
             await asyncio.shield(self._in_doubt)
+
+
+class _WithinEngine:
+    """The context of `within_engine`, the same for all calls."""
+
+    def __init__(self, activity: Activity) -> None:
+        self._activity = activity
+
+    def __enter__(self) -> None:
+        if not self._activity.inside:
+            self._activity.sign()
+        self._activity.inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._activity.inside -= 1
+
+
+class _Noticing:
+    """The context of `failures_noticed`, the same for all calls."""
+
+    def __init__(self, activity: Activity) -> None:
+        self._activity = activity
+
+    def __enter__(self) -> None:
+        """There is nothing to prepare."""
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if error is not None:
+            self._activity.notice(error)
