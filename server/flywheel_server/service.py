@@ -3,6 +3,7 @@
 import time
 from collections.abc import Collection
 from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
 
 import structlog
 from flywheel_proto.v1 import generation_pb2 as pb
@@ -50,8 +51,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         self._generations = generations
         self._policy = policy
         self._delivery = Delivery(policy)
-        self._max_text_bytes = max_text_bytes
-        self._max_num_samples = max_num_samples
+        self._limits = RequestLimits(max_text_bytes, max_num_samples, context_tokens=0)
         self._log_prompts = log_prompts
         self._model: EngineModel | None = None
         self._closed = False
@@ -65,6 +65,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         """Serves from now on, unless it was closed: the engine has started."""
         if not self._closed:
             self._model = self._engine.model()
+            self._limits = replace(self._limits, context_tokens=self._model.context_tokens)
             self._generations.set_capacity(self._model)
 
     def interrupt(self) -> None:
@@ -105,7 +106,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> None:  # type: ignore[override]
         """Sends what is served."""
-        await self._answer(model_to_proto(self._serving(), self._limits()), context)
+        await self._answer(model_to_proto(self._serving(), self._limits), context)
 
     async def GetStats(self, request: pb.GetStatsRequest, context: Context) -> None:  # type: ignore[override]
         """Sends how busy the service is."""
@@ -128,13 +129,11 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         return self._generations.admitted(request, caller.get(), context.time_remaining())
 
     def _translate(self, message: pb.GenerationRequest) -> GenerationRequest:
-        request = request_from_proto(message, self._limits())
+        self._serving()
+        request = request_from_proto(message, self._limits)
         if self._log_prompts:
             log.info("prompt", text=request.text)
         return request
-
-    def _limits(self) -> RequestLimits:
-        return RequestLimits(self._max_text_bytes, self._max_num_samples, self._serving().context_tokens)
 
     def _serving(self) -> EngineModel:
         if self._model is None:

@@ -4,8 +4,7 @@ A key is sent as `authorization: Bearer KEY` (RFC 6750). A certificate is that o
 """
 
 import re
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import structlog
 
@@ -20,8 +19,7 @@ _BEARER: Final = re.compile(r"bearer +(.*)", re.IGNORECASE | re.DOTALL)
 _VISIBLE: Final = re.compile(r"[\x21-\x7e]+")
 
 
-@dataclass(frozen=True, slots=True)
-class Credentials:
+class Credentials(NamedTuple):
     """What a caller shows of itself: the names in its certificate, and its key if it sent one."""
 
     identities: tuple[str, ...]

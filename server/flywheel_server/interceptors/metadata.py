@@ -2,8 +2,7 @@
 
 import re
 import secrets
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from flywheel_server.errors import MetadataTooLargeError
 from flywheel_server.interceptors.context import REQUEST_ID
@@ -17,8 +16,7 @@ ENTRY_OVERHEAD: Final = 32
 _ACCEPTED: Final = re.compile(r"[\x21-\x7e]{1,128}")
 
 
-@dataclass(frozen=True, slots=True)
-class CallMetadata:
+class CallMetadata(NamedTuple):
     """What this server reads of the metadata of a call.
 
     Attributes:
