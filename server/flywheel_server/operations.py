@@ -83,6 +83,7 @@ class Waits:
         self._since: dict[asyncio.Future[Any], float] = {}
         """When each wait began, the oldest first."""
         self._is_looking = False
+        self._clock: running_time.Clock | None = None
 
     async def wait(self, operation: Operation[T]) -> T:
         """Returns what comes of the operation. Raises the error of these waits if nothing comes in time."""
@@ -91,10 +92,11 @@ class Waits:
             return result.result()
         if self._ended_by is not None:
             raise self._ended_by()
-        clock = running_time.clock()
+        if self._clock is None:
+            self._clock = running_time.clock()
         if not self._is_looking:
-            self._look_later(clock, self._seconds)
-        self._since[result] = clock.time()
+            self._look_later(self._clock, self._seconds)
+        self._since[result] = self._clock.time()
         try:
             return await result
         finally:

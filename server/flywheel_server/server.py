@@ -49,7 +49,7 @@ async def serve(engine: Engine, settings: Settings) -> AsyncIterator[int]:
         EngineDiedError: The engine died later. This cancels the context.
     """
     keys = KeyRing((key.get_secret_value() for key in settings.api_keys), settings.api_keys_file)
-    generations = Generations(engine, Admission(settings.max_concurrent, settings.max_queued))
+    generations = Generations(engine, Admission(settings.max_concurrent, settings.max_queued, running_time.clock().time))
     service = GenerationService(
         engine,
         generations,
