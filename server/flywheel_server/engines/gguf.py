@@ -14,6 +14,8 @@ MAGIC: Final = b"GGUF"
 
 _NUMBERS: Final = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 """The types of values that are numbers, and their formats for `struct`."""
+_LENGTH: Final = struct.Struct("<Q")
+"""The length of a text, which comes before it."""
 _STRING: Final = 8
 _ARRAY: Final = 9
 
@@ -81,16 +83,23 @@ class _Reader:
         if count > _MAX_COUNT:
             raise IndexError(count)
         if of == _STRING:
-            return [self._string() for _ in range(count)]
+            return list(self._strings(count))
         # Lists of lists are no part of what llama.cpp reads.
         return self._unpack(f"{count}{_NUMBERS[of]}")
 
     def _string(self) -> bytes:
-        (length,) = self._unpack("Q")
-        start, self._at = self._at, self._at + length
-        if self._at > len(self._data) or length > _MAX_COUNT:
-            raise IndexError(self._at)
-        return self._data[start : self._at]
+        return next(self._strings(1))
+
+    def _strings(self, count: int) -> Iterator[bytes]:
+        # A vocabulary has hundreds of thousands of them, for which the server waits as it starts.
+        data, end = self._data, len(self._data)
+        for _ in range(count):
+            (length,) = _LENGTH.unpack_from(data, self._at)
+            start = self._at + _LENGTH.size
+            self._at = start + length
+            if self._at > end or length > _MAX_COUNT:
+                raise IndexError(self._at)
+            yield data[start : self._at]
 
     def _unpack(self, layout: str) -> tuple[Any, ...]:
         values = struct.unpack_from(f"<{layout}", self._data, self._at)

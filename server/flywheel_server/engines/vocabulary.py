@@ -31,10 +31,12 @@ Most models have no token that reaches across it. An underscore ends no word: ma
 _REACHES_ACROSS: Final = re.compile(r"[^\W_][ \n]")
 
 _PRINTABLE: Final = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-_BYTES: Final = {chr(byte): byte for byte in _PRINTABLE} | {
-    chr(0x100 + number): byte for number, byte in enumerate(sorted({*range(0x100)} - {*_PRINTABLE}))
+_BYTES: Final = {
+    **dict.fromkeys(range(0x100), ord("?")),
+    **{0x100 + number: byte for number, byte in enumerate(sorted({*range(0x100)} - {*_PRINTABLE}))},
+    **{byte: byte for byte in _PRINTABLE},
 }
-"""The byte that each character of a token stands for in byte-pair encoding, as GPT-2 has it."""
+"""The byte that each character of a token stands for in byte-pair encoding, as GPT-2 has it; for `str.translate`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +98,7 @@ def _text(token: bytes, kind: int, tokenizer: str) -> str:
     if kind != _NORMAL:
         return text
     if tokenizer == BPE:
-        return bytes(_BYTES.get(character, ord("?")) for character in text).decode(errors="replace")
+        return text.translate(_BYTES).encode("latin-1", "replace").decode(errors="replace")
     return text.replace("▁", " ")
 
 
