@@ -26,8 +26,8 @@ def main() -> None:
             keys_command.main(sys.argv[2:])
         else:
             with loading("flywheel-server"):
-                from flywheel_server import serve_command
-            serve_command.main(stop)
+                from flywheel_server import launch
+            launch.main(stop)
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ from pydantic_core import from_json
 
 from flywheel_server.callers import Caller
 from flywheel_server.identities import identity
-from flywheel_server.messages import INT32_MAX
-from flywheel_server.reloading import content_of
+from flywheel_server.int32 import INT32_MAX
+from flywheel_server.regular_files import content_of
 
 KEY_PREFIX: Final = "fw_"
 """What the keys begin with, by which scanners find those that were published by mistake."""

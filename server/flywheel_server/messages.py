@@ -10,10 +10,11 @@ from typing import Annotated, Any, Final, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo
 
+from flywheel_server.int32 import INT32_MAX
+
 MAX_EOS_TOKEN_IDS: Final = 64
 MAX_STOP_SEQUENCES: Final = 16
 MAX_STOP_BYTES: Final = 256
-INT32_MAX: Final = 2**31 - 1
 
 _ACCEPTED: Final = {
     "text": "must not be empty and have at most {max_text_bytes} bytes in UTF-8",

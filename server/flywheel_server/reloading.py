@@ -1,7 +1,5 @@
 """Files that are read again when they change, and that may be wrong for a while without harm."""
 
-import errno
-import stat
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -53,14 +51,6 @@ class Reloadable(Generic[Loaded]):
 
     def _look(self) -> list[tuple[int, ...] | None]:
         return [_signature(file) for file in self._files]
-
-
-def content_of(file: Path) -> bytes:
-    """Return what a file holds. Raise `OSError` if that cannot be read, or is no file: a pipe may have no end, nor a device."""
-    mode = file.stat().st_mode
-    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-        raise OSError(errno.EINVAL, "It is not a regular file")
-    return file.read_bytes()
 
 
 def _signature(file: Path) -> tuple[int, ...] | None:

@@ -1,7 +1,6 @@
-"""The command `flywheel-server` as it serves: settings → engine → server → run until a signal."""
+"""The command `flywheel-server` as it serves: engine → server → run until a signal."""
 
 import asyncio
-import faulthandler
 import json
 import os
 import sys
@@ -13,13 +12,13 @@ os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_listener")
 # gRPC's own log of ordinary events, such as connections that end, is not in the form of ours.
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
-from flywheel_server import descriptors, heap, logs, signals
+from flywheel_server import descriptors, heap, logs
 from flywheel_server.engines.base import EngineError
 from flywheel_server.engines.chosen import chosen_engine
 from flywheel_server.health import SERVICE
-from flywheel_server.output import Output, captured
+from flywheel_server.output import Output
 from flywheel_server.server import serve
-from flywheel_server.settings import Settings, parse
+from flywheel_server.settings import Settings
 from flywheel_server.signals import StopSignals
 from flywheel_server.supervision import EngineDiedError
 
@@ -29,30 +28,8 @@ else:
     from uvloop import new_event_loop
 
 
-def main(stop: StopSignals) -> None:
-    """Serves until a signal stops it.
-
-    Exits with 1 if it cannot start or the engine has died, and with 2 if the settings are wrong.
-    """
-    crash_log = _crash_log()
-    faulthandler.enable(crash_log)
-    signals.write_stacks_to(crash_log)
-    stdout, stderr = Output(1), Output(2)
-    try:
-        # Whoever writes there, gRPC and the interpreter included, must not wait for the reader.
-        with captured(2, stderr.write):
-            exit_code = _run(stop, stdout, stderr)
-    finally:
-        stdout.close()
-        if not stderr.close():
-            # Nobody reads: what the interpreter may still have to say would keep it from ending.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    sys.exit(exit_code)
-
-
-def _run(stop: StopSignals, stdout: Output, stderr: Output) -> int:
-    """Serves, and returns the exit code."""
-    settings = parse()
+def run(settings: Settings, stop: StopSignals, stdout: Output, stderr: Output) -> int:
+    """Serves until a signal stops it. Returns the exit code: 1 if it cannot start, or the engine has died."""
     heap.limit_heaps()
     descriptors.raise_limit()
     logs.configure(settings.log_level, settings.log_format, stderr)
@@ -83,17 +60,6 @@ async def _serve_until_signal(settings: Settings, stop: StopSignals, stdout: Out
         stderr.close()
         # Not `sys.exit`: that waits for all threads, and those of a dead engine may never end.
         os._exit(1)
-
-
-def _crash_log() -> int:
-    """Returns a descriptor for what a crash has to say: standard error, past whatever captures it.
-
-    On Linux it does not block if that is a pipe or a terminal. A process that crashes must end, whoever reads.
-    """
-    try:
-        return os.open("/proc/self/fd/2", os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_NOCTTY)
-    except OSError:
-        return os.dup(2)
 
 
 def _example(settings: Settings, port: int) -> str:

@@ -26,7 +26,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from flywheel_server.engines.base import PromptFormat
 from flywheel_server.engines.scripted import Script
-from flywheel_server.messages import INT32_MAX
+from flywheel_server.int32 import INT32_MAX
 from flywheel_server.setting_texts import (
     MUST_HOLD,
     NONE,

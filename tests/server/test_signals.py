@@ -106,7 +106,7 @@ async def test_signals_that_mean_nothing_change_nothing_and_one_shows_the_stacks
         process.send_signal(signal.SIGINT)
         said = await ended(process)
     assert said.count("most recent call first") >= 4
-    for expected in (r'File ".*serve_command\.py", line \d+ in _run', r'File ".*output\.py", line \d+ in _run'):
+    for expected in (r'File ".*serve_command\.py", line \d+ in run', r'File ".*output\.py", line \d+ in _run'):
         assert re.search(expected, said)
 
 

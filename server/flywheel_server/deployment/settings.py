@@ -8,7 +8,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from flywheel_server.deployment.weights import DEFAULT, DoesNotFitError, Weights, check_fit, find
-from flywheel_server.messages import INT32_MAX
+from flywheel_server.int32 import INT32_MAX
 from flywheel_server.setting_texts import NONE, NoneWord, as_written, is_blank, problems_of
 from flywheel_server.settings import MIN_CONTEXT, PREFIX, Address, Positive, Settings
 

@@ -9,7 +9,7 @@ from typing import Final, Self
 
 from flywheel_server.engines.gguf import Metadata, NotGgufError, read_metadata
 from flywheel_server.engines.vocabulary import MODEL, TOKENS, TYPES, Vocabulary
-from flywheel_server.messages import INT32_MAX
+from flywheel_server.int32 import INT32_MAX
 
 MAX_LAYERS: Final = 512
 MAX_EXPERTS: Final = 1024

@@ -1,0 +1,5 @@
+"""The range of the contract's integers."""
+
+from typing import Final
+
+INT32_MAX: Final = 2**31 - 1

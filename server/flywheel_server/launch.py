@@ -1,0 +1,50 @@
+"""Starts the server: outputs that never block, then the settings, and then what serves.
+
+What serves takes longer to load than all that comes before it. The help and wrong settings do without it.
+"""
+
+import faulthandler
+import os
+import sys
+
+from flywheel_proto._extras import loading
+
+from flywheel_server import signals
+from flywheel_server.output import Output, captured
+from flywheel_server.settings import parse
+from flywheel_server.signals import StopSignals
+
+
+def main(stop: StopSignals) -> None:
+    """Serves until a signal stops it.
+
+    Exits with 1 if it cannot be loaded or cannot start or the engine has died, and with 2 if the settings are wrong.
+    """
+    crash_log = _crash_log()
+    faulthandler.enable(crash_log)
+    signals.write_stacks_to(crash_log)
+    stdout, stderr = Output(1), Output(2)
+    try:
+        # Whoever writes there, gRPC and the interpreter included, must not wait for the reader.
+        with captured(2, stderr.write):
+            settings = parse()
+            with loading("flywheel-server"):
+                from flywheel_server import serve_command
+            exit_code = serve_command.run(settings, stop, stdout, stderr)
+    finally:
+        stdout.close()
+        if not stderr.close():
+            # Nobody reads: what the interpreter may still have to say would keep it from ending.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    sys.exit(exit_code)
+
+
+def _crash_log() -> int:
+    """Returns a descriptor for what a crash has to say: standard error, past whatever captures it.
+
+    On Linux it does not block if that is a pipe or a terminal. A process that crashes must end, whoever reads.
+    """
+    try:
+        return os.open("/proc/self/fd/2", os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_NOCTTY)
+    except OSError:
+        return os.dup(2)
