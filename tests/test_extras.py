@@ -42,7 +42,7 @@ NEEDS = [
 ]
 FURTHER_NEEDS = [
     *(("flywheel-server", "server", module) for module in MODULES["server"] if module != "structlog"),
-    ("flywheel", "cli", "typer"),
+    ("flywheel", "cli", "click"),
     ("flywheel endpoints", "modal", "modal"),
     ("flywheel --modal-app", "modal", "modal"),
     ("modal_deploy.py", "server", "pydantic"),
@@ -109,7 +109,7 @@ BREAKABLE = [
     ("flywheel-server keys", "pydantic"),
     ("flywheel-server by default", "xllamacpp"),
     ("flywheel-server --engine flywheel", "modal"),
-    ("flywheel", "typer"),
+    ("flywheel", "click"),
     ("modal_deploy.py", "pydantic"),
 ]
 BREAKS = [(program, module, instead) for program, module in BREAKABLE for instead in BROKEN]

@@ -2,7 +2,7 @@
 
 import os
 
-from flywheel_proto._interrupts import exit_on_interrupt, raise_on_interrupt
+from flywheel_proto._interrupts import exit_on_interrupt
 
 # Python would raise KeyboardInterrupt in the middle of an import, and print where.
 exit_on_interrupt()
@@ -19,7 +19,6 @@ def main() -> None:
         with loading("flywheel"):
             from flywheel_client._cli import app
         try:
-            raise_on_interrupt()
             app(prog_name="flywheel")
         finally:
             exit_on_interrupt()

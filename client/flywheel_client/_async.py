@@ -22,8 +22,9 @@ from flywheel_client._channel import (
 )
 from flywheel_client._errors import error_from_call, request_id_in
 from flywheel_client._health import HEALTH_CHECK, health_request, health_response, serving_status
-from flywheel_client._modal import APP, ModalDirectory
+from flywheel_client._modal import ModalDirectory
 from flywheel_client._pool import Directory
+from flywheel_client._records import APP
 from flywheel_client._request import GenerationFields, generation_request
 from flywheel_client._results import (
     Delta,

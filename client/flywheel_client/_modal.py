@@ -13,14 +13,13 @@ from flywheel_proto._extras import missing
 
 from flywheel_client._async_calls import retrieve
 from flywheel_client._errors import FailedPreconditionError, FlywheelError, UnauthenticatedError, UnavailableError
-from flywheel_client._records import MAX_RECORDS, Endpoint, Memory, Reading, dict_name, is_address
+from flywheel_client._records import APP, MAX_RECORDS, Endpoint, Memory, Reading, dict_name, is_address
 
 if TYPE_CHECKING:
     import modal
 
 T = TypeVar("T")
 
-APP: Final = "flywheel-grpc"
 SERVER: Final = "GatewayServer"
 
 TIMEOUT: Final = 8.0

@@ -13,6 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeGuard
 
+APP: Final = "flywheel-grpc"
+"""The name of the app, unless its deployment chooses another one."""
+
 STALE_AFTER: Final = 90.0
 """Seconds without a change, by the clock of whoever reads, after which a record is stale."""
 

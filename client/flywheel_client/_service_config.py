@@ -12,14 +12,16 @@ The format is that of https://github.com/grpc/grpc/blob/master/doc/service_confi
 """
 
 import json
-from importlib.resources import files
-from typing import Any, Final
+import pkgutil
+from typing import Any, Final, cast
 
 from flywheel_proto.v1 import generation_pb2
 
 SERVICE: Final = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name
 
-SERVICE_CONFIG: Final = files("flywheel_proto.v1").joinpath("generation_grpc_service_config.json").read_text("utf-8")
+# `importlib.resources` would load modules for archives and temporary files. The other one returns None only for packages
+# without files.
+SERVICE_CONFIG: Final = cast("bytes", pkgutil.get_data("flywheel_proto.v1", "generation_grpc_service_config.json")).decode()
 """For stubs of your own: health-checked round robin and a retry policy, as the channel option `grpc.service_config`."""
 
 MAX_RECEIVE_STATUS_BYTES: Final = 2**16

@@ -9,7 +9,7 @@ from typing import Final
 DISTRIBUTION: Final = "flywheel-grpc"
 
 MODULES: Final = {
-    "cli": ("typer",),
+    "cli": ("click",),
     "server": ("cryptography", "grpc_health", "grpc_reflection", "pydantic", "pydantic_settings", "structlog", "uvloop"),
     "embedded": ("xllamacpp",),
     "modal": ("modal",),

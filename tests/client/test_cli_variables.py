@@ -1,17 +1,12 @@
 """The variables of the command `flywheel`: an empty one counts as not set, except the key."""
 
-from dataclasses import fields
-from typing import get_args
-
 import pytest
-from flywheel_client._cli import Server, app
-from typer.testing import CliRunner, Result
+from click.testing import CliRunner, Result
+from flywheel_client._cli import app
 
 from tests.client.conftest import FakeService
 
-VARIABLES = {
-    option.envvar: each.name for each in fields(Server) for option in get_args(each.type)[1:] if getattr(option, "envvar", None)
-}
+VARIABLES = {str(option.envvar): str(option.name) for option in app.commands["health"].params if option.envvar}
 KEY = "FLYWHEEL_API_KEY"
 BLANKS = ("", "  ")
 

@@ -300,7 +300,7 @@ def test_the_base_install_imports_only_what_it_needs() -> None:
     command = [sys.executable, "-c", program]
     modules = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     assert {"grpc", "google", "flywheel_proto"} < set(modules)
-    assert not {"flywheel_server", "modal", "pydantic", "typer", "rich", "structlog"} & set(modules)
+    assert not {"flywheel_server", "modal", "pydantic", "click", "rich", "structlog"} & set(modules)
 
 
 def test_nothing_of_grpc_exists_before_the_first_call() -> None:

@@ -25,8 +25,7 @@ from flywheel_client import (
     UnavailableError,
     published_endpoints,
 )
-from flywheel_client._modal import APP
-from flywheel_client._records import STALE_AFTER, Memory, Reading, dict_name, is_address, record_from
+from flywheel_client._records import APP, STALE_AFTER, Memory, Reading, dict_name, is_address, record_from
 from grpclib import Status
 
 from tests.client.conftest import serving_fake

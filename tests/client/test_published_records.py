@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import modal
 import pytest
 from flywheel_client import ModalDirectory, UnavailableError, _pool, published_endpoints
-from flywheel_client._modal import APP
-from flywheel_client._records import dict_name
+from flywheel_client._records import APP, dict_name
 from modal._serialization import serialize
 
 from tests.client.conftest import Caller, serving_fake

@@ -1,0 +1,262 @@
+"""What the subcommands of `flywheel` do, and which exit code they end with."""
+
+import asyncio
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import grpc
+from click.exceptions import Exit
+from flywheel_proto._interrupts import INTERRUPTED
+
+from flywheel_client import _terminal as terminal
+from flywheel_client._errors import DeadlineExceededError, FlywheelError, InvalidArgumentError, UnavailableError
+from flywheel_client._health import PROBE_TIMEOUT, answering
+from flywheel_client._modal import no_endpoint, published_endpoints
+from flywheel_client._records import Endpoint
+from flywheel_client._retry import NEVER_SENT, Retry
+from flywheel_client._sync import Client
+from flywheel_client._waiting import ReadyServer, was_begun
+
+if TYPE_CHECKING:
+    from flywheel_client._cli import Server
+
+FAILED: Final = 1
+INVALID: Final = 2
+
+UNHEALTHY: Final = "backend unhealthy"
+"""What gRPC says if a server answers that it is not SERVING."""
+
+NO_CONNECTION: Final = ("connections to all backends failing", *NEVER_SENT)
+"""How the message of gRPC begins if it could not connect to a server."""
+
+OTHER_PROTOCOL: Final = "What listens there is no gRPC server, or one that wants TLS (--tls)."
+OTHER_NAME: Final = "Its certificate is for another name."
+HINTS: Final = {
+    "Connection refused": "Nothing listens at that address; if the server has several, gRPC names one of them.",
+    "Failed parsing HTTP/2": OTHER_PROTOCOL,
+    "Trying to connect an http1.x server": OTHER_PROTOCOL,
+    "Socket closed": "What listens there hangs up, as a server does that wants TLS (--tls) or a certificate (--cert).",
+    "WRONG_VERSION_NUMBER": "What listens there does not speak TLS, which --tls, --cacert and --cert ask for.",
+    "CERTIFICATE_VERIFY_FAILED": "Its certificate is not trusted: --cacert names those that are.",
+    "Hostname Verification Check failed": OTHER_NAME,
+    "is not in peer certificate": OTHER_NAME,
+    "Failed to create security handshaker": "A file of --cacert, --cert or --key cannot be read as what it should be.",
+}
+"""What it means if such a message has these words."""
+
+MAX_PROMPT_BYTES: Final = 64 * 2**20
+"""How much is read from stdin, which may be endless. It is far beyond the longest prompt that a model can read."""
+
+Watch = Callable[[Iterable[Any]], Iterator[Any]]
+
+
+@contextmanager
+def exit_codes(server: "Server | None" = None) -> Iterator[None]:
+    """Turns what may go wrong in a subcommand into a message and an exit code.
+
+    Args:
+        server: The server that the subcommand calls, for advice on what to look at.
+    """
+    try:
+        yield
+    except FlywheelError as error:
+        terminal.show_error(terminal.describe(error, _advice(error, server) if server else ""))
+        raise Exit(INVALID if isinstance(error, InvalidArgumentError) else FAILED) from None
+    except (TypeError, ValueError) as error:
+        terminal.show_error(str(error))
+        raise Exit(INVALID) from None
+    except (OSError, ImportError) as error:
+        terminal.show_error(str(error))
+        raise Exit(FAILED) from None
+    except KeyboardInterrupt:
+        # Click would say that the command was aborted, and exit with 1.
+        raise Exit(INTERRUPTED) from None
+
+
+def generate(
+    server: "Server",
+    prompt: str | None,
+    *,
+    timeout: float | None,
+    as_json: bool,
+    **fields: Any,  # noqa: ANN401 - the fields of a request have several types
+) -> None:
+    """Prints the samples of a prompt; `fields` are those of `GenerationFields`."""
+    fields["text"] = _text(prompt)
+    # Somebody looks at the terminal: what takes longer than that is for them to decide.
+    with _client(server, timeout, Retry(max_delay=5.0)) as client, _client(server, timeout) as observer:
+        ready = ReadyServer(observer, server.name, timeout, wait_for_ready=server.wait_for_ready)
+        show = _print_samples if as_json else _print_text
+        ready.call(lambda seconds: show(ready.noting_silence, client, fields | {"timeout": seconds}))
+
+
+def health(server: "Server", service: str, *, timeout: float, as_json: bool) -> None:
+    """Prints whether the server is SERVING, and exits with 1 if not."""
+    with _client(server, timeout) as client:
+        status = client.health(service)
+    if as_json:
+        terminal.show_json({"status": status})
+    else:
+        terminal.show(status)
+    if status != "SERVING":
+        raise Exit(FAILED)
+
+
+def stats(server: "Server", *, timeout: float, as_json: bool) -> None:
+    """Prints how busy the server and its engine are."""
+    with _client(server, timeout) as client:
+        found = client.stats()
+    if as_json:
+        terminal.show_json(asdict(found))
+    else:
+        terminal.show_table(
+            [
+                ("active calls", found.active),
+                ("queued calls", found.queued),
+                ("backlog of the engine", found.backlog),
+                ("runners of the engine", found.num_total_runners),
+            ]
+        )
+
+
+def model(server: "Server", *, timeout: float, as_json: bool) -> None:
+    """Prints what is served, with the limits and defaults."""
+    with _client(server, timeout) as client:
+        found = client.model()
+    if as_json:
+        terminal.show_json(asdict(found))
+    else:
+        terminal.show_table(
+            [
+                ("name", found.name),
+                ("engine", found.engine),
+                ("context_tokens", found.context_tokens),
+                ("penalizes_prompt", "yes" if found.penalizes_prompt else "no"),
+                ("prompt_format", found.prompt_format),
+                *((f"limits.{name}", value) for name, value in asdict(found.limits).items()),
+                *((f"defaults.{name}", f"{value:g}") for name, value in asdict(found.defaults).items()),
+            ]
+        )
+
+
+def endpoints(app: str, environment: str | None, cacert: Path | None, *, first: bool, as_json: bool) -> None:
+    """Prints the live addresses of a deployment on Modal, or all of them if none answers."""
+    credentials = grpc.ssl_channel_credentials(_pem("--cacert", cacert))
+    live, silent = asyncio.run(_endpoints(app, environment, credentials))
+    if not live and not silent:
+        raise no_endpoint(app, environment)
+    shown = (live or silent)[: 1 if first else None]
+    if as_json:
+        terminal.show_json([asdict(endpoint) for endpoint in shown])
+    elif first:
+        terminal.show(shown[0].address)
+    else:
+        terminal.show_endpoints(shown, time.time())
+    if silent and not (first and live):
+        which = "any of these" if not live else ", ".join(endpoint.address for endpoint in silent)
+        terminal.show_aside([f"no answer within {PROBE_TIMEOUT:g} s from {which}"])
+
+
+def _client(server: "Server", timeout: float | None, retry: Retry | None = None) -> Client:
+    """Returns a client of the server, which tries nothing again unless it is told how."""
+    arguments: dict[str, Any] = {
+        "timeout": timeout,
+        "credentials": _credentials(server),
+        "api_key": server.api_key,
+        "retry": retry,
+        "wait_for_ready": server.wait_for_ready,
+    }
+    if server.modal_app is None:
+        return Client(server.address, **arguments)
+    return Client.from_modal(server.modal_app, environment=server.modal_environment, **arguments)
+
+
+def _credentials(server: "Server") -> grpc.ChannelCredentials | None:
+    if (server.cert is None) != (server.key is None):
+        raise ValueError("--cert and --key need each other")
+    trusted, chain, key = _pem("--cacert", server.cacert), _pem("--cert", server.cert), _pem("--key", server.key)
+    if server.modal_app or server.tls or trusted or chain:
+        return grpc.ssl_channel_credentials(trusted, key, chain)
+    return None
+
+
+def _pem(option: str, path: Path | None) -> bytes | None:
+    """Returns what is in the file of an option; gRPC says of what is not PEM only that a connection could not be made."""
+    if path is None:
+        return None
+    read = path.read_bytes()
+    if b"-----BEGIN " not in read:
+        raise ValueError(f"{option} must be a file in PEM, which {path} is not")
+    return read
+
+
+def _advice(error: FlywheelError, server: "Server") -> str:
+    """Returns what to look at if a call of the server ended with this error; empty if the error says enough."""
+    if isinstance(error, DeadlineExceededError) and not error.reason and error.request_id and not was_begun(error):
+        return f"{server.name} has not answered. It may be loading its model, or something on the way drops what is sent."
+    if not isinstance(error, UnavailableError) or not error.request_id:
+        return ""
+    if error.reason == "ENGINE_UNAVAILABLE" or UNHEALTHY in error.message:
+        return f"{server.name} answers, but its engine is starting, stopping or out of reach."
+    if error.reason or error.code is not grpc.StatusCode.UNAVAILABLE:
+        return ""
+    if server.modal_app is None:
+        hints = (HINTS[words] for words in HINTS if words in error.message and error.message.startswith(NO_CONNECTION))
+        return " ".join([*hints, f"Is flywheel-server running at {server.address}?"])
+    environment = f" --environment {server.modal_environment}" if server.modal_environment else ""
+    return f"To see what is live: flywheel endpoints --app {server.modal_app}{environment}"
+
+
+def _text(prompt: str | None) -> str:
+    if prompt is None and sys.stdin.isatty():
+        raise ValueError('no prompt: give one, as in flywheel generate "Once upon a time", or pipe it in')
+    if prompt in {None, "-"}:
+        try:
+            # Text tools end what they write with a newline, and some begin it with a byte order mark. Neither is meant as part
+            # of the prompt, and nor are the line ends of Windows.
+            prompt = _stdin().decode().removeprefix("\ufeff").replace("\r\n", "\n").removesuffix("\n")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"the prompt on stdin is not UTF-8: {error}") from None
+    if not prompt:
+        raise ValueError("the prompt is empty")
+    return prompt
+
+
+def _stdin() -> bytes:
+    read = sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1)
+    if len(read) > MAX_PROMPT_BYTES:
+        raise ValueError(f"the prompt on stdin is longer than {MAX_PROMPT_BYTES // 2**20} MiB")
+    return read
+
+
+def _print_samples(watched: Watch, client: Client, fields: dict[str, Any]) -> None:
+    with client.generate(**fields) as samples:
+        for sample in watched(samples):
+            terminal.show_json(asdict(sample))
+
+
+def _print_text(watched: Watch, client: Client, fields: dict[str, Any]) -> None:
+    writer = terminal.SampleWriter(terminal.Output(sys.stdout), fields["num_samples"] or 1)
+    begun = time.monotonic()
+    with client.generate_deltas(**fields) as deltas:
+        try:
+            for delta in watched(deltas):
+                writer.add(delta, time.monotonic() - begun)
+        finally:
+            deltas.close()
+            writer.finish()
+    terminal.show_aside(writer.summary())
+
+
+async def _endpoints(
+    app_name: str, environment: str | None, credentials: grpc.ChannelCredentials
+) -> tuple[list[Endpoint], list[Endpoint]]:
+    """Returns the published endpoints that answer, and those that do not."""
+    found = await published_endpoints(app_name, environment)
+    live = await answering([endpoint.address for endpoint in found], credentials)
+    return [it for it in found if it.address in live], [it for it in found if it.address not in live]
