@@ -1,0 +1,121 @@
+"""What an open stream costs in memory: `python -m benchmarks.memory`. Linux only.
+
+The resident memory of a server with 0, 500, 1,000 and 2,000 open streams of GenerateDeltas over ten connections, while each of
+them gets a delta now and then: of `flywheel-server` with the scripted engine and an API key, and of a bare grpc.aio server that
+streams the same messages. The difference is what our server adds to grpc's own.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import re
+import resource
+import statistics
+import subprocess
+import sys
+from collections.abc import AsyncIterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import grpc.aio
+import uvloop
+from flywheel_proto.v1 import generation_pb2, generation_pb2_grpc
+
+TOKEN_DELAY: Final = 2.0
+"""Seconds between two deltas of a stream."""
+
+CONNECTIONS: Final = 10
+KEY: Final = "benchmarks-memory"
+SETTLING: Final = 2 * TOKEN_DELAY
+"""Seconds from the first delta of the last stream until memory is read: every stream has had a delta meanwhile."""
+
+
+@contextmanager
+def server(command: list[str], **variables: str) -> Iterator[tuple[str, int]]:
+    """Runs a server, and gives its address and its process id once it is ready."""
+    everything = [sys.executable, "-m", *command]
+    with subprocess.Popen(everything, stdout=subprocess.PIPE, text=True, env=os.environ | variables) as process:  # noqa: S603 - our own
+        try:
+            line = process.stdout.readline() if process.stdout else ""
+            address = re.search(r"[\d.]+:\d+", line)
+            if address is None:
+                raise RuntimeError(f"the server did not start: {line}")
+            yield address[0], process.pid
+        finally:
+            process.kill()
+
+
+def ours(streams: int) -> tuple[list[str], dict[str, str]]:
+    """Returns the command and the variables of our server."""
+    script = {"token_delay": TOKEN_DELAY, "slots": streams}
+    options = {"address": "127.0.0.1:0", "engine": "scripted", "log-level": "warning", "max-concurrent": str(streams)}
+    flags = [text for name, value in options.items() for text in (f"--{name}", value)]
+    return ["flywheel_server", *flags], {"FLYWHEEL_SCRIPT": json.dumps(script), "FLYWHEEL_API_KEYS": KEY}
+
+
+def resident(process: int) -> float:
+    """Returns the resident memory of a process in KiB."""
+    return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * resource.getpagesize() / 1024
+
+
+async def measured(address: str, process: int, counts: list[int]) -> list[float]:
+    """Returns the resident memory in KiB with no stream, and with each of these numbers of streams."""
+    options = [("grpc.use_local_subchannel_pool", 1)]
+    channels = [grpc.aio.insecure_channel(address, options) for _ in range(CONNECTIONS)]
+    stubs: list[Any] = [generation_pb2_grpc.GenerationServiceStub(channel) for channel in channels]
+    metadata = (("authorization", f"Bearer {KEY}"),)
+    request = generation_pb2.GenerationRequest(text="Once upon a time", max_tokens=4)
+    # Whatever is loaded or set up by the first call is not memory of a stream.
+    await asyncio.gather(*(read(stub.GenerateDeltas(request, metadata=metadata), asyncio.Event()) for stub in stubs))
+    found = [resident(process)]
+    request.max_tokens = 1000
+    async with asyncio.TaskGroup() as readers:
+        open_streams: list[asyncio.Task[None]] = []
+        for count in counts:
+            new = [(stubs[number % CONNECTIONS], asyncio.Event()) for number in range(len(open_streams), count)]
+            open_streams += [
+                readers.create_task(read(stub.GenerateDeltas(request, metadata=metadata), first)) for stub, first in new
+            ]
+            await asyncio.gather(*(first.wait() for _, first in new))
+            await asyncio.sleep(SETTLING)
+            if any(stream.done() for stream in open_streams):
+                raise RuntimeError("a stream ended early")
+            found.append(resident(process))
+        for stream in open_streams:
+            stream.cancel()
+    return found
+
+
+async def read(call: AsyncIterable[object], first: asyncio.Event) -> None:
+    """Reads a stream to its end, and notes the arrival of the first message."""
+    async for _ in call:
+        first.set()
+
+
+def main() -> None:
+    """Measures and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--streams", type=int, nargs="+", default=[500, 1000, 2000])
+    parser.add_argument("--rounds", type=int, default=3)
+    given = parser.parse_args()
+    counts = sorted(given.streams)
+    command, variables = ours(counts[-1] + CONNECTIONS)
+    kinds = {"flywheel-server": (command, variables), "bare grpc.aio": (["benchmarks.bare_server", str(TOKEN_DELAY)], {})}
+    per_stream: dict[str, list[list[float]]] = {kind: [] for kind in kinds}
+    for _ in range(given.rounds):
+        for kind, (one, its) in kinds.items():
+            with server(one, **its) as (address, process):
+                empty, *full = uvloop.run(measured(address, process, counts))
+            per_stream[kind].append([(memory - empty) / count for memory, count in zip(full, counts, strict=True)])
+    print("| streams | flywheel-server, KiB per stream | bare grpc.aio | difference, median | rounds |\n|---|---|---|---|---|")
+    for number, count in enumerate(counts):
+        of_ours, of_bare = ([one[number] for one in per_stream[kind]] for kind in kinds)
+        added = [one - other for one, other in zip(of_ours, of_bare, strict=True)]
+        medians = [f"{statistics.median(each):.1f}" for each in (of_ours, of_bare, added)]
+        print(f"| {count} | {' | '.join(medians)} | {', '.join(f'{each:.1f}' for each in added)} |")
+
+
+if __name__ == "__main__":
+    main()

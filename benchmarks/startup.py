@@ -1,0 +1,92 @@
+"""How long the programs take to start: `python -m benchmarks.startup`.
+
+Each program runs by itself, in turn with `import grpc` alone: the machine may be shared, so only the ratios mean something.
+Afterwards, the seconds from the start of `flywheel-server` until its health is SERVING, with each engine that runs here.
+"""
+
+import argparse
+import asyncio
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Final
+
+from flywheel_client import AsyncClient, UnavailableError
+
+GRPC: Final = "import grpc"
+PORT: Final = 50977
+
+
+def programs(keys: Path) -> dict[str, list[str]]:
+    """Returns the commands by their names, `GRPC` first."""
+    flywheel, server = (str(Path(sys.executable).with_name(name)) for name in ("flywheel", "flywheel-server"))
+    code = [GRPC, "import flywheel_client", "from flywheel_client import Client"]
+    client = ["--version", "--help", "generate --help", "health --address localhost:1"]
+    serving = ["--version", "--help", "keys --help", f"keys list --file {keys}"]
+    return {
+        **{line: [sys.executable, "-c", line] for line in code},
+        **{f"flywheel {line}": [flywheel, *line.split()] for line in client},
+        "python -m flywheel_client --help": [sys.executable, "-m", "flywheel_client", "--help"],
+        **{f"flywheel-server {line}".replace(str(keys), "FILE"): [server, *line.split()] for line in serving},
+    }
+
+
+def duration(command: list[str]) -> float:
+    """Returns the milliseconds that a command takes, whatever it exits with."""
+    begun = time.perf_counter()
+    subprocess.run(command, capture_output=True, check=False)  # noqa: S603 - our own
+    return (time.perf_counter() - begun) * 1000
+
+
+async def until_serving(engine: str) -> float:
+    """Returns the seconds until a server with this engine is SERVING."""
+    address = f"127.0.0.1:{PORT}"
+    command = [sys.executable, "-m", "flywheel_server", "--engine", engine, "--address", address, "--log-level", "warning"]
+    begun = time.perf_counter()
+    server = await asyncio.create_subprocess_exec(*command, stdout=subprocess.DEVNULL)
+    try:
+        async with AsyncClient(address, retry=None, channel_options=[("grpc.initial_reconnect_backoff_ms", 10)]) as client:
+            while True:
+                if server.returncode is not None:
+                    raise RuntimeError(f"the server has ended with {server.returncode}")
+                try:
+                    if await client.health(wait_for_ready=True, timeout=30) == "SERVING":
+                        return time.perf_counter() - begun
+                except UnavailableError:
+                    pass  # it listens, but its connections begin only now
+                await asyncio.sleep(0.01)
+    finally:
+        server.terminate()
+        await server.wait()
+
+
+def main() -> None:
+    """Measures and prints the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=9)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as directory:
+        keys = Path(directory) / "keys.json"
+        keys.write_text('{"keys": []}')
+        commands = programs(keys)
+        for command in commands.values():
+            duration(command)  # writes the bytecode
+        rounds = [{name: duration(command) for name, command in commands.items()} for _ in range(given.rounds)]
+    print(f"| program | ms | ÷ `{GRPC}`, median | least, most |\n|---|---|---|---|")
+    for name in commands:
+        ratios = [one[name] / one[GRPC] for one in rounds]
+        took = statistics.median(one[name] for one in rounds)
+        print(f"| `{name}` | {took:.0f} | {statistics.median(ratios):.2f} | {min(ratios):.2f}, {max(ratios):.2f} |")
+    print("\n| engine | seconds until SERVING, median | rounds |\n|---|---|---|")
+    os.environ["GRPC_VERBOSITY"] = "NONE"
+    for engine in ("scripted", "embedded"):
+        seconds = [asyncio.run(until_serving(engine)) for _ in range(given.rounds)]
+        print(f"| {engine} | {statistics.median(seconds):.2f} | {', '.join(f'{each:.2f}' for each in sorted(seconds))} |")
+
+
+if __name__ == "__main__":
+    main()
