@@ -18,10 +18,7 @@ def main() -> None:
     with standard_streams("flywheel"):
         with loading("flywheel"):
             from flywheel_client._cli import app
-        try:
-            app(prog_name="flywheel")
-        finally:
-            exit_on_interrupt()
+        app(prog_name="flywheel")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import click
 from click.core import ParameterSource
 from flywheel_proto import __version__
 from flywheel_proto._extras import loading
-from flywheel_proto._interrupts import raise_on_interrupt
 
 from flywheel_client._records import APP
 
@@ -141,7 +140,6 @@ def _exit_codes(server: Server | None = None) -> Iterator[None]:
     """Loads what the subcommands do, and ends the command with a message and an exit code if something goes wrong."""
     with loading("flywheel"):
         from flywheel_client._commands import exit_codes
-    raise_on_interrupt()
     with exit_codes(server):
         yield
 

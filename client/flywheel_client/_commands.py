@@ -1,6 +1,7 @@
 """What the subcommands of `flywheel` do, and which exit code they end with."""
 
 import asyncio
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import grpc
 from click.exceptions import Exit
-from flywheel_proto._interrupts import INTERRUPTED
+from flywheel_proto._interrupts import INTERRUPTED, raise_on_interrupt
 
 from flywheel_client import _terminal as terminal
 from flywheel_client._errors import DeadlineExceededError, FlywheelError, InvalidArgumentError, UnavailableError
@@ -57,12 +58,14 @@ Watch = Callable[[Iterable[Any]], Iterator[Any]]
 
 @contextmanager
 def exit_codes(server: "Server | None" = None) -> Iterator[None]:
-    """Turns what may go wrong in a subcommand into a message and an exit code.
+    """Turns what may go wrong in a subcommand, an interrupt included, into a message and an exit code.
 
     Args:
         server: The server that the subcommand calls, for advice on what to look at.
     """
+    before = signal.getsignal(signal.SIGINT)
     try:
+        raise_on_interrupt()
         yield
     except FlywheelError as error:
         terminal.show_error(terminal.describe(error, _advice(error, server) if server else ""))
@@ -76,6 +79,8 @@ def exit_codes(server: "Server | None" = None) -> Iterator[None]:
     except KeyboardInterrupt:
         # Click would say that the command was aborted, and exit with 1.
         raise Exit(INTERRUPTED) from None
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def generate(
