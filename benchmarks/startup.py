@@ -1,12 +1,13 @@
 """How long the programs take to start: `python -m benchmarks.startup`.
 
-Each program runs by itself, in turn with `import grpc` alone: the machine may be shared, so only the ratios mean something.
+Each program runs by itself, in turn with `import grpc` alone. The ratios are those of CPU time, which stands a shared machine.
 Afterwards, the seconds from the start of `flywheel-server` until its health is SERVING, with each engine that runs here.
 """
 
 import argparse
 import asyncio
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -35,11 +36,17 @@ def programs(keys: Path) -> dict[str, list[str]]:
     }
 
 
-def duration(command: list[str]) -> float:
-    """Returns the milliseconds that a command takes, whatever it exits with."""
-    begun = time.perf_counter()
+def duration(command: list[str]) -> tuple[float, float]:
+    """Returns the milliseconds that a command takes, whatever it exits with: of time, and of CPU time."""
+    begun, used = time.perf_counter(), cpu_time_of_children()
     subprocess.run(command, capture_output=True, check=False)  # noqa: S603 - our own
-    return (time.perf_counter() - begun) * 1000
+    return (time.perf_counter() - begun) * 1000, (cpu_time_of_children() - used) * 1000
+
+
+def cpu_time_of_children() -> float:
+    """Returns the seconds of CPU time of the processes that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 async def until_serving(engine: str) -> float:
@@ -76,11 +83,12 @@ def main() -> None:
         for command in commands.values():
             duration(command)  # writes the bytecode
         rounds = [{name: duration(command) for name, command in commands.items()} for _ in range(given.rounds)]
-    print(f"| program | ms | ÷ `{GRPC}`, median | least, most |\n|---|---|---|---|")
+    print(f"| program | ms | CPU ms | CPU ÷ `{GRPC}`, median | least, most |\n|---|---|---|---|---|")
     for name in commands:
-        ratios = [one[name] / one[GRPC] for one in rounds]
-        took = statistics.median(one[name] for one in rounds)
-        print(f"| `{name}` | {took:.0f} | {statistics.median(ratios):.2f} | {min(ratios):.2f}, {max(ratios):.2f} |")
+        took, used = (statistics.median(column) for column in zip(*(one[name] for one in rounds), strict=True))
+        ratios = [one[name][1] / one[GRPC][1] for one in rounds]
+        middle, least, most = statistics.median(ratios), min(ratios), max(ratios)
+        print(f"| `{name}` | {took:.0f} | {used:.0f} | {middle:.2f} | {least:.2f}, {most:.2f} |")
     print("\n| engine | seconds until SERVING, median | rounds |\n|---|---|---|")
     os.environ["GRPC_VERBOSITY"] = "NONE"
     for engine in ("scripted", "embedded"):

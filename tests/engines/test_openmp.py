@@ -64,11 +64,10 @@ async def test_libgomp_has_more_threads_than_cores_while_others_are_busy() -> No
             raise failure
         return busy * time.monotonic()
 
+    looking = threads() + 1
     guard = SpinGuard(max(2, len(os.sched_getaffinity(0))), used)
-    looking = threads()
-    busy = 1.0
+    # Also before the first look.
     await until(lambda: threads() >= looking + 2, "sleeping threads")
-    busy = 0.0
     await until(lambda: threads() == looking, "no sleeping threads", within=20 * LOOK_INTERVAL)
     busy = 1.0
     await until(lambda: threads() >= looking + 2, "sleeping threads")

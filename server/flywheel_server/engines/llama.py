@@ -109,14 +109,15 @@ class Llama:
         # Without it a silent connection would draw comments into the stream, which the binding does not expect.
         params.sse_ping_interval = -1
         params.verbosity = verbosity
+        self._spins = SpinGuard(threads)
         try:
             with bounded_memory(threads + http_threads) if _computes_on_cpu() else nullcontext():
                 self._server = xllamacpp.Server(params)
             # Answered by its loop. A server that is unloaded before its loop has begun waits for that loop for ever, and holds
             # the interpreter meanwhile.
             self._request("GET", "/slots")
-            self._spins = SpinGuard(threads)
         except BaseException:
+            self._spins.close()
             shutil.rmtree(self._directory, ignore_errors=True)
             raise
 

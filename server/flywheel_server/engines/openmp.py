@@ -59,6 +59,8 @@ def adjustable_spins() -> Iterator[None]:
 class SpinGuard:
     """Lets threads that compute spin for a moment only while other programs want their cores. Looks on a thread of its own.
 
+    At first they spin for a moment: whoever loads a model computes a step, and holds the interpreter, so that nobody looks.
+
     Arguments:
         threads: How many threads compute.
         used: Returns the seconds of all cores that other programs have used so far; raises `OSError` if it cannot tell.
@@ -69,8 +71,11 @@ class SpinGuard:
         self._used = used or _used_by_others
         self._ended = threading.Event()
         self._watch: threading.Thread | None = None
+        self._short = ExitStack()
+        self._is_short = False
         library = _libgomp()
         if threads > 1 and library is not None and not _is_chosen_by_user():
+            self._shorten(library)
             self._watch = threading.Thread(target=self._look, args=(library,), name="spins", daemon=True)
             self._watch.start()
 
@@ -81,20 +86,20 @@ class SpinGuard:
             self._watch.join()
 
     def _look(self, library: ctypes.CDLL) -> None:
-        # As libgomp counts them, and `_used_by_others`: a quota is no matter of cores.
-        cores = len(os.sched_getaffinity(0))
-        free = max(0, cores - self._threads) + OTHERS_CORES
-        count = max(2, cores - self._threads + 2)
-        with ExitStack() as short:
-            is_short = False
+        free = max(0, _cores() - self._threads) + OTHERS_CORES
+        with self._short:
             for (before, since), (used, at) in pairwise(self._looks()):
-                is_wanted = (used - before) / (at - since) > free
-                if is_wanted and not is_short and _can_start(count):
-                    short.enter_context(_sleeping_threads(library, count))
-                    is_short = True
-                elif is_short and not is_wanted:
-                    short.close()
-                    is_short = False
+                if (used - before) / (at - since) > free:
+                    self._shorten(library)
+                else:
+                    self._short.close()
+                    self._is_short = False
+
+    def _shorten(self, library: ctypes.CDLL) -> None:
+        count = max(2, _cores() - self._threads + 2)
+        if not self._is_short and _can_start(count):
+            self._short.enter_context(_sleeping_threads(library, count))
+            self._is_short = True
 
     def _looks(self) -> Iterator[tuple[float, float]]:
         """Yields what other programs have used and when, until the end."""
@@ -148,6 +153,11 @@ def _libgomp() -> ctypes.CDLL | None:
     lines = Path("/proc/self/maps").read_text().splitlines()
     path = next((line.split(maxsplit=5)[-1] for line in lines if "/libgomp" in line), None)
     return ctypes.CDLL(path) if path else None
+
+
+def _cores() -> int:
+    """Returns how many cores there are, as libgomp counts them, and `_used_by_others`: a quota is no matter of cores."""
+    return len(os.sched_getaffinity(0))
 
 
 def _is_chosen_by_user() -> bool:
