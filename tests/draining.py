@@ -4,15 +4,13 @@ import asyncio
 import socket
 from typing import Any
 
-from flywheel_server.engines.base import TextDelta
-from flywheel_server.engines.scripted import Script
+from flywheel_server.engines.base import Event, PreparedRequest, Sink, TextDelta
+from flywheel_server.engines.scripted import Script, ScriptedEngine
 from flywheel_server.server import serve
 from flywheel_server.settings import Settings
 
-from tests.pulled import PulledEngine
 
-
-class HeldEngine(PulledEngine):
+class HeldEngine(ScriptedEngine):
     """Makes the first token of a long sample, and the others only when the test lets it."""
 
     def __init__(self) -> None:
@@ -21,13 +19,28 @@ class HeldEngine(PulledEngine):
         self.calls = 0
         self.held = 0
 
-    async def events(self, prepared: Any) -> Any:
+    async def generate(self, prepared: PreparedRequest, sink: Sink) -> None:
         self.calls += 1
-        async for event in super().events(prepared):
-            yield event
-            if prepared.request.max_tokens > 1 and isinstance(event, TextDelta) and event.generated_tokens == 1:
-                self.held += 1
-                await self.may_go_on.wait()
+        await super().generate(prepared, _HeldSink(self, sink) if prepared.request.max_tokens > 1 else sink)
+
+
+class _HeldSink:
+    """Is full from the first token on, until the engine may go on."""
+
+    def __init__(self, engine: HeldEngine, sink: Sink) -> None:
+        self._engine = engine
+        self._sink = sink
+        self._holds = False
+
+    @property
+    def is_full(self) -> bool:
+        return (self._holds and not self._engine.may_go_on.is_set()) or self._sink.is_full
+
+    def emit(self, event: Event) -> None:
+        self._sink.emit(event)
+        if isinstance(event, TextDelta) and not self._holds:
+            self._holds = True
+            self._engine.held += 1
 
 
 class Draining:
