@@ -66,6 +66,7 @@ class _Waiter:
     lost: ServerFullError | None = None
     """Why it has lost its place, if it has."""
     on_lost: Callable[[Exception], None] | None = None
+    on_let_in: Callable[[], None] | None = None
     turn: asyncio.Future[None] | None = None
     """What it waits for once it is ready, if it has to wait."""
 
@@ -78,6 +79,8 @@ class _Waiter:
         self.is_let_in = True
         if self.turn is not None:
             self.turn.set_result(None)
+        if self.on_let_in is not None:
+            self.on_let_in()
 
     def lose(self, error: ServerFullError) -> None:
         self.lost = error
@@ -156,8 +159,20 @@ class Admission:
         self.queued += waiter.samples
         self._samples_of[waiter.caller.name] = self._samples_of.get(waiter.caller.name, 0) + waiter.samples
 
+    def now(self) -> float:
+        """Returns the time on the clock."""
+        return self._clock()
+
     async def admit(self, waiter: _Waiter, tokens: int, time_remaining: float | None) -> float:
         """Waits for room, and returns the time on the clock when there was some; see `Place.admitted`."""
+        self.ask(waiter, tokens, time_remaining)
+        if not waiter.is_let_in:
+            waiter.turn = asyncio.get_running_loop().create_future()
+            await waiter.turn
+        return self._clock()
+
+    def ask(self, waiter: _Waiter, tokens: int, time_remaining: float | None) -> None:
+        """Has a waiter let in, now or later; see `Place.ask`."""
         waiter.tokens = tokens if self._max_tokens is None else min(tokens, self._max_tokens)
         waiter.is_ready = True
         self._let_in()
@@ -165,9 +180,6 @@ class Admission:
             raise waiter.lost
         if not waiter.is_let_in:
             self._check_deadline(waiter, time_remaining)
-            waiter.turn = asyncio.get_running_loop().create_future()
-            await waiter.turn
-        return self._clock()
 
     def _ahead_of(self, waiter: _Waiter) -> Iterator[_Waiter]:
         """Yields the waiters that are served before one: for a new one, all of its priority and of higher ones."""
@@ -283,11 +295,32 @@ class Place:
         self._admitted_at: float | None = None
 
     async def __aenter__(self) -> Self:
-        self._admission.enter(self._waiter, self._time_remaining)
+        self.enter()
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._admission.leave(self._waiter, self._admitted_at if kind is None else None)
+        self.leave(finished=kind is None)
+
+    def enter(self) -> None:
+        """Takes the place, which `leave` gives up; see `Admission.queue`."""
+        self._admission.enter(self._waiter, self._time_remaining)
+
+    def leave(self, *, finished: bool) -> None:
+        """Gives up the place, or the room that the call has by now; `finished` says whether the call has come to its end."""
+        self._admission.leave(self._waiter, self._admitted_at if finished else None)
+
+    def ask(self, context_tokens: int, time_remaining: float | None, on_admitted: Callable[[], None]) -> None:
+        """Has `on_admitted` called when there is room, perhaps at once.
+
+        Raises the errors of `admitted`; for a place that is lost later, see `call_if_lost`.
+        """
+
+        def let_in() -> None:
+            self._admitted_at = self._admission.now()
+            on_admitted()
+
+        self._waiter.on_let_in = let_in
+        self._admission.ask(self._waiter, context_tokens, time_remaining)
 
     async def admitted(self, context_tokens: int, time_remaining: float | None = None) -> None:
         """Returns when there is room for the samples of the call, and for so many tokens of context.

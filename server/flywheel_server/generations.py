@@ -7,7 +7,7 @@ from typing import Final
 
 from flywheel_server import running_time
 from flywheel_server.activity import Activity
-from flywheel_server.admission import DEFAULT_SERVICE_TIME, Admission
+from flywheel_server.admission_control import AdmissionControl
 from flywheel_server.callers import Caller
 from flywheel_server.engines.base import (
     Engine,
@@ -22,7 +22,7 @@ from flywheel_server.engines.base import (
 from flywheel_server.errors import DeadlineExceededError, UnauthenticatedError
 from flywheel_server.messages import GenerationRequest, GenerationResponseSample
 from flywheel_server.preparation import Preparation
-from flywheel_server.quotas import Quotas, Usage
+from flywheel_server.quotas import Usage
 
 DEADLINE_MARGIN: Final = 0.05
 """The share of the remaining time, and at most so many seconds, by which the server ends a call before its deadline.
@@ -39,20 +39,19 @@ class Generations:
         activity: What they show of the engine's condition.
     """
 
-    def __init__(self, engine: Engine, admission: Admission) -> None:
+    def __init__(self, engine: Engine, admission: AdmissionControl) -> None:
         self.queued = 0
         self.active = 0
         self.activity = Activity()
         self.engine = engine
         self._admission = admission
         self._preparation = Preparation(engine)
-        self._quotas = Quotas(lambda caller: admission.service_times.of(caller) or DEFAULT_SERVICE_TIME)
         self._running: set[Generation] = set()
         self._one_has_left = asyncio.Event()
 
     def set_capacity(self, model: EngineModel) -> None:
         """Lets in as much at a time as the engine works on with this model."""
-        self._admission.set_capacity(model.slots, model.shared_context_tokens)
+        self._admission.set_capacity(model)
         self._preparation.set_threads(model.tokenizers)
 
     async def drain(self, timeout: float) -> None:  # noqa: ASYNC109 - not the caller's, but that of the generations
@@ -96,14 +95,15 @@ class Generations:
         generation = Generation(self, caller, request.num_samples, asyncio.timeout(time_remaining))
         self._running.add(generation)
         try:
-            async with generation.deadline:
-                with self._quotas.held(caller, request) as generation.usage:
-                    async with self._admission.queue(request.num_samples, caller, time_remaining) as place:
-                        place.call_if_lost(generation.end)
-                        with self.activity.failures_noticed():
-                            generation.prepared = await self._preparation.prepare(request, caller, generation.usage)
-                        await place.admitted(generation.prepared.context_tokens, generation.time_remaining())
-                        yield generation
+            async with (
+                generation.deadline,
+                self._admission.entered(request, caller, time_remaining) as (generation.usage, place),
+            ):
+                place.call_if_lost(generation.end)
+                with self.activity.failures_noticed():
+                    generation.prepared = await self._preparation.prepare(request, caller, generation.usage)
+                await place.admitted(generation.prepared.context_tokens, generation.time_remaining())
+                yield generation
         except TimeoutError as error:
             if not generation.deadline.expired():
                 raise

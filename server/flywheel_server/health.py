@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import grpc
 import grpc.aio
@@ -85,18 +85,34 @@ class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc] # it
         await context.write(health_pb2.HealthListResponse(statuses=statuses))
 
 
-class Health:
-    """Reports how the engine is: reachable or not, with runners or without."""
+class Share(Protocol):
+    """Takes how this process is, where health is that of several."""
 
-    def __init__(self) -> None:
+    def __call__(self, *, serving: bool, runners: bool) -> None:
+        """Has `Health.show` called with what holds for all, now or later."""
+
+
+class Health:
+    """Reports how the engine is: reachable or not, with runners or without.
+
+    Arguments:
+        share: Gets what is reported, if this process is one of several that have one health. By default it is shown.
+    """
+
+    def __init__(self, share: Share | None = None) -> None:
         self.servicer = HealthServicer()
+        self._share = share or self.show
         self._reachable = True
         self._runners = False
         self._could_look = True
         self._withdrawn = False
-        self.report(serving=False, runners=False)
+        self.show(serving=False, runners=False)
 
     def report(self, *, serving: bool, runners: bool) -> None:
+        """Says how the engine of this process is."""
+        self._share(serving=serving, runners=runners)
+
+    def show(self, *, serving: bool, runners: bool) -> None:
         """Sets the status of the server, of its service, and of the engine's runners."""
         good = {health.OVERALL_HEALTH: serving, SERVICE: serving, RUNNERS: runners}
         self.servicer.set({name: SERVING if good[name] and not self._withdrawn else NOT_SERVING for name in good})
@@ -104,7 +120,7 @@ class Health:
     def withdraw(self) -> None:
         """Says NOT_SERVING from now on, whatever is reported."""
         self._withdrawn = True
-        self.report(serving=False, runners=False)
+        self.show(serving=False, runners=False)
 
     def end(self) -> None:
         """Ends the streams of those who watch."""

@@ -5,7 +5,10 @@ What serves takes longer to load than all that comes before it. The help and wro
 
 import faulthandler
 import os
+import socket
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from flywheel_proto._extras import loading
 
@@ -20,23 +23,51 @@ def main(stop: StopSignals) -> None:
 
     Exits with 1 if it cannot be loaded or cannot start or the engine has died, and with 2 if the settings are wrong.
     """
+    with _outputs() as (stdout, stderr):
+        settings = parse()
+        with loading("flywheel-server"):
+            from flywheel_server import serve_command
+        exit_code = serve_command.run(settings, stop, stdout, stderr)
+    sys.exit(exit_code)
+
+
+def work(pair: socket.socket, number: int, port: int, arguments: Sequence[str]) -> None:
+    """Serves as one of several workers until the parent says otherwise. Exits as `main` does.
+
+    Arguments:
+        pair: Leads to the parent.
+        number: Which worker this is.
+        port: What all workers listen on.
+        arguments: The flags of the parent.
+    """
+    with _outputs(f"worker {number}: ".encode()) as (_, stderr):
+        settings = parse(arguments)
+        host = settings.address.rpartition(":")[0]
+        from flywheel_server import serve_command
+
+        exit_code = serve_command.work(settings.model_copy(update={"address": f"{host}:{port}"}), pair, number, stderr)
+    sys.exit(exit_code)
+
+
+@contextmanager
+def _outputs(prefix: bytes = b"") -> Iterator[tuple[Output, Output]]:
+    """Gives standard output and standard error for the length of the context, and has crashes write their report.
+
+    Whoever else writes to standard error, gRPC and the interpreter included, does not wait for the reader either; these lines
+    get the prefix.
+    """
     crash_log = _crash_log()
     faulthandler.enable(crash_log)
     signals.write_stacks_to(crash_log)
     stdout, stderr = Output(1), Output(2)
     try:
-        # Whoever writes there, gRPC and the interpreter included, must not wait for the reader.
-        with captured(2, stderr.write):
-            settings = parse()
-            with loading("flywheel-server"):
-                from flywheel_server import serve_command
-            exit_code = serve_command.run(settings, stop, stdout, stderr)
+        with captured(2, lambda line: stderr.write(prefix + line)):
+            yield stdout, stderr
     finally:
         stdout.close()
         if not stderr.close():
             # Nobody reads: what the interpreter may still have to say would keep it from ending.
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    sys.exit(exit_code)
 
 
 def _crash_log() -> int:

@@ -112,8 +112,14 @@ def connections_allowed(settings: Settings) -> int:
     return allowed
 
 
-def channel_arguments(settings: Settings, connections: int) -> list[tuple[str, int]]:
-    """Returns what gRPC itself is to hold so many connections to."""
+def channel_arguments(settings: Settings, connections: int, *, shares_port: bool) -> list[tuple[str, int]]:
+    """Returns what gRPC itself is to hold so many connections to.
+
+    Arguments:
+        settings: The settings.
+        connections: The most connections at a time.
+        shares_port: Whether other processes of this server listen on the same port.
+    """
     age = [
         ("grpc.max_connection_age_ms", _milliseconds(settings.max_connection_age)),
         ("grpc.max_connection_age_grace_ms", _milliseconds(settings.max_connection_age_grace)),
@@ -147,8 +153,9 @@ def channel_arguments(settings: Settings, connections: int) -> list[tuple[str, i
         ("grpc.http2.ping_timeout_ms", _milliseconds(settings.keepalive_timeout)),
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.http2.min_ping_interval_without_data_ms", _milliseconds(settings.min_ping_interval)),
-        # With it, a second server on the same port starts without an error and takes half of the calls.
-        ("grpc.so_reuseport", 0),
+        # With it, a second server on the same port starts without an error and takes half of the calls. Workers are to do so,
+        # and `flywheel_server.workers.port` keeps others away from them.
+        ("grpc.so_reuseport", int(shares_port)),
     ]
 
 

@@ -49,17 +49,22 @@ def _exceptions_without_locals() -> structlog.processors.ExceptionRenderer:
 
 
 def configure(
-    level: Literal["debug", "info", "warning", "error"], form: Literal["text", "json"], output: Output | None = None
+    level: Literal["debug", "info", "warning", "error"],
+    form: Literal["text", "json"],
+    output: Output | None = None,
+    *,
+    worker: int | None = None,
 ) -> None:
     """Writes everything that is logged at `level` or above to `output`, by default standard error, as text or as JSON lines.
 
-    What an earlier call has set up is closed.
+    What an earlier call has set up is closed. With `worker`, each line says that it is from the worker of this number.
     """
     shared: list[Any] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_logger_name,
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
+        *([] if worker is None else [lambda _, __, event: {**event, "worker": worker}]),
     ]
     render: list[Any] = (
         [_exceptions_without_locals(), structlog.processors.JSONRenderer()]

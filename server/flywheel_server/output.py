@@ -155,6 +155,22 @@ def captured(descriptor: int, on_line: Callable[[bytes], None]) -> Iterator[None
         os.close(before)
 
 
+def forward(reading: int, on_lines: Callable[[bytes], None]) -> None:
+    """Give what another process writes to a pipe to `on_lines`, whole lines at a time, until that process has ended.
+
+    What that process wrote at once, such as a record of several lines, is given at once. Runs on a thread of its own.
+    """
+    with os.fdopen(reading, "rb", buffering=0) as pipe:
+        rest = b""
+        while data := pipe.read(MAX_LINE_BYTES):
+            lines, newline, rest = (rest + data).rpartition(b"\n")
+            if newline or len(rest) >= MAX_LINE_BYTES:
+                on_lines(lines + newline or rest)
+                rest = rest if newline else b""
+        if rest:
+            on_lines(rest + b"\n")
+
+
 def _read(reading: int, on_line: Callable[[bytes], None]) -> None:
     with os.fdopen(reading, "rb") as lines:
         while line := lines.readline(MAX_LINE_BYTES):

@@ -4,7 +4,6 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Final
 
 from flywheel_server.callers import Caller
@@ -13,6 +12,11 @@ from flywheel_server.errors import QuotaExceededError
 from flywheel_server.messages import GenerationRequest, GenerationResponseSample
 
 MINUTE: Final = 60.0
+
+
+def tokens_wanted(request: GenerationRequest) -> int:
+    """Returns how many tokens the request may generate."""
+    return request.num_samples * request.max_tokens
 
 
 class Usage:
@@ -35,6 +39,11 @@ class Usage:
     def lasts(self, work: asyncio.Future[Any]) -> None:
         """Makes the call count as at work until the future is done, even if the call itself ends before."""
         self._work = work
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing works for the call any more, once the call itself has ended."""
+        return self._work is None or self._work.done()
 
     def call_when_over(self, callback: Callable[[], None]) -> None:
         """Calls back as soon as nothing works for the call any more."""
@@ -83,20 +92,20 @@ class Quotas:
         """
         return Holding(self, caller, request)
 
-    def take(self, caller: Caller, request: GenerationRequest) -> int:
-        """Takes what the call may need, and returns how many tokens that is; see `held`."""
-        self._check_samples(caller, request.num_samples)
-        taken = self._take_tokens(caller, request.num_samples * request.max_tokens)
-        self._samples[caller.name] = self._samples.get(caller.name, 0) + request.num_samples
+    def take(self, caller: Caller, samples: int, tokens: int) -> int:
+        """Takes what a call may need, and returns how many of the tokens were taken; see `held`."""
+        self._check_samples(caller, samples)
+        taken = self._take_tokens(caller, tokens)
+        self._samples[caller.name] = self._samples.get(caller.name, 0) + samples
         return taken
 
-    def settle(self, caller: Caller, samples: int, taken: int, usage: Usage) -> None:
-        """Gives back what the call has not used."""
+    def settle(self, caller: Caller, samples: int, unused_tokens: int) -> None:
+        """Gives back what a call had taken, except for the tokens that it has used."""
         self._samples[caller.name] -= samples
         if not self._samples[caller.name]:
             del self._samples[caller.name]
         if caller.tokens_per_minute is not None:
-            self._buckets[caller.name].tokens += taken - usage.tokens
+            self._buckets[caller.name].tokens += unused_tokens
 
     def _check_samples(self, caller: Caller, samples: int) -> None:
         limit = caller.max_concurrent
@@ -130,10 +139,11 @@ class Holding:
         self._usage = Usage()
 
     def __enter__(self) -> Usage:
-        self._taken = self._quotas.take(self._caller, self._request)
+        self._taken = self._quotas.take(self._caller, self._request.num_samples, tokens_wanted(self._request))
         return self._usage
 
     def __exit__(self, *_: object) -> None:
-        self._usage.call_when_over(
-            partial(self._quotas.settle, self._caller, self._request.num_samples, self._taken, self._usage)
-        )
+        self._usage.call_when_over(self._settle)
+
+    def _settle(self) -> None:
+        self._quotas.settle(self._caller, self._request.num_samples, self._taken - self._usage.tokens)

@@ -1,10 +1,13 @@
-"""The command `flywheel-server` as it serves: engine → server → run until a signal."""
+"""The command `flywheel-server` as it serves: settings → engine → server → run until a signal."""
 
 import asyncio
 import json
 import os
+import socket
 import sys
-from contextlib import suppress
+from collections.abc import Callable, Coroutine
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, suppress
+from typing import Any, NoReturn
 
 # grpcio 1.80 turned this experiment on, and on asyncio it makes every message dearer, by up to a half (grpcio 1.85.1). It is
 # read when grpc is imported.
@@ -21,6 +24,8 @@ from flywheel_server.server import serve
 from flywheel_server.settings import Settings
 from flywheel_server.signals import StopSignals
 from flywheel_server.supervision import EngineDiedError
+from flywheel_server.workers.link import Link
+from flywheel_server.workers.parent import WorkersError, serve_in_workers
 
 if sys.platform == "win32":
     from asyncio import new_event_loop
@@ -30,19 +35,69 @@ else:
 
 def run(settings: Settings, stop: StopSignals, stdout: Output, stderr: Output) -> int:
     """Serves until a signal stops it. Returns the exit code: 1 if it cannot start, or the engine has died."""
+    _prepare(settings, stderr)
+    return _run(_serve_until_signal(settings, stop, stdout, stderr), stderr)
+
+
+def work(settings: Settings, pair: socket.socket, number: int, stderr: Output) -> int:
+    """Serves as one of several workers until the parent says otherwise. Returns the exit code, as `run` does.
+
+    Arguments:
+        settings: Those of the parent, with the address that all workers listen on.
+        pair: Leads to the parent.
+        number: Which worker this is.
+        stderr: Where the log goes.
+    """
+    _prepare(settings, stderr, number)
+    return _run(_serve_until_told(settings, pair, stderr), stderr)
+
+
+def _prepare(settings: Settings, stderr: Output, worker: int | None = None) -> None:
     heap.limit_heaps()
     descriptors.raise_limit()
-    logs.configure(settings.log_level, settings.log_format, stderr)
+    logs.configure(settings.log_level, settings.log_format, stderr, worker=worker)
+
+
+def _run(serving: Coroutine[Any, Any, None], stderr: Output) -> int:
+    """Serves until that is cancelled, and returns the exit code."""
     try:
         with suppress(asyncio.CancelledError), asyncio.Runner(loop_factory=new_event_loop) as runner:
-            runner.run(_serve_until_signal(settings, stop, stdout, stderr))
-    except (EngineError, OSError, ValueError) as error:
+            runner.run(serving)
+    except (EngineError, OSError, ValueError, WorkersError) as error:
         stderr.write(f"flywheel-server: {error}\n".encode())
         return 1
     return 0
 
 
 async def _serve_until_signal(settings: Settings, stop: StopSignals, stdout: Output, stderr: Output) -> None:
+    def ready(port: int) -> None:
+        stdout.write(f"ready: {_example(settings, port)}\n".encode())
+
+    if settings.workers > 1:
+        await _serve(serve_in_workers(settings, sys.argv[1:], stderr.write), stop.calling, ready)
+        return
+    try:
+        await _serve(serve(chosen_engine(settings), settings), stop.calling, ready)
+    except EngineDiedError as error:
+        stderr.write(f"flywheel-server: {error}\n".encode())
+        _exit_without_threads(stderr)
+
+
+async def _serve_until_told(settings: Settings, pair: socket.socket, stderr: Output) -> None:
+    link = await Link.over(pair)
+    try:
+        await _serve(serve(chosen_engine(settings), settings, link), link.calling, lambda _: link.ready())
+    except (EngineError, OSError, ValueError, EngineDiedError) as error:
+        await link.fail(str(error))
+        _exit_without_threads(stderr)
+
+
+async def _serve(
+    serving: AbstractAsyncContextManager[int],
+    calling: Callable[[Callable[[], None]], AbstractContextManager[None]],
+    on_ready: Callable[[int], None],
+) -> None:
+    """Serves until it is told to stop; `calling` has a function called for that, on any thread."""
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
 
     def cancel() -> None:
@@ -50,16 +105,16 @@ async def _serve_until_signal(settings: Settings, stop: StopSignals, stdout: Out
         if task:
             loop.call_soon_threadsafe(task.cancel)
 
-    try:
-        with stop.calling(cancel):
-            async with serve(chosen_engine(settings), settings) as port:
-                stdout.write(f"ready: {_example(settings, port)}\n".encode())
-                await asyncio.Event().wait()
-    except EngineDiedError as error:
-        stderr.write(f"flywheel-server: {error}\n".encode())
-        stderr.close()
-        # Not `sys.exit`: that waits for all threads, and those of a dead engine may never end.
-        os._exit(1)
+    with calling(cancel):
+        async with serving as port:
+            on_ready(port)
+            await asyncio.Event().wait()
+
+
+def _exit_without_threads(stderr: Output) -> NoReturn:
+    """Exits with 1. Not by `sys.exit`: that waits for all threads, and those of a dead engine may never end."""
+    stderr.close()
+    os._exit(1)
 
 
 def _example(settings: Settings, port: int) -> str:

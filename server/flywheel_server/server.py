@@ -3,7 +3,8 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import grpc.aio
 from flywheel_proto.v1 import generation_pb2_grpc
@@ -11,8 +12,11 @@ from grpc_health.v1 import health, health_pb2_grpc
 
 from flywheel_server import running_time
 from flywheel_server.admission import Admission
+from flywheel_server.admission_control import LocalAdmissionControl
+from flywheel_server.counts import local_counts
 from flywheel_server.delivery import ReaderPolicy
 from flywheel_server.engines.base import Engine, EngineUnavailableError
+from flywheel_server.engines.chosen import runs_in_process
 from flywheel_server.engines.uninterrupted import to_its_end
 from flywheel_server.errors import IncompleteRequestError
 from flywheel_server.generations import Generations
@@ -32,15 +36,23 @@ from flywheel_server.stopping import Connections
 from flywheel_server.supervision import Supervisor
 from flywheel_server.unregistered import Unregistered
 
+if TYPE_CHECKING:
+    from flywheel_server.workers.link import Link
+
 
 @asynccontextmanager
-async def serve(engine: Engine, settings: Settings) -> AsyncIterator[int]:
+async def serve(engine: Engine, settings: Settings, link: "Link | None" = None) -> AsyncIterator[int]:
     """Serves the engine for the length of the context, which gets the port that the server listens on.
 
     It listens before the engine has started, so that a probe learns that it is not serving yet, and serves once the engine has
     produced a token. On leaving, it takes calls for `settings.withdraw_window` more although health says otherwise. Then it
     closes the port, asks clients to leave, and gives calls under way `settings.drain_timeout` to finish. Cancelling that ends
     them at once.
+
+    Arguments:
+        engine: The engine, not yet started.
+        settings: The settings.
+        link: What this process shares with others that serve on the same port; by default it serves alone.
 
     Raises:
         OSError: It cannot listen, or a file of the settings cannot be read.
@@ -49,16 +61,23 @@ async def serve(engine: Engine, settings: Settings) -> AsyncIterator[int]:
         EngineDiedError: The engine died later. This cancels the context.
     """
     keys = KeyRing((key.get_secret_value() for key in settings.api_keys), settings.api_keys_file)
-    generations = Generations(engine, Admission(settings.max_concurrent, settings.max_queued, running_time.clock().time))
+    admission = (
+        link.admission
+        if link
+        else LocalAdmissionControl(Admission(settings.max_concurrent, settings.max_queued, running_time.clock().time))
+    )
+    generations = Generations(engine, admission)
+    own_count = partial(local_counts, engine, generations)
     service = GenerationService(
         engine,
         generations,
         ReaderPolicy(settings.max_stream_bytes, settings.slow_reader, settings.slow_reader_timeout),
+        count=link.counting(engine, generations, in_process=runs_in_process(settings)) if link else own_count,
         max_text_bytes=settings.max_text_bytes,
         max_num_samples=settings.max_num_samples,
         log_prompts=settings.log_prompts,
     )
-    reported = Health()
+    reported = link.health if link else Health()
     requests = Waits(reading.REQUEST_TIMEOUT, IncompleteRequestError)
     authentication = Authentication(keys, certificates=settings.tls_client_ca is not None)
     max_connections = connections_allowed(settings)
@@ -71,7 +90,7 @@ async def serve(engine: Engine, settings: Settings) -> AsyncIterator[int]:
                 PublicMethods(max_connections, requests),
             )
         ],
-        options=channel_arguments(settings, max_connections),
+        options=channel_arguments(settings, max_connections, shares_port=link is not None),
     )
     connections = Connections(server)
     generation_pb2_grpc.add_GenerationServiceServicer_to_server(service, server)

@@ -11,6 +11,7 @@ from flywheel_proto.v1 import generation_pb2_grpc
 
 from flywheel_server import running_time
 from flywheel_server.callers import caller
+from flywheel_server.counts import Count
 from flywheel_server.delivery import Buffer, Delivery, DeltaBuffer, ReaderPolicy, SampleBuffer, SampleCollector
 from flywheel_server.engines.base import Engine, EngineModel, EngineUnavailableError
 from flywheel_server.errors import SlowReaderError
@@ -43,12 +44,14 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         generations: Generations,
         policy: ReaderPolicy,
         *,
+        count: Count,
         max_text_bytes: int,
         max_num_samples: int,
         log_prompts: bool,
     ) -> None:
         self._engine = engine
         self._generations = generations
+        self._count = count
         self._policy = policy
         self._delivery = Delivery(policy)
         self._limits = RequestLimits(max_text_bytes, max_num_samples, context_tokens=0)
@@ -110,8 +113,8 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
 
     async def GetStats(self, request: pb.GetStatsRequest, context: Context) -> None:  # type: ignore[override]
         """Sends how busy the service is."""
-        stats = await self._engine.stats()
-        await self._answer(stats_to_proto(stats, active=self._generations.active, queued=self._generations.queued), context)
+        counts = await self._count()
+        await self._answer(stats_to_proto(counts.engine, active=counts.active, queued=counts.queued), context)
 
     async def _answer(self, message: pb.Model | pb.Stats, context: Context) -> None:
         context.begin()

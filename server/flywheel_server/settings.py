@@ -6,6 +6,7 @@ How their texts are read is in `flywheel_server.setting_texts`.
 
 import argparse
 import re
+import sys
 from collections.abc import Sequence
 from typing import Annotated, Any, Final, Literal
 
@@ -47,6 +48,9 @@ MIN_CONTEXT: Final = 256
 
 MAX_THREADS: Final = 512
 """As llama.cpp has it."""
+
+MAX_WORKERS: Final = 64
+"""Far more than pay: one parent admits the calls of all."""
 
 Positive = Annotated[int, Field(ge=1, le=INT32_MAX)]
 # What grpc counts in milliseconds has 24 days at most.
@@ -175,6 +179,9 @@ class Settings(BaseSettings):
     address: Address = _option(
         "Listening", "127.0.0.1:50051", "HOST:PORT to listen on. Port 0 is any free one, which is printed."
     )
+    workers: Annotated[int, Field(ge=1, le=MAX_WORKERS)] = _option(
+        "Listening", 1, "Processes that serve on this one port, on Linux; the embedded engine has one."
+    )
     api_keys: Annotated[tuple[Annotated[SecretStr, AfterValidator(_api_key)], ...], NoDecode, BeforeValidator(_split)] = (
         _option(
             "Listening",
@@ -285,6 +292,15 @@ class Settings(BaseSettings):
     @classmethod
     def _as_written(cls, value: Any, info: ValidationInfo) -> Any:  # noqa: ANN401 - whatever a field is given
         return as_written(value, cls.model_fields[str(info.field_name)])
+
+    @field_validator("workers")
+    @classmethod
+    def _can_be_several(cls, value: int, info: ValidationInfo) -> int:
+        if value > 1 and info.data.get("engine") == "embedded":
+            raise ValueError("must be 1 with the embedded engine, whose model is in the memory of one process")
+        if value > 1 and sys.platform != "linux":
+            raise ValueError("must be 1 on this system: only Linux spreads the connections to one port over processes")
+        return value
 
     @property
     def port(self) -> int:

@@ -68,6 +68,13 @@ class StopSignals:
                 self._act()
 
 
+def leave_stopping_to_parent() -> None:
+    """Heed no stopping signal: whoever sends them to a whole group of processes means the parent, which stops this one."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    _ignore_what_means_nothing()
+    write_stacks_to(2)
+
+
 def write_stacks_to(descriptor: int) -> None:
     """Write the stacks of all threads there when `STACKS` arrives, also while the interpreter is held."""
     faulthandler.register(STACKS, descriptor, all_threads=True)

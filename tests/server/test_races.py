@@ -13,6 +13,7 @@ import pytest
 from flywheel_proto.v1 import generation_pb2 as pb
 from flywheel_server import server
 from flywheel_server.admission import Admission
+from flywheel_server.admission_control import LocalAdmissionControl
 from flywheel_server.callers import Caller
 from flywheel_server.delivery import Delivery, ReaderPolicy, SampleBuffer, SampleCollector
 from flywheel_server.engines.base import EngineUnavailableError
@@ -63,7 +64,7 @@ class Race:
         self.chance = random.Random(seed)
         self.engine = DelayedEngine(self.chance, script)
         self.admission = Admission(max_concurrent, max_queued=100)
-        self.generations = Generations(self.engine, self.admission)
+        self.generations = Generations(self.engine, LocalAdmissionControl(self.admission))
         self.delivery = Delivery(ReaderPolicy(max_bytes=1000, when_full="wait", timeout=60))
         self.outcomes: Counter[str] = Counter()
 

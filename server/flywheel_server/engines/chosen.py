@@ -23,6 +23,11 @@ def chosen_engine(settings: Settings) -> Engine:
         raise EngineUnavailableError(f"the {settings.engine} engine cannot be used: {reason(error)}") from error
 
 
+def runs_in_process(settings: Settings) -> bool:
+    """Returns whether the engine of the settings works within the process that has made it, and so for that process alone."""
+    return settings.engine != "flywheel"
+
+
 def _engine(settings: Settings) -> Engine:
     match settings.engine:
         case "embedded":

@@ -1,0 +1,174 @@
+"""A worker's link to the parent, which has the admission, the health and the counts of all workers."""
+
+import asyncio
+import itertools
+import os
+import select
+import socket
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import Final, Self
+
+from flywheel_server.counts import Count, Counts
+from flywheel_server.engines.base import Engine, EngineStats, EngineUnavailableError
+from flywheel_server.generations import Generations
+from flywheel_server.health import Health
+from flywheel_server.workers.shared_admission import SharedAdmissionControl
+from flywheel_server.workers.wire import Connection, Line
+
+SECOND_STOP: Final = 0.05
+"""Seconds between two stops of a worker whose parent is gone: two at once would cancel its task only once."""
+
+ORPHAN_TIMEOUT: Final = 15.0
+"""Seconds that a worker whose parent is gone has to end by itself, as after a second signal. Its event loop may hang."""
+
+
+class Link:
+    """What a worker shares with the others, through the parent.
+
+    Attributes:
+        admission: The admission control of all workers.
+        health: The health of all workers.
+    """
+
+    def __init__(self) -> None:
+        self.health = Health(self._report)
+        handlers: dict[str, Callable[..., None]] = {
+            "health": self._take_health,
+            "count": self._take_count,
+            "total": self._take_total,
+            "stop": self._stop,
+        }
+        self._connection = Connection(handlers, self._end)
+        self.admission = SharedAdmissionControl(self._connection)
+        handlers |= {"admitted": self.admission.admit, "refused": self.admission.refuse}
+        self._own_counts: Callable[[], Awaitable[Line]] | None = None
+        self._asked: dict[int, asyncio.Future[tuple[int, int, int, int]]] = {}
+        self._questions = itertools.count()
+        self._answering: set[asyncio.Task[None]] = set()
+        self._serves = False
+        self._all = (False, False)
+        self._stops = 0
+        self._on_stop: Callable[[], None] | None = None
+
+    @classmethod
+    async def over(cls, pair: socket.socket) -> Self:
+        """Returns the link over one end of a pair of sockets."""
+        link = cls()
+        watched = os.dup(pair.fileno())
+        threading.Thread(target=_end_with_parent, args=(watched,), name="parent", daemon=True).start()
+        await asyncio.get_running_loop().create_connection(lambda: link._connection, sock=pair)
+        link._connection.send("hello")
+        return link
+
+    def counting(self, engine: Engine, generations: Generations, *, in_process: bool) -> Count:
+        """Returns what counts the calls of all workers.
+
+        Arguments:
+            engine: The engine of this worker.
+            generations: The calls of this worker.
+            in_process: Whether each worker has an engine of its own, so that what all engines say is added up. An engine
+                elsewhere is the same for all.
+        """
+
+        async def own() -> Line:
+            stats = await engine.stats() if in_process else EngineStats(0, 0)
+            return (generations.active, generations.queued, stats.backlog, stats.num_total_runners)
+
+        async def count_all() -> Counts:
+            stats = await engine.stats()
+            active, queued, backlog, runners = await self._total()
+            return Counts(active, queued, EngineStats(backlog, runners) if in_process else stats)
+
+        self._own_counts = own
+        return count_all
+
+    @contextmanager
+    def calling(self, act: Callable[[], None]) -> Iterator[None]:
+        """Calls `act` whenever the parent has the worker stop, for the length of the context, and for what came before.
+
+        If the parent is gone, it does so twice: there is nothing to drain for.
+        """
+        self._on_stop = act
+        for _ in range(self._stops):
+            act()
+        try:
+            yield
+        finally:
+            self._on_stop = None
+
+    def ready(self) -> None:
+        """Tells the parent that the worker serves."""
+        self._connection.send("ready")
+
+    async def fail(self, why: str) -> None:
+        """Tells the parent why the worker does not serve, and returns when that has been sent."""
+        self._connection.send("failed", why)
+        await self._connection.close()
+
+    def _take_health(self, serving: bool, runners: bool) -> None:
+        self._all = (serving, runners)
+        self._show()
+
+    def _take_count(self, question: int) -> None:
+        answering = asyncio.create_task(self._answer(question))
+        self._answering.add(answering)
+        answering.add_done_callback(self._answering.discard)
+
+    def _take_total(self, question: int, counts: tuple[int, int, int, int]) -> None:
+        if (asked := self._asked.get(question)) and not asked.done():
+            asked.set_result(counts)
+
+    def _stop(self) -> None:
+        self._stops += 1
+        if self._on_stop:
+            self._on_stop()
+
+    def _end(self) -> None:
+        self.admission.end(_gone)
+        for asked in self._asked.values():
+            if not asked.done():
+                asked.set_exception(_gone())
+        self._stop()
+        asyncio.get_running_loop().call_later(SECOND_STOP, self._stop)
+
+    def _report(self, *, serving: bool, runners: bool) -> None:
+        self._serves = serving
+        self._connection.send("health", serving, runners)
+        self._show()
+
+    def _show(self) -> None:
+        """Says how all workers are, but never that they serve if this one does not."""
+        serving, runners = self._all
+        self.health.show(serving=serving and self._serves, runners=runners and self._serves)
+
+    async def _answer(self, question: int) -> None:
+        # The parent asks only those that serve.
+        if self._own_counts:
+            self._connection.send("counts", question, await self._own_counts())
+
+    async def _total(self) -> tuple[int, int, int, int]:
+        question = next(self._questions)
+        asked: asyncio.Future[tuple[int, int, int, int]] = asyncio.get_running_loop().create_future()
+        self._asked[question] = asked
+        try:
+            self._connection.send("total", question)
+            return await asked
+        finally:
+            del self._asked[question]
+
+
+def _gone() -> EngineUnavailableError:
+    return EngineUnavailableError("the parent of this worker is gone")
+
+
+def _end_with_parent(descriptor: int) -> None:
+    """Ends the process some time after the other end of the pair was closed, whatever the event loop does."""
+    watching = select.poll()
+    # POLLHUP is always reported, and nothing else is.
+    watching.register(descriptor, 0)
+    watching.poll()
+    time.sleep(ORPHAN_TIMEOUT)
+    os._exit(1)

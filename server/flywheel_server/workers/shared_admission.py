@@ -1,0 +1,128 @@
+"""The admission control of a worker, which asks the parent."""
+
+import asyncio
+import itertools
+from collections.abc import Callable
+from typing import Self
+
+from flywheel_server.callers import Caller
+from flywheel_server.engines.base import EngineModel
+from flywheel_server.messages import GenerationRequest
+from flywheel_server.quotas import Usage, tokens_wanted
+from flywheel_server.workers import wire
+from flywheel_server.workers.wire import Connection, Line
+
+
+class SharedAdmissionControl:
+    """An `AdmissionControl` that asks the parent."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self.undecided: dict[int, SharedPlace] = {}
+        """Calls that the parent has neither let in nor refused."""
+        self.prepares_at_once = False
+        """Whether it takes no time to prepare a prompt."""
+        self._numbers = itertools.count()
+        self._end: Callable[[], Exception] | None = None
+
+    def set_capacity(self, model: EngineModel) -> None:
+        """See `AdmissionControl.set_capacity`."""
+        self.prepares_at_once = not model.tokenizers
+        self.connection.send("capacity", model.slots, model.shared_context_tokens)
+
+    def entered(self, request: GenerationRequest, caller: Caller, time_remaining: float | None) -> "SharedPlace":
+        """See `AdmissionControl.entered`. Raises its errors from `Place.admitted`, and others at the end."""
+        if self._end:
+            raise self._end()
+        return SharedPlace(self, next(self._numbers), request, caller, time_remaining)
+
+    def admit(self, number: int) -> None:
+        """Lets a call in, unless it has gone."""
+        if place := self.undecided.pop(number, None):
+            place.let_in()
+
+    def refuse(self, number: int, error: Line) -> None:
+        """Ends the wait of a call, unless it has gone."""
+        if place := self.undecided.pop(number, None):
+            place.lose(wire.to_error(error))
+
+    def end(self, error: Callable[[], Exception]) -> None:
+        """Ends all calls that wait, and those to come, with an error: nobody lets them in any more."""
+        self._end = error
+        while self.undecided:
+            self.undecided.popitem()[1].lose(error())
+
+
+class SharedPlace:
+    """What a call holds of the admission of all workers, for the length of the context.
+
+    A call does not wait for the answer to its entry. If it takes time to prepare its prompt, that goes on until the parent
+    refuses the call; and if it takes none, the call asks for both, the entry and the room, when its prompt is ready.
+    """
+
+    def __init__(
+        self,
+        admission: SharedAdmissionControl,
+        number: int,
+        request: GenerationRequest,
+        caller: Caller,
+        time_remaining: float | None,
+    ) -> None:
+        self._admission = admission
+        self._send = admission.connection.send
+        self._number = number
+        self._entry = (wire.from_caller(caller), request.num_samples, tokens_wanted(request), time_remaining)
+        self._has_entered = False
+        self._usage = Usage()
+        self._lost: Exception | None = None
+        self._on_lost: Callable[[Exception], None] | None = None
+        self._turn: asyncio.Future[None] | None = None
+
+    async def __aenter__(self) -> tuple[Usage, Self]:
+        if not self._admission.prepares_at_once:
+            self._enter()
+            self._send("enter", self._number, *self._entry)
+        return self._usage, self
+
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if not self._has_entered:
+            return
+        self._admission.undecided.pop(self._number, None)
+        if self._usage.is_over:
+            self._send("leave", self._number, kind is None, self._usage.tokens)
+        else:
+            self._send("leave", self._number, kind is None, None)
+            self._usage.call_when_over(lambda: self._send("settle", self._number, self._usage.tokens))
+
+    async def admitted(self, context_tokens: int, time_remaining: float | None = None) -> None:
+        """See `admission_control.Place.admitted`."""
+        if self._lost is not None:
+            raise self._lost
+        self._turn = asyncio.get_running_loop().create_future()
+        if self._has_entered:
+            self._send("admit", self._number, context_tokens, time_remaining)
+        else:
+            self._enter()
+            self._send("enter", self._number, *self._entry, context_tokens)
+        await self._turn
+
+    def call_if_lost(self, callback: Callable[[Exception], None]) -> None:
+        """See `admission_control.Place.call_if_lost`."""
+        self._on_lost = callback
+
+    def let_in(self) -> None:
+        """Ends the wait in `admitted`."""
+        if self._turn is not None and not self._turn.done():
+            self._turn.set_result(None)
+
+    def lose(self, error: Exception) -> None:
+        """Ends the call, whatever it waits for."""
+        self._lost = error
+        if self._turn is not None and not self._turn.done():
+            self._turn.set_exception(error)
+        if self._on_lost is not None:
+            self._on_lost(error)
+
+    def _enter(self) -> None:
+        self._has_entered = True
+        self._admission.undecided[self._number] = self

@@ -1,0 +1,23 @@
+"""The program that a worker runs: `python -m flywheel_server.workers.worker DESCRIPTOR NUMBER PORT SETTING…`.
+
+The descriptor is that of the socket which leads to the parent. The settings are those of the parent's command line; the
+environment is the parent's too.
+"""
+
+import socket
+import sys
+
+from flywheel_server import signals
+
+
+def main() -> None:
+    """Serves until the parent says otherwise, or is gone. Exits with 1 if it cannot serve, or if the engine has died."""
+    signals.leave_stopping_to_parent()
+    descriptor, number, port, *arguments = sys.argv[1:]
+    from flywheel_server import launch
+
+    launch.work(socket.socket(fileno=int(descriptor)), int(number), int(port), arguments)
+
+
+if __name__ == "__main__":
+    main()
