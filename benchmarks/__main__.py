@@ -1,7 +1,97 @@
-"""Runs every benchmark: `python -m benchmarks`."""
+"""Measures our server beside others: `python -m benchmarks`, or `make bench`."""
 
-from benchmarks import embedded, modal, modal_requests
+import argparse
+import resource
+import signal
+import sys
+from pathlib import Path
+from typing import Final
 
-embedded.main()
-modal.main()
-modal_requests.main()
+from benchmarks import building, peers, report
+from benchmarks.peers import Peer
+from benchmarks.runner import take_turns
+from benchmarks.scenarios import SCENARIOS
+
+RESULTS: Final = building.ROOT / "benchmarks" / "results"
+PARTIAL: Final = building.BUILD / "results"
+
+
+def main() -> None:
+    """Builds, measures, and writes the tables and plots."""
+    arguments = _parse()
+    # Ends the servers too, and writes what there is.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    _raise_descriptor_limit()
+    building.build()
+    present = [peer for peer in arguments.peers if _is_present(peer)]
+    scenarios = [scenario for scenario in SCENARIOS if scenario.name in arguments.scenarios]
+    runs = []
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    try:
+        with (arguments.output / "runs.jsonl").open("w") as file:
+            for run in take_turns(present, scenarios, rounds=arguments.rounds, seconds=arguments.seconds):
+                runs.append(run)
+                print(run.as_json(), file=file, flush=True)
+                print(f"round {run.round + 1} of {arguments.rounds}, {report.in_short(run)}", flush=True)
+    finally:
+        # Of a run that was interrupted, too.
+        if runs:
+            print(report.write(runs, present, scenarios, arguments.output))
+
+
+def _is_present(peer: Peer) -> bool:
+    """Returns whether a peer can take part, and says why if it cannot."""
+    problem = peer.problem()
+    if problem:
+        print(f"Without {peer.title}: {problem}.")
+    return not problem
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    names = {"peers": list(peers.peers()), "scenarios": [scenario.name for scenario in SCENARIOS]}
+    parser.add_argument("--rounds", type=int, default=5, help="how often each scenario runs on each peer; default: 5")
+    parser.add_argument("--seconds", type=float, default=1.5, help="seconds that are measured of a run; default: 1.5")
+    parser.add_argument(
+        "--peers",
+        type=lambda text: [_peer(name) for name in text.split(",")],
+        default=[_peer(name) for name in names["peers"]],
+        help=f"some of {','.join(names['peers'])}; NAME@FOLDER runs another checkout of the project; default: all",
+    )
+    parser.add_argument(
+        "--scenarios",
+        type=lambda text: [_scenario(name) for name in text.split(",")],
+        default=names["scenarios"],
+        help=f"some of {','.join(names['scenarios'])}; default: all",
+    )
+    whole = f"{RESULTS.relative_to(building.ROOT)} if there are no other options, else {PARTIAL.relative_to(building.ROOT)}"
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=PARTIAL if sys.argv[1:] else RESULTS,
+        help=f"the folder for the tables; default: {whole}",
+    )
+    return parser.parse_args()
+
+
+def _peer(name: str) -> Peer:
+    try:
+        return peers.peer(name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _scenario(name: str) -> str:
+    if name not in (scenario.name for scenario in SCENARIOS):
+        raise argparse.ArgumentTypeError(f"there is no scenario {name!r}")
+    return name
+
+
+def _raise_descriptor_limit() -> None:
+    """Lets this process and those that it starts open as many connections as they may."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+if __name__ == "__main__":
+    main()

@@ -89,7 +89,7 @@ def busy_processes(count: int) -> Iterator[None]:
     code = f"import time\nend = time.monotonic() + {MAX_BUSY_SECONDS}\nwhile time.monotonic() < end: pass"
     with ExitStack() as stack:
         for _ in range(count):
-            process = stack.enter_context(subprocess.Popen([sys.executable, "-c", code]))  # noqa: S603 - our own code
+            process = stack.enter_context(subprocess.Popen([sys.executable, "-c", code]))
             stack.callback(process.kill)
         yield
 

@@ -16,7 +16,7 @@ def flywheel_server(*arguments: str, environment: Mapping[str, str] | None = Non
         environment: All its variables. Default: those of this process.
     """
     command = [sys.executable, "-m", "flywheel_server", "--address", "127.0.0.1:0", "--log-level", "warning", *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:  # noqa: S603 - our own command
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         try:
             line = process.stdout.readline() if process.stdout else ""
             address = re.search(r"[\d.]+:\d+", line)

@@ -1,0 +1,110 @@
+"""The servers that are measured. Each is a program that prints `ready: HOST:PORT`."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, Literal
+
+from benchmarks.building import BUILD
+from benchmarks.scenarios import TEXT, UNLIMITED, Scenario
+
+KEY: Final = "benchmark-key-0123456789"
+"""The API key that every client sends. Only our server looks at it."""
+
+_LIMITS: Final = ("paced-64", "paced-512", "paced-2000", "unpaced-64", "unary-64")
+_BATCHES: Final = ("model-8", "model-long-prompt")
+_WORKERS: Final = ("paced-512", "paced-2000", "paced-2000x10", "unpaced-64", "unary-64", "unary-512")
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """A server that takes part.
+
+    Attributes:
+        name: What `--peers` calls it.
+        title: What the tables call it.
+        command: The command line that starts it, before what belongs to a scenario.
+        protocol: What the load client speaks to it; see load/client.
+        script: How it is told what to play: by flags of the peers, or by that of `flywheel-server`. None runs a model.
+        environment: Variables besides those of this process.
+        only: The scenarios that it takes part in; empty for all with its kind of engine.
+    """
+
+    name: str
+    title: str
+    command: Sequence[str]
+    protocol: Literal["grpc", "http", "llama"] = "grpc"
+    script: Literal["peer", "flywheel-server"] | None = "peer"
+    environment: Mapping[str, str] = field(default_factory=dict)
+    only: Sequence[str] = ()
+
+    def takes_part(self, scenario: Scenario) -> bool:
+        """Returns whether it takes part in a scenario."""
+        return (scenario.kind == "model") == (self.script is None) and (not self.only or scenario.name in self.only)
+
+    def start_command(self, scenario: Scenario) -> list[str]:
+        """Returns the command line that starts it for a scenario."""
+        if self.script == "peer":
+            return [*self.command, "--text", TEXT, "--delay", f"{scenario.delay:g}"]
+        if self.script == "flywheel-server":
+            script = {"text": TEXT, "token_delay": scenario.delay, "slots": UNLIMITED}
+            return [*self.command, "--script", json.dumps(script)]
+        return list(self.command)
+
+    def problem(self) -> str:
+        """Returns why it cannot take part; empty if it can."""
+        program = Path(self.command[0])
+        if not program.exists():
+            return f"there is no {program}"
+        if "--workers" in self.command:
+            usage = subprocess.run([*self.command[:3], "--help"], capture_output=True, text=True, check=False).stdout
+            if "--workers" not in usage:
+                return "its flywheel-server has no --workers"
+        return ""
+
+
+def peers(checkout: str = "") -> dict[str, Peer]:
+    """Returns all peers by name; if a checkout is given, with what is ours from that folder, run by its .venv."""
+    python = str(Path(checkout).absolute() / ".venv" / "bin" / "python") if checkout else sys.executable
+    at = f"@{checkout}" if checkout else ""
+    ours = (python, "-m", "flywheel_server", "--address", "127.0.0.1:0", "--log-level", "warning", "--withdraw-window", "0")
+    scripted = (*ours, "--engine", "scripted", "--max-concurrent", str(UNLIMITED), "--max-queued", str(UNLIMITED))
+    two_workers = (*scripted, "--workers", "2")
+    with_key = {"FLYWHEEL_API_KEYS": KEY}
+    # As `flywheel-server` has it.
+    one_poller = {"GRPC_EXPERIMENTS": "-event_engine_listener"}
+    llama = (python, "-m", "benchmarks.peers.llama_server")
+    found = (
+        Peer(f"ours{at}", f"ours{at}", scripted, script="flywheel-server", environment=with_key),
+        Peer(f"ours-2{at}", f"ours{at}, 2 workers", two_workers, script="flywheel-server", environment=with_key, only=_WORKERS),
+        Peer(f"bare{at}", f"bare grpc.aio{at}", (python, "-m", "benchmarks.peers.bare"), environment=one_poller),
+        Peer(
+            f"bare-engine{at}",
+            f"bare grpc.aio, our engine{at}",
+            (python, "-m", "benchmarks.peers.bare_engine"),
+            environment=one_poller,
+        ),
+        Peer("fastapi", "FastAPI", (sys.executable, "-m", "benchmarks.peers.fastapi_server"), protocol="http"),
+        Peer("cpp", "gRPC in C++", (str(BUILD / "server-cpp"),), only=_LIMITS),
+        Peer("go", "gRPC in Go", (str(BUILD / "server-go"),), only=_LIMITS),
+        Peer(f"embedded{at}", f"ours, embedded{at}", (*ours, "--engine", "embedded"), script=None, environment=with_key),
+        Peer(f"llama{at}", "llama.cpp, our batch", (*llama, "--batch", "32"), protocol="llama", script=None),
+        Peer(f"llama-default{at}", "llama.cpp, its batch", llama, protocol="llama", script=None, only=_BATCHES),
+    )
+    return {each.name.partition("@")[0]: each for each in found}
+
+
+def peer(specification: str) -> Peer:
+    """Returns the peer of a NAME, or of NAME@FOLDER.
+
+    Raises:
+        ValueError: There is no such peer.
+    """
+    name, _, checkout = specification.partition("@")
+    known = peers(checkout)
+    if name not in known:
+        raise ValueError(f"there is no peer {name!r}, only {', '.join(known)}")
+    return known[name]

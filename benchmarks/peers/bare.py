@@ -1,0 +1,66 @@
+"""The least that a grpc.aio server can do: no interceptors, no checks, a handler that sleeps and yields.
+
+python -m benchmarks.peers.bare --text TEXT --delay SECONDS
+"""
+
+import argparse
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc.aio
+import uvloop
+from flywheel_proto.v1 import generation_pb2 as pb
+from flywheel_proto.v1 import generation_pb2_grpc
+
+TOKEN_CHARACTERS = 4
+
+
+class BareService(generation_pb2_grpc.GenerationServiceServicer):
+    """Plays the text, a token of four characters after each delay, and checks nothing."""
+
+    def __init__(self, text: str, delay: float) -> None:
+        self._tokens = [text[at : at + TOKEN_CHARACTERS] for at in range(0, len(text), TOKEN_CHARACTERS)]
+        self._delay = delay
+
+    async def GenerateDeltas(self, request: pb.GenerationRequest, context: Any) -> AsyncIterator[pb.GenerationDelta]:
+        """Yields a delta for each token."""
+        for number in range(request.max_tokens):
+            await asyncio.sleep(self._delay)
+            yield pb.GenerationDelta(
+                text=self._tokens[number % len(self._tokens)],
+                generated_tokens=number + 1,
+                finish_reason="length" if number + 1 == request.max_tokens else "",
+            )
+
+    async def GenerateAll(self, request: pb.GenerationRequest, context: Any) -> pb.GenerationResponse:
+        """Returns the whole text."""
+        text = ""
+        for number in range(request.max_tokens):
+            await asyncio.sleep(self._delay)
+            text += self._tokens[number % len(self._tokens)]
+        sample = pb.GenerationResponseSample(text=text, generated_tokens=request.max_tokens, finish_reason="length")
+        return pb.GenerationResponse(num_samples=1, responses=[sample], prompt=request.text)
+
+
+async def serve(service: generation_pb2_grpc.GenerationServiceServicer) -> None:
+    """Serves on a free port, which it prints, until the process ends."""
+    server = grpc.aio.server()
+    generation_pb2_grpc.add_GenerationServiceServicer_to_server(service, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    print(f"ready: 127.0.0.1:{port}", flush=True)
+    await server.wait_for_termination()
+
+
+def arguments() -> argparse.Namespace:
+    """Returns the text and the delay of the command line."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--text", required=True, help="what every answer says over and over, 4 bytes a token")
+    parser.add_argument("--delay", type=float, default=0.0, help="seconds before each token")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    chosen = arguments()
+    uvloop.run(serve(BareService(chosen.text, chosen.delay)))  # type: ignore[abstract] # gRPC answers the other methods

@@ -1,0 +1,166 @@
+"""Runs scenarios on peers in turns: one server at a time, each in a process of its own, measured from outside."""
+
+import json
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import datetime
+from os import environ
+from typing import IO, Any, Final
+
+from benchmarks.building import CLIENT, ROOT
+from benchmarks.peers import KEY, Peer
+from benchmarks.processes import PeakMemory, cpu_seconds, resident_bytes
+from benchmarks.runs import Interruption, Run, interruption
+from benchmarks.scenarios import LONG_PROMPT, SONG, TEXT, Scenario
+
+CONNECTIONS: Final = 8
+"""HTTP/2 connections that the streams share. Over HTTP/1.1 each stream has one of its own."""
+
+STOP_TIMEOUT: Final = 10.0
+"""Seconds that a server may take to end when it is told to."""
+
+MODEL_DEADLINE: Final = 20.0
+"""Seconds that a call to a model may take."""
+
+UNDISTURBED: Final = 3.0
+"""Seconds that streams run before a long prompt interrupts them."""
+
+Arguments = dict[str, Any]
+"""Flags of the load client and their values."""
+
+Begin = Callable[[], dict[str, Any]]
+"""Lets a load client begin, and returns what it saw when it has ended."""
+
+
+def take_turns(peers: Sequence[Peer], scenarios: Sequence[Scenario], *, rounds: int, seconds: float) -> Iterator[Run]:
+    """Runs every scenario on every peer once in each round, and yields each run as it ends.
+
+    The peers of a scenario follow each other, so that a slow minute of the machine meets all of them. Each round begins with
+    another peer.
+    """
+    for number in range(rounds):
+        for scenario in scenarios:
+            for peer in rotated([each for each in peers if each.takes_part(scenario)], number):
+                yield run_once(peer, scenario, number, seconds * scenario.longer)
+
+
+def rotated(peers: Sequence[Peer], number: int) -> list[Peer]:
+    """Returns the peers in the order of a round."""
+    start = number % max(len(peers), 1)
+    return [*peers[start:], *peers[:start]]
+
+
+def run_once(peer: Peer, scenario: Scenario, number: int, seconds: float) -> Run:
+    """Starts the peer, loads it, and stops it again."""
+    start = time.monotonic()
+    with started(peer.start_command(scenario), peer.environment) as (pid, address):
+        arguments = _arguments(peer, scenario, address, seconds)
+        with load_client(arguments) as begin:
+            start_seconds = time.monotonic() - start
+            base, cpu = resident_bytes(pid), cpu_seconds(pid)
+            with PeakMemory(pid) as memory:
+                if scenario.interrupted:
+                    load, interrupted = _interrupted(begin, arguments)
+                else:
+                    load, interrupted = begin(), None
+                cpu = cpu_seconds(pid) - cpu
+        return Run(peer.name, scenario.name, number, load, start_seconds, cpu, base, memory.peak, interrupted)
+
+
+def _arguments(peer: Peer, scenario: Scenario, address: str, seconds: float) -> Arguments:
+    """Returns the flags of the load client."""
+    end = scenario.stagger + seconds
+    arguments: Arguments = {
+        "address": address,
+        "protocol": peer.protocol,
+        "key": KEY,
+        "streams": scenario.streams,
+        "connections": CONNECTIONS,
+        "calls": 1 if scenario.kind == "paced" else 0,
+        "unary": json.dumps(scenario.kind == "unary"),
+        "seconds": end,
+        "stagger": scenario.stagger,
+        "max-tokens": scenario.tokens(seconds),
+        # Calls of a server that is much too slow are cut short.
+        "deadline": 2 + 1.5 * end,
+        "trace": json.dumps(scenario.interrupted),
+    }
+    if scenario.kind == "model":
+        return arguments | {"prompt": SONG, "temperature": 0, "deadline": MODEL_DEADLINE}
+    return arguments | {"text": TEXT}
+
+
+def _interrupted(begin: Begin, arguments: Arguments) -> tuple[dict[str, Any], Interruption | None]:
+    """Runs the load, and has one more caller send a long prompt meanwhile, which may fail."""
+    one_more = {"streams": 1, "calls": 1, "max-tokens": 1, "prompt": LONG_PROMPT, "stagger": 0, "trace": "false"}
+    with load_client(arguments | one_more) as begin_prompt, ThreadPoolExecutor() as executor:
+        streams = executor.submit(begin)
+        time.sleep(UNDISTURBED)
+        prompt = begin_prompt()
+        load = streams.result()
+    arrivals = load.pop("streams")
+    if prompt["first_message_ms"] is None:
+        return load, None
+    sent = datetime.fromisoformat(prompt["began"]).timestamp()
+    read = sent + prompt["first_message_ms"]["p50"] / 1000
+    # Not from the very beginning, when the prompts of the streams themselves are read.
+    return load, interruption(arrivals, sent - UNDISTURBED / 2, sent, read)
+
+
+@contextmanager
+def started(command: Sequence[str], environment: Mapping[str, str]) -> Iterator[tuple[int, str]]:
+    """Runs a server for the length of the context, which gets its process id and its address.
+
+    Raises:
+        RuntimeError: It does not start.
+    """
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=ROOT, env={**environ, **environment}
+        )
+        with process:
+            try:
+                yield process.pid, _address(process.stdout, errors)
+            finally:
+                process.terminate()
+                try:
+                    process.wait(STOP_TIMEOUT)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+
+
+def _address(output: IO[str] | None, errors: IO[str]) -> str:
+    line = output.readline() if output else ""
+    address = re.search(r"[\d.]+:\d+", line)
+    if address is None:
+        errors.seek(0)
+        raise RuntimeError(f"the server did not start: {line}{errors.read()}")
+    return address[0]
+
+
+@contextmanager
+def load_client(arguments: Arguments) -> Iterator[Begin]:
+    """Connects a load client for the length of the context, which gets what lets it begin."""
+    command = [str(CLIENT), *(f"-{name}={value}" for name, value in arguments.items())]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None  # noqa: S101 - for the type checker
+        assert process.stdout is not None  # noqa: S101
+        if process.stdout.readline() != "ready\n":
+            raise RuntimeError("the load client could not call the server")
+        stdin, stdout = process.stdin, process.stdout
+
+        def begin() -> dict[str, Any]:
+            stdin.write("\n")
+            stdin.flush()
+            report: dict[str, Any] = json.loads(stdout.readline())
+            return report
+
+        try:
+            yield begin
+        finally:
+            process.terminate()
