@@ -36,7 +36,7 @@ SETTLING: Final = 2 * TOKEN_DELAY
 def server(command: list[str], **variables: str) -> Iterator[tuple[str, int]]:
     """Runs a server, and gives its address and its process id once it is ready."""
     everything = [sys.executable, "-m", *command]
-    with subprocess.Popen(everything, stdout=subprocess.PIPE, text=True, env=os.environ | variables) as process:  # noqa: S603 - our own
+    with subprocess.Popen(everything, stdout=subprocess.PIPE, text=True, env=os.environ | variables) as process:
         try:
             line = process.stdout.readline() if process.stdout else ""
             address = re.search(r"[\d.]+:\d+", line)
