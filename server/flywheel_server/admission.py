@@ -3,7 +3,6 @@
 import asyncio
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from statistics import median
 from typing import Final, Self
 
@@ -55,41 +54,6 @@ class ServiceTimes:
         return known
 
 
-@dataclass(eq=False, slots=True)
-class _Waiter:
-    caller: Caller
-    samples: int
-    tokens: int = 0
-    is_ready: bool = False
-    """Whether it may start as soon as there is room: its prompt has been read."""
-    is_let_in: bool = False
-    lost: ServerFullError | None = None
-    """Why it has lost its place, if it has."""
-    on_lost: Callable[[Exception], None] | None = None
-    on_let_in: Callable[[], None] | None = None
-    turn: asyncio.Future[None] | None = None
-    """What it waits for once it is ready, if it has to wait."""
-
-    @property
-    def has_given_up(self) -> bool:
-        """Whether its call was cancelled, and is about to leave."""
-        return self.turn is not None and self.turn.cancelled()
-
-    def let_in(self) -> None:
-        self.is_let_in = True
-        if self.turn is not None:
-            self.turn.set_result(None)
-        if self.on_let_in is not None:
-            self.on_let_in()
-
-    def lose(self, error: ServerFullError) -> None:
-        self.lost = error
-        if self.turn is not None:
-            self.turn.set_exception(error)
-        if self.on_lost is not None:
-            self.on_lost(error)
-
-
 class Admission:
     """Admits as many calls as the engine can work on at a time, and queues a bounded number of others.
 
@@ -124,7 +88,7 @@ class Admission:
         self._samples_of: dict[str, int] = {}
         """Samples of each caller, waiting and let in."""
         # An insertion-ordered set of waiters for each priority: one that gives up leaves at once, wherever it stands.
-        self._waiters: dict[int, dict[_Waiter, None]] = {}
+        self._waiters: dict[int, dict[Place, None]] = {}
 
     def set_capacity(self, slots: int | None, context_tokens: int | None) -> None:
         """Caps concurrency at the engine's slots and tokens of shared context, so that calls queue here, in order.
@@ -149,39 +113,33 @@ class Admission:
             DeadlineExceededError: The wait would last longer than that.
             ServerFullError: Too many wait.
         """
-        return Place(self, _Waiter(caller, min(samples, self._max_concurrent)), time_remaining)
+        return Place(self, caller, min(samples, self._max_concurrent), time_remaining)
 
-    def enter(self, waiter: _Waiter, time_remaining: float | None) -> None:
-        """Lets a waiter join the queue; see `queue`."""
-        self._check_deadline(waiter, time_remaining)
-        self._find_place(waiter)
-        self._waiters.setdefault(waiter.caller.priority, {})[waiter] = None
-        self.queued += waiter.samples
-        self._samples_of[waiter.caller.name] = self._samples_of.get(waiter.caller.name, 0) + waiter.samples
+    def enter(self, place: "Place", time_remaining: float | None) -> None:
+        """Lets a call join the queue; see `queue`."""
+        samples, caller = place.samples, place.caller
+        if self._waiters or self.active + samples > self._max_concurrent:
+            self._check_deadline(place, time_remaining)
+            self._find_place(place)
+        self._waiters.setdefault(caller.priority, {})[place] = None
+        self.queued += samples
+        self._samples_of[caller.name] = self._samples_of.get(caller.name, 0) + samples
 
     def now(self) -> float:
         """Returns the time on the clock."""
         return self._clock()
 
-    async def admit(self, waiter: _Waiter, tokens: int, time_remaining: float | None) -> float:
-        """Waits for room, and returns the time on the clock when there was some; see `Place.admitted`."""
-        self.ask(waiter, tokens, time_remaining)
-        if not waiter.is_let_in:
-            waiter.turn = asyncio.get_running_loop().create_future()
-            await waiter.turn
-        return self._clock()
-
-    def ask(self, waiter: _Waiter, tokens: int, time_remaining: float | None) -> None:
-        """Has a waiter let in, now or later; see `Place.ask`."""
-        waiter.tokens = tokens if self._max_tokens is None else min(tokens, self._max_tokens)
-        waiter.is_ready = True
+    def ask(self, place: "Place", tokens: int, time_remaining: float | None) -> None:
+        """Has a call let in, now or later; see `Place.ask`."""
+        place.tokens = tokens if self._max_tokens is None else min(tokens, self._max_tokens)
+        place.is_ready = True
         self._let_in()
-        if waiter.lost is not None:
-            raise waiter.lost
-        if not waiter.is_let_in:
-            self._check_deadline(waiter, time_remaining)
+        if place.lost is not None:
+            raise place.lost
+        if not place.is_let_in:
+            self._check_deadline(place, time_remaining)
 
-    def _ahead_of(self, waiter: _Waiter) -> Iterator[_Waiter]:
+    def _ahead_of(self, waiter: "Place") -> Iterator["Place"]:
         """Yields the waiters that are served before one: for a new one, all of its priority and of higher ones."""
         for priority, waiters in self._waiters.items():
             if priority >= waiter.caller.priority:
@@ -190,7 +148,7 @@ class Admission:
                         break
                     yield other
 
-    def _check_deadline(self, waiter: _Waiter, time_remaining: float | None) -> None:
+    def _check_deadline(self, waiter: "Place", time_remaining: float | None) -> None:
         if time_remaining is None:
             return
         ahead = list(self._ahead_of(waiter))
@@ -212,7 +170,7 @@ class Admission:
             samples += count
         return seconds / samples if samples else unknown
 
-    def _find_place(self, waiter: _Waiter) -> None:
+    def _find_place(self, waiter: "Place") -> None:
         """Makes room in the queue for a new waiter; raises `ServerFullError` if there is none."""
         excess = self.active + self.queued + waiter.samples - self._max_concurrent - self._max_queued
         if excess <= 0:
@@ -228,7 +186,7 @@ class Admission:
             if not last.has_given_up:
                 last.lose(ServerFullError(self._retry_delay(last.samples)))
 
-    def _remove(self, waiter: _Waiter) -> None:
+    def _remove(self, waiter: "Place") -> None:
         """Takes a waiter out of the queue, if it is in there."""
         waiters = self._waiters.get(waiter.caller.priority, {})
         if waiter in waiters:
@@ -237,38 +195,40 @@ class Admission:
         if not waiters:
             self._waiters.pop(waiter.caller.priority, None)
 
-    def leave(self, waiter: _Waiter, admitted_at: float | None) -> None:
+    def leave(self, place: "Place", admitted_at: float | None) -> None:
         """Gives back what a call has: its room, or its place in the queue, which others may have waited for.
 
         `admitted_at` is when the call got its room, if the call has come to its end: how soon others gave up tells nothing of
         how long calls take.
         """
-        self._remove(waiter)
-        self._samples_of[waiter.caller.name] -= waiter.samples
-        if not self._samples_of[waiter.caller.name]:
-            del self._samples_of[waiter.caller.name]
-        if waiter.is_let_in:
-            self.active -= waiter.samples
-            self._active_tokens -= waiter.tokens
+        samples, caller = place.samples, place.caller
+        self._samples_of[caller.name] -= samples
+        if not self._samples_of[caller.name]:
+            del self._samples_of[caller.name]
+        if place.is_let_in:
+            self.active -= samples
+            self._active_tokens -= place.tokens
+        else:
+            self._remove(place)
         self._let_in()
         if admitted_at is not None:
-            self.service_times.add(waiter.caller.name, self._clock() - admitted_at)
+            self.service_times.add(caller.name, self._clock() - admitted_at)
 
     def _let_in(self) -> None:
-        while (waiter := self._next()) and self._has_room(waiter):
+        while self._waiters and (waiter := self._next()) and self._has_room(waiter):
             self._remove(waiter)
             self.active += waiter.samples
             self._active_tokens += waiter.tokens
             waiter.let_in()
 
-    def _next(self) -> _Waiter | None:
+    def _next(self) -> "Place | None":
         for priority in sorted(self._waiters, reverse=True):
             for waiter in self._waiters[priority]:
                 if waiter.is_ready and not waiter.has_given_up:
                     return waiter
         return None
 
-    def _has_room(self, waiter: _Waiter) -> bool:
+    def _has_room(self, waiter: "Place") -> bool:
         if not self.active:
             return True
         fits = self.active + waiter.samples <= self._max_concurrent
@@ -286,11 +246,44 @@ class Admission:
 
 
 class Place:
-    """A call's place in the queue, and then its room in the engine, for the length of its context."""
+    """A call's place in the queue, and then its room in the engine, for the length of its context.
 
-    def __init__(self, admission: Admission, waiter: _Waiter, time_remaining: float | None) -> None:
+    Arguments:
+        admission: Whose queue it is.
+        caller: Whose call it is.
+        samples: Samples that the call needs room for.
+        time_remaining: Seconds until the deadline of the call; None is no bound.
+    """
+
+    __slots__ = (
+        "_admission",
+        "_admitted_at",
+        "_time_remaining",
+        "caller",
+        "is_let_in",
+        "is_ready",
+        "lost",
+        "on_let_in",
+        "on_lost",
+        "samples",
+        "tokens",
+        "turn",
+    )
+
+    def __init__(self, admission: Admission, caller: Caller, samples: int, time_remaining: float | None) -> None:
+        self.caller = caller
+        self.samples = samples
+        self.tokens = 0
+        self.is_ready = False
+        """Whether the call may start as soon as there is room: its prompt has been read."""
+        self.is_let_in = False
+        self.lost: ServerFullError | None = None
+        """Why the call has lost its place, if it has."""
+        self.on_lost: Callable[[Exception], None] | None = None
+        self.on_let_in: Callable[[], None] | None = None
+        self.turn: asyncio.Future[None] | None = None
+        """What the call waits for once it is ready, if it has to wait."""
         self._admission = admission
-        self._waiter = waiter
         self._time_remaining = time_remaining
         self._admitted_at: float | None = None
 
@@ -303,11 +296,11 @@ class Place:
 
     def enter(self) -> None:
         """Takes the place, which `leave` gives up; see `Admission.queue`."""
-        self._admission.enter(self._waiter, self._time_remaining)
+        self._admission.enter(self, self._time_remaining)
 
     def leave(self, *, finished: bool) -> None:
         """Gives up the place, or the room that the call has by now; `finished` says whether the call has come to its end."""
-        self._admission.leave(self._waiter, self._admitted_at if finished else None)
+        self._admission.leave(self, self._admitted_at if finished else None)
 
     def ask(self, context_tokens: int, time_remaining: float | None, on_admitted: Callable[[], None]) -> None:
         """Has `on_admitted` called when there is room, perhaps at once.
@@ -319,8 +312,8 @@ class Place:
             self._admitted_at = self._admission.now()
             on_admitted()
 
-        self._waiter.on_let_in = let_in
-        self._admission.ask(self._waiter, context_tokens, time_remaining)
+        self.on_let_in = let_in
+        self._admission.ask(self, context_tokens, time_remaining)
 
     async def admitted(self, context_tokens: int, time_remaining: float | None = None) -> None:
         """Returns when there is room for the samples of the call, and for so many tokens of context.
@@ -329,11 +322,36 @@ class Place:
             DeadlineExceededError: The wait would last longer than `time_remaining` (seconds; None is no bound).
             ServerFullError: A call of a higher priority has taken the place.
         """
-        self._admitted_at = await self._admission.admit(self._waiter, context_tokens, time_remaining)
+        self._admission.ask(self, context_tokens, time_remaining)
+        if not self.is_let_in:
+            self.turn = asyncio.get_running_loop().create_future()
+            await self.turn
+        self._admitted_at = self._admission.now()
 
     def call_if_lost(self, callback: Callable[[Exception], None]) -> None:
         """Calls back with a `ServerFullError` if a call of a higher priority takes the place.
 
         So a call that does something else before it waits in `admitted` can end at once.
         """
-        self._waiter.on_lost = callback
+        self.on_lost = callback
+
+    @property
+    def has_given_up(self) -> bool:
+        """Whether the call was cancelled, and is about to leave."""
+        return self.turn is not None and self.turn.cancelled()
+
+    def let_in(self) -> None:
+        """Gives the call its room."""
+        self.is_let_in = True
+        if self.turn is not None:
+            self.turn.set_result(None)
+        if self.on_let_in is not None:
+            self.on_let_in()
+
+    def lose(self, error: ServerFullError) -> None:
+        """Ends the wait of the call with an error."""
+        self.lost = error
+        if self.turn is not None:
+            self.turn.set_exception(error)
+        if self.on_lost is not None:
+            self.on_lost(error)

@@ -1,8 +1,8 @@
 """The generations that are under way: admitted, within their deadlines, counted, and checked against promise 1."""
 
 import asyncio
-from collections.abc import AsyncIterator, Collection
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Awaitable, Callable, Collection
+from contextlib import suppress
 from typing import Final
 
 from flywheel_server import running_time
@@ -80,16 +80,20 @@ class Generations:
             self._one_has_left.clear()
             await self._one_has_left.wait()
 
-    @asynccontextmanager
-    async def admitted(
-        self, request: GenerationRequest, caller: Caller, time_remaining: float | None
-    ) -> AsyncIterator["Generation"]:
-        """Gives the generation of a request, which has its room in the engine for the length of the context.
+    async def run(
+        self,
+        request: GenerationRequest,
+        caller: Caller,
+        time_remaining: float | None,
+        deliver: Callable[["Generation"], Awaitable[None]],
+    ) -> None:
+        """Delivers the generation of a request once it has its room in the engine, which it keeps until it is delivered.
 
         Arguments:
             request: What to generate.
             caller: For whom.
-            time_remaining: Seconds; when they are over, `DeadlineExceededError` is raised from within the context.
+            time_remaining: Seconds; when they are over, `DeadlineExceededError` is raised.
+            deliver: Runs the generation, and takes what comes of it to the caller.
         """
         time_remaining = _within(time_remaining)
         generation = Generation(self, caller, request.num_samples, asyncio.timeout(time_remaining))
@@ -103,7 +107,7 @@ class Generations:
                 with self.activity.failures_noticed():
                     generation.prepared = await self._preparation.prepare(request, caller, generation.usage)
                 await place.admitted(generation.prepared.context_tokens, generation.time_remaining())
-                yield generation
+                await deliver(generation)
         except TimeoutError as error:
             if not generation.deadline.expired():
                 raise

@@ -1,8 +1,7 @@
 """The servicer of `flywheel.v1.GenerationService`: it conducts, and leaves the work to the rooms around it."""
 
 import time
-from collections.abc import Collection
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import replace
 
 import structlog
@@ -100,12 +99,15 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         """Sends all samples, in the order of their index."""
         created = time.time()
         generation_request = self._translate(request)
-        async with self._admitted(generation_request, context) as generation:
+
+        async def deliver(generation: Generation) -> None:
             # In this task, as there is nothing to write until all has been generated.
             collector = SampleCollector(context.begin)
             await generation.run(collector)
             response = response_to_proto(generation_request, created, collector.samples)
             await self._delivery.deliver_one(generation, response, context.write)
+
+        await self._run(generation_request, context, deliver)
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> None:  # type: ignore[override]
         """Sends what is served."""
@@ -125,11 +127,15 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             raise SlowReaderError from error
 
     async def _stream(self, request: pb.GenerationRequest, buffer: Buffer, context: Context) -> None:
-        async with self._admitted(self._translate(request), context) as generation:
-            await self._delivery.deliver(generation, buffer, context.has_begun, context.write)
+        def deliver(generation: Generation) -> Awaitable[None]:
+            return self._delivery.deliver(generation, buffer, context.has_begun, context.write)
 
-    def _admitted(self, request: GenerationRequest, context: Context) -> AbstractAsyncContextManager[Generation]:
-        return self._generations.admitted(request, caller.get(), context.time_remaining())
+        await self._run(self._translate(request), context, deliver)
+
+    def _run(
+        self, request: GenerationRequest, context: Context, deliver: Callable[[Generation], Awaitable[None]]
+    ) -> Awaitable[None]:
+        return self._generations.run(request, caller.get(), context.time_remaining(), deliver)
 
     def _translate(self, message: pb.GenerationRequest) -> GenerationRequest:
         self._serving()

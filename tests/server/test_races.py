@@ -19,7 +19,7 @@ from flywheel_server.delivery import Delivery, ReaderPolicy, SampleBuffer, Sampl
 from flywheel_server.engines.base import EngineUnavailableError
 from flywheel_server.engines.scripted import Script
 from flywheel_server.errors import DeadlineExceededError, ServerFullError, UnauthenticatedError
-from flywheel_server.generations import Generations
+from flywheel_server.generations import Generation, Generations
 from flywheel_server.messages import GenerationRequest
 
 from tests.pulled import PulledEngine
@@ -78,12 +78,14 @@ class Race:
             await hops(self.chance.randrange(2))
             written.append(message)
 
+        async def deliver(generation: Generation) -> None:
+            if self.chance.random() < STREAMS:
+                await self.delivery.deliver(generation, SampleBuffer(), lambda: hops(self.chance.randrange(2)), write)
+            else:
+                await generation.run(collector)
+
         try:
-            async with self.generations.admitted(request, CALLER, time_remaining) as generation:
-                if self.chance.random() < STREAMS:
-                    await self.delivery.deliver(generation, SampleBuffer(), lambda: hops(self.chance.randrange(2)), write)
-                else:
-                    await generation.run(collector)
+            await self.generations.run(request, CALLER, time_remaining, deliver)
         except (DeadlineExceededError, EngineUnavailableError, UnauthenticatedError) as error:
             self.outcomes[type(error).__name__] += 1
         except asyncio.CancelledError:
