@@ -7,10 +7,9 @@ without delay. A reader that does not keep up is waited for, with a bound on wha
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Literal, Protocol, Self
 
 from flywheel_proto.v1 import generation_pb2 as pb
 
@@ -178,13 +177,21 @@ class _Stream:
 
 
 class _Reader:
-    """Who reads a stream."""
+    """Who reads a stream, and is watched for the length of the context."""
 
-    def __init__(self, source: Source, clock: running_time.Clock) -> None:
+    def __init__(self, readers: "_Readers", source: Source) -> None:
         self.source = source
         self.reads_since: float | None = None
         """When the message that is being written began, in running time."""
-        self._clock = clock
+        self._readers = readers
+        self._clock = running_time.clock()
+
+    def __enter__(self) -> Self:
+        self._readers.watch(self, self._clock)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._readers.forget(self)
 
     def begins_to_read(self) -> None:
         """Notes that a message is written from now on."""
@@ -203,18 +210,19 @@ class _Readers:
         self._readers: set[_Reader] = set()
         self._looking = False
 
-    @contextmanager
-    def watched(self, source: Source) -> Iterator[_Reader]:
-        """Gives a reader, which is watched for the length of the context. One that is slow ends its source."""
-        clock = running_time.clock()
-        reader = _Reader(source, clock)
+    def watched(self, source: Source) -> _Reader:
+        """Returns a reader, which is watched for the length of its context. One that is slow ends its source."""
+        return _Reader(self, source)
+
+    def watch(self, reader: _Reader, clock: running_time.Clock) -> None:
+        """Looks at the reader from now on."""
         self._readers.add(reader)
         if not self._looking:
             self._look_later(clock)
-        try:
-            yield reader
-        finally:
-            self._readers.remove(reader)
+
+    def forget(self, reader: _Reader) -> None:
+        """Looks at the reader no more."""
+        self._readers.remove(reader)
 
     def _look_later(self, clock: running_time.Clock) -> None:
         self._looking = True

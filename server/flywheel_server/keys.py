@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from hashlib import blake2b
 from pathlib import Path
-from typing import Final, Self
+from typing import Final, NamedTuple, Self
 
 import structlog
 
@@ -24,12 +24,33 @@ log = structlog.stdlib.get_logger(__name__)
 _INDEX_KEY: Final = secrets.token_bytes(32)
 
 
+class HashedKey(NamedTuple):
+    """What is kept of a key that a caller has sent.
+
+    Attributes:
+        hash: The hash of the key, as the file has it.
+        lookup: Where the key is looked up.
+    """
+
+    hash: str
+    lookup: bytes
+
+    @classmethod
+    def of(cls, key: str) -> Self:
+        """Hashes a key."""
+        key_hash = hash_of(key)
+        return cls(key_hash, _index_of(key_hash))
+
+
 class KeyRing:
     """The keys and certificates that are accepted at the moment. It holds only the hashes of the keys.
 
     Args:
         keys: The keys of the variable. They are called FLYWHEEL_API_KEYS-1 and so on, and have no quotas.
         file: The file with further keys, and certificates.
+
+    Attributes:
+        is_required: Whether only those on the ring may call. With a file that is empty, nobody may.
 
     Raises:
         OSError: The file cannot be read.
@@ -44,17 +65,12 @@ class KeyRing:
         )
         self._file = Reloadable("API keys", [path := Path(file)], lambda: _read(path)) if file is not None else None
         self._accepted = _Accepted.of((*self._fixed, *(self._file.first if self._file else ())))
+        self.is_required: Final = bool(self._fixed) or self._file is not None
 
-    @property
-    def is_required(self) -> bool:
-        """Whether only those on the ring may call. With a file that is empty, nobody may."""
-        return bool(self._fixed) or self._file is not None
-
-    def caller_of_key(self, key: str) -> Caller:
+    def caller_of_key(self, key: HashedKey) -> Caller:
         """Returns whose key it is; raises `UnauthenticatedError` where it is nobody's or has expired."""
-        sent = hash_of(key)
-        entry = self._accepted.by_key.get(_index_of(sent))
-        if entry is None or entry.hash is None or not hmac.compare_digest(entry.hash, sent):
+        entry = self._accepted.by_key.get(key.lookup)
+        if entry is None or entry.hash is None or not hmac.compare_digest(entry.hash, key.hash):
             raise UnauthenticatedError("API_KEY_INVALID")
         return _unless_expired(entry)
 

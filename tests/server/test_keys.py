@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from flywheel_server.callers import Caller
 from flywheel_server.errors import UnauthenticatedError
-from flywheel_server.keys import KeyRing
+from flywheel_server.keys import HashedKey, KeyRing
 from flywheel_server.keys_file import KeyEntry, KeysFile, hash_of, new_key
 from structlog.testing import capture_logs
 
@@ -56,7 +56,7 @@ def test_a_file_that_was_written_by_hand(path: Path) -> None:
     }
     path.write_text(json.dumps({"keys": [team, mesh]}))
     ring = KeyRing(file=str(path))
-    assert ring.caller_of_key(KEY) == Caller("team-a", priority=-3, max_concurrent=8, tokens_per_minute=60000)
+    assert ring.caller_of_key(HashedKey.of(KEY)) == Caller("team-a", priority=-3, max_concurrent=8, tokens_per_minute=60000)
     assert ring.caller_of_certificate(["unknown.example", SPIFFE_ID]) == Caller("mesh-b")
     assert ring.caller_of_certificate(["unknown.example"]) is None
     assert ring.caller_of_certificate([]) is None
@@ -128,19 +128,19 @@ def test_with_an_empty_file_nobody_may_call(path: Path) -> None:
     ring = KeyRing(file=write(path))
     assert ring.is_required
     with pytest.raises(UnauthenticatedError):
-        ring.caller_of_key(KEY)
+        ring.caller_of_key(HashedKey.of(KEY))
 
 
 def test_the_keys_of_the_variable(path: Path) -> None:
     assert not KeyRing().is_required
     ring = KeyRing([KEY, OTHER])
     assert ring.is_required
-    assert ring.caller_of_key(OTHER) == Caller("FLYWHEEL_API_KEYS-2")
+    assert ring.caller_of_key(HashedKey.of(OTHER)) == Caller("FLYWHEEL_API_KEYS-2")
     with pytest.raises(UnauthenticatedError, match="API_KEY_INVALID"):
-        ring.caller_of_key(KEY[:-1])
+        ring.caller_of_key(HashedKey.of(KEY[:-1]))
     both = KeyRing([KEY, OTHER], write(path, entry("team-a", priority=1)))
-    assert both.caller_of_key(KEY) == Caller("team-a", priority=1)
-    assert both.caller_of_key(OTHER) == Caller("FLYWHEEL_API_KEYS-2")
+    assert both.caller_of_key(HashedKey.of(KEY)) == Caller("team-a", priority=1)
+    assert both.caller_of_key(HashedKey.of(OTHER)) == Caller("FLYWHEEL_API_KEYS-2")
 
 
 def test_what_has_expired_is_told_from_what_is_unknown(path: Path) -> None:
@@ -149,10 +149,10 @@ def test_what_has_expired_is_told_from_what_is_unknown(path: Path) -> None:
     mesh = entry("mesh", None, certificate=SPIFFE_ID, expires=past)
     ring = KeyRing(file=write(path, old, mesh, entry("new", OTHER, expires=future)))
     with pytest.raises(UnauthenticatedError, match="API_KEY_EXPIRED"):
-        ring.caller_of_key(KEY)
+        ring.caller_of_key(HashedKey.of(KEY))
     with pytest.raises(UnauthenticatedError, match="API_KEY_EXPIRED"):
         ring.caller_of_certificate([SPIFFE_ID])
-    assert ring.caller_of_key(OTHER).name == "new"
+    assert ring.caller_of_key(HashedKey.of(OTHER)).name == "new"
 
 
 def test_no_representation_has_a_key_or_a_hash(path: Path) -> None:
@@ -207,7 +207,7 @@ class Follower:
 
     def name_of(self, key: str) -> str | None:
         try:
-            return self.ring.caller_of_key(key).name
+            return self.ring.caller_of_key(HashedKey.of(key)).name
         except UnauthenticatedError:
             return None
 

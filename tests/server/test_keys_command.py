@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from flywheel_server.callers import Caller
 from flywheel_server.errors import UnauthenticatedError
-from flywheel_server.keys import KeyRing
+from flywheel_server.keys import HashedKey, KeyRing
 from flywheel_server.keys_command import main
 from flywheel_server.keys_file import KeysFile
 
@@ -59,7 +59,7 @@ def test_create_prints_the_key_and_keeps_its_hash(keys: Keys) -> None:
     assert key not in keys.err
     assert key not in keys.path.read_text()
     assert keys.path.stat().st_mode & 0o777 == 0o600
-    assert keys.ring().caller_of_key(key) == Caller("team-a", -2, 8, 60000)
+    assert keys.ring().caller_of_key(HashedKey.of(key)) == Caller("team-a", -2, 8, 60000)
 
 
 def test_a_certificate_has_no_key(keys: Keys) -> None:
@@ -94,9 +94,9 @@ def test_when_it_expires(given: str, expected: timedelta | datetime, keys: Keys)
 def test_revoke(keys: Keys) -> None:
     gone, stays = keys("create", "team-a").strip(), keys("create", "team-b").strip()
     assert not keys("revoke", "team-a")
-    assert keys.ring().caller_of_key(stays).name == "team-b"
+    assert keys.ring().caller_of_key(HashedKey.of(stays)).name == "team-b"
     with pytest.raises(UnauthenticatedError):
-        keys.ring().caller_of_key(gone)
+        keys.ring().caller_of_key(HashedKey.of(gone))
     assert "team-a is not in" in keys.fails(1, "revoke", "team-a")
     assert keys("create", "team-a").strip() != gone
 
@@ -191,8 +191,8 @@ async def test_commands_at_once_lose_nothing(tmp_path: Path) -> None:
 
     created = await asyncio.gather(*(create(f"team-{number}") for number in range(8)))
     ring = KeyRing(file=str(path))
-    assert {ring.caller_of_key(key).name for _, key in created} == {name for name, _ in created}
-    assert all(ring.caller_of_key(key).name == name for name, key in created)
+    assert {ring.caller_of_key(HashedKey.of(key)).name for _, key in created} == {name for name, _ in created}
+    assert all(ring.caller_of_key(HashedKey.of(key)).name == name for name, key in created)
 
 
 async def test_it_is_a_command_of_the_server(tmp_path: Path) -> None:

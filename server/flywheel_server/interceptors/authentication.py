@@ -13,7 +13,7 @@ from flywheel_server.client_certificates import identities_of
 from flywheel_server.errors import UnauthenticatedError
 from flywheel_server.interceptors.metadata import CallMetadata
 from flywheel_server.interceptors.types import Context
-from flywheel_server.keys import KeyRing
+from flywheel_server.keys import HashedKey, KeyRing
 
 _BEARER: Final = re.compile(r"bearer +(.*)", re.IGNORECASE | re.DOTALL)
 _VISIBLE: Final = re.compile(r"[\x21-\x7e]+")
@@ -23,7 +23,7 @@ class Credentials(NamedTuple):
     """What a caller shows of itself: the names in its certificate, and its key if it sent one."""
 
     identities: tuple[str, ...]
-    key: str | None
+    key: HashedKey | None
 
 
 class Authentication:
@@ -45,7 +45,7 @@ class Authentication:
         # First of all: one that is not what it seems is refused, whatever else the call has.
         identities = identities_of(context.auth_context()) if self._certificates else ()
         key = _key(metadata.authorization) if self._keys.is_required else None
-        credentials = Credentials(identities, key)
+        credentials = Credentials(identities, HashedKey.of(key) if key is not None else None)
         self._set_caller(credentials)
         return credentials
 
