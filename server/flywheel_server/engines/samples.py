@@ -52,14 +52,13 @@ class GrowingSample:
         self.finished = False
         self._index = index
         self._prompt_tokens = prompt_tokens
-        self._stop = stop
-        self._gate = StopGate(stop)
+        self._gate = StopGate(stop) if stop else None
         self._sent: list[str] = []
         self._emit = emit
 
     def add(self, text: str, generated_tokens: int) -> None:
         """Emits what follows from the next piece of text: a delta, and the finished sample if a stop sequence ended it."""
-        if not self._stop:
+        if self._gate is None:
             self._send(text, generated_tokens)
             return
         self._send(self._gate.feed(text), generated_tokens)
@@ -68,7 +67,8 @@ class GrowingSample:
 
     def end(self, finish_reason: str, generated_tokens: int) -> None:
         """Emits what was still held back, and the finished sample."""
-        self._send(self._gate.flush(), generated_tokens)
+        if self._gate is not None:
+            self._send(self._gate.flush(), generated_tokens)
         self._finish(finish_reason, generated_tokens)
 
     def _send(self, text: str, generated_tokens: int) -> None:
@@ -86,7 +86,7 @@ class GrowingSample:
                 finish_reason=finish_reason,
                 index=self._index,
                 prompt_tokens=self._prompt_tokens,
-                stop_sequence=self._gate.matched,
+                stop_sequence=self._gate.matched if self._gate is not None else "",
             )
         )
 
