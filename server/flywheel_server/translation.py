@@ -37,17 +37,24 @@ def request_from_proto(message: pb.GenerationRequest, limits: RequestLimits) -> 
     return GenerationRequest.within(limits, fields)
 
 
+# The messages of each call and each token are filled field by field, which costs less than keyword arguments.
+
+
 def sample_to_proto(sample: GenerationResponseSample) -> pb.GenerationResponseSample:
     """Returns the sample as a message."""
-    return pb.GenerationResponseSample(
-        text=sample.text,
-        generated_tokens=sample.generated_tokens,
-        finished=sample.finished,
-        finish_reason=sample.finish_reason,
-        index=sample.index,
-        prompt_tokens=sample.prompt_tokens,
-        stop_sequence=sample.stop_sequence,
-    )
+    message = pb.GenerationResponseSample()
+    _fill_sample(message, sample)
+    return message
+
+
+def _fill_sample(message: pb.GenerationResponseSample, sample: GenerationResponseSample) -> None:
+    message.text = sample.text
+    message.generated_tokens = sample.generated_tokens
+    message.finished = sample.finished
+    message.finish_reason = sample.finish_reason
+    message.index = sample.index
+    message.prompt_tokens = sample.prompt_tokens
+    message.stop_sequence = sample.stop_sequence
 
 
 def response_to_proto(
@@ -57,32 +64,34 @@ def response_to_proto(
 
     It has what `GenerationResponse.of` has, without the model in between, which would cost more than the message.
     """
-    return pb.GenerationResponse(
-        created=created,
-        finished=max(sample.finished for sample in samples),
-        num_samples=len(samples),
-        responses=map(sample_to_proto, sorted(samples, key=lambda sample: sample.index)),
-        prompt=request.text,
-        prompt_tokens=samples[0].prompt_tokens,
-    )
+    message = pb.GenerationResponse()
+    message.created = created
+    message.finished = max([sample.finished for sample in samples])
+    message.num_samples = len(samples)
+    message.prompt = request.text
+    message.prompt_tokens = samples[0].prompt_tokens
+    for sample in sorted(samples, key=lambda sample: sample.index):
+        _fill_sample(message.responses.add(), sample)
+    return message
 
 
 def delta_to_proto(index: int, text: str, generated_tokens: int) -> pb.GenerationDelta:
     """Returns a delta as a message."""
-    return pb.GenerationDelta(index=index, text=text, generated_tokens=generated_tokens)
+    message = pb.GenerationDelta()
+    message.index = index
+    message.text = text
+    message.generated_tokens = generated_tokens
+    return message
 
 
 def last_delta_to_proto(sample: GenerationResponseSample, text: str) -> pb.GenerationDelta:
     """Returns the message that ends the deltas of a sample, with the `text` of it that was not sent yet."""
-    return pb.GenerationDelta(
-        index=sample.index,
-        text=text,
-        generated_tokens=sample.generated_tokens,
-        finished=sample.finished,
-        finish_reason=sample.finish_reason,
-        prompt_tokens=sample.prompt_tokens,
-        stop_sequence=sample.stop_sequence,
-    )
+    message = delta_to_proto(sample.index, text, sample.generated_tokens)
+    message.finished = sample.finished
+    message.finish_reason = sample.finish_reason
+    message.prompt_tokens = sample.prompt_tokens
+    message.stop_sequence = sample.stop_sequence
+    return message
 
 
 def model_to_proto(model: EngineModel, limits: RequestLimits) -> pb.Model:
