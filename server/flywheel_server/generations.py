@@ -9,6 +9,7 @@ from flywheel_server import running_time
 from flywheel_server.activity import Activity
 from flywheel_server.admission_control import AdmissionControl
 from flywheel_server.callers import Caller
+from flywheel_server.deadline import Deadline
 from flywheel_server.engines.base import (
     Engine,
     EngineFailedError,
@@ -96,20 +97,18 @@ class Generations:
             deliver: Runs the generation, and takes what comes of it to the caller.
         """
         time_remaining = _within(time_remaining)
-        generation = Generation(self, caller, request.num_samples, asyncio.timeout(time_remaining))
+        generation = Generation(self, caller, request.num_samples, time_remaining)
         self._running.add(generation)
         try:
-            async with (
-                generation.deadline,
-                self._admission.entered(request, caller, time_remaining) as (generation.usage, place),
-            ):
-                place.call_if_lost(generation.end)
-                with self.activity.failures_noticed():
-                    generation.prepared = await self._preparation.prepare(request, caller, generation.usage)
-                await place.admitted(generation.prepared.context_tokens, generation.time_remaining())
-                await deliver(generation)
+            with generation.deadline:
+                async with self._admission.entered(request, caller, time_remaining) as (generation.usage, place):
+                    place.call_if_lost(generation.end)
+                    with self.activity.failures_noticed():
+                        generation.prepared = await self._preparation.prepare(request, caller, generation.usage)
+                    await place.admitted(generation.prepared.context_tokens, generation.time_remaining())
+                    await deliver(generation)
         except TimeoutError as error:
-            if not generation.deadline.expired():
+            if not generation.deadline.has_expired:
                 raise
             raise generation.why_it_ended() from error
         finally:
@@ -138,9 +137,10 @@ class Generation:
     usage: Usage
     _sink: Sink
 
-    def __init__(self, generations: Generations, caller: Caller, num_samples: int, deadline: asyncio.Timeout) -> None:
+    def __init__(self, generations: Generations, caller: Caller, num_samples: int, time_remaining: float | None) -> None:
         self.caller = caller
-        self.deadline = deadline
+        self._loop = asyncio.get_running_loop()
+        self.deadline = Deadline(None if time_remaining is None else self._loop.time() + time_remaining)
         self._generations = generations
         self._activity = generations.activity
         self._unfinished = set(range(num_samples))
@@ -150,14 +150,14 @@ class Generation:
 
     def end(self, error: Exception) -> None:
         """Ends the generation with an error, unless it is ending already."""
-        if self._ended_by is None and not self.deadline.expired():
+        if self._ended_by is None and not self.deadline.has_expired:
             self._ended_by = error
-            self.deadline.reschedule(asyncio.get_running_loop().time())
+            self.deadline.expire()
 
     def time_remaining(self) -> float | None:
         """Returns the seconds until the deadline; None if there is none."""
-        when = self.deadline.when()
-        return None if when is None else when - asyncio.get_running_loop().time()
+        when = self.deadline.when
+        return None if when is None else when - self._loop.time()
 
     def why_it_ended(self) -> Exception:
         """Returns the error to raise if the deadline has passed, or `end` has brought it forward."""
