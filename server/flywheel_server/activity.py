@@ -27,7 +27,7 @@ class Activity:
         self._noticing = _Noticing(self)
 
     def within_engine(self) -> "_WithinEngine":
-        """Counts a call as inside for the length of the context."""
+        """Counts a call as inside for the length of the context, and does what `failures_noticed` does."""
         return self._within_engine
 
     def sign(self) -> None:
@@ -78,6 +78,20 @@ class Activity:
             await asyncio.shield(self._in_doubt)
 
 
+class _Noticing:
+    """The context of `failures_noticed`, the same for all calls."""
+
+    def __init__(self, activity: Activity) -> None:
+        self._activity = activity
+
+    def __enter__(self) -> None:
+        """There is nothing to prepare."""
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if error is not None:
+            self._activity.notice(error)
+
+
 class _WithinEngine:
     """The context of `within_engine`, the same for all calls."""
 
@@ -89,19 +103,7 @@ class _WithinEngine:
             self._activity.sign()
         self._activity.inside += 1
 
-    def __exit__(self, *_: object) -> None:
-        self._activity.inside -= 1
-
-
-class _Noticing:
-    """The context of `failures_noticed`, the same for all calls."""
-
-    def __init__(self, activity: Activity) -> None:
-        self._activity = activity
-
-    def __enter__(self) -> None:
-        """There is nothing to prepare."""
-
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        self._activity.inside -= 1
         if error is not None:
             self._activity.notice(error)

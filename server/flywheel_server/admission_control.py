@@ -72,14 +72,15 @@ class LocalEntry:
     async def __aenter__(self) -> tuple[Usage, Place]:
         usage = self._holding.__enter__()
         try:
-            return usage, await self._place.__aenter__()
+            self._place.enter()
         except BaseException:
             self._holding.__exit__()
             raise
+        return usage, self._place
 
-    async def __aexit__(self, kind: type[BaseException] | None, *error: object) -> None:
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
-            await self._place.__aexit__(kind, *error)
+            self._place.leave(finished=kind is None)
         finally:
             self._holding.__exit__()
 

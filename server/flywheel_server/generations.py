@@ -169,9 +169,8 @@ class Generation:
         The sink gets the events. Raises `EngineError`: `EngineFailedError` unless each sample finishes once, and none more.
         """
         self._sink = sink
-        with self._activity.failures_noticed():
-            with self._activity.within_engine():
-                await self._generations.engine.generate(self.prepared, self)
+        with self._activity.within_engine():
+            await self._generations.engine.generate(self.prepared, self)
             if self._unfinished:
                 raise EngineFailedError(f"samples {sorted(self._unfinished)} did not finish")
 

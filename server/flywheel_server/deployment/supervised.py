@@ -103,7 +103,7 @@ class SupervisedEngine:
     async def prepare(self, request: GenerationRequest) -> PreparedRequest:
         """Returns the request as the engine takes it; see `Engine.prepare`."""
         try:
-            with self._activity.failures_noticed(), self._activity.within_engine():
+            with self._activity.within_engine():
                 return await self._while_up(lambda: self._engine.prepare(request))
         except Exception as error:
             await self._raise_if_dead(error)
@@ -113,7 +113,7 @@ class SupervisedEngine:
         """Emits the events of the request; see `Engine.generate`."""
         watched = _Watched(sink, self._activity)
         try:
-            with self._activity.failures_noticed(), self._activity.within_engine():
+            with self._activity.within_engine():
                 await self._while_up(lambda: self._engine.generate(prepared, watched))
         except Exception as error:
             if not watched.has_text:

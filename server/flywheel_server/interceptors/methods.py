@@ -1,7 +1,7 @@
 """Receives the requests of a call, and runs the method of the servicer on them."""
 
-import inspect
 from collections.abc import Awaitable, Callable
+from types import CoroutineType
 from typing import Any
 
 import grpc.aio
@@ -50,8 +50,9 @@ class Method:
         return self._checked(self._function(request, context))
 
     async def _checked(self, running: Any) -> None:  # noqa: ANN401 - whatever a method may return
-        returned = await running if inspect.iscoroutine(running) else running
-        if returned is not None or not inspect.iscoroutine(running):
+        is_coroutine = isinstance(running, CoroutineType)
+        returned = await running if is_coroutine else running
+        if returned is not None or not is_coroutine:
             name = getattr(self._function, "__qualname__", repr(self._function))
             raise MethodError(
                 f"{name} returned or yielded an answer ({type(returned).__name__}), which nobody sends. Make it `async def`, "
