@@ -378,15 +378,15 @@ async def test_prompts_that_one_step_reads_are_given_to_llama_together(
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 async def test_what_is_admitted_fits_in_whatever_order_prompts_come(seed: int) -> None:
     chance = random.Random(seed)
     async with engine_of(default_model(), slots=6, context_tokens=256) as engine:
 
         async def one_caller() -> None:
-            for _ in range(4):
+            for _ in range(3):
                 words = " ".join(
-                    chance.choice(["zebra", "llama", "1", "7", "x"]) for _ in range(chance.choice([1, 3, 9, 30, 110]))
+                    chance.choice(["zebra", "llama", "1", "7", "x"]) for _ in range(chance.choice([1, 3, 9, 30, 90]))
                 )
                 request = GenerationRequest(
                     text=words,
