@@ -78,6 +78,7 @@ def peers(checkout: str = "") -> dict[str, Peer]:
     two_workers = (*scripted, "--workers", "2")
     with_key = {"FLYWHEEL_API_KEYS": KEY}
     llama = (python, "-m", "benchmarks.peers.llama_server")
+    own_batch = (*llama, "--own-batch")
     found = (
         Peer(f"ours{at}", f"ours{at}", scripted, script="flywheel-server", environment=with_key),
         Peer(f"ours-2{at}", f"ours{at}, 2 workers", two_workers, script="flywheel-server", environment=with_key, only=_WORKERS),
@@ -92,8 +93,8 @@ def peers(checkout: str = "") -> dict[str, Peer]:
         Peer("cpp", "gRPC in C++", (str(BUILD / "server-cpp"),), only=_LIMITS),
         Peer("go", "gRPC in Go", (str(BUILD / "server-go"),), only=_LIMITS),
         Peer(f"embedded{at}", f"ours, embedded{at}", (*ours, "--engine", "embedded"), script=None, environment=with_key),
-        Peer(f"llama{at}", "llama.cpp, our batch", (*llama, "--batch", "32"), protocol="llama", script=None),
-        Peer(f"llama-default{at}", "llama.cpp, its batch", llama, protocol="llama", script=None, only=_BATCHES),
+        Peer(f"llama{at}", "llama.cpp, our batch", llama, protocol="llama", script=None),
+        Peer(f"llama-default{at}", "llama.cpp, its batch", own_batch, protocol="llama", script=None, only=_BATCHES),
     )
     return {each.name.partition("@")[0]: each for each in found}
 
