@@ -92,7 +92,14 @@ def peers(checkout: str = "") -> dict[str, Peer]:
         Peer("fastapi", "FastAPI", (sys.executable, "-m", "benchmarks.peers.fastapi_server"), protocol="http"),
         Peer("cpp", "gRPC in C++", (str(BUILD / "server-cpp"),), only=_LIMITS),
         Peer("go", "gRPC in Go", (str(BUILD / "server-go"),), only=_LIMITS),
-        Peer(f"embedded{at}", f"ours, embedded{at}", (*ours, "--engine", "embedded"), script=None, environment=with_key),
+        # The prompts as they are, as llama.cpp's own server takes them.
+        Peer(
+            f"embedded{at}",
+            f"ours, embedded{at}",
+            (*ours, "--engine", "embedded", "--embedded-prompt", "raw"),
+            script=None,
+            environment=with_key,
+        ),
         Peer(f"llama{at}", "llama.cpp, our batch", llama, protocol="llama", script=None),
         Peer(f"llama-default{at}", "llama.cpp, its batch", own_batch, protocol="llama", script=None, only=_BATCHES),
     )
