@@ -187,7 +187,9 @@ class Parent:
         self._up = asyncio.Event()
         self._stopping = asyncio.Event()
         self._questions = 0
-        self._answering: set[asyncio.Task[None]] = set()
+        self._asking: list[tuple[Worker, int]] = []
+        """The questions for the counts of all workers that wait, and who has asked them."""
+        self._answering: asyncio.Task[None] | None = None
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -321,13 +323,17 @@ class Parent:
                 worker.connection.send("health", *health)
 
     def answer_total(self, asking: Worker, question: int) -> None:
-        """Sends a worker the counts of all workers."""
-        answering = asyncio.create_task(self._answer_total(asking, question))
-        self._answering.add(answering)
-        answering.add_done_callback(self._answering.discard)
+        """Sends a worker the counts of all workers, now or with the next ones if some are being collected."""
+        self._asking.append((asking, question))
+        if self._answering is None or self._answering.done():
+            self._answering = asyncio.create_task(self._answer_totals())
 
-    async def _answer_total(self, asking: Worker, question: int) -> None:
-        asking.connection.send("total", question, await self._count_all())
+    async def _answer_totals(self) -> None:
+        while self._asking:
+            asking, self._asking = self._asking, []
+            counts = await self._count_all()
+            for worker, question in asking:
+                worker.connection.send("total", question, counts)
 
     async def _count_all(self) -> Line:
         """Returns the sums of what the workers answer when they are asked for their counts."""
