@@ -13,30 +13,38 @@ from benchmarks.runner import take_turns
 from benchmarks.scenarios import SCENARIOS
 
 RESULTS: Final = building.ROOT / "benchmarks" / "results"
+"""Where the results of whole runs go, to be committed."""
+
 PARTIAL: Final = building.BUILD / "results"
+"""Where those of all other runs go."""
+
+RUNS: Final = building.BUILD / "runs.jsonl"
+"""Where each run is noted as it ends."""
 
 
 def main() -> None:
     """Builds, measures, and writes the tables and plots."""
     arguments = _parse()
-    # Ends the servers too, and writes what there is.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    _raise_descriptor_limit()
+    _prepare_process()
     building.build()
     present = [peer for peer in arguments.peers if _is_present(peer)]
     scenarios = [scenario for scenario in SCENARIOS if scenario.name in arguments.scenarios]
     runs = []
-    arguments.output.mkdir(parents=True, exist_ok=True)
+    folder = arguments.output or PARTIAL
     try:
-        with (arguments.output / "runs.jsonl").open("w") as file:
+        with RUNS.open("w") as file:
             for run in take_turns(present, scenarios, rounds=arguments.rounds, seconds=arguments.seconds):
                 runs.append(run)
                 print(run.as_json(), file=file, flush=True)
                 print(f"round {run.round + 1} of {arguments.rounds}, {report.in_short(run)}", flush=True)
+        if not sys.argv[1:]:
+            folder = RESULTS
     finally:
         # Of a run that was interrupted, too.
         if runs:
-            print(report.write(runs, present, scenarios, arguments.output))
+            folder.mkdir(parents=True, exist_ok=True)
+            print(report.write(runs, present, scenarios, folder))
+            print(f"These tables and the plots are in {folder}, and what they are made of is in {RUNS}.")
 
 
 def _is_present(peer: Peer) -> bool:
@@ -64,12 +72,12 @@ def _parse() -> argparse.Namespace:
         default=names["scenarios"],
         help=f"some of {','.join(names['scenarios'])}; default: all",
     )
-    whole = f"{RESULTS.relative_to(building.ROOT)} if there are no other options, else {PARTIAL.relative_to(building.ROOT)}"
+    whole, partial = (folder.relative_to(building.ROOT) for folder in (RESULTS, PARTIAL))
     parser.add_argument(
         "--output",
         type=Path,
-        default=PARTIAL if sys.argv[1:] else RESULTS,
-        help=f"the folder for the tables; default: {whole}",
+        help=f"the folder for the tables; default: {whole} if there are no other options and the run is not interrupted, "
+        f"else {partial}",
     )
     return parser.parse_args()
 
@@ -87,8 +95,9 @@ def _scenario(name: str) -> str:
     return name
 
 
-def _raise_descriptor_limit() -> None:
-    """Lets this process and those that it starts open as many connections as they may."""
+def _prepare_process() -> None:
+    """Has SIGTERM end the servers too, and lets this process and those that it starts open as many connections as they may."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 

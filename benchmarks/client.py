@@ -6,7 +6,9 @@ generated stubs on a bare channel of the same kind, which give the messages as t
 
 import argparse
 import asyncio
+import os
 import statistics
+import sys
 import time
 from collections.abc import AsyncIterable, Callable
 from typing import Final
@@ -16,7 +18,8 @@ import grpc.aio
 from flywheel_client import AsyncClient, Client
 from flywheel_proto.v1 import generation_pb2, generation_pb2_grpc
 
-from benchmarks.memory import server
+from benchmarks.peers import ONE_POLLER
+from benchmarks.serving import started
 
 PROMPT: Final = "Once upon a time"
 DELTAS: Final = 10_000
@@ -95,8 +98,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args()
     print("| client | µs for each delta | stub | ratio, median | rounds |\n|---|---|---|---|---|")
-    with server(["benchmarks.bare_server", "0"]) as (address, _):
-        rounds = [{name: (read(address), bare(address)) for name, (read, bare) in PAIRS.items()} for _ in range(given.rounds)]
+    server = [sys.executable, "-m", "benchmarks.peers.bare", "--text", "llama"]
+    with started(server, os.environ | ONE_POLLER) as (_, address):
+        rounds = [
+            {name: (read(address), read_bare(address)) for name, (read, read_bare) in PAIRS.items()}
+            for _ in range(given.rounds)
+        ]
     for name in PAIRS:
         ratios = [one[name][0] / one[name][1] for one in rounds]
         medians = [f"{statistics.median(column):.1f}" for column in zip(*(one[name] for one in rounds), strict=True)]

@@ -9,19 +9,18 @@ import argparse
 import asyncio
 import json
 import os
-import re
-import resource
 import statistics
-import subprocess
 import sys
-from collections.abc import AsyncIterable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import AsyncIterable
 from typing import Any, Final
 
 import grpc.aio
 import uvloop
 from flywheel_proto.v1 import generation_pb2, generation_pb2_grpc
+
+from benchmarks.peers import ONE_POLLER
+from benchmarks.processes import resident_bytes
+from benchmarks.serving import started
 
 TOKEN_DELAY: Final = 2.0
 """Seconds between two deltas of a stream."""
@@ -32,32 +31,12 @@ SETTLING: Final = 2 * TOKEN_DELAY
 """Seconds from the first delta of the last stream until memory is read: every stream has had a delta meanwhile."""
 
 
-@contextmanager
-def server(command: list[str], **variables: str) -> Iterator[tuple[str, int]]:
-    """Runs a server, and gives its address and its process id once it is ready."""
-    everything = [sys.executable, "-m", *command]
-    with subprocess.Popen(everything, stdout=subprocess.PIPE, text=True, env=os.environ | variables) as process:
-        try:
-            line = process.stdout.readline() if process.stdout else ""
-            address = re.search(r"[\d.]+:\d+", line)
-            if address is None:
-                raise RuntimeError(f"the server did not start: {line}")
-            yield address[0], process.pid
-        finally:
-            process.kill()
-
-
 def ours(streams: int) -> tuple[list[str], dict[str, str]]:
-    """Returns the command and the variables of our server."""
+    """Returns the command of our server, and its variables besides those of this process."""
     script = {"token_delay": TOKEN_DELAY, "slots": streams}
     options = {"address": "127.0.0.1:0", "engine": "scripted", "log-level": "warning", "max-concurrent": str(streams)}
     flags = [text for name, value in options.items() for text in (f"--{name}", value)]
-    return ["flywheel_server", *flags], {"FLYWHEEL_SCRIPT": json.dumps(script), "FLYWHEEL_API_KEYS": KEY}
-
-
-def resident(process: int) -> float:
-    """Returns the resident memory of a process in KiB."""
-    return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * resource.getpagesize() / 1024
+    return [sys.executable, "-m", "flywheel_server", *flags], {"FLYWHEEL_SCRIPT": json.dumps(script), "FLYWHEEL_API_KEYS": KEY}
 
 
 async def measured(address: str, process: int, counts: list[int]) -> list[float]:
@@ -69,7 +48,7 @@ async def measured(address: str, process: int, counts: list[int]) -> list[float]
     request = generation_pb2.GenerationRequest(text="Once upon a time", max_tokens=4)
     # Whatever is loaded or set up by the first call is not memory of a stream.
     await asyncio.gather(*(read(stub.GenerateDeltas(request, metadata=metadata), asyncio.Event()) for stub in stubs))
-    found = [resident(process)]
+    found = [resident_bytes(process) / 1024]
     request.max_tokens = 1000
     async with asyncio.TaskGroup() as readers:
         open_streams: list[asyncio.Task[None]] = []
@@ -82,7 +61,7 @@ async def measured(address: str, process: int, counts: list[int]) -> list[float]
             await asyncio.sleep(SETTLING)
             if any(stream.done() for stream in open_streams):
                 raise RuntimeError("a stream ended early")
-            found.append(resident(process))
+            found.append(resident_bytes(process) / 1024)
         for stream in open_streams:
             stream.cancel()
     return found
@@ -102,11 +81,12 @@ def main() -> None:
     given = parser.parse_args()
     counts = sorted(given.streams)
     command, variables = ours(counts[-1] + CONNECTIONS)
-    kinds = {"flywheel-server": (command, variables), "bare grpc.aio": (["benchmarks.bare_server", str(TOKEN_DELAY)], {})}
+    bare = [sys.executable, "-m", "benchmarks.peers.bare", "--text", "llama", "--delay", str(TOKEN_DELAY)]
+    kinds = {"flywheel-server": (command, variables), "bare grpc.aio": (bare, ONE_POLLER)}
     per_stream: dict[str, list[list[float]]] = {kind: [] for kind in kinds}
     for _ in range(given.rounds):
         for kind, (one, its) in kinds.items():
-            with server(one, **its) as (address, process):
+            with started(one, os.environ | its) as (process, address):
                 empty, *full = uvloop.run(measured(address, process, counts))
             per_stream[kind].append([(memory - empty) / count for memory, count in zip(full, counts, strict=True)])
     print("| streams | flywheel-server, KiB per stream | bare grpc.aio | difference, median | rounds |\n|---|---|---|---|---|")

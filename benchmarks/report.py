@@ -25,8 +25,9 @@ INTRODUCTION: Final = """\
 A cell has the median of the rounds, and in brackets the least and the most. A ratio divides the first server of a table by the
 server of the row. It is taken within each round, in which both ran shortly after each other. CPU is the server's own, all of
 its processes together, and includes what calls cost to begin and to end. Times are what the load client saw. For paced streams
-the time to the first message includes the time that the engine takes for a token. Servers and load client share the cores, so
-CPU says more than speed. A call failed if it did not end with OK, if it was cut short because it took more than 1.5 times as
+the time to the first message includes that of the engine: the delay of a token, and for our engine, which makes a step for all
+streams at once, what is left of the step that is under way when a call comes. Servers and load client share the cores, so CPU
+says more than speed. A call failed if it did not end with OK, if it was cut short because it took more than 1.5 times as
 long as it should, or if its text or its count of tokens is not what the engine made.
 """
 

@@ -1,28 +1,24 @@
 """Runs scenarios on peers in turns: one server at a time, each in a process of its own, measured from outside."""
 
 import json
-import re
 import subprocess
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import datetime
 from os import environ
-from typing import IO, Any, Final
+from typing import Any, Final
 
-from benchmarks.building import CLIENT, ROOT
+from benchmarks.building import CLIENT
 from benchmarks.peers import KEY, Peer
 from benchmarks.processes import PeakMemory, cpu_seconds, resident_bytes
 from benchmarks.runs import Interruption, Run, interruption
 from benchmarks.scenarios import LONG_PROMPT, SONG, TEXT, Scenario
+from benchmarks.serving import started
 
 CONNECTIONS: Final = 8
 """HTTP/2 connections that the streams share. Over HTTP/1.1 each stream has one of its own."""
-
-STOP_TIMEOUT: Final = 10.0
-"""Seconds that a server may take to end when it is told to."""
 
 MODEL_DEADLINE: Final = 20.0
 """Seconds that a call to a model may take."""
@@ -58,7 +54,7 @@ def rotated(peers: Sequence[Peer], number: int) -> list[Peer]:
 def run_once(peer: Peer, scenario: Scenario, number: int, seconds: float) -> Run:
     """Starts the peer, loads it, and stops it again."""
     start = time.monotonic()
-    with started(peer.start_command(scenario), peer.environment) as (pid, address):
+    with started(peer.start_command(scenario), {**environ, **peer.environment}) as (pid, address):
         arguments = _arguments(peer, scenario, address, seconds)
         with load_client(arguments) as begin:
             start_seconds = time.monotonic() - start
@@ -110,37 +106,6 @@ def _interrupted(begin: Begin, arguments: Arguments) -> tuple[dict[str, Any], In
     read = sent + prompt["first_message_ms"]["p50"] / 1000
     # Not from the very beginning, when the prompts of the streams themselves are read.
     return load, interruption(arrivals, sent - UNDISTURBED / 2, sent, read)
-
-
-@contextmanager
-def started(command: Sequence[str], environment: Mapping[str, str]) -> Iterator[tuple[int, str]]:
-    """Runs a server for the length of the context, which gets its process id and its address.
-
-    Raises:
-        RuntimeError: It does not start.
-    """
-    with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=ROOT, env={**environ, **environment}
-        )
-        with process:
-            try:
-                yield process.pid, _address(process.stdout, errors)
-            finally:
-                process.terminate()
-                try:
-                    process.wait(STOP_TIMEOUT)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-
-
-def _address(output: IO[str] | None, errors: IO[str]) -> str:
-    line = output.readline() if output else ""
-    address = re.search(r"[\d.]+:\d+", line)
-    if address is None:
-        errors.seek(0)
-        raise RuntimeError(f"the server did not start: {line}{errors.read()}")
-    return address[0]
 
 
 @contextmanager

@@ -1,10 +1,50 @@
-"""The server under measurement: the real command, in a process of its own."""
+"""The servers under measurement: real commands, each in a process of its own."""
 
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import IO, Final
+
+from benchmarks.building import ROOT
+
+STOP_TIMEOUT: Final = 10.0
+"""Seconds that a server may take to end when it is told to."""
+
+
+@contextmanager
+def started(command: Sequence[str], environment: Mapping[str, str] | None = None) -> Iterator[tuple[int, str]]:
+    """Runs a server for the length of the context, which gets its process id and its address.
+
+    Arguments:
+        command: The command line. It must print a line with the address once the server is ready.
+        environment: All variables of the server. Default: those of this process.
+
+    Raises:
+        RuntimeError: The server does not start.
+    """
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=ROOT, env=environment)
+        with process:
+            try:
+                yield process.pid, _address(process.stdout, errors)
+            finally:
+                process.terminate()
+                try:
+                    process.wait(STOP_TIMEOUT)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+
+
+def _address(output: IO[str] | None, errors: IO[str]) -> str:
+    line = output.readline() if output else ""
+    address = re.search(r"[\d.]+:\d+", line)
+    if address is None:
+        errors.seek(0)
+        raise RuntimeError(f"the server did not start: {line}{errors.read()}")
+    return address[0]
 
 
 @contextmanager
@@ -16,12 +56,5 @@ def flywheel_server(*arguments: str, environment: Mapping[str, str] | None = Non
         environment: All its variables. Default: those of this process.
     """
     command = [sys.executable, "-m", "flywheel_server", "--address", "127.0.0.1:0", "--log-level", "warning", *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
-        try:
-            line = process.stdout.readline() if process.stdout else ""
-            address = re.search(r"[\d.]+:\d+", line)
-            if address is None:
-                raise RuntimeError(f"the server did not start: {line}")
-            yield address[0]
-        finally:
-            process.terminate()
+    with started(command, environment) as (_, address):
+        yield address

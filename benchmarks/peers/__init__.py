@@ -14,6 +14,9 @@ from benchmarks.scenarios import TEXT, UNLIMITED, Scenario
 KEY: Final = "benchmark-key-0123456789"
 """The API key that every client sends. Only our server looks at it."""
 
+ONE_POLLER: Final = {"GRPC_EXPERIMENTS": "-event_engine_listener"}
+"""Has a server of gRPC in Python read connections as `flywheel-server` does."""
+
 _LIMITS: Final = ("paced-64", "paced-512", "paced-2000", "unpaced-64", "unary-64")
 _BATCHES: Final = ("model-8", "model-long-prompt")
 _WORKERS: Final = ("paced-512", "paced-2000", "paced-2000x10", "unpaced-64", "unary-64", "unary-512")
@@ -74,25 +77,31 @@ def peers(checkout: str = "") -> dict[str, Peer]:
     scripted = (*ours, "--engine", "scripted", "--max-concurrent", str(UNLIMITED), "--max-queued", str(UNLIMITED))
     two_workers = (*scripted, "--workers", "2")
     with_key = {"FLYWHEEL_API_KEYS": KEY}
-    # As `flywheel-server` has it.
-    one_poller = {"GRPC_EXPERIMENTS": "-event_engine_listener"}
     llama = (python, "-m", "benchmarks.peers.llama_server")
+    own_batch = (*llama, "--own-batch")
     found = (
         Peer(f"ours{at}", f"ours{at}", scripted, script="flywheel-server", environment=with_key),
         Peer(f"ours-2{at}", f"ours{at}, 2 workers", two_workers, script="flywheel-server", environment=with_key, only=_WORKERS),
-        Peer(f"bare{at}", f"bare grpc.aio{at}", (python, "-m", "benchmarks.peers.bare"), environment=one_poller),
+        Peer(f"bare{at}", f"bare grpc.aio{at}", (python, "-m", "benchmarks.peers.bare"), environment=ONE_POLLER),
         Peer(
             f"bare-engine{at}",
             f"bare grpc.aio, our engine{at}",
             (python, "-m", "benchmarks.peers.bare_engine"),
-            environment=one_poller,
+            environment=ONE_POLLER,
         ),
         Peer("fastapi", "FastAPI", (sys.executable, "-m", "benchmarks.peers.fastapi_server"), protocol="http"),
         Peer("cpp", "gRPC in C++", (str(BUILD / "server-cpp"),), only=_LIMITS),
         Peer("go", "gRPC in Go", (str(BUILD / "server-go"),), only=_LIMITS),
-        Peer(f"embedded{at}", f"ours, embedded{at}", (*ours, "--engine", "embedded"), script=None, environment=with_key),
-        Peer(f"llama{at}", "llama.cpp, our batch", (*llama, "--batch", "32"), protocol="llama", script=None),
-        Peer(f"llama-default{at}", "llama.cpp, its batch", llama, protocol="llama", script=None, only=_BATCHES),
+        # The prompts as they are, as llama.cpp's own server takes them.
+        Peer(
+            f"embedded{at}",
+            f"ours, embedded{at}",
+            (*ours, "--engine", "embedded", "--embedded-prompt", "raw"),
+            script=None,
+            environment=with_key,
+        ),
+        Peer(f"llama{at}", "llama.cpp, our batch", llama, protocol="llama", script=None),
+        Peer(f"llama-default{at}", "llama.cpp, its batch", own_batch, protocol="llama", script=None, only=_BATCHES),
     )
     return {each.name.partition("@")[0]: each for each in found}
 

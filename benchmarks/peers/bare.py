@@ -43,12 +43,18 @@ class BareService(generation_pb2_grpc.GenerationServiceServicer):
         return pb.GenerationResponse(num_samples=1, responses=[sample], prompt=request.text)
 
 
-async def serve(service: generation_pb2_grpc.GenerationServiceServicer) -> None:
-    """Serves on a free port, which it prints, until the process ends."""
+async def start(service: generation_pb2_grpc.GenerationServiceServicer) -> tuple[grpc.aio.Server, int]:
+    """Returns a server of the service that has started, and its port."""
     server = grpc.aio.server()
     generation_pb2_grpc.add_GenerationServiceServicer_to_server(service, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
+    return server, port
+
+
+async def serve(service: generation_pb2_grpc.GenerationServiceServicer) -> None:
+    """Serves on a free port, which it prints, until the process ends."""
+    server, port = await start(service)
     print(f"ready: 127.0.0.1:{port}", flush=True)
     await server.wait_for_termination()
 

@@ -1,6 +1,6 @@
 """llama.cpp's own HTTP server, with the model and the settings that the embedded engine has by default.
 
-python -m benchmarks.peers.llama_server [--batch TOKENS]
+python -m benchmarks.peers.llama_server [--own-batch]
 """
 
 import argparse
@@ -9,23 +9,22 @@ import signal
 import xllamacpp
 from flywheel_server.cores import usable_cores
 from flywheel_server.engines.embedded import default_model
-
-CONTEXT_TOKENS = 8192
-SLOTS = 8
+from flywheel_server.settings import Settings
 
 
 def main() -> None:
     """Serves on a free port, which it prints, until the process ends."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--batch", type=int, default=0, help="tokens computed in one step; 0 is llama.cpp's default")
-    batch = parser.parse_args().batch
+    parser.add_argument("--own-batch", action="store_true", help="compute as many tokens in a step as llama.cpp by default")
+    has_own_batch = parser.parse_args().own_batch
+    settings = Settings()
     params = xllamacpp.CommonParams()
     params.model.path = str(default_model())
-    params.n_ctx = CONTEXT_TOKENS
-    params.n_parallel = SLOTS
+    params.n_ctx = settings.embedded_context
+    params.n_parallel = settings.embedded_slots
     params.kv_unified = True
-    if batch:
-        params.n_batch = params.n_ubatch = batch
+    if not has_own_batch:
+        params.n_batch = params.n_ubatch = settings.embedded_batch
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = usable_cores()
     params.hostnames = ["127.0.0.1"]
     params.port = 0

@@ -49,7 +49,8 @@ class Activity:
     def notice(self, error: BaseException) -> None:
         """Sets `failed` if the error may concern more than one call.
 
-        Raises `EngineFailedError` if the engine has cancelled itself.
+        Raises `EngineFailedError` instead if it is none that a call may end with: the engine has cancelled itself, or means to
+        end more than the call.
         """
         if isinstance(error, asyncio.CancelledError):
             if (task := asyncio.current_task()) and task.cancelling():
@@ -57,10 +58,15 @@ class Activity:
             # Nobody has cancelled the call: it is the engine's own, which would leave the caller without a status.
             self._suspect()
             raise EngineFailedError("the engine cancelled itself") from error
-        if isinstance(error, Exception):
-            is_engines = isinstance(error, EngineFailedError) or not isinstance(error, EngineError)
-            if is_engines and not is_shortage(error):
-                self._suspect()
+        if isinstance(error, KeyboardInterrupt):
+            return
+        if not isinstance(error, Exception):
+            # Such as SystemExit, which would end the event loop, and with it all other calls.
+            self._suspect()
+            raise EngineFailedError(f"the engine raised {type(error).__name__}") from error
+        is_engines = isinstance(error, EngineFailedError) or not isinstance(error, EngineError)
+        if is_engines and not is_shortage(error):
+            self._suspect()
 
     def _suspect(self) -> None:
         self._in_doubt = self._in_doubt or asyncio.get_running_loop().create_future()

@@ -17,7 +17,7 @@ def server_credentials(cert: str, key: str, client_ca: str | None = None) -> grp
 
     Files that change to something that is wrong, or not whole yet, change nothing. All of them are PEM.
 
-    Args:
+    Arguments:
         cert: The file with the certificate chain (`FLYWHEEL_TLS_CERT`).
         key: The file with its private key, not encrypted (`FLYWHEEL_TLS_KEY`).
         client_ca: The file with the authorities that clients must have a certificate of (`FLYWHEEL_TLS_CLIENT_CA`); None asks

@@ -32,7 +32,7 @@ def identities_of(properties: Mapping[str, Iterable[bytes]]) -> tuple[str, ...]:
     The common name counts only if it is the only one and there are no alternative names (RFC 9525), because authorities seldom
     verify it. Other kinds of names are no identity, but are checked too.
 
-    Args:
+    Arguments:
         properties: What gRPC knows of the connection (`ServicerContext.auth_context`).
 
     Raises:

@@ -14,7 +14,7 @@ from typing import Any, Final, Literal, Protocol, Self
 from flywheel_proto.v1 import generation_pb2 as pb
 
 from flywheel_server import running_time
-from flywheel_server.engines.base import Event, Sink, Started, TextDelta
+from flywheel_server.engines.base import EngineFailedError, Event, Sink, Started, TextDelta
 from flywheel_server.errors import SlowReaderError
 from flywheel_server.messages import GenerationResponseSample
 from flywheel_server.translation import delta_to_proto, last_delta_to_proto, sample_to_proto
@@ -93,6 +93,8 @@ class Delivery:
                         reader.begins_to_read()
                         await write(message)
                     reader.has_read()
+            if generating.cancelled():
+                raise EngineFailedError("the engine cancelled itself")
             generating.result()
         finally:
             generating.cancel()

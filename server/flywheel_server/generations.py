@@ -107,7 +107,8 @@ class Generations:
                         generation.prepared = await self._preparation.prepare(request, caller, generation.usage)
                     await place.admitted(generation.prepared.context_tokens, generation.time_remaining())
                     await deliver(generation)
-        except TimeoutError as error:
+        except Exception as error:
+            # Not only TimeoutError: an engine may make of its cancel what it likes.
             if not generation.deadline.has_expired:
                 raise
             raise generation.why_it_ended() from error
@@ -145,6 +146,7 @@ class Generation:
         self._activity = generations.activity
         self._unfinished = set(range(num_samples))
         self._started = False
+        self._has_left = False
         self._ended_by: Exception | None = None
         generations.queued += 1
 
@@ -181,9 +183,13 @@ class Generation:
 
     def emit(self, event: Event) -> None:
         """Passes an event on; see `Sink`."""
+        if self._has_left:
+            return  # the engine had sent it before it learned of the cancel
         if isinstance(event, Started):
             self._start()
             self.usage.begin(event.prompt_tokens)
+        elif not self._started:
+            raise EngineFailedError("an event came before the generation was started")
         elif event.index not in self._unfinished:
             raise EngineFailedError(f"sample {event.index} was not asked for or had finished")
         else:
@@ -201,7 +207,8 @@ class Generation:
         self._generations.active += 1
 
     def leave(self) -> None:
-        """Stops counting the generation as under way."""
+        """Stops counting the generation as under way, and takes no further events."""
+        self._has_left = True
         if self._started:
             self._generations.active -= 1
         else:

@@ -35,11 +35,11 @@ class UnsafeError(ValueError):
     """The settings would let in callers whom nobody has thought of."""
 
 
-def listen(server: grpc.aio.Server, settings: Settings, *, authenticates: bool) -> int:
-    """Makes the server listen, and returns its port.
+def safe_credentials(settings: Settings, *, authenticates: bool) -> grpc.ServerCredentials | None:
+    """Returns the credentials to listen with; None without TLS. Warns of what is at risk.
 
     Raises:
-        OSError: It cannot listen there, or a file of TLS cannot be read.
+        OSError: A file of TLS cannot be read.
         ValueError: The settings do not fit together, or the files of TLS do not hold what they should.
         UnsafeError: Anybody on a network could call, and the settings do not say that this is meant.
     """
@@ -57,13 +57,18 @@ def listen(server: grpc.aio.Server, settings: Settings, *, authenticates: bool) 
                 f"grpcio {grpc.__version__} keeps requests of any length that never end, also of callers without a key: "
                 "install 1.84 or newer"
             )
+    return credentials
+
+
+def listen(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials | None) -> int:
+    """Makes the server listen, and returns its port; raises `OSError` if it cannot listen there."""
     try:
         if credentials is None:
-            return server.add_insecure_port(settings.address)
-        return server.add_secure_port(settings.address, credentials)
+            return server.add_insecure_port(address)
+        return server.add_secure_port(address, credentials)
     except RuntimeError as error:
         certificate = ", and is the certificate of a kind that gRPC takes (RSA, ECDSA P-256)" if credentials else ""
-        raise OSError(f"cannot listen on {settings.address}: is the address right, and free{certificate}?") from error
+        raise OSError(f"cannot listen on {address}: is the address right, and free{certificate}?") from error
 
 
 def _credentials(settings: Settings) -> grpc.ServerCredentials | None:

@@ -15,7 +15,7 @@ Loaded = TypeVar("Loaded")
 class Reloadable(Generic[Loaded]):
     """What some files hold. It may be used by several threads.
 
-    Args:
+    Arguments:
         what: What they hold, for the log.
         files: Where they are.
         load: Reads them; raises `OSError` or `ValueError` where that cannot be, at once and from here for the first time.

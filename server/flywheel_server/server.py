@@ -27,7 +27,7 @@ from flywheel_server.interceptors.calls import CallInterceptor
 from flywheel_server.interceptors.public import PublicMethods
 from flywheel_server.interceptors.reading import RequestReader
 from flywheel_server.keys import KeyRing
-from flywheel_server.listening import channel_arguments, connections_allowed, listen
+from flywheel_server.listening import channel_arguments, connections_allowed, listen, safe_credentials
 from flywheel_server.operations import Waits
 from flywheel_server.reflection import add_reflection
 from flywheel_server.service import GenerationService
@@ -44,8 +44,8 @@ if TYPE_CHECKING:
 async def serve(engine: Engine, settings: Settings, link: "Link | None" = None) -> AsyncIterator[int]:
     """Serves the engine for the length of the context, which gets the port that the server listens on.
 
-    It listens before the engine has started, so that a probe learns that it is not serving yet, and serves once the engine has
-    produced a token. On leaving, it takes calls for `settings.withdraw_window` more although health says otherwise. Then it
+    It serves once the engine has produced a token. If it serves alone, it listens before that, so that a probe learns that it
+    is not serving yet. On leaving, it takes calls for `settings.withdraw_window` more although health says otherwise. Then it
     closes the port, asks clients to leave, and gives calls under way `settings.drain_timeout` to finish. Cancelling that ends
     them at once.
 
@@ -80,6 +80,7 @@ async def serve(engine: Engine, settings: Settings, link: "Link | None" = None) 
     reported = link.health if link else Health()
     requests = Waits(reading.REQUEST_TIMEOUT, IncompleteRequestError)
     authentication = Authentication(keys, certificates=settings.tls_client_ca is not None)
+    credentials = safe_credentials(settings, authenticates=keys.is_required or settings.tls_client_ca is not None)
     max_connections = connections_allowed(settings)
     server = grpc.aio.server(
         interceptors=[
@@ -106,13 +107,19 @@ async def serve(engine: Engine, settings: Settings, link: "Link | None" = None) 
         timeout=settings.engine_timeout,
         restarts=settings.engine_death == "restart",
     )
-    try:
-        port = listen(server, settings, authenticates=keys.is_required or settings.tls_client_ca is not None)
+
+    async def start() -> int:
+        port = listen(server, settings.address, credentials)
         # One that is stopped while it starts breaks within gRPC.
         await to_its_end(asyncio.create_task(server.start()))
+        return port
+
+    try:
+        port = 0 if link else await start()
         async with supervisor.running(), keys.following(service.revoke):
             try:
-                yield port
+                # One of several gets no connections before: another one may serve them.
+                yield port or await start()
             finally:
                 reported.withdraw()
                 drain_timeout = 0.0

@@ -18,7 +18,10 @@ grpc.aio takes five iterations to accept a call, one call after the other.
 
 
 class Turns:
-    """Grants turns: first to streams that have written nothing yet, then to those that have waited longest."""
+    """Grants turns: first to streams that have written nothing yet, then to those that have waited longest.
+
+    One turn of each iteration goes to who has waited longest in any case, so that no number of new streams stops the others.
+    """
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -48,7 +51,10 @@ class Turns:
 
     def _next_iteration(self) -> None:
         self._left = TURNS_PER_ITERATION
-        while self._left and self._new:
-            self._grant(self._new.popleft())
-        while self._left and self._waiting:
-            self._grant(self._waiting.popleft())
+        self._grant_until(TURNS_PER_ITERATION - 1, self._waiting)
+        self._grant_until(0, self._new)
+        self._grant_until(0, self._waiting)
+
+    def _grant_until(self, left: int, waiting: deque[asyncio.Future[None]]) -> None:
+        while self._left > left and waiting:
+            self._grant(waiting.popleft())

@@ -4,12 +4,15 @@ import os
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import figures, processes, report, runner
+from benchmarks import __main__ as command
+from benchmarks import building, figures, processes, report, runner
 from benchmarks.peers import peer, peers
 from benchmarks.plot import Bar, bar_chart
 from benchmarks.runs import Run, interruption
@@ -99,6 +102,33 @@ def test_the_report_has_a_table_and_plots_of_what_was_measured(tmp_path: Path) -
         shown = " ".join(ET.parse(tmp_path / plot).getroot().itertext())  # noqa: S314 - written above
         assert "paced-64" in shown
         assert "bare grpc.aio" in shown
+
+
+@pytest.mark.parametrize(
+    ("options", "is_interrupted", "written"),
+    [("", False, "whole"), ("", True, "partial"), ("--rounds 1", False, "partial"), ("--output {asked}", True, "asked")],
+)
+def test_only_a_whole_run_replaces_the_committed_results(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, options: str, is_interrupted: bool, written: str
+) -> None:
+    def runs(*_: Any, **__: Any) -> Iterator[Run]:
+        yield OURS[0]
+        if is_interrupted:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(building, "build", lambda: None)
+    monkeypatch.setattr(building, "ROOT", tmp_path)
+    monkeypatch.setattr(command, "take_turns", runs)
+    monkeypatch.setattr(command, "RUNS", tmp_path / "runs.jsonl")
+    monkeypatch.setattr(command, "RESULTS", tmp_path / "whole")
+    monkeypatch.setattr(command, "PARTIAL", tmp_path / "partial")
+    monkeypatch.setattr(command, "_is_present", lambda _: True)
+    monkeypatch.setattr(command, "_prepare_process", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["benchmarks", *options.format(asked=tmp_path / "asked").split()])
+    with pytest.raises(KeyboardInterrupt) if is_interrupted else nullcontext():
+        command.main()
+    assert [folder.name for folder in tmp_path.iterdir() if folder.is_dir()] == [written]
+    assert (tmp_path / written / "speed.md").read_text().startswith("# Speed")
 
 
 def test_each_kind_of_scenario_has_a_table() -> None:

@@ -3,11 +3,13 @@
 import asyncio
 import logging
 import os
+import random
 import signal
 import socket
 import stat
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -310,14 +312,11 @@ async def test_what_waits_of_a_call_does_not_stand_before_others(
 ) -> None:
     at_work: list[tuple[int, int]] = []
     leave = threading.Event()
-    begun: Chunk = {
-        "choices": [{"index": 0, "text": "", "finish_reason": None, "logprobs": None}],
-        "timings": {"predicted_n": 0},
-    }
+    read: Chunk = {"prompt_progress": {"total": 1, "processed": 1}}
 
     def slow_step(body: Any, on_chunk: Callable[[Chunk], bool]) -> None:
         at_work.append((body["n"], body["max_tokens"]))
-        on_chunk(begun)
+        on_chunk(read)
         leave.wait(30)
         on_chunk({})
 
@@ -333,6 +332,78 @@ async def test_what_waits_of_a_call_does_not_stand_before_others(
     for call in (large, small):
         with pytest.raises(EngineFailedError):
             await call  # the fake finishes no sample
+
+
+class FakeReading:
+    """Stands in for `Llama.complete`: reads no prompt by itself, and tells of progress as a test says."""
+
+    def __init__(self) -> None:
+        self.given: dict[int, Callable[[Chunk], bool]] = {}
+        """By the length of each prompt that was given to it, what it tells."""
+        self.leave = threading.Event()
+
+    def complete(self, body: Any, on_chunk: Callable[[Chunk], bool]) -> None:
+        self.given[len(body["prompt"])] = on_chunk
+        self.leave.wait(30)
+        on_chunk({})
+
+    def progress(self, prompt: int, processed: int) -> None:
+        self.given[prompt]({"prompt_progress": {"total": prompt, "processed": processed}})
+
+
+async def test_prompts_that_one_step_reads_are_given_to_llama_together(
+    embedded: EmbeddedEngine, embedded_target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = FakeReading()
+    monkeypatch.setattr(embedded._llama, "complete", fake.complete)
+    # Tokens of the prompts. A step has room for 12, as it computes 16, of which 4 may be those of samples.
+    requests = [GenerationRequest(text=" a" * tokens, max_tokens=1) for tokens in (5, 7, 30, 3)]
+    calls = [asyncio.ensure_future(embedded.generate(await embedded.prepare(request), Samples())) for request in requests]
+    try:
+        await until(lambda: set(fake.given) == {5, 7}, "the two that fit are given")
+        fake.progress(5, 5)
+        fake.progress(7, 0)
+        await until(lambda: set(fake.given) == {5, 7, 30}, "so is the next one: it can begin when the step has ended")
+        fake.progress(7, 7)
+        fake.progress(30, 17)
+        await asyncio.sleep(0.05)
+        assert 3 not in fake.given, "the next step has no room for the rest of the long one and more"
+        fake.progress(30, 18)
+        await until(lambda: 3 in fake.given, "the next step reads the rest")
+    finally:
+        fake.leave.set()
+    for call in calls:
+        with pytest.raises(EngineFailedError):
+            await call  # the fake finishes no sample
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("seed", range(2))
+async def test_what_is_admitted_fits_in_whatever_order_prompts_come(seed: int) -> None:
+    chance = random.Random(seed)
+    async with engine_of(default_model(), slots=6, context_tokens=256) as engine:
+
+        async def one_caller() -> None:
+            for _ in range(3):
+                words = " ".join(
+                    chance.choice(["zebra", "llama", "1", "7", "x"]) for _ in range(chance.choice([1, 3, 9, 30, 90]))
+                )
+                request = GenerationRequest(
+                    text=words,
+                    max_tokens=chance.choice([1, 2, 12]),
+                    max_input_tokens=200,
+                    num_samples=chance.choice([1, 1, 1, 3]),
+                )
+                call = asyncio.ensure_future(samples_of(engine, request))
+                if chance.random() < 0.2:
+                    await asyncio.sleep(chance.random() * 0.2)
+                    call.cancel()
+                    with suppress(asyncio.CancelledError):
+                        await call
+                else:
+                    assert len(await call) == request.num_samples
+
+        await asyncio.gather(*(one_caller() for _ in range(7)))
 
 
 @given(

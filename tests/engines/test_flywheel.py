@@ -12,7 +12,11 @@ import grpc
 import grpc.aio
 import pytest
 from flywheel_proto.v1 import generation_pb2 as pb
+from flywheel_server.engines import flywheel
+from flywheel_server.engines.base import Event, Started
+from flywheel_server.engines.remote_stream import events_of
 from flywheel_server.engines.scripted import Script
+from flywheel_server.messages import GenerationResponseSample
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpclib import Status
@@ -21,7 +25,7 @@ from tests.modal_cloud import Container, ModalCloud, scripted
 from tests.modal_cloud.cancelling import cancel_at_random, short_looks
 from tests.modal_cloud.state import Call
 from tests.server.test_errors import details_of
-from tests.serving import Target, connected, drained, serving, through_a_cable, until
+from tests.serving import Target, code_of, connected, drained, serving, through_a_cable, until
 
 METHODS = ["Generate", "GenerateDeltas", "GenerateAll"]
 ROOT = Path(__file__).parent.parent.parent
@@ -173,6 +177,24 @@ async def test_a_stopping_server_cancels_what_it_cannot_finish(slow: ModalCloud)
         await call.read()
     await until(lambda: nothing_runs(slow), "no call is left on Modal", within=5)
     assert slow.calls[begun].state == "cancelled"
+
+
+async def test_a_call_whose_class_ends_a_sample_twice_is_cancelled(slow: ModalCloud, monkeypatch: pytest.MonkeyPatch) -> None:
+    sample = GenerationResponseSample(text="", generated_tokens=1, finished=1.0, finish_reason="stop", index=0)
+
+    async def events(*arguments: Any) -> AsyncIterator[Event]:
+        async for event in events_of(*arguments):
+            yield event
+            if isinstance(event, Started):
+                yield sample
+                yield sample
+
+    monkeypatch.setattr(flywheel, "events_of", events)
+    begun = len(slow.calls)
+    async with serving(scripted.engine(SLOW)) as target:
+        call = target.stub.GenerateDeltas(request(max_tokens=3000, num_samples=2))
+        assert await code_of(call) is grpc.StatusCode.INTERNAL
+        await until(lambda: slow.calls[begun].state == "cancelled", "the other sample is not generated for nobody", within=10)
 
 
 async def failure(target: Target, text: str, method: str) -> grpc.aio.AioRpcError:

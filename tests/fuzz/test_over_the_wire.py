@@ -11,7 +11,7 @@ from flywheel_proto.v1 import generation_pb2 as pb
 from flywheel_server.engines.base import Engine
 from flywheel_server.engines.embedded import EmbeddedEngine, default_model
 from flywheel_server.engines.scripted import Script, ScriptedEngine
-from flywheel_server.messages import RequestLimits
+from flywheel_server.interceptors.context import CallContext
 
 from fuzz.attacks import ATTACKS, Attack, idle_connections, ping_flood, unfinished_calls
 from fuzz.calls import CALL_ATTACKS, CONTEXT_TOKENS, CallAttack, unexpected_answers
@@ -52,8 +52,8 @@ async def test_a_refused_request_leaves_nothing_behind() -> None:
             with pytest.raises(grpc.aio.AioRpcError):
                 await target.stub.GenerateAll(pb.GenerationRequest(stop=[""], num_samples=99))
     gc.collect()
-    # Each call has limits of its own, which whatever is left of the call holds on to.
-    assert sum(type(thing) is RequestLimits for thing in gc.get_objects()) < calls
+    # Each call has a context of its own, which whatever is left of the call holds on to.
+    assert sum(type(thing) is CallContext for thing in gc.get_objects()) < calls
 
 
 async def attacked(attack: Attack, **settings: Any) -> tuple[dict[str, int], int]:

@@ -9,6 +9,7 @@ import asyncio
 import random
 import resource
 import signal
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack, suppress
 from typing import Any
 
@@ -18,6 +19,7 @@ import pytest
 from flywheel_proto.v1 import generation_pb2 as pb
 from flywheel_proto.v1 import generation_pb2_grpc
 from flywheel_server import server
+from flywheel_server.engines.base import Event, PreparedRequest, Sink, Started, TextDelta
 from flywheel_server.engines.scripted import Script, ScriptedEngine
 from flywheel_server.generations import Generations
 from flywheel_server.server import serve
@@ -26,9 +28,9 @@ from google.rpc.error_details_pb2 import ErrorInfo
 
 from tests.pulled import PulledEngine
 from tests.server.test_command import command, ready_line
-from tests.server.test_delivery import CountingEngine
+from tests.server.test_delivery import CountingEngine, finished
 from tests.server.test_errors import METHODS, FailingEngine, details_of
-from tests.serving import as_dict, code_of, connected, drained, serving, through_a_cable, until
+from tests.serving import Target, as_dict, code_of, connected, drained, serving, through_a_cable, until
 
 REQUEST = pb.GenerationRequest(text="x", max_tokens=8, num_samples=2)
 EVENTS = 1 + 2 * 8 + 2
@@ -67,6 +69,123 @@ async def test_an_engine_that_cancels_itself_ends_with_a_status(method: str) -> 
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await drained(getattr(target.stub, method)(REQUEST, timeout=20))
         assert caught.value.code() is grpc.StatusCode.INTERNAL
+
+
+def seen_generations(monkeypatch: pytest.MonkeyPatch) -> list[Generations]:
+    """Returns a list which gets the `Generations` of the servers that are made from now on."""
+    made: list[Generations] = []
+
+    class Seen(Generations):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            made.append(self)
+
+    monkeypatch.setattr(server, "Generations", Seen)
+    return made
+
+
+class OddEngine(ScriptedEngine):
+    """Generates as the test says."""
+
+    def __init__(self, generate: Callable[[PreparedRequest, Sink], Awaitable[None]]) -> None:
+        super().__init__()
+        self._generate = generate
+
+    async def generate(self, prepared: PreparedRequest, sink: Sink) -> None:
+        await self._generate(prepared, sink)
+
+
+async def refusal(target: Target, method: str) -> tuple[grpc.StatusCode, str]:
+    """Makes a call that fails, and returns its status with the reason. Nothing may be left of it."""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await drained(getattr(target.stub, method)(REQUEST, timeout=20))
+    stats = await target.stub.GetStats(pb.GetStatsRequest())
+    assert (stats.active, stats.queued) == (0, 0)
+    return caught.value.code(), details_of(caught.value)[ErrorInfo].reason
+
+
+FAILED = (grpc.StatusCode.INTERNAL, "ENGINE_FAILED")
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("error", [SystemExit(1), GeneratorExit(), BaseException("as that of a panic in Rust")], ids=repr)
+async def test_an_engine_cannot_end_more_than_the_call(error: BaseException, method: str) -> None:
+    async def generate(_: PreparedRequest, sink: Sink) -> None:
+        sink.emit(Started())
+        raise error
+
+    async with serving(OddEngine(generate)) as target:
+        assert await refusal(target, method) == FAILED
+
+
+@pytest.mark.parametrize("method", ["Generate", "GenerateDeltas"])
+async def test_an_engine_that_cancels_the_task_it_runs_in_ends_with_a_status(method: str) -> None:
+    async def generate(_: PreparedRequest, sink: Sink) -> None:
+        sink.emit(Started())
+        task = asyncio.current_task()
+        assert task
+        task.cancel()
+        await asyncio.sleep(0)
+
+    async with serving(OddEngine(generate)) as target:
+        assert await refusal(target, method) == FAILED
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("first", [TextDelta(0, "x", 1), finished(0, "x")], ids=["a delta", "a sample"])
+async def test_text_before_the_start_is_a_failure_because_no_request_id_has_been_sent(first: Event, method: str) -> None:
+    async def generate(_: PreparedRequest, sink: Sink) -> None:
+        for event in (first, Started(), finished(0, "x"), finished(1, "x")):
+            sink.emit(event)
+
+    async with serving(OddEngine(generate)) as target:
+        assert await refusal(target, method) == FAILED
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("begins", [False, True])
+async def test_what_an_engine_emits_after_its_call_has_ended_is_ignored(begins: bool, method: str) -> None:
+    sinks: list[Sink] = []
+
+    async def generate(_: PreparedRequest, sink: Sink) -> None:
+        if begins:
+            sink.emit(Started())
+        sinks.append(sink)
+        await asyncio.Event().wait()
+
+    async with serving(OddEngine(generate), slow_reader="end", max_stream_bytes=1024) as target:
+        call: Any = getattr(target.stub, method)(REQUEST)
+        await until(lambda: bool(sinks), "the engine has it")
+        call.cancel()
+
+        async def is_over() -> bool:
+            stats = await target.stub.GetStats(pb.GetStatsRequest())
+            return (stats.active, stats.queued) == (0, 0)
+
+        await until(is_over, "the call has ended")
+        late: list[Event] = [Started(), TextDelta(0, "x" * 2048, 1), TextDelta(0, "x" * 2048, 2), finished(0, "x")]
+        for event in late:
+            sinks[0].emit(event)
+        assert await is_over()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("answer", [RuntimeError("cancelled"), None], ids=repr)
+async def test_whatever_an_engine_makes_of_its_cancel_the_call_ends_with_what_ended_it(
+    answer: Exception | None, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def generate(_: PreparedRequest, sink: Sink) -> None:
+        sink.emit(Started())
+        asyncio.get_running_loop().call_soon(made[0].end_all, "just now")
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            if answer:
+                raise answer from None
+
+    made = seen_generations(monkeypatch)
+    async with serving(OddEngine(generate)) as target:
+        assert await refusal(target, method) == (grpc.StatusCode.UNAVAILABLE, "ENGINE_UNAVAILABLE")
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -108,13 +227,6 @@ async def test_a_client_that_vanishes_gives_its_place_up(how: str, method: str) 
 async def test_a_call_that_is_ended_while_it_begins_gets_its_status(
     later: int, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made: list[Generations] = []
-
-    class Seen(Generations):
-        def __init__(self, *arguments: Any) -> None:
-            super().__init__(*arguments)
-            made.append(self)
-
     class Engine(PulledEngine):
         async def events(self, prepared: Any) -> Any:
             asyncio.get_running_loop().call_soon(end, later)
@@ -127,7 +239,7 @@ async def test_a_call_that_is_ended_while_it_begins_gets_its_status(
         else:
             made[0].end_all("just now")
 
-    monkeypatch.setattr(server, "Generations", Seen)
+    made = seen_generations(monkeypatch)
     async with serving(Engine(Script(hang_after=1))) as target:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await drained(getattr(target.stub, method)(REQUEST, timeout=20))

@@ -68,9 +68,26 @@ def test_each_gets_its_turn_once_and_new_streams_come_first(asked: list[list[boo
         for name in new:
             waited = streams.granted[name] - when[name]
             ahead = sum(other in new and when[other] <= when[name] for other in when)
-            assert waited <= 1 + ahead // TURNS_PER_ITERATION, "only other new streams are served before"
+            assert waited <= 1 + ahead // (TURNS_PER_ITERATION - 1), (
+                "but for one turn, only other new streams are served before"
+            )
 
     asyncio.run(run())
+
+
+async def test_no_number_of_new_streams_stops_those_that_run() -> None:
+    streams = Queue()
+    for number in range(TURNS_PER_ITERATION):
+        streams.ask(f"busy-{number}")
+    running = [f"running-{number}" for number in range(5)]
+    for name in running:
+        streams.ask(name)
+    for number in range(len(running)):
+        for each in range(2 * TURNS_PER_ITERATION):
+            streams.ask(f"new-{number}-{each}", is_first=True)
+        await streams.next_iteration()
+        await streams.next_iteration()
+    assert streams.granted.keys() >= set(running)
 
 
 async def test_while_there_is_room_it_is_everybodys_turn_at_once() -> None:

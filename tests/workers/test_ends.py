@@ -2,15 +2,20 @@
 
 import asyncio
 import os
+import resource
 import signal
 from pathlib import Path
 
 import grpc
 import pytest
+import structlog
 from flywheel_proto.v1 import generation_pb2 as pb
+from flywheel_server.settings import parse
+from flywheel_server.workers import parent as parent_module
+from flywheel_server.workers.parent import END_TIMEOUT, serve_in_workers
 
 from tests.server.test_command import SCRIPTED, command, ready_line
-from tests.serving import Target, until
+from tests.serving import Target, connected, until
 from tests.workers.several import ARGUMENTS, is_running, several
 from tests.workers.test_workers import LONG, SCRIPT, begun, counts_of, ended_by
 
@@ -49,13 +54,16 @@ async def test_a_second_signal_ends_the_drain_of_all_workers() -> None:
         assert await server.closed() == 0
 
 
-async def test_a_worker_that_hangs_does_not_keep_the_server_from_its_end() -> None:
+@pytest.mark.parametrize("signals", [1, 2])
+async def test_a_worker_that_hangs_does_not_keep_the_server_from_its_end(signals: int) -> None:
     async with several(*SCRIPT, "--drain-timeout", "0.5") as server:
         pid = server.pids()[1]
         os.kill(pid, signal.SIGSTOP)
-        server.process.send_signal(signal.SIGTERM)
-        server.process.send_signal(signal.SIGTERM)
-        assert await server.closed() == 0
+        for _ in range(signals):
+            server.process.send_signal(signal.SIGTERM)
+            await asyncio.sleep(0.1)
+        async with asyncio.timeout(END_TIMEOUT + 10):
+            assert await server.closed() == 0
         assert not is_running(pid)
 
 
@@ -79,6 +87,39 @@ async def test_a_server_whose_workers_die_again_and_again_ends() -> None:
             await asyncio.sleep(0.05)
         assert await server.closed() == 1
         assert "has died 5 times in a row" in server.log[-1]["text"]
+
+
+async def test_a_worker_that_cannot_be_started_is_started_later() -> None:
+    async with several(*SCRIPT) as server, server.connections() as targets:
+        parent = server.process.pid
+        in_use = len([*Path(f"/proc/{parent}/fd").iterdir()])  # noqa: ASYNC240 - nothing on a disk
+        before = resource.prlimit(parent, resource.RLIMIT_NOFILE)
+        resource.prlimit(parent, resource.RLIMIT_NOFILE, (in_use, before[1]))
+        pid = server.pids()[1]
+        os.kill(pid, signal.SIGKILL)
+        await until(lambda: len(server.events("worker not started")) == 2, "there are no descriptors for another one")
+        assert await targets[2].stub.GenerateAll(pb.GenerationRequest(text="x", max_tokens=1))
+        resource.prlimit(parent, resource.RLIMIT_NOFILE, before)
+        await until(lambda: server.pids()[1] != pid, "now there are")
+        async with server.connections():
+            pass
+
+
+async def test_a_worker_that_hangs_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parent_module, "CHECK_INTERVAL", 0.1)
+    monkeypatch.setattr(parent_module, "MAX_SILENCE", 5.0)
+    arguments = ["--engine", "scripted", "--workers", "2", "--withdraw-window", "0", *SCRIPT]
+    settings = parse(["--address", "127.0.0.1:0", *arguments])
+    with structlog.testing.capture_logs() as log:
+        async with serve_in_workers(settings, arguments, lambda _: None) as port, connected(f"127.0.0.1:{port}") as target:
+            call = await begun(target, ())
+            pids = [line["pid"] for line in log if line["event"] == "worker started"]
+            for pid in pids:
+                os.kill(pid, signal.SIGSTOP)
+            assert (await ended_by(call))[0] is grpc.StatusCode.UNAVAILABLE
+            await until(lambda: len([line for line in log if line["event"] == "worker started"]) == 4, "they are replaced")
+            assert sorted(line["pid"] for line in log if line["event"] == "worker hangs") == sorted(pids)
+            assert await target.stub.GenerateAll(pb.GenerationRequest(text="x", max_tokens=1), wait_for_ready=True)
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])

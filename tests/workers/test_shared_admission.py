@@ -38,7 +38,7 @@ class Parent:
 
     @property
     def is_empty(self) -> bool:
-        left = [each._places or each._shares for each in self.calls]
+        left = [each._entries or each._places or each._shares for each in self.calls]
         return (self.admission.active, self.admission.queued) == (0, 0) and not any(left)
 
     @asynccontextmanager
@@ -131,6 +131,20 @@ async def test_quotas_are_shared_and_what_was_used_counts(tokenizers: int) -> No
         with pytest.raises(QuotaExceededError) as caught:
             await run(one, METERED, request(30))
         assert caught.value.retry_delay == pytest.approx(6.0, abs=1.0)
+        await until(lambda: parent.is_empty, "all is given back")
+
+
+@pytest.mark.parametrize("tokenizers", [0, 2])
+async def test_a_call_that_follows_another_on_another_worker_meets_what_that_gave_back(tokenizers: int) -> None:
+    parent = Parent()
+    one_at_a_time = Caller("one", max_concurrent=1)
+    async with parent.worker(tokenizers) as one, parent.worker(tokenizers) as two:
+        async with one.entered(request(), one_at_a_time, None) as (_, place):
+            await place.admitted(0)
+            # So that the event loop reads from this worker first, as it may when it has been busy.
+            two.connection.send("capacity", None, None)
+        async with two.entered(request(), one_at_a_time, None) as (_, place):
+            await place.admitted(0)
         await until(lambda: parent.is_empty, "all is given back")
 
 

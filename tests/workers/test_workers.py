@@ -18,13 +18,14 @@ from flywheel_server.engines.scripted import ScriptedEngine
 from flywheel_server.keys_file import KeysFile
 from flywheel_server.server import serve
 from flywheel_server.settings import Settings, parse
+from flywheel_server.workers.link import Link
 from flywheel_server.workers.port import reserved
 from google.rpc.error_details_pb2 import ErrorInfo
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.server.test_errors import details_of
 from tests.server.test_quotas import keys_for
-from tests.serving import Target, code_of, last_of, serving, until
+from tests.serving import Target, code_of, connected, free_ports, last_of, serving, until
 from tests.workers.several import Several, is_running, several
 
 LONG = pb.GenerationRequest(text="x", max_tokens=8000)
@@ -225,6 +226,38 @@ async def test_a_reserved_port_is_for_workers_only() -> None:
         port = int(target.address.rpartition(":")[2])
         with pytest.raises(OSError, match=target.address), reserved("127.0.0.1", port):
             pass
+
+
+class WakingEngine(ScriptedEngine):
+    """An engine that does not answer before it is awake."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_asked = False
+        self.awake = asyncio.Event()
+
+    async def check(self) -> None:
+        self.is_asked = True
+        await self.awake.wait()
+
+
+async def test_a_worker_gets_no_connection_that_another_one_could_serve() -> None:
+    address = f"127.0.0.1:{free_ports(1)[0]}"
+    engine, end = WakingEngine(), asyncio.Event()
+
+    async def work() -> None:
+        async with serve(engine, Settings(engine="scripted", address=address, withdraw_window=0), Link()):
+            await end.wait()
+
+    working = asyncio.create_task(work())
+    await until(lambda: engine.is_asked, "the engine starts")
+    with pytest.raises(ConnectionRefusedError):
+        await asyncio.open_connection(*address.split(":"))
+    engine.awake.set()
+    async with connected(address) as target, asyncio.timeout(20):
+        assert await target.stub.GetModel(pb.GetModelRequest(), wait_for_ready=True)
+    end.set()
+    await working
 
 
 def test_a_gateway_on_modal_is_one_process() -> None:

@@ -81,7 +81,7 @@ func (c *grpcCaller) request(prompt string, maxTokens int) *flywheelv1.Generatio
 	return request
 }
 
-// codeOf returns the name of a status in capitals, as the contract writes it.
+// codeOf returns "OK", or what Go calls the status of a call that failed.
 func codeOf(err error) string {
 	code := status.Code(err)
 	if code == codes.OK {

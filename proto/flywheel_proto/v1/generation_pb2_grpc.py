@@ -34,8 +34,8 @@ class GenerationServiceStub(object):
     3. No part of a stop sequence that ended a sample is ever sent. Only text that may still become a stop sequence is
     held back, nothing else.
     4. Text is sent as soon as it exists. Deltas are merged only while the reader is behind, or the server is. A server that
-    has text for more streams than it can write to at once writes to one after the other, to those without a message yet
-    first. What has come for a stream until its turn leaves as one message for each sample. If the text comes through
+    has text for more streams than it can write to at once writes to one after the other, mostly to those without a message
+    yet first. What has come for a stream until its turn leaves as one message for each sample. If the text comes through
     Modal, the first text of a call is sent at once, and what follows may be merged for a quarter of a second.
     5. Cancelling the call, its deadline, or a broken connection stops the work in the engine, be it queued, reading the
     prompt, or generating.
@@ -86,8 +86,8 @@ class GenerationServiceServicer(object):
     3. No part of a stop sequence that ended a sample is ever sent. Only text that may still become a stop sequence is
     held back, nothing else.
     4. Text is sent as soon as it exists. Deltas are merged only while the reader is behind, or the server is. A server that
-    has text for more streams than it can write to at once writes to one after the other, to those without a message yet
-    first. What has come for a stream until its turn leaves as one message for each sample. If the text comes through
+    has text for more streams than it can write to at once writes to one after the other, mostly to those without a message
+    yet first. What has come for a stream until its turn leaves as one message for each sample. If the text comes through
     Modal, the first text of a call is sent at once, and what follows may be merged for a quarter of a second.
     5. Cancelling the call, its deadline, or a broken connection stops the work in the engine, be it queued, reading the
     prompt, or generating.
@@ -179,8 +179,8 @@ class GenerationService(object):
     3. No part of a stop sequence that ended a sample is ever sent. Only text that may still become a stop sequence is
     held back, nothing else.
     4. Text is sent as soon as it exists. Deltas are merged only while the reader is behind, or the server is. A server that
-    has text for more streams than it can write to at once writes to one after the other, to those without a message yet
-    first. What has come for a stream until its turn leaves as one message for each sample. If the text comes through
+    has text for more streams than it can write to at once writes to one after the other, mostly to those without a message
+    yet first. What has come for a stream until its turn leaves as one message for each sample. If the text comes through
     Modal, the first text of a call is sent at once, and what follows may be merged for a quarter of a second.
     5. Cancelling the call, its deadline, or a broken connection stops the work in the engine, be it queued, reading the
     prompt, or generating.

@@ -40,7 +40,7 @@ def fetch(weights: Weights, directory: Path, report: Callable[[str], None]) -> P
     neither downloaded nor checked again. A connection that stalls or breaks is resumed, as far as huggingface_hub does it. A
     download that fails leaves nothing behind. Several at a time do not disturb each other.
 
-    Args:
+    Arguments:
         weights: What to fetch.
         directory: Where to; made where it is missing.
         report: Is given a line of text about the progress, every few seconds.

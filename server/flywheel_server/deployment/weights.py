@@ -231,7 +231,7 @@ def check_fit(weights: Weights, gpu: str | None, context_tokens: int) -> Fit:
     The memory of several GPUs is added up. llama.cpp gives each of them whole layers, so with several it is wise to leave the
     size of a layer.
 
-    Args:
+    Arguments:
         weights: The weights that are to be served.
         gpu: As Modal takes it, "A10G" or "A10G:2"; None or "" for the CPU, where everything fits.
         context_tokens: Tokens of context that all samples share.

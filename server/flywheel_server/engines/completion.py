@@ -12,7 +12,10 @@ LOWEST_TEMPERATURE: Final = 1e-6
 
 
 class Completion:
-    """Runs on a thread of its own, where it hands each event to `emit`, and calls `on_prompt_read` before the first of them.
+    """Runs on a thread of its own, where it hands each event to `emit`.
+
+    When a step begins to read the prompt, and after each step that has read some of it, `on_progress` gets the number of tokens
+    that are still unread.
 
     Stop sequences are looked for here rather than by llama.cpp, which sends less than it may: of a token whose text ends like a
     stop sequence begins it holds back all, and loses it where the sample ends with that token.
@@ -24,17 +27,16 @@ class Completion:
         request: GenerationRequest,
         prompt: Sequence[int],
         indexes: Collection[int],
-        emit: Callable[[Event], object],
         *,
-        on_prompt_read: Callable[[], object],
+        emit: Callable[[Event], object],
+        on_progress: Callable[[int], object],
         cache: bool,
     ) -> None:
         self._llama = llama
         self._body = _body(request, prompt, len(indexes)) | {"cache_prompt": cache}
         self._samples = [GrowingSample(index, len(prompt), request.stop, emit) for index in indexes]
         self._eos_token_ids = frozenset(request.eos_token_ids)
-        self._on_prompt_read = on_prompt_read
-        self._is_prompt_read = False
+        self._on_progress = on_progress
         self._cancelled = False
         self._error: Exception | None = None
 
@@ -53,9 +55,6 @@ class Completion:
     def _on_chunk(self, chunk: Chunk) -> bool:
         if self._cancelled:
             return True
-        if not self._is_prompt_read and "prompt_progress" not in chunk:
-            self._is_prompt_read = True
-            self._on_prompt_read()
         try:
             self._take(chunk)
         except Exception as error:  # noqa: BLE001 - llama.cpp would swallow it; `run` raises it
@@ -66,6 +65,9 @@ class Completion:
     def _take(self, chunk: Chunk) -> None:
         if error := chunk.get("error"):
             raise EngineFailedError(f"llama.cpp: {error['message']}")
+        if progress := chunk.get("prompt_progress"):
+            self._on_progress(progress["total"] - progress["processed"])
+            return
         choice = chunk["choices"][0]
         sample = self._samples[choice["index"]]
         if sample.finished:

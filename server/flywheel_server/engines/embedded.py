@@ -4,9 +4,9 @@ import asyncio
 import importlib.util
 import signal
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, suppress
 from functools import partial
 from http.client import HTTPException
 from pathlib import Path
@@ -33,9 +33,10 @@ from flywheel_server.engines.capacity import Capacity
 from flywheel_server.engines.chat_template import ChatTemplate, UnusableTemplateError
 from flywheel_server.engines.completion import Completion
 from flywheel_server.engines.handover import Handover
-from flywheel_server.engines.llama import Llama
+from flywheel_server.engines.llama import Llama, step_tokens
 from flywheel_server.engines.load_failure import load_failure, template_failure
 from flywheel_server.engines.model_file import ModelFile, UnusableModelError
+from flywheel_server.engines.prompt_queue import PromptQueue
 from flywheel_server.engines.samples import Samples
 from flywheel_server.engines.tokenizer import PIECE, StoppedError, Tokenizer
 from flywheel_server.engines.uninterrupted import to_its_end
@@ -104,7 +105,7 @@ class EmbeddedEngine:
         self._prompt_cache = prompt_cache
         self._memory_map = memory_map
         self._capacity = Capacity(slots, context_tokens)
-        self._starting = asyncio.Lock()
+        self._prompts = PromptQueue(step_tokens(batch_tokens, slots) - slots)
         self._stopping = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._running: set[Completion] = set()
@@ -114,7 +115,7 @@ class EmbeddedEngine:
         self._tokenizer: Tokenizer
         self._tokenizing: ThreadPoolExecutor
         self._completing: ThreadPoolExecutor
-        self._handover: Handover[Event]
+        self._handover: Handover
 
     async def __aenter__(self) -> Self:
         self._stopping = False
@@ -317,7 +318,8 @@ class EmbeddedEngine:
             async with self._capacity.reserve(len(indexes), len(prompt) + len(indexes) * request.max_tokens):
                 self._refuse_if_stopping()
                 progress.start(len(prompt))
-                async with self._start() as started:
+                async with self._prompts.turn(len(prompt), alone=len(indexes) > 1) as reading:
+                    self._refuse_if_stopping()
                     if len(indexes) > 1:
                         # Those of its slots that wait for the prompt to be read would keep their last prompts meanwhile.
                         await to_its_end(loop.run_in_executor(self._tokenizing, self._llama.erase_idle_slots))
@@ -326,11 +328,12 @@ class EmbeddedEngine:
                         request,
                         prompt,
                         indexes,
-                        partial(self._handover.give, progress.emit),
-                        on_prompt_read=lambda: loop.call_soon_threadsafe(started.set),
+                        emit=partial(self._handover.give, progress.emit),
+                        on_progress=partial(self._handover.give, reading.progress),
                         cache=self._prompt_cache,
                     )
                     self._running.add(completion)
+                    self._handover.threads = len(self._running)
                     try:
                         # The room is free only when llama.cpp has let go of it.
                         await to_its_end(loop.run_in_executor(self._completing, completion.run), completion.cancel)
@@ -338,6 +341,7 @@ class EmbeddedEngine:
                         # What could not be given to a thread may run later all the same.
                         completion.cancel()
                         self._running.remove(completion)
+                        self._handover.threads = len(self._running)
                 self._refuse_if_stopping()
         except EngineError as error:
             progress.fail(error)
@@ -345,24 +349,6 @@ class EmbeddedEngine:
             failure = EngineFailedError("the completion failed")
             failure.__cause__ = error
             progress.fail(failure)
-
-    @asynccontextmanager
-    async def _start(self) -> AsyncIterator[asyncio.Event]:
-        """Waits until no other prompt is being read. Gives an event to set when the prompt of this completion has been read.
-
-        A slot keeps its last prompt until it begins with the next one. If llama.cpp needs room, it takes that of idle slots. It
-        does not take that of a slot which waits to begin while other prompts are read: the reserved room would be missing, and
-        all completions would fail. So no slot waits to begin. llama.cpp reads one prompt after the other anyway.
-        """
-        await self._starting.acquire()
-        read = asyncio.Event()
-        waiting = asyncio.create_task(read.wait())
-        waiting.add_done_callback(lambda _: self._starting.release())
-        try:
-            self._refuse_if_stopping()
-            yield read
-        finally:
-            read.set()
 
     def _refuse_if_stopping(self) -> None:
         if self._stopping:

@@ -106,11 +106,12 @@ class FlywheelEngine:
             with self._spawned("generate_deltas", request, address) as call:
                 async with aclosing(events_of(call, arrivals, self._watchers)) as events:
                     async for event in events:
-                        unfinished -= isinstance(event, GenerationResponseSample)
-                        # Whatever it does after its last sample, there is nothing left to cancel.
-                        call.ended = unfinished == 0
+                        # First, as it raises if the event is not one that may come: then the call is to be cancelled.
                         sink.emit(event)
+                        unfinished -= isinstance(event, GenerationResponseSample)
                         if unfinished == 0:
+                            # Whatever it does after its last sample, there is nothing left to cancel.
+                            call.ended = True
                             return
 
     @contextmanager

@@ -1,23 +1,32 @@
-"""Hands what threads make to the event loop, all that there is at a time: waking the loop costs more than an event does."""
+"""Hands what threads make to the event loop, all that one step of an engine makes at a time."""
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Any, Final, TypeVar
 
 T = TypeVar("T")
 
+STEP_SPREAD: Final = 0.001
+"""Seconds within which the threads of an engine give what they have of one step."""
 
-class Handover(Generic[T]):
+
+class Handover:
     """Calls functions on the event loop, in the order in which threads gave them.
 
-    The threads of an engine that works in steps give their events at about the same time, and wake the loop once for all of
-    them. A function must not raise.
+    An engine that works in steps gives the events of all its streams at about the same time, each on a thread of its own. The
+    loop is woken once for all of them, because that costs more than an event does, and takes a core from the threads that
+    compute. A function must not raise.
+
+    Attributes:
+        threads: How many threads give something in each step. If there are several, the first waits a moment for the others.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.threads = 0
         self._loop = loop
-        self._given: deque[tuple[Callable[[T], object], T]] = deque()
+        self._given: deque[tuple[Callable[[Any], object], Any]] = deque()
         self._is_coming = False
         """Whether the loop is going to look."""
 
@@ -26,6 +35,8 @@ class Handover(Generic[T]):
         self._given.append((function, argument))
         if not self._is_coming:
             self._is_coming = True
+            if self.threads > 1:
+                time.sleep(STEP_SPREAD)
             self._loop.call_soon_threadsafe(self._take)
 
     def _take(self) -> None:

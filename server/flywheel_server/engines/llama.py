@@ -44,6 +44,12 @@ class RefusedError(ValueError):
         self.reason = reason
 
 
+def step_tokens(batch_tokens: int, slots: int) -> int:
+    """Returns how many tokens llama.cpp computes in a step, at most."""
+    # A step computes a token for each slot that generates. Without room for all of them, llama.cpp ends the process.
+    return max(batch_tokens, slots, MIN_BATCH_TOKENS)
+
+
 class Llama:
     """A loaded model. Its methods block, and may be called from several threads.
 
@@ -80,8 +86,7 @@ class Llama:
         params.n_parallel = slots
         # One pool of context for all slots: whoever needs much of it can have it while others need little.
         params.kv_unified = True
-        # A step computes a token for each slot that generates. Without room for all of them, llama.cpp ends the process.
-        params.n_batch = params.n_ubatch = max(batch_tokens, slots, MIN_BATCH_TOKENS)
+        params.n_batch = params.n_ubatch = step_tokens(batch_tokens, slots)
         if not memory_map:
             params.load_mode = xllamacpp.llama_load_mode.LLAMA_LOAD_MODE_NONE
         for cpu in (params.cpuparams, params.cpuparams_batch):

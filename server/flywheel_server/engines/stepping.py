@@ -4,19 +4,18 @@ import asyncio
 import math
 from typing import Final, Protocol
 
-EARLY: Final = 0.0005
+TIMER_TOLERANCE: Final = 0.0005
 """Seconds by which a timer of the event loop may fire too early: uvloop rounds to milliseconds."""
 
-
-PAUSE: Final = 0.001
-"""Seconds until the next look at generations that are all paused, if there is no interval to look at."""
+PAUSED_INTERVAL: Final = 0.001
+"""Seconds between two looks at generations that are all paused, if steps have no interval of their own."""
 
 
 class Stepped(Protocol):
     """A generation that steps make."""
 
     done: asyncio.Future[None]
-    """Is done when the generation has ended."""
+    """Done when the generation has ended."""
 
     @property
     def is_paused(self) -> bool:
@@ -45,7 +44,7 @@ class Steps:
         loop = asyncio.get_running_loop()
         if not self._generations:
             self._began = loop.time()
-        self._generations[generation] = math.ceil(self._steps_until(loop.time() - EARLY))
+        self._generations[generation] = math.ceil(self._steps_until(loop.time() - TIMER_TOLERANCE))
         if self._timer is None:
             self._arm(loop)
         try:
@@ -64,15 +63,15 @@ class Steps:
 
     def _arm(self, loop: asyncio.AbstractEventLoop, *, all_paused: bool = False) -> None:
         if self._interval:
-            next_step = int(self._steps_until(loop.time() + EARLY)) + 1
+            next_step = int(self._steps_until(loop.time() + TIMER_TOLERANCE)) + 1
             self._timer = loop.call_at(self._began + next_step * self._interval, self._step, loop)
         elif all_paused:
-            self._timer = loop.call_later(PAUSE, self._step, loop)
+            self._timer = loop.call_later(PAUSED_INTERVAL, self._step, loop)
         else:
             self._timer = loop.call_soon(self._step, loop)
 
     def _step(self, loop: asyncio.AbstractEventLoop) -> None:
-        made = int(self._steps_until(loop.time() + EARLY))
+        made = int(self._steps_until(loop.time() + TIMER_TOLERANCE))
         all_paused = True
         for generation, before in list(self._generations.items()):
             if generation.is_paused:

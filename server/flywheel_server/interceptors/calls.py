@@ -1,4 +1,4 @@
-"""What happens around every call, whichever method it is: one step after the other, each in a room of its own."""
+"""What happens around every call, whichever method it is: one step after the other, each in a module of its own."""
 
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -58,23 +58,23 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
         async def call(_: object, context: Context) -> None:
             metadata = CallMetadata.of(context)
-            own = CallContext(context, metadata.request_id)
+            call_context = CallContext(context, metadata.request_id)
             # Until the call has ended, which is a task of its own.
             structlog.contextvars.bind_contextvars(request_id=metadata.request_id)
             try:
                 metadata.check_size(self._max_metadata_bytes)
-                await run(context, metadata, own)
+                await run(context, metadata, call_context)
             except grpc.aio.AbortError:
                 raise
             except Exception as error:  # noqa: BLE001 - every call ends with a status
-                await end_with_status(own, error)
+                await end_with_status(call_context, error)
 
         return call
 
     def _for_known_callers(self, method: Method) -> Callable[[Context, CallMetadata, CallContext], Awaitable[None]]:
-        async def run(context: Context, metadata: CallMetadata, own: CallContext) -> None:
+        async def run(context: Context, metadata: CallMetadata, call_context: CallContext) -> None:
             credentials = self._authentication.identify(context, metadata)
             # The request is in no variable here, because it may be large, and this frame lasts as long as the method runs.
-            await method.answer(await self._requests.receive(method, context, credentials), own)
+            await method.answer(await self._requests.receive(method, context, credentials), call_context)
 
         return run

@@ -40,9 +40,9 @@ class PublicMethods:
     A call has a turn while its request is received and answered. Of a method with a stream of requests, each of them has. A
     method with a stream of answers to one request has the turn only until the request has arrived, and then a place.
 
-    Args:
+    Arguments:
         max_streams: Calls that may stream answers at a time.
-        waits: Those for requests.
+        waits: Ends the wait for a request that does not arrive in time.
     """
 
     def __init__(self, max_streams: int, waits: Waits) -> None:

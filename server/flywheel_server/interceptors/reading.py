@@ -21,7 +21,7 @@ class RequestReader:
 
     Arguments:
         max_message_bytes: The largest request, after decompression.
-        waits: Bounds the time in which a request must have arrived.
+        waits: Ends the wait for a request that does not arrive in time.
         authentication: Confirms, once the request has arrived, that the caller may still call. The method begins right after
             that, without anything else in between.
     """

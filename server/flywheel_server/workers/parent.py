@@ -29,6 +29,12 @@ END_TIMEOUT: Final = 15.0
 COUNT_TIMEOUT: Final = 1.0
 """Seconds that a worker has to tell how many calls it has. One that is stopped does not, and is left out."""
 
+CHECK_INTERVAL: Final = 5.0
+"""Seconds between two checks of whether a worker still answers."""
+
+MAX_SILENCE: Final = 30.0
+"""Seconds of running time in which a worker that serves must answer; otherwise its event loop hangs, and it is killed."""
+
 STABLE_AFTER: Final = 10.0
 """Seconds of serving after which the death of a worker counts as the first one in a row."""
 
@@ -78,7 +84,13 @@ class Worker:
         self._counts: dict[int, asyncio.Future[Line]] = {}
         self._pair, theirs = socket.socketpair()
         reading, writing = os.pipe()
+        self._output = threading.Thread(target=forward, args=(reading, on_output), name=f"worker {number}", daemon=True)
         try:
+            try:
+                self._output.start()
+            except RuntimeError:
+                os.close(reading)
+                raise
             self.process = subprocess.Popen(  # noqa: S603 - this very program
                 [*command, str(theirs.fileno()), str(number), *parent.arguments],
                 stdin=subprocess.DEVNULL,
@@ -89,8 +101,11 @@ class Worker:
         finally:
             theirs.close()
             os.close(writing)
-        self._output = threading.Thread(target=forward, args=(reading, on_output), name=f"worker {number}", daemon=True)
-        self._output.start()
+
+    @property
+    def has_closed(self) -> bool:
+        """Whether it has closed the connection, as it does when it ends."""
+        return self._closed.is_set()
 
     async def ended(self) -> int:
         """Returns the exit code of the process, or the negative number of the signal that ended it, when it has ended."""
@@ -172,7 +187,9 @@ class Parent:
         self._up = asyncio.Event()
         self._stopping = asyncio.Event()
         self._questions = 0
-        self._answering: set[asyncio.Task[None]] = set()
+        self._asking: list[tuple[Worker, int]] = []
+        """The questions for the counts of all workers that wait, and who has asked them."""
+        self._answering: asyncio.Task[None] | None = None
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -214,24 +231,46 @@ class Parent:
         """Has a worker of this number run until the server stops."""
         deaths = 0
         while True:
-            worker = self._workers[number] = Worker(number, COMMAND, self, self._on_output)
-            log.info("worker started", number=number, pid=worker.process.pid)
-            exit_code = await worker.ended()
-            del self._workers[number]
-            worker.calls.give_back_all()
-            self.publish_health()
+            was_stable, why = await self._run_one(number)
             if self._stopping.is_set():
                 return
-            why = worker.why or f"worker {number} ended with {exit_code}"
             if not self._up.is_set():
                 raise WorkersError(why)
-            stable = worker.ready_at is not None and running_time.now() - worker.ready_at >= STABLE_AFTER
-            deaths = 1 if stable else deaths + 1
-            log.error("worker died", number=number, pid=worker.process.pid, exit_code=exit_code, why=why)
+            deaths = 1 if was_stable else deaths + 1
             if deaths == MAX_DEATHS:
                 raise WorkersError(f"a worker has died {deaths} times in a row: {why}")
             await self._pause(FIRST_DELAY * 2 ** (deaths - 2) if deaths > 1 else 0)
             if self._stopping.is_set():
+                return
+
+    async def _run_one(self, number: int) -> tuple[bool, str]:
+        """Runs a worker until it has ended, and returns whether it had served for a while, and why it has ended."""
+        try:
+            worker = self._workers[number] = Worker(number, COMMAND, self, self._on_output)
+        except (OSError, RuntimeError) as error:
+            # Processes, threads, memory or descriptors are short. They may be there again when the next worker is started.
+            log.error("worker not started", number=number, error=str(error))  # noqa: TRY400 - the message says it
+            return False, f"worker {number} cannot be started: {error}"
+        log.info("worker started", number=number, pid=worker.process.pid)
+        checking = asyncio.create_task(self._kill_if_silent(worker))
+        exit_code = await worker.ended()
+        checking.cancel()
+        del self._workers[number]
+        worker.calls.give_back_all()
+        self.publish_health()
+        why = worker.why or f"worker {number} ended with {exit_code}"
+        if self._up.is_set() and not self._stopping.is_set():
+            log.error("worker died", number=number, pid=worker.process.pid, exit_code=exit_code, why=why)
+        was_stable = worker.ready_at is not None and running_time.now() - worker.ready_at >= STABLE_AFTER
+        return was_stable, why
+
+    async def _kill_if_silent(self, worker: Worker) -> None:
+        """Kills a worker that serves but does not answer any more: its callers would wait for ever."""
+        while not worker.has_closed:
+            await running_time.sleep(CHECK_INTERVAL)
+            if worker.ready_at is not None and not await self._ask([worker], MAX_SILENCE) and not worker.has_closed:
+                log.error("worker hangs", number=worker.number, pid=worker.process.pid, seconds=MAX_SILENCE)
+                worker.process.kill()
                 return
 
     async def _pause(self, seconds: float) -> None:
@@ -245,13 +284,13 @@ class Parent:
         try:
             drain = self._settings.withdraw_window + self._settings.drain_timeout
             await self._end_workers(keeping, drain + END_TIMEOUT)
+        except asyncio.CancelledError:
+            await self._end_workers(keeping, END_TIMEOUT)
+            raise
         finally:
-            try:
-                await self._end_workers(keeping, END_TIMEOUT)
-            finally:
-                for worker in self._workers.values():
-                    worker.process.kill()
-                await asyncio.wait(keeping)
+            for worker in self._workers.values():
+                worker.process.kill()
+            await asyncio.wait(keeping)
 
     async def _end_workers(self, keeping: Sequence[asyncio.Task[None]], timeout: float) -> None:  # noqa: ASYNC109 - of others
         for worker in self._workers.values():
@@ -284,25 +323,34 @@ class Parent:
                 worker.connection.send("health", *health)
 
     def answer_total(self, asking: Worker, question: int) -> None:
-        """Sends a worker the counts of all workers."""
-        answering = asyncio.create_task(self._answer_total(asking, question))
-        self._answering.add(answering)
-        answering.add_done_callback(self._answering.discard)
+        """Sends a worker the counts of all workers, now or with the next ones if some are being collected."""
+        self._asking.append((asking, question))
+        if self._answering is None or self._answering.done():
+            self._answering = asyncio.create_task(self._answer_totals())
 
-    async def _answer_total(self, asking: Worker, question: int) -> None:
-        asking.connection.send("total", question, await self._count_all())
+    async def _answer_totals(self) -> None:
+        while self._asking:
+            asking, self._asking = self._asking, []
+            counts = await self._count_all()
+            for worker, question in asking:
+                worker.connection.send("total", question, counts)
 
     async def _count_all(self) -> Line:
         """Returns the sums of what the workers answer when they are asked for their counts."""
-        self._questions += 1
-        number, workers = self._questions, [worker for worker in self._workers.values() if worker.ready_at is not None]
-        asked = [worker.count(number) for worker in workers]
-        if asked:
-            await running_time.wait(asked, COUNT_TIMEOUT)
-        answers = [each.result() for each in asked if each.done() and not each.cancelled()]
-        for worker in workers:
-            worker.forget(number)
+        serving = [worker for worker in self._workers.values() if worker.ready_at is not None]
+        answers = await self._ask(serving, COUNT_TIMEOUT)
         return [sum(column) for column in zip(*answers, strict=True)] or [0, 0, 0, 0]
+
+    async def _ask(self, workers: Sequence[Worker], timeout: float) -> list[Line]:  # noqa: ASYNC109 - of others
+        """Returns the counts of those workers that tell them within so many seconds."""
+        self._questions += 1
+        question = self._questions
+        asked = [worker.count(question) for worker in workers]
+        if asked:
+            await running_time.wait(asked, timeout)
+        for worker in workers:
+            worker.forget(question)
+        return [each.result() for each in asked if not each.cancelled()]
 
 
 # -P keeps the folder in which the server is started from what can be imported, as with the command itself.

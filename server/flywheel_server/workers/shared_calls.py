@@ -2,7 +2,7 @@
 
 import asyncio
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from flywheel_server.admission import Admission, Place
 from flywheel_server.quotas import Quotas
@@ -32,6 +32,8 @@ class SharedCalls:
         self._places: dict[int, Place] = {}
         self._shares: dict[int, Callable[[int], None]] = {}
         """For each call that has a share of the quotas, what gives back the share, except for so many tokens."""
+        self._entries: dict[int, asyncio.Handle] = {}
+        """For each call that has arrived and has not entered yet, what has it enter."""
         self.handlers: Final[dict[str, Callable[..., None]]] = {
             "enter": self.enter,
             "admit": self.admit,
@@ -39,7 +41,15 @@ class SharedCalls:
             "settle": self.settle,
         }
 
-    def enter(  # noqa: PLR0917 - as they come over the wire
+    def enter(self, number: int, *entry: Any) -> None:  # noqa: ANN401 - the arguments of `_enter`, as they come over the wire
+        """Takes a share of the quotas and a place in the queue for a new call, which waits for room if its prompt is ready.
+
+        It does so when all lines have been read that have arrived by now. A caller whose call on another worker has ended may
+        have begun this one, and the event loop may read the line of this one first.
+        """
+        self._entries[number] = asyncio.get_running_loop().call_soon(self._enter, number, *entry)
+
+    def _enter(  # noqa: PLR0917 - as they come over the wire
         self,
         number: int,
         caller_line: Line,
@@ -48,7 +58,7 @@ class SharedCalls:
         time_remaining: float | None,
         context_tokens: int | None = None,
     ) -> None:
-        """Takes a share of the quotas and a place in the queue for a new call, which waits for room if its prompt is ready."""
+        del self._entries[number]
         caller = wire.to_caller(caller_line)
         try:
             taken = self._quotas.take(caller, samples, tokens)
@@ -61,10 +71,14 @@ class SharedCalls:
         self._places[number] = place
         place.call_if_lost(partial(self._lose, number))
         if context_tokens is not None:
-            self.admit(number, context_tokens, time_remaining)
+            self._admit(number, context_tokens, time_remaining)
 
     def admit(self, number: int, context_tokens: int, time_remaining: float | None) -> None:
         """Has a call wait for room, unless it was refused meanwhile."""
+        # After `_enter`.
+        asyncio.get_running_loop().call_soon(self._admit, number, context_tokens, time_remaining)
+
+    def _admit(self, number: int, context_tokens: int, time_remaining: float | None) -> None:
         if place := self._places.get(number):
             try:
                 place.ask(context_tokens, time_remaining, partial(self._worker.send, "admitted", number))
@@ -73,6 +87,8 @@ class SharedCalls:
 
     def leave(self, number: int, finished: bool, used_tokens: int | None) -> None:
         """Gives up the place or the room of a call, and its share of the quotas if it is known what the call has used."""
+        if entry := self._entries.pop(number, None):
+            entry.cancel()
         if place := self._places.pop(number, None):
             place.leave(finished=finished)
         if used_tokens is not None:
@@ -85,7 +101,7 @@ class SharedCalls:
 
     def give_back_all(self) -> None:
         """Gives back what all calls hold. What they have used is not known, and does not count, as after a restart."""
-        for number in list(self._places):
+        for number in [*self._entries, *self._places]:
             self.leave(number, False, None)
         for number in list(self._shares):
             self.settle(number, 0)
