@@ -10,11 +10,18 @@ import asyncio
 from collections import deque
 from typing import Final
 
-TURNS_PER_ITERATION: Final = 4
-"""How many streams write in one iteration of the event loop: about a sixth of a millisecond of work.
+TURNS_PER_ITERATION: Final = 16
+"""How many streams write in one iteration of the event loop. Many iterations with few messages in each make messages dearer."""
 
-grpc.aio takes five iterations to accept a call, one call after the other.
+TURNS_WHEN_BEHIND: Final = 2
+"""How many they are while the server is behind.
+
+grpc.aio takes five iterations to accept a call, and accepts one call after the other. A server that keeps up has iterations
+without much to do, and accepts calls in these. One that is behind has none, so its iterations must be short.
 """
+
+BEHIND_AFTER: Final = 48
+"""For how many iterations in a row streams must have waited for their turn until the server is behind: some 30 ms."""
 
 
 class Turns:
@@ -27,8 +34,10 @@ class Turns:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._new: deque[asyncio.Future[None]] = deque()
         self._waiting: deque[asyncio.Future[None]] = deque()
-        self._left = TURNS_PER_ITERATION
-        """How many turns may still be granted in this iteration."""
+        self._turns = self._left = TURNS_PER_ITERATION
+        """How many turns an iteration has, and how many may still be granted in this one."""
+        self._waited = 0
+        """For how many iterations in a row streams have waited."""
 
     def ask(self, turn: asyncio.Future[None], *, is_first: bool) -> None:
         """Sets the result of the future when it is the turn of the stream, at once if nobody waits."""
@@ -42,7 +51,7 @@ class Turns:
     def _grant(self, turn: asyncio.Future[None]) -> None:
         if turn.done():
             return  # its call has ended
-        if self._left == TURNS_PER_ITERATION:
+        if self._left == self._turns:
             # Asking for the loop is a call of the system.
             self._loop = self._loop or asyncio.get_running_loop()
             self._loop.call_soon(self._next_iteration)
@@ -50,8 +59,9 @@ class Turns:
         turn.set_result(None)
 
     def _next_iteration(self) -> None:
-        self._left = TURNS_PER_ITERATION
-        self._grant_until(TURNS_PER_ITERATION - 1, self._waiting)
+        self._waited = self._waited + 1 if self._waiting or self._new else 0
+        self._turns = self._left = TURNS_PER_ITERATION if self._waited < BEHIND_AFTER else TURNS_WHEN_BEHIND
+        self._grant_until(self._turns - 1, self._waiting)
         self._grant_until(0, self._new)
         self._grant_until(0, self._waiting)
 

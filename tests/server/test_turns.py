@@ -5,7 +5,7 @@ from collections import Counter
 
 from flywheel_server.delivery import Delivery, DeltaBuffer, ReaderPolicy
 from flywheel_server.engines.base import Event, Sink, Started, TextDelta
-from flywheel_server.turns import TURNS_PER_ITERATION, Turns
+from flywheel_server.turns import BEHIND_AFTER, TURNS_PER_ITERATION, TURNS_WHEN_BEHIND, Turns
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -34,6 +34,10 @@ class Queue:
         if turn.done() and name not in self.granted:
             self.granted[name] = self.iteration
             self.order.append(name)
+
+    @property
+    def waits(self) -> bool:
+        return bool(self._waiting)
 
     async def next_iteration(self) -> None:
         await asyncio.sleep(0)
@@ -88,6 +92,28 @@ async def test_no_number_of_new_streams_stops_those_that_run() -> None:
         await streams.next_iteration()
         await streams.next_iteration()
     assert streams.granted.keys() >= set(running)
+
+
+async def test_while_the_server_is_behind_its_iterations_are_short() -> None:
+    streams = Queue()
+
+    async def keep_waiting(iterations: int) -> list[int]:
+        """Has more streams ask than there are turns, and returns how many got theirs in each iteration."""
+        for _ in range(iterations):
+            for each in range(2 * TURNS_PER_ITERATION):
+                streams.ask(f"{streams.iteration}-{each}")
+            await streams.next_iteration()
+        granted = Counter(streams.granted.values())
+        return [granted[number] for number in range(streams.iteration)]
+
+    kept_up = await keep_waiting(BEHIND_AFTER)
+    assert set(kept_up) == {TURNS_PER_ITERATION}
+    behind = (await keep_waiting(10))[BEHIND_AFTER + 1 :]
+    assert set(behind) == {TURNS_WHEN_BEHIND}
+    while streams.waits:
+        await streams.next_iteration()
+    await streams.next_iteration()
+    assert (await keep_waiting(2))[-2:] == [TURNS_PER_ITERATION] * 2, "it has caught up"
 
 
 async def test_while_there_is_room_it_is_everybodys_turn_at_once() -> None:

@@ -52,7 +52,8 @@ class Script(BaseModel):
     prompt_delay: Seconds = 0
     """Seconds to read the prompt."""
     token_delay: Seconds = 0
-    """Seconds from one step to the next, which makes a token of each sample; 0 is as fast as the event loop turns."""
+    """Seconds from one step to the next, which makes a token of each sample; 0 is as
+    fast as can be: a step in every third iteration of the event loop."""
     end_after: Count | None = None
     """Tokens after which the model ends sample 0 of its own accord; the default goes on to max_tokens."""
     stagger: Count = 0

@@ -11,6 +11,10 @@ PAUSED_INTERVAL: Final = 0.001
 """Seconds between two looks at generations that are all paused, if steps have no interval of their own."""
 
 
+ITERATIONS_PER_STEP: Final = 3
+"""In how many iterations of the event loop there is one step, if there is no interval: the others are left to the calls."""
+
+
 class Stepped(Protocol):
     """A generation that steps make."""
 
@@ -26,7 +30,7 @@ class Stepped(Protocol):
 
 
 class Steps:
-    """Makes a step for all generations every `interval` seconds; 0 is as fast as the event loop turns.
+    """Makes a step for all generations every `interval` seconds, or with 0 in every third iteration of the event loop.
 
     The steps keep to their schedule: what an event loop that was busy is late for, it makes up for at once. A generation takes
     part from the next step on. No time is kept while there is none.
@@ -68,7 +72,14 @@ class Steps:
         elif all_paused:
             self._timer = loop.call_later(PAUSED_INTERVAL, self._step, loop)
         else:
-            self._timer = loop.call_soon(self._step, loop)
+            self._timer = loop.call_soon(self._pass, loop, ITERATIONS_PER_STEP - 1)
+
+    def _pass(self, loop: asyncio.AbstractEventLoop, iterations: int) -> None:
+        """Lets so many iterations pass before a step."""
+        if iterations:
+            self._timer = loop.call_soon(self._pass, loop, iterations - 1)
+        else:
+            self._step(loop)
 
     def _step(self, loop: asyncio.AbstractEventLoop) -> None:
         made = int(self._steps_until(loop.time() + TIMER_TOLERANCE))
