@@ -140,6 +140,8 @@ async def test_envoy_repeats_what_a_full_server_refuses_and_nothing_that_is_wron
         assert refused, "the full server was asked too"
         with capture_logs() as log:
             assert await stub.GenerateAll(pb.GenerationRequest()).code() is grpc.StatusCode.INVALID_ARGUMENT
+            # A call is logged once its status has been sent, by which time its caller may have it.
+            await until(lambda: any(entry.get("code") == "INVALID_ARGUMENT" for entry in log), "the refusal is logged")
         assert len([entry for entry in log if entry.get("code") == "INVALID_ARGUMENT"]) == 1
 
 
