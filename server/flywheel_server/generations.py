@@ -9,7 +9,6 @@ from flywheel_server import running_time
 from flywheel_server.activity import Activity
 from flywheel_server.admission_control import AdmissionControl
 from flywheel_server.callers import Caller
-from flywheel_server.deadline import Deadline
 from flywheel_server.engines.base import (
     Engine,
     EngineFailedError,
@@ -100,16 +99,18 @@ class Generations:
         generation = Generation(self, caller, request.num_samples, time_remaining)
         self._running.add(generation)
         try:
-            with generation.deadline:
-                async with self._admission.entered(request, caller, time_remaining) as (generation.usage, place):
-                    place.call_if_lost(generation.end)
-                    with self.activity.failures_noticed():
-                        generation.prepared = await self._preparation.prepare(request, caller, generation.usage)
-                    await place.admitted(generation.prepared.context_tokens, generation.time_remaining())
-                    await deliver(generation)
+            async with (
+                generation.deadline,
+                self._admission.entered(request, caller, time_remaining) as (generation.usage, place),
+            ):
+                place.call_if_lost(generation.end)
+                with self.activity.failures_noticed():
+                    generation.prepared = await self._preparation.prepare(request, caller, generation.usage)
+                await place.admitted(generation.prepared.context_tokens, generation.time_remaining())
+                await deliver(generation)
         except Exception as error:
             # Not only TimeoutError: an engine may make of its cancel what it likes.
-            if not generation.deadline.has_expired:
+            if not generation.deadline.expired():
                 raise
             raise generation.why_it_ended() from error
         finally:
@@ -141,7 +142,7 @@ class Generation:
     def __init__(self, generations: Generations, caller: Caller, num_samples: int, time_remaining: float | None) -> None:
         self.caller = caller
         self._loop = asyncio.get_running_loop()
-        self.deadline = Deadline(None if time_remaining is None else self._loop.time() + time_remaining)
+        self.deadline = asyncio.timeout(time_remaining)
         self._generations = generations
         self._activity = generations.activity
         self._unfinished = set(range(num_samples))
@@ -152,13 +153,13 @@ class Generation:
 
     def end(self, error: Exception) -> None:
         """Ends the generation with an error, unless it is ending already."""
-        if self._ended_by is None and not self.deadline.has_expired:
+        if self._ended_by is None and not self._has_left and not self.deadline.expired():
             self._ended_by = error
-            self.deadline.expire()
+            self.deadline.reschedule(self._loop.time())
 
     def time_remaining(self) -> float | None:
         """Returns the seconds until the deadline; None if there is none."""
-        when = self.deadline.when
+        when = self.deadline.when()
         return None if when is None else when - self._loop.time()
 
     def why_it_ended(self) -> Exception:
