@@ -128,7 +128,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
 
     async def _stream(self, request: pb.GenerationRequest, buffer: Buffer, context: Context) -> None:
         def deliver(generation: Generation) -> Awaitable[None]:
-            return self._delivery.deliver(generation, buffer, context.has_begun, context.write)
+            return self._delivery.deliver(generation, buffer, context.send_initial_metadata, context.write)
 
         await self._run(self._translate(request), context, deliver)
 

@@ -34,7 +34,7 @@ class CallContext:
         """
         self._beginning = Operation(self._context.send_initial_metadata(((REQUEST_ID, self.request_id),)))
 
-    async def has_begun(self) -> None:
+    async def send_initial_metadata(self) -> None:
         """Sends the initial metadata, and returns when they have been sent."""
         self.begin()
         await self._has_sent_metadata()

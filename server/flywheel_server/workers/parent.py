@@ -153,11 +153,11 @@ class Worker:
 
     def _begin(self) -> None:
         self.has_begun = True
-        self._parent.has_begun(self)
+        self._parent.on_begun(self)
 
     def _be_ready(self) -> None:
         self.ready_at = running_time.now()
-        self._parent.is_ready()
+        self._parent.on_ready()
 
     def _fail(self, why: str) -> None:
         self.why = why
@@ -297,12 +297,12 @@ class Parent:
             worker.stop()
         await running_time.wait(keeping, timeout)
 
-    def has_begun(self, worker: Worker) -> None:
-        """Is called when a worker can be told something."""
+    def on_begun(self, worker: Worker) -> None:
+        """Tells a worker that has taken up its connection how the server is."""
         worker.connection.send("health", *self._health)
 
-    def is_ready(self) -> None:
-        """Is called when a worker serves."""
+    def on_ready(self) -> None:
+        """Takes note that a worker serves; says so for the server once all of them do."""
         if len(self._workers) == self._settings.workers and all(
             worker.ready_at is not None for worker in self._workers.values()
         ):
