@@ -1,9 +1,9 @@
 """From the events of a generation to the messages of a stream, at the pace of who reads them and of the event loop.
 
 What comes while a stream cannot write waits in a buffer, and leaves it merged: a message costs far more than the text in it, so
-this is what carries the load when there is much. A stream cannot write while its last message is being written, and while it is
-not its turn (`flywheel_server.turns`). A reader that keeps up, on a server that is not busy, gets every delta on its own and
-without delay. A reader that does not keep up is waited for, with a bound on what piles up meanwhile.
+this is what carries the load when there is much. A stream cannot write while its last message is being written, and while
+others write (`flywheel_server.write_scheduler`). A reader that keeps up, on a server that is not busy, gets every delta on its
+own and without delay. A reader that does not keep up is waited for, with a bound on what piles up meanwhile.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ from flywheel_server.engines.base import EngineFailedError, Event, Sink, Started
 from flywheel_server.errors import SlowReaderError
 from flywheel_server.messages import GenerationResponseSample
 from flywheel_server.translation import delta_to_proto, last_delta_to_proto, sample_to_proto
-from flywheel_server.turns import Turns
+from flywheel_server.write_scheduler import WriteScheduler
 
 Progress = TextDelta | GenerationResponseSample
 
@@ -71,7 +71,7 @@ class Delivery:
 
     def __init__(self, policy: ReaderPolicy) -> None:
         self._policy = policy
-        self._turns = Turns()
+        self._scheduler = WriteScheduler()
         self._readers = _Readers(policy.timeout)
 
     async def deliver(self, source: Source, buffer: Buffer, begin: Callable[[], Awaitable[None]], write: Write) -> None:
@@ -80,13 +80,13 @@ class Delivery:
         `begin` is awaited once the engine has begun. If the reader is slower than the policy allows, the source is ended with
         `SlowReaderError`.
         """
-        stream = _Stream(source, buffer, self._policy, self._turns)
+        stream = _Stream(source, buffer, self._policy, self._scheduler)
         generating = asyncio.create_task(source.run(stream))
         generating.add_done_callback(stream.wake)
         try:
             with self._readers.watched(source) as reader:
                 while not generating.done() or stream.has_news:
-                    await stream.turn()
+                    await stream.may_write()
                     if stream.is_beginning():
                         await begin()
                     for message in stream.take():
@@ -111,7 +111,7 @@ class Delivery:
 class _Stream:
     """The sink for the events of one generation, and the side that its writer sees."""
 
-    def __init__(self, source: Source, buffer: Buffer, policy: ReaderPolicy, turns: Turns) -> None:
+    def __init__(self, source: Source, buffer: Buffer, policy: ReaderPolicy, scheduler: WriteScheduler) -> None:
         self.is_full = False
         """Whether the engine is to wait for the reader."""
         self.has_news = False
@@ -119,11 +119,11 @@ class _Stream:
         self._source = source
         self._buffer = buffer
         self._policy = policy
-        self._turns = turns
+        self._scheduler = scheduler
         # Asking for the loop is a call of the system.
         self._loop = asyncio.get_running_loop()
-        self._turn: asyncio.Future[None] | None = None
-        """What the writer waits for, until it is asked for."""
+        self._idle: asyncio.Future[None] | None = None
+        """The permission that the writer waits for, while it has nothing to write."""
         self._begins = False
         self._is_first = True
         self._over = False
@@ -137,8 +137,8 @@ class _Stream:
         elif not buffer.add(event):
             return
         self.has_news = True
-        if self._turn is not None:
-            self._ask(self._turn)
+        if self._idle is not None:
+            self._request(self._idle)
         if buffer.size > self._policy.max_bytes:
             if self._policy.when_full == "wait":
                 self.is_full = True
@@ -150,19 +150,19 @@ class _Stream:
         # Asyncio complains of an error that nobody looks at, and a stream that ends early does not.
         generating.cancelled() or generating.exception()
         self._over = True
-        if self._turn is not None:
-            self._ask(self._turn)
+        if self._idle is not None:
+            self._request(self._idle)
 
-    def turn(self) -> asyncio.Future[None]:
-        """Returns what is done when the stream may write, and has something to write or to end for."""
-        turn = self._turn = self._loop.create_future()
+    def may_write(self) -> asyncio.Future[None]:
+        """Returns a future that is done once the stream may write and has something to write, or has ended."""
+        permission = self._idle = self._loop.create_future()
         if self.has_news or self._over:
-            self._ask(turn)
-        return turn
+            self._request(permission)
+        return permission
 
-    def _ask(self, turn: asyncio.Future[None]) -> None:
-        self._turn = None
-        self._turns.ask(turn, is_first=self._is_first)
+    def _request(self, permission: asyncio.Future[None]) -> None:
+        self._idle = None
+        self._scheduler.request(permission, is_first=self._is_first)
 
     def is_beginning(self) -> bool:
         """Returns whether the engine has begun since this was last asked."""
@@ -283,7 +283,7 @@ class SampleCollector:
             self._begin()
 
 
-class _Pile:
+class _Pending:
     """What waits of one sample: the event that came last, and the texts of all of them."""
 
     __slots__ = ("last", "texts")
@@ -312,7 +312,7 @@ class DeltaBuffer:
 
     def __init__(self) -> None:
         self.size = 0
-        self._piles: dict[int, _Pile] = {}
+        self._pending: dict[int, _Pending] = {}
         # How many characters of each sample have come, which its finished text repeats.
         self._seen: dict[int, int] = {}
 
@@ -323,14 +323,14 @@ class DeltaBuffer:
         text = event.text if isinstance(event, TextDelta) else event.text[seen:]
         self._seen[index] = seen + len(text)
         self.size += len(text) if text.isascii() else len(text.encode())
-        if pile := self._piles.get(index):
-            pile.add(event, text)
+        if pending := self._pending.get(index):
+            pending.add(event, text)
         else:
-            self._piles[index] = _Pile(event, text)
+            self._pending[index] = _Pending(event, text)
         return True
 
     def take(self) -> Sequence[pb.GenerationDelta]:
         """Returns the messages, the sample whose event came first before the others."""
-        piles, self._piles = self._piles, {}
+        pending, self._pending = self._pending, {}
         self.size = 0
-        return [pile.message() for pile in piles.values()]
+        return [each.message() for each in pending.values()]

@@ -1,11 +1,11 @@
-"""Whose turn it is: everybody's at once while there is nothing to wait for, then one after the other, new streams first."""
+"""Which streams write: all at once while there is nothing to wait for, then one after the other, new streams first."""
 
 import asyncio
 from collections import Counter
 
 from flywheel_server.delivery import Delivery, DeltaBuffer, ReaderPolicy
 from flywheel_server.engines.base import Event, Sink, Started, TextDelta
-from flywheel_server.turns import BEHIND_AFTER, TURNS_PER_ITERATION, TURNS_WHEN_BEHIND, Turns
+from flywheel_server.write_scheduler import WRITES_PER_ITERATION, WriteScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,41 +15,37 @@ POLICY = ReaderPolicy(max_bytes=1_000_000, when_full="wait", timeout=60)
 
 
 class Queue:
-    """Streams that ask for turns, and in which iteration of the event loop each got its own."""
+    """Streams that want to write, and in which iteration of the event loop each was let."""
 
     def __init__(self) -> None:
-        self.turns = Turns()
+        self.scheduler = WriteScheduler()
         self.granted: dict[str, int] = {}
         self.order: list[str] = []
         self.iteration = 0
         self._waiting: list[tuple[str, asyncio.Future[None]]] = []
 
-    def ask(self, name: str, *, is_first: bool = False) -> None:
-        turn = asyncio.get_running_loop().create_future()
-        self.turns.ask(turn, is_first=is_first)
-        self._note(name, turn)
-        self._waiting.append((name, turn))
+    def request(self, name: str, *, is_first: bool = False) -> None:
+        permission = asyncio.get_running_loop().create_future()
+        self.scheduler.request(permission, is_first=is_first)
+        self._note(name, permission)
+        self._waiting.append((name, permission))
 
-    def _note(self, name: str, turn: asyncio.Future[None]) -> None:
-        if turn.done() and name not in self.granted:
+    def _note(self, name: str, permission: asyncio.Future[None]) -> None:
+        if permission.done() and name not in self.granted:
             self.granted[name] = self.iteration
             self.order.append(name)
-
-    @property
-    def waits(self) -> bool:
-        return bool(self._waiting)
 
     async def next_iteration(self) -> None:
         await asyncio.sleep(0)
         self.iteration += 1
-        for name, turn in self._waiting:
-            self._note(name, turn)
-        self._waiting = [(name, turn) for name, turn in self._waiting if not turn.done()]
+        for name, permission in self._waiting:
+            self._note(name, permission)
+        self._waiting = [(name, permission) for name, permission in self._waiting if not permission.done()]
 
 
 @settings(deadline=None)
-@given(st.lists(st.lists(st.booleans(), max_size=3 * TURNS_PER_ITERATION), max_size=6))
-def test_each_gets_its_turn_once_and_new_streams_come_first(asked: list[list[bool]]) -> None:
+@given(st.lists(st.lists(st.booleans(), max_size=3 * WRITES_PER_ITERATION), max_size=6))
+def test_each_writes_once_and_new_streams_come_first(asked: list[list[bool]]) -> None:
     async def run() -> None:
         streams = Queue()
         when: dict[str, int] = {}
@@ -60,20 +56,20 @@ def test_each_gets_its_turn_once_and_new_streams_come_first(asked: list[list[boo
                 when[name] = streams.iteration
                 if is_first:
                     new.add(name)
-                streams.ask(name, is_first=is_first)
+                streams.request(name, is_first=is_first)
             await streams.next_iteration()
-        for _ in range(len(when) // TURNS_PER_ITERATION + 2):
+        for _ in range(len(when) // WRITES_PER_ITERATION + 2):
             await streams.next_iteration()
         assert streams.granted.keys() == when.keys()
-        assert max(Counter(streams.granted.values()).values(), default=0) <= TURNS_PER_ITERATION
+        assert max(Counter(streams.granted.values()).values(), default=0) <= WRITES_PER_ITERATION
         for kind in (new, when.keys() - new):
             of_kind = [name for name in streams.order if name in kind]
             assert of_kind == sorted(of_kind, key=lambda name: tuple(map(int, name.split("-")))), "first come, first served"
         for name in new:
             waited = streams.granted[name] - when[name]
             ahead = sum(other in new and when[other] <= when[name] for other in when)
-            assert waited <= 1 + ahead // (TURNS_PER_ITERATION - 1), (
-                "but for one turn, only other new streams are served before"
+            assert waited <= 1 + ahead // (WRITES_PER_ITERATION - 1), (
+                "but for one permission, only other new streams are served before"
             )
 
     asyncio.run(run())
@@ -81,61 +77,39 @@ def test_each_gets_its_turn_once_and_new_streams_come_first(asked: list[list[boo
 
 async def test_no_number_of_new_streams_stops_those_that_run() -> None:
     streams = Queue()
-    for number in range(TURNS_PER_ITERATION):
-        streams.ask(f"busy-{number}")
+    for number in range(WRITES_PER_ITERATION):
+        streams.request(f"busy-{number}")
     running = [f"running-{number}" for number in range(5)]
     for name in running:
-        streams.ask(name)
+        streams.request(name)
     for number in range(len(running)):
-        for each in range(2 * TURNS_PER_ITERATION):
-            streams.ask(f"new-{number}-{each}", is_first=True)
+        for each in range(2 * WRITES_PER_ITERATION):
+            streams.request(f"new-{number}-{each}", is_first=True)
         await streams.next_iteration()
         await streams.next_iteration()
     assert streams.granted.keys() >= set(running)
 
 
-async def test_while_the_server_is_behind_its_iterations_are_short() -> None:
-    streams = Queue()
-
-    async def keep_waiting(iterations: int) -> list[int]:
-        """Has more streams ask than there are turns, and returns how many got theirs in each iteration."""
-        for _ in range(iterations):
-            for each in range(2 * TURNS_PER_ITERATION):
-                streams.ask(f"{streams.iteration}-{each}")
-            await streams.next_iteration()
-        granted = Counter(streams.granted.values())
-        return [granted[number] for number in range(streams.iteration)]
-
-    kept_up = await keep_waiting(BEHIND_AFTER)
-    assert set(kept_up) == {TURNS_PER_ITERATION}
-    behind = (await keep_waiting(10))[BEHIND_AFTER + 1 :]
-    assert set(behind) == {TURNS_WHEN_BEHIND}
-    while streams.waits:
-        await streams.next_iteration()
-    await streams.next_iteration()
-    assert (await keep_waiting(2))[-2:] == [TURNS_PER_ITERATION] * 2, "it has caught up"
-
-
-async def test_while_there_is_room_it_is_everybodys_turn_at_once() -> None:
+async def test_while_there_is_room_everybody_writes_at_once() -> None:
     streams = Queue()
     for _ in range(3):
-        for number in range(TURNS_PER_ITERATION):
+        for number in range(WRITES_PER_ITERATION):
             name = f"{streams.iteration}-{number}"
-            streams.ask(name)
+            streams.request(name)
             assert streams.granted[name] == streams.iteration
         await streams.next_iteration()
 
 
-async def test_a_call_that_has_ended_takes_no_turn() -> None:
-    turns = Turns()
+async def test_a_call_that_has_ended_does_not_write() -> None:
+    scheduler = WriteScheduler()
     loop = asyncio.get_running_loop()
-    waiting = [loop.create_future() for _ in range(3 * TURNS_PER_ITERATION)]
-    for turn in waiting:
-        turns.ask(turn, is_first=False)
-    for turn in waiting[TURNS_PER_ITERATION : 2 * TURNS_PER_ITERATION]:
-        turn.cancel()
+    waiting = [loop.create_future() for _ in range(3 * WRITES_PER_ITERATION)]
+    for permission in waiting:
+        scheduler.request(permission, is_first=False)
+    for permission in waiting[WRITES_PER_ITERATION : 2 * WRITES_PER_ITERATION]:
+        permission.cancel()
     await asyncio.sleep(0)
-    assert all(turn.done() for turn in waiting)
+    assert all(permission.done() for permission in waiting)
 
 
 class Stream(Source):
@@ -195,7 +169,7 @@ def test_whatever_the_pace_each_reader_gets_the_text_in_order(actions: list[tupl
 
 async def test_nothing_is_held_while_the_event_loop_is_idle() -> None:
     delivery = Delivery(POLICY)
-    streams = [Stream() for _ in range(2 * TURNS_PER_ITERATION)]
+    streams = [Stream() for _ in range(2 * WRITES_PER_ITERATION)]
     readers = [Reader() for _ in streams]
     for reader in readers:
         reader.may_read(100)
@@ -207,7 +181,7 @@ async def test_nothing_is_held_while_the_event_loop_is_idle() -> None:
     for number in range(1, 4):
         for stream in streams:
             stream.send(TextDelta(0, "x", number))
-        # Turns for all, and what each takes to write.
+        # All are let, and what each takes to write.
         for _ in range(8):
             await asyncio.sleep(0)
         assert [len(reader.read) for reader in readers] == [number] * len(readers), "each on its own"
@@ -218,7 +192,7 @@ async def test_nothing_is_held_while_the_event_loop_is_idle() -> None:
 
 async def test_a_new_stream_writes_before_those_that_run() -> None:
     delivery = Delivery(POLICY)
-    old = [Stream() for _ in range(20 * TURNS_PER_ITERATION)]
+    old = [Stream() for _ in range(20 * WRITES_PER_ITERATION)]
     new, reader = Stream(), Reader()
     everybody = Reader()
     everybody.may_read(10_000)
