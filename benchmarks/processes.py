@@ -1,18 +1,15 @@
 """What a process and its children cost, read from outside. Linux only."""
 
-import os
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from threading import Event, Thread
 from typing import Self
 
-PAGE = os.sysconf("SC_PAGE_SIZE")
+import psutil
 
 
 def family(pid: int) -> list[int]:
     """Returns the process and all its descendants that run now."""
-    return [pid, *(each for child in _children(pid) for each in family(child))]
+    return [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
 
 
 def cpu_seconds(pid: int) -> float:
@@ -26,12 +23,7 @@ def cpu_seconds(pid: int) -> float:
 
 def resident_bytes(pid: int) -> int:
     """Returns the resident memory of the process and its descendants; pages that they share count for each of them."""
-    return sum(int(Path(f"/proc/{each}/statm").read_text().split()[1]) * PAGE for each in family(pid))
-
-
-def _children(pid: int) -> Iterator[int]:
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        yield from map(int, (task / "children").read_text().split())
+    return sum(psutil.Process(each).memory_info().rss for each in family(pid))
 
 
 class PeakMemory:

@@ -5,12 +5,10 @@ It prints its address, and then its figures for each line that it reads, until i
 
 import asyncio
 import json
-import os
-import resource
 import sys
-from pathlib import Path
 
 import flywheel_server.serve_command  # noqa: F401 - sets what grpc reads from the environment when it is imported
+import psutil
 import uvloop
 from flywheel_server import logs
 from flywheel_server.engines.chosen import chosen_engine
@@ -36,11 +34,11 @@ async def _serve() -> None:
 
 def _figures() -> dict[str, int]:
     """Returns what this process holds: bytes of resident memory, file descriptors, threads, and asyncio's tasks."""
-    resident_pages = int(Path("/proc/self/statm").read_text().split()[1])
+    this = psutil.Process()
     return {
-        "resident": resident_pages * resource.getpagesize(),
-        "descriptors": len(os.listdir("/proc/self/fd")),  # noqa: PTH208 - only their number is wanted
-        "threads": len(os.listdir("/proc/self/task")),  # noqa: PTH208
+        "resident": this.memory_info().rss,
+        "descriptors": this.num_fds(),
+        "threads": this.num_threads(),
         "tasks": len(asyncio.all_tasks()),
     }
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import random
-import re
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import grpc
 import grpc.aio
 import modal
+import psutil
 import pytest
 from flywheel_client import AsyncClient, InternalError
 from flywheel_proto.v1 import generation_pb2 as pb
@@ -168,10 +168,8 @@ async def test_wrong_fields_are_a_value_error_for_whoever_calls_the_class(mortal
 
 def sockets_of(container: Container) -> list[Path]:
     """Returns the Unix sockets of llama.cpp in the container's process."""
-    descriptors = Path(f"/proc/{container.process.pid}/fd")
-    inodes = {found[1] for fd in descriptors.iterdir() if (found := re.fullmatch(r"socket:\[(\d+)\]", str(fd.readlink())))}
-    rows = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()]
-    return [Path(row[7]) for row in rows if len(row) == 8 and row[6] in inodes and row[7].endswith("llama.sock")]
+    sockets = psutil.Process(container.process.pid).net_connections("unix")
+    return [path for socket in sockets if (path := Path(str(socket.laddr))).name == "llama.sock"]
 
 
 @pytest.mark.thorough

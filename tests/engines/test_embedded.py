@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import xllamacpp
 from flywheel_proto.v1 import generation_pb2 as pb
@@ -156,16 +157,9 @@ async def test_what_the_context_does_not_hold_at_a_time_is_done_one_after_the_ot
         assert sorted(sample.index for sample in samples) == list(range(5))
 
 
-def listening_ports() -> set[str]:
+def listening_ports() -> set[int]:
     """Returns the TCP ports that this process listens on."""
-    sockets = {str(entry.readlink()) for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink()}
-    ports = set()
-    for table in ("/proc/self/net/tcp", "/proc/self/net/tcp6"):
-        for line in Path(table).read_text().splitlines()[1:]:
-            _, local, _, state, *rest = line.split()
-            if state == "0A" and f"socket:[{rest[5]}]" in sockets:
-                ports.add(local)
-    return ports
+    return {each.laddr.port for each in psutil.Process().net_connections("tcp") if each.status == psutil.CONN_LISTEN}
 
 
 @pytest.mark.thorough

@@ -3,17 +3,16 @@
 import asyncio
 import gc
 import gzip
-import re
 import tracemalloc
 import zlib
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import grpc
 import grpc.aio
+import psutil
 import pytest
 from flywheel_proto.v1 import generation_pb2 as pb
 from flywheel_server import public_limits
@@ -308,7 +307,7 @@ async def test_a_request_that_was_refused_is_not_kept_until_a_garbage_collection
 
 
 def resident_mib(pid: int) -> int:
-    return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1]) // 1024  # type: ignore[index]
+    return psutil.Process(pid).memory_info().rss // 2**20
 
 
 NEARLY_4_MIB = 4 * 2**20 - 100

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import psutil
 import pytest
 from flywheel_proto.v1 import generation_pb2 as pb
 from flywheel_server.engines.scripted import ScriptedEngine
@@ -163,9 +164,10 @@ async def test_a_signal_to_the_first_process_of_a_container_is_not_lost(as_first
 
         def is_there() -> bool:
             nonlocal first
-            first = int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text() or 0)
+            children = psutil.Process(process.pid).children()
+            first = children[0].pid if children else 0
             # Before that it is `unshare`, which blocks signals as well.
-            return bool(first) and Path(f"/proc/{first}/cmdline").read_text().startswith(sys.executable)
+            return bool(children) and children[0].cmdline()[:1] == [sys.executable]
 
         await until(is_there, "the namespace has its first process")
         await has(first, "SigBlk", signal.SIGTERM)
@@ -199,10 +201,10 @@ async def test_keys_end_with_the_code_of_the_signal_and_leave_the_file_whole(num
             assert await asyncio.wait_for(process.communicate(), 20) == (b"", b"")
             assert process.returncode == 128 + number
         async with started(*arguments) as process:
-            descriptors = Path(f"/proc/{process.pid}/fd")
+            opened = psutil.Process(process.pid).open_files
 
             def waits() -> bool:
-                return any(os.path.realpath(each) == str(lock) for each in descriptors.iterdir())
+                return any(file.path == str(lock) for file in opened())
 
             await until(waits, "it waits for the other command")
             process.send_signal(number)

@@ -6,10 +6,10 @@ import uuid
 from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import grpc.aio
+import psutil
 from flywheel_proto.v1 import generation_pb2 as pb
 
 from tests.server.test_command import command, ready_line
@@ -101,6 +101,6 @@ async def several(*arguments: str, metadata: Any = (), setup: str = "") -> Async
 def is_running(pid: int) -> bool:
     """Returns whether there is such a process, and it is more than an entry that its parent has not looked at."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return False
