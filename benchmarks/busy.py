@@ -22,7 +22,7 @@ from typing import Final
 
 from flywheel_client import AsyncClient
 from flywheel_server.cores import usable_cores
-from flywheel_server.engines.openmp import CHOSEN_BY_USER
+from flywheel_server.engines.llama_cpp.openmp import CHOSEN_BY_USER
 
 from benchmarks.serving import flywheel_server
 

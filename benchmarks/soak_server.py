@@ -11,7 +11,7 @@ import flywheel_server.serve_command  # noqa: F401 - sets what grpc reads from t
 import psutil
 import uvloop
 from flywheel_server import logs
-from flywheel_server.engines.chosen import chosen_engine
+from flywheel_server.engine_factory import chosen_engine
 from flywheel_server.server import serve
 from flywheel_server.settings import parse
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Final
 
-from flywheel_server.keys_file import KeyEntry, KeysFile, hash_of
+from flywheel_server.access.keys_file import KeyEntry, KeysFile, hash_of
 
 from fuzz.calls import CALL_ATTACKS, CONCURRENCY, KEYS, CallAttack, unexpected_answers
 from fuzz.probe import flywheel_server, print_row

@@ -12,12 +12,12 @@ from typing import Any, Final
 
 import grpc
 from flywheel_proto.v1 import generation_pb2 as pb
-from flywheel_server.callers import caller
+from flywheel_server.access.callers import caller
+from flywheel_server.access.keys import KeyRing
+from flywheel_server.access.keys_file import KeysFile
 from flywheel_server.errors import MalformedRequestError, UnauthenticatedError, status_of
 from flywheel_server.interceptors.authentication import Authentication
 from flywheel_server.interceptors.metadata import CallMetadata
-from flywheel_server.keys import KeyRing
-from flywheel_server.keys_file import KeysFile
 from flywheel_server.messages import GenerationRequest, InvalidRequestError, RequestLimits
 from flywheel_server.translation import request_from_proto
 from google.protobuf.message import DecodeError, Message

@@ -8,7 +8,7 @@ import signal
 
 import xllamacpp
 from flywheel_server.cores import usable_cores
-from flywheel_server.engines.embedded import default_model
+from flywheel_server.engines.llama_cpp.embedded import default_model
 from flywheel_server.settings import Settings
 
 

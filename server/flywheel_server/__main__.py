@@ -21,7 +21,7 @@ def main() -> None:
     with standard_streams("flywheel-server"):
         if manages_keys:
             with loading("flywheel-server"):
-                from flywheel_server import keys_command
+                from flywheel_server.access import keys_command
             signals.exit_in_order()
             keys_command.main(sys.argv[2:])
         else:

@@ -7,7 +7,7 @@ from statistics import median
 from typing import Final, Self
 
 from flywheel_server import running_time
-from flywheel_server.callers import Caller
+from flywheel_server.access.callers import Caller
 from flywheel_server.errors import DeadlineExceededError, ServerFullError
 
 DEFAULT_SERVICE_TIME: Final = 1.0

@@ -5,11 +5,11 @@ from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
 from flywheel_server import admission
+from flywheel_server.access.callers import Caller
+from flywheel_server.access.quotas import Holding, Quotas, Usage
 from flywheel_server.admission import DEFAULT_SERVICE_TIME, Admission
-from flywheel_server.callers import Caller
 from flywheel_server.engines.base import EngineModel
 from flywheel_server.messages import GenerationRequest
-from flywheel_server.quotas import Holding, Quotas, Usage
 
 
 class Place(Protocol):

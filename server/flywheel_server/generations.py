@@ -6,9 +6,10 @@ from contextlib import suppress
 from typing import Final
 
 from flywheel_server import running_time
+from flywheel_server.access.callers import Caller
+from flywheel_server.access.quotas import Usage
 from flywheel_server.activity import Activity
 from flywheel_server.admission_control import AdmissionControl
-from flywheel_server.callers import Caller
 from flywheel_server.engines.base import (
     Engine,
     EngineFailedError,
@@ -22,7 +23,6 @@ from flywheel_server.engines.base import (
 from flywheel_server.errors import DeadlineExceededError, UnauthenticatedError
 from flywheel_server.messages import GenerationRequest, GenerationResponseSample
 from flywheel_server.preparation import Preparation
-from flywheel_server.quotas import Usage
 
 DEADLINE_MARGIN: Final = 0.05
 """The share of the remaining time, and at most so many seconds, by which the server ends a call before its deadline.

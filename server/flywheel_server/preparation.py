@@ -6,10 +6,10 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Final
 
-from flywheel_server.callers import Caller
+from flywheel_server.access.callers import Caller
+from flywheel_server.access.quotas import Usage
 from flywheel_server.engines.base import Engine, EngineError, PreparedRequest, PromptTooLongError
 from flywheel_server.messages import GenerationRequest
-from flywheel_server.quotas import Usage
 
 BYTES_PER_TOKEN: Final = 4
 """How much text is charged as one token if its call has ended before its tokens were counted."""

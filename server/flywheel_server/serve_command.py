@@ -16,8 +16,8 @@ os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_listener")
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 from flywheel_server import descriptors, heap, logs
+from flywheel_server.engine_factory import chosen_engine
 from flywheel_server.engines.base import EngineError
-from flywheel_server.engines.chosen import chosen_engine
 from flywheel_server.health import SERVICE
 from flywheel_server.output import Output
 from flywheel_server.server import serve

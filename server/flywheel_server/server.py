@@ -11,12 +11,13 @@ from flywheel_proto.v1 import generation_pb2_grpc
 from grpc_health.v1 import health, health_pb2_grpc
 
 from flywheel_server import running_time
+from flywheel_server.access.keys import KeyRing
 from flywheel_server.admission import Admission
 from flywheel_server.admission_control import LocalAdmissionControl
 from flywheel_server.counts import local_counts
 from flywheel_server.delivery import ReaderPolicy
+from flywheel_server.engine_factory import runs_in_process
 from flywheel_server.engines.base import Engine, EngineUnavailableError
-from flywheel_server.engines.chosen import runs_in_process
 from flywheel_server.engines.uninterrupted import to_its_end
 from flywheel_server.errors import IncompleteRequestError
 from flywheel_server.generations import Generations
@@ -26,7 +27,6 @@ from flywheel_server.interceptors.authentication import Authentication
 from flywheel_server.interceptors.calls import CallInterceptor
 from flywheel_server.interceptors.public import PublicMethods
 from flywheel_server.interceptors.reading import RequestReader
-from flywheel_server.keys import KeyRing
 from flywheel_server.listening import channel_arguments, connections_allowed, listen, safe_credentials
 from flywheel_server.operations import Waits
 from flywheel_server.reflection import add_reflection

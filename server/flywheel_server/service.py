@@ -9,7 +9,7 @@ from flywheel_proto.v1 import generation_pb2 as pb
 from flywheel_proto.v1 import generation_pb2_grpc
 
 from flywheel_server import running_time
-from flywheel_server.callers import caller
+from flywheel_server.access.callers import caller
 from flywheel_server.counts import Count
 from flywheel_server.delivery import Buffer, Delivery, DeltaBuffer, ReaderPolicy, SampleBuffer, SampleCollector
 from flywheel_server.engines.base import Engine, EngineModel, EngineUnavailableError

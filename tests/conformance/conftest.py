@@ -3,7 +3,7 @@
 from collections.abc import AsyncIterator
 
 import pytest
-from flywheel_server.engines.embedded import EmbeddedEngine, default_model
+from flywheel_server.engines.llama_cpp.embedded import EmbeddedEngine, default_model
 from flywheel_server.engines.scripted import Script, ScriptedEngine
 
 from tests.modal_cloud import ModalCloud, scripted

@@ -12,7 +12,7 @@ from flywheel_proto.v1 import generation_pb2 as pb
 from flywheel_server import stopping
 from flywheel_server.deployment import gateway
 from flywheel_server.deployment.settings import MAX_STOP_TIME
-from flywheel_server.engines import flywheel
+from flywheel_server.engines.modal import flywheel
 from flywheel_server.engines.scripted import Script
 
 from tests.deployment.conftest import AUTHORIZATION, current, deployed, published, records, through

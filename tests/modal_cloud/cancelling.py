@@ -19,7 +19,7 @@ from pathlib import Path
 import grpc.aio
 import modal.client
 from flywheel_proto.v1 import generation_pb2 as pb
-from flywheel_server.engines import remote_call
+from flywheel_server.engines.modal import remote_call
 from flywheel_server.engines.scripted import Script
 
 from tests.modal_cloud import ModalCloud, scripted

@@ -14,8 +14,8 @@ import modal
 from flywheel_server.deployment import model, signature
 from flywheel_server.deployment.model import RemoteModel
 from flywheel_server.deployment.supervised import SupervisedEngine, end_container
-from flywheel_server.engines import remote_events
 from flywheel_server.engines.base import Event, PreparedRequest, PromptTooLongError, Sink
+from flywheel_server.engines.modal import remote_events
 from flywheel_server.engines.scripted import Script, ScriptedEngine
 from flywheel_server.messages import GenerationRequest, GenerationResponseSample
 

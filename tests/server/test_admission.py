@@ -10,16 +10,16 @@ import grpc
 import grpc.aio
 import pytest
 from flywheel_proto.v1 import generation_pb2 as pb
+from flywheel_server.access.callers import Caller
 from flywheel_server.admission import DEFAULT_SERVICE_TIME, MAX_CALLERS, MAX_CALLS, MIN_CALLS, Admission, ServiceTimes
-from flywheel_server.callers import Caller
 from flywheel_server.engines.base import EngineModel
 from flywheel_server.engines.scripted import Script, ScriptedEngine
 from flywheel_server.errors import DeadlineExceededError, ServerFullError
 from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from tests.access.test_quotas import keys_for
 from tests.server.test_errors import METHODS, details_of, details_of_a_deadline
-from tests.server.test_quotas import keys_for
 from tests.serving import Target, drained, serving, settled, until
 
 ONE = pb.GenerationRequest(text="x", max_tokens=1)

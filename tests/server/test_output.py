@@ -25,7 +25,7 @@ import pytest
 import structlog
 from flywheel_proto.v1 import generation_pb2 as pb
 from flywheel_server import descriptors, logs
-from flywheel_server.engines import native_log
+from flywheel_server.engines.llama_cpp import native_log
 from flywheel_server.output import MAX_BYTES, Output, captured
 
 from tests.server.test_command import SCRIPTED, command, ready_line
@@ -387,7 +387,7 @@ def test_a_log_that_is_configured_again_leaves_nothing_of_the_first_one() -> Non
 IN_A_CONTAINER = """
 import logging, os, sys, time
 from flywheel_server import descriptors, logs
-from flywheel_server.engines import native_log
+from flywheel_server.engines.llama_cpp import native_log
 logs.configure("info", "text")
 began = time.monotonic()
 with native_log.captured():

@@ -11,17 +11,17 @@ import grpc
 import grpc.aio
 import pytest
 from flywheel_proto.v1 import generation_pb2 as pb
-from flywheel_server.callers import Caller
+from flywheel_server.access.callers import Caller
+from flywheel_server.access.quotas import Quotas, Usage
 from flywheel_server.engines.base import EngineFailedError, PreparedRequest, PromptTooLongError
 from flywheel_server.engines.scripted import Script, ScriptedEngine
 from flywheel_server.engines.uninterrupted import to_its_end
 from flywheel_server.messages import GenerationRequest
 from flywheel_server.preparation import Preparation
-from flywheel_server.quotas import Quotas, Usage
 from google.rpc.error_details_pb2 import ErrorInfo
 
+from tests.access.test_quotas import keys_for
 from tests.server.test_errors import METHODS, details_of, details_of_a_deadline
-from tests.server.test_quotas import keys_for
 from tests.serving import Target, drained, serving, settled, until
 
 REQUEST = GenerationRequest(text="x", max_tokens=1)

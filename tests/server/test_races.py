@@ -12,9 +12,9 @@ import grpc.aio
 import pytest
 from flywheel_proto.v1 import generation_pb2 as pb
 from flywheel_server import server
+from flywheel_server.access.callers import Caller
 from flywheel_server.admission import Admission
 from flywheel_server.admission_control import LocalAdmissionControl
-from flywheel_server.callers import Caller
 from flywheel_server.delivery import Delivery, ReaderPolicy, SampleBuffer, SampleCollector
 from flywheel_server.engines.base import EngineUnavailableError
 from flywheel_server.engines.scripted import Script

@@ -16,11 +16,12 @@ import grpc.aio
 import pytest
 from flywheel_proto.v1 import generation_pb2 as pb
 from flywheel_server import admission, public_limits, running_time
+from flywheel_server.access.callers import ANYBODY
 from flywheel_server.admission import Admission
-from flywheel_server.callers import ANYBODY
 from flywheel_server.delivery import Delivery, DeltaBuffer, ReaderPolicy, SampleBuffer
-from flywheel_server.engines import modal_retries, reach
 from flywheel_server.engines.base import EngineStats, EngineUnavailableError, TextDelta
+from flywheel_server.engines.modal import reach
+from flywheel_server.engines.modal import retries as modal_retries
 from flywheel_server.engines.scripted import Script, ScriptedEngine
 from flywheel_server.health import Health
 from flywheel_server.interceptors import reading

@@ -16,11 +16,11 @@ import trustme
 from cryptography.hazmat.primitives import serialization
 from flywheel_proto.v1 import generation_pb2 as pb
 from flywheel_proto.v1 import generation_pb2_grpc
-from flywheel_server.callers import Caller, caller
+from flywheel_server.access.callers import Caller, caller
+from flywheel_server.access.keys_file import KeyEntry, KeysFile, hash_of
 from flywheel_server.certificates import server_credentials
 from flywheel_server.engines.base import EngineStats, PreparedRequest, TextDelta
 from flywheel_server.engines.scripted import ScriptedEngine
-from flywheel_server.keys_file import KeyEntry, KeysFile, hash_of
 from google.rpc.error_details_pb2 import ErrorInfo
 from structlog.testing import capture_logs
 

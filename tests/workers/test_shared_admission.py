@@ -7,9 +7,9 @@ from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from flywheel_server.access.callers import ANYBODY, Caller
 from flywheel_server.admission import Admission
 from flywheel_server.admission_control import quotas_for
-from flywheel_server.callers import ANYBODY, Caller
 from flywheel_server.engines.base import EngineModel
 from flywheel_server.errors import DeadlineExceededError, QuotaExceededError, ServerFullError
 from flywheel_server.messages import GenerationRequest, GenerationResponseSample
@@ -22,7 +22,7 @@ from pydantic_core import from_json, to_json
 from tests.serving import until
 
 if TYPE_CHECKING:
-    from flywheel_server.quotas import Quotas
+    from flywheel_server.access.quotas import Quotas
 
 TWO = Caller("two", max_concurrent=2)
 METERED = Caller("metered", tokens_per_minute=100)

@@ -13,9 +13,9 @@ import grpc
 import grpc.aio
 import pytest
 from flywheel_proto.v1 import generation_pb2 as pb
+from flywheel_server.access.keys_file import KeysFile
 from flywheel_server.deployment.gateway import GatewayThread
 from flywheel_server.engines.scripted import ScriptedEngine
-from flywheel_server.keys_file import KeysFile
 from flywheel_server.server import serve
 from flywheel_server.settings import Settings, parse
 from flywheel_server.workers.link import Link
@@ -23,8 +23,8 @@ from flywheel_server.workers.port import reserved
 from google.rpc.error_details_pb2 import ErrorInfo
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from tests.access.test_quotas import keys_for
 from tests.server.test_errors import details_of
-from tests.server.test_quotas import keys_for
 from tests.serving import Target, code_of, connected, free_ports, last_of, serving, until
 from tests.workers.several import Several, is_running, several
 

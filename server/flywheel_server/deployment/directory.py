@@ -22,7 +22,7 @@ from typing import Any, Final
 import modal
 import structlog
 
-from flywheel_server.engines.modal_waits import modal_result
+from flywheel_server.engines.modal.waits import modal_result
 
 log = structlog.stdlib.get_logger(__name__)
 

@@ -23,7 +23,7 @@ from uvloop import new_event_loop
 
 from flywheel_server import descriptors, heap, logs
 from flywheel_server.deployment.tunnel import reachable
-from flywheel_server.engines.chosen import chosen_engine
+from flywheel_server.engine_factory import chosen_engine
 from flywheel_server.server import serve
 from flywheel_server.settings import Settings
 

@@ -5,8 +5,8 @@ from typing import Final
 
 import modal
 
-from flywheel_server.engines.lease import lease_of
-from flywheel_server.engines.modal_waits import modal_result
+from flywheel_server.engines.modal.lease import lease_of
+from flywheel_server.engines.modal.waits import modal_result
 
 LOOK_INTERVAL: Final = 3.5
 """Seconds between two looks at the lease. A gateway renews it a little more often."""

@@ -22,9 +22,9 @@ from flywheel_server.deployment.supervised import SupervisedEngine, end_containe
 from flywheel_server.deployment.weights import Weights
 from flywheel_server.engines import base
 from flywheel_server.engines.base import Engine, EngineError, EngineFailedError, EngineSetupError
-from flywheel_server.engines.embedded import EmbeddedEngine
-from flywheel_server.engines.remote_events import Receipt
-from flywheel_server.engines.remote_fields import UNKNOWN_FIELD
+from flywheel_server.engines.llama_cpp.embedded import EmbeddedEngine
+from flywheel_server.engines.modal.remote_events import Receipt
+from flywheel_server.engines.modal.remote_fields import UNKNOWN_FIELD
 from flywheel_server.engines.samples import Samples
 from flywheel_server.messages import GenerationRequest, GenerationResponse
 from flywheel_server.setting_texts import NONE

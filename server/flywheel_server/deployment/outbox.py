@@ -26,10 +26,10 @@ import structlog
 from flywheel_server import running_time
 from flywheel_server.deployment.lease import LOOK_INTERVAL, Lease
 from flywheel_server.engines.base import EngineUnavailableError, Event, Started, TextDelta
-from flywheel_server.engines.modal_retries import Backoff
-from flywheel_server.engines.modal_waits import modal_result
-from flywheel_server.engines.rate_limit import RateLimit
-from flywheel_server.engines.remote_events import Pile
+from flywheel_server.engines.modal.rate_limit import RateLimit
+from flywheel_server.engines.modal.remote_events import Pile
+from flywheel_server.engines.modal.retries import Backoff
+from flywheel_server.engines.modal.waits import modal_result
 from flywheel_server.messages import GenerationResponseSample
 
 log = structlog.stdlib.get_logger(__name__)

@@ -24,7 +24,7 @@ from flywheel_server.engines.base import (
     Sink,
     Started,
 )
-from flywheel_server.engines.modal_waits import modal_result
+from flywheel_server.engines.modal.waits import modal_result
 from flywheel_server.messages import GenerationRequest
 from flywheel_server.supervision import Supervisor
 

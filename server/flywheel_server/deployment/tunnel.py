@@ -13,7 +13,7 @@ import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from flywheel_server.deployment.directory import published
-from flywheel_server.engines.modal_waits import modal_result
+from flywheel_server.engines.modal.waits import modal_result
 
 log = structlog.stdlib.get_logger(__name__)
 

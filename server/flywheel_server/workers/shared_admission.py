@@ -5,10 +5,10 @@ import itertools
 from collections.abc import Callable
 from typing import Self
 
-from flywheel_server.callers import Caller
+from flywheel_server.access.callers import Caller
+from flywheel_server.access.quotas import Usage, tokens_wanted
 from flywheel_server.engines.base import EngineModel
 from flywheel_server.messages import GenerationRequest
-from flywheel_server.quotas import Usage, tokens_wanted
 from flywheel_server.workers import wire
 from flywheel_server.workers.wire import Connection, Line
 

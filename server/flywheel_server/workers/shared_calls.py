@@ -4,8 +4,8 @@ import asyncio
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
+from flywheel_server.access.quotas import Quotas
 from flywheel_server.admission import Admission, Place
-from flywheel_server.quotas import Quotas
 from flywheel_server.workers import wire
 from flywheel_server.workers.wire import Connection, Line
 

@@ -34,7 +34,7 @@ from typing import Any, Final, cast
 
 from pydantic_core import from_json, to_json
 
-from flywheel_server.callers import Caller
+from flywheel_server.access.callers import Caller
 from flywheel_server.errors import DeadlineExceededError, QuotaExceededError, ServerFullError
 
 Line = Sequence[Any]

@@ -1,0 +1,173 @@
+"""Who may call: the keys of a variable, and the keys and certificates of a file that is followed."""
+
+import asyncio
+import hmac
+import secrets
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from hashlib import blake2b
+from pathlib import Path
+from typing import Final, NamedTuple, Self
+
+import structlog
+
+from flywheel_server.access.callers import Caller
+from flywheel_server.access.keys_file import RESERVED_NAMES, KeyEntry, KeysFile, hash_of
+from flywheel_server.errors import UnauthenticatedError
+from flywheel_server.reloading import Reloadable
+
+log = structlog.stdlib.get_logger(__name__)
+
+_INDEX_KEY: Final = secrets.token_bytes(32)
+
+
+class HashedKey(NamedTuple):
+    """What is kept of a key that a caller has sent.
+
+    Attributes:
+        hash: The hash of the key, as the file has it.
+        lookup: Where the key is looked up.
+    """
+
+    hash: str
+    lookup: bytes
+
+    @classmethod
+    def of(cls, key: str) -> Self:
+        """Hashes a key."""
+        key_hash = hash_of(key)
+        return cls(key_hash, _index_of(key_hash))
+
+
+class KeyRing:
+    """The keys and certificates that are accepted at the moment. It holds only the hashes of the keys.
+
+    Args:
+        keys: The keys of the variable. They are called FLYWHEEL_API_KEYS-1 and so on, and have no quotas.
+        file: The file with further keys, and certificates.
+
+    Attributes:
+        is_required: Whether only those on the ring may call. With a file that is empty, nobody may.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: Something in it is wrong.
+    """
+
+    def __init__(self, keys: Iterable[str] = (), file: str | None = None) -> None:
+        created = datetime.now(UTC)
+        self._fixed = tuple(
+            KeyEntry.model_construct(name=f"{RESERVED_NAMES}{number}", hash=hash_of(key), created=created)
+            for number, key in enumerate(keys, 1)
+        )
+        self._file = Reloadable("API keys", [path := Path(file)], lambda: _read(path)) if file is not None else None
+        self._accepted = _Accepted.of((*self._fixed, *(self._file.first if self._file else ())))
+        self.is_required: Final = bool(self._fixed) or self._file is not None
+
+    def caller_of_key(self, key: HashedKey) -> Caller:
+        """Returns whose key it is; raises `UnauthenticatedError` where it is nobody's or has expired."""
+        entry = self._accepted.by_key.get(key.lookup)
+        if entry is None or entry.hash is None or not hmac.compare_digest(entry.hash, key.hash):
+            raise UnauthenticatedError("API_KEY_INVALID")
+        return _unless_expired(entry)
+
+    def caller_of_certificate(self, identities: Iterable[str]) -> Caller | None:
+        """Returns who is listed with one of the identities, the first one if several are; None where nobody is.
+
+        Raises `UnauthenticatedError` where that has expired.
+        """
+        by_certificate = self._accepted.by_certificate
+        entry = next((by_certificate[identity] for identity in identities if identity in by_certificate), None)
+        return _unless_expired(entry) if entry else None
+
+    @asynccontextmanager
+    async def following(self, on_revoked: Callable[[Collection[str]], None], interval: float = 1.0) -> AsyncIterator[None]:
+        """Follows the file for the length of the context: looks at it every `interval` seconds, and takes what has changed.
+
+        `on_revoked` gets the names that are gone, or that stand for another key now. A file that cannot be read, or has
+        something wrong in it, changes nothing.
+        """
+        if self._file is None:
+            yield
+            return
+        # The thread is started now. A look at the file that found no thread would stay in the pool's queue, and run when a
+        # later look starts one: it would take the change from the file, and nobody would hear of it.
+        reader = ThreadPoolExecutor(1, "API keys")
+        reader.submit(lambda: None)
+        following = asyncio.create_task(self._follow(self._file, reader, on_revoked, interval))
+        try:
+            yield
+        finally:
+            following.cancel()
+            await asyncio.gather(following, return_exceptions=True)
+            reader.shutdown(wait=False)
+
+    async def _follow(
+        self,
+        file: Reloadable[tuple[KeyEntry, ...]],
+        reader: Executor,
+        on_revoked: Callable[[Collection[str]], None],
+        interval: float,
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(interval)
+            try:
+                entries = await loop.run_in_executor(reader, file.load_if_changed)
+                if entries is not None and (revoked := self._accept(entries)):
+                    on_revoked(revoked)
+            except Exception:
+                # Whatever it is, the next change may be that a key is revoked.
+                log.exception("API keys not reloaded")
+
+    def _accept(self, entries: Iterable[KeyEntry]) -> set[str]:
+        before, self._accepted = self._accepted, _Accepted.of((*self._fixed, *entries))
+        added = {name for name, *_ in self._accepted.credentials - before.credentials}
+        revoked = {name for name, *_ in before.credentials - self._accepted.credentials}
+        log.info("API keys reloaded", keys=len(self._accepted.credentials), added=sorted(added), revoked=sorted(revoked))
+        return revoked
+
+
+@dataclass(frozen=True, slots=True)
+class _Accepted:
+    by_key: Mapping[bytes, KeyEntry]
+    by_certificate: Mapping[str, KeyEntry]
+
+    @classmethod
+    def of(cls, entries: tuple[KeyEntry, ...]) -> Self:
+        return cls(
+            {_index_of(entry.hash): entry for entry in entries if entry.hash},
+            {entry.certificate: entry for entry in entries if entry.certificate},
+        )
+
+    @property
+    def credentials(self) -> set[tuple[str, str | None, str | None]]:
+        entries = (*self.by_key.values(), *self.by_certificate.values())
+        return {(entry.name, entry.hash, entry.certificate) for entry in entries}
+
+
+def _index_of(key_hash: str) -> bytes:
+    """Returns where a key is looked up.
+
+    How long a look-up takes depends on what it compares. That is nothing that callers choose: they do not know the key of this
+    process.
+    """
+    return blake2b(key_hash.encode(), key=_INDEX_KEY, digest_size=16).digest()
+
+
+def _unless_expired(entry: KeyEntry) -> Caller:
+    if entry.has_expired():
+        raise UnauthenticatedError("API_KEY_EXPIRED")
+    return entry.caller
+
+
+def _read(file: Path) -> tuple[KeyEntry, ...]:
+    try:
+        return KeysFile.read(file).keys
+    except OSError as error:
+        raise OSError(f"FLYWHEEL_API_KEYS_FILE cannot be read ({file}): {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"FLYWHEEL_API_KEYS_FILE is wrong ({file}): {error}") from None

@@ -1,0 +1,67 @@
+"""The engine that the settings name. Each is imported only where it is used: what it needs may not be there."""
+
+from pathlib import Path
+from typing import assert_never
+
+from flywheel_proto._extras import reason
+
+from flywheel_server.cores import usable_cores
+from flywheel_server.engines.base import Engine, EngineError, EngineModel, EngineUnavailableError
+from flywheel_server.settings import MAX_THREADS, Settings
+
+
+def chosen_engine(settings: Settings) -> Engine:
+    """Returns the engine of the settings, not yet started.
+
+    Raises `EngineUnavailableError` if it has no model, or cannot be loaded, for example because its extra is not installed.
+    """
+    try:
+        return _engine(settings)
+    except EngineError:
+        raise
+    except Exception as error:
+        raise EngineUnavailableError(f"the {settings.engine} engine cannot be used: {reason(error)}") from error
+
+
+def runs_in_process(settings: Settings) -> bool:
+    """Returns whether the engine of the settings works within the process that has made it, and so for that process alone."""
+    return settings.engine != "flywheel"
+
+
+def _engine(settings: Settings) -> Engine:
+    match settings.engine:
+        case "embedded":
+            from flywheel_server.engines.llama_cpp.embedded import EmbeddedEngine, default_model
+
+            return EmbeddedEngine(
+                Path(settings.model) if settings.model else default_model(),
+                context_tokens=settings.embedded_context,
+                slots=settings.embedded_slots,
+                threads=settings.embedded_threads or min(usable_cores(), MAX_THREADS),
+                batch_tokens=settings.embedded_batch,
+                prompt_format=None if settings.embedded_prompt == "auto" else settings.embedded_prompt,
+                prompt_cache=settings.embedded_prompt_cache,
+            )
+        case "flywheel":
+            from flywheel_server.engines.modal.errors import Target
+            from flywheel_server.engines.modal.flywheel import FlywheelEngine
+
+            return FlywheelEngine(
+                Target(settings.modal_app, settings.modal_class, settings.modal_environment),
+                gpu=settings.modal_gpu,
+                timeout=settings.modal_timeout,
+                as_deployed=settings.modal_as_deployed,
+                model=EngineModel(
+                    name=settings.model or settings.modal_app,
+                    engine="flywheel",
+                    context_tokens=settings.modal_context,
+                    penalizes_prompt=settings.modal_penalizes_prompt,
+                    prompt_format=settings.modal_prompt,
+                ),
+            )
+        case "scripted":
+            from flywheel_server.engines.scripted import ScriptedEngine
+
+            return ScriptedEngine(settings.script)
+        case unknown:
+            assert_never(unknown)

@@ -1,0 +1,89 @@
+"""Decides which fields of a request are sent to a class on Modal, and tells if the class does not take one.
+
+The gateway and the class may run different versions, and the class may be MK1's. So Flywheel's eleven are always sent, by name,
+and any other field only if it is set. The signature of the class tells whether it takes such a field: Modal keeps the signature
+beside the class, so that no container is woken. If the signature is not known, the error that the class raises tells.
+"""
+
+import re
+from collections.abc import Collection
+from typing import Any, Final
+
+import modal
+from modal_proto import api_pb2
+
+from flywheel_server.engines.base import UnsupportedFieldError
+from flywheel_server.engines.modal.waits import modal_result
+from flywheel_server.messages import GenerationRequest
+
+FLYWHEEL_FIELDS: Final = (
+    "text",
+    "max_tokens",
+    "eos_token_ids",
+    "max_input_tokens",
+    "num_samples",
+    "stop",
+    "temperature",
+    "top_k",
+    "top_p",
+    "presence_penalty",
+    "frequency_penalty",
+)
+"""The arguments of MK1 Flywheel's `generate`."""
+
+SENDER_ARGUMENTS: Final = ("queue", "partition", "call")
+"""The arguments of our own `generate_deltas` that come before the fields."""
+
+UNKNOWN_FIELD: Final = "Extra inputs are not permitted"
+"""What our own class says of a field that it does not know: pydantic's words, which classes deployed earlier say too."""
+
+_UNEXPECTED_ARGUMENT: Final = re.compile(r"got an unexpected keyword argument '(\w+)'")
+
+
+def further_fields(request: GenerationRequest) -> dict[str, Any]:
+    """Returns the fields beyond Flywheel's eleven whose value is not their default."""
+    return request.model_dump(mode="json", exclude={*FLYWHEEL_FIELDS}, exclude_defaults=True)
+
+
+def arguments_of(request: GenerationRequest) -> dict[str, Any]:
+    """Returns the request as keyword arguments of a class: Flywheel's eleven, and of the others those that are set."""
+    return request.model_dump(mode="json", include={*FLYWHEEL_FIELDS}) | further_fields(request)
+
+
+async def signature_of(method: modal.Function[..., Any, Any]) -> frozenset[str] | None:
+    """Returns the names of all arguments that the method takes; None if they are not known, as with `**fields`.
+
+    Modal tells the names of arguments, but not their kinds. An argument without a default that is neither Flywheel's nor ours
+    must be such as `**fields`, or else the class could not be called.
+    """
+    try:
+        schema = await modal_result(method._get_schema.aio())  # noqa: SLF001 - Modal has no public way
+    except AttributeError:
+        return None
+    ours = {*FLYWHEEL_FIELDS, *SENDER_ARGUMENTS}
+    names = frozenset(argument.name for argument in schema.arguments)
+    is_open = any(not argument.has_default and argument.name not in ours for argument in schema.arguments)
+    is_known = schema.schema_type == api_pb2.FunctionSchema.FUNCTION_SCHEMA_V1 and names.issuperset(FLYWHEEL_FIELDS)
+    return names if is_known and not is_open else None
+
+
+def unsupported(field: str) -> UnsupportedFieldError:
+    """Returns the error for a field that the class does not take."""
+    return UnsupportedFieldError(field, "the class on Modal does not take it")
+
+
+def refusal(error: BaseException, sent: Collection[str]) -> UnsupportedFieldError | None:
+    """Returns the error to raise if a class has failed because it does not take a field; otherwise None.
+
+    Arguments:
+        error: What the class has raised. Python's `TypeError`, as from MK1's class, or the `ValueError` of our own says so.
+        sent: The names of the fields that were sent beyond Flywheel's eleven. Only these can be refused.
+    """
+    match error:
+        case TypeError():
+            refused = _UNEXPECTED_ARGUMENT.findall(str(error))
+        case ValueError():
+            refused = [name for name in sent if f"{name}: {UNKNOWN_FIELD}" in str(error).split("; ")]
+        case _:
+            refused = []
+    return next((unsupported(name) for name in refused if name in sent), None)

