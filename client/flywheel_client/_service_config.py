@@ -15,9 +15,7 @@ import json
 import pkgutil
 from typing import Any, Final, cast
 
-from flywheel_proto.v1 import generation_pb2
-
-SERVICE: Final = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name
+from flywheel_proto._service_name import SERVICE_NAME
 
 # `importlib.resources` would load modules for archives and temporary files. The other one returns None only for packages
 # without files.
@@ -31,8 +29,8 @@ _LIMITS: Final[dict[str, Any]] = {
     "methodConfig": [
         {
             "name": [
-                {"service": SERVICE, "method": "GetModel"},
-                {"service": SERVICE, "method": "GetStats"},
+                {"service": SERVICE_NAME, "method": "GetModel"},
+                {"service": SERVICE_NAME, "method": "GetStats"},
                 {"service": "grpc.health.v1.Health"},
             ],
             "maxResponseMessageBytes": MAX_RECEIVE_STATUS_BYTES,

@@ -7,10 +7,10 @@ from math import inf
 from typing import Final, TypeVar
 
 import grpc
+from flywheel_proto._service_name import SERVICE_NAME
 
 from flywheel_client import _terminal as terminal
 from flywheel_client._errors import DeadlineExceededError, FlywheelError, UnavailableError, has_begun
-from flywheel_client._service_config import SERVICE
 from flywheel_client._sync import Client
 
 ResultT = TypeVar("ResultT")
@@ -108,7 +108,7 @@ class ReadyServer:
     def _state(self) -> str:
         """Returns what keeps the generation waiting; empty if the server is ready, or there is nothing to wait for."""
         try:
-            status = self._observer.health(SERVICE, timeout=SILENCE, wait_for_ready=False)
+            status = self._observer.health(SERVICE_NAME, timeout=SILENCE, wait_for_ready=False)
         except DeadlineExceededError:
             return SILENT
         except UnavailableError:

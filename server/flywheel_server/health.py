@@ -8,7 +8,7 @@ from typing import Any, Final, Protocol
 import grpc
 import grpc.aio
 import structlog
-from flywheel_proto.v1 import generation_pb2
+from flywheel_proto._service_name import SERVICE_NAME
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from flywheel_server import running_time
@@ -16,8 +16,6 @@ from flywheel_server.engines.base import Engine, EngineUnavailableError
 from flywheel_server.shortage import shortage_in
 
 log = structlog.stdlib.get_logger(__name__)
-
-SERVICE: Final = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name
 
 RUNNERS: Final = "flywheel.v1.Runners"
 """The name under which health tells whether the engine has runners now: what /health of Flywheel's example tells.
@@ -114,7 +112,7 @@ class Health:
 
     def show(self, *, serving: bool, runners: bool) -> None:
         """Sets the status of the server, of its service, and of the engine's runners."""
-        good = {health.OVERALL_HEALTH: serving, SERVICE: serving, RUNNERS: runners}
+        good = {health.OVERALL_HEALTH: serving, SERVICE_NAME: serving, RUNNERS: runners}
         self.servicer.set({name: SERVING if good[name] and not self._withdrawn else NOT_SERVING for name in good})
 
     def withdraw(self) -> None:

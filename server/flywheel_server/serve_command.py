@@ -15,10 +15,11 @@ os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_listener")
 # gRPC's own log of ordinary events, such as connections that end, is not in the form of ours.
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
+from flywheel_proto._service_name import SERVICE_NAME
+
 from flywheel_server import descriptors, heap, logs
 from flywheel_server.engine_factory import chosen_engine
 from flywheel_server.engines.base import EngineError
-from flywheel_server.health import SERVICE
 from flywheel_server.output import Output
 from flywheel_server.server import serve
 from flywheel_server.settings import Settings
@@ -126,4 +127,4 @@ def _example(settings: Settings, port: int) -> str:
         options.append("-cert CLIENT.pem -key CLIENT-KEY.pem")
     if settings.api_keys or settings.api_keys_file:
         options.append("-H 'authorization: Bearer KEY'")
-    return f"grpcurl {' '.join(options)} -d '{request}' {host}:{port} {SERVICE}/GenerateDeltas"
+    return f"grpcurl {' '.join(options)} -d '{request}' {host}:{port} {SERVICE_NAME}/GenerateDeltas"

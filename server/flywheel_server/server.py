@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import grpc.aio
+from flywheel_proto._service_name import SERVICE_NAME
 from flywheel_proto.v1 import generation_pb2_grpc
 from grpc_health.v1 import health, health_pb2_grpc
 
@@ -21,7 +22,7 @@ from flywheel_server.engines.base import Engine, EngineUnavailableError
 from flywheel_server.engines.uninterrupted import to_its_end
 from flywheel_server.errors import IncompleteRequestError
 from flywheel_server.generations import Generations
-from flywheel_server.health import SERVICE, Health
+from flywheel_server.health import Health
 from flywheel_server.interceptors import reading
 from flywheel_server.interceptors.authentication import Authentication
 from flywheel_server.interceptors.calls import CallInterceptor
@@ -99,7 +100,7 @@ async def serve(engine: Engine, settings: Settings, link: "Link | None" = None) 
     seldom_called: Any = Unregistered(server)
     health_pb2_grpc.add_HealthServicer_to_server(reported.servicer, seldom_called)
     if settings.reflection:
-        add_reflection((SERVICE, health.SERVICE_NAME), seldom_called)
+        add_reflection((SERVICE_NAME, health.SERVICE_NAME), seldom_called)
     supervisor = Supervisor(
         engine,
         generations.activity,

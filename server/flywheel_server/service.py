@@ -26,8 +26,6 @@ from flywheel_server.translation import (
 
 log = structlog.stdlib.get_logger(__name__)
 
-Context = CallContext
-
 
 class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     """Translates each call, runs it on the engine, and streams what comes of it.
@@ -87,15 +85,15 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         log.info("stopping", running_calls=running, drain_timeout=drain_timeout if running else 0)
         await self._generations.drain(drain_timeout)
 
-    async def Generate(self, request: pb.GenerationRequest, context: Context) -> None:  # type: ignore[override]
+    async def Generate(self, request: pb.GenerationRequest, context: CallContext) -> None:  # type: ignore[override]
         """Streams each sample, whole, as soon as it has finished."""
         await self._stream(request, SampleBuffer(), context)
 
-    async def GenerateDeltas(self, request: pb.GenerationRequest, context: Context) -> None:  # type: ignore[override]
+    async def GenerateDeltas(self, request: pb.GenerationRequest, context: CallContext) -> None:  # type: ignore[override]
         """Streams the text of all samples while it is made."""
         await self._stream(request, DeltaBuffer(), context)
 
-    async def GenerateAll(self, request: pb.GenerationRequest, context: Context) -> None:  # type: ignore[override]
+    async def GenerateAll(self, request: pb.GenerationRequest, context: CallContext) -> None:  # type: ignore[override]
         """Sends all samples, in the order of their index."""
         created = time.time()
         generation_request = self._translate(request)
@@ -109,16 +107,16 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
 
         await self._run(generation_request, context, deliver)
 
-    async def GetModel(self, request: pb.GetModelRequest, context: Context) -> None:  # type: ignore[override]
+    async def GetModel(self, request: pb.GetModelRequest, context: CallContext) -> None:  # type: ignore[override]
         """Sends what is served."""
         await self._answer(model_to_proto(self._serving(), self._limits), context)
 
-    async def GetStats(self, request: pb.GetStatsRequest, context: Context) -> None:  # type: ignore[override]
+    async def GetStats(self, request: pb.GetStatsRequest, context: CallContext) -> None:  # type: ignore[override]
         """Sends how busy the service is."""
         counts = await self._count()
         await self._answer(stats_to_proto(counts.engine, active=counts.active, queued=counts.queued), context)
 
-    async def _answer(self, message: pb.Model | pb.Stats, context: Context) -> None:
+    async def _answer(self, message: pb.Model | pb.Stats, context: CallContext) -> None:
         context.begin()
         try:
             async with running_time.timeout(self._policy.timeout):
@@ -126,14 +124,14 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         except TimeoutError as error:
             raise SlowReaderError from error
 
-    async def _stream(self, request: pb.GenerationRequest, buffer: Buffer, context: Context) -> None:
+    async def _stream(self, request: pb.GenerationRequest, buffer: Buffer, context: CallContext) -> None:
         def deliver(generation: Generation) -> Awaitable[None]:
             return self._delivery.deliver(generation, buffer, context.send_initial_metadata, context.write)
 
         await self._run(self._translate(request), context, deliver)
 
     def _run(
-        self, request: GenerationRequest, context: Context, deliver: Callable[[Generation], Awaitable[None]]
+        self, request: GenerationRequest, context: CallContext, deliver: Callable[[Generation], Awaitable[None]]
     ) -> Awaitable[None]:
         return self._generations.run(request, caller.get(), context.time_remaining(), deliver)
 

@@ -13,7 +13,7 @@ from flywheel_server.access.client_certificates import identities_of
 from flywheel_server.access.keys import HashedKey, KeyRing
 from flywheel_server.errors import UnauthenticatedError
 from flywheel_server.interceptors.metadata import CallMetadata
-from flywheel_server.interceptors.types import Context
+from flywheel_server.interceptors.types import GrpcContext
 
 _BEARER: Final = re.compile(r"bearer +(.*)", re.IGNORECASE | re.DOTALL)
 _VISIBLE: Final = re.compile(r"[\x21-\x7e]+")
@@ -40,7 +40,7 @@ class Authentication:
         self._keys = keys
         self._certificates = certificates
 
-    def identify(self, context: Context, metadata: CallMetadata) -> Credentials:
+    def identify(self, context: GrpcContext, metadata: CallMetadata) -> Credentials:
         """Makes the call its caller's, and returns what the caller was identified by."""
         # First of all: one that is not what it seems is refused, whatever else the call has.
         identities = identities_of(context.auth_context()) if self._certificates else ()

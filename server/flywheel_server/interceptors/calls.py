@@ -14,7 +14,7 @@ from flywheel_server.interceptors.metadata import CallMetadata
 from flywheel_server.interceptors.methods import Method
 from flywheel_server.interceptors.public import PublicMethods, is_public
 from flywheel_server.interceptors.reading import RequestReader
-from flywheel_server.interceptors.types import Context, Continuation, Handler
+from flywheel_server.interceptors.types import Continuation, GrpcContext, Handler
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
@@ -53,10 +53,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self._handlers[method] = made
         return made
 
-    def _around(self, name: str, handler: Handler) -> Callable[[Any, Context], Awaitable[None]]:
+    def _around(self, name: str, handler: Handler) -> Callable[[Any, GrpcContext], Awaitable[None]]:
         run = self._public.runner(handler) if is_public(name) else self._for_known_callers(Method(handler))
 
-        async def call(_: object, context: Context) -> None:
+        async def call(_: object, context: GrpcContext) -> None:
             metadata = CallMetadata.of(context)
             call_context = CallContext(context, metadata.request_id)
             # Until the call has ended, which is a task of its own.
@@ -71,8 +71,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
         return call
 
-    def _for_known_callers(self, method: Method) -> Callable[[Context, CallMetadata, CallContext], Awaitable[None]]:
-        async def run(context: Context, metadata: CallMetadata, call_context: CallContext) -> None:
+    def _for_known_callers(self, method: Method) -> Callable[[GrpcContext, CallMetadata, CallContext], Awaitable[None]]:
+        async def run(context: GrpcContext, metadata: CallMetadata, call_context: CallContext) -> None:
             credentials = self._authentication.identify(context, metadata)
             # The request is in no variable here, because it may be large, and this frame lasts as long as the method runs.
             await method.answer(await self._requests.receive(method, context, credentials), call_context)

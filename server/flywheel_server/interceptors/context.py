@@ -6,7 +6,7 @@ from typing import Any, Final
 import grpc
 import grpc.aio
 
-from flywheel_server.interceptors.types import Context
+from flywheel_server.interceptors.types import GrpcContext
 from flywheel_server.operations import Operation
 
 REQUEST_ID: Final = "x-request-id"
@@ -22,7 +22,7 @@ class CallContext:
         request_id: The request id of the call.
     """
 
-    def __init__(self, context: Context, request_id: str) -> None:
+    def __init__(self, context: GrpcContext, request_id: str) -> None:
         self.request_id = request_id
         self._context = context
         self._beginning: Operation[None] | None = None

@@ -6,7 +6,7 @@ from typing import Final, NamedTuple
 
 from flywheel_server.errors import MetadataTooLargeError
 from flywheel_server.interceptors.context import REQUEST_ID
-from flywheel_server.interceptors.types import Context
+from flywheel_server.interceptors.types import GrpcContext
 
 AUTHORIZATION: Final = "authorization"
 
@@ -30,7 +30,7 @@ class CallMetadata(NamedTuple):
     size: int
 
     @classmethod
-    def of(cls, context: Context) -> "CallMetadata":
+    def of(cls, context: GrpcContext) -> "CallMetadata":
         """Returns the metadata of a call."""
         size = 0
         sent_id: str | bytes | None = None

@@ -13,7 +13,7 @@ from flywheel_server.errors import IncompleteRequestError, MalformedRequestError
 from flywheel_server.interceptors.context import CallContext
 from flywheel_server.interceptors.metadata import CallMetadata
 from flywheel_server.interceptors.methods import Method
-from flywheel_server.interceptors.types import Context, Handler
+from flywheel_server.interceptors.types import GrpcContext, Handler
 from flywheel_server.operations import Operation, Waits
 from flywheel_server.public_limits import (
     MAX_BRIEF_CALLS,
@@ -52,7 +52,7 @@ class PublicMethods:
         self._streams = Places(max_streams)
         self._unread: Counter[str] = Counter()
 
-    def runner(self, handler: Handler) -> Callable[[Context, CallMetadata, CallContext], Awaitable[None]]:
+    def runner(self, handler: Handler) -> Callable[[GrpcContext, CallMetadata, CallContext], Awaitable[None]]:
         """Returns what runs a call of the method."""
         method = Method(handler)
         if handler.request_streaming:
@@ -62,7 +62,7 @@ class PublicMethods:
         return lambda context, *_: self._answer(method, context)
 
     @asynccontextmanager
-    async def _turn(self, context: Context) -> AsyncIterator[None]:
+    async def _turn(self, context: GrpcContext) -> AsyncIterator[None]:
         """Waits for a turn, and has it for the length of the context. Raises `ServerFullError` if there is none."""
         connection = context.peer()
         async with self._brief.place(connection), self._turns.turn(connection):
@@ -70,11 +70,11 @@ class PublicMethods:
                 raise ServerFullError(RETRY_DELAY)
             yield
 
-    async def _answer(self, method: Method, context: Context) -> None:
+    async def _answer(self, method: Method, context: GrpcContext) -> None:
         async with self._turn(context):
             await method.answer(await self._request(method, context), _Answers(context, self._unread))
 
-    async def _answer_each(self, method: Method, context: Context) -> None:
+    async def _answer_each(self, method: Method, context: GrpcContext) -> None:
         await self._answer(method, context)
         while True:
             arrived = False
@@ -90,26 +90,26 @@ class PublicMethods:
                     raise
                 return  # everything that was asked is answered
 
-    async def _stream(self, method: Method, context: Context) -> None:
+    async def _stream(self, method: Method, context: GrpcContext) -> None:
         async with self._turn(context):
             request = await self._request(method, context)
         async with self._streams.place(context.peer()):
             await method.answer(request, _Answers(context, self._unread))
 
-    async def _request(self, method: Method, context: Context) -> Any:  # noqa: ANN401 - any method's request
+    async def _request(self, method: Method, context: GrpcContext) -> Any:  # noqa: ANN401 - any method's request
         request = await self._receive(method, context)
         if request is None:
             raise MalformedRequestError
         return request
 
-    async def _receive(self, method: Method, context: Context) -> Any:  # noqa: ANN401 - any method's request
+    async def _receive(self, method: Method, context: GrpcContext) -> Any:  # noqa: ANN401 - any method's request
         return await method.receive(context, MAX_REQUEST_BYTES, self._waits)
 
 
 class _Answers:
     """What a public method sees of its call. Counts the answers that the caller leaves unread, by connection."""
 
-    def __init__(self, context: Context, unread: Counter[str]) -> None:
+    def __init__(self, context: GrpcContext, unread: Counter[str]) -> None:
         self._context = context
         self._unread = unread
         self.abort = context.abort

@@ -9,7 +9,7 @@ from typing import Any, Final
 from flywheel_server.errors import MalformedRequestError
 from flywheel_server.interceptors.authentication import Authentication, Credentials
 from flywheel_server.interceptors.methods import Method
-from flywheel_server.interceptors.types import Context
+from flywheel_server.interceptors.types import GrpcContext
 from flywheel_server.operations import Waits
 
 REQUEST_TIMEOUT: Final = 30.0
@@ -31,7 +31,7 @@ class RequestReader:
         self._waits = waits
         self._authentication = authentication
 
-    async def receive(self, method: Method, context: Context, credentials: Credentials) -> Any:  # noqa: ANN401 - any method's request
+    async def receive(self, method: Method, context: GrpcContext, credentials: Credentials) -> Any:  # noqa: ANN401 - any method's request
         """Returns the request.
 
         Raises:

@@ -6,6 +6,6 @@ from typing import Any, TypeAlias
 import grpc
 import grpc.aio
 
-Context = grpc.aio.ServicerContext[Any, Any]
+GrpcContext = grpc.aio.ServicerContext[Any, Any]
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"  # not subscriptable at run time
 Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Any]]
