@@ -1,9 +1,14 @@
-"""The generations that are under way: admitted, within their deadlines, counted, and checked against promise 1."""
+"""The life of each generation, and of all of them together.
+
+Each is admitted, within its deadline, counted, and checked against promise 1 of the contract: one finished sample per index.
+"""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Collection
 from contextlib import suppress
 from typing import Final
+
+import structlog
 
 from flywheel_server import running_time
 from flywheel_server.access.callers import Caller
@@ -24,6 +29,8 @@ from flywheel_server.errors import DeadlineExceededError, UnauthenticatedError
 from flywheel_server.messages import GenerationRequest, GenerationResponseSample
 from flywheel_server.preparation import Preparation
 
+log = structlog.stdlib.get_logger(__name__)
+
 DEADLINE_MARGIN: Final = 0.05
 """The share of the remaining time, and at most so many seconds, by which the server ends a call before its deadline.
 
@@ -32,11 +39,13 @@ The caller's own timer fires at the deadline and drops whatever comes later; onl
 
 
 class Generations:
-    """Runs requests on the engine. `queued` counts those that the engine has not begun, `active` those that it has.
+    """Runs requests on the engine, while the engine is up.
 
     Attributes:
         engine: The engine.
-        activity: What they show of the engine's condition.
+        activity: What the generations show of the engine's condition.
+        queued: Generations that the engine has not begun.
+        active: Generations that the engine has begun, and that have not ended.
     """
 
     def __init__(self, engine: Engine, admission: AdmissionControl) -> None:
@@ -46,34 +55,61 @@ class Generations:
         self.engine = engine
         self._admission = admission
         self._preparation = Preparation(engine)
+        self._model: EngineModel | None = None
+        self._closed = False
         self._running: set[Generation] = set()
         self._one_has_left = asyncio.Event()
 
-    def set_capacity(self, model: EngineModel) -> None:
-        """Lets in as much at a time as the engine works on with this model."""
-        self._admission.set_capacity(model)
-        self._preparation.set_threads(model.tokenizers)
+    @property
+    def is_open(self) -> bool:
+        """Whether new requests are run."""
+        return self._model is not None
 
-    async def drain(self, timeout: float) -> None:  # noqa: ASYNC109 - not the caller's, but that of the generations
-        """Gives the generations under way `timeout` seconds to finish, and ends the others with `EngineUnavailableError`."""
-        try:
-            with suppress(TimeoutError):
-                async with running_time.timeout(timeout):
-                    await self._all_left()
-        finally:
-            self.end_all("the server is stopping")
-            await self._all_left()
+    def model(self) -> EngineModel:
+        """Returns what the engine runs. Raises `EngineUnavailableError` unless the generations are open."""
+        if self._model is None:
+            raise EngineUnavailableError("the server is starting or stopping")
+        return self._model
 
-    def end_all(self, why: str) -> None:
-        """Ends all generations with `EngineUnavailableError`."""
-        for generation in self._running:
-            generation.end(EngineUnavailableError(why))
+    def open(self) -> None:
+        """Runs requests from now on, unless `close` was called: the engine has started."""
+        if not self._closed:
+            self._model = self.engine.model()
+            self._admission.set_capacity(self._model)
+            self._preparation.set_threads(self._model.tokenizers)
 
-    def end_those_of(self, callers: Collection[str]) -> None:
+    def interrupt(self) -> None:
+        """Refuses new requests, and ends the generations under way: the engine stops."""
+        self._model = None
+        self._end_all("the engine stops")
+
+    def revoke(self, callers: Collection[str]) -> None:
         """Ends the generations of the callers with these names, whose keys were revoked."""
         for generation in self._running:
             if generation.caller.name in callers:
                 generation.end(UnauthenticatedError("API_KEY_REVOKED"))
+
+    async def close(self, drain_timeout: float) -> None:
+        """Refuses new requests for good, and returns when all generations have ended.
+
+        The generations under way have `drain_timeout` seconds to finish. Those that have not finished then, or when this is
+        cancelled, are ended with `EngineUnavailableError`.
+        """
+        self._closed = True
+        self._model = None
+        running = self.active + self.queued
+        log.info("stopping", running_calls=running, drain_timeout=drain_timeout if running else 0)
+        try:
+            with suppress(TimeoutError):
+                async with running_time.timeout(drain_timeout):
+                    await self._all_left()
+        finally:
+            self._end_all("the server is stopping")
+            await self._all_left()
+
+    def _end_all(self, why: str) -> None:
+        for generation in self._running:
+            generation.end(EngineUnavailableError(why))
 
     async def _all_left(self) -> None:
         while self._running:
@@ -89,12 +125,15 @@ class Generations:
     ) -> None:
         """Delivers the generation of a request once it has its room in the engine, which it keeps until it is delivered.
 
+        Raises the call's error: `EngineUnavailableError` unless the generations are open.
+
         Arguments:
             request: What to generate.
             caller: For whom.
             time_remaining: Seconds; when they are over, `DeadlineExceededError` is raised.
             deliver: Runs the generation, and takes what comes of it to the caller.
         """
+        self.model()
         time_remaining = _within(time_remaining)
         generation = Generation(self, caller, request.num_samples, time_remaining)
         self._running.add(generation)

@@ -70,7 +70,6 @@ async def serve(engine: Engine, settings: Settings, link: "Link | None" = None) 
     generations = Generations(engine, admission)
     own_count = partial(local_counts, engine, generations)
     service = GenerationService(
-        engine,
         generations,
         ReaderPolicy(settings.max_stream_bytes, settings.slow_reader, settings.slow_reader_timeout),
         count=link.counting(engine, generations, in_process=runs_in_process(settings)) if link else own_count,
@@ -104,7 +103,7 @@ async def serve(engine: Engine, settings: Settings, link: "Link | None" = None) 
     supervisor = Supervisor(
         engine,
         generations.activity,
-        lambda: _open(service, reported, engine, settings.health_interval),
+        lambda: _open(generations, reported, engine, settings.health_interval),
         timeout=settings.engine_timeout,
         restarts=settings.engine_death == "restart",
     )
@@ -117,7 +116,7 @@ async def serve(engine: Engine, settings: Settings, link: "Link | None" = None) 
 
     try:
         port = 0 if link else await start()
-        async with supervisor.running(), keys.following(service.revoke):
+        async with supervisor.running(), keys.following(generations.revoke):
             try:
                 # One of several gets no connections before: another one may serve them.
                 yield port or await start()
@@ -125,7 +124,7 @@ async def serve(engine: Engine, settings: Settings, link: "Link | None" = None) 
                 reported.withdraw()
                 drain_timeout = 0.0
                 try:
-                    if service.is_open:
+                    if generations.is_open:
                         await running_time.sleep(settings.withdraw_window)
                     drain_timeout = settings.drain_timeout
                 finally:
@@ -133,17 +132,17 @@ async def serve(engine: Engine, settings: Settings, link: "Link | None" = None) 
                     reported.end()
                     # A drain would wait in vain for requests that do not come.
                     requests.end(lambda: EngineUnavailableError("the server is stopping"))
-                    await service.close(drain_timeout)
+                    await generations.close(drain_timeout)
     finally:
         await connections.end()
 
 
 @asynccontextmanager
-async def _open(service: GenerationService, reported: Health, engine: Engine, health_interval: float) -> AsyncIterator[None]:
+async def _open(generations: Generations, reported: Health, engine: Engine, health_interval: float) -> AsyncIterator[None]:
     """Takes calls and reports how the engine is, for the length of the context."""
-    service.open()
+    generations.open()
     try:
         async with reported.following(engine, health_interval):
             yield
     finally:
-        service.interrupt()
+        generations.interrupt()

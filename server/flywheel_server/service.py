@@ -1,8 +1,7 @@
-"""The servicer of `flywheel.v1.GenerationService`: it conducts, and leaves the work to the rooms around it."""
+"""The servicer of `flywheel.v1.GenerationService`: translates each call, hands it over, and delivers the answer."""
 
 import time
-from collections.abc import Awaitable, Callable, Collection
-from dataclasses import replace
+from collections.abc import Awaitable, Callable
 
 import structlog
 from flywheel_proto.v1 import generation_pb2 as pb
@@ -12,7 +11,6 @@ from flywheel_server import running_time
 from flywheel_server.access.callers import caller
 from flywheel_server.counts import Count
 from flywheel_server.delivery import Buffer, Delivery, DeltaBuffer, ReaderPolicy, SampleBuffer, SampleCollector
-from flywheel_server.engines.base import Engine, EngineModel, EngineUnavailableError
 from flywheel_server.errors import SlowReaderError
 from flywheel_server.generations import Generation, Generations
 from flywheel_server.interceptors.context import CallContext
@@ -37,7 +35,6 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
 
     def __init__(
         self,
-        engine: Engine,
         generations: Generations,
         policy: ReaderPolicy,
         *,
@@ -46,44 +43,13 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         max_num_samples: int,
         log_prompts: bool,
     ) -> None:
-        self._engine = engine
         self._generations = generations
         self._count = count
         self._policy = policy
         self._delivery = Delivery(policy)
-        self._limits = RequestLimits(max_text_bytes, max_num_samples, context_tokens=0)
+        self._max_text_bytes = max_text_bytes
+        self._max_num_samples = max_num_samples
         self._log_prompts = log_prompts
-        self._model: EngineModel | None = None
-        self._closed = False
-
-    @property
-    def is_open(self) -> bool:
-        """Whether new calls are taken."""
-        return self._model is not None
-
-    def open(self) -> None:
-        """Serves from now on, unless it was closed: the engine has started."""
-        if not self._closed:
-            self._model = self._engine.model()
-            self._limits = replace(self._limits, context_tokens=self._model.context_tokens)
-            self._generations.set_capacity(self._model)
-
-    def interrupt(self) -> None:
-        """Refuses new calls and ends the running ones: the engine stops."""
-        self._model = None
-        self._generations.end_all("the engine stops")
-
-    def revoke(self, callers: Collection[str]) -> None:
-        """Ends the calls of these callers, who may no longer make any."""
-        self._generations.end_those_of(callers)
-
-    async def close(self, drain_timeout: float) -> None:
-        """Refuses new calls, and returns when the running ones have ended, after `drain_timeout` seconds at the latest."""
-        self._closed = True
-        self._model = None
-        running = self._generations.active + self._generations.queued
-        log.info("stopping", running_calls=running, drain_timeout=drain_timeout if running else 0)
-        await self._generations.drain(drain_timeout)
 
     async def Generate(self, request: pb.GenerationRequest, context: CallContext) -> None:  # type: ignore[override]
         """Streams each sample, whole, as soon as it has finished."""
@@ -109,7 +75,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
 
     async def GetModel(self, request: pb.GetModelRequest, context: CallContext) -> None:  # type: ignore[override]
         """Sends what is served."""
-        await self._answer(model_to_proto(self._serving(), self._limits), context)
+        await self._answer(model_to_proto(self._generations.model(), self._limits()), context)
 
     async def GetStats(self, request: pb.GetStatsRequest, context: CallContext) -> None:  # type: ignore[override]
         """Sends how busy the service is."""
@@ -136,13 +102,10 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         return self._generations.run(request, caller.get(), context.time_remaining(), deliver)
 
     def _translate(self, message: pb.GenerationRequest) -> GenerationRequest:
-        self._serving()
-        request = request_from_proto(message, self._limits)
+        request = request_from_proto(message, self._limits())
         if self._log_prompts:
             log.info("prompt", text=request.text)
         return request
 
-    def _serving(self) -> EngineModel:
-        if self._model is None:
-            raise EngineUnavailableError("the server is starting or stopping")
-        return self._model
+    def _limits(self) -> RequestLimits:
+        return RequestLimits(self._max_text_bytes, self._max_num_samples, self._generations.model().context_tokens)

@@ -64,9 +64,14 @@ class Race:
         self.chance = random.Random(seed)
         self.engine = DelayedEngine(self.chance, script)
         self.admission = Admission(max_concurrent, max_queued=100)
-        self.generations = Generations(self.engine, LocalAdmissionControl(self.admission))
+        self.open()
         self.delivery = Delivery(ReaderPolicy(max_bytes=1000, when_full="wait", timeout=60))
         self.outcomes: Counter[str] = Counter()
+
+    def open(self) -> None:
+        """Takes calls, also after the generations have been closed."""
+        self.generations = Generations(self.engine, LocalAdmissionControl(self.admission))
+        self.generations.open()
 
     async def call(self, num_samples: int = 1, time_remaining: float | None = None, tokens: int = 2) -> None:
         """Makes a call, and counts how it ended."""
@@ -146,12 +151,13 @@ async def test_a_deadline_against_the_finish() -> None:
 async def test_a_drain_against_the_start() -> None:
     race = Race(seed=4)
     for _ in range(ROUNDS):
+        race.open()
         calls = []
         for _ in range(4):
             calls.append(race.begin(race.call(tokens=3)))
             await hops(race.chance.randrange(6))
         async with asyncio.timeout(PATIENCE):
-            await race.generations.drain(race.chance.choice([0, 0, 0.0002, 5]))
+            await race.generations.close(race.chance.choice([0, 0, 0.0002, 5]))
         await race.end(*calls)
     assert race.outcomes.keys() <= {"finished", "EngineUnavailableError"}
     assert min(race.outcomes.values()) > ROUNDS / 10
@@ -163,7 +169,7 @@ async def test_a_revocation_against_cancel_deadline_and_finish() -> None:
         limits = race.chance.choices([None, 0.0005], k=3)
         calls = [race.begin(race.call(time_remaining=limit)) for limit in limits]
         await hops(race.chance.randrange(30))
-        race.generations.end_those_of({CALLER.name})
+        race.generations.revoke({CALLER.name})
         await hops(race.chance.randrange(2))
         calls[0].cancel()
         await race.end(*calls)
