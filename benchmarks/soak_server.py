@@ -11,7 +11,7 @@ import flywheel_server.serve_command  # noqa: F401 - sets what grpc reads from t
 import psutil
 import uvloop
 from flywheel_server import logs
-from flywheel_server.engine_factory import chosen_engine
+from flywheel_server.engine_factory import create_engine
 from flywheel_server.server import serve
 from flywheel_server.settings import parse
 
@@ -26,7 +26,7 @@ async def _serve() -> None:
     logs.configure(settings.log_level, settings.log_format)
     lines = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
-    async with serve(chosen_engine(settings), settings) as port:
+    async with serve(create_engine(settings), settings) as port:
         print(f"127.0.0.1:{port}", flush=True)
         async for _ in lines:
             print(json.dumps(_figures()), flush=True)

@@ -10,7 +10,7 @@ from flywheel_server.engines.base import Engine, EngineError, EngineModel, Engin
 from flywheel_server.settings import MAX_THREADS, Settings
 
 
-def chosen_engine(settings: Settings) -> Engine:
+def create_engine(settings: Settings) -> Engine:
     """Returns the engine of the settings, not yet started.
 
     Raises `EngineUnavailableError` if it has no model, or cannot be loaded, for example because its extra is not installed.

@@ -18,7 +18,7 @@ os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 from flywheel_proto._service_name import SERVICE_NAME
 
 from flywheel_server import descriptors, heap, logs
-from flywheel_server.engine_factory import chosen_engine
+from flywheel_server.engine_factory import create_engine
 from flywheel_server.engines.base import EngineError
 from flywheel_server.output import Output
 from flywheel_server.server import serve
@@ -78,7 +78,7 @@ async def _serve_until_signal(settings: Settings, stop: StopSignals, stdout: Out
         await _serve(serve_in_workers(settings, sys.argv[1:], stderr.write), stop.calling, ready)
         return
     try:
-        await _serve(serve(chosen_engine(settings), settings), stop.calling, ready)
+        await _serve(serve(create_engine(settings), settings), stop.calling, ready)
     except EngineDiedError as error:
         stderr.write(f"flywheel-server: {error}\n".encode())
         _exit_without_threads(stderr)
@@ -87,7 +87,7 @@ async def _serve_until_signal(settings: Settings, stop: StopSignals, stdout: Out
 async def _serve_until_told(settings: Settings, pair: socket.socket, stderr: Output) -> None:
     link = await Link.over(pair)
     try:
-        await _serve(serve(chosen_engine(settings), settings, link), link.calling, lambda _: link.ready())
+        await _serve(serve(create_engine(settings), settings, link), link.calling, lambda _: link.ready())
     except (EngineError, OSError, ValueError, EngineDiedError) as error:
         await link.fail(str(error))
         _exit_without_threads(stderr)

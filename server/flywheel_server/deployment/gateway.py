@@ -23,7 +23,7 @@ from uvloop import new_event_loop
 
 from flywheel_server import descriptors, heap, logs
 from flywheel_server.deployment.tunnel import reachable
-from flywheel_server.engine_factory import chosen_engine
+from flywheel_server.engine_factory import create_engine
 from flywheel_server.server import serve
 from flywheel_server.settings import Settings
 
@@ -105,7 +105,7 @@ class GatewayThread:
             _end_container()
 
     async def _serve(self) -> None:
-        async with AsyncExitStack() as outlasting, serve(chosen_engine(self._settings), self._settings) as port:
+        async with AsyncExitStack() as outlasting, serve(create_engine(self._settings), self._settings) as port:
             withdraw = None
             if self._tunnelled_app is not None:
                 server = f"{self._settings.address.rpartition(':')[0]}:{port}"
