@@ -238,7 +238,7 @@ async def test_a_call_that_is_ended_while_it_begins_gets_its_status(
         if later:
             asyncio.get_running_loop().call_soon(end, later - 1)
         else:
-            made[0].end_all("just now")
+            made[0].interrupt()
 
     made = seen_generations(monkeypatch)
     async with serving(Engine(Script(hang_after=1))) as target:
