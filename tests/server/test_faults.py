@@ -177,7 +177,7 @@ async def test_whatever_an_engine_makes_of_its_cancel_the_call_ends_with_what_en
 ) -> None:
     async def generate(_: PreparedRequest, sink: Sink) -> None:
         sink.emit(Started())
-        asyncio.get_running_loop().call_soon(made[0].end_all, "just now")
+        asyncio.get_running_loop().call_soon(made[0].interrupt)
         try:
             await asyncio.Event().wait()
         except asyncio.CancelledError:
