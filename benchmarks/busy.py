@@ -21,8 +21,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import Final
 
 from flywheel_client import AsyncClient
-from flywheel_server.cores import usable_cores
 from flywheel_server.engines.llama_cpp.openmp import CHOSEN_BY_USER
+from flywheel_server.system.cores import usable_cores
 
 from benchmarks.serving import flywheel_server
 

@@ -29,7 +29,7 @@ from typing import Final, TextIO
 import grpc
 import uvloop
 from flywheel_proto.v1 import generation_pb2 as pb
-from flywheel_server.cores import usable_cores
+from flywheel_server.system.cores import usable_cores
 from grpc import StatusCode
 
 from benchmarks import soak_calls

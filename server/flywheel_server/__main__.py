@@ -2,7 +2,7 @@
 
 import sys
 
-from flywheel_server import signals
+from flywheel_server.system import signals
 
 
 def main() -> None:

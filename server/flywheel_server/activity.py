@@ -4,7 +4,7 @@ import asyncio
 
 from flywheel_server import running_time
 from flywheel_server.engines.base import EngineError, EngineFailedError
-from flywheel_server.shortage import is_shortage
+from flywheel_server.system.shortage import is_shortage
 
 
 class Activity:

@@ -6,8 +6,8 @@ from pathlib import Path
 import grpc
 import structlog
 
-from flywheel_server.regular_files import content_of
-from flywheel_server.reloading import Reloadable
+from flywheel_server.system.regular_files import content_of
+from flywheel_server.system.reloading import Reloadable
 
 log = structlog.stdlib.get_logger(__name__)
 

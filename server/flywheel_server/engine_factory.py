@@ -5,9 +5,9 @@ from typing import assert_never
 
 from flywheel_proto._extras import reason
 
-from flywheel_server.cores import usable_cores
 from flywheel_server.engines.base import Engine, EngineError, EngineModel, EngineUnavailableError
 from flywheel_server.settings import MAX_THREADS, Settings
+from flywheel_server.system.cores import usable_cores
 
 
 def create_engine(settings: Settings) -> Engine:

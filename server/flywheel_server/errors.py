@@ -18,7 +18,7 @@
                                                    CERTIFICATE_INVALID
     EngineSetupError           FAILED_PRECONDITION ErrorInfo ENGINE_NOT_SET_UP with what was looked for, and the setting
     EngineUnavailableError     UNAVAILABLE         RetryInfo, ErrorInfo ENGINE_UNAVAILABLE
-    any error of a shortage    UNAVAILABLE         RetryInfo, ErrorInfo OUT_OF_RESOURCES; see `flywheel_server.shortage`
+    any error of a shortage    UNAVAILABLE         RetryInfo, ErrorInfo OUT_OF_RESOURCES; see `flywheel_server.system.shortage`
     anything else              INTERNAL            ErrorInfo ENGINE_FAILED with the request id
 
 Where there is a RetryInfo, the metadata `grpc-retry-pushback-ms` says the same to the retries of gRPC itself (gRFC A6).
@@ -47,7 +47,7 @@ from flywheel_server.engines.base import (
     UnsupportedFieldError,
 )
 from flywheel_server.messages import FieldViolation, InvalidRequestError
-from flywheel_server.shortage import is_shortage
+from flywheel_server.system.shortage import is_shortage
 
 DOMAIN: Final = "flywheel.v1"
 DETAILS_KEY: Final = "grpc-status-details-bin"

@@ -13,7 +13,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from flywheel_server import running_time
 from flywheel_server.engines.base import Engine, EngineUnavailableError
-from flywheel_server.shortage import shortage_in
+from flywheel_server.system.shortage import shortage_in
 
 log = structlog.stdlib.get_logger(__name__)
 

@@ -12,10 +12,10 @@ from contextlib import contextmanager
 
 from flywheel_proto._extras import loading
 
-from flywheel_server import signals
-from flywheel_server.output import Output, captured
 from flywheel_server.settings import parse
-from flywheel_server.signals import StopSignals
+from flywheel_server.system import signals
+from flywheel_server.system.output import Output, captured
+from flywheel_server.system.signals import StopSignals
 
 
 def main(stop: StopSignals) -> None:

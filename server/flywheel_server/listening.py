@@ -6,9 +6,9 @@ from typing import Final
 import grpc.aio
 import structlog
 
-from flywheel_server import descriptors
 from flywheel_server.certificates import server_credentials
 from flywheel_server.settings import Settings
+from flywheel_server.system import descriptors
 
 log = structlog.stdlib.get_logger(__name__)
 

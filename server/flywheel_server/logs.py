@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import structlog
 
-from flywheel_server.output import Output
+from flywheel_server.system.output import Output
 
 
 class OutputHandler(logging.Handler):

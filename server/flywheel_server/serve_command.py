@@ -17,14 +17,15 @@ os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 from flywheel_proto._service_name import SERVICE_NAME
 
-from flywheel_server import descriptors, heap, logs
+from flywheel_server import logs
 from flywheel_server.engine_factory import create_engine
 from flywheel_server.engines.base import EngineError
-from flywheel_server.output import Output
 from flywheel_server.server import serve
 from flywheel_server.settings import Settings
-from flywheel_server.signals import StopSignals
 from flywheel_server.supervision import EngineDiedError
+from flywheel_server.system import descriptors, heap
+from flywheel_server.system.output import Output
+from flywheel_server.system.signals import StopSignals
 from flywheel_server.workers.link import Link
 from flywheel_server.workers.parent import WorkersError, serve_in_workers
 

@@ -7,10 +7,11 @@ from typing import Final
 
 import structlog
 
-from flywheel_server import descriptors, running_time
+from flywheel_server import running_time
 from flywheel_server.activity import Activity
 from flywheel_server.engines.base import Engine, EngineOverloadedError
-from flywheel_server.shortage import is_shortage
+from flywheel_server.system import descriptors
+from flywheel_server.system.shortage import is_shortage
 
 log = structlog.stdlib.get_logger(__name__)
 

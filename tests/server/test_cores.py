@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from flywheel_server import cores, memory
-from flywheel_server.cgroups import cpu_quota, free_memory, memory_limit
-from flywheel_server.cores import usable_cores
-from flywheel_server.memory import total_memory
+from flywheel_server.system import cores, memory
+from flywheel_server.system.cgroups import cpu_quota, free_memory, memory_limit
+from flywheel_server.system.cores import usable_cores
+from flywheel_server.system.memory import total_memory
 
 from tests.server.test_command import command, ready_line
 

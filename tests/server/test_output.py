@@ -24,9 +24,10 @@ import psutil
 import pytest
 import structlog
 from flywheel_proto.v1 import generation_pb2 as pb
-from flywheel_server import descriptors, logs
+from flywheel_server import logs
 from flywheel_server.engines.llama_cpp import native_log
-from flywheel_server.output import MAX_BYTES, Output, captured
+from flywheel_server.system import descriptors
+from flywheel_server.system.output import MAX_BYTES, Output, captured
 
 from tests.server.test_command import SCRIPTED, command, ready_line
 from tests.serving import Target, code_of, connected, until
@@ -386,7 +387,8 @@ def test_a_log_that_is_configured_again_leaves_nothing_of_the_first_one() -> Non
 
 IN_A_CONTAINER = """
 import logging, os, sys, time
-from flywheel_server import descriptors, logs
+from flywheel_server import logs
+from flywheel_server.system import descriptors
 from flywheel_server.engines.llama_cpp import native_log
 logs.configure("info", "text")
 began = time.monotonic()

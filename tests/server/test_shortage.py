@@ -17,10 +17,11 @@ import grpc
 import grpc.aio
 import pytest
 from flywheel_proto.v1 import generation_pb2 as pb
-from flywheel_server import descriptors, supervision
+from flywheel_server import supervision
 from flywheel_server.engines.base import EngineFailedError, EngineUnavailableError
 from flywheel_server.engines.scripted import Script
-from flywheel_server.shortage import is_shortage
+from flywheel_server.system import descriptors
+from flywheel_server.system.shortage import is_shortage
 from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from structlog.testing import capture_logs

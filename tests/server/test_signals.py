@@ -21,7 +21,7 @@ from flywheel_proto.v1 import generation_pb2 as pb
 from flywheel_server.engines.scripted import ScriptedEngine
 from flywheel_server.server import serve
 from flywheel_server.settings import Settings
-from flywheel_server.signals import STACKS, STOPPING
+from flywheel_server.system.signals import STACKS, STOPPING
 
 from tests.server.test_command import SCRIPTED, command, ready_line
 from tests.serving import connected, until
@@ -138,7 +138,7 @@ def test_nothing_that_takes_time_is_loaded_before_signals_are_heeded() -> None:
     listed = "import sys, flywheel_server.__main__; print(*(name for name in sys.modules if 'flywheel_' in name))"
     run = subprocess.run([sys.executable, "-c", listed], capture_output=True, text=True, check=True)
     ours = {name for name in run.stdout.split() if not name.startswith("__editable__")}
-    assert ours == {"flywheel_server", "flywheel_server.__main__", "flywheel_server.signals"}
+    assert ours == {"flywheel_server", "flywheel_server.__main__", "flywheel_server.system", "flywheel_server.system.signals"}
 
 
 @pytest.mark.parametrize("number", STOPPING)

@@ -17,7 +17,7 @@ import structlog
 from flywheel_server.access.callers import Caller
 from flywheel_server.access.keys_file import RESERVED_NAMES, KeyEntry, KeysFile, hash_of
 from flywheel_server.errors import UnauthenticatedError
-from flywheel_server.reloading import Reloadable
+from flywheel_server.system.reloading import Reloadable
 
 log = structlog.stdlib.get_logger(__name__)
 

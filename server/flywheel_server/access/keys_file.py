@@ -27,7 +27,7 @@ from pydantic_core import from_json
 from flywheel_server.access.callers import Caller
 from flywheel_server.access.identities import identity
 from flywheel_server.int32 import INT32_MAX
-from flywheel_server.regular_files import content_of
+from flywheel_server.system.regular_files import content_of
 
 KEY_PREFIX: Final = "fw_"
 """What the keys begin with, by which scanners find those that were published by mistake."""

@@ -21,11 +21,12 @@ from typing import Final
 import structlog
 from uvloop import new_event_loop
 
-from flywheel_server import descriptors, heap, logs
+from flywheel_server import logs
 from flywheel_server.deployment.tunnel import reachable
 from flywheel_server.engine_factory import create_engine
 from flywheel_server.server import serve
 from flywheel_server.settings import Settings
+from flywheel_server.system import descriptors, heap
 
 log = structlog.stdlib.get_logger(__name__)
 

@@ -14,8 +14,7 @@ import structlog
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from flywheel_server import heap, logs
-from flywheel_server.cores import usable_cores
+from flywheel_server import logs
 from flywheel_server.deployment.outbox import Outbox
 from flywheel_server.deployment.settings import Deployment
 from flywheel_server.deployment.supervised import SupervisedEngine, end_container
@@ -29,6 +28,8 @@ from flywheel_server.engines.samples import Samples
 from flywheel_server.messages import GenerationRequest, GenerationResponse
 from flywheel_server.setting_texts import NONE
 from flywheel_server.settings import Settings
+from flywheel_server.system import heap
+from flywheel_server.system.cores import usable_cores
 
 log = structlog.stdlib.get_logger(__name__)
 

@@ -11,7 +11,7 @@ from flywheel_server.engines.base import EngineError
 from flywheel_server.errors import CallStatus, DeadlineExceededError, QuotaExceededError, UnauthenticatedError, status_of
 from flywheel_server.interceptors.context import CallContext
 from flywheel_server.interceptors.methods import MethodError
-from flywheel_server.shortage import shortage_in
+from flywheel_server.system.shortage import shortage_in
 
 log = structlog.stdlib.get_logger(__name__)
 

@@ -9,5 +9,6 @@ the one health of all.
     parent        starts the workers, replaces them, and stops them
     shared_calls  what one worker's calls hold of the admission of all, in the parent
     link          the worker's end: an admission control, health and counts that ask the parent
-    worker        the program that a worker runs
+
+The program that a worker runs is `flywheel_server.worker`, because it loads a whole server.
 """

@@ -15,8 +15,8 @@ import structlog
 from flywheel_server import running_time
 from flywheel_server.admission import Admission
 from flywheel_server.admission_control import quotas_for
-from flywheel_server.output import CLOSE_TIMEOUT, forward
 from flywheel_server.settings import Settings
+from flywheel_server.system.output import CLOSE_TIMEOUT, forward
 from flywheel_server.workers.port import reserved
 from flywheel_server.workers.shared_calls import SharedCalls
 from flywheel_server.workers.wire import Connection, Line
@@ -354,7 +354,7 @@ class Parent:
 
 
 # -P keeps the folder in which the server is started from what can be imported, as with the command itself.
-COMMAND: Final = (sys.executable, "-P", "-m", "flywheel_server.workers.worker")
+COMMAND: Final = (sys.executable, "-P", "-m", "flywheel_server.worker")
 
 
 @asynccontextmanager

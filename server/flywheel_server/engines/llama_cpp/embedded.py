@@ -14,7 +14,6 @@ from typing import Final, Self
 
 import structlog
 
-from flywheel_server import heap
 from flywheel_server.engines.base import (
     EngineError,
     EngineFailedError,
@@ -40,8 +39,9 @@ from flywheel_server.engines.llama_cpp.prompt_queue import PromptQueue
 from flywheel_server.engines.llama_cpp.tokenizer import PIECE, StoppedError, Tokenizer
 from flywheel_server.engines.samples import Samples
 from flywheel_server.engines.uninterrupted import to_its_end
-from flywheel_server.memory import total_memory
 from flywheel_server.messages import GenerationRequest, GenerationResponseSample
+from flywheel_server.system import heap
+from flywheel_server.system.memory import total_memory
 
 log = structlog.stdlib.get_logger(__name__)
 

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import Final
 
-from flywheel_server import output
-from flywheel_server.output import Output
+from flywheel_server.system import output
+from flywheel_server.system.output import Output
 
 log = logging.getLogger("llama.cpp")
 

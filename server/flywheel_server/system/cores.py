@@ -4,7 +4,7 @@ import math
 import os
 import sys
 
-from flywheel_server.cgroups import cpu_quota
+from flywheel_server.system.cgroups import cpu_quota
 
 
 def usable_cores() -> int:

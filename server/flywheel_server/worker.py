@@ -1,4 +1,4 @@
-"""The program that a worker runs: `python -m flywheel_server.workers.worker DESCRIPTOR NUMBER PORT SETTING…`.
+"""The program that a worker runs: `python -m flywheel_server.worker DESCRIPTOR NUMBER PORT SETTING…`.
 
 The descriptor is that of the socket which leads to the parent. The settings are those of the parent's command line; the
 environment is the parent's too.
@@ -7,7 +7,7 @@ environment is the parent's too.
 import socket
 import sys
 
-from flywheel_server import signals
+from flywheel_server.system import signals
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 import os
 from contextlib import suppress
 
-from flywheel_server.cgroups import memory_limit
+from flywheel_server.system.cgroups import memory_limit
 
 
 def total_memory() -> float:
