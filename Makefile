@@ -40,10 +40,11 @@ soak: .venv/.installed ## Call a server for ten minutes, and look for what it ho
 # Prints the name of a step and its result; what the tool has to say only where it fails.
 step = @printf '%-16s' '$(1)'; if out=$$({ $(2); } 2>&1); then echo ok; else echo FAILED; echo "$$out"; exit 1; fi
 
-check: .venv/.installed .venv-codegen/.installed ## Format, lint, types, generated code, contract, locks
+check: .venv/.installed .venv-codegen/.installed ## Format, lint, types, layers, generated code, contract, locks
 	$(call step,ruff format,.venv/bin/ruff format --check)
 	$(call step,ruff check,.venv/bin/ruff check)
 	$(call step,mypy,.venv/bin/mypy)
+	$(call step,layers,.venv/bin/lint-imports --no-logo --no-cache layers.toml)
 	$(call step,generated code,$(generate) --check)
 	$(call step,buf lint,.venv/bin/buf lint)
 	$(call step,buf format,.venv/bin/buf format --diff --exit-code)
