@@ -1,7 +1,7 @@
 """Who a client certificate says its holder is: which names of it count, and that nobody enters by a name that is not theirs."""
 
 import ssl
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
@@ -21,7 +21,19 @@ from hypothesis import strategies as st
 
 from tests.access.test_authentication import CALLS
 from tests.server import certificates as made
-from tests.server.certificates import alternative_names, common_name, dns, extension, name, other_name, uri
+from tests.server.certificates import (
+    alone,
+    alternative_names,
+    basic_constraints,
+    common_name,
+    dns,
+    extension,
+    in_subject,
+    key_usage,
+    name,
+    other_name,
+    uri,
+)
 from tests.server.test_errors import details_of
 from tests.server.test_tls import Engine, Files, client
 from tests.serving import Target, drained, serving
@@ -41,27 +53,9 @@ CRITICAL: Final = extension("1.2.3.4.5", b"\x05\x00", critical=True)
 HARMLESS: Final = extension("1.2.3.4.5", b"\x05\x00")
 
 
-def basic_constraints(*, ca: bool) -> bytes:
-    value = made.der(made.BOOLEAN, b"\xff") if ca else b""
-    return extension(made.BASIC_CONSTRAINTS, made.der(made.SEQUENCE, value), critical=True)
-
-
-def key_usage(bits: int, unused: int) -> bytes:
-    return extension(made.KEY_USAGE, made.der(made.BIT_STRING, bytes([unused, bits])), critical=True)
-
-
-def alone(*names: bytes) -> tuple[bytes, ...]:
-    """Returns the parts of a certificate that has no other names than these alternative ones."""
-    return name(), alternative_names(*names)
-
-
 def beside(kind: bytes) -> tuple[bytes, ...]:
     """Returns the parts of a certificate that has a name of another kind beside its URI."""
     return alone(uri(MESH), kind)
-
-
-def in_subject(tag: int, value: bytes, kind: str = made.COMMON_NAME) -> tuple[bytes, ...]:
-    return (name((kind, tag, value)),)
 
 
 CASES: dict[str, tuple[tuple[bytes, ...], str]] = {
@@ -398,81 +392,3 @@ def test_names_that_somebody_defined_are_looked_through(
     value: bytes, expected: tuple[str, ...] | None, clients: trustme.CA
 ) -> None:
     assert _read(made.issue(clients, *beside(other_name(value))).cert_chain_pems[0].bytes()) == expected
-
-
-ENTRIES: dict[str, str | None] = {
-    MESH: MESH,
-    "spiffe://example.org/Mesh": "spiffe://example.org/Mesh",
-    "urn:uuid:F81D4FAE": "urn:uuid:F81D4FAE",
-    "HTTPS://A.example/%2e": "HTTPS://A.example/%2e",
-    "Mesh.Example": "mesh.example",
-    "Mesh Client 7": "mesh client 7",
-    "XN--bcher-kva.example": "xn--bcher-kva.example",
-    "my_service.example": "my_service.example",
-    "": "printable ASCII",
-    " mesh": "printable ASCII",
-    "mesh ": "printable ASCII",
-    "mesh\0x": "printable ASCII",
-    "mesh\n": "printable ASCII",
-    "bücher.example": "xn--",
-    "a" * 254: "1 to 253",
-    "*.example.org": "wildcard",
-    "mesh.example.": "dot",
-    ".mesh.example": "dot",
-    "10.0.0.1": "IP address",
-    "::1": "IP address",
-    "fe80::1": "IP address",
-    "spiffe://": "SPIFFE ID",
-    "spiffe://example.org": "SPIFFE ID",
-    "spiffe://Example.org/mesh": "SPIFFE ID",
-    "SPIFFE://example.org/mesh": "SPIFFE ID",
-    "spiffe://example.org/mesh/": "SPIFFE ID",
-    "spiffe://example.org/mesh\n": "SPIFFE ID",
-    "spiffe://example.org/m%65sh": "SPIFFE ID",
-    "spiffe:example.org/mesh": "SPIFFE ID",
-    f"{MESH}\0": "SPIFFE ID",
-    f"{MESH}/{'a' * 2048}": "2048",
-    "https://a.example/\0": "RFC 3986",
-    "https://a.example/a b": "RFC 3986",
-    "https://a.example/%zz": "RFC 3986",
-    "https://bücher.example/": "RFC 3986",
-    "https://a.example/" + "b" * 2048: "2048",
-}
-
-
-@pytest.mark.parametrize("text", ENTRIES)
-def test_what_no_certificate_can_enter_by_is_refused_in_words(text: str) -> None:
-    accepted = {text: known for text, known in ENTRIES.items() if known == text or known == text.lower()}
-    if text in accepted:
-        assert identity(text) == accepted[text]
-        assert identity(identity(text)) == identity(text)
-    else:
-        with pytest.raises(ValueError, match=ENTRIES[text]):
-            identity(text)
-
-
-@pytest.mark.parametrize("text", [text for text, known in ENTRIES.items() if known == text or known == text.lower()])
-def test_what_can_be_listed_some_certificate_has(text: str, clients: trustme.CA) -> None:
-    kinds: list[Callable[[], tuple[bytes, ...]]] = [
-        lambda: alone(uri(text)),
-        lambda: alone(dns(text)),
-        lambda: in_subject(UTF8, text.encode()),
-    ]
-    entered = [_read(made.issue(clients, *parts()).cert_chain_pems[0].bytes()) for parts in kinds]
-    assert (identity(text),) in entered
-
-
-def test_two_entries_that_the_same_certificate_has_are_one_too_many() -> None:
-    one, other = (
-        KeyEntry(name=caller, certificate=text, created=datetime.now(UTC))
-        for caller, text in (("a", "mesh.example"), ("b", "Mesh.EXAMPLE"))
-    )
-    with pytest.raises(ValueError, match="a and b have the same certificate"):
-        KeysFile(keys=(one, other))
-
-
-def test_an_entry_edited_by_hand_is_read_as_it_is_compared(tmp_path: Path) -> None:
-    text = b'{"keys": [{"name": "mesh", "certificate": "Mesh.Example", "created": "2026-01-01T00:00:00Z"}]}'
-    assert KeysFile.parse(text).keys[0].certificate == "mesh.example"
-    with pytest.raises(ValueError, match=r"entry 1 \(mesh\): certificate: must not have a wildcard"):
-        KeysFile.parse(text.replace(b"Mesh.", b"*."))

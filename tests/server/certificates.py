@@ -120,3 +120,21 @@ def issue(authority: trustme.CA, subject: bytes, *extensions: bytes, chain: tupl
 def pem(certificate: bytes) -> bytes:
     lines = textwrap.fill(base64.b64encode(certificate).decode(), 64)
     return f"-----BEGIN CERTIFICATE-----\n{lines}\n-----END CERTIFICATE-----\n".encode()
+
+
+def basic_constraints(*, ca: bool) -> bytes:
+    value = der(BOOLEAN, b"\xff") if ca else b""
+    return extension(BASIC_CONSTRAINTS, der(SEQUENCE, value), critical=True)
+
+
+def key_usage(bits: int, unused: int) -> bytes:
+    return extension(KEY_USAGE, der(BIT_STRING, bytes([unused, bits])), critical=True)
+
+
+def alone(*names: bytes) -> tuple[bytes, ...]:
+    """Returns the parts of a certificate that has no other names than these alternative ones."""
+    return name(), alternative_names(*names)
+
+
+def in_subject(tag: int, value: bytes, kind: str = COMMON_NAME) -> tuple[bytes, ...]:
+    return (name((kind, tag, value)),)

@@ -22,10 +22,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpclib import Status
 
 from tests.modal_cloud import Container, ModalCloud, scripted
-from tests.modal_cloud.cancelling import cancel_at_random, short_looks
 from tests.modal_cloud.state import Call
 from tests.server.test_errors import details_of
-from tests.serving import Target, code_of, connected, drained, serving, through_a_cable, until
+from tests.serving import Target, code_of, drained, serving, until
 
 METHODS = ["Generate", "GenerateDeltas", "GenerateAll"]
 ROOT = Path(__file__).parent.parent.parent.parent
@@ -84,10 +83,6 @@ async def some_running() -> bool:
     return await scripted.running(SLOW) > 0
 
 
-async def none_running() -> bool:
-    return await scripted.running(SLOW) == 0
-
-
 def container_of(call: Call) -> Container:
     assert call.container is not None
     return call.container
@@ -124,50 +119,6 @@ async def test_stats_are_those_of_modal(deployed: ModalCloud) -> None:
         finally:
             deployed.set_stats(None)
         assert (stats.backlog, stats.num_total_runners) == (7, 3)
-
-
-async def cancelled(target: Target, method: str, begun: asyncio.Event) -> None:
-    call = getattr(target.stub, method)(request(max_tokens=2000))
-    reading = asyncio.create_task(drained(call))
-    await begun.wait()
-    call.cancel()
-    await asyncio.gather(reading, return_exceptions=True)
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("how", ["cancel", "deadline", "cut"])
-@pytest.mark.parametrize("class_name", ["Model", "Flywheel"])
-async def test_whoever_goes_away_takes_the_call_along(slow: ModalCloud, class_name: str, how: str, method: str) -> None:
-    async with serving(scripted.engine(SLOW, class_name)) as direct, through_a_cable(direct.address) as cable:
-        before = len(slow.calls)
-        async with connected(cable.address) as target:
-            call = getattr(target.stub, method)(request(max_tokens=2000), timeout=1 if how == "deadline" else None)
-            reading = asyncio.create_task(drained(call))
-            await until(lambda: any(made.state == "running" for made in slow.calls[before:]), "the call runs", within=20)
-            if how == "cancel":
-                call.cancel()
-            if how == "cut":
-                cable.cut()
-            await asyncio.gather(reading, return_exceptions=True)
-        (made,) = slow.calls[before:]
-        await until(lambda: made.id in slow.cancelled, "the cancel has reached Modal")
-        await until(lambda: made.state == "cancelled", "the call has ended on Modal")
-        await until(lambda: idle(direct), "the server is idle")
-    await until(none_running, "the class works on nothing")
-
-
-async def idle(target: Target) -> bool:
-    stats = await target.stub.GetStats(pb.GetStatsRequest())
-    return (stats.active, stats.queued) == (0, 0)
-
-
-async def test_nothing_is_left_of_calls_cancelled_at_random(slow: ModalCloud) -> None:
-    """`python -m tests.modal_cloud.cancelling` does the same with 10,000 calls, on busy cores."""
-    async with serving(scripted.engine(SLOW)) as target:
-        await target.stub.GetStats(pb.GetStatsRequest())
-        with short_looks():
-            left = await cancel_at_random(target, slow, SLOW, 300)
-    assert left.nothing, left
 
 
 async def test_a_stopping_server_cancels_what_it_cannot_finish(slow: ModalCloud) -> None:

@@ -1,0 +1,49 @@
+"""A pipe that tests of outputs and logs fill or read."""
+
+import os
+import re
+from collections.abc import Iterator
+
+import pytest
+
+from tests.serving import until
+
+
+class Pipe:
+    """A pipe whose reader reads only when it is told."""
+
+    def __init__(self) -> None:
+        self.reading, self.writing = os.pipe()
+
+    def fill(self) -> None:
+        """Writes as much as there is room for."""
+        os.set_blocking(self.writing, False)
+        try:
+            while True:
+                os.write(self.writing, b"." * 4096)
+        except BlockingIOError:
+            os.set_blocking(self.writing, True)
+
+    async def read_until(self, sign: re.Pattern[bytes]) -> bytes:
+        """Returns what comes up to something that matches."""
+        os.set_blocking(self.reading, False)
+        read = b""
+
+        def found() -> bool:
+            nonlocal read
+            try:
+                read += os.read(self.reading, 2**20)
+            except BlockingIOError:
+                return False
+            return sign.search(read) is not None
+
+        await until(found, "it is written", 30)
+        return read
+
+
+@pytest.fixture
+def pipe() -> Iterator[Pipe]:
+    pipe = Pipe()
+    yield pipe
+    os.close(pipe.reading)
+    os.close(pipe.writing)
