@@ -1,4 +1,4 @@
-"""Assembles the server and runs it: listener, service, health, reflection, start and stop."""
+"""Assembles the server from its parts, starts it and drains it."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -45,104 +45,132 @@ if TYPE_CHECKING:
 async def serve(engine: Engine, settings: Settings, link: "Link | None" = None) -> AsyncIterator[int]:
     """Serves the engine for the length of the context, which gets the port that the server listens on.
 
-    It serves once the engine has produced a token. If it serves alone, it listens before that, so that a probe learns that it
-    is not serving yet. On leaving, it takes calls for `settings.withdraw_window` more although health says otherwise. Then it
-    closes the port, asks clients to leave, and gives calls under way `settings.drain_timeout` to finish. Cancelling that ends
-    them at once.
+    The context is entered once the engine has produced a token. A server that is one process listens before that, so that a
+    probe learns that it is not serving yet.
+
+    On leaving, health says NOT_SERVING at once, and calls are still taken for `settings.withdraw_window` seconds. Then the port
+    is closed, clients are asked to leave, and calls under way have `settings.drain_timeout` seconds to finish. Cancelling the
+    drain ends them at once.
 
     Arguments:
         engine: The engine, not yet started.
         settings: The settings.
-        link: What this process shares with others that serve on the same port; by default it serves alone.
+        link: What this process shares with other workers on the same port; by default the server is one process.
 
     Raises:
-        OSError: It cannot listen, or a file of the settings cannot be read.
+        OSError: The server cannot listen, or a file of the settings cannot be read.
         ValueError: The settings do not fit together, or a file does not hold what it should.
         EngineError: The engine does not start.
         EngineDiedError: The engine died later. This cancels the context.
     """
-    keys = KeyRing((key.get_secret_value() for key in settings.api_keys), settings.api_keys_file)
-    admission = (
-        link.admission
-        if link
-        else LocalAdmissionControl(Admission(settings.max_concurrent, settings.max_queued, running_time.clock().time))
-    )
-    generations = Generations(engine, admission)
-    own_count = partial(local_counts, engine, generations)
-    service = GenerationService(
-        generations,
-        ReaderPolicy(settings.max_stream_bytes, settings.slow_reader, settings.slow_reader_timeout),
-        count=link.counting(engine, generations, in_process=runs_in_process(settings)) if link else own_count,
-        max_text_bytes=settings.max_text_bytes,
-        max_num_samples=settings.max_num_samples,
-        log_prompts=settings.log_prompts,
-    )
-    reported = link.health if link else Health()
-    requests = Waits(reading.REQUEST_TIMEOUT, IncompleteRequestError)
-    authentication = Authentication(keys, certificates=settings.tls_client_ca is not None)
-    credentials = safe_credentials(settings, authenticates=keys.is_required or settings.tls_client_ca is not None)
-    max_connections = connections_allowed(settings)
-    server = grpc.aio.server(
-        interceptors=[
-            CallInterceptor(
-                settings.max_header_bytes,
-                authentication,
-                RequestReader(settings.max_message_bytes, requests, authentication),
-                PublicMethods(max_connections, requests),
-            )
-        ],
-        options=channel_arguments(settings, max_connections, shares_port=link is not None),
-    )
-    connections = Connections(server)
-    generation_pb2_grpc.add_GenerationServiceServicer_to_server(service, server)
-    # As if it were a server, which the generated types insist on.
-    seldom_called: Any = Unregistered(server)
-    health_pb2_grpc.add_HealthServicer_to_server(reported.servicer, seldom_called)
-    if settings.reflection:
-        add_reflection((SERVICE_NAME, health.SERVICE_NAME), seldom_called)
-    supervisor = Supervisor(
-        engine,
-        generations.activity,
-        lambda: _open(generations, reported, engine, settings.health_interval),
-        timeout=settings.engine_timeout,
-        restarts=settings.engine_death == "restart",
-    )
+    async with _Server(engine, settings, link).running() as port:
+        yield port
 
-    async def start() -> int:
-        port = listen(server, settings.address, credentials)
-        # One that is stopped while it starts breaks within gRPC.
-        await to_its_end(asyncio.create_task(server.start()))
+
+class _Server:
+    """A server of one process: its parts, how they start, and how they stop. `serve` has the arguments and the errors."""
+
+    def __init__(self, engine: Engine, settings: Settings, link: "Link | None") -> None:
+        self._engine = engine
+        self._settings = settings
+        self._link = link
+        self._keys = KeyRing((key.get_secret_value() for key in settings.api_keys), settings.api_keys_file)
+        self._generations = Generations(engine, link.admission if link else _local_admission_control(settings))
+        self._health = link.health if link else Health()
+        self._requests = Waits(reading.REQUEST_TIMEOUT, IncompleteRequestError)
+        asks_for_certificates = settings.tls_client_ca is not None
+        self._authentication = Authentication(self._keys, certificates=asks_for_certificates)
+        self._credentials = safe_credentials(settings, authenticates=self._keys.is_required or asks_for_certificates)
+        self._grpc_server = self._create_grpc_server()
+        self._add_servicers()
+        self._connections = Connections(self._grpc_server)
+        self._supervisor = Supervisor(
+            engine,
+            self._generations.activity,
+            self._taking_calls,
+            timeout=settings.engine_timeout,
+            restarts=settings.engine_death == "restart",
+        )
+
+    def _create_grpc_server(self) -> grpc.aio.Server:
+        settings = self._settings
+        max_connections = connections_allowed(settings)
+        calls = CallInterceptor(
+            settings.max_header_bytes,
+            self._authentication,
+            RequestReader(settings.max_message_bytes, self._requests, self._authentication),
+            PublicMethods(max_connections, self._requests),
+        )
+        arguments = channel_arguments(settings, max_connections, shares_port=self._link is not None)
+        return grpc.aio.server(interceptors=[calls], options=arguments)
+
+    def _add_servicers(self) -> None:
+        generation_pb2_grpc.add_GenerationServiceServicer_to_server(self._generation_service(), self._grpc_server)
+        # The generated types insist on a whole server.
+        seldom_called: Any = Unregistered(self._grpc_server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, seldom_called)
+        if self._settings.reflection:
+            add_reflection((SERVICE_NAME, health.SERVICE_NAME), seldom_called)
+
+    def _generation_service(self) -> GenerationService:
+        settings, engine, generations = self._settings, self._engine, self._generations
+        return GenerationService(
+            generations,
+            ReaderPolicy(settings.max_stream_bytes, settings.slow_reader, settings.slow_reader_timeout),
+            count=self._link.counting(engine, generations, in_process=runs_in_process(settings))
+            if self._link
+            else partial(local_counts, engine, generations),
+            max_text_bytes=settings.max_text_bytes,
+            max_num_samples=settings.max_num_samples,
+            log_prompts=settings.log_prompts,
+        )
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[int]:
+        """Starts the server, gives its port for the length of the context, and drains the server."""
+        try:
+            # A worker listens only when it serves: until then, connections go to workers that do.
+            port = 0 if self._link else await self._listen()
+            async with self._supervisor.running(), self._keys.following(self._generations.revoke):
+                try:
+                    yield port or await self._listen()
+                finally:
+                    await self._drain()
+        finally:
+            await self._connections.end()
+
+    async def _listen(self) -> int:
+        """Opens the port and returns it."""
+        port = listen(self._grpc_server, self._settings.address, self._credentials)
+        # A start that is cancelled breaks within gRPC.
+        await to_its_end(asyncio.create_task(self._grpc_server.start()))
         return port
 
-    try:
-        port = 0 if link else await start()
-        async with supervisor.running(), keys.following(generations.revoke):
-            try:
-                # One of several gets no connections before: another one may serve them.
-                yield port or await start()
-            finally:
-                reported.withdraw()
-                drain_timeout = 0.0
-                try:
-                    if generations.is_open:
-                        await running_time.sleep(settings.withdraw_window)
-                    drain_timeout = settings.drain_timeout
-                finally:
-                    connections.drain()
-                    reported.end()
-                    # A drain would wait in vain for requests that do not come.
-                    requests.end(lambda: EngineUnavailableError("the server is stopping"))
-                    await generations.close(drain_timeout)
-    finally:
-        await connections.end()
+    @asynccontextmanager
+    async def _taking_calls(self) -> AsyncIterator[None]:
+        """Takes calls and reports the engine's health for the length of the context, in which the engine runs."""
+        self._generations.open()
+        try:
+            async with self._health.following(self._engine, self._settings.health_interval):
+                yield
+        finally:
+            self._generations.interrupt()
+
+    async def _drain(self) -> None:
+        """Sends callers elsewhere, and returns when all generations have ended; see `serve`."""
+        self._health.withdraw()
+        drain_timeout = 0.0
+        try:
+            if self._generations.is_open:
+                await running_time.sleep(self._settings.withdraw_window)
+            drain_timeout = self._settings.drain_timeout
+        finally:
+            self._connections.drain()
+            self._health.end()
+            # Their clients may never send the rest of these requests.
+            self._requests.end(lambda: EngineUnavailableError("the server is stopping"))
+            await self._generations.close(drain_timeout)
 
 
-@asynccontextmanager
-async def _open(generations: Generations, reported: Health, engine: Engine, health_interval: float) -> AsyncIterator[None]:
-    """Takes calls and reports how the engine is, for the length of the context."""
-    generations.open()
-    try:
-        async with reported.following(engine, health_interval):
-            yield
-    finally:
-        generations.interrupt()
+def _local_admission_control(settings: Settings) -> LocalAdmissionControl:
+    return LocalAdmissionControl(Admission(settings.max_concurrent, settings.max_queued, running_time.clock().time))
