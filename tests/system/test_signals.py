@@ -8,8 +8,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from asyncio.subprocess import PIPE, Process
-from collections.abc import AsyncIterator, Sequence
+from asyncio.subprocess import Process
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -121,19 +121,6 @@ async def has(pid: int, kind: str, number: signal.Signals) -> None:
     await until(lambda: bool(mask(pid, kind) & 1 << number - 1), f"{kind} has {number.name}")
 
 
-@asynccontextmanager
-async def started(*arguments: str, before: Sequence[str] = ()) -> AsyncIterator[Process]:
-    process = await asyncio.create_subprocess_exec(
-        *before, sys.executable, "-m", "flywheel_server", *arguments, stdout=PIPE, stderr=PIPE
-    )
-    try:
-        yield process
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await process.communicate()
-
-
 def test_nothing_that_takes_time_is_loaded_before_signals_are_heeded() -> None:
     listed = "import sys, flywheel_server.__main__; print(*(name for name in sys.modules if 'flywheel_' in name))"
     run = subprocess.run([sys.executable, "-c", listed], capture_output=True, text=True, check=True)
@@ -143,23 +130,23 @@ def test_nothing_that_takes_time_is_loaded_before_signals_are_heeded() -> None:
 
 @pytest.mark.parametrize("number", STOPPING)
 async def test_a_signal_while_the_code_is_loaded_ends_the_server_in_order(number: signal.Signals) -> None:
-    async with started(*SCRIPTED) as process:
+    async with command(*SCRIPTED) as process:
         await has(process.pid, "SigBlk", number)
         process.send_signal(number)
         await ended(process)
 
 
 @pytest.fixture(scope="module")
-def as_first_process() -> list[str]:
+def as_first_process() -> str:
     """How to run a command as the first process of a namespace, as the one of a container is."""
     words = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child"]
     if shutil.which(words[0]) is None or subprocess.run([*words, "true"], capture_output=True, check=False).returncode:
         pytest.skip("there are no namespaces of processes here")
-    return words
+    return f'exec {" ".join(words)} "$@"'
 
 
-async def test_a_signal_to_the_first_process_of_a_container_is_not_lost(as_first_process: list[str]) -> None:
-    async with started(*SCRIPTED, before=as_first_process) as process:
+async def test_a_signal_to_the_first_process_of_a_container_is_not_lost(as_first_process: str) -> None:
+    async with command(*SCRIPTED, setup=as_first_process) as process:
         first = 0
 
         def is_there() -> bool:
@@ -177,7 +164,7 @@ async def test_a_signal_to_the_first_process_of_a_container_is_not_lost(as_first
 
 @pytest.mark.parametrize("numbers", further([(signal.SIGTERM, signal.SIGINT), *((number,) for number in STOPPING)]), ids=str)
 async def test_a_signal_while_the_model_is_loaded_is_acted_on_after_that(numbers: tuple[signal.Signals, ...]) -> None:
-    async with started("--address", "127.0.0.1:0", "--withdraw-window", "0") as process:
+    async with command("--address", "127.0.0.1:0") as process:
         maps = Path(f"/proc/{process.pid}/maps")
         await until(lambda: ".gguf" in maps.read_text(), "the model is being loaded")
         for number in numbers:
@@ -195,12 +182,12 @@ async def test_keys_end_with_the_code_of_the_signal_and_leave_the_file_whole(num
     arguments = ("keys", "create", "team-a", "--file", str(file))
     with lock.open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        async with started(*arguments) as process:
+        async with command(*arguments) as process:
             await has(process.pid, "SigCgt", STOPPING[-1])  # they are set up one after the other
             process.send_signal(number)
             assert await asyncio.wait_for(process.communicate(), 20) == (b"", b"")
             assert process.returncode == 128 + number
-        async with started(*arguments) as process:
+        async with command(*arguments) as process:
             opened = psutil.Process(process.pid).open_files
 
             def waits() -> bool:
