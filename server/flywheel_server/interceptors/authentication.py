@@ -12,8 +12,8 @@ from flywheel_server.access.callers import ANYBODY, Caller, caller
 from flywheel_server.access.client_certificates import identities_of
 from flywheel_server.access.keys import HashedKey, KeyRing
 from flywheel_server.errors import UnauthenticatedError
+from flywheel_server.grpc_types import GrpcContext
 from flywheel_server.interceptors.metadata import CallMetadata
-from flywheel_server.interceptors.types import GrpcContext
 
 _BEARER: Final = re.compile(r"bearer +(.*)", re.IGNORECASE | re.DOTALL)
 _VISIBLE: Final = re.compile(r"[\x21-\x7e]+")

@@ -7,6 +7,7 @@ import grpc
 import grpc.aio
 import structlog
 
+from flywheel_server.grpc_types import Continuation, GrpcContext, Handler
 from flywheel_server.interceptors.authentication import Authentication
 from flywheel_server.interceptors.context import CallContext
 from flywheel_server.interceptors.errors import end_with_status
@@ -14,7 +15,6 @@ from flywheel_server.interceptors.metadata import CallMetadata
 from flywheel_server.interceptors.methods import Method
 from flywheel_server.interceptors.public import PublicMethods, is_public
 from flywheel_server.interceptors.reading import RequestReader
-from flywheel_server.interceptors.types import Continuation, GrpcContext, Handler
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):

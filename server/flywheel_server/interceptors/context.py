@@ -6,7 +6,7 @@ from typing import Any, Final
 import grpc
 import grpc.aio
 
-from flywheel_server.interceptors.types import GrpcContext
+from flywheel_server.grpc_types import GrpcContext
 from flywheel_server.operations import Operation
 
 REQUEST_ID: Final = "x-request-id"

@@ -5,8 +5,8 @@ import secrets
 from typing import Final, NamedTuple
 
 from flywheel_server.errors import MetadataTooLargeError
+from flywheel_server.grpc_types import GrpcContext
 from flywheel_server.interceptors.context import REQUEST_ID
-from flywheel_server.interceptors.types import GrpcContext
 
 AUTHORIZATION: Final = "authorization"
 

@@ -8,7 +8,7 @@ import grpc.aio
 
 from flywheel_server.compression import decompressed
 from flywheel_server.errors import MalformedRequestError
-from flywheel_server.interceptors.types import GrpcContext, Handler
+from flywheel_server.grpc_types import GrpcContext, Handler
 from flywheel_server.operations import Operation, Waits
 
 

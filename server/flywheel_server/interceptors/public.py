@@ -10,10 +10,10 @@ import grpc.aio
 from grpc_health.v1 import health
 
 from flywheel_server.errors import IncompleteRequestError, MalformedRequestError, ServerFullError
+from flywheel_server.grpc_types import GrpcContext, Handler
 from flywheel_server.interceptors.context import CallContext
 from flywheel_server.interceptors.metadata import CallMetadata
 from flywheel_server.interceptors.methods import Method
-from flywheel_server.interceptors.types import GrpcContext, Handler
 from flywheel_server.operations import Operation, Waits
 from flywheel_server.public_limits import (
     MAX_BRIEF_CALLS,

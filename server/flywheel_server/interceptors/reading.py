@@ -7,9 +7,9 @@ for ever, and would end a call whose bytes are no message with INTERNAL and with
 from typing import Any, Final
 
 from flywheel_server.errors import MalformedRequestError
+from flywheel_server.grpc_types import GrpcContext
 from flywheel_server.interceptors.authentication import Authentication, Credentials
 from flywheel_server.interceptors.methods import Method
-from flywheel_server.interceptors.types import GrpcContext
 from flywheel_server.operations import Waits
 
 REQUEST_TIMEOUT: Final = 30.0
