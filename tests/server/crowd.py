@@ -1,4 +1,4 @@
-"""Callers who come and go at an admission, by a clock that goes when it is told to."""
+"""Callers of an admission, and a clock that tests set."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -11,7 +11,7 @@ from tests.serving import settled
 
 
 class Clock:
-    """A clock that goes when it is told to."""
+    """A clock that shows what a test has set."""
 
     def __init__(self) -> None:
         self.now = 100.0

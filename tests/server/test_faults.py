@@ -1,8 +1,8 @@
 """The faults of design and life: whatever breaks, each call ends with a status, the others go on, and nothing is left behind.
 
 Certificates and keys that change are in test_tls and test_keys, dead engines in test_supervision, what the machine runs out of
-in test_shortage, readers of the log that stall in test_output, of streams in test_delivery, and servers that are stopped,
-killed and started again in tests/client/test_restart.
+in test_shortage, readers of the log that stall in test_stalled_readers, readers of streams that stall in test_delivery, and
+servers that are stopped, killed and started again in tests/client/test_restart.
 """
 
 import asyncio
