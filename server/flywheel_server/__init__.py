@@ -1,1 +1,102 @@
-"""The Flywheel gRPC server: contract → service → engine."""
+"""The Flywheel gRPC server, and what an engine of your own needs.
+
+`run` serves an engine as the command `flywheel-server` does; `serve` does so within a program that has its own event loop:
+
+    sys.exit(run(MyEngine(), Settings(address="127.0.0.1:50051")))
+
+An engine is a class with the methods of `Engine`. It gets a request, and emits `Started`, `TextDelta` and
+`GenerationResponseSample` into a `Sink`. `flywheel_server.engines.base` documents this protocol, and
+`examples/custom_engine.py` in the repository is an engine.
+
+Import only the names in `__all__`. Everything else may change without notice.
+"""
+
+import importlib
+
+__all__ = [
+    "Capacity",
+    "Engine",
+    "EngineDiedError",
+    "EngineError",
+    "EngineFailedError",
+    "EngineModel",
+    "EngineOverloadedError",
+    "EngineSetupError",
+    "EngineStats",
+    "EngineTimeoutError",
+    "EngineUnavailableError",
+    "Event",
+    "GenerationRequest",
+    "GenerationResponseSample",
+    "GrowingSample",
+    "PreparedRequest",
+    "PromptFormat",
+    "PromptTooLongError",
+    "Settings",
+    "Sink",
+    "Started",
+    "StopGate",
+    "TextDelta",
+    "UnsupportedFieldError",
+    "__version__",
+    "run",
+    "serve",
+]
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from flywheel_proto import __version__
+
+    from flywheel_server.engines.base import (
+        Engine,
+        EngineError,
+        EngineFailedError,
+        EngineModel,
+        EngineOverloadedError,
+        EngineSetupError,
+        EngineStats,
+        EngineTimeoutError,
+        EngineUnavailableError,
+        Event,
+        PreparedRequest,
+        PromptFormat,
+        PromptTooLongError,
+        Sink,
+        Started,
+        TextDelta,
+        UnsupportedFieldError,
+    )
+    from flywheel_server.engines.capacity import Capacity
+    from flywheel_server.engines.samples import GrowingSample, StopGate
+    from flywheel_server.launch import run
+    from flywheel_server.messages import GenerationRequest, GenerationResponseSample
+    from flywheel_server.server import serve
+    from flywheel_server.settings import Settings
+    from flywheel_server.supervision import EngineDiedError
+else:
+    # The fastest to load first, so that an engine's module does not load gRPC. `serve_command` has `serve`, and sets what gRPC
+    # reads when it is loaded.
+    _MODULES = (
+        "flywheel_proto",
+        "flywheel_server.engines.base",
+        "flywheel_server.engines.capacity",
+        "flywheel_server.engines.samples",
+        "flywheel_server.settings",
+        "flywheel_server.supervision",
+        "flywheel_server.launch",
+        "flywheel_server.serve_command",
+    )
+
+    def __getattr__(name: str) -> object:
+        """Returns a public name, whose first use loads its module (PEP 562): the command heeds signals before it loads any."""
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        modules = map(importlib.import_module, _MODULES)
+        value = globals()[name] = next(getattr(module, name) for module in modules if hasattr(module, name))
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*__all__, *globals()})
+
+
+del TYPE_CHECKING

@@ -12,7 +12,8 @@ from contextlib import contextmanager
 
 from flywheel_proto._extras import loading
 
-from flywheel_server.settings import parse
+from flywheel_server.engines.base import Engine
+from flywheel_server.settings import Settings, parse
 from flywheel_server.system import signals
 from flywheel_server.system.output import Output, captured
 from flywheel_server.system.signals import StopSignals
@@ -29,6 +30,26 @@ def main(stop: StopSignals) -> None:
             from flywheel_server import serve_command
         exit_code = serve_command.run(settings, stop, stdout, stderr)
     sys.exit(exit_code)
+
+
+def run(engine: Engine, settings: Settings) -> int:
+    """Serves an engine of your own as the command `flywheel-server` does, until a signal stops it.
+
+    It heeds the same signals, drains, prints the ready line to standard output, and writes the log to standard error. Call it
+    in the main thread before any other thread exists, because threads inherit which signals are blocked.
+
+    Arguments:
+        engine: The engine, not yet started.
+        settings: The settings. The settings that choose and configure an engine have no effect, and `workers` must be 1.
+
+    Returns:
+        The exit code for `sys.exit`: 1 if the server cannot start. If the engine dies for good, the process exits with 1.
+    """
+    stop = StopSignals()
+    with _outputs() as (stdout, stderr):
+        from flywheel_server import serve_command
+
+        return serve_command.run(settings, stop, stdout, stderr, engine)
 
 
 def work(pair: socket.socket, number: int, port: int, arguments: Sequence[str]) -> None:

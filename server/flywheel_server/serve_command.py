@@ -19,7 +19,7 @@ from flywheel_proto._service_name import SERVICE_NAME
 
 from flywheel_server import logs
 from flywheel_server.engine_factory import create_engine
-from flywheel_server.engines.base import EngineError
+from flywheel_server.engines.base import Engine, EngineError
 from flywheel_server.server import serve
 from flywheel_server.settings import Settings
 from flywheel_server.supervision import EngineDiedError
@@ -35,10 +35,13 @@ else:
     from uvloop import new_event_loop
 
 
-def run(settings: Settings, stop: StopSignals, stdout: Output, stderr: Output) -> int:
-    """Serves until a signal stops it. Returns the exit code: 1 if it cannot start, or the engine has died."""
+def run(settings: Settings, stop: StopSignals, stdout: Output, stderr: Output, engine: Engine | None = None) -> int:
+    """Serves the engine, by default the one that the settings name, until a signal stops it.
+
+    Returns the exit code: 1 if it cannot start, or the engine has died.
+    """
     _prepare(settings, stderr)
-    return _run(_serve_until_signal(settings, stop, stdout, stderr), stderr)
+    return _run(_serve_until_signal(settings, stop, stdout, stderr, engine), stderr)
 
 
 def work(settings: Settings, pair: socket.socket, number: int, stderr: Output) -> int:
@@ -71,15 +74,19 @@ def _run(serving: Coroutine[Any, Any, None], stderr: Output) -> int:
     return 0
 
 
-async def _serve_until_signal(settings: Settings, stop: StopSignals, stdout: Output, stderr: Output) -> None:
+async def _serve_until_signal(
+    settings: Settings, stop: StopSignals, stdout: Output, stderr: Output, engine: Engine | None
+) -> None:
     def ready(port: int) -> None:
         stdout.write(f"ready: {_example(settings, port)}\n".encode())
 
     if settings.workers > 1:
+        if engine is not None:
+            raise ValueError("workers must be 1 with an engine of your own: each worker makes its engine from the settings")
         await _serve(serve_in_workers(settings, sys.argv[1:], stderr.write), stop.calling, ready)
         return
     try:
-        await _serve(serve(create_engine(settings), settings), stop.calling, ready)
+        await _serve(serve(create_engine(settings) if engine is None else engine, settings), stop.calling, ready)
     except EngineDiedError as error:
         stderr.write(f"flywheel-server: {error}\n".encode())
         _exit_without_threads(stderr)

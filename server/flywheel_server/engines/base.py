@@ -1,17 +1,27 @@
-"""The protocol between the service and an engine: its methods, its events, its errors.
+"""The protocol between the service and an engine: the engine's methods, events and errors.
 
-The errors, each of which has its row in `flywheel_server.errors`:
+An engine of your own imports all of it from `flywheel_server`. It need not write again what the engines here share:
+
+    GrowingSample    turns pieces of text into the events of one sample: finds stop sequences, joins the text, ends the sample
+    StopGate         finds stop sequences across pieces of text; for an engine that makes its own events
+    Capacity         a fair queue for slots and for tokens of context that concurrent generations share
+
+The service validates requests, keeps deadlines, limits concurrency and merges deltas. It cancels `generate` to stop the work.
+The conformance tests (`tests/conformance`) check the promises of the contract, for any engine.
+
+An engine raises these errors. `flywheel_server.errors` has the gRPC status of each:
 
     EngineError
-      EngineUnavailableError    starting, stopped, or out of reach; may be tried again later
-      EngineOverloadedError     cannot take more work now; may be tried again later
-      EngineFailedError         broke while it worked on the request
-      EngineTimeoutError        took longer than its deployment allows
-      EngineSetupError          is not where the settings say, or may not be used from here
+      EngineUnavailableError    the engine is starting, stopped, or out of reach; the caller may try again later
+      EngineOverloadedError     the engine cannot take more work; the caller may try again later
+      EngineFailedError         the engine broke while it worked on the request
+      EngineTimeoutError        the work took longer than the deployment allows
+      EngineSetupError          the engine is not where the settings say, or may not be used from here
       PromptTooLongError        prompt and max_tokens exceed the context
-      UnsupportedFieldError     cannot honour a field of this request
+      UnsupportedFieldError     the engine cannot honour a field of this request
 """
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, Self
@@ -21,17 +31,20 @@ from flywheel_server.messages import GenerationRequest, GenerationResponseSample
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """The engine has begun to work on the request, which waited until now. The first event of every generation.
+    """Says that the engine has begun to work on the request. It is the first event of every generation.
 
-    `prompt_tokens` is how many it is going to read, or 0 where it does not know yet.
+    `prompt_tokens` is the number of prompt tokens that the engine will read, or 0 if the engine does not know it yet.
     """
 
     prompt_tokens: int = 0
 
 
-@dataclass(slots=True)  # not frozen, which would take four times as long to make, and there is one for each token
+@dataclass(slots=True)  # not frozen: a frozen one takes four times as long to make, and each token makes one
 class TextDelta:
-    """The next piece of a sample's text: whole characters, never empty, never part of a stop sequence that ended it."""
+    """Carries the next piece of a sample's text: whole characters, never empty, without the stop sequence that ends the sample.
+
+    `generated_tokens` counts the sample's tokens so far.
+    """
 
     index: int
     text: str
@@ -40,12 +53,13 @@ class TextDelta:
 
 @dataclass(frozen=True, slots=True)
 class PreparedRequest:
-    """A request that an engine is ready to work on.
+    """Holds a request that an engine is ready to work on.
 
     Attributes:
         request: The request.
-        prompt: The ids of the prompt's tokens, as the model reads them; empty if the prompt is tokenized elsewhere or later.
-        context_tokens: Tokens of the engine's shared context that the request holds while it is worked on.
+        prompt: The token ids of the prompt, as the model reads them; empty if the prompt is tokenized elsewhere or later.
+        context_tokens: Tokens of the engine's shared context that the request holds while the engine works on it; see
+            `EngineModel.shared_context_tokens`.
     """
 
     request: GenerationRequest
@@ -53,41 +67,41 @@ class PreparedRequest:
     context_tokens: int = 0
 
 
-# A finished sample is its own event; its `text` is all of it, whether or not the engine sent deltas before.
+# A finished sample is an event too. Its `text` is the whole text of the sample, whether or not deltas came before.
 Event = Started | TextDelta | GenerationResponseSample
 
 
 class Sink(Protocol):
-    """Where an engine puts the events of one generation. It belongs to the thread of the event loop."""
+    """Takes the events of one generation. Only the thread of the event loop may use it."""
 
     @property
     def is_full(self) -> bool:
-        """Whether the reader of the events is behind. An engine that can pause a generation pauses it for that time."""
+        """Whether the reader of the events is behind. An engine that can pause a generation pauses it while this is true."""
 
     def emit(self, event: Event) -> None:
-        """Take the next event, without waiting.
+        """Takes the next event, without waiting.
 
-        Raises `EngineFailedError` if the event is not one that may come next. The engine lets that end the generation.
+        Raises `EngineFailedError` if this event may not come next. The engine lets the error end the generation.
         """
 
 
 PromptFormat = Literal["raw", "chat"]
-"""How a model reads the text of a request: as it is, or as a user's message in its chat template."""
+"""How a model reads the text of a request: as it is, or as a user's message in the model's chat template."""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineModel:
-    """What an engine runs.
+    """Describes what an engine runs.
 
     Attributes:
-        name: The model.
-        engine: The engine.
-        context_tokens: What bounds prompt and generated text together.
-        penalizes_prompt: Whether penalties count the prompt too.
-        prompt_format: How it reads a prompt.
-        slots: Samples that it works on at a time; None where it takes as many as come.
-        shared_context_tokens: Tokens of context that all samples share which it works on at a time; None if each has its own.
-        tokenizers: Prompts that it tokenizes at a time in this process; 0 if `prepare` takes no time.
+        name: The name of the model.
+        engine: The name of the engine.
+        context_tokens: The most tokens that prompt and generated text may have together.
+        penalizes_prompt: Whether penalties count the tokens of the prompt too.
+        prompt_format: How the model reads a prompt.
+        slots: The number of samples that the engine works on at a time; None if there is no limit.
+        shared_context_tokens: Tokens of context that all samples in the engine share; None if each sample has its own context.
+        tokenizers: The number of prompts that `prepare` tokenizes at a time; 0 if `prepare` takes no time.
     """
 
     name: str
@@ -102,21 +116,28 @@ class EngineModel:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """How busy an engine is: requests, or parts of them, that wait in it from all its callers, and how many runners it has."""
+    """Says how busy an engine is.
+
+    Attributes:
+        backlog: Requests, or parts of requests, that wait in the engine, from all of its callers.
+        num_total_runners: The number of runners that the engine has: containers, or 1 for an engine within the server.
+    """
 
     backlog: int
     num_total_runners: int
 
 
 class EngineError(Exception):
-    """The base of what an engine may raise. Its text is for the server's log; callers see what `errors` makes of it.
+    """The base class of all errors that an engine raises.
 
-    Engines may run on other machines, so each error can be pickled: `args` is what it is made of.
+    The text of an error is for the server's log. Callers see the message that `flywheel_server.errors` has for its class.
+
+    Each error can be pickled, because engines may run on other machines: `args` holds the arguments of the constructor.
     """
 
 
 class EngineUnavailableError(EngineError):
-    """The engine is starting, stopped, or out of reach. `retry_delay` (seconds) is when to try again."""
+    """The engine is starting, stopped, or out of reach. Callers may try again after `retry_delay` seconds."""
 
     def __init__(self, message: str, retry_delay: float = 1.0) -> None:
         super().__init__(message, retry_delay)
@@ -127,7 +148,7 @@ class EngineUnavailableError(EngineError):
 
 
 class EngineOverloadedError(EngineError):
-    """The engine cannot take more work now. `retry_delay` (seconds) is when to try again."""
+    """The engine cannot take more work. Callers may try again after `retry_delay` seconds."""
 
     def __init__(self, message: str, retry_delay: float = 1.0) -> None:
         super().__init__(message, retry_delay)
@@ -142,7 +163,7 @@ class EngineFailedError(EngineError):
 
 
 class EngineTimeoutError(EngineError):
-    """The engine ended the work because it took longer than the deployment allows, which is `seconds`."""
+    """The engine ended the work because it took longer than the `seconds` that the deployment allows."""
 
     def __init__(self, seconds: float) -> None:
         super().__init__(seconds)
@@ -153,9 +174,9 @@ class EngineTimeoutError(EngineError):
 
 
 class EngineSetupError(EngineError):
-    """The engine is not where the settings say, or may not be used from here: somebody has to change the deployment.
+    """The engine is not where the settings say, or may not be used from here. Somebody has to change the deployment.
 
-    `problem` says so in words for the caller; `facts` name what was looked for, and the `setting` to look at.
+    `problem` tells the caller what is wrong. `facts` name what was looked for, and the `setting` to check.
     """
 
     def __init__(self, problem: str, facts: dict[str, str]) -> None:
@@ -168,10 +189,10 @@ class EngineSetupError(EngineError):
 
 
 class PromptTooLongError(EngineError):
-    """Prompt and max_tokens exceed the context; all in tokens.
+    """Prompt and max_tokens exceed the context. All attributes are in tokens.
 
-    If the prompt is so long that this is clear before all of its tokens are counted, `prompt_tokens` is how many it has at
-    least. `counted_tokens` is how many were counted.
+    An engine may stop counting once it is clear that a prompt is too long. It then gives `counted_tokens`, the number that it
+    counted, and `prompt_tokens` is the least that the prompt can have.
     """
 
     def __init__(self, prompt_tokens: int, max_tokens: int, context_tokens: int, counted_tokens: int | None = None) -> None:
@@ -191,7 +212,7 @@ class PromptTooLongError(EngineError):
 
 
 class UnsupportedFieldError(EngineError):
-    """The engine cannot honour a field of this request. `reason` says so in words for the caller."""
+    """The engine cannot honour a field of this request. `reason` tells the caller why."""
 
     def __init__(self, field: str, reason: str) -> None:
         super().__init__(field, reason)
@@ -203,38 +224,52 @@ class UnsupportedFieldError(EngineError):
 
 
 class Engine(Protocol):
-    """What the service needs of an engine. An engine runs between `__aenter__` and `__aexit__`, on one event loop."""
+    """The methods that the service needs of an engine. An engine runs from `__aenter__` to `__aexit__`, on one event loop.
+
+    The service may start an engine again after it has stopped it.
+
+    A class that inherits from this one need not define the methods that are not abstract. They fit an engine that works in this
+    process, has nothing to start or stop, and has no queue.
+    """
 
     async def __aenter__(self) -> Self:
-        """Starts the engine: returns when it can work. Raises `EngineError` where it cannot start."""
+        """Starts the engine, and returns when the engine can work. Raises `EngineError` if it cannot start."""
+        return self
 
     async def __aexit__(self, *exception: object) -> None:
-        """Stops the engine and whatever it still works on."""
+        """Stops the engine, with all the work that it still does."""
+        return None  # noqa: RET501 - for mypy, a method of a protocol that has no body is abstract
 
+    @abstractmethod
     async def prepare(self, request: GenerationRequest) -> PreparedRequest:
-        """Returns the request as `generate` takes it; raises `EngineError`, such as for a prompt that is too long.
+        """Returns the request as `generate` takes it. Raises `EngineError`, for example for a prompt that is too long.
 
-        Cancelled, it stops as soon as it can, and returns only when nothing works on it any more.
+        If it is cancelled, it stops as soon as it can, and returns only when no thread works on the request any more.
         """
 
+    @abstractmethod
     async def generate(self, prepared: PreparedRequest, sink: Sink) -> None:
-        """Emits `Started`, then deltas and exactly one `GenerationResponseSample` for each index, or raises `EngineError`.
+        """Emits `Started`, then deltas and exactly one `GenerationResponseSample` for each index. Raises `EngineError`.
 
-        Returns when all samples have finished. Cancelled, it stops the work: in the queue, while the prompt is read, or while
-        text is made. Events that the engine emits after that are ignored.
+        Returns when all samples have finished. If it is cancelled, it stops the work, whether the request is in the queue, the
+        prompt is being read, or text is being generated. The sink ignores events that come after that.
         """
 
+    @abstractmethod
     async def check(self) -> None:
-        """Returns when the engine has shown that it works, by producing a token; raises `EngineError` where it fails.
+        """Returns once the engine has shown that it works, by generating a token. Raises `EngineError` if it does not work.
 
-        An engine on other machines, which must not be woken for nothing, may leave that to the first call.
+        An engine on other machines may return at once instead, so that a check does not start a machine that nobody needs.
         """
 
     async def stats(self) -> EngineStats:
-        """Returns how busy the engine is now; raises `EngineError` if that cannot be told."""
+        """Returns how busy the engine is. Raises `EngineError` if the engine cannot tell."""
+        return EngineStats(backlog=0, num_total_runners=1)
 
     def is_reachable(self) -> bool:
-        """Returns whether calls can be made although `stats` fails or takes too long. If not, the engine is unhealthy."""
+        """Returns whether the engine takes calls although `stats` fails or takes too long. If not, the engine is unhealthy."""
+        return False
 
+    @abstractmethod
     def model(self) -> EngineModel:
-        """Returns what the engine runs, once it has started."""
+        """Returns what the engine runs. The service calls it once the engine has started."""
