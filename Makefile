@@ -87,7 +87,7 @@ lock: .venv/.installed ## Bring requirements/*.txt in line with pyproject.toml
 
 clean: ## Remove environments, caches and builds
 	rm -rf $(ENVIRONMENTS) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	find client proto server tests benchmarks chaos fuzz -name __pycache__ -prune -exec rm -rf {} +
+	find client proto server tests benchmarks chaos examples fuzz -name __pycache__ -prune -exec rm -rf {} +
 
 # Environments. Each is made anew from its locks. The stamp is written last, so that an interrupted one is begun again, and
 # holds the folder's path, as the environment itself does: one that was moved or copied is made anew too.

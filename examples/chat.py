@@ -1,6 +1,7 @@
 """Chats at the terminal: sends the conversation so far with each question. Ctrl-C ends an answer, Ctrl-D the chat."""
 
 import argparse
+from contextlib import suppress
 
 from flywheel_client import Client, FlywheelError
 
@@ -25,12 +26,9 @@ def answer(client: Client, conversation: str) -> str:
 def main(address: str) -> None:
     """Reads questions until the end of standard input."""
     conversation = ""
-    with Client(address, timeout=60) as client:
+    with Client(address, timeout=60) as client, suppress(EOFError, KeyboardInterrupt):
         while True:
-            try:
-                conversation += f"User: {input('> ')}\nAssistant:"
-            except (EOFError, KeyboardInterrupt):
-                break
+            conversation += f"User: {input('> ')}\nAssistant:"
             conversation += f"{answer(client, conversation)}\n"
 
 

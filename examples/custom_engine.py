@@ -1,4 +1,4 @@
-"""Serves an engine of your own over gRPC: it says the prompt over and over. The settings come from FLYWHEEL_* variables."""
+"""Serves an engine of your own over gRPC: it says the prompt over and over. Its flags are those of flywheel-server."""
 
 import asyncio
 from itertools import cycle, islice
@@ -36,4 +36,4 @@ class EchoEngine(fs.Engine):
 
 
 if __name__ == "__main__":
-    raise SystemExit(fs.run(EchoEngine(), fs.Settings()))
+    raise SystemExit(fs.run(EchoEngine()))

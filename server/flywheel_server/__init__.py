@@ -2,7 +2,7 @@
 
 `run` serves an engine as the command `flywheel-server` does; `serve` does so within a program that has its own event loop:
 
-    sys.exit(run(MyEngine(), Settings(address="127.0.0.1:50051")))
+    sys.exit(run(MyEngine(), Settings(address="0.0.0.0:50051")))
 
 An engine is a class with the methods of `Engine`. It gets a request, and emits `Started`, `TextDelta` and
 `GenerationResponseSample` into a `Sink`. `flywheel_server.engines.base` documents this protocol, and

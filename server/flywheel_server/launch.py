@@ -32,7 +32,7 @@ def main(stop: StopSignals) -> None:
     sys.exit(exit_code)
 
 
-def run(engine: Engine, settings: Settings) -> int:
+def run(engine: Engine, settings: Settings | None = None) -> int:
     """Serves an engine of your own as the command `flywheel-server` does, until a signal stops it.
 
     It heeds the same signals, drains, prints the ready line to standard output, and writes the log to standard error. Call it
@@ -40,13 +40,16 @@ def run(engine: Engine, settings: Settings) -> int:
 
     Arguments:
         engine: The engine, not yet started.
-        settings: The settings. The settings that choose and configure an engine have no effect, and `workers` must be 1.
+        settings: The settings; by default they come from the command line and the environment, as those of the command do. The
+            settings that choose and configure an engine have no effect, and `workers` must be 1.
 
     Returns:
-        The exit code for `sys.exit`: 1 if the server cannot start. If the engine dies for good, the process exits with 1.
+        The exit code for `sys.exit`: 1 if the server cannot start. The process exits with 1 if the engine dies for good, and
+        with 2 if the settings are wrong.
     """
     stop = StopSignals()
     with _outputs() as (stdout, stderr):
+        settings = settings or parse()
         from flywheel_server import serve_command
 
         return serve_command.run(settings, stop, stdout, stderr, engine)

@@ -6,13 +6,14 @@ import pytest
 from flywheel_server.engines.llama_cpp.embedded import EmbeddedEngine, default_model
 from flywheel_server.engines.scripted import Script, ScriptedEngine
 
+from examples.custom_engine import EchoEngine
 from tests.modal_cloud import ModalCloud, scripted
 from tests.serving import Target, connected, serving
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "target" in metafunc.fixturenames:
-        engines = ["scripted", "embedded", "flywheel", "flywheel-whole"]
+        engines = ["scripted", "embedded", "flywheel", "flywheel-whole", "example"]
         if metafunc.config.getoption("address"):
             engines.append("running")
         metafunc.parametrize("target", engines, indirect=True, scope="session")
@@ -42,6 +43,9 @@ async def target(request: pytest.FixtureRequest) -> AsyncIterator[Target]:
             class_name = "Model" if request.param == "flywheel" else "Flywheel"
             app = request.getfixturevalue("on_modal")
             async with serving(scripted.engine(app, class_name, name=request.param)) as server:
+                yield server
+        case "example":
+            async with serving(EchoEngine()) as server:
                 yield server
         case "embedded":
             async with serving(embedded()) as server:
