@@ -1,8 +1,10 @@
 """The Flywheel gRPC server, and what an engine of your own needs.
 
-`run` serves an engine as the command `flywheel-server` does; `serve` does so within a program that has its own event loop:
+`run` makes a program of an engine, with the flags, signals and log of the command `flywheel-server`:
 
-    sys.exit(run(MyEngine(), Settings(address="0.0.0.0:50051")))
+    sys.exit(run(MyEngine()))
+
+`serve` serves an engine within a program that has an event loop of its own.
 
 An engine is a class with the methods of `Engine`. It gets a request, and emits `Started`, `TextDelta` and
 `GenerationResponseSample` into a `Sink`. `flywheel_server.engines.base` documents this protocol, and

@@ -1,6 +1,6 @@
 """The protocol between the service and an engine: the engine's methods, events and errors.
 
-An engine of your own imports all of it from `flywheel_server`. It need not write again what the engines here share:
+An engine of your own imports all of them from `flywheel_server`, and these helpers, which other engines use too:
 
     GrowingSample    turns pieces of text into the events of one sample: finds stop sequences, joins the text, ends the sample
     StopGate         finds stop sequences across pieces of text; for an engine that makes its own events
