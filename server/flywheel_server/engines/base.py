@@ -7,7 +7,7 @@ An engine of your own imports all of them from `flywheel_server`, and these help
     Capacity         a fair queue for slots and for tokens of context that concurrent generations share
 
 The service validates requests, keeps deadlines, limits concurrency and merges deltas. It cancels `generate` to stop the work.
-The conformance tests (`tests/conformance`) check the promises of the contract, for any engine.
+`pytest tests/conformance --address HOST:PORT` checks the promises of the contract on a server that runs your engine.
 
 An engine raises these errors. `flywheel_server.errors` has the gRPC status of each:
 
