@@ -1,41 +1,42 @@
-"""From the events of a generation to the messages of a stream, at the pace of who reads them and of the event loop.
+"""Turns the events of a generation into the messages of a stream, at the pace of its reader and of the event loop.
 
-What comes while a stream cannot write waits in a buffer, and leaves it merged: a message costs far more than the text in it, so
-this is what carries the load when there is much. A stream cannot write while its last message is being written, and while
-others write (`flywheel_server.write_scheduler`). A reader that keeps up, on a server that is not busy, gets every delta on its
-own and without delay. A reader that does not keep up is waited for, with a bound on what piles up meanwhile.
+A stream cannot write while its last message is being written, or while other streams write (`flywheel_server.write_scheduler`).
+Events that arrive meanwhile wait in a buffer and are merged. A message costs far more than the text in it, so merging is what
+lets a busy server keep up. If neither the reader nor the server is behind, every delta is sent at once, as its own message. If
+the reader is behind, `ReaderPolicy` bounds the text that waits for it.
 """
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal, Protocol, Self
+from typing import Any, Final, Literal, Protocol
 
 from flywheel_proto.v1 import generation_pb2 as pb
 
-from flywheel_server import running_time
 from flywheel_server.engines.base import EngineFailedError, Event, Sink, Started, TextDelta
 from flywheel_server.errors import SlowReaderError
 from flywheel_server.messages import GenerationResponseSample
 from flywheel_server.translation import delta_to_proto, last_delta_to_proto, sample_to_proto
+from flywheel_server.watchdog import Watchdog
 from flywheel_server.write_scheduler import WriteScheduler
 
-Progress = TextDelta | GenerationResponseSample
+Output = TextDelta | GenerationResponseSample
+"""An event that has text."""
 
 MAX_SEPARATE_TEXTS: Final = 256
-"""How many texts may wait one by one before they are joined."""
+"""Texts of one sample that wait separately before they are joined."""
 
 Write = Callable[[Any], Awaitable[None]]
 
 
 @dataclass(frozen=True, slots=True)
 class ReaderPolicy:
-    """What a reader is granted.
+    """How slow the reader of a stream may be.
 
     Attributes:
-        max_bytes: Text that may wait for it, in bytes of UTF-8, give or take one event.
-        when_full: Whether the engine then waits for the reader, if it can, or the stream ends.
-        timeout: Seconds of running time in which it must have taken a message, give or take a quarter.
+        max_bytes: Text that may wait for the reader, in bytes of UTF-8. The last event may exceed it.
+        when_full: What happens at that limit: the engine pauses the generation, if it can, or the stream ends.
+        timeout: Seconds of running time in which the reader must take a message.
     """
 
     max_bytes: int
@@ -44,96 +45,107 @@ class ReaderPolicy:
 
 
 class Buffer(Protocol):
-    """What waits for the reader of a stream."""
+    """The events that wait to be written to a stream."""
 
     size: int
-    """The text in it, in bytes of UTF-8."""
+    """The text in the buffer, in bytes of UTF-8."""
 
-    def add(self, event: Progress) -> bool:
-        """Takes in an event, and returns whether there is something to write."""
+    def add(self, event: Output) -> bool:
+        """Adds an event, and returns whether there is something to write."""
 
     def take(self) -> Sequence[Any]:
-        """Returns the messages for all events that have come since it was last asked, and is empty again."""
+        """Removes all events, and returns the messages for them."""
 
 
 class Source(Protocol):
-    """A generation, of which `flywheel_server.generations.Generation` is one."""
+    """The generation that is delivered: `flywheel_server.generations.Generation`."""
 
     async def run(self, sink: Sink) -> None:
-        """Puts the events into the sink; returns after the last one."""
+        """Emits the events to the sink, and returns after the last one."""
 
     def end(self, error: Exception) -> None:
-        """Raises the error in the task that delivers."""
+        """Ends the generation: the task that delivers it raises the error."""
 
 
 class Delivery:
-    """Delivers what generations make to those who read it."""
+    """Writes the output of generations to their readers, and ends generations whose readers are too slow."""
 
     def __init__(self, policy: ReaderPolicy) -> None:
         self._policy = policy
         self._scheduler = WriteScheduler()
-        self._readers = _Readers(policy.timeout)
+        self._writes = Watchdog[Source](policy.timeout, lambda source: source.end(SlowReaderError()))
+        """Times the write in progress of each generation."""
 
     async def deliver(self, source: Source, buffer: Buffer, begin: Callable[[], Awaitable[None]], write: Write) -> None:
-        """Writes what the buffer makes of the events until they end; raises what they raise, after what came before it.
+        """Runs the source and writes its events, as the messages that the buffer makes of them.
 
-        `begin` is awaited once the engine has begun. If the reader is slower than the policy allows, the source is ended with
-        `SlowReaderError`.
+        If the source fails, its error is raised once all earlier events have been written. If the reader is slower than the
+        policy allows, the source is ended with `SlowReaderError`.
+
+        Arguments:
+            source: The generation.
+            buffer: Merges events into messages.
+            begin: Awaited when the engine starts, before the first message.
+            write: Writes a message, and returns when the reader has room for the next one.
         """
+        writes = self._writes
         stream = _Stream(source, buffer, self._policy, self._scheduler)
         generating = asyncio.create_task(source.run(stream))
         generating.add_done_callback(stream.wake)
         try:
-            with self._readers.watched(source) as reader:
-                while not generating.done() or stream.has_news:
-                    await stream.may_write()
-                    if stream.is_beginning():
-                        await begin()
-                    for message in stream.take():
-                        reader.begins_to_read()
-                        await write(message)
-                    reader.has_read()
+            while not generating.done() or stream.has_news:
+                await stream.may_write()
+                if stream.is_starting:
+                    await begin()
+                for message in stream.take():
+                    writes.start(source)
+                    await write(message)
+                    writes.stop(source)
             if generating.cancelled():
                 raise EngineFailedError("the engine cancelled itself")
             generating.result()
         finally:
+            writes.stop(source)
             generating.cancel()
-            # Not `gather`, which would raise the error of a generation that has failed by itself.
+            # Not `gather`: that would raise the error of a generation that has failed.
             await asyncio.wait((generating,))
 
     async def deliver_one(self, source: Source, message: Any, write: Write) -> None:  # noqa: ANN401 - any message
-        """Writes a message. If the reader takes longer than the policy allows, the source is ended with `SlowReaderError`."""
-        with self._readers.watched(source) as reader:
-            reader.begins_to_read()
+        """Writes a single message. If the reader is slower than the policy allows, ends the source with `SlowReaderError`."""
+        self._writes.start(source)
+        try:
             await write(message)
+        finally:
+            self._writes.stop(source)
 
 
 class _Stream:
-    """The sink for the events of one generation, and the side that its writer sees."""
+    """Connects one generation, for which it is the sink, with the task that writes its messages."""
 
     def __init__(self, source: Source, buffer: Buffer, policy: ReaderPolicy, scheduler: WriteScheduler) -> None:
         self.is_full = False
-        """Whether the engine is to wait for the reader."""
+        """Whether the engine should pause; see `Sink.is_full`."""
+        self.is_starting = False
+        """Whether the engine has started since the last `take`."""
         self.has_news = False
-        """Whether the engine has begun or there is something to write."""
+        """Whether the engine has started, or there is something to write, since the last `take`."""
         self._source = source
         self._buffer = buffer
         self._policy = policy
         self._scheduler = scheduler
-        # Asking for the loop is a call of the system.
+        # Kept, because `get_running_loop` makes a system call.
         self._loop = asyncio.get_running_loop()
         self._idle: asyncio.Future[None] | None = None
-        """The permission that the writer waits for, while it has nothing to write."""
-        self._begins = False
+        """The future that the writer awaits while there is nothing to write."""
         self._is_first = True
         self._over = False
 
     def emit(self, event: Event) -> None:
-        """Takes in an event."""
+        """Adds an event to the buffer; see `Sink.emit`."""
         buffer = self._buffer
         before = buffer.size
         if isinstance(event, Started):
-            self._begins = True
+            self.is_starting = True
         elif not buffer.add(event):
             return
         self.has_news = True
@@ -146,15 +158,15 @@ class _Stream:
                 self._source.end(SlowReaderError())
 
     def wake(self, generating: asyncio.Task[None]) -> None:
-        """Wakes the writer: there are no further events."""
-        # Asyncio complains of an error that nobody looks at, and a stream that ends early does not.
+        """Wakes the writer, because there are no further events."""
+        # asyncio logs an exception that is never retrieved, and a stream that ends early does not retrieve it.
         generating.cancelled() or generating.exception()
         self._over = True
         if self._idle is not None:
             self._request(self._idle)
 
     def may_write(self) -> asyncio.Future[None]:
-        """Returns a future that is done once the stream may write and has something to write, or has ended."""
+        """Returns a future that is done once it is the stream's turn to write, and it has news or the generation is over."""
         permission = self._idle = self._loop.create_future()
         if self.has_news or self._over:
             self._request(permission)
@@ -164,91 +176,24 @@ class _Stream:
         self._idle = None
         self._scheduler.request(permission, is_first=self._is_first)
 
-    def is_beginning(self) -> bool:
-        """Returns whether the engine has begun since this was last asked."""
-        begins, self._begins = self._begins, False
-        return begins
-
     def take(self) -> Sequence[Any]:
         """Returns the messages to write."""
-        self.has_news = self.is_full = False
+        self.is_starting = self.has_news = self.is_full = False
         messages = self._buffer.take()
         if messages:
             self._is_first = False
         return messages
 
 
-class _Reader:
-    """Who reads a stream, and is watched for the length of the context."""
-
-    def __init__(self, readers: "_Readers", source: Source) -> None:
-        self.source = source
-        self.reads_since: float | None = None
-        """When the message that is being written began, in running time."""
-        self._readers = readers
-        self._clock = running_time.clock()
-
-    def __enter__(self) -> Self:
-        self._readers.watch(self, self._clock)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._readers.forget(self)
-
-    def begins_to_read(self) -> None:
-        """Notes that a message is written from now on."""
-        self.reads_since = self._clock.time()
-
-    def has_read(self) -> None:
-        """Notes that no message is being written."""
-        self.reads_since = None
-
-
-class _Readers:
-    """Looks a few times in each timeout for messages that take too long, as a timer for each costs a tenth of a message."""
-
-    def __init__(self, timeout: float) -> None:
-        self._timeout = timeout
-        self._readers: set[_Reader] = set()
-        self._looking = False
-
-    def watched(self, source: Source) -> _Reader:
-        """Returns a reader, which is watched for the length of its context. One that is slow ends its source."""
-        return _Reader(self, source)
-
-    def watch(self, reader: _Reader, clock: running_time.Clock) -> None:
-        """Looks at the reader from now on."""
-        self._readers.add(reader)
-        if not self._looking:
-            self._look_later(clock)
-
-    def forget(self, reader: _Reader) -> None:
-        """Looks at the reader no more."""
-        self._readers.remove(reader)
-
-    def _look_later(self, clock: running_time.Clock) -> None:
-        self._looking = True
-        clock.call_later(self._timeout / 4, lambda: self._look(clock))
-
-    def _look(self, clock: running_time.Clock) -> None:
-        latest = clock.time() - self._timeout
-        for reader in self._readers:
-            if reader.reads_since is not None and reader.reads_since <= latest:
-                reader.source.end(SlowReaderError())
-        self._looking = False
-        if self._readers:
-            self._look_later(clock)
-
-
 class SampleBuffer:
-    """Whole samples, each a message."""
+    """Makes one message of each finished sample."""
 
     def __init__(self) -> None:
         self.size = 0
         self._samples: list[GenerationResponseSample] = []
 
-    def add(self, event: Progress) -> bool:
-        """Takes in an event; deltas are not kept."""
+    def add(self, event: Output) -> bool:
+        """Adds a finished sample; ignores deltas."""
         if isinstance(event, TextDelta):
             return False
         self._samples.append(event)
@@ -256,17 +201,17 @@ class SampleBuffer:
         return True
 
     def take(self) -> Sequence[pb.GenerationResponseSample]:
-        """Returns the messages, the sample that finished first before the others."""
+        """Returns the messages, in the order in which the samples finished."""
         samples, self._samples = self._samples, []
         self.size = 0
         return [sample_to_proto(sample) for sample in samples]
 
 
 class SampleCollector:
-    """The sink for a generation that is answered with a single message: keeps its samples.
+    """The sink of a generation that is answered with a single message: collects the finished samples.
 
     Arguments:
-        begin: Called once the engine has begun.
+        begin: Called when the engine starts.
     """
 
     is_full = False
@@ -276,7 +221,7 @@ class SampleCollector:
         self._begin = begin
 
     def emit(self, event: Event) -> None:
-        """Takes in an event; deltas are not kept."""
+        """Keeps a finished sample; ignores deltas."""
         if isinstance(event, GenerationResponseSample):
             self.samples.append(event)
         elif isinstance(event, Started):
@@ -284,23 +229,23 @@ class SampleCollector:
 
 
 class _Pending:
-    """What waits of one sample: the event that came last, and the texts of all of them."""
+    """The events of one sample that wait: the last event, and the texts of all."""
 
     __slots__ = ("last", "texts")
 
-    def __init__(self, event: Progress, text: str) -> None:
+    def __init__(self, event: Output, text: str) -> None:
         self.last = event
         self.texts = [text]
 
-    def add(self, event: Progress, text: str) -> None:
+    def add(self, event: Output, text: str) -> None:
         self.last = event
         self.texts.append(text)
-        # Many small texts take many times the memory of one large.
+        # Many small texts take many times the memory of one large text.
         if len(self.texts) == MAX_SEPARATE_TEXTS:
             self.texts = ["".join(self.texts)]
 
     def message(self) -> pb.GenerationDelta:
-        """Returns them as one."""
+        """Returns one message for all of them."""
         text = "".join(self.texts)
         if isinstance(self.last, TextDelta):
             return delta_to_proto(self.last.index, text, self.last.generated_tokens)
@@ -308,16 +253,16 @@ class _Pending:
 
 
 class DeltaBuffer:
-    """The text of all samples, each character once: of what has piled up, one message for each sample."""
+    """Merges the waiting events of each sample into one message. Each character of a sample is sent once."""
 
     def __init__(self) -> None:
         self.size = 0
         self._pending: dict[int, _Pending] = {}
-        # How many characters of each sample have come, which its finished text repeats.
         self._seen: dict[int, int] = {}
+        """Characters of each sample that were added as deltas; the text of the finished sample repeats them."""
 
-    def add(self, event: Progress) -> bool:
-        """Takes in an event."""
+    def add(self, event: Output) -> bool:
+        """Adds an event."""
         index = event.index
         seen = self._seen.get(index, 0)
         text = event.text if isinstance(event, TextDelta) else event.text[seen:]
@@ -330,7 +275,7 @@ class DeltaBuffer:
         return True
 
     def take(self) -> Sequence[pb.GenerationDelta]:
-        """Returns the messages, the sample whose event came first before the others."""
+        """Returns the messages, in the order of each sample's first waiting event."""
         pending, self._pending = self._pending, {}
         self.size = 0
         return [each.message() for each in pending.values()]

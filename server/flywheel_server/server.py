@@ -29,7 +29,7 @@ from flywheel_server.interceptors.calls import CallInterceptor
 from flywheel_server.interceptors.public import PublicMethods
 from flywheel_server.interceptors.reading import RequestReader
 from flywheel_server.listening import channel_arguments, connections_allowed, listen, safe_credentials
-from flywheel_server.operations import Waits
+from flywheel_server.operations import OperationWaiter
 from flywheel_server.reflection import add_reflection
 from flywheel_server.service import GenerationService
 from flywheel_server.settings import Settings
@@ -77,7 +77,7 @@ class _Server:
         self._keys = KeyRing((key.get_secret_value() for key in settings.api_keys), settings.api_keys_file)
         self._generations = Generations(engine, link.admission if link else _local_admission_control(settings))
         self._health = link.health if link else Health()
-        self._requests = Waits(reading.REQUEST_TIMEOUT, IncompleteRequestError)
+        self._requests = OperationWaiter(reading.REQUEST_TIMEOUT, IncompleteRequestError)
         asks_for_certificates = settings.tls_client_ca is not None
         self._authentication = Authentication(self._keys, certificates=asks_for_certificates)
         self._credentials = safe_credentials(settings, authenticates=self._keys.is_required or asks_for_certificates)

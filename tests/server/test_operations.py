@@ -11,7 +11,7 @@ import pytest
 from flywheel_server import running_time
 from flywheel_server.engines.base import EngineUnavailableError
 from flywheel_server.errors import IncompleteRequestError
-from flywheel_server.operations import Operation, Waits
+from flywheel_server.operations import Operation, OperationWaiter
 
 from tests.serving import settled, until
 
@@ -118,7 +118,7 @@ async def ending(waiting: Awaitable[Any]) -> tuple[type[BaseException] | None, f
 
 
 async def test_each_wait_ends_in_its_own_time() -> None:
-    waits = Waits(TIMEOUT, IncompleteRequestError)
+    waits = OperationWaiter(TIMEOUT, IncompleteRequestError)
     endings = []
     for _ in range(6):
         endings.append(asyncio.ensure_future(ending(waits.wait(never()))))
@@ -130,7 +130,7 @@ async def test_each_wait_ends_in_its_own_time() -> None:
 
 
 async def test_a_wait_whose_operation_ends_in_time_has_its_result_and_bounds_no_other() -> None:
-    waits = Waits(TIMEOUT, IncompleteRequestError)
+    waits = OperationWaiter(TIMEOUT, IncompleteRequestError)
     steps = Steps("done")
     first = asyncio.ensure_future(waits.wait(Operation(steps.run())))
     second = asyncio.ensure_future(ending(waits.wait(never())))
@@ -143,7 +143,7 @@ async def test_a_wait_whose_operation_ends_in_time_has_its_result_and_bounds_no_
 
 
 async def test_what_arrives_while_the_event_loop_is_held_up_has_arrived() -> None:
-    waits = Waits(TIMEOUT, IncompleteRequestError)
+    waits = OperationWaiter(TIMEOUT, IncompleteRequestError)
     arrives = Steps("in time")
     waiting = asyncio.ensure_future(waits.wait(Operation(arrives.run())))
     loop = asyncio.get_running_loop()
@@ -157,7 +157,7 @@ async def test_what_arrives_while_the_event_loop_is_held_up_has_arrived() -> Non
 
 
 async def test_the_end_of_waits_ends_those_that_are_open_and_those_to_come() -> None:
-    waits = Waits(60, IncompleteRequestError)
+    waits = OperationWaiter(60, IncompleteRequestError)
     endings = [asyncio.ensure_future(ending(waits.wait(never()))) for _ in range(3)]
     await settled()
     waits.end(lambda: EngineUnavailableError("the server is stopping"))
@@ -167,7 +167,7 @@ async def test_the_end_of_waits_ends_those_that_are_open_and_those_to_come() -> 
 
 
 async def test_a_cancelled_wait_is_forgotten() -> None:
-    waits = Waits(TIMEOUT, IncompleteRequestError)
+    waits = OperationWaiter(TIMEOUT, IncompleteRequestError)
     task = asyncio.create_task(waits.wait(never()))
     await settled()
     task.cancel()

@@ -9,7 +9,7 @@ import grpc.aio
 from flywheel_server.compression import decompressed
 from flywheel_server.errors import MalformedRequestError
 from flywheel_server.grpc_types import GrpcContext, Handler
-from flywheel_server.operations import Operation, Waits
+from flywheel_server.operations import Operation, OperationWaiter
 
 
 class MethodError(TypeError):
@@ -28,7 +28,7 @@ class Method:
         )
         self._parse: Any = handler.request_deserializer
 
-    async def receive(self, context: GrpcContext, limit: int, waits: Waits) -> Any:  # noqa: ANN401 - any method's request
+    async def receive(self, context: GrpcContext, limit: int, waits: OperationWaiter) -> Any:  # noqa: ANN401 - any method's request
         """Returns the next request; None after the last one. Waits for it as one of `waits`, and raises what these raise.
 
         Raises:

@@ -14,7 +14,7 @@ from flywheel_server.grpc_types import GrpcContext, Handler
 from flywheel_server.interceptors.context import CallContext
 from flywheel_server.interceptors.metadata import CallMetadata
 from flywheel_server.interceptors.methods import Method
-from flywheel_server.operations import Operation, Waits
+from flywheel_server.operations import Operation, OperationWaiter
 from flywheel_server.public_limits import (
     MAX_BRIEF_CALLS,
     MAX_REQUEST_BYTES,
@@ -45,7 +45,7 @@ class PublicMethods:
         waits: Ends the wait for a request that does not arrive in time.
     """
 
-    def __init__(self, max_streams: int, waits: Waits) -> None:
+    def __init__(self, max_streams: int, waits: OperationWaiter) -> None:
         self._waits = waits
         self._brief = Places(MAX_BRIEF_CALLS)
         self._turns = Turns()

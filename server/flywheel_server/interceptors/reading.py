@@ -10,7 +10,7 @@ from flywheel_server.errors import MalformedRequestError
 from flywheel_server.grpc_types import GrpcContext
 from flywheel_server.interceptors.authentication import Authentication, Credentials
 from flywheel_server.interceptors.methods import Method
-from flywheel_server.operations import Waits
+from flywheel_server.operations import OperationWaiter
 
 REQUEST_TIMEOUT: Final = 30.0
 """Seconds of running time in which a request must have arrived."""
@@ -26,7 +26,7 @@ class RequestReader:
             that, without anything else in between.
     """
 
-    def __init__(self, max_message_bytes: int, waits: Waits, authentication: Authentication) -> None:
+    def __init__(self, max_message_bytes: int, waits: OperationWaiter, authentication: Authentication) -> None:
         self._max_message_bytes = max_message_bytes
         self._waits = waits
         self._authentication = authentication
