@@ -1,4 +1,4 @@
-"""What an engine's calls show of its condition, for whoever supervises it."""
+"""Collects the signs of an engine's health that its calls give, for its supervisor."""
 
 import asyncio
 
@@ -8,90 +8,91 @@ from flywheel_server.system.shortage import is_shortage
 
 
 class Activity:
-    """The calls within an engine, how long ago it showed that it lives, and whether it has failed.
+    """Counts the calls in an engine, and records when it last made progress and whether it has failed.
 
     Attributes:
-        inside: Calls that were given to the engine, whether it has begun to work on them or not.
-        failed: Is set when the engine has failed in a way that may be more than this one call's.
+        inside: Calls that the engine has been given, started or not.
+        failed: Set when the engine fails in a way that may concern more than one call.
     """
 
     def __init__(self) -> None:
         self.inside = 0
         self.failed = asyncio.Event()
-        self._lives = False
-        """Whether the engine has shown that it lives since the last look."""
-        self._seen_alive = 0.0
-        """When a look last found that, in running time."""
-        self._in_doubt: asyncio.Future[None] | None = None
+        self._has_progress = False
+        """Whether the engine has made progress since `silence` was last called."""
+        self._progress_seen_at = 0.0
+        """When `silence` last found progress, in running time."""
+        self._confirmation: asyncio.Future[None] | None = None
+        """Done when a check finds the engine alive; None unless the engine is suspected of being dead."""
         self._within_engine = _WithinEngine(self)
         self._noticing = _Noticing(self)
 
     def within_engine(self) -> "_WithinEngine":
-        """Counts a call as inside for the length of the context, and does what `failures_noticed` does."""
+        """Returns a context that counts a call as inside, and notices failures as `noticing_failures` does."""
         return self._within_engine
 
-    def sign(self) -> None:
-        """Notes that the engine has made something of a sample, or got a call after having none."""
-        # Called for each token: the clock is left to whoever asks.
-        self._lives = True
+    def note_progress(self) -> None:
+        """Notes that the engine has produced output, or has got a call after it had none."""
+        # Called for each token, so it does not read the clock: `silence` does.
+        self._has_progress = True
 
     def silence(self) -> float:
-        """Returns the seconds of running time since the first look after the last sign."""
-        if self._lives:
-            self._lives = False
-            self._seen_alive = running_time.now()
-        return running_time.now() - self._seen_alive
+        """Returns the seconds of running time since this method first found the engine's last progress."""
+        if self._has_progress:
+            self._has_progress = False
+            self._progress_seen_at = running_time.now()
+        return running_time.now() - self._progress_seen_at
 
-    def failures_noticed(self) -> "_Noticing":
-        """Sets `failed` if an error is raised within the context that may concern more than one call."""
+    def noticing_failures(self) -> "_Noticing":
+        """Returns a context that passes the error it is left with, if any, to `notice`."""
         return self._noticing
 
     def notice(self, error: BaseException) -> None:
         """Sets `failed` if the error may concern more than one call.
 
-        Raises `EngineFailedError` instead if it is none that a call may end with: the engine has cancelled itself, or means to
-        end more than the call.
+        Raises `EngineFailedError` in place of an error that must not leave a call: a cancellation that the engine caused, or
+        an exception such as SystemExit.
         """
         if isinstance(error, asyncio.CancelledError):
             if (task := asyncio.current_task()) and task.cancelling():
                 return
-            # Nobody has cancelled the call: it is the engine's own, which would leave the caller without a status.
+            # Nobody cancelled the call, so the engine did. The caller would get no status.
             self._suspect()
             raise EngineFailedError("the engine cancelled itself") from error
         if isinstance(error, KeyboardInterrupt):
             return
         if not isinstance(error, Exception):
-            # Such as SystemExit, which would end the event loop, and with it all other calls.
+            # For example SystemExit, which would end the event loop and so all other calls.
             self._suspect()
             raise EngineFailedError(f"the engine raised {type(error).__name__}") from error
-        is_engines = isinstance(error, EngineFailedError) or not isinstance(error, EngineError)
-        if is_engines and not is_shortage(error):
+        is_fault = isinstance(error, EngineFailedError) or not isinstance(error, EngineError)
+        if is_fault and not is_shortage(error):
             self._suspect()
 
     def _suspect(self) -> None:
-        self._in_doubt = self._in_doubt or asyncio.get_running_loop().create_future()
+        self._confirmation = self._confirmation or asyncio.get_running_loop().create_future()
         self.failed.set()
 
     def confirm_alive(self) -> None:
-        """Notes that a check after a failure has found the engine alive."""
-        if self._in_doubt is not None:
-            self._in_doubt.set_result(None)
-            self._in_doubt = None
+        """Notes that a check has found the engine alive after a failure."""
+        if self._confirmation is not None:
+            self._confirmation.set_result(None)
+            self._confirmation = None
 
     async def confirmed_alive(self) -> None:
-        """Returns once a check has found the engine alive since it last failed; never, if it is dead."""
-        if self._in_doubt is not None:
-            await asyncio.shield(self._in_doubt)
+        """Returns when a check has found the engine alive after its last failure. If the engine is dead, never returns."""
+        if self._confirmation is not None:
+            await asyncio.shield(self._confirmation)
 
 
 class _Noticing:
-    """The context of `failures_noticed`, the same for all calls."""
+    """The context of `noticing_failures`, shared by all calls."""
 
     def __init__(self, activity: Activity) -> None:
         self._activity = activity
 
     def __enter__(self) -> None:
-        """There is nothing to prepare."""
+        """Does nothing."""
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if error is not None:
@@ -99,14 +100,14 @@ class _Noticing:
 
 
 class _WithinEngine:
-    """The context of `within_engine`, the same for all calls."""
+    """The context of `within_engine`, shared by all calls."""
 
     def __init__(self, activity: Activity) -> None:
         self._activity = activity
 
     def __enter__(self) -> None:
         if not self._activity.inside:
-            self._activity.sign()
+            self._activity.note_progress()
         self._activity.inside += 1
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:

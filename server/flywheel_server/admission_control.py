@@ -1,4 +1,4 @@
-"""What stands between a call and the engine: first the quotas of the caller, then the queue for room in the engine."""
+"""Admits a call to the engine: checks the quotas of its caller first, and then queues the call for slots of the engine."""
 
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
@@ -6,85 +6,85 @@ from typing import Protocol
 
 from flywheel_server import admission
 from flywheel_server.access.callers import Caller
-from flywheel_server.access.quotas import Holding, Quotas, Usage
+from flywheel_server.access.quotas import Quotas, Reservation, Usage
 from flywheel_server.admission import DEFAULT_SERVICE_TIME, Admission
 from flywheel_server.engines.base import EngineModel
 from flywheel_server.messages import GenerationRequest
 
 
 class Place(Protocol):
-    """A call's place in the queue, and then its room in the engine; see `admission.Place`."""
+    """A call's place in the queue and, once the call is admitted, its slots in the engine; see `admission.Place`."""
 
     async def admitted(self, context_tokens: int, time_remaining: float | None = None) -> None:
-        """Returns when there is room for the call and for so many tokens of context, or raises what ends the wait."""
+        """Returns when there are slots for the call and so many free tokens of context; raises the errors of `acquire`."""
 
-    def call_if_lost(self, callback: Callable[[Exception], None]) -> None:
-        """Calls back with the error if the place is lost before the call is admitted."""
+    def call_if_evicted(self, callback: Callable[[Exception], None]) -> None:
+        """Calls back with the error if the call loses its place before it is admitted."""
 
 
 class AdmissionControl(Protocol):
-    """Holds callers to their quotas, and then has calls wait until there is room for them."""
+    """Enforces the quotas of callers, and makes calls wait until the engine has slots for them."""
 
     def set_capacity(self, model: EngineModel) -> None:
-        """Lets in no more at a time than the engine works on with this model."""
+        """Caps concurrency at what the engine works on at a time with this model."""
 
-    def entered(
+    def acquire(
         self, request: GenerationRequest, caller: Caller, time_remaining: float | None
     ) -> AbstractAsyncContextManager[tuple[Usage, Place]]:
-        """Holds a share of the caller's quotas and a place in the queue for the length of the context.
+        """Returns a context that reserves quota and a place in the queue, and releases both at its end.
 
-        What the call uses is to be told to `Usage`. If the context ends without an error, the time that the call had room
-        counts as a service time.
+        The caller of this method records the tokens that the call uses in the `Usage`. If the context ends without an error,
+        the time since admission counts as a service time.
 
-        Raises, from here or later from `Place.admitted`:
-            QuotaExceededError: The caller has no room for the call now.
-            DeadlineExceededError: The wait would last longer than `time_remaining` (seconds; None is no bound).
-            ServerFullError: Too many wait.
+        Raises, on entering the context or later from `Place.admitted`:
+            QuotaExceededError: The quotas of the caller do not allow the call now.
+            DeadlineExceededError: The wait would last longer than `time_remaining` (seconds; None if there is no deadline).
+            ServerFullError: The queue is full, or a call of a higher priority has evicted this one.
         """
 
 
 class LocalAdmissionControl:
-    """The admission control of a server that is one process."""
+    """The admission control of a server with a single process."""
 
-    def __init__(self, own: Admission) -> None:
-        self._admission = own
-        self._quotas = quotas_for(own)
+    def __init__(self, queue: Admission) -> None:
+        self._queue = queue
+        self._quotas = quotas_for(queue)
 
     def set_capacity(self, model: EngineModel) -> None:
         """See `AdmissionControl.set_capacity`."""
-        self._admission.set_capacity(model.slots, model.shared_context_tokens)
+        self._queue.set_capacity(model.slots, model.shared_context_tokens)
 
-    def entered(self, request: GenerationRequest, caller: Caller, time_remaining: float | None) -> "LocalEntry":
-        """See `AdmissionControl.entered`. Raises its errors at once, except for a place that is lost later."""
-        return LocalEntry(
-            self._quotas.held(caller, request),
-            self._admission.queue(request.num_samples, caller, time_remaining),
+    def acquire(self, request: GenerationRequest, caller: Caller, time_remaining: float | None) -> "LocalAcquisition":
+        """See `AdmissionControl.acquire`."""
+        return LocalAcquisition(
+            self._quotas.reservation(caller, request),
+            self._queue.queue(request.num_samples, caller, time_remaining),
         )
 
 
-class LocalEntry:
-    """A call's share of the quotas and its place in the queue, both for the length of the context."""
+class LocalAcquisition:
+    """The context of one call: its reservation of quota, and its place in the queue."""
 
-    def __init__(self, holding: Holding, place: admission.Place) -> None:
-        self._holding = holding
+    def __init__(self, reservation: Reservation, place: admission.Place) -> None:
+        self._reservation = reservation
         self._place = place
 
     async def __aenter__(self) -> tuple[Usage, Place]:
-        usage = self._holding.__enter__()
+        usage = self._reservation.__enter__()
         try:
-            self._place.enter()
+            self._place.join()
         except BaseException:
-            self._holding.__exit__()
+            self._reservation.__exit__()
             raise
         return usage, self._place
 
     async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
-            self._place.leave(finished=kind is None)
+            self._place.release(finished=kind is None)
         finally:
-            self._holding.__exit__()
+            self._reservation.__exit__()
 
 
 def quotas_for(queue: Admission) -> Quotas:
-    """Returns quotas that estimate retry delays by the service times of the calls that pass through the queue."""
+    """Returns quotas that estimate retry delays by the service times that the queue measures."""
     return Quotas(lambda caller: queue.service_times.of(caller) or DEFAULT_SERVICE_TIME)

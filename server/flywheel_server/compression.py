@@ -1,9 +1,9 @@
-"""Decompresses requests within a bound.
+"""Decompresses requests up to a maximum size.
 
-gRPC itself is told not to decompress (`flywheel_server.listening`): it would do so for callers that are not known yet, and some
-versions of it compare the size with the limit only afterwards. gRPC then does not tell how a message is compressed, but the
-message does: gzip (RFC 1952) begins with a byte that begins no protobuf message, and deflate, which has the format of zlib
-(RFC 1950), has a header and a checksum.
+gRPC is configured not to decompress (`flywheel_server.listening`): it would do so before authentication, and some versions
+check the size only afterwards. Then gRPC does not report how a message is compressed, but the message itself shows it. gzip
+(RFC 1952) begins with a byte that no protobuf message begins with. deflate, in the format of zlib (RFC 1950), has a header and
+a checksum.
 """
 
 import asyncio
@@ -15,12 +15,12 @@ from flywheel_server.errors import RequestTooLargeError
 _GZIP_OR_ZLIB: Final = zlib.MAX_WBITS | 32
 _GZIP: Final = b"\x1f\x8b"
 _ZLIB: Final = b"\x78"
-_PIECE: Final = 2**16
-"""Bytes that are decompressed before other calls get a turn."""
+_CHUNK_BYTES: Final = 2**16
+"""Bytes that are decompressed before the event loop serves other calls."""
 
 
 async def decompressed(data: bytes, limit: int) -> bytes:
-    """Returns the message in `data`. Bytes that are not compressed with gzip or deflate are returned as they are.
+    """Returns the message in `data`, decompressed if it is compressed with gzip or deflate.
 
     Raises:
         RequestTooLargeError: The message is larger than `limit` bytes.
@@ -37,19 +37,19 @@ def _looks_compressed(data: bytes) -> bool:
 
 
 async def _decompress(data: bytes, limit: int) -> bytes | None:
-    """Returns the message, of which at most `limit` + 1 bytes are made; None if the bytes only look compressed."""
+    """Returns at most `limit` + 1 bytes of the message; None if the data only looks compressed."""
     decompressor = zlib.decompressobj(_GZIP_OR_ZLIB)
     message = bytearray()
     start = 0
     try:
         while not decompressor.eof and len(message) <= limit:
-            piece = decompressor.unconsumed_tail
-            if not piece:
-                piece = data[start : start + _PIECE]
-                start += _PIECE
-            if not piece:
+            chunk = decompressor.unconsumed_tail
+            if not chunk:
+                chunk = data[start : start + _CHUNK_BYTES]
+                start += _CHUNK_BYTES
+            if not chunk:
                 return None
-            message += decompressor.decompress(piece, min(_PIECE, limit + 1 - len(message)))
+            message += decompressor.decompress(chunk, min(_CHUNK_BYTES, limit + 1 - len(message)))
             await asyncio.sleep(0)
     except zlib.error:
         return None

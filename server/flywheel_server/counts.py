@@ -1,4 +1,4 @@
-"""How many calls the server has, and how busy its engine is, as GetStats tells it."""
+"""Counts the calls of the server, and asks its engine how busy it is, for GetStats."""
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -9,18 +9,24 @@ from flywheel_server.generations import Generations
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """How busy the server is: calls that the engine has begun, calls that it has not, and what the engine says of itself."""
+    """How busy the server is.
+
+    Attributes:
+        active: Calls that the engine has started.
+        queued: Calls that the engine has not started yet.
+        engine: The engine's own figures.
+    """
 
     active: int
     queued: int
     engine: EngineStats
 
 
-Count = Callable[[], Awaitable[Counts]]
-"""Returns the counts of the server; raises `EngineError` if the engine does not say how busy it is."""
+GetCounts = Callable[[], Awaitable[Counts]]
+"""Returns the counts of the server; raises `EngineError` if the engine cannot say how busy it is."""
 
 
 async def local_counts(engine: Engine, generations: Generations) -> Counts:
-    """Returns the counts of this process; raises `EngineError`."""
+    """Returns the counts of this process; see `GetCounts`."""
     stats = await engine.stats()
     return Counts(generations.active, generations.queued, stats)

@@ -1,6 +1,6 @@
-"""The life of each generation, and of all of them together.
+"""Runs generations on the engine, from admission to their end, and stops them when the server or the engine stops.
 
-Each is admitted, within its deadline, counted, and checked against promise 1 of the contract: one finished sample per index.
+A generation is bounded by its deadline, counted, and checked against promise 1 of the contract: one finished sample per index.
 """
 
 import asyncio
@@ -32,20 +32,20 @@ from flywheel_server.preparation import Preparation
 log = structlog.stdlib.get_logger(__name__)
 
 DEADLINE_MARGIN: Final = 0.05
-"""The share of the remaining time, and at most so many seconds, by which the server ends a call before its deadline.
+"""How long before its deadline the server ends a call: this share of the remaining time, and at most this many seconds.
 
-The caller's own timer fires at the deadline and drops whatever comes later; only an earlier status reaches it with details.
+At the deadline, the client ends the call by itself. A status with details must reach it before.
 """
 
 
 class Generations:
-    """Runs requests on the engine, while the engine is up.
+    """All generations of this process. They run only between `open` and `interrupt` or `close`.
 
     Attributes:
         engine: The engine.
-        activity: What the generations show of the engine's condition.
-        queued: Generations that the engine has not begun.
-        active: Generations that the engine has begun, and that have not ended.
+        activity: Signs of the engine's health that the generations give.
+        queued: Generations that the engine has not started.
+        active: Generations that the engine has started and that have not ended.
     """
 
     def __init__(self, engine: Engine, admission: AdmissionControl) -> None:
@@ -58,42 +58,42 @@ class Generations:
         self._model: EngineModel | None = None
         self._closed = False
         self._running: set[Generation] = set()
-        self._one_has_left = asyncio.Event()
+        self._one_ended = asyncio.Event()
 
     @property
     def is_open(self) -> bool:
-        """Whether new requests are run."""
+        """Whether new requests are accepted."""
         return self._model is not None
 
     def model(self) -> EngineModel:
-        """Returns what the engine runs. Raises `EngineUnavailableError` unless the generations are open."""
+        """Returns the engine's model. Raises `EngineUnavailableError` unless new requests are accepted."""
         if self._model is None:
             raise EngineUnavailableError("the server is starting or stopping")
         return self._model
 
     def open(self) -> None:
-        """Runs requests from now on, unless `close` was called: the engine has started."""
+        """Accepts requests from now on, unless `close` was called. To be called when the engine has started."""
         if not self._closed:
             self._model = self.engine.model()
             self._admission.set_capacity(self._model)
             self._preparation.set_threads(self._model.tokenizers)
 
     def interrupt(self) -> None:
-        """Refuses new requests, and ends the generations under way: the engine stops."""
+        """Refuses new requests until `open` is called again, and ends all generations. To be called when the engine stops."""
         self._model = None
         self._end_all("the engine stops")
 
     def revoke(self, callers: Collection[str]) -> None:
-        """Ends the generations of the callers with these names, whose keys were revoked."""
+        """Ends all generations of the callers with these names, because their keys were revoked."""
         for generation in self._running:
             if generation.caller.name in callers:
                 generation.end(UnauthenticatedError("API_KEY_REVOKED"))
 
     async def close(self, drain_timeout: float) -> None:
-        """Refuses new requests for good, and returns when all generations have ended.
+        """Refuses new requests forever, drains the generations, and returns when all have ended.
 
-        The generations under way have `drain_timeout` seconds to finish. Those that have not finished then, or when this is
-        cancelled, are ended with `EngineUnavailableError`.
+        Generations that have not finished after `drain_timeout` seconds are ended with `EngineUnavailableError`. Cancelling
+        this method ends them at once.
         """
         self._closed = True
         self._model = None
@@ -102,19 +102,19 @@ class Generations:
         try:
             with suppress(TimeoutError):
                 async with running_time.timeout(drain_timeout):
-                    await self._all_left()
+                    await self._wait_until_all_ended()
         finally:
             self._end_all("the server is stopping")
-            await self._all_left()
+            await self._wait_until_all_ended()
 
     def _end_all(self, why: str) -> None:
         for generation in self._running:
             generation.end(EngineUnavailableError(why))
 
-    async def _all_left(self) -> None:
+    async def _wait_until_all_ended(self) -> None:
         while self._running:
-            self._one_has_left.clear()
-            await self._one_has_left.wait()
+            self._one_ended.clear()
+            await self._one_ended.wait()
 
     async def run(
         self,
@@ -123,55 +123,56 @@ class Generations:
         time_remaining: float | None,
         deliver: Callable[["Generation"], Awaitable[None]],
     ) -> None:
-        """Delivers the generation of a request once it has its room in the engine, which it keeps until it is delivered.
+        """Admits a request to the engine, and then delivers its generation.
 
-        Raises the call's error: `EngineUnavailableError` unless the generations are open.
+        The call keeps its slots in the engine until `deliver` returns. Raises the call's error, which is
+        `EngineUnavailableError` if new requests are not accepted.
 
         Arguments:
-            request: What to generate.
-            caller: For whom.
-            time_remaining: Seconds; when they are over, `DeadlineExceededError` is raised.
-            deliver: Runs the generation, and takes what comes of it to the caller.
+            request: The request.
+            caller: The caller.
+            time_remaining: Seconds after which `DeadlineExceededError` is raised; None if there is no deadline.
+            deliver: Runs the generation, and sends its output to the caller.
         """
         self.model()
-        time_remaining = _within(time_remaining)
+        time_remaining = _with_margin(time_remaining)
         generation = Generation(self, caller, request.num_samples, time_remaining)
         self._running.add(generation)
         try:
             async with (
                 generation.deadline,
-                self._admission.entered(request, caller, time_remaining) as (generation.usage, place),
+                self._admission.acquire(request, caller, time_remaining) as (generation.usage, place),
             ):
-                place.call_if_lost(generation.end)
-                with self.activity.failures_noticed():
+                place.call_if_evicted(generation.end)
+                with self.activity.noticing_failures():
                     generation.prepared = await self._preparation.prepare(request, caller, generation.usage)
                 await place.admitted(generation.prepared.context_tokens, generation.time_remaining())
                 await deliver(generation)
         except Exception as error:
-            # Not only TimeoutError: an engine may make of its cancel what it likes.
+            # Not only TimeoutError: an engine may raise any error when it is cancelled.
             if not generation.deadline.expired():
                 raise
-            raise generation.why_it_ended() from error
+            raise generation.deadline_error() from error
         finally:
-            generation.leave()
+            generation.close()
             self._running.remove(generation)
-            self._one_has_left.set()
+            self._one_ended.set()
 
 
-def _within(time_remaining: float | None) -> float | None:
+def _with_margin(time_remaining: float | None) -> float | None:
     if time_remaining is None:
         return None
     return time_remaining - min(DEADLINE_MARGIN, time_remaining * DEADLINE_MARGIN)
 
 
 class Generation:
-    """One request on its way through the engine. To the engine, it is the sink for its events.
+    """The generation for one request. The engine emits its events to it, and it passes them on.
 
     Attributes:
-        caller: For whom.
-        deadline: Ends the generation.
-        prepared: The request as the engine takes it, once it was prepared.
-        usage: Counts what it costs.
+        caller: The caller.
+        deadline: The timeout of the call, which `end` brings forward.
+        prepared: The request, prepared for the engine; set before `run`.
+        usage: Counts the tokens of the call; set before `run`.
     """
 
     prepared: PreparedRequest
@@ -186,13 +187,13 @@ class Generation:
         self._activity = generations.activity
         self._unfinished = set(range(num_samples))
         self._started = False
-        self._has_left = False
+        self._is_closed = False
         self._ended_by: Exception | None = None
         generations.queued += 1
 
     def end(self, error: Exception) -> None:
         """Ends the generation with an error, unless it is ending already."""
-        if self._ended_by is None and not self._has_left and not self.deadline.expired():
+        if self._ended_by is None and not self._is_closed and not self.deadline.expired():
             self._ended_by = error
             self.deadline.reschedule(self._loop.time())
 
@@ -201,14 +202,15 @@ class Generation:
         when = self.deadline.when()
         return None if when is None else when - self._loop.time()
 
-    def why_it_ended(self) -> Exception:
-        """Returns the error to raise if the deadline has passed, or `end` has brought it forward."""
+    def deadline_error(self) -> Exception:
+        """Returns the error of a generation whose `deadline` has expired, by itself or by `end`."""
         return self._ended_by or DeadlineExceededError("IN_GENERATION" if self._started else "IN_QUEUE")
 
     async def run(self, sink: Sink) -> None:
-        """Has the engine generate, and returns when all samples have finished; cancelling it stops the work.
+        """Runs the request on the engine, emits the events to the sink, and returns when all samples have finished.
 
-        The sink gets the events. Raises `EngineError`: `EngineFailedError` unless each sample finishes once, and none more.
+        Cancelling this method stops the engine's work on the request. Raises `EngineError`, for example `EngineFailedError` if
+        the engine does not finish each sample exactly once.
         """
         self._sink = sink
         with self._activity.within_engine():
@@ -218,22 +220,22 @@ class Generation:
 
     @property
     def is_full(self) -> bool:
-        """Whether the reader is behind; see `Sink`."""
+        """See `Sink.is_full`."""
         return self._sink.is_full
 
     def emit(self, event: Event) -> None:
-        """Passes an event on; see `Sink`."""
-        if self._has_left:
-            return  # the engine had sent it before it learned of the cancel
+        """Checks and counts an event, and passes it on; see `Sink.emit`."""
+        if self._is_closed:
+            return  # the engine sent it before it noticed the cancellation
         if isinstance(event, Started):
             self._start()
-            self.usage.begin(event.prompt_tokens)
+            self.usage.set_prompt_tokens(event.prompt_tokens)
         elif not self._started:
             raise EngineFailedError("an event came before the generation was started")
         elif event.index not in self._unfinished:
             raise EngineFailedError(f"sample {event.index} was not asked for or had finished")
         else:
-            self._activity.sign()
+            self._activity.note_progress()
             self.usage.count(event)
             if isinstance(event, GenerationResponseSample):
                 self._unfinished.remove(event.index)
@@ -246,9 +248,9 @@ class Generation:
         self._generations.queued -= 1
         self._generations.active += 1
 
-    def leave(self) -> None:
-        """Stops counting the generation as under way, and takes no further events."""
-        self._has_left = True
+    def close(self) -> None:
+        """Stops counting the generation, and ignores further events."""
+        self._is_closed = True
         if self._started:
             self._generations.active -= 1
         else:

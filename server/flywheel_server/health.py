@@ -1,4 +1,4 @@
-"""What grpc.health.v1 says: that of the engine, for as long as the server runs."""
+"""Serves grpc.health.v1: reports whether the engine can be reached, and whether the server is stopping."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -13,26 +13,25 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from flywheel_server import running_time
 from flywheel_server.engines.base import Engine, EngineUnavailableError
+from flywheel_server.grpc_types import GrpcContext
 from flywheel_server.system.shortage import shortage_in
 
 log = structlog.stdlib.get_logger(__name__)
 
 RUNNERS: Final = "flywheel.v1.Runners"
-"""The name under which health tells whether the engine has runners now: what /health of Flywheel's example tells.
+"""The service name under which health reports whether the engine has runners now, as /health of Flywheel's example does.
 
-It is not the server's own health: the first call wakes an engine that was scaled to zero, so it must not be turned away.
+It is apart from the server's own health: an engine that is scaled to zero is woken by the first call, so calls must reach it.
 """
 
 SERVING: Final = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING: Final = health_pb2.HealthCheckResponse.NOT_SERVING
 
-Context = grpc.aio.ServicerContext[Any, Any]
-
 
 class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc] # it has no types
-    """Answers with the statuses that were set. The methods write to the context, as all of this server do.
+    """Answers with the statuses that were set. The methods write to the context, as all methods of this server do.
 
-    Instead of the one in grpcio-health-checking, which has no List, and whose `set` waits for every watcher to read.
+    It replaces the servicer of grpcio-health-checking, which has no List, and whose `set` waits until every watcher has read.
     """
 
     def __init__(self) -> None:
@@ -46,7 +45,7 @@ class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc] # it
         self._wake()
 
     def end(self) -> None:
-        """Ends every stream of statuses, after the last of them."""
+        """Ends every Watch stream after its last status."""
         self._ended = True
         self._wake()
 
@@ -54,17 +53,17 @@ class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc] # it
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
 
-    async def Check(self, request: health_pb2.HealthCheckRequest, context: Context) -> None:
-        """Sends the status of a service; NOT_FOUND for one that is not there."""
+    async def Check(self, request: health_pb2.HealthCheckRequest, context: GrpcContext) -> None:
+        """Sends the status of a service. Ends with NOT_FOUND if the service is unknown."""
         status = self._statuses.get(request.service)
         if status is None:
             await context.abort(grpc.StatusCode.NOT_FOUND, "There is no such service here; List has those that are.")
         await context.write(health_pb2.HealthCheckResponse(status=status))
 
-    async def Watch(self, request: health_pb2.HealthCheckRequest, context: Context) -> None:
-        """Streams the status of a service, now and whenever it changes; SERVICE_UNKNOWN for one that is not there.
+    async def Watch(self, request: health_pb2.HealthCheckRequest, context: GrpcContext) -> None:
+        """Streams the status of a service, now and whenever it changes; SERVICE_UNKNOWN if the service is unknown.
 
-        The stream ends when the server stops, with UNAVAILABLE: clients then look again, as gRFC A17 has it.
+        The stream ends with UNAVAILABLE when the server stops. Clients then watch again (gRFC A17).
         """
         last: int | None = None
         while True:
@@ -77,24 +76,24 @@ class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc] # it
             else:
                 await self._changed.wait()
 
-    async def List(self, request: Any, context: Context) -> None:  # noqa: ANN401 - older versions have no type
+    async def List(self, request: Any, context: GrpcContext) -> None:  # noqa: ANN401 - older versions have no type
         """Sends the statuses of all services."""
         statuses = {name: health_pb2.HealthCheckResponse(status=status) for name, status in self._statuses.items()}
         await context.write(health_pb2.HealthListResponse(statuses=statuses))
 
 
 class Share(Protocol):
-    """Takes how this process is, where health is that of several."""
+    """Combines the health of several processes."""
 
     def __call__(self, *, serving: bool, runners: bool) -> None:
-        """Has `Health.show` called with what holds for all, now or later."""
+        """Takes the health of this process, and causes `Health.show` to be called with that of all, now or later."""
 
 
 class Health:
-    """Reports how the engine is: reachable or not, with runners or without.
+    """Probes the engine, and sets the statuses: whether it can be reached, and whether it has runners.
 
     Arguments:
-        share: Gets what is reported, if this process is one of several that have one health. By default it is shown.
+        share: Combines the health of this process with that of others. By default, this process is alone.
     """
 
     def __init__(self, share: Share | None = None) -> None:
@@ -102,62 +101,63 @@ class Health:
         self._share = share or self.show
         self._reachable = True
         self._runners = False
-        self._could_look = True
+        self._last_probe_answered = True
+        """Whether the last probe learned how the engine is; otherwise a warning was logged."""
         self._withdrawn = False
         self.show(serving=False, runners=False)
 
     def report(self, *, serving: bool, runners: bool) -> None:
-        """Says how the engine of this process is."""
+        """Reports the health of the engine of this process."""
         self._share(serving=serving, runners=runners)
 
     def show(self, *, serving: bool, runners: bool) -> None:
-        """Sets the status of the server, of its service, and of the engine's runners."""
+        """Sets the statuses of the server, of its service, and of the engine's runners."""
         good = {health.OVERALL_HEALTH: serving, SERVICE_NAME: serving, RUNNERS: runners}
         self.servicer.set({name: SERVING if good[name] and not self._withdrawn else NOT_SERVING for name in good})
 
     def withdraw(self) -> None:
-        """Says NOT_SERVING from now on, whatever is reported."""
+        """Sets all statuses to NOT_SERVING from now on, whatever is reported."""
         self._withdrawn = True
         self.show(serving=False, runners=False)
 
     def end(self) -> None:
-        """Ends the streams of those who watch."""
+        """Ends all Watch streams."""
         self.servicer.end()
 
     @asynccontextmanager
-    async def following(self, engine: Engine, interval: float) -> AsyncIterator[None]:
-        """Reports at once, and then every `interval` seconds for the length of the context; after it, nothing is serving."""
+    async def probing(self, engine: Engine, interval: float) -> AsyncIterator[None]:
+        """Probes the engine now and every `interval` seconds. At the end of the context, reports that it is not serving."""
 
-        async def follow() -> None:
+        async def probe_repeatedly() -> None:
             while True:
                 await asyncio.sleep(interval)
-                await self._look(engine, interval)
+                await self._probe(engine, interval)
 
-        await self._look(engine, interval)
-        following = asyncio.create_task(follow())
+        await self._probe(engine, interval)
+        probing = asyncio.create_task(probe_repeatedly())
         try:
             yield
         finally:
-            following.cancel()
-            await asyncio.gather(following, return_exceptions=True)
+            probing.cancel()
+            await asyncio.gather(probing, return_exceptions=True)
             self.report(serving=False, runners=False)
 
-    async def _look(self, engine: Engine, within: float) -> None:
+    async def _probe(self, engine: Engine, seconds: float) -> None:
         try:
-            async with running_time.timeout(within):
+            async with running_time.timeout(seconds):
                 stats = await engine.stats()
-        except Exception as error:  # noqa: BLE001 - whatever it is, health must not go on as if nothing were
+        except Exception as error:  # noqa: BLE001 - whatever it is, health must not stay as if the probe had succeeded
             if shortage := shortage_in(error):
-                # It tells nothing about the engine: what was reported stays, until there is what another look needs.
-                if self._could_look:
+                # It says nothing about the engine, so the last report stays until a probe can be made again.
+                if self._last_probe_answered:
                     log.warning("engine not looked at", error=str(shortage) or type(shortage).__name__)
-                self._could_look = False
+                self._last_probe_answered = False
                 return
             if engine.is_reachable():
-                # Nor does this, except that nobody knows whether there are runners still.
-                if self._could_look:
+                # The engine did not answer, but can be reached. Whether it still has runners is unknown.
+                if self._last_probe_answered:
                     log.warning("engine does not say how it is", error=str(error) or type(error).__name__)
-                self._could_look = False
+                self._last_probe_answered = False
                 self._reachable = True
                 self.report(serving=True, runners=self._runners)
                 return
@@ -168,6 +168,6 @@ class Health:
         else:
             if not self._reachable:
                 log.info("engine within reach again")
-            self._reachable = self._could_look = True
+            self._reachable = self._last_probe_answered = True
             self._runners = stats.num_total_runners > 0
             self.report(serving=True, runners=self._runners)

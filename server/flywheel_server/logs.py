@@ -1,4 +1,4 @@
-"""The server's log: one line an event on standard error, of ours and of the libraries alike."""
+"""Configures the log: one line for each event on standard error, from this server and its libraries alike."""
 
 import logging
 from typing import Any, Literal
@@ -9,9 +9,9 @@ from flywheel_server.system.output import Output
 
 
 class OutputHandler(logging.Handler):
-    """Writes each record as a line to an output, which nobody waits for.
+    """Writes each record as a line to an `Output`, which never blocks.
 
-    A record is made a line at once: one that waited would keep what it is about alive.
+    Records are formatted at once, because a waiting record would keep the objects in its arguments alive.
     """
 
     def __init__(self, formatter: logging.Formatter, output: Output) -> None:
@@ -21,19 +21,19 @@ class OutputHandler(logging.Handler):
         output.notice = self._notice
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write the record."""
+        """Writes the record."""
         try:
             self._output.write(self._line(record))
         except Exception:  # noqa: BLE001 - as every handler of logging
             self.handleError(record)
 
     def close(self) -> None:
-        """Wait a little until what was logged has been written. `logging` calls this at the end of the process."""
+        """Waits for a short time until all lines have been written. `logging` calls this at the end of the process."""
         self._output.close()
         super().close()
 
     def _line(self, record: logging.LogRecord) -> bytes:
-        # Indented, so that no line of a traceback or of somebody's text passes for a record.
+        # Indented, so that no line of a traceback or of a caller's text looks like a record.
         text = "\n    ".join(self.format(record).splitlines())
         return f"{text}\n".encode(errors="backslashreplace")
 
@@ -43,7 +43,7 @@ class OutputHandler(logging.Handler):
 
 
 def _exceptions_without_locals() -> structlog.processors.ExceptionRenderer:
-    """Renders exceptions without the local variables of their frames, which hold prompts."""
+    """Returns a renderer that leaves out the local variables of frames, because they hold prompts."""
     transformer = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
     return structlog.processors.ExceptionRenderer(transformer)
 
@@ -55,9 +55,9 @@ def configure(
     *,
     worker: int | None = None,
 ) -> None:
-    """Writes everything that is logged at `level` or above to `output`, by default standard error, as text or as JSON lines.
+    """Logs events of `level` and above to `output`, by default standard error, as text or as JSON lines.
 
-    What an earlier call has set up is closed. With `worker`, each line says that it is from the worker of this number.
+    Closes the handler that an earlier call has installed. With `worker`, each line has that worker's number.
     """
     shared: list[Any] = [
         structlog.contextvars.merge_contextvars,
@@ -101,6 +101,6 @@ def configure(
             earlier.close()
     root.handlers = [handler]
     root.setLevel(level.upper())
-    # Those of the transport below Modal's client log every header at the level of debug, tokens included.
+    # The libraries below Modal's client log all headers, and so tokens, at the level debug.
     for name in ("asyncio", "grpclib", "h2", "hpack"):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -1,4 +1,4 @@
-"""Prompts on their way into tokens, before their calls are let in."""
+"""Schedules the tokenization of prompts, which comes before admission."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -12,41 +12,41 @@ from flywheel_server.engines.base import Engine, EngineError, PreparedRequest, P
 from flywheel_server.messages import GenerationRequest
 
 BYTES_PER_TOKEN: Final = 4
-"""How much text is charged as one token if its call has ended before its tokens were counted."""
+"""Bytes of text that are charged as one token if the call ends before the tokens are counted."""
 
 
 @dataclass(eq=False, slots=True)
 class _Waiter:
     caller: Caller
-    turn: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    may_start: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
 class Preparation:
-    """Has the engine tokenize prompts: by priority, as many at a time as the engine has threads, and one for each caller.
+    """Tokenizes prompts on the engine's threads, by priority, and with one thread at a time for each caller.
 
-    A thread cannot be interrupted. So a call keeps its thread, and its part of its caller's quotas, until the thread is free,
-    even if the call ends before. Otherwise a caller who cancels would have as many threads as it likes.
+    A thread cannot be interrupted. So a call keeps its thread and its reserved quota until the thread is free, even if the call
+    ends before. Otherwise, a caller could use any number of threads by cancelling its calls.
     """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._threads = 0
         self._waiters: dict[_Waiter, None] = {}
-        self._served: set[str] = set()
+        self._callers_with_thread: set[str] = set()
 
     def set_threads(self, threads: int) -> None:
-        """Has so many prompts tokenized at a time from now on; 0 if that takes no time."""
+        """Sets how many prompts are tokenized at a time; 0 if tokenization takes no time and needs no thread."""
         self._threads = threads
-        self._let_in()
+        self._assign_threads()
 
     async def prepare(self, request: GenerationRequest, caller: Caller, usage: Usage) -> PreparedRequest:
-        """Returns the request as the engine takes it, and counts its prompt as usage; raises `EngineError`."""
+        """Returns the request, prepared by the engine, and counts the tokens of its prompt. Raises `EngineError`."""
         if not self._threads:
             return await self._engine.prepare(request)
         work = asyncio.create_task(self._work(request, caller, usage))
-        # Asyncio logs an error that nobody retrieves, and a call that has ended does not retrieve it.
+        # asyncio logs an exception that is never retrieved, and a call that has ended does not retrieve it.
         work.add_done_callback(lambda done: done.cancelled() or done.exception())
-        usage.lasts(work)
+        usage.extend_until_done(work)
         try:
             return await asyncio.shield(work)
         except asyncio.CancelledError:
@@ -55,13 +55,13 @@ class Preparation:
 
     async def _work(self, request: GenerationRequest, caller: Caller, usage: Usage) -> PreparedRequest:
         async with self._thread_for(caller):
-            usage.begin(-(-len(request.text.encode()) // BYTES_PER_TOKEN))
+            usage.set_prompt_tokens(-(-len(request.text.encode()) // BYTES_PER_TOKEN))
             try:
                 prepared = await self._engine.prepare(request)
             except EngineError as error:
-                usage.begin(error.counted_tokens if isinstance(error, PromptTooLongError) else 0)
+                usage.set_prompt_tokens(error.counted_tokens if isinstance(error, PromptTooLongError) else 0)
                 raise
-            usage.begin(len(prepared.prompt))
+            usage.set_prompt_tokens(len(prepared.prompt))
             return prepared
 
     @asynccontextmanager
@@ -69,24 +69,24 @@ class Preparation:
         waiter = _Waiter(caller)
         self._waiters[waiter] = None
         try:
-            self._let_in()
-            await waiter.turn
+            self._assign_threads()
+            await waiter.may_start
             yield
         finally:
             if waiter in self._waiters:
                 del self._waiters[waiter]
             else:
-                self._served.remove(caller.name)
-            self._let_in()
+                self._callers_with_thread.remove(caller.name)
+            self._assign_threads()
 
-    def _let_in(self) -> None:
-        while len(self._served) < self._threads:
-            candidates = [waiter for waiter in self._waiters if waiter.caller.name not in self._served]
+    def _assign_threads(self) -> None:
+        while len(self._callers_with_thread) < self._threads:
+            candidates = [waiter for waiter in self._waiters if waiter.caller.name not in self._callers_with_thread]
             if not candidates:
                 return
-            # Of those with the highest priority, the one that came first.
+            # `max` returns the first of several with the highest priority.
             waiter = max(candidates, key=lambda candidate: candidate.caller.priority)
             del self._waiters[waiter]
-            self._served.add(waiter.caller.name)
-            if not waiter.turn.done():
-                waiter.turn.set_result(None)
+            self._callers_with_thread.add(waiter.caller.name)
+            if not waiter.may_start.done():
+                waiter.may_start.set_result(None)

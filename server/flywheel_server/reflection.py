@@ -1,11 +1,11 @@
-"""Server reflection, in both versions that tools ask for.
+"""Serves reflection in both versions that tools use.
 
 grpcio-reflection serves `grpc.reflection.v1alpha` only (grpc#38576), and newer tools ask for `grpc.reflection.v1` first. The
-two differ in nothing but the name of the package, so v1 is made from v1alpha.
+two differ only in the name of the package, so v1 is made from v1alpha.
 """
 
 from collections.abc import AsyncIterator, Iterable
-from typing import Any, Final
+from typing import Final
 
 import grpc
 import grpc.aio
@@ -28,7 +28,7 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor, FileDescript
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 
-Context = grpc.aio.ServicerContext[Any, Any]
+from flywheel_server.grpc_types import GrpcContext
 
 V1: Final = "grpc.reflection.v1.ServerReflection"
 V1ALPHA: Final = reflection.SERVICE_NAME
@@ -52,18 +52,18 @@ COMMON_FILES: Final[tuple[FileDescriptor, ...]] = tuple(
         status_pb2,
     )
 )
-"""The well-known types, and google.rpc, without which tools cannot show the details of an error."""
+"""The well-known types, and google.rpc, which tools need to show the details of errors."""
 
 
 class ReflectionServicer(reflection_pb2_grpc.ServerReflectionServicer):  # type: ignore[misc] # it has no types
-    """Answers as that of grpcio-reflection does, but gets the requests one by one, and writes to the context."""
+    """Answers as the servicer of grpcio-reflection does, but takes the requests one by one and writes to the context."""
 
     def __init__(self, services: Iterable[str]) -> None:
         services = tuple(services)
         self._answering = reflection.aio.ReflectionServicer(services, ServedFiles(services))
 
-    async def ServerReflectionInfo(self, request: reflection_pb2.ServerReflectionRequest, context: Context) -> None:
-        """Sends the answer to one request; what is not there is NOT_FOUND in the answer, and the stream goes on."""
+    async def ServerReflectionInfo(self, request: reflection_pb2.ServerReflectionRequest, context: GrpcContext) -> None:
+        """Sends the answer to one request. If a name is unknown, the answer holds NOT_FOUND, and the stream continues."""
 
         async def requests() -> AsyncIterator[reflection_pb2.ServerReflectionRequest]:
             yield request
@@ -74,10 +74,10 @@ class ReflectionServicer(reflection_pb2_grpc.ServerReflectionServicer):  # type:
 
 
 class ServedFiles:
-    """A pool of the files that define the services, of `COMMON_FILES`, and of what all of these import.
+    """The descriptors of the services' files, of `COMMON_FILES`, and of all files that these import.
 
-    It has the look-ups that grpcio-reflection makes, which raise `KeyError` for what is not there. The default pool would show
-    strangers every other file that the process has loaded, such as those of Modal's client.
+    Has the look-ups that grpcio-reflection uses; each raises `KeyError` for an unknown name. The default pool would show
+    callers every other file that the process has loaded, such as those of Modal's client.
     """
 
     def __init__(self, services: Iterable[str]) -> None:
@@ -106,8 +106,7 @@ class ServedFiles:
     def FindFileContainingSymbol(self, symbol: str) -> FileDescriptor:
         """Returns the file that defines a service, method, message, field, oneof, enum, enum value or extension.
 
-        The full name of an enum value has its enum's parent before it (`package.VALUE`). Tools that name the enum too are
-        understood.
+        An enum value is accepted by its full name (`package.VALUE`), and by the name with the enum in it that some tools use.
         """
         for find in (self._pool.FindFileContainingSymbol, self._file_of_method, self._file_of_enum_value):
             try:
@@ -117,7 +116,7 @@ class ServedFiles:
         raise KeyError(symbol)
 
     def _file_of_method(self, symbol: str) -> FileDescriptor:
-        # Protobuf has the methods, but its `FindFileContainingSymbol` passes over them (protobuf 7.36, upb).
+        # Protobuf's own `FindFileContainingSymbol` does not find methods (protobuf 7.36, upb).
         return self._pool.FindMethodByName(symbol).containing_service.file
 
     def _file_of_enum_value(self, symbol: str) -> FileDescriptor:
@@ -138,7 +137,7 @@ class ServedFiles:
 
 
 def add_reflection(services: Iterable[str], server: grpc.aio.Server) -> None:
-    """Adds reflection of the named services, and of itself, to the server."""
+    """Adds reflection to the server, for the named services and for reflection itself."""
     servicer = ReflectionServicer((*services, V1, V1ALPHA))
     reflection_pb2_grpc.add_ServerReflectionServicer_to_server(servicer, server)
     info = grpc.stream_stream_rpc_method_handler(
@@ -150,7 +149,7 @@ def add_reflection(services: Iterable[str], server: grpc.aio.Server) -> None:
 
 
 def _v1() -> descriptor_pb2.FileDescriptorProto:
-    """Returns the file of v1, which tools describe like any other."""
+    """Returns the descriptor of the file that defines `grpc.reflection.v1`."""
     v1alpha = descriptor_pb2.FileDescriptorProto()
     reflection_pb2.DESCRIPTOR.CopyToProto(v1alpha)
     v1alpha.options.ClearField("deprecated")

@@ -1,10 +1,10 @@
-"""Time in which the server runs, by which it measures how long others take.
+"""A clock that stops while the server does not run, for timeouts and measurements of how long others take.
 
-A process may be stopped (SIGSTOP, a debugger, a frozen cgroup, a suspended machine), or native code may hold up its event loop.
-When the process goes on, everything that it waited for is late by the clock of the system, although the others may have done
-their part long ago, and the process has not looked. So such a gap counts for nobody, neither in a timeout nor in a measurement.
+A process may be suspended (SIGSTOP, a debugger, a frozen cgroup, a suspended machine), or native code may block its event loop.
+By the system's clock, everything that the process waited for is late afterwards, even if it arrived long ago and the process
+could not notice. So running time leaves such gaps out, apart from their first `MAX_GAP` seconds.
 
-What is promised to others by the clock of the system, such as the deadline of a caller or the lease of a gateway, goes by that.
+The deadline of a caller and the lease of a gateway are promised in system time, and are measured in it.
 """
 
 import asyncio
@@ -15,10 +15,10 @@ from types import TracebackType
 from typing import Any, Final
 
 TICK: Final = 0.1
-"""Seconds between two looks at how much time has passed."""
+"""Seconds between two updates of a clock."""
 
 MAX_GAP: Final = 0.25
-"""Seconds between two looks that count at most: a longer gap is one in which the event loop did not run."""
+"""Seconds that count at most between two updates. If more have passed, the event loop did not run for a while."""
 
 
 class Clock:
@@ -27,27 +27,26 @@ class Clock:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
         self._counted = 0.0
-        self._looked_at = loop.time()
+        self._updated_at = loop.time()
         self._tick()
 
     def time(self) -> float:
-        """Return the seconds that the event loop has run since the clock was made."""
-        gap = self.loop.time() - self._looked_at
-        # Not with `min`, which takes twice as long, and each call asks several times.
-        return self._counted + (min(MAX_GAP, gap))
+        """Returns the seconds that the event loop has run since the clock was created."""
+        gap = self.loop.time() - self._updated_at
+        return self._counted + min(MAX_GAP, gap)
 
     def call_later(self, seconds: float, callback: Callable[[], None]) -> "Timer":
-        """Call back when the event loop has run for so many seconds more."""
+        """Calls back when the event loop has run for so many more seconds."""
         return Timer(self, seconds, callback)
 
     def _tick(self) -> None:
         self._counted = self.time()
-        self._looked_at = self.loop.time()
+        self._updated_at = self.loop.time()
         self.loop.call_later(TICK, self._tick)
 
 
 class Timer:
-    """A callback to come, which `cancel` prevents."""
+    """A scheduled callback, which `cancel` prevents."""
 
     def __init__(self, clock: Clock, seconds: float, callback: Callable[[], None]) -> None:
         self._clock = clock
@@ -57,17 +56,17 @@ class Timer:
         self._arm(seconds)
 
     def cancel(self) -> None:
-        """Do not call back."""
+        """Prevents the callback."""
         self._handle.cancel()
 
     def _arm(self, seconds: float) -> None:
         self._fires_at = self._clock.loop.time() + seconds
-        self._handle = self._clock.loop.call_later(seconds, self._look)
+        self._handle = self._clock.loop.call_later(seconds, self._fire)
 
-    def _look(self) -> None:
+    def _fire(self) -> None:
         remaining = self._due - self._clock.time()
         if not self._was_late and self._clock.loop.time() - self._fires_at > MAX_GAP:
-            # The event loop has just begun to run again, so what has arrived meanwhile comes first: once, as it may be slow.
+            # The event loop did not run until now, so what has arrived meanwhile is handled first. Only once: it may stay slow.
             self._was_late = True
             remaining = max(remaining, TICK)
         if remaining > 0:
@@ -80,7 +79,7 @@ _thread = threading.local()
 
 
 def clock() -> Clock:
-    """Return the clock of the running event loop."""
+    """Returns the clock of the running event loop."""
     loop = asyncio.get_running_loop()
     known: Clock | None = getattr(_thread, "clock", None)
     if known is None or known.loop is not loop:
@@ -89,17 +88,17 @@ def clock() -> Clock:
 
 
 def now() -> float:
-    """Return the seconds on the clock of the running event loop."""
+    """Returns the seconds on the clock of the running event loop."""
     return clock().time()
 
 
 def timeout(seconds: float) -> AbstractAsyncContextManager[asyncio.Timeout]:
-    """Raise `TimeoutError` from the context when it has lasted for so many seconds, as `asyncio.timeout` does."""
+    """Returns a context that ends with `TimeoutError` after so many seconds, as `asyncio.timeout` does."""
     return _Timeout(seconds)
 
 
 class _Timeout(AbstractAsyncContextManager[asyncio.Timeout]):
-    # No `asynccontextmanager`: CPython 3.11.7 crashes if such a context is cancelled twice within others of its kind.
+    # Not an `asynccontextmanager`: CPython 3.11.7 crashes if nested contexts of that kind are cancelled twice.
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
@@ -118,20 +117,20 @@ class _Timeout(AbstractAsyncContextManager[asyncio.Timeout]):
 
 
 def expire(scope: asyncio.Timeout) -> None:
-    """End the context of an `asyncio.timeout` now, unless it is ending already."""
+    """Ends the context of an `asyncio.timeout` now, unless it is ending already."""
     if not scope.expired():
         scope.reschedule(asyncio.get_running_loop().time())
 
 
 async def wait(futures: Collection[asyncio.Future[Any]], seconds: float) -> None:
-    """Return when all futures are done, after so many seconds at the latest."""
+    """Returns when all futures are done, or after so many seconds."""
     with suppress(TimeoutError):
         async with timeout(seconds):
             await asyncio.wait(futures)
 
 
 async def sleep(seconds: float) -> None:
-    """Return after so many seconds; with 0, give way once, as `asyncio.sleep` does."""
+    """Returns after so many seconds; with 0, yields to the event loop once, as `asyncio.sleep` does."""
     if seconds <= 0:
         await asyncio.sleep(0)
         return

@@ -117,7 +117,7 @@ class _Server:
         return GenerationService(
             generations,
             ReaderPolicy(settings.max_stream_bytes, settings.slow_reader, settings.slow_reader_timeout),
-            count=self._link.counting(engine, generations, in_process=runs_in_process(settings))
+            get_counts=self._link.counting(engine, generations, in_process=runs_in_process(settings))
             if self._link
             else partial(local_counts, engine, generations),
             max_text_bytes=settings.max_text_bytes,
@@ -151,7 +151,7 @@ class _Server:
         """Takes calls and reports the engine's health for the length of the context, in which the engine runs."""
         self._generations.open()
         try:
-            async with self._health.following(self._engine, self._settings.health_interval):
+            async with self._health.probing(self._engine, self._settings.health_interval):
                 yield
         finally:
             self._generations.interrupt()

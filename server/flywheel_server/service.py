@@ -1,4 +1,4 @@
-"""The servicer of `flywheel.v1.GenerationService`: translates each call, hands it over, and delivers the answer."""
+"""Implements `flywheel.v1.GenerationService`: translates each call, runs it, and delivers the answer."""
 
 import time
 from collections.abc import Awaitable, Callable
@@ -9,7 +9,7 @@ from flywheel_proto.v1 import generation_pb2_grpc
 
 from flywheel_server import running_time
 from flywheel_server.access.callers import caller
-from flywheel_server.counts import Count
+from flywheel_server.counts import GetCounts
 from flywheel_server.delivery import Buffer, Delivery, DeltaBuffer, ReaderPolicy, SampleBuffer, SampleCollector
 from flywheel_server.errors import SlowReaderError
 from flywheel_server.generations import Generation, Generations
@@ -26,11 +26,11 @@ log = structlog.stdlib.get_logger(__name__)
 
 
 class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
-    """Translates each call, runs it on the engine, and streams what comes of it.
+    """Translates each call, runs it on the engine, and delivers the answer.
 
-    The methods write to the context instead of yielding or returning. Cancellation then arrives inside them, whatever they wait
-    for, and stops the engine at once rather than when an abandoned generator is collected; and a call holds its place until its
-    caller has taken the answer. (The generated types know only generators and results.)
+    The methods write to the context instead of yielding or returning messages, for two reasons. A cancelled call is cancelled
+    inside the method, which stops the engine at once; an abandoned generator would stop it only when it is collected. And a
+    call keeps its slots in the engine until its caller has received the answer. (The generated types do not allow for this.)
     """
 
     def __init__(
@@ -38,13 +38,13 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         generations: Generations,
         policy: ReaderPolicy,
         *,
-        count: Count,
+        get_counts: GetCounts,
         max_text_bytes: int,
         max_num_samples: int,
         log_prompts: bool,
     ) -> None:
         self._generations = generations
-        self._count = count
+        self._get_counts = get_counts
         self._policy = policy
         self._delivery = Delivery(policy)
         self._max_text_bytes = max_text_bytes
@@ -52,20 +52,20 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         self._log_prompts = log_prompts
 
     async def Generate(self, request: pb.GenerationRequest, context: CallContext) -> None:  # type: ignore[override]
-        """Streams each sample, whole, as soon as it has finished."""
+        """Streams each whole sample when it has finished."""
         await self._stream(request, SampleBuffer(), context)
 
     async def GenerateDeltas(self, request: pb.GenerationRequest, context: CallContext) -> None:  # type: ignore[override]
-        """Streams the text of all samples while it is made."""
+        """Streams the text of all samples while they are generated."""
         await self._stream(request, DeltaBuffer(), context)
 
     async def GenerateAll(self, request: pb.GenerationRequest, context: CallContext) -> None:  # type: ignore[override]
-        """Sends all samples, in the order of their index."""
+        """Sends all samples in one message, ordered by index."""
         created = time.time()
         generation_request = self._translate(request)
 
         async def deliver(generation: Generation) -> None:
-            # In this task, as there is nothing to write until all has been generated.
+            # Without a task of its own, because nothing is written until the generation has finished.
             collector = SampleCollector(context.begin)
             await generation.run(collector)
             response = response_to_proto(generation_request, created, collector.samples)
@@ -74,12 +74,12 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         await self._run(generation_request, context, deliver)
 
     async def GetModel(self, request: pb.GetModelRequest, context: CallContext) -> None:  # type: ignore[override]
-        """Sends what is served."""
+        """Sends the model that is served, and the limits of requests."""
         await self._answer(model_to_proto(self._generations.model(), self._limits()), context)
 
     async def GetStats(self, request: pb.GetStatsRequest, context: CallContext) -> None:  # type: ignore[override]
         """Sends how busy the service is."""
-        counts = await self._count()
+        counts = await self._get_counts()
         await self._answer(stats_to_proto(counts.engine, active=counts.active, queued=counts.queued), context)
 
     async def _answer(self, message: pb.Model | pb.Stats, context: CallContext) -> None:

@@ -1,40 +1,40 @@
-"""How the server takes leave of the connections of its callers."""
+"""Ends the connections of the server when it stops."""
 
 import asyncio
 from typing import Final
 
 import grpc.aio
 
-UNTIL_CUT_SHORT: Final = 1e6
-"""Seconds of grace for calls, more than any stop takes: a second stop with less cuts them short."""
+DRAIN_GRACE: Final = 1e6
+"""Seconds of grace for calls while the server drains. It is unlimited in effect: `end` stops the server again, with less."""
 
-LAST_WORDS: Final = 0.5
-"""Seconds between the end of the last generation and that of the connections."""
+STATUS_GRACE: Final = 0.5
+"""Seconds that calls have to send their last messages and statuses after all generations have ended."""
 
-CLOSING: Final = 3.0
-"""Seconds in which the connections must have ended."""
+CLOSE_TIMEOUT: Final = 3.0
+"""Seconds after which the server no longer waits for its connections to close."""
 
 
 class Connections:
-    """The connections of a server of gRPC, which end in two steps."""
+    """The connections of a gRPC server. They end in two steps: `drain`, then `end`."""
 
     def __init__(self, server: grpc.aio.Server) -> None:
         self._server = server
         self._stops: list[asyncio.Task[None]] = []
 
     def drain(self) -> None:
-        """Closes the port and sends GOAWAY to every client: each connection ends with its last call.
+        """Closes the port and sends GOAWAY to every client, so that each connection closes after its last call.
 
-        A call that gRPC has received by now and that no code has seen yet, or that arrives before its client has seen the
-        GOAWAY, is ended by gRPC with CANCELLED and without details (grpc#41785).
+        gRPC ends some calls with CANCELLED and without details: those that it has received but not handed over yet, and those
+        that arrive before their client has seen the GOAWAY (grpc#41785).
         """
-        self._stop(UNTIL_CUT_SHORT)
+        self._stop(DRAIN_GRACE)
 
     async def end(self) -> None:
-        """Returns when all have ended. Calls that still run have some time for their last messages and statuses."""
-        self._stop(LAST_WORDS)
-        # A peer that takes nothing from its socket would hold its connection, and the server, until a ping has no answer.
-        await asyncio.wait(self._stops, timeout=CLOSING)
+        """Ends all connections, and returns when they have closed, at most `CLOSE_TIMEOUT` seconds later."""
+        self._stop(STATUS_GRACE)
+        # A peer that does not read would keep its connection open, and so the server, until keepalive gives it up.
+        await asyncio.wait(self._stops, timeout=CLOSE_TIMEOUT)
 
     def _stop(self, grace: float) -> None:
         self._stops.append(asyncio.create_task(self._server.stop(grace)))

@@ -1,4 +1,4 @@
-"""Keeps the engine alive: starts it, notices when it is dead, and then starts it again or gives up."""
+"""Keeps the engine running: starts it, notices when it is dead, and then restarts it or gives up."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -16,37 +16,38 @@ from flywheel_server.system.shortage import is_shortage
 log = structlog.stdlib.get_logger(__name__)
 
 RESTART_INTERVAL: Final = 10.0
-"""Seconds between two starts of an engine at least."""
+"""Seconds between two starts of an engine, at least."""
 
-TELLING_TIME: Final = 2.0
-"""Seconds between the end of a dead engine and the next start, at least, for its calls to be told.
+MIN_RESTART_PAUSE: Final = 2.0
+"""Seconds between the end of a dead engine and the next start, at least, so that its calls can send their statuses.
 
-While llama.cpp loads a model, nothing else runs in the process, which may take minutes.
+While llama.cpp loads a model, which may take minutes, nothing else runs in the process.
 """
 
 STOP_TIMEOUT: Final = 10.0
-"""Seconds that an engine has to stop. One that is dead may never do so."""
+"""Seconds that an engine has to stop. A dead engine may never stop."""
 
-START_DESCRIPTORS: Final = 16
-"""How many descriptors must be free for a failed start to be the engine's own fault. llama.cpp needs some 5 of them."""
+MIN_FREE_DESCRIPTORS: Final = 16
+"""If fewer descriptors are free when an engine fails to start, their lack is taken for the cause. llama.cpp needs about 5."""
 
 
 class EngineDiedError(Exception):
-    """The engine is dead, and was not or could not be started again."""
+    """The engine is dead, and was not or could not be restarted."""
 
 
 class Supervisor:
     """Runs the engine.
 
-    An engine is in doubt when it fails a call, or when it works on some and makes nothing of any of them for `timeout` seconds.
-    Then it has as long to produce a token, for us or for anybody; otherwise it is dead.
+    An engine is suspected of being dead if it fails a call, or if it has calls and makes no progress with any of them for
+    `timeout` seconds. Then it is checked. It is dead if the check fails, or if the check takes longer than `timeout` seconds
+    and no call makes progress meanwhile.
 
     Arguments:
         engine: The engine, not yet started.
-        activity: What its calls show of its condition.
-        serving: Makes the context in which the engine is given calls: it is entered while the engine is up.
-        timeout: Seconds of running time: an engine is not dead because the whole process was stopped.
-        restarts: Whether a dead engine is started again.
+        activity: Signs of the engine's health that its calls give.
+        serving: Makes a context that is entered while the engine is up, and in which the engine is given calls.
+        timeout: Seconds of running time, so that an engine is not dead because the whole process was suspended.
+        restarts: Whether a dead engine is restarted.
     """
 
     def __init__(
@@ -66,13 +67,14 @@ class Supervisor:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Keeps the engine up for the length of the context, which it cancels when the engine is dead for good.
+        """Keeps the engine running for the length of the context.
 
-        Raises `EngineError` if the engine does not start, and `EngineDiedError`.
+        Raises `EngineError` if the engine does not start. If it dies and is not restarted, cancels the context and raises
+        `EngineDiedError` in its place.
         """
         up = asyncio.Event()
-        living = asyncio.create_task(self._live(up))
-        living.add_done_callback(lambda _: up.set())
+        supervising = asyncio.create_task(self._supervise(up))
+        supervising.add_done_callback(lambda _: up.set())
         body = asyncio.current_task()
 
         def interrupt(_: asyncio.Task[None]) -> None:
@@ -81,41 +83,41 @@ class Supervisor:
 
         try:
             await up.wait()
-            if not living.done():
-                living.add_done_callback(interrupt)
+            if not supervising.done():
+                supervising.add_done_callback(interrupt)
                 yield
         except asyncio.CancelledError:
-            if living.done() and body:
+            if supervising.done() and body:
                 body.uncancel()
             else:
                 raise
         finally:
-            living.remove_done_callback(interrupt)
-            living.cancel()
-            await asyncio.wait({living})
-            if not living.cancelled() and (error := living.exception()):
+            supervising.remove_done_callback(interrupt)
+            supervising.cancel()
+            await asyncio.wait({supervising})
+            if not supervising.cancelled() and (error := supervising.exception()):
                 raise error
 
-    async def _live(self, up: asyncio.Event) -> None:
+    async def _supervise(self, up: asyncio.Event) -> None:
         began = running_time.now()
-        await self._lifetime(up)
+        await self._run_once(up)
         while self._restarts:
-            # What kills the engine may come again at once.
-            await running_time.sleep(max(began + RESTART_INTERVAL - running_time.now(), TELLING_TIME))
+            # Whatever killed the engine may kill it again at once.
+            await running_time.sleep(max(began + RESTART_INTERVAL - running_time.now(), MIN_RESTART_PAUSE))
             log.warning("engine is started again")
             began = running_time.now()
             try:
-                await self._lifetime(up)
+                await self._run_once(up)
             except EngineDiedError:
                 raise
             except Exception as error:
-                if _lacks_something(error):
+                if _is_for_lack_of_resources(error):
                     log.warning("engine is not started for want of descriptors, memory or threads", error=str(error))
                     continue
                 raise EngineDiedError("the engine died, and does not start again") from error
         raise EngineDiedError("the engine died")
 
-    async def _lifetime(self, up: asyncio.Event) -> None:
+    async def _run_once(self, up: asyncio.Event) -> None:
         """Starts the engine, serves until it is dead, and stops it."""
         await self._engine.__aenter__()
         try:
@@ -126,18 +128,18 @@ class Supervisor:
                 raise EngineDiedError(f"the engine has started, but produced no token within {self._timeout:g} s") from error
             async with self._serving():
                 up.set()
-                await self._death()
+                await self._wait_until_dead()
         finally:
             stopping = asyncio.create_task(self._engine.__aexit__(None, None, None))
-            # By the clock of the system. In running time, a container whose event loop breaks crashes here (CPython 3.11.7 with
-            # uvloop 0.23; the cause is not known), as test_a_gateway_that_ends_by_itself_ends_its_container shows.
+            # In system time. With running time, a container whose event loop breaks crashes here (CPython 3.11.7 with uvloop
+            # 0.23; the cause is unknown), as test_a_gateway_that_ends_by_itself_ends_its_container shows.
             await asyncio.wait({stopping}, timeout=STOP_TIMEOUT)
             if not stopping.done():
                 raise EngineDiedError("the engine does not stop")
             stopping.result()
 
-    async def _death(self) -> None:
-        """Returns when the engine is dead."""
+    async def _wait_until_dead(self) -> None:
+        """Watches the engine, and returns when it is dead."""
         while True:
             self._activity.failed.clear()
             try:
@@ -147,29 +149,29 @@ class Supervisor:
                 if not self._activity.inside or self._activity.silence() < self._timeout:
                     continue
                 log.warning("engine is silent", seconds=round(self._activity.silence()))
-            if not await self._answers():
+            if not await self._is_alive():
                 log.error("engine is dead")
                 return
             self._activity.confirm_alive()
 
-    async def _answers(self) -> bool:
-        """Returns whether the engine shows a sign of life within the timeout."""
+    async def _is_alive(self) -> bool:
+        """Checks the engine; returns whether it passes or makes progress within the timeout."""
         checking = asyncio.ensure_future(self._engine.check())
         try:
-            # Where it has much to do, the check waits for its turn; what it makes meanwhile for others will do.
+            # If the engine is busy, the check waits in its queue. Progress with other calls then shows that it is alive.
             await running_time.wait({checking}, self._timeout)
             if not checking.done():
                 return self._activity.silence() < self._timeout
             if checking.cancelled():
                 return False
             error = checking.exception()
-            # One that has too much to do is alive. One that lacks what the process has run out of would lack it anew.
+            # An overloaded engine is alive. An engine that fails for a shortage would fail again after a restart.
             return error is None or isinstance(error, EngineOverloadedError) or is_shortage(error)
         finally:
             checking.cancel()
             await asyncio.gather(checking, return_exceptions=True)
 
 
-def _lacks_something(error: Exception) -> bool:
-    # Native code does not say why it cannot load a model.
-    return is_shortage(error) or descriptors.free() < START_DESCRIPTORS
+def _is_for_lack_of_resources(error: Exception) -> bool:
+    # Native code does not report why it cannot load a model, so a lack of descriptors is found by counting.
+    return is_shortage(error) or descriptors.free() < MIN_FREE_DESCRIPTORS

@@ -1,4 +1,4 @@
-"""Adds methods to a server of gRPC that are called seldom, so that the others do not pay for them."""
+"""Adds rarely called methods to a gRPC server in a way that does not slow the other methods down."""
 
 from collections.abc import Sequence
 
@@ -7,19 +7,18 @@ import grpc.aio
 
 
 class Unregistered:
-    """A server of gRPC that does not register the methods that are added to it. They are found by their name all the same.
+    """Wraps a gRPC server so that methods are added without registering them; gRPC finds them by name.
 
-    grpc.aio waits for the next call of each registered method separately, in the newer versions that it supports (such as
-    1.85.1), and for those of all other methods together. Each of these waits costs every call a microsecond or two, whichever
-    its method.
+    Newer versions of grpc.aio (such as 1.85.1) wait for calls of each registered method separately, and for calls of all other
+    methods together. Each of these waits costs every call of any method one or two microseconds.
     """
 
     def __init__(self, server: grpc.aio.Server) -> None:
         self._server = server
 
     def add_generic_rpc_handlers(self, handlers: Sequence[grpc.GenericRpcHandler]) -> None:
-        """Adds handlers; see `grpc.aio.Server`."""
+        """See `grpc.aio.Server.add_generic_rpc_handlers`."""
         self._server.add_generic_rpc_handlers(handlers)
 
     def add_registered_method_handlers(self, service_name: str, method_handlers: object) -> None:
-        """Does nothing: generated code adds the same handlers with `add_generic_rpc_handlers` too."""
+        """Does nothing, because generated code adds the same handlers with `add_generic_rpc_handlers` too."""

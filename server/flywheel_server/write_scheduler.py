@@ -1,9 +1,8 @@
-"""Which streams write a message: so many in each iteration of the event loop.
+"""Limits how many streams write a message in each iteration of the event loop, so that new calls do not wait for all of them.
 
-An event loop works on all that is ready before it looks for new calls. If many streams write in one iteration, new calls wait
-for all of them, several times over. So a few streams write in each iteration, and calls that arrive meanwhile are served in
-between. While the loop keeps up, every stream writes at once. While it does not, text piles up in the buffers of the streams
-that wait, and leaves them in larger messages.
+An event loop runs everything that is ready before it looks for new calls, and accepting a call takes several iterations. So
+only a few streams write in each iteration. While the loop keeps up, every stream writes at once. While it does not, text
+collects in the buffers of the streams that wait, and they write larger messages.
 """
 
 import asyncio
@@ -11,17 +10,16 @@ from collections import deque
 from typing import Final
 
 WRITES_PER_ITERATION: Final = 3
-"""How many streams write in one iteration of the event loop.
+"""Streams that write in one iteration of the event loop.
 
-Small, because grpc.aio takes five iterations to accept a call, and accepts one call after the other.
+Few, because grpc.aio takes five iterations to accept a call, and accepts one call after the other.
 """
 
 
 class WriteScheduler:
-    """Lets streams write: first those that have written nothing yet, then those that have waited longest.
+    """Permits streams to write. Streams that have written nothing yet come first, then those that have waited longest.
 
-    One write of each iteration goes to the stream that has waited longest in any case, so that no number of new streams stops
-    the others.
+    One write of each iteration is kept for the stream that has waited longest, so that new streams cannot starve the others.
     """
 
     def __init__(self) -> None:
@@ -32,7 +30,7 @@ class WriteScheduler:
         """How many streams may still write in this iteration."""
 
     def request(self, permission: asyncio.Future[None], *, is_first: bool) -> None:
-        """Sets the result of the future when the stream may write, at once if nobody waits."""
+        """Completes the future when the stream may write: at once if the iteration allows it and no stream waits."""
         if self._left and not self._waiting:
             self._grant(permission)
         elif is_first:

@@ -27,7 +27,7 @@ ENDLESS = pb.GenerationRequest(text="hello", max_tokens=8000)
 
 
 def test_what_a_container_does_at_its_end_fits_into_what_modal_grants() -> None:
-    assert MAX_STOP_TIME + flywheel.STOP_GRACE + stopping.LAST_WORDS + gateway.FLUSH <= gateway.STOP_LIMIT < gateway.GRACE
+    assert MAX_STOP_TIME + flywheel.STOP_GRACE + stopping.STATUS_GRACE + gateway.FLUSH <= gateway.STOP_LIMIT < gateway.GRACE
 
 
 @pytest.fixture(scope="module")

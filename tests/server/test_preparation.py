@@ -90,7 +90,7 @@ async def prompts(threads: int = 2) -> AsyncIterator[Prompts]:
     all_prompts = Prompts(engine, preparation, {})
     yield all_prompts
     await until(lambda: engine.finish_all() == 0, "nothing is at work")
-    assert not preparation._served
+    assert not preparation._callers_with_thread
     assert not preparation._waiters
 
 
@@ -171,8 +171,8 @@ async def test_the_quota_is_held_as_long_as_the_work_lasts() -> None:
     quotas = Quotas(lambda _: 1.0)
     caller = Caller("team", max_concurrent=1)
     work: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-    with quotas.held(caller, REQUEST) as usage:
-        usage.lasts(work)
+    with quotas.reservation(caller, REQUEST) as usage:
+        usage.extend_until_done(work)
     assert quotas._samples == {"team": 1}
     work.cancel()
     await settled()

@@ -17,7 +17,12 @@ import pytest
 from flywheel_proto.v1 import generation_pb2 as pb
 from flywheel_server import public_limits
 from flywheel_server.engines.scripted import Script, ScriptedEngine
-from flywheel_server.public_limits import MAX_CALLS_PER_CONNECTION, MAX_REQUEST_BYTES, MAX_TURNS, MAX_UNREAD_ANSWERS
+from flywheel_server.public_limits import (
+    MAX_CALLS_PER_CONNECTION,
+    MAX_CONCURRENT_REQUESTS,
+    MAX_REQUEST_BYTES,
+    MAX_UNREAD_ANSWERS,
+)
 from flywheel_server.reflection import ServedFiles
 from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -108,13 +113,13 @@ async def test_a_request_that_does_not_come_is_not_waited_for_by_any_method(
 ) -> None:
     async with locked() as target, http2(target.address) as stranger:
         paths = await methods(target)
-        monkeypatch.setattr(public_limits, "TURN_TIMEOUT", 0.2)
+        monkeypatch.setattr(public_limits, "SLOT_TIMEOUT", 0.2)
         for path, refusal in paths.items():
             assert await stranger.call(path, beginning, end=False) == (refusal or DEADLINE_EXCEEDED), path
 
 
 async def test_many_calls_of_any_method_keep_nobody_from_being_served(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(public_limits, "TURN_TIMEOUT", 1.0)
+    monkeypatch.setattr(public_limits, "SLOT_TIMEOUT", 1.0)
     async with locked() as target:
         for path, refusal in (await methods(target)).items():
             async with http2(target.address) as stranger:
@@ -160,19 +165,19 @@ async def test_a_refusal_says_why_and_when_to_come_back() -> None:
         await until(another, "there is room again")
 
 
-@pytest.mark.parametrize("connections", [1, 2 * MAX_TURNS])
+@pytest.mark.parametrize("connections", [1, 2 * MAX_CONCURRENT_REQUESTS])
 async def test_unfinished_requests_keep_nobody_waiting(connections: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(public_limits, "TURN_TIMEOUT", 2.0)
+    monkeypatch.setattr(public_limits, "SLOT_TIMEOUT", 2.0)
     async with locked() as target, AsyncExitStack() as stack:
         strangers = [await stack.enter_async_context(http2(target.address)) for _ in range(connections)]
-        calls = [strangers[number % connections].begin(CHECK) for number in range(4 * MAX_TURNS)]
+        calls = [strangers[number % connections].begin(CHECK) for number in range(4 * MAX_CONCURRENT_REQUESTS)]
         for _ in range(5):
             await check(target, within=1)
         assert OK not in {await call.status() for call in calls}
 
 
 async def test_strangers_with_many_connections_do_not_come_first_again_with_each_call() -> None:
-    connections, period = 4 * MAX_TURNS, 0.2
+    connections, period = 4 * MAX_CONCURRENT_REQUESTS, 0.2
     async with locked() as target, AsyncExitStack() as stack:
         strangers = [await stack.enter_async_context(http2(target.address)) for _ in range(connections)]
 
@@ -213,7 +218,7 @@ async def test_watching_strangers_give_way_to_a_connection_that_watches_less() -
 
 @pytest.mark.parametrize("path", [CHECK, REFLECTION, WATCH])
 async def test_a_connection_that_does_not_read_gets_few_answers(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(public_limits, "TURN_TIMEOUT", 0.5)
+    monkeypatch.setattr(public_limits, "SLOT_TIMEOUT", 0.5)
     async with locked() as target, http2(target.address, window=0) as stranger:
         request = prefixed(reflection_pb2.ServerReflectionRequest(list_services="").SerializeToString())
         calls = [await begun(stranger, path, request if path == REFLECTION else prefixed(b"")) for _ in range(200)]
@@ -229,7 +234,7 @@ async def test_a_connection_that_does_not_read_gets_few_answers(path: str, monke
 
 def _may_stay(path: str) -> int:
     # Those that have a turn at the same time are answered before the first of them is known to be unread.
-    return MAX_CALLS_PER_CONNECTION if path == WATCH else MAX_UNREAD_ANSWERS + MAX_TURNS
+    return MAX_CALLS_PER_CONNECTION if path == WATCH else MAX_UNREAD_ANSWERS + MAX_CONCURRENT_REQUESTS
 
 
 async def begun(client: Client, path: str, data: bytes) -> Stream:
@@ -248,7 +253,7 @@ async def test_reflection_answers_many_requests_and_each_has_the_limits(monkeypa
             await until(lambda before=before: len(large.data) > before, f"answer {number}")  # type: ignore[misc]
         await client.send(large, prefixed(LARGE))
         assert await large.status() == RESOURCE_EXHAUSTED
-        monkeypatch.setattr(public_limits, "TURN_TIMEOUT", 0.5)
+        monkeypatch.setattr(public_limits, "SLOT_TIMEOUT", 0.5)
         idle = client.begin(REFLECTION)
         await client.send(idle, request)
         assert await idle.status() == OK, "it has an answer to all that was asked"
@@ -361,4 +366,4 @@ async def test_strangers_cost_little_memory(attack: Callable[[Client], Any]) -> 
             await attacking
             await check(target)
         # Each turn has a message of up to 4 MiB, which is copied on its way from gRPC to Python.
-        assert most - before < 3 * MAX_TURNS * 4
+        assert most - before < 3 * MAX_CONCURRENT_REQUESTS * 4

@@ -174,7 +174,7 @@ async def test_an_engine_that_tells_meanwhile_how_it_is_stays_within_reach(monke
     engine, health = LookedAtEngine(), Health()
     statuses: list[dict[str, int]] = []
     monkeypatch.setattr(health.servicer, "set", statuses.append)
-    async with health.following(engine, TIMEOUT):
+    async with health.probing(engine, TIMEOUT):
         await until(lambda: engine.looks == 3, "it is looked at again")
         assert {status for each in statuses for status in each.values()} == {health_pb2.HealthCheckResponse.SERVING}
 
@@ -182,7 +182,7 @@ async def test_an_engine_that_tells_meanwhile_how_it_is_stays_within_reach(monke
 @pytest.mark.parametrize("path", ["/flywheel.v1.GenerationService/GetModel", "/grpc.health.v1.Health/Check"])
 async def test_a_request_that_arrives_meanwhile_is_complete(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "REQUEST_TIMEOUT", TIMEOUT)
-    monkeypatch.setattr(public_limits, "TURN_TIMEOUT", TIMEOUT)
+    monkeypatch.setattr(public_limits, "SLOT_TIMEOUT", TIMEOUT)
     message = prefixed(b"")
     async with serving(ScriptedEngine()) as target, http2(target.address) as client:
         stream = client.begin(path)
@@ -193,7 +193,7 @@ async def test_a_request_that_arrives_meanwhile_is_complete(path: str, monkeypat
 
 
 async def test_how_long_calls_take_is_measured_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(admission, "MIN_CALLS", 1)
+    monkeypatch.setattr(admission, "MIN_MEASURED_CALLS", 1)
     admitting = Admission(1, 0)
     async with admitting.queue(1, ANYBODY) as place:
         await place.admitted(0)

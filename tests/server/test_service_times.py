@@ -1,7 +1,13 @@
 """How long calls are expected to wait: service times, retry delays, and deadlines that cannot be met."""
 
 import pytest
-from flywheel_server.admission import DEFAULT_SERVICE_TIME, MAX_CALLERS, MAX_CALLS, MIN_CALLS, ServiceTimes
+from flywheel_server.admission import (
+    DEFAULT_SERVICE_TIME,
+    MAX_MEASURED_CALLERS,
+    MAX_MEASURED_CALLS,
+    MIN_MEASURED_CALLS,
+    ServiceTimes,
+)
 from flywheel_server.errors import DeadlineExceededError, ServerFullError
 
 from tests.server.crowd import Clock, crowd, learn
@@ -10,7 +16,7 @@ from tests.server.crowd import Clock, crowd, learn
 async def test_the_retry_delay_is_when_there_should_be_a_place_a_later_one_for_each() -> None:
     clock = Clock()
     async with crowd(4, max_queued=2, clock=clock) as people:
-        await learn(people, clock, *[8] * MIN_CALLS)
+        await learn(people, clock, *[8] * MIN_MEASURED_CALLS)
         for name in "abcd":
             await people.come(name)
         await people.come("e", 2)
@@ -38,7 +44,7 @@ async def test_before_anything_is_known_the_retry_delay_is_a_guess() -> None:
 async def test_a_deadline_that_cannot_be_met_is_refused_at_once() -> None:
     clock = Clock()
     async with crowd(2, clock=clock) as people:
-        await learn(people, clock, *[10] * MIN_CALLS)
+        await learn(people, clock, *[10] * MIN_MEASURED_CALLS)
         for name in "abc":
             await people.come(name)
         # Every five seconds one leaves: after five it is c's turn, and after ten that of the next.
@@ -62,33 +68,33 @@ async def test_a_deadline_that_has_passed_does_not_wait() -> None:
 async def test_the_service_time_follows_what_is_measured() -> None:
     clock = Clock()
     async with crowd(2, clock=clock) as people:
-        await learn(people, clock, *[10] * (MIN_CALLS - 1))
+        await learn(people, clock, *[10] * (MIN_MEASURED_CALLS - 1))
         assert people.admission.service_times.of("") is None
         await learn(people, clock, 10)
         assert people.admission.service_times.of("") == 10
         await learn(people, clock, 600)
         assert people.admission.service_times.of("") == 10, "one call does not spoil it"
-        await learn(people, clock, *[20] * MAX_CALLS)
+        await learn(people, clock, *[20] * MAX_MEASURED_CALLS)
         assert people.admission.service_times.of("") == 20
 
 
 def test_each_caller_has_a_service_time_of_its_own() -> None:
     times = ServiceTimes()
-    for _ in range(MIN_CALLS):
+    for _ in range(MIN_MEASURED_CALLS):
         times.add("slow", 600)
     assert (times.of("slow"), times.of("quick")) == (600, None)
-    for _ in range(MIN_CALLS):
+    for _ in range(MIN_MEASURED_CALLS):
         times.add("quick", 1)
     assert (times.of("slow"), times.of("quick")) == (600, 1)
 
 
 def test_the_service_times_of_callers_who_come_no_more_are_forgotten() -> None:
     times = ServiceTimes()
-    for caller in range(MAX_CALLERS + 1):
-        for _ in range(MIN_CALLS):
+    for caller in range(MAX_MEASURED_CALLERS + 1):
+        for _ in range(MIN_MEASURED_CALLS):
             times.add(str(caller), 1)
     assert times.of("0") is None
-    assert times.of("1") == times.of(str(MAX_CALLERS)) == 1
+    assert times.of("1") == times.of(str(MAX_MEASURED_CALLERS)) == 1
 
 
 async def test_one_call_of_many_samples_is_one_call() -> None:
@@ -107,7 +113,7 @@ async def test_one_call_of_many_samples_is_one_call() -> None:
 async def test_no_caller_sets_how_long_the_others_seem_to_take(samples: int) -> None:
     clock = Clock()
     async with crowd(8, clock=clock) as people:
-        for _ in range(MAX_CALLS):
+        for _ in range(MAX_MEASURED_CALLS):
             await people.come("long", samples, of="heavy")
             clock.now += 600
             await people.leave("long")
@@ -119,7 +125,7 @@ async def test_no_caller_sets_how_long_the_others_seem_to_take(samples: int) -> 
 async def test_a_wait_behind_the_long_calls_of_another_is_as_long_as_those() -> None:
     clock = Clock()
     async with crowd(2, clock=clock) as people:
-        for _ in range(MIN_CALLS):
+        for _ in range(MIN_MEASURED_CALLS):
             await people.come("long", of="heavy")
             clock.now += 600
             await people.leave("long")
@@ -133,8 +139,8 @@ async def test_a_wait_behind_the_long_calls_of_another_is_as_long_as_those() -> 
 async def test_those_who_give_up_do_not_count_for_the_service_time() -> None:
     clock = Clock()
     async with crowd(2, clock=clock) as people:
-        await learn(people, clock, *[10] * MIN_CALLS)
-        for _ in range(MAX_CALLS):
+        await learn(people, clock, *[10] * MIN_MEASURED_CALLS)
+        for _ in range(MAX_MEASURED_CALLS):
             await people.come("hasty")
             await people.give_up("hasty")
         assert people.admission.service_times.of("") == 10

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from flywheel_proto.v1 import generation_pb2 as pb
-from flywheel_server.admission import MIN_CALLS
+from flywheel_server.admission import MIN_MEASURED_CALLS
 from flywheel_server.engines.scripted import Script, ScriptedEngine
 from flywheel_server.errors import DeadlineExceededError, ServerFullError
 from google.rpc.error_details_pb2 import ErrorInfo
@@ -69,7 +69,7 @@ async def test_a_call_that_wants_more_than_the_context_has_the_engine_for_itself
 async def test_a_deadline_that_cannot_be_met_for_want_of_context_is_refused_at_once() -> None:
     clock = Clock()
     async with crowd_sharing(100, clock=clock) as people:
-        await learn(people, clock, *[10] * MIN_CALLS)
+        await learn(people, clock, *[10] * MIN_MEASURED_CALLS)
         await people.come("a", tokens=100)
         await people.come("b", tokens=100)
         # Ten seconds for what runs, and half of the context for five more.
@@ -83,7 +83,7 @@ async def test_a_deadline_that_cannot_be_met_for_want_of_context_is_refused_at_o
 async def test_more_than_may_wait_for_context_are_turned_away_with_when_to_come_back() -> None:
     clock = Clock()
     async with crowd_sharing(100, slots=2, max_queued=1, clock=clock) as people:
-        await learn(people, clock, *[10] * MIN_CALLS)
+        await learn(people, clock, *[10] * MIN_MEASURED_CALLS)
         await people.come("a", tokens=100)
         await people.come("b", tokens=100)
         await people.come("c", tokens=1)

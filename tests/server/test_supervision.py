@@ -65,7 +65,7 @@ class MortalEngine(PulledEngine):
 @pytest.fixture(autouse=True)
 def _no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervision, "RESTART_INTERVAL", 0.01)
-    monkeypatch.setattr(supervision, "TELLING_TIME", 0.01)
+    monkeypatch.setattr(supervision, "MIN_RESTART_PAUSE", 0.01)
 
 
 @pytest.mark.parametrize("method", METHODS)

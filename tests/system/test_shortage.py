@@ -158,7 +158,7 @@ async def test_an_engine_that_lacks_something_to_start_is_started_when_it_is_the
     shortage: Callable[[], Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(supervision, "RESTART_INTERVAL", 0.01)
-    monkeypatch.setattr(supervision, "TELLING_TIME", 0.01)
+    monkeypatch.setattr(supervision, "MIN_RESTART_PAUSE", 0.01)
     engine = MortalEngine()
     async with serving(engine) as target:
         health = health_pb2_grpc.HealthStub(target.channel)
@@ -183,7 +183,7 @@ async def test_native_code_that_cannot_start_for_want_of_descriptors_is_started_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(supervision, "RESTART_INTERVAL", 0.01)
-    monkeypatch.setattr(supervision, "TELLING_TIME", 0.01)
+    monkeypatch.setattr(supervision, "MIN_RESTART_PAUSE", 0.01)
     engine = MortalEngine()
     async with serving(engine) as target:
         with monkeypatch.context() as poor, capture_logs() as logs:

@@ -81,8 +81,8 @@ async def run(  # noqa: PLR0917 - as few of them as a test needs
     """Runs a call as `Generations` does, until the event."""
     lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     lost.add_done_callback(lambda done: done.cancelled() or done.exception())
-    async with control.entered(asked or request(), caller, time_remaining) as (usage, place):
-        place.call_if_lost(lost.set_exception)
+    async with control.acquire(asked or request(), caller, time_remaining) as (usage, place):
+        place.call_if_evicted(lost.set_exception)
         await asyncio.sleep(0)
         await place.admitted(0, time_remaining)
         if used:
@@ -139,11 +139,11 @@ async def test_a_call_that_follows_another_on_another_worker_meets_what_that_gav
     parent = Parent()
     one_at_a_time = Caller("one", max_concurrent=1)
     async with parent.worker(tokenizers) as one, parent.worker(tokenizers) as two:
-        async with one.entered(request(), one_at_a_time, None) as (_, place):
+        async with one.acquire(request(), one_at_a_time, None) as (_, place):
             await place.admitted(0)
             # So that the event loop reads from this worker first, as it may when it has been busy.
             two.connection.send("capacity", None, None)
-        async with two.entered(request(), one_at_a_time, None) as (_, place):
+        async with two.acquire(request(), one_at_a_time, None) as (_, place):
             await place.admitted(0)
         await until(lambda: parent.is_empty, "all is given back")
 
@@ -196,7 +196,7 @@ async def test_a_call_that_never_asks_for_room_leaves_nothing_behind() -> None:
     async with parent.worker() as at_once, parent.worker(2) as later:
         for control in (at_once, later):
             with suppress(KeyError):
-                async with control.entered(request(), TWO, None):
+                async with control.acquire(request(), TWO, None):
                     raise KeyError
         await run(later, TWO, request(num_samples=2))
         await until(lambda: parent.is_empty, "all is given back")

@@ -1,4 +1,4 @@
-"""What each caller may have: samples at a time, and tokens per minute."""
+"""Enforces the quotas of each caller: samples at a time, and tokens per minute."""
 
 import asyncio
 import time
@@ -12,48 +12,50 @@ from flywheel_server.errors import QuotaExceededError
 from flywheel_server.messages import GenerationRequest, GenerationResponseSample
 
 MINUTE: Final = 60.0
+"""Seconds."""
 
 
-def tokens_wanted(request: GenerationRequest) -> int:
-    """Returns how many tokens the request may generate."""
+def max_generated_tokens(request: GenerationRequest) -> int:
+    """Returns how many tokens the request may generate at most, over all samples."""
     return request.num_samples * request.max_tokens
 
 
 class Usage:
-    """The tokens that one call has cost so far: its prompt once, and what was generated of each sample."""
+    """Counts the tokens of one call: its prompt once, and the generated tokens of each sample."""
 
     def __init__(self) -> None:
         self._prompt_tokens = 0
         self._generated: dict[int, int] = {}
         self._work: asyncio.Future[Any] | None = None
+        """Work for the call that may outlast it."""
 
     @property
     def tokens(self) -> int:
-        """All of them. Those of the prompt count as soon as the engine tells how many they are."""
+        """All tokens so far. Those of the prompt are included once the engine has reported their number."""
         return self._prompt_tokens + sum(self._generated.values())
 
-    def begin(self, prompt_tokens: int) -> None:
-        """Sets how many tokens of the prompt the engine reads; 0 if it does not know."""
+    def set_prompt_tokens(self, prompt_tokens: int) -> None:
+        """Sets the number of tokens in the prompt; 0 if the engine does not know it yet."""
         self._prompt_tokens = prompt_tokens
 
-    def lasts(self, work: asyncio.Future[Any]) -> None:
-        """Makes the call count as at work until the future is done, even if the call itself ends before."""
+    def extend_until_done(self, work: asyncio.Future[Any]) -> None:
+        """Keeps the reservation of the call until the future is done, even if the call ends before."""
         self._work = work
 
     @property
-    def is_over(self) -> bool:
-        """Whether nothing works for the call any more, once the call itself has ended."""
+    def is_final(self) -> bool:
+        """Whether the count cannot grow any more, once the call itself has ended."""
         return self._work is None or self._work.done()
 
-    def call_when_over(self, callback: Callable[[], None]) -> None:
-        """Calls back as soon as nothing works for the call any more."""
+    def call_when_final(self, callback: Callable[[], None]) -> None:
+        """Calls back once the count is final; to be used when the call has ended."""
         if self._work is None or self._work.done():
             callback()
         else:
             self._work.add_done_callback(lambda _: callback())
 
     def count(self, event: TextDelta | GenerationResponseSample) -> None:
-        """Counts the tokens of an event of the call."""
+        """Counts the tokens of an event: the counts in an event are totals of its sample."""
         self._generated[event.index] = event.generated_tokens
         if isinstance(event, GenerationResponseSample):
             self._prompt_tokens = event.prompt_tokens
@@ -61,21 +63,24 @@ class Usage:
 
 @dataclass(slots=True)
 class _Bucket:
-    """Fills up with the tokens of a minute, and holds no more. Prompts, whose length is known late, may empty it below 0."""
+    """A token bucket (the rate limiter) of the size of one minute's quota.
+
+    It may be negative: the length of a prompt is not known when the call begins, and is deducted later.
+    """
 
     tokens: float
-    filled: float
+    refilled_at: float
 
 
 class Quotas:
-    """Holds callers to their quotas.
+    """Enforces the quotas of all callers.
 
-    A call takes all the tokens that it may generate, but no more than a minute's, and gives back what it has not used. So many
-    calls at a time cannot together exceed the quota by more than their prompts.
+    A call reserves all the tokens that it may generate, up to one minute's quota, and returns the unused ones when it ends. So
+    concurrent calls together exceed the quota by their prompts at most.
 
     Arguments:
-        service_time: Returns the seconds that a call of the caller with this name takes at present.
-        clock: Seconds that only ever increase.
+        service_time: Returns the service time of the caller with this name, in seconds.
+        clock: Returns monotonic seconds.
     """
 
     def __init__(self, service_time: Callable[[str], float], clock: Callable[[], float] = time.monotonic) -> None:
@@ -84,23 +89,26 @@ class Quotas:
         self._samples: dict[str, int] = {}
         self._buckets: dict[str, _Bucket] = {}
 
-    def held(self, caller: Caller, request: GenerationRequest) -> "Holding":
-        """Counts the call against the caller's quotas for as long as it lasts; what it uses is to be told to `Usage`.
+    def reservation(self, caller: Caller, request: GenerationRequest) -> "Reservation":
+        """Returns a context that counts the call against the caller's quotas, and gets the `Usage` of the call.
 
-        It lasts for the length of the context, and as long as `Usage.lasts` says. Entering the context raises
-        `QuotaExceededError` if the caller has no room for it now.
+        The reservation is settled at the end of the context, or later if `Usage.extend_until_done` says so. Entering the
+        context raises `QuotaExceededError` if the quotas do not allow the call now.
         """
-        return Holding(self, caller, request)
+        return Reservation(self, caller, request)
 
-    def take(self, caller: Caller, samples: int, tokens: int) -> int:
-        """Takes what a call may need, and returns how many of the tokens were taken; see `held`."""
+    def reserve(self, caller: Caller, samples: int, tokens: int) -> int:
+        """Reserves samples and tokens for a call, and returns how many tokens were reserved; see `reservation`.
+
+        A request for more tokens than one minute's quota reserves the whole quota.
+        """
         self._check_samples(caller, samples)
-        taken = self._take_tokens(caller, tokens)
+        reserved = self._reserve_tokens(caller, tokens)
         self._samples[caller.name] = self._samples.get(caller.name, 0) + samples
-        return taken
+        return reserved
 
     def settle(self, caller: Caller, samples: int, unused_tokens: int) -> None:
-        """Gives back what a call had taken, except for the tokens that it has used."""
+        """Returns the samples of a call, and the tokens that it reserved but did not use; negative if it used more."""
         self._samples[caller.name] -= samples
         if not self._samples[caller.name]:
             del self._samples[caller.name]
@@ -110,27 +118,27 @@ class Quotas:
     def _check_samples(self, caller: Caller, samples: int) -> None:
         limit = caller.max_concurrent
         if limit is not None and self._samples.get(caller.name, 0) + samples > limit:
-            # One of `limit` calls ends every service_time / limit seconds. A call with more samples than that never fits.
+            # `limit` running samples end every service_time seconds. A call with more samples than `limit` is never allowed.
             delay = self._service_time(caller.name) * samples / limit if samples <= limit else None
             raise QuotaExceededError(caller.name, f"max_concurrent {limit}", delay)
 
-    def _take_tokens(self, caller: Caller, tokens: int) -> int:
+    def _reserve_tokens(self, caller: Caller, tokens: int) -> int:
         limit = caller.tokens_per_minute
         if limit is None:
             return 0
-        taken = min(tokens, limit)
+        reserved = min(tokens, limit)
         now = self._clock()
         bucket = self._buckets.setdefault(caller.name, _Bucket(limit, now))
-        bucket.tokens = min(bucket.tokens + (now - bucket.filled) * limit / MINUTE, limit)
-        bucket.filled = now
-        if bucket.tokens < taken:
-            raise QuotaExceededError(caller.name, f"tokens_per_minute {limit}", (taken - bucket.tokens) * MINUTE / limit)
-        bucket.tokens -= taken
-        return taken
+        bucket.tokens = min(bucket.tokens + (now - bucket.refilled_at) * limit / MINUTE, limit)
+        bucket.refilled_at = now
+        if bucket.tokens < reserved:
+            raise QuotaExceededError(caller.name, f"tokens_per_minute {limit}", (reserved - bucket.tokens) * MINUTE / limit)
+        bucket.tokens -= reserved
+        return reserved
 
 
-class Holding:
-    """What a call holds of its caller's quotas for the length of a context, which gets the `Usage` of the call."""
+class Reservation:
+    """The context of `Quotas.reservation`."""
 
     def __init__(self, quotas: Quotas, caller: Caller, request: GenerationRequest) -> None:
         self._quotas = quotas
@@ -139,11 +147,11 @@ class Holding:
         self._usage = Usage()
 
     def __enter__(self) -> Usage:
-        self._taken = self._quotas.take(self._caller, self._request.num_samples, tokens_wanted(self._request))
+        self._reserved = self._quotas.reserve(self._caller, self._request.num_samples, max_generated_tokens(self._request))
         return self._usage
 
     def __exit__(self, *_: object) -> None:
-        self._usage.call_when_over(self._settle)
+        self._usage.call_when_final(self._settle)
 
     def _settle(self) -> None:
-        self._quotas.settle(self._caller, self._request.num_samples, self._taken - self._usage.tokens)
+        self._quotas.settle(self._caller, self._request.num_samples, self._reserved - self._usage.tokens)

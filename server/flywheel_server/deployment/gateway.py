@@ -5,7 +5,7 @@ Modal grants a container 30 s (`GRACE`) from the signal that ends it. This is wh
      0 s    the address is withdrawn; whatever that takes, the server does not wait for it
      0 s    the server reports that it stops; for `withdraw_window` it takes calls, for `drain_timeout` more they may finish
     22 s    (`MAX_STOP_TIME`) calls that still run are cancelled on Modal, all side by side (`STOP_GRACE`)
-    28 s    the last connections end (`LAST_WORDS`), and their last bytes get through Modal's relay (`FLUSH`)
+    28 s    the last connections end (`STATUS_GRACE`), and their last bytes get through Modal's relay (`FLUSH`)
     29.5 s  (`STOP_LIMIT`) the container ends, whatever is still under way
 """
 

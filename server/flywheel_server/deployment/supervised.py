@@ -181,7 +181,7 @@ class _Watched:
         if self._closed:
             return
         if not isinstance(event, Started):
-            self._activity.sign()
+            self._activity.note_progress()
             self.has_text = True
         self._sink.emit(event)
 

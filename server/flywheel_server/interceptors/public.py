@@ -16,12 +16,12 @@ from flywheel_server.interceptors.metadata import CallMetadata
 from flywheel_server.interceptors.methods import Method
 from flywheel_server.operations import Operation, OperationWaiter
 from flywheel_server.public_limits import (
-    MAX_BRIEF_CALLS,
     MAX_REQUEST_BYTES,
+    MAX_SHORT_CALLS,
     MAX_UNREAD_ANSWERS,
     RETRY_DELAY,
-    Places,
-    Turns,
+    CallLimit,
+    FairSlots,
 )
 from flywheel_server.reflection import V1, V1ALPHA
 
@@ -47,9 +47,9 @@ class PublicMethods:
 
     def __init__(self, max_streams: int, waits: OperationWaiter) -> None:
         self._waits = waits
-        self._brief = Places(MAX_BRIEF_CALLS)
-        self._turns = Turns()
-        self._streams = Places(max_streams)
+        self._short_calls = CallLimit(MAX_SHORT_CALLS)
+        self._slots = FairSlots()
+        self._streams = CallLimit(max_streams)
         self._unread: Counter[str] = Counter()
 
     def runner(self, handler: Handler) -> Callable[[GrpcContext, CallMetadata, CallContext], Awaitable[None]]:
@@ -65,7 +65,7 @@ class PublicMethods:
     async def _turn(self, context: GrpcContext) -> AsyncIterator[None]:
         """Waits for a turn, and has it for the length of the context. Raises `ServerFullError` if there is none."""
         connection = context.peer()
-        async with self._brief.place(connection), self._turns.turn(connection):
+        async with self._short_calls.call(connection), self._slots.slot(connection):
             if self._unread[connection] >= MAX_UNREAD_ANSWERS:
                 raise ServerFullError(RETRY_DELAY)
             yield
@@ -93,7 +93,7 @@ class PublicMethods:
     async def _stream(self, method: Method, context: GrpcContext) -> None:
         async with self._turn(context):
             request = await self._request(method, context)
-        async with self._streams.place(context.peer()):
+        async with self._streams.call(context.peer()):
             await method.answer(request, _Answers(context, self._unread))
 
     async def _request(self, method: Method, context: GrpcContext) -> Any:  # noqa: ANN401 - any method's request

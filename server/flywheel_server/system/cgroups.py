@@ -1,9 +1,9 @@
-"""What the control groups of Linux leave this process of the machine, in versions 1 and 2: see cgroups(7).
+"""Reads the limits of Linux control groups for this process, in versions 1 and 2: see cgroups(7).
 
-Containers are bounded so: `docker --cpus` and `--memory`, limits of Kubernetes, `systemd-run -p CPUQuota=`. A limit of a group
-bounds the groups in it too, so the least one on the way up to the root counts.
+Containers are limited by them: `docker --cpus` and `--memory`, limits of Kubernetes, `systemd-run -p CPUQuota=`. The limit
+of a group applies to the groups inside it too, so the smallest limit on the way up to the root counts.
 
-Libraries that know these limits read those of the root group only, or bring a pool of processes along.
+Libraries that read these limits read only the root group, or include much else, such as a pool of processes.
 """
 
 import math
@@ -17,36 +17,36 @@ PROC: Final = Path("/proc/self")
 
 
 def cpu_quota(proc: Path = PROC) -> float:
-    """Return how many cores a process may keep busy; infinity if its groups have no quota.
+    """Returns how many cores a process may keep busy; infinity if its groups have no quota.
 
     Arguments:
-        proc: The directory of the process in procfs; there may be none.
+        proc: The directory of the process in procfs. It may not exist.
     """
     return min(map(_quota, _groups("cpu", proc)), default=math.inf)
 
 
 def memory_limit(proc: Path = PROC) -> float:
-    """Return how many bytes of memory a process may take; infinity if its groups have no limit.
+    """Returns how many bytes of memory a process may use; infinity if its groups have no limit.
 
     Arguments:
-        proc: The directory of the process in procfs; there may be none.
+        proc: The directory of the process in procfs. It may not exist.
     """
     return min(map(_limit, _groups("memory", proc)), default=math.inf)
 
 
 def free_memory(proc: Path = PROC) -> float:
-    """Return how many bytes of memory a process may take in addition; infinity if its groups have no limit.
+    """Returns how many more bytes of memory a process may use; infinity if its groups have no limit.
 
-    Files that the kernel has cached make room, so they do not count as taken, but those in a tmpfs do: they are nowhere else.
+    Cached files do not count as used memory, because the kernel can drop them. Files in a tmpfs count: they are only there.
 
     Arguments:
-        proc: The directory of the process in procfs; there may be none.
+        proc: The directory of the process in procfs. It may not exist.
     """
     return min(map(_free, _groups("memory", proc)), default=math.inf)
 
 
 def _groups(controller: str, proc: Path) -> Iterator[Path]:
-    """Yield the directories of the groups in which a controller bounds the process, from its own up to the root."""
+    """Yields the directories of the groups in which a controller limits the process, from its own group up to the root."""
     with suppress(OSError, ValueError):
         paths = dict(_paths(controller, (proc / "cgroup").read_text()))
         for line in (proc / "mountinfo").read_text().splitlines():
@@ -57,13 +57,13 @@ def _groups(controller: str, proc: Path) -> Iterator[Path]:
             if kind not in paths or (kind == "cgroup" and controller not in options.split(",")):
                 continue
             path = PurePosixPath(paths[kind])
-            # In a container, the path may be that on the host, of which the container sees nothing but its own group.
+            # In a container, the path may be the one on the host, but the container sees only its own group.
             within = path.relative_to(root) if path.is_relative_to(root) else PurePosixPath()
             yield from (Path(mount_point, part) for part in (within, *within.parents))
 
 
 def _paths(controller: str, cgroup: str) -> Iterator[tuple[str, str]]:
-    """Yield the type of file system and the path of each group that /proc/PID/cgroup has for a controller."""
+    """Yields the file system type and the path of each group that /proc/PID/cgroup lists for a controller."""
     for line in cgroup.splitlines():
         hierarchy, controllers, path = line.split(":", 2)
         if hierarchy == "0":
@@ -88,19 +88,19 @@ def _quota(group: Path) -> float:
 
 def _limit(group: Path) -> float:
     for name in ("memory.max", "memory.limit_in_bytes"):
-        # Without a limit, version 2 says "max", which is no number; version 1 has an unreachable one.
+        # Without a limit, version 2 has the word "max", and version 1 a very large number.
         with suppress(OSError, ValueError):
             return int((group / name).read_text())
     return math.inf
 
 
 def _free(group: Path) -> float:
-    for taken, cached, in_tmpfs in (
+    for used, cached, in_tmpfs in (
         ("memory.current", "file", "shmem"),
         ("memory.usage_in_bytes", "total_cache", "total_shmem"),
     ):
         with suppress(OSError, ValueError, KeyError):
             statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-            makes_room = int(statistics[cached]) - int(statistics.get(in_tmpfs, "0"))
-            return _limit(group) - int((group / taken).read_text()) + makes_room
+            reclaimable = int(statistics[cached]) - int(statistics.get(in_tmpfs, "0"))
+            return _limit(group) - int((group / used).read_text()) + reclaimable
     return math.inf

@@ -1,4 +1,4 @@
-"""How many cores this process may use, which on a shared machine are fewer than there are."""
+"""Counts the cores that this process may use. On a shared machine they may be fewer than it has."""
 
 import math
 import os
@@ -8,11 +8,11 @@ from flywheel_server.system.cgroups import cpu_quota
 
 
 def usable_cores() -> int:
-    """Return how many cores this process can keep busy, at least 1.
+    """Returns how many cores this process can keep busy, at least 1.
 
-    These are the cores of its affinity mask (`taskset`, `docker --cpuset-cpus`), or the whole cores of its CPU quota if
-    they are fewer. A part of a core does not count: with a thread for it, the process would use up its quota before the
-    period is over, and then everything in the process stands still, health checks included.
+    These are the cores of its affinity mask (`taskset`, `docker --cpuset-cpus`), or the whole cores of its CPU quota if they
+    are fewer. A fraction of a core does not count: with a thread for it, the process would use up its quota early in each
+    period, and would then be suspended for the rest, health checks included.
     """
     return max(1, math.floor(min(_affinity(), cpu_quota())))
 

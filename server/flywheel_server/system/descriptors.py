@@ -1,4 +1,4 @@
-"""How many files and sockets the process may have open at a time."""
+"""Reads and raises the limit of file descriptors: files and sockets that the process may have open at a time."""
 
 import sys
 from contextlib import suppress
@@ -9,20 +9,20 @@ if sys.platform != "win32":
     import resource
 
 MAX_LIMIT: Final = 2**20
-"""The limit that is asked for where the system sets none. Linux grants no more by default (`fs.nr_open`)."""
+"""The limit that is requested if the hard limit is unlimited. By default, Linux grants no more (`fs.nr_open`)."""
 
 MACOS_LIMIT: Final = 10240
-"""`OPEN_MAX`: macOS grants no more to a process that asks for all, although it says that there is no limit."""
+"""`OPEN_MAX`: macOS grants no more, even if the hard limit is unlimited."""
 
-OPEN: Final = Path("/dev/fd")
-"""The folder with an entry for each descriptor of the process that looks, on Linux and macOS."""
+DESCRIPTORS: Final = Path("/dev/fd")
+"""The directory with an entry for each open descriptor of the process that reads it, on Linux and macOS."""
 
 ASSUMED_IN_USE: Final = 32
-"""Descriptors that are taken to be in use where that folder is missing: what a server has when it starts, and some more."""
+"""Descriptors that are assumed to be open if that directory is missing: a few more than a server has when it starts."""
 
 
 def limit() -> int:
-    """Return how many descriptors the process may have: the soft limit."""
+    """Returns how many descriptors the process may have open: the soft limit."""
     if sys.platform == "win32":
         return sys.maxsize
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -30,9 +30,9 @@ def limit() -> int:
 
 
 def raise_limit() -> None:
-    """Raise the soft limit to the hard one, as Go's runtime does; leave it if the system refuses.
+    """Raises the soft limit to the hard limit, as Go's runtime does, unless the system refuses.
 
-    The soft limit is low for the sake of programs that use select(2), which fails on descriptors from 1024 on.
+    The soft limit is low because of programs that use select(2), which fails on descriptors from 1024 on.
     """
     if sys.platform == "win32":
         return
@@ -47,12 +47,12 @@ def raise_limit() -> None:
 
 
 def in_use() -> int:
-    """Return how many descriptors the process has; raise `OSError` if there is not even one more, to look with."""
-    return len(list(OPEN.iterdir())) - 1 if OPEN.is_dir() else ASSUMED_IN_USE
+    """Returns how many descriptors are open. Raises `OSError` if none is free, because counting needs one."""
+    return len(list(DESCRIPTORS.iterdir())) - 1 if DESCRIPTORS.is_dir() else ASSUMED_IN_USE
 
 
 def free() -> int:
-    """Return how many more descriptors the process may have."""
+    """Returns how many more descriptors the process may open."""
     try:
         return max(0, limit() - in_use())
     except OSError:

@@ -1,4 +1,4 @@
-"""Output that nobody waits for: whoever reads it may stall, or be gone, and the server goes on."""
+"""Writes output without blocking the server: its reader may stall or go away."""
 
 import os
 import threading
@@ -11,47 +11,48 @@ from typing import Final
 from flywheel_proto._visible import visible
 
 MAX_BYTES: Final = 2**20
-"""Bytes of output that may wait for the reader."""
+"""Bytes of output that wait for the reader at most."""
 
 CLOSE_TIMEOUT: Final = 1.0
-"""Seconds that the reader has at the end for what still waits."""
+"""Seconds that the reader has at the end to take the output that still waits."""
 
 RETRY_INTERVAL: Final = 0.05
-"""Seconds between two tries to write to a descriptor that does not block and has no room."""
+"""Seconds between two attempts to write to a non-blocking descriptor that is full."""
 
 MAX_LINE_BYTES: Final = 2**16
-"""Bytes after which a line of captured output is passed on although it has not ended."""
+"""Bytes after which a line of captured output is passed on unfinished."""
 
 
-def _nothing(_: int) -> bytes:
+def _no_notice(_: int) -> bytes:
     return b""
 
 
 class Output:
-    """Writes to a file descriptor on a thread of its own, and what a terminal must not get only as pictures of it.
+    """Writes to a file descriptor on a thread of its own. If that is a terminal, makes invisible characters visible.
 
-    What does not fit into `MAX_BYTES` is dropped and counted, and so is what the system refuses to write: a disk may be full,
-    the reader gone.
+    Output that exceeds `MAX_BYTES` is dropped and counted. So is output that the system refuses to write, for example because a
+    disk is full or the reader is gone.
 
     Arguments:
-        descriptor: The descriptor, which is duplicated: it may be closed or replaced afterwards.
+        descriptor: The descriptor. It is duplicated, so it may be closed or replaced afterwards.
 
     Attributes:
-        notice: Returns what to write in place of so many dropped pieces.
+        notice: Returns the text to write in place of this many dropped pieces.
     """
 
     def __init__(self, descriptor: int) -> None:
-        self.notice: Callable[[int], bytes] = _nothing
+        self.notice: Callable[[int], bytes] = _no_notice
         self._descriptor = os.dup(descriptor)
         self._is_terminal = os.isatty(descriptor)
-        # In the order in which they came; a number stands for so many pieces that were dropped there.
+        # A number stands for so many pieces that were dropped at this point.
         self._waiting: deque[bytes | int] = deque()
         self._waiting_bytes = 0
         self._closed = False
-        self._torn = False
+        self._line_is_cut = False
+        """Whether the last write was incomplete, so that the line on the descriptor is."""
         # Reentrant: a garbage collection in `write` may run a finalizer that logs.
         self._changed = threading.Condition(threading.RLock())
-        # A daemon, because a write to a pipe that nobody reads never ends.
+        # A daemon, because a write to a pipe that nobody reads may block forever.
         self._thread = threading.Thread(target=self._run, name=f"output {descriptor}", daemon=True)
         try:
             self._thread.start()
@@ -60,7 +61,7 @@ class Output:
             raise
 
     def write(self, data: bytes) -> None:
-        """Add data to what is to be written, or count it as dropped. Never waits."""
+        """Queues data to be written, or counts it as dropped. Never waits."""
         if self._is_terminal:
             data = visible(data.decode(errors="backslashreplace")).encode()
         with self._changed:
@@ -78,7 +79,7 @@ class Output:
             self._changed.notify()
 
     def close(self, timeout: float = CLOSE_TIMEOUT) -> bool:
-        """Take nothing more, and return whether all that was taken has been written, after `timeout` seconds at the latest.
+        """Ignores further output, and waits for up to `timeout` seconds. Returns whether all queued output was written.
 
         Only the first call waits.
         """
@@ -94,10 +95,10 @@ class Output:
         while (piece := self._next()) is not None:
             if isinstance(piece, int):
                 dropped += piece
-            elif not self._written(piece):
+            elif not self._write(piece):
                 dropped += 1
                 continue
-            if dropped and self._written(self.notice(dropped)):
+            if dropped and self._write(self.notice(dropped)):
                 dropped = 0
         os.close(self._descriptor)
 
@@ -111,14 +112,14 @@ class Output:
                 self._waiting_bytes -= len(piece)
             return piece
 
-    def _written(self, piece: bytes) -> bool:
-        rest = memoryview(b"\n" + piece if self._torn and piece else piece)
+    def _write(self, piece: bytes) -> bool:
+        rest = memoryview(b"\n" + piece if self._line_is_cut and piece else piece)
         while rest:
             try:
                 rest = rest[os.write(self._descriptor, rest) :]
-                self._torn = bool(rest)
+                self._line_is_cut = bool(rest)
             except BlockingIOError:
-                # Whoever shares the descriptor has made it so.
+                # Another process that shares the descriptor has made it non-blocking.
                 time.sleep(RETRY_INTERVAL)
             except OSError:
                 return False
@@ -127,9 +128,9 @@ class Output:
 
 @contextmanager
 def captured(descriptor: int, on_line: Callable[[bytes], None]) -> Iterator[None]:
-    """Give the lines that anybody writes to the descriptor to `on_line` instead, for the length of the context.
+    """Passes each line that is written to the descriptor to `on_line` instead, for the length of the context.
 
-    `on_line` runs on a thread of its own, and must not wait for anybody: whoever writes would wait too.
+    `on_line` runs on a thread of its own. It must not block, because writers would block too.
     """
     before = os.dup(descriptor)
     try:
@@ -147,8 +148,7 @@ def captured(descriptor: int, on_line: Callable[[bytes], None]) -> Iterator[None
         try:
             yield
         finally:
-            # This closes our writing end of the pipe, which ends the reader. A child process that has inherited it may hold it
-            # open longer.
+            # This closes our writing end of the pipe, which ends the reader, unless a child process has inherited it.
             os.dup2(before, descriptor)
             reader.join(CLOSE_TIMEOUT)
     finally:
@@ -156,9 +156,9 @@ def captured(descriptor: int, on_line: Callable[[bytes], None]) -> Iterator[None
 
 
 def forward(reading: int, on_lines: Callable[[bytes], None]) -> None:
-    """Give what another process writes to a pipe to `on_lines`, whole lines at a time, until that process has ended.
+    """Passes whole lines that another process writes to a pipe to `on_lines`, and returns when that process has ended.
 
-    What that process wrote at once, such as a record of several lines, is given at once. Runs on a thread of its own.
+    Lines that the process wrote at once, such as a log record of several lines, are passed together. To be run on a thread.
     """
     with os.fdopen(reading, "rb", buffering=0) as pipe:
         rest = b""

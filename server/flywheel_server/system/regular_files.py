@@ -1,4 +1,4 @@
-"""Files that are read as a whole."""
+"""Reads whole files."""
 
 import errno
 import stat
@@ -6,7 +6,10 @@ from pathlib import Path
 
 
 def content_of(file: Path) -> bytes:
-    """Return what a file holds. Raise `OSError` if that cannot be read, or is no file: a pipe may have no end, nor a device."""
+    """Returns the content of a file.
+
+    Raises `OSError` if it cannot be read, or is not a regular file: a pipe or a device may never end.
+    """
     mode = file.stat().st_mode
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         raise OSError(errno.EINVAL, "It is not a regular file")

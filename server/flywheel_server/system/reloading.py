@@ -1,4 +1,4 @@
-"""Files that are read again when they change, and that may be wrong for a while without harm."""
+"""Reloads files when they change. While they are invalid, their last valid content stays in use."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -13,12 +13,15 @@ Loaded = TypeVar("Loaded")
 
 
 class Reloadable(Generic[Loaded]):
-    """What some files hold. It may be used by several threads.
+    """The content of some files, loaded now and again whenever they change. Thread-safe.
 
     Arguments:
-        what: What they hold, for the log.
-        files: Where they are.
-        load: Reads them; raises `OSError` or `ValueError` where that cannot be, at once and from here for the first time.
+        what: A name for the content, for the log.
+        files: The files.
+        load: Loads the files. Raises `OSError` or `ValueError` if it cannot; the first such error leaves the constructor.
+
+    Attributes:
+        first: The content as first loaded.
     """
 
     def __init__(self, what: str, files: Sequence[Path], load: Callable[[], Loaded]) -> None:
@@ -27,37 +30,37 @@ class Reloadable(Generic[Loaded]):
         self._load = load
         self._lock = threading.Lock()
         self._problem: object = None
-        # Taken before the files are read, here and below: what is written meanwhile is a change again.
-        self._signature = self._look()
+        # Here and below, before the files are read: if they are written meanwhile, they are loaded again.
+        self._loaded_signatures = self._signatures()
         self.first = load()
 
     def load_if_changed(self) -> Loaded | None:
-        """Returns what the files hold if they have changed since; None where they have not, or cannot be loaded now."""
+        """Returns the content if the files have changed since it was last loaded; None if not, or if they cannot be loaded."""
         with self._lock:
-            signature = self._look()
-            if signature == self._signature:
+            signatures = self._signatures()
+            if signatures == self._loaded_signatures:
                 return None
             try:
                 loaded = self._load()
             except (OSError, ValueError) as error:
-                # Tried again until it succeeds, as not all that is in the way is in the files; said once.
-                problem = (signature, str(error))
+                # Tried again even if the files stay the same, because the cause may lie elsewhere. Logged once.
+                problem = (signatures, str(error))
                 if problem != self._problem:
                     log.error(f"{self._what} not reloaded", error=str(error))  # noqa: TRY400 - the message says it
                 self._problem = problem
                 return None
-            self._signature, self._problem = signature, None
+            self._loaded_signatures, self._problem = signatures, None
             return loaded
 
-    def _look(self) -> list[tuple[int, ...] | None]:
+    def _signatures(self) -> list[tuple[int, ...] | None]:
         return [_signature(file) for file in self._files]
 
 
 def _signature(file: Path) -> tuple[int, ...] | None:
-    """Returns what is another after any change of the file; None where it is out of reach."""
+    """Returns a value that differs after any change of the file; None if the file cannot be accessed."""
     try:
         status = file.stat()
     except OSError:
         return None
-    # With the time of the inode's change, which programs that keep the other time cannot set.
+    # With the inode's change time, because some programs restore the modification time.
     return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)

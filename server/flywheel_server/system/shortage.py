@@ -1,6 +1,6 @@
-"""Tells errors of the environment from those of the code that raised them: nothing is broken, something has run out.
+"""Recognizes errors that mean a shortage: descriptors, memory, threads or disk space have run out, and no code is at fault.
 
-That is descriptors, memory, threads, or space on a disk. All of them come back without anybody mending anything.
+A shortage may pass without a repair.
 """
 
 import errno
@@ -8,7 +8,7 @@ from typing import Final
 
 _ERRNOS: Final = frozenset(
     {
-        errno.EAGAIN,  # threads and processes, as fork(2) and pthread_create(3) say it
+        errno.EAGAIN,  # threads and processes, from fork(2) and pthread_create(3)
         errno.EDQUOT,
         errno.EMFILE,
         errno.ENFILE,
@@ -18,27 +18,27 @@ _ERRNOS: Final = frozenset(
     }
 )
 _NO_THREAD: Final = "can't start new thread"
-"""The text of the `RuntimeError` that Python raises in place of the system's error."""
+"""The text of the `RuntimeError` that Python raises if it cannot start a thread."""
 
 
 def is_shortage(error: BaseException) -> bool:
-    """Return whether the error, or an error that led to it, says that the process or the machine has run out of something."""
+    """Returns whether the error, or an error that led to it, is due to a shortage."""
     return shortage_in(error) is not None
 
 
 def shortage_in(error: BaseException) -> BaseException | None:
-    """Return the error of the environment that led to `error`, as a traceback would show it, or None if there is none."""
+    """Returns the first shortage error in the chain of errors that a traceback of `error` shows; None if there is none."""
     seen: set[int] = set()
     link: BaseException | None = error
     while link is not None and id(link) not in seen:
-        if _says_so(link):
+        if _is_shortage_itself(link):
             return link
         seen.add(id(link))
         link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
     return None
 
 
-def _says_so(error: BaseException) -> bool:
+def _is_shortage_itself(error: BaseException) -> bool:
     match error:
         case MemoryError():
             return True

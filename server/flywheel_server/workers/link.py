@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Final, Self
 
-from flywheel_server.counts import Count, Counts
+from flywheel_server.counts import Counts, GetCounts
 from flywheel_server.engines.base import Engine, EngineStats, EngineUnavailableError
 from flywheel_server.generations import Generations
 from flywheel_server.health import Health
@@ -63,7 +63,7 @@ class Link:
         link._connection.send("hello")
         return link
 
-    def counting(self, engine: Engine, generations: Generations, *, in_process: bool) -> Count:
+    def counting(self, engine: Engine, generations: Generations, *, in_process: bool) -> GetCounts:
         """Returns what counts the calls of all workers.
 
         Arguments:

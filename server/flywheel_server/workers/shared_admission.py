@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Self
 
 from flywheel_server.access.callers import Caller
-from flywheel_server.access.quotas import Usage, tokens_wanted
+from flywheel_server.access.quotas import Usage, max_generated_tokens
 from flywheel_server.engines.base import EngineModel
 from flywheel_server.messages import GenerationRequest
 from flywheel_server.workers import wire
@@ -30,8 +30,8 @@ class SharedAdmissionControl:
         self.prepares_at_once = not model.tokenizers
         self.connection.send("capacity", model.slots, model.shared_context_tokens)
 
-    def entered(self, request: GenerationRequest, caller: Caller, time_remaining: float | None) -> "SharedPlace":
-        """See `AdmissionControl.entered`. Raises its errors from `Place.admitted`, and others at the end."""
+    def acquire(self, request: GenerationRequest, caller: Caller, time_remaining: float | None) -> "SharedPlace":
+        """See `AdmissionControl.acquire`. Raises its errors from `Place.admitted`, and others at the end."""
         if self._end:
             raise self._end()
         return SharedPlace(self, next(self._numbers), request, caller, time_remaining)
@@ -71,7 +71,7 @@ class SharedPlace:
         self._admission = admission
         self._send = admission.connection.send
         self._number = number
-        self._entry = (wire.from_caller(caller), request.num_samples, tokens_wanted(request), time_remaining)
+        self._entry = (wire.from_caller(caller), request.num_samples, max_generated_tokens(request), time_remaining)
         self._has_entered = False
         self._usage = Usage()
         self._lost: Exception | None = None
@@ -88,11 +88,11 @@ class SharedPlace:
         if not self._has_entered:
             return
         self._admission.undecided.pop(self._number, None)
-        if self._usage.is_over:
+        if self._usage.is_final:
             self._send("leave", self._number, kind is None, self._usage.tokens)
         else:
             self._send("leave", self._number, kind is None, None)
-            self._usage.call_when_over(lambda: self._send("settle", self._number, self._usage.tokens))
+            self._usage.call_when_final(lambda: self._send("settle", self._number, self._usage.tokens))
 
     async def admitted(self, context_tokens: int, time_remaining: float | None = None) -> None:
         """See `admission_control.Place.admitted`."""
@@ -106,8 +106,8 @@ class SharedPlace:
             self._send("enter", self._number, *self._entry, context_tokens)
         await self._turn
 
-    def call_if_lost(self, callback: Callable[[Exception], None]) -> None:
-        """See `admission_control.Place.call_if_lost`."""
+    def call_if_evicted(self, callback: Callable[[Exception], None]) -> None:
+        """See `admission_control.Place.call_if_evicted`."""
         self._on_lost = callback
 
     def let_in(self) -> None:

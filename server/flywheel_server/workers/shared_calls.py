@@ -61,15 +61,15 @@ class SharedCalls:
         del self._entries[number]
         caller = wire.to_caller(caller_line)
         try:
-            taken = self._quotas.take(caller, samples, tokens)
+            taken = self._quotas.reserve(caller, samples, tokens)
             self._shares[number] = lambda used: self._quotas.settle(caller, samples, taken - used)
             place = self._admission.queue(samples, caller, time_remaining)
-            place.enter()
+            place.join()
         except wire.REFUSALS as error:
             self._refuse(number, error)
             return
         self._places[number] = place
-        place.call_if_lost(partial(self._lose, number))
+        place.call_if_evicted(partial(self._lose, number))
         if context_tokens is not None:
             self._admit(number, context_tokens, time_remaining)
 
@@ -81,7 +81,7 @@ class SharedCalls:
     def _admit(self, number: int, context_tokens: int, time_remaining: float | None) -> None:
         if place := self._places.get(number):
             try:
-                place.ask(context_tokens, time_remaining, partial(self._worker.send, "admitted", number))
+                place.request(context_tokens, time_remaining, partial(self._worker.send, "admitted", number))
             except wire.REFUSALS as error:
                 self._refuse(number, error)
 
@@ -90,7 +90,7 @@ class SharedCalls:
         if entry := self._entries.pop(number, None):
             entry.cancel()
         if place := self._places.pop(number, None):
-            place.leave(finished=finished)
+            place.release(finished=finished)
         if used_tokens is not None:
             self.settle(number, used_tokens)
 
