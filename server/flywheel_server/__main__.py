@@ -1,4 +1,4 @@
-"""The command `flywheel-server`: heeds signals first, and then loads what serves, or what manages keys."""
+"""The command `flywheel-server`. Sets up signals first, because the rest takes longer to import."""
 
 import sys
 
@@ -6,9 +6,9 @@ from flywheel_server.system import signals
 
 
 def main() -> None:
-    """Serves until a signal stops it, or manages the keys of a server.
+    """Serves until a signal stops the server, or manages the server's keys.
 
-    Exits with 1 if it cannot be loaded or cannot start or the engine has died, and with 2 if the settings are wrong.
+    Exits with 1 if the server cannot be imported or started, or if the engine has died, and with 2 if the settings are wrong.
     """
     manages_keys = sys.argv[1:2] == ["keys"]
     if manages_keys:

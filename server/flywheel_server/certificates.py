@@ -1,4 +1,4 @@
-"""TLS with files that are read again when they change, so that certificates are renewed without a restart."""
+"""Serves TLS with certificate files that are reloaded when they change, so that renewal needs no restart."""
 
 import ssl
 from pathlib import Path
@@ -13,19 +13,20 @@ log = structlog.stdlib.get_logger(__name__)
 
 
 def server_credentials(cert: str, key: str, client_ca: str | None = None) -> grpc.ServerCredentials:
-    """Returns credentials that each new connection gets as the files are then; the connections there are go on.
+    """Returns credentials that use the current content of the files for each new connection.
 
-    Files that change to something that is wrong, or not whole yet, change nothing. All of them are PEM.
+    Existing connections stay. If the files become invalid or incomplete, their last valid content stays in use. All files are
+    PEM.
 
     Arguments:
         cert: The file with the certificate chain (`FLYWHEEL_TLS_CERT`).
         key: The file with its private key, not encrypted (`FLYWHEEL_TLS_KEY`).
-        client_ca: The file with the authorities that clients must have a certificate of (`FLYWHEEL_TLS_CLIENT_CA`); None asks
-            clients for none.
+        client_ca: The file with the authorities that issue client certificates (`FLYWHEEL_TLS_CLIENT_CA`). Clients must have a
+            certificate of one of them. None if clients need no certificate.
 
     Raises:
         OSError: A file cannot be read.
-        ValueError: The files do not hold what they should.
+        ValueError: The content of a file is invalid, or certificate and key do not match.
     """
     paths = [Path(file) for file in (cert, key, client_ca) if file is not None]
     certificates = Reloadable("TLS certificates", paths, lambda: _load(*paths))
@@ -35,7 +36,7 @@ def server_credentials(cert: str, key: str, client_ca: str | None = None) -> grp
             log.info("TLS certificates reloaded")
         return configuration
 
-    # gRPC asks at each connection, on a thread of its own.
+    # gRPC calls `fetch` for each connection, on a thread of its own.
     return grpc.dynamic_ssl_server_credentials(
         certificates.first,
         fetch,  # type: ignore[arg-type] # None means that nothing has changed
@@ -46,10 +47,10 @@ def server_credentials(cert: str, key: str, client_ca: str | None = None) -> grp
 def _load(cert: Path, key: Path, client_ca: Path | None = None) -> grpc.ServerCertificateConfiguration:
     chain, private_key = _read(cert, "FLYWHEEL_TLS_CERT"), _read(key, "FLYWHEEL_TLS_KEY")
     authorities = _read(client_ca, "FLYWHEEL_TLS_CLIENT_CA") if client_ca else None
-    # gRPC takes what it is given, and fails at the connections; OpenSSL tells what is wrong.
+    # gRPC does not validate the files, and would fail at each connection. OpenSSL reports what is wrong.
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
-        # Without a password, it would ask for that of an encrypted key at the terminal.
+        # Without a password argument, OpenSSL would ask for the password of an encrypted key at the terminal.
         context.load_cert_chain(cert, key, password="")
     except ssl.SSLError as error:
         raise ValueError(

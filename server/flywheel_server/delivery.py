@@ -13,15 +13,12 @@ from typing import Any, Final, Literal, Protocol
 
 from flywheel_proto.v1 import generation_pb2 as pb
 
-from flywheel_server.engines.base import EngineFailedError, Event, Sink, Started, TextDelta
+from flywheel_server.engines.base import EngineFailedError, Event, OutputEvent, Sink, Started, TextDelta
 from flywheel_server.errors import SlowReaderError
 from flywheel_server.messages import GenerationResponseSample
 from flywheel_server.translation import delta_to_proto, last_delta_to_proto, sample_to_proto
 from flywheel_server.watchdog import Watchdog
 from flywheel_server.write_scheduler import WriteScheduler
-
-Output = TextDelta | GenerationResponseSample
-"""An event that has text."""
 
 MAX_SEPARATE_TEXTS: Final = 256
 """Texts of one sample that wait separately before they are joined."""
@@ -50,7 +47,7 @@ class Buffer(Protocol):
     size: int
     """The text in the buffer, in bytes of UTF-8."""
 
-    def add(self, event: Output) -> bool:
+    def add(self, event: OutputEvent) -> bool:
         """Adds an event, and returns whether there is something to write."""
 
     def take(self) -> Sequence[Any]:
@@ -192,7 +189,7 @@ class SampleBuffer:
         self.size = 0
         self._samples: list[GenerationResponseSample] = []
 
-    def add(self, event: Output) -> bool:
+    def add(self, event: OutputEvent) -> bool:
         """Adds a finished sample; ignores deltas."""
         if isinstance(event, TextDelta):
             return False
@@ -233,11 +230,11 @@ class _Pending:
 
     __slots__ = ("last", "texts")
 
-    def __init__(self, event: Output, text: str) -> None:
+    def __init__(self, event: OutputEvent, text: str) -> None:
         self.last = event
         self.texts = [text]
 
-    def add(self, event: Output, text: str) -> None:
+    def add(self, event: OutputEvent, text: str) -> None:
         self.last = event
         self.texts.append(text)
         # Many small texts take many times the memory of one large text.
@@ -261,7 +258,7 @@ class DeltaBuffer:
         self._seen: dict[int, int] = {}
         """Characters of each sample that were added as deltas; the text of the finished sample repeats them."""
 
-    def add(self, event: Output) -> bool:
+    def add(self, event: OutputEvent) -> bool:
         """Adds an event."""
         index = event.index
         seen = self._seen.get(index, 0)

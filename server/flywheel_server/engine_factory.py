@@ -1,4 +1,4 @@
-"""The engine that the settings name. Each is imported only where it is used: what it needs may not be there."""
+"""Creates the engine that the settings name. Only that engine is imported, because others may not be installed."""
 
 from pathlib import Path
 from typing import assert_never
@@ -24,7 +24,7 @@ def create_engine(settings: Settings) -> Engine:
 
 
 def runs_in_process(settings: Settings) -> bool:
-    """Returns whether the engine of the settings works within the process that has made it, and so for that process alone."""
+    """Returns whether the engine runs inside this process, and so serves this process alone."""
     return settings.engine != "flywheel"
 
 

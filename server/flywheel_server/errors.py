@@ -1,4 +1,4 @@
-"""Which status a call ends with: one table from exception to status code, message and google.rpc details (AIP-193).
+"""Maps each exception to the status that its call ends with: code, message and google.rpc details (AIP-193).
 
     exception                  status              details
     InvalidRequestError        INVALID_ARGUMENT    BadRequest with every violation
@@ -10,7 +10,7 @@
     IncompleteRequestError     DEADLINE_EXCEEDED   ErrorInfo REQUEST_INCOMPLETE
     ServerFullError            RESOURCE_EXHAUSTED  RetryInfo, ErrorInfo OVERLOADED
     EngineOverloadedError      RESOURCE_EXHAUSTED  RetryInfo, ErrorInfo OVERLOADED
-    QuotaExceededError         RESOURCE_EXHAUSTED  QuotaFailure, ErrorInfo QUOTA_EXCEEDED, RetryInfo where that helps
+    QuotaExceededError         RESOURCE_EXHAUSTED  QuotaFailure, ErrorInfo QUOTA_EXCEEDED, and a RetryInfo if a retry helps
     SlowReaderError            RESOURCE_EXHAUSTED  ErrorInfo SLOW_READER
     DeadlineExceededError      DEADLINE_EXCEEDED   ErrorInfo IN_QUEUE or IN_GENERATION
     EngineTimeoutError         DEADLINE_EXCEEDED   ErrorInfo ENGINE_TIMEOUT with the seconds
@@ -18,12 +18,12 @@
                                                    CERTIFICATE_INVALID
     EngineSetupError           FAILED_PRECONDITION ErrorInfo ENGINE_NOT_SET_UP with what was looked for, and the setting
     EngineUnavailableError     UNAVAILABLE         RetryInfo, ErrorInfo ENGINE_UNAVAILABLE
-    any error of a shortage    UNAVAILABLE         RetryInfo, ErrorInfo OUT_OF_RESOURCES; see `flywheel_server.system.shortage`
+    an error due to a shortage UNAVAILABLE         RetryInfo, ErrorInfo OUT_OF_RESOURCES; see `flywheel_server.system.shortage`
     anything else              INTERNAL            ErrorInfo ENGINE_FAILED with the request id
 
-Where there is a RetryInfo, the metadata `grpc-retry-pushback-ms` says the same to the retries of gRPC itself (gRFC A6).
+With a RetryInfo, the metadata `grpc-retry-pushback-ms` tells gRPC's own retries the same delay (gRFC A6).
 
-Messages say what to do. Engine internals and stack traces go to the log instead, and the text of a prompt to neither.
+Messages say what the caller can do. Engine internals and stack traces are only in the log. The text of a prompt is in neither.
 """
 
 from collections.abc import Callable, Mapping
@@ -53,11 +53,11 @@ DOMAIN: Final = "flywheel.v1"
 DETAILS_KEY: Final = "grpc-status-details-bin"
 PUSHBACK_KEY: Final = "grpc-retry-pushback-ms"
 SHORTAGE_RETRY_DELAY: Final = 1.0
-"""Seconds until a server that has run out of something may have it again. Nobody knows."""
+"""Seconds until a retry after a shortage: a guess, as nobody knows how long the shortage lasts."""
 
 
 class MalformedRequestError(ValueError):
-    """Bytes that are not the message they should be, or text in them that is not UTF-8."""
+    """The request is not a valid message of its type, or has text that is not UTF-8."""
 
     def __init__(self) -> None:
         super().__init__("The request is not a valid message of its type, or has text that is not UTF-8.")
@@ -84,7 +84,7 @@ class IncompleteRequestError(TimeoutError):
 
 
 class DeadlineExceededError(TimeoutError):
-    """The caller's deadline passed, and where it caught the generation."""
+    """The caller's deadline passed. `reason` says whether the generation was still in the queue."""
 
     def __init__(self, reason: Literal["IN_QUEUE", "IN_GENERATION"]) -> None:
         super().__init__(reason)
@@ -92,7 +92,7 @@ class DeadlineExceededError(TimeoutError):
 
 
 class ServerFullError(Exception):
-    """Too many calls wait already. `retry_delay` (seconds) is when there should be a place."""
+    """The queue is full. `retry_delay` is the seconds until it should have a place."""
 
     def __init__(self, retry_delay: float) -> None:
         super().__init__(retry_delay)
@@ -100,7 +100,7 @@ class ServerFullError(Exception):
 
 
 class QuotaExceededError(Exception):
-    """The caller has as much as it may have. `retry_delay` (seconds) is when it may have more; None is never."""
+    """The call exceeds a quota of its caller. `retry_delay` is the seconds until it fits; None if it never does."""
 
     def __init__(self, caller: str, quota: str, retry_delay: float | None) -> None:
         super().__init__(caller, quota, retry_delay)
@@ -110,7 +110,7 @@ class QuotaExceededError(Exception):
 
 
 class SlowReaderError(Exception):
-    """The caller does not read what was generated for it."""
+    """The caller does not read its stream fast enough."""
 
 
 UnauthenticatedReason = Literal[
@@ -119,7 +119,7 @@ UnauthenticatedReason = Literal[
 
 
 class UnauthenticatedError(PermissionError):
-    """The call has no API key, or a key or a certificate that is not accepted here."""
+    """The call has no API key, or an API key or certificate that is not accepted."""
 
     def __init__(self, reason: UnauthenticatedReason) -> None:
         super().__init__(reason)
@@ -135,7 +135,7 @@ class CallStatus:
     details: tuple[Message, ...]
 
     def trailing_metadata(self) -> tuple[tuple[str, str | bytes], ...]:
-        """Returns the metadata that carries the details, as google.rpc.Status."""
+        """Returns trailing metadata with the details, packed in a google.rpc.Status, and any retry pushback."""
         status = status_pb2.Status(code=self.code.value[0], message=self.message)
         pushback: tuple[tuple[str, str], ...] = ()
         for detail in self.details:
@@ -242,8 +242,8 @@ def _slow_reader(_: SlowReaderError, __: str) -> CallStatus:
 
 
 def _deadline_exceeded(error: DeadlineExceededError, _: str) -> CallStatus:
-    where = {"IN_QUEUE": "before the generation began", "IN_GENERATION": "before the generation finished"}
-    return CallStatus(StatusCode.DEADLINE_EXCEEDED, f"The deadline passed {where[error.reason]}.", (_error_info(error.reason),))
+    phase = {"IN_QUEUE": "before the generation began", "IN_GENERATION": "before the generation finished"}
+    return CallStatus(StatusCode.DEADLINE_EXCEEDED, f"The deadline passed {phase[error.reason]}.", (_error_info(error.reason),))
 
 
 def _engine_timeout(error: EngineTimeoutError, _: str) -> CallStatus:
@@ -284,7 +284,7 @@ def _unavailable(error: EngineUnavailableError, _: str) -> CallStatus:
 
 
 def _out_of_resources() -> CallStatus:
-    # Not RESOURCE_EXHAUSTED: gRPC's own retries and proxies take UNAVAILABLE to another server, which may have what is missing.
+    # Not RESOURCE_EXHAUSTED: on UNAVAILABLE, gRPC's retries and proxies try another server, which may have resources left.
     return CallStatus(
         StatusCode.UNAVAILABLE,
         "The server has run out of descriptors, memory, threads or disk space. Try again later.",
@@ -322,7 +322,7 @@ TABLE: Final[Mapping[type[Exception], Callable[[Any, str], CallStatus]]] = {
 
 
 def status_of(error: Exception, request_id: str) -> CallStatus:
-    """Returns the status that a call ends with when `error` is raised in it."""
+    """Returns the status of a call in which `error` was raised."""
     if is_shortage(error):
         return _out_of_resources()
     row = next(TABLE[kind] for kind in (*type(error).__mro__, EngineFailedError) if kind in TABLE)

@@ -1,6 +1,6 @@
-"""Starts the server: outputs that never block, then the settings, and then what serves.
+"""Starts the process of a server: sets up outputs that never block, reads the settings, and then imports and runs the server.
 
-What serves takes longer to load than all that comes before it. The help and wrong settings do without it.
+The server is imported last because that takes longest, and is not needed to print the help or to report wrong settings.
 """
 
 import faulthandler
@@ -20,10 +20,7 @@ from flywheel_server.system.signals import StopSignals
 
 
 def main(stop: StopSignals) -> None:
-    """Serves until a signal stops it.
-
-    Exits with 1 if it cannot be loaded or cannot start or the engine has died, and with 2 if the settings are wrong.
-    """
+    """Serves until a signal stops the server, and exits; see `flywheel_server.__main__.main` for the exit codes."""
     with _outputs() as (stdout, stderr):
         settings = parse()
         with loading("flywheel-server"):
@@ -55,30 +52,30 @@ def run(engine: Engine, settings: Settings | None = None) -> int:
         return serve_command.run(settings, stop, stdout, stderr, engine)
 
 
-def work(pair: socket.socket, number: int, port: int, arguments: Sequence[str]) -> None:
-    """Serves as one of several workers until the parent says otherwise. Exits as `main` does.
+def run_worker(pair: socket.socket, number: int, port: int, arguments: Sequence[str]) -> None:
+    """Serves as one of several workers until the parent process stops it, and exits as `main` does.
 
     Arguments:
-        pair: Leads to the parent.
-        number: Which worker this is.
-        port: What all workers listen on.
-        arguments: The flags of the parent.
+        pair: The socket to the parent.
+        number: The number of this worker.
+        port: The port that all workers listen on.
+        arguments: The command line arguments of the parent.
     """
     with _outputs(f"worker {number}: ".encode()) as (_, stderr):
         settings = parse(arguments)
         host = settings.address.rpartition(":")[0]
         from flywheel_server import serve_command
 
-        exit_code = serve_command.work(settings.model_copy(update={"address": f"{host}:{port}"}), pair, number, stderr)
+        exit_code = serve_command.run_worker(settings.model_copy(update={"address": f"{host}:{port}"}), pair, number, stderr)
     sys.exit(exit_code)
 
 
 @contextmanager
 def _outputs(prefix: bytes = b"") -> Iterator[tuple[Output, Output]]:
-    """Gives standard output and standard error for the length of the context, and has crashes write their report.
+    """Yields outputs for standard output and standard error that never block, and makes crashes write their stacks.
 
-    Whoever else writes to standard error, gRPC and the interpreter included, does not wait for the reader either; these lines
-    get the prefix.
+    Everything else that writes to standard error, such as gRPC and the interpreter, does not block either. Its lines get the
+    prefix.
     """
     crash_log = _crash_log()
     faulthandler.enable(crash_log)
@@ -90,14 +87,14 @@ def _outputs(prefix: bytes = b"") -> Iterator[tuple[Output, Output]]:
     finally:
         stdout.close()
         if not stderr.close():
-            # Nobody reads: what the interpreter may still have to say would keep it from ending.
+            # Nobody reads standard error, so a last message of the interpreter would block its exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def _crash_log() -> int:
-    """Returns a descriptor for what a crash has to say: standard error, past whatever captures it.
+    """Returns a descriptor for crash reports: standard error itself, which `captured` does not redirect.
 
-    On Linux it does not block if that is a pipe or a terminal. A process that crashes must end, whoever reads.
+    On Linux, the descriptor does not block if it is a pipe or a terminal, so that a crashing process ends even if nobody reads.
     """
     try:
         return os.open("/proc/self/fd/2", os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_NOCTTY)

@@ -1,4 +1,4 @@
-"""Where the server listens, for whom, and what each connection may have."""
+"""Configures how the server listens: TLS, who may connect, and the limits of connections."""
 
 import ipaddress
 from typing import Final
@@ -13,35 +13,39 @@ from flywheel_server.system import descriptors
 log = structlog.stdlib.get_logger(__name__)
 
 HANDSHAKE_TIMEOUT: Final = 20.0
-"""Seconds that a new connection has for the handshakes of TLS and HTTP/2."""
+"""Seconds that a new connection has for the TLS and HTTP/2 handshakes."""
 
-MAX_UNSEEN_CALLS: Final = 16_384
-"""Calls that have arrived and that the server has not looked at yet; gRPC cancels further ones.
+MAX_PENDING_CALLS: Final = 16_384
+"""Calls that have arrived and that the server has not started to handle. gRPC cancels further calls.
 
-Each takes 16 KiB, and it stays when its connection is closed: without this limit, one peer could use up the memory.
+A pending call takes 16 KiB, even after its connection is closed: without this limit, one peer could use up the memory.
 """
 
 RESERVED_DESCRIPTORS: Final = 64
-"""Descriptors that connections leave to the engine, files that are read again, and connections that are about to be refused."""
+"""Descriptors that are kept free of connections: for the engine, reloaded files, and connections that are being refused."""
 
 MIN_CONNECTIONS: Final = 8
-"""Connections without which a server does not start, unless the settings want fewer: some clients, a proxy, a health check."""
+"""A server does not start with room for fewer connections, unless `max_connections` is less."""
 
-SAFE_GRPC: Final = (1, 84)
-"""The first version of grpcio that receives no more of a message than the limit, however long its sender says that it is."""
+MIN_SAFE_GRPC_VERSION: Final = (1, 84)
+"""The first version of grpcio that stops receiving a message at the size limit, whatever length its sender declares."""
 
 
 class UnsafeError(ValueError):
-    """The settings would let in callers whom nobody has thought of."""
+    """The settings would let anybody on the network call, without saying that this is intended."""
 
 
 def safe_credentials(settings: Settings, *, authenticates: bool) -> grpc.ServerCredentials | None:
-    """Returns the credentials to listen with; None without TLS. Warns of what is at risk.
+    """Returns the credentials to listen with; None without TLS. Logs a warning for each risk.
+
+    Arguments:
+        settings: The settings.
+        authenticates: Whether callers need a key or a certificate.
 
     Raises:
-        OSError: A file of TLS cannot be read.
-        ValueError: The settings do not fit together, or the files of TLS do not hold what they should.
-        UnsafeError: Anybody on a network could call, and the settings do not say that this is meant.
+        OSError: A TLS file cannot be read.
+        ValueError: The TLS settings are incomplete, or a TLS file is invalid.
+        UnsafeError: Anybody on a network could call, and the settings do not allow that.
     """
     credentials = _credentials(settings)
     if not _is_loopback(settings.address):
@@ -52,7 +56,7 @@ def safe_credentials(settings: Settings, *, authenticates: bool) -> grpc.ServerC
             )
         if credentials is None:
             log.warning("no TLS: prompts and keys cross the network in the clear, unless something before the server ends TLS")
-        if _grpc_version() < SAFE_GRPC:
+        if _grpc_version() < MIN_SAFE_GRPC_VERSION:
             log.warning(
                 f"grpcio {grpc.__version__} keeps requests of any length that never end, also of callers without a key: "
                 "install 1.84 or newer"
@@ -61,7 +65,7 @@ def safe_credentials(settings: Settings, *, authenticates: bool) -> grpc.ServerC
 
 
 def listen(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials | None) -> int:
-    """Makes the server listen, and returns its port; raises `OSError` if it cannot listen there."""
+    """Makes the server listen on the address, and returns the port. Raises `OSError` if it cannot."""
     try:
         if credentials is None:
             return server.add_insecure_port(address)
@@ -92,12 +96,12 @@ def _is_loopback(address: str) -> bool:
 
 
 def connections_allowed(settings: Settings) -> int:
-    """Return `max_connections`, or as many as the limit of open files leaves room for.
+    """Returns `max_connections`, or fewer if the limit of open files requires it.
 
-    To be called before the engine starts: what it needs is within the reserve.
+    To be called before the engine starts, because `RESERVED_DESCRIPTORS` includes the engine's descriptors.
 
     Raises:
-        OSError: There is hardly room for any.
+        OSError: The limit leaves fewer than `MIN_CONNECTIONS`.
     """
     wanted = settings.max_connections
     fewest = min(wanted, MIN_CONNECTIONS)
@@ -118,11 +122,11 @@ def connections_allowed(settings: Settings) -> int:
 
 
 def channel_arguments(settings: Settings, connections: int, *, shares_port: bool) -> list[tuple[str, int]]:
-    """Returns what gRPC itself is to hold so many connections to.
+    """Returns the channel arguments of the gRPC server.
 
     Arguments:
         settings: The settings.
-        connections: The most connections at a time.
+        connections: The maximum number of connections at a time.
         shares_port: Whether other processes of this server listen on the same port.
     """
     age = [
@@ -131,35 +135,35 @@ def channel_arguments(settings: Settings, connections: int, *, shares_port: bool
     ]
     return [
         ("grpc.max_receive_message_length", settings.max_message_bytes),
-        # The server does that itself, within a bound, once the caller is known: see `flywheel_server.compression`.
+        # The server decompresses by itself, after authentication and up to a limit: see `flywheel_server.compression`.
         ("grpc.per_message_decompression", 0),
-        # With it, gRPC takes 4 MiB of a message that nobody has asked for yet; without it 64 KiB, and the rest when it is read.
+        # With it, gRPC receives up to 4 MiB of a message before it is read; without it, 64 KiB.
         ("grpc.http2.bdp_probe", 0),
         ("grpc.max_send_message_length", -1),
-        # Between the two, gRPC refuses at random; the same for both is one limit.
+        # Between the two limits, gRPC refuses calls at random. Equal values make it one limit.
         ("grpc.max_metadata_size", settings.max_header_bytes),
         ("grpc.absolute_max_metadata_size", settings.max_header_bytes),
         ("grpc.max_concurrent_streams", settings.max_streams),
-        # With it, a call counts until gRPC has freed its memory, which its client cannot know: a client that keeps to the limit
-        # is refused with REFUSED_STREAM as soon as the server is busy.
+        # With it, a call counts until gRPC has freed its memory, which its client cannot know. A busy server
+        # would refuse clients with REFUSED_STREAM although they keep to the limit.
         ("grpc.http.overload_protection", 0),
         ("grpc.max_allowed_incoming_connections", connections),
-        # Between the two, gRPC cancels calls at random, and beyond, all. With its defaults of 1000 and 3000 it would do what is
-        # admission's to do.
-        ("grpc.server.max_pending_requests", MAX_UNSEEN_CALLS),
-        ("grpc.server.max_pending_requests_hard_limit", MAX_UNSEEN_CALLS),
+        # Between the two limits, gRPC cancels calls at random; above, all calls. With the defaults of 1000 and 3000, it would
+        # cancel calls that admission should queue or refuse.
+        ("grpc.server.max_pending_requests", MAX_PENDING_CALLS),
+        ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING_CALLS),
         ("grpc.server_handshake_timeout_ms", _milliseconds(HANDSHAKE_TIMEOUT)),
         *(age if settings.max_connection_age else ()),
-        # A long generation is silent between its messages, so clients ping to keep it alive through proxies: let them.
+        # Clients may ping, to keep connections alive through proxies: a long generation sends nothing between its messages.
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.keepalive_time_ms", _milliseconds(settings.keepalive_time)),
-        # The latter is 60 s by default, and the longer of the two counts.
+        # The longer of the two timeouts counts, and `ping_timeout_ms` is 60 s by default.
         ("grpc.keepalive_timeout_ms", _milliseconds(settings.keepalive_timeout)),
         ("grpc.http2.ping_timeout_ms", _milliseconds(settings.keepalive_timeout)),
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.http2.min_ping_interval_without_data_ms", _milliseconds(settings.min_ping_interval)),
-        # With it, a second server on the same port starts without an error and takes half of the calls. Workers are to do so,
-        # and `flywheel_server.workers.port` keeps others away from them.
+        # With it, a second server can listen on the same port, and gets half of the calls. That is for workers only, and
+        # `flywheel_server.workers.port` keeps other servers away from their port.
         ("grpc.so_reuseport", int(shares_port)),
     ]
 

@@ -1,4 +1,4 @@
-"""The command `flywheel-server` as it serves: settings → engine → server → run until a signal."""
+"""Runs the server for the command `flywheel-server`: settings → engine → server, until a signal stops it."""
 
 import asyncio
 import json
@@ -9,10 +9,10 @@ from collections.abc import Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, suppress
 from typing import Any, NoReturn
 
-# grpcio 1.80 turned this experiment on, and on asyncio it makes every message dearer, by up to a half (grpcio 1.85.1). It is
-# read when grpc is imported.
+# grpcio 1.80 turned this experiment on. With asyncio, it makes every message up to 50 % more expensive (grpcio 1.85.1). The
+# variable is read when grpc is imported.
 os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_listener")
-# gRPC's own log of ordinary events, such as connections that end, is not in the form of ours.
+# gRPC logs ordinary events too, such as closed connections, in a format of its own.
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 from flywheel_proto._service_name import SERVICE_NAME
@@ -36,25 +36,25 @@ else:
 
 
 def run(settings: Settings, stop: StopSignals, stdout: Output, stderr: Output, engine: Engine | None = None) -> int:
-    """Serves the engine, by default the one that the settings name, until a signal stops it.
+    """Serves the engine, by default the one that the settings name, until a signal stops the server.
 
-    Returns the exit code: 1 if it cannot start, or the engine has died.
+    Returns the exit code: 0 after a stop, 1 after a failure.
     """
     _prepare(settings, stderr)
     return _run(_serve_until_signal(settings, stop, stdout, stderr, engine), stderr)
 
 
-def work(settings: Settings, pair: socket.socket, number: int, stderr: Output) -> int:
-    """Serves as one of several workers until the parent says otherwise. Returns the exit code, as `run` does.
+def run_worker(settings: Settings, pair: socket.socket, number: int, stderr: Output) -> int:
+    """Serves as one of several workers until the parent process stops it. Returns the exit code, as `run` does.
 
     Arguments:
-        settings: Those of the parent, with the address that all workers listen on.
-        pair: Leads to the parent.
-        number: Which worker this is.
-        stderr: Where the log goes.
+        settings: The settings of the parent, with the address that all workers listen on.
+        pair: The socket to the parent.
+        number: The number of this worker.
+        stderr: The output for the log.
     """
     _prepare(settings, stderr, number)
-    return _run(_serve_until_told(settings, pair, stderr), stderr)
+    return _run(_serve_until_parent_stops(settings, pair, stderr), stderr)
 
 
 def _prepare(settings: Settings, stderr: Output, worker: int | None = None) -> None:
@@ -64,7 +64,7 @@ def _prepare(settings: Settings, stderr: Output, worker: int | None = None) -> N
 
 
 def _run(serving: Coroutine[Any, Any, None], stderr: Output) -> int:
-    """Serves until that is cancelled, and returns the exit code."""
+    """Runs the coroutine until it is cancelled or fails, and returns the exit code."""
     try:
         with suppress(asyncio.CancelledError), asyncio.Runner(loop_factory=new_event_loop) as runner:
             runner.run(serving)
@@ -92,7 +92,7 @@ async def _serve_until_signal(
         _exit_without_threads(stderr)
 
 
-async def _serve_until_told(settings: Settings, pair: socket.socket, stderr: Output) -> None:
+async def _serve_until_parent_stops(settings: Settings, pair: socket.socket, stderr: Output) -> None:
     link = await Link.over(pair)
     try:
         await _serve(serve(create_engine(settings), settings, link), link.calling, lambda _: link.ready())
@@ -106,11 +106,11 @@ async def _serve(
     calling: Callable[[Callable[[], None]], AbstractContextManager[None]],
     on_ready: Callable[[int], None],
 ) -> None:
-    """Serves until it is told to stop; `calling` has a function called for that, on any thread."""
+    """Serves until a stop is requested: within the context of `calling`, each request calls a function, on any thread."""
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
 
     def cancel() -> None:
-        # The first one cancels whatever is under way, starting or serving, and a second one the drain too.
+        # The first request cancels starting or serving, and a second one cancels the drain.
         if task:
             loop.call_soon_threadsafe(task.cancel)
 
@@ -121,13 +121,13 @@ async def _serve(
 
 
 def _exit_without_threads(stderr: Output) -> NoReturn:
-    """Exits with 1. Not by `sys.exit`: that waits for all threads, and those of a dead engine may never end."""
+    """Exits with 1. Does not use `sys.exit`, which waits for all threads: those of a dead engine may never end."""
     stderr.close()
     os._exit(1)
 
 
 def _example(settings: Settings, port: int) -> str:
-    """Returns a call of the server that works in a terminal, with what the caller has to fill in in capitals."""
+    """Returns a shell command that calls the server. The user fills in the words in capitals."""
     host = settings.address.rpartition(":")[0]
     request = json.dumps({"text": "What is the difference between a llama and an alpaca?", "max_tokens": 64})
     options = ["-cacert CA.pem" if settings.tls_cert else "-plaintext"]

@@ -1,8 +1,7 @@
-"""How the text of a variable or a flag is read, for the settings of a server and of a deployment alike.
+"""Reads the text of environment variables and flags, for the settings of both a server and a deployment.
 
-An empty variable counts as not set: `${X:-}` in a file of Docker Compose, or a template, leaves one behind where nobody has set
-anything. The settings that say who may call are the exception. An empty one is refused: otherwise a secret that went missing
-would open the server.
+An empty variable counts as not set: `${X:-}` in a Docker Compose file, or a template, leaves one if the value is not set.
+The exception are the settings that decide who may call. They must not be empty, because a missing secret would open the server.
 """
 
 import re
@@ -15,19 +14,19 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUseDefault
 
 NONE: Final = "none"
-"""How to ask for no value, of a setting that may have none. An empty value would ask for the default."""
+"""The word for no value, for settings that accept it. An empty text means the default instead."""
 
 MUST_HOLD: Final = "must_hold"
-"""The key in a field's `json_schema_extra` for what it must hold if it is given: an empty text is refused."""
+"""The key in a field's `json_schema_extra` that makes an empty text an error, and says in words what the field must hold."""
 
 
 def is_blank(text: str | None) -> bool:
-    """Return whether a variable with this text, or None if there is no such variable, counts as not set."""
+    """Returns whether a variable counts as not set: it does not exist (None), or its text is blank."""
     return text is None or not text.strip()
 
 
 def without_none_word(value: Any) -> Any:  # noqa: ANN401 - whatever a field is given
-    """Return None for the word `NONE`, in any case, and anything else as it is."""
+    """Returns None for the word `NONE`, in upper or lower case, and any other value unchanged."""
     return None if isinstance(value, str) and value.lower() == NONE else value
 
 
@@ -35,20 +34,20 @@ NoneWord: Final = BeforeValidator(without_none_word)
 
 
 def choices(field: FieldInfo) -> tuple[str, ...]:
-    """Return the values that a field chooses from; none if it is no choice."""
+    """Returns the allowed values of a `Literal` field; empty for other fields."""
     kinds = (field.annotation, *get_args(field.annotation))
     return next((get_args(kind) for kind in kinds if get_origin(kind) is Literal), ())
 
 
-def as_written(value: Any, field: FieldInfo) -> Any:  # noqa: ANN401 - whatever a field is given
-    """Return a text as the validators of the field expect it, and any other value as it is.
+def normalized(value: Any, field: FieldInfo) -> Any:  # noqa: ANN401 - whatever a field is given
+    """Returns a text in the form that the field's validators expect, and any other value unchanged.
 
-    Spaces around a text make no difference, and upper case makes none in a choice. Raises `PydanticUseDefault` for an empty
-    text, or `ValueError` if the field must not be empty, or the text has bytes that are not UTF-8.
+    Strips spaces, and lowers the case of a choice. Raises `PydanticUseDefault` if the text is empty, or `ValueError` if the
+    field must not be empty or the text is not UTF-8.
     """
     if not isinstance(value, str) or value == field.default:
         return value
-    # What Python cannot decode it keeps as surrogates, which neither llama.cpp nor a message to callers can have.
+    # Python keeps undecodable bytes as surrogates, which neither llama.cpp nor a message to callers can have.
     if re.search("[\ud800-\udfff]", value):
         raise ValueError("must be text in UTF-8")
     text = value.strip()
@@ -61,18 +60,18 @@ def as_written(value: Any, field: FieldInfo) -> Any:  # noqa: ANN401 - whatever 
 
 
 def problems_of(error: ValidationError, settings: type[BaseModel]) -> list[tuple[tuple[int | str, ...], str]]:
-    """Return where each problem with the settings is, as pydantic locates it, and what it is, without the value."""
+    """Returns the location of each problem, as pydantic gives it, and its message, which does not have the value."""
     found = error.errors(include_url=False, include_input=False, include_context=False)
     return [(item["loc"], _message(item["type"], item["msg"], item["loc"], settings)) for item in found]
 
 
 def places(location: Iterable[int | str]) -> list[str]:
-    """Return in words the parts of a place that pydantic locates, such as a key among several."""
+    """Returns the parts of a location that pydantic gives in words, such as `number 2` for the second of several keys."""
     return [f"number {part + 1}" if isinstance(part, int) else part for part in location]
 
 
 def _message(kind: str, message: str, location: tuple[int | str, ...], settings: type[BaseModel]) -> str:
-    # Our own validators say what they accept, and so does pydantic of a choice.
+    # These messages already say what is accepted.
     if kind in {"value_error", "literal_error"} or len(location) > 1:
         return message.removeprefix("Value error, ")
     accepted = accepted_by(settings, str(location[0]))
@@ -80,7 +79,7 @@ def _message(kind: str, message: str, location: tuple[int | str, ...], settings:
 
 
 def accepted_by(settings: type[BaseModel], name: str) -> str:
-    """Return in words which values a setting accepts; empty if only its validators know."""
+    """Returns in words which values a setting accepts; empty if the schema does not say."""
     schema = _schema(settings)["properties"][name]
     words = [_in_words(one) for one in schema.get("anyOf", [schema])]
     if NoneWord in settings.model_fields[name].metadata:
@@ -105,7 +104,7 @@ def _in_words(schema: dict[str, Any]) -> str:
             return "true or false"
         case {"type": "integer" | "number" as kind, "minimum": least, "maximum": most}:
             noun = "a whole number" if kind == "integer" else "a number"
-            # A bound that is excluded is stricter than the other one.
+            # An exclusive minimum is stricter than an inclusive one, so it is shown if there are both.
             return (
                 f"{noun} above {schema['exclusiveMinimum']}, to {most}"
                 if "exclusiveMinimum" in schema

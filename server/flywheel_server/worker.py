@@ -16,7 +16,7 @@ def main() -> None:
     descriptor, number, port, *arguments = sys.argv[1:]
     from flywheel_server import launch
 
-    launch.work(socket.socket(fileno=int(descriptor)), int(number), int(port), arguments)
+    launch.run_worker(socket.socket(fileno=int(descriptor)), int(number), int(port), arguments)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from flywheel_proto.v1 import generation_pb2 as pb
 from flywheel_server.engines.scripted import ScriptedEngine
 from flywheel_server.server import serve
 from flywheel_server.settings import Settings
-from flywheel_server.system.signals import STACKS, STOPPING
+from flywheel_server.system.signals import DUMP_STACKS, STOP_SIGNALS
 
 from tests.server.test_command import SCRIPTED, command, ready_line
 from tests.serving import connected, until
@@ -39,7 +39,7 @@ BY_THE_SYSTEM = {
 }
 """The signals that do what the system has them do."""
 
-MEANINGLESS = sorted(signal.valid_signals() - BY_THE_SYSTEM - {*STOPPING, STACKS})
+MEANINGLESS = sorted(signal.valid_signals() - BY_THE_SYSTEM - {*STOP_SIGNALS, DUMP_STACKS})
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 
@@ -80,7 +80,7 @@ async def test_a_call_that_runs_finishes_before_the_server_ends(number: signal.S
         await ended(process)
 
 
-@pytest.mark.parametrize("numbers", further((first, second) for first in STOPPING for second in STOPPING))
+@pytest.mark.parametrize("numbers", further((first, second) for first in STOP_SIGNALS for second in STOP_SIGNALS))
 async def test_a_second_signal_of_any_kind_ends_the_drain(numbers: tuple[signal.Signals, signal.Signals]) -> None:
     async with command(*SCRIPTED, "--script", '{"token_delay": 0.05}') as process:
         _, address = await ready_line(process)
@@ -100,7 +100,7 @@ async def test_a_second_signal_of_any_kind_ends_the_drain(numbers: tuple[signal.
 async def test_signals_that_mean_nothing_change_nothing_and_one_shows_the_stacks() -> None:
     # As `nohup` ignores SIGHUP, and as a shell ignores the others for what it runs in the background.
     async with serving_a_call("trap '' HUP INT QUIT") as (process, call):
-        for number in [*MEANINGLESS, signal.SIGHUP, STACKS, STACKS]:
+        for number in [*MEANINGLESS, signal.SIGHUP, DUMP_STACKS, DUMP_STACKS]:
             process.send_signal(number)
         assert await finished(call)
         assert process.returncode is None
@@ -128,7 +128,7 @@ def test_nothing_that_takes_time_is_loaded_before_signals_are_heeded() -> None:
     assert ours == {"flywheel_server", "flywheel_server.__main__", "flywheel_server.system", "flywheel_server.system.signals"}
 
 
-@pytest.mark.parametrize("number", STOPPING)
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 async def test_a_signal_while_the_code_is_loaded_ends_the_server_in_order(number: signal.Signals) -> None:
     async with command(*SCRIPTED) as process:
         await has(process.pid, "SigBlk", number)
@@ -162,7 +162,9 @@ async def test_a_signal_to_the_first_process_of_a_container_is_not_lost(as_first
         await ended(process)
 
 
-@pytest.mark.parametrize("numbers", further([(signal.SIGTERM, signal.SIGINT), *((number,) for number in STOPPING)]), ids=str)
+@pytest.mark.parametrize(
+    "numbers", further([(signal.SIGTERM, signal.SIGINT), *((number,) for number in STOP_SIGNALS)]), ids=str
+)
 async def test_a_signal_while_the_model_is_loaded_is_acted_on_after_that(numbers: tuple[signal.Signals, ...]) -> None:
     async with command("--address", "127.0.0.1:0") as process:
         maps = Path(f"/proc/{process.pid}/maps")
@@ -176,14 +178,14 @@ def files_of(directory: Path) -> list[str]:
     return [path.name for path in directory.iterdir()]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, *further([number for number in STOPPING if number != signal.SIGTERM])])
+@pytest.mark.parametrize("number", [signal.SIGTERM, *further([number for number in STOP_SIGNALS if number != signal.SIGTERM])])
 async def test_keys_end_with_the_code_of_the_signal_and_leave_the_file_whole(number: signal.Signals, tmp_path: Path) -> None:
     file, lock = tmp_path / "keys.json", tmp_path / ".keys.json.lock"
     arguments = ("keys", "create", "team-a", "--file", str(file))
     with lock.open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         async with command(*arguments) as process:
-            await has(process.pid, "SigCgt", STOPPING[-1])  # they are set up one after the other
+            await has(process.pid, "SigCgt", STOP_SIGNALS[-1])  # they are set up one after the other
             process.send_signal(number)
             assert await asyncio.wait_for(process.communicate(), 20) == (b"", b"")
             assert process.returncode == 128 + number

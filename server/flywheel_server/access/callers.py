@@ -1,4 +1,4 @@
-"""Who calls, and what that caller may have."""
+"""Defines callers, their priority and their quotas."""
 
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -7,13 +7,13 @@ from typing import Final
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """A caller, by the name of its API key or certificate.
+    """A caller, identified by the name of its API key or certificate.
 
     Attributes:
-        name: Unique among the callers of a server; empty if callers are not told apart.
+        name: Unique among the callers of a server; empty if the server does not distinguish callers.
         priority: Waiting calls are served by priority, highest first.
-        max_concurrent: Samples that may be waiting and under way at a time; None is no limit.
-        tokens_per_minute: Tokens of prompts and samples together; None is no limit.
+        max_concurrent: Samples that may wait or run at a time; None if unlimited.
+        tokens_per_minute: Tokens of prompts and samples together; None if unlimited.
     """
 
     name: str
@@ -25,4 +25,4 @@ class Caller:
 ANYBODY: Final = Caller("")
 
 caller: ContextVar[Caller] = ContextVar("caller", default=ANYBODY)
-"""Whose call runs in this context."""
+"""The caller whose call runs in this context."""

@@ -1,7 +1,7 @@
-"""Reads the names of the client's certificate in mutual TLS.
+"""Reads the names in the client's certificate in mutual TLS.
 
-They are read from the certificate itself: gRPC hands each name over only up to the first NUL, so that a certificate of
-`mesh.example`, NUL, `.attacker.example` would be taken for one of `mesh.example`.
+The certificate itself is parsed, because gRPC cuts each name at its first NUL. A certificate for the name `mesh.example`, NUL,
+`.attacker.example` would pass for one for `mesh.example`.
 """
 
 import warnings
@@ -20,24 +20,24 @@ from flywheel_server.errors import UnauthenticatedError
 log = structlog.stdlib.get_logger(__name__)
 
 CACHED_CERTIFICATES: Final = 512
-"""How many certificates are remembered, some KiB each, so that not every call pays for reading the one of its connection."""
+"""Certificates whose identities are cached, a few KiB each, so that not every call parses its certificate."""
 
 _CERTIFICATE: Final = "x509_pem_cert"
-"""The property of a connection that has the client's own certificate, without those of the authorities above it."""
+"""The connection property that holds the client's own certificate, without the rest of its chain."""
 
 
 def identities_of(properties: Mapping[str, Iterable[bytes]]) -> tuple[str, ...]:
-    """Returns the identities of the client's certificate, the most telling first: URIs such as SPIFFE IDs, then host names.
+    """Returns the identities in the client's certificate, the most specific first: URIs such as SPIFFE IDs, then host names.
 
-    The common name counts only if it is the only one and there are no alternative names (RFC 9525), because authorities seldom
-    verify it. Other kinds of names are no identity, but are checked too.
+    The common name counts only if it is the only one and the certificate has no alternative names (RFC 9525), because
+    authorities seldom verify it. Names of other kinds are checked, but are no identities.
 
     Arguments:
-        properties: What gRPC knows of the connection (`ServicerContext.auth_context`).
+        properties: The properties of the connection (`ServicerContext.auth_context`).
 
     Raises:
-        UnauthenticatedError: The certificate has a name, of whichever kind, that is empty, cannot be read, or has an
-            unprintable character; or it has a SPIFFE ID and does not keep to the rules of SPIFFE.
+        UnauthenticatedError: A name of any kind is empty, cannot be read, or has an unprintable character; or the certificate
+            has a SPIFFE ID but violates the rules of SPIFFE.
     """
     pem = next(iter(properties.get(_CERTIFICATE, ())), None)
     if pem is None:
@@ -50,10 +50,10 @@ def identities_of(properties: Mapping[str, Iterable[bytes]]) -> tuple[str, ...]:
 
 @lru_cache(CACHED_CERTIFICATES)
 def _read(pem: bytes) -> tuple[str, ...] | None:
-    """Returns the identities of the certificate; None if it is refused."""
+    """Returns the identities in the certificate; None if the certificate is refused."""
     try:
         with warnings.catch_warnings():
-            # Of names that are longer than they should be, which are no identity anyway.
+            # It warns of overlong names, which are no identities anyway.
             warnings.simplefilter("ignore")
             certificate = x509.load_pem_x509_certificate(pem)
             return tuple(dict.fromkeys(_identities(certificate)))
@@ -68,12 +68,12 @@ def _identities(certificate: x509.Certificate) -> list[str]:
         if not text or not text.isprintable():
             raise ValueError("a name is empty or has an unprintable character")
     if alternatives is None:
-        return [*_known(_common_names(certificate.subject))]
+        return [*_valid_identities(_common_names(certificate.subject))]
     uris = alternatives.get_values_for_type(x509.UniformResourceIdentifier)
     if any(map(is_spiffe, uris)):
         _check_svid(certificate, uris)
     hosts = alternatives.get_values_for_type(x509.DNSName)
-    return [*_known(filter(is_uri, uris)), *_known(filter(is_host_name, hosts))]
+    return [*_valid_identities(filter(is_uri, uris)), *_valid_identities(filter(is_host_name, hosts))]
 
 
 def _alternative_names(certificate: x509.Certificate) -> x509.SubjectAlternativeName | None:
@@ -84,20 +84,20 @@ def _alternative_names(certificate: x509.Certificate) -> x509.SubjectAlternative
 
 
 def _common_names(subject: x509.Name) -> list[str]:
-    """Returns the common name; none if there are several, of which nobody knows which one was verified, or if it is a URI."""
+    """Returns the common name; nothing if it is a URI, or if there are several: it is unknown which one was verified."""
     names = [str(attribute.value) for attribute in subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
     return [] if len(names) > 1 else [name for name in names if not is_uri(name)]
 
 
-def _known(texts: Iterable[str]) -> Iterator[str]:
-    """Yields the texts that can be an identity, in the form in which they are compared."""
+def _valid_identities(texts: Iterable[str]) -> Iterator[str]:
+    """Yields the texts that are valid identities, in the form in which identities are compared."""
     for text in texts:
         with suppress(ValueError):
             yield identity(text)
 
 
 def _check_svid(certificate: x509.Certificate, uris: list[str]) -> None:
-    """Raises `ValueError` unless the certificate is one that identifies a caller by a SPIFFE ID (X509-SVID, 5.2)."""
+    """Raises `ValueError` unless the certificate may identify a caller by a SPIFFE ID (X509-SVID, 5.2)."""
     if len(uris) > 1:
         raise ValueError("a certificate with a SPIFFE ID must not have another URI")
     identity(uris[0])
@@ -111,7 +111,7 @@ def _check_svid(certificate: x509.Certificate, uris: list[str]) -> None:
 
 
 def _texts(subject: x509.Name, alternatives: Iterable[x509.GeneralName]) -> Iterator[str]:
-    """Yields all text in the names; raises `ValueError` for text that cannot be read."""
+    """Yields all text in the names. Raises `ValueError` for text that cannot be read."""
     yield from _texts_of(subject)
     for name in alternatives:
         match name:
@@ -124,7 +124,7 @@ def _texts(subject: x509.Name, alternatives: Iterable[x509.GeneralName]) -> Iter
             case x509.OtherName():
                 yield from _strings(name.value)
             case _:
-                # An address or an object identifier, which is made of numbers.
+                # An address or an object identifier has no text.
                 pass
 
 
@@ -143,7 +143,7 @@ _STRINGS: Final = {
     0x1C: "utf-32-be",  # UniversalString
     0x1E: "utf-16-be",  # BMPString
 }
-"""The encodings of the string types of ASN.1, by their tag."""
+"""The encodings of the ASN.1 string types, by tag."""
 
 _CONSTRUCTED: Final = 0x20
 _LONG_FORM: Final = 0x80
@@ -151,9 +151,9 @@ _HIGH_TAG: Final = 0x1F
 
 
 def _strings(der: bytes) -> Iterator[str]:
-    """Yields the strings in a value in DER, such as the user's name of an `otherName`; raises `ValueError` for what is not DER.
+    """Yields all strings in a DER value, at any depth: each kind of `otherName` defines a structure of its own.
 
-    Which structure it has is up to whoever defined the name, so each string in it is looked at, however deep.
+    Raises `ValueError` if the value is not DER.
     """
     pending = [memoryview(der)]
     while pending:

@@ -1,8 +1,8 @@
-"""The identities by which callers with a certificate are known: which texts can be one, and how they are compared.
+"""Defines which texts identify a caller with a certificate, and how these identities are compared.
 
 An identity is a URI, such as a SPIFFE ID, or a name: a host name or, in a certificate without alternative names, a common name.
-It is ASCII. A URI is compared character by character, and nothing in it is decoded. A name is compared without regard to case,
-as DNS (RFC 4343) and X.520 compare it. No text is both a URI and a name, so that nobody can enter by the one as the other.
+It is ASCII. URIs are compared character by character, without decoding. Names are compared case-insensitively, as in DNS
+(RFC 4343) and X.520. No text is both a URI and a name, so a certificate with the one never passes for the other.
 """
 
 import ipaddress
@@ -10,10 +10,10 @@ import re
 from typing import Final
 
 MAX_URI_CHARACTERS: Final = 2048
-"""The length that a SPIFFE ID may have (SPIFFE-ID, 2.3)."""
+"""The maximum length of a SPIFFE ID (SPIFFE-ID, 2.3)."""
 
 MAX_NAME_CHARACTERS: Final = 253
-"""The length that a host name may have (RFC 1035)."""
+"""The maximum length of a host name (RFC 1035)."""
 
 _SCHEME: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 _URI: Final = re.compile(r"(?:[A-Za-z0-9._~:/?#\[\]@!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+")
@@ -24,26 +24,26 @@ _HOST_NAME: Final = re.compile(rf"{_LABEL}(?:\.{_LABEL})*")
 
 
 def is_uri(text: str) -> bool:
-    """Returns whether the text begins as a URI does, with a scheme (RFC 3986)."""
+    """Returns whether the text begins with a scheme, as URIs do (RFC 3986)."""
     return _SCHEME.match(text) is not None
 
 
 def is_spiffe(text: str) -> bool:
-    """Returns whether the text claims to be a SPIFFE ID, be it a valid one or not."""
+    """Returns whether the text has the scheme of a SPIFFE ID, valid or not."""
     scheme = _SCHEME.match(text)
     return scheme is not None and scheme[1].lower() == "spiffe"
 
 
 def is_host_name(text: str) -> bool:
-    """Returns whether the text has the form of a host name in ASCII, without wildcards. Underscores are accepted."""
+    """Returns whether the text is an ASCII host name without wildcards. Underscores are accepted."""
     return _HOST_NAME.fullmatch(text) is not None
 
 
 def identity(text: str) -> str:
-    """Returns the identity in the form in which it is compared: a name in lower case, a URI as it is.
+    """Returns the identity in the form in which identities are compared: a name in lower case, a URI unchanged.
 
     Raises:
-        ValueError: No certificate can enter by this text; says what an identity must be.
+        ValueError: The text is not a valid identity. The message says what an identity must be.
     """
     if _is_address(text):
         raise ValueError("must be a URI or a host name: an IP address is no identity")

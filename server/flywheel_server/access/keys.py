@@ -1,4 +1,4 @@
-"""Who may call: the keys of a variable, and the keys and certificates of a file that is followed."""
+"""Accepts callers by the keys in a variable, and by the keys and certificates in a file that is reloaded when it changes."""
 
 import asyncio
 import hmac
@@ -21,15 +21,15 @@ from flywheel_server.system.reloading import Reloadable
 
 log = structlog.stdlib.get_logger(__name__)
 
-_INDEX_KEY: Final = secrets.token_bytes(32)
+_LOOKUP_SECRET: Final = secrets.token_bytes(32)
 
 
 class HashedKey(NamedTuple):
-    """What is kept of a key that a caller has sent.
+    """The hashes of a key that a caller has sent. The key itself is not kept.
 
     Attributes:
-        hash: The hash of the key, as the file has it.
-        lookup: Where the key is looked up.
+        hash: The hash of the key, in the form of the keys file.
+        lookup: The dictionary key by which it is looked up.
     """
 
     hash: str
@@ -39,22 +39,22 @@ class HashedKey(NamedTuple):
     def of(cls, key: str) -> Self:
         """Hashes a key."""
         key_hash = hash_of(key)
-        return cls(key_hash, _index_of(key_hash))
+        return cls(key_hash, _lookup_of(key_hash))
 
 
 class KeyRing:
-    """The keys and certificates that are accepted at the moment. It holds only the hashes of the keys.
+    """The keys and certificates that are accepted now. Only the hashes of keys are kept.
 
-    Args:
-        keys: The keys of the variable. They are called FLYWHEEL_API_KEYS-1 and so on, and have no quotas.
-        file: The file with further keys, and certificates.
+    Arguments:
+        keys: The keys of the variable. Their names are FLYWHEEL_API_KEYS-1 and so on, and they have no quotas.
+        file: The file with further keys and certificates.
 
     Attributes:
-        is_required: Whether only those on the ring may call. With a file that is empty, nobody may.
+        is_required: Whether callers need a key or certificate of the ring. If the file is empty, nobody may call.
 
     Raises:
         OSError: The file cannot be read.
-        ValueError: Something in it is wrong.
+        ValueError: The file is invalid.
     """
 
     def __init__(self, keys: Iterable[str] = (), file: str | None = None) -> None:
@@ -68,16 +68,16 @@ class KeyRing:
         self.is_required: Final = bool(self._fixed) or self._file is not None
 
     def caller_of_key(self, key: HashedKey) -> Caller:
-        """Returns whose key it is; raises `UnauthenticatedError` where it is nobody's or has expired."""
+        """Returns the caller with this key. Raises `UnauthenticatedError` if the key is unknown or has expired."""
         entry = self._accepted.by_key.get(key.lookup)
         if entry is None or entry.hash is None or not hmac.compare_digest(entry.hash, key.hash):
             raise UnauthenticatedError("API_KEY_INVALID")
         return _unless_expired(entry)
 
     def caller_of_certificate(self, identities: Iterable[str]) -> Caller | None:
-        """Returns who is listed with one of the identities, the first one if several are; None where nobody is.
+        """Returns the caller with the first identity that is listed; None if none is.
 
-        Raises `UnauthenticatedError` where that has expired.
+        Raises `UnauthenticatedError` if the caller's entry has expired.
         """
         by_certificate = self._accepted.by_certificate
         entry = next((by_certificate[identity] for identity in identities if identity in by_certificate), None)
@@ -85,16 +85,16 @@ class KeyRing:
 
     @asynccontextmanager
     async def following(self, on_revoked: Callable[[Collection[str]], None], interval: float = 1.0) -> AsyncIterator[None]:
-        """Follows the file for the length of the context: looks at it every `interval` seconds, and takes what has changed.
+        """Reloads the file whenever it changes, until the context ends. Checks it every `interval` seconds.
 
-        `on_revoked` gets the names that are gone, or that stand for another key now. A file that cannot be read, or has
-        something wrong in it, changes nothing.
+        `on_revoked` gets the names whose key or certificate was removed or replaced. If the file is invalid or cannot be read,
+        the last valid content stays in use.
         """
         if self._file is None:
             yield
             return
-        # The thread is started now. A look at the file that found no thread would stay in the pool's queue, and run when a
-        # later look starts one: it would take the change from the file, and nobody would hear of it.
+        # The thread is started now. If it could not be started later, the check would stay in the pool's queue and run together
+        # with a later one: it would load the change, and nobody would await its result.
         reader = ThreadPoolExecutor(1, "API keys")
         reader.submit(lambda: None)
         following = asyncio.create_task(self._follow(self._file, reader, on_revoked, interval))
@@ -120,7 +120,7 @@ class KeyRing:
                 if entries is not None and (revoked := self._accept(entries)):
                     on_revoked(revoked)
             except Exception:
-                # Whatever it is, the next change may be that a key is revoked.
+                # Whatever it is, keep following: the next change may revoke a key.
                 log.exception("API keys not reloaded")
 
     def _accept(self, entries: Iterable[KeyEntry]) -> set[str]:
@@ -139,7 +139,7 @@ class _Accepted:
     @classmethod
     def of(cls, entries: tuple[KeyEntry, ...]) -> Self:
         return cls(
-            {_index_of(entry.hash): entry for entry in entries if entry.hash},
+            {_lookup_of(entry.hash): entry for entry in entries if entry.hash},
             {entry.certificate: entry for entry in entries if entry.certificate},
         )
 
@@ -149,13 +149,13 @@ class _Accepted:
         return {(entry.name, entry.hash, entry.certificate) for entry in entries}
 
 
-def _index_of(key_hash: str) -> bytes:
-    """Returns where a key is looked up.
+def _lookup_of(key_hash: str) -> bytes:
+    """Returns the dictionary key for the hash of an API key.
 
-    How long a look-up takes depends on what it compares. That is nothing that callers choose: they do not know the key of this
-    process.
+    The time of a look-up depends on the compared bytes. They are a hash with a secret of this process, so that callers cannot
+    choose them, and timing reveals nothing.
     """
-    return blake2b(key_hash.encode(), key=_INDEX_KEY, digest_size=16).digest()
+    return blake2b(key_hash.encode(), key=_LOOKUP_SECRET, digest_size=16).digest()
 
 
 def _unless_expired(entry: KeyEntry) -> Caller:

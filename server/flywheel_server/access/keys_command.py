@@ -1,4 +1,4 @@
-"""The command `flywheel-server keys`: makes, lists and revokes the keys of the file that a server follows."""
+"""The command `flywheel-server keys`: creates, lists and revokes the keys in a server's keys file."""
 
 import argparse
 import json
@@ -21,7 +21,7 @@ _UNITS: Final = {"h": timedelta(hours=1), "d": timedelta(days=1), "w": timedelta
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Runs the command with what follows `keys`. Exits with 1 if it fails, and with 2 if the arguments are wrong."""
+    """Runs the command with the arguments after `keys`. Exits with 1 if it fails, and with 2 if the arguments are wrong."""
     parser = _parser()
     given = parser.parse_args(arguments)
     if is_blank(given.file):
@@ -51,7 +51,7 @@ def _create(path: Path, given: argparse.Namespace) -> None:
         if any(other.name == entry.name for other in file.keys):
             raise ValueError(f"{entry.name} is taken; revoke it first, or choose another name")
         if key:
-            # Alone on standard output, so that a script can keep it. If this fails, there is no entry whose key nobody has.
+            # Alone on standard output, for scripts. Before the file is written: if this fails, no entry has a lost key.
             sys.stdout.write(f"{key}\n")
             sys.stdout.flush()
         try:
@@ -113,11 +113,11 @@ def _read(path: Path) -> KeysFile:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Keeps other commands from changing the file for the length of the context.
+    """Keeps other commands from changing the file until the context ends.
 
-    The lock is a file of its own, which stays: the file with the keys is replaced, and a lock on it would be with it.
+    Locks a file of its own, which stays. The keys file is replaced by each change, and a lock on it would be lost.
     """
-    import fcntl  # is not there on Windows, where the server is
+    import fcntl  # imported here, because Windows does not have it
 
     path = path.resolve()
     descriptor = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o600)
@@ -131,7 +131,7 @@ def _locked(path: Path) -> Iterator[None]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="flywheel-server keys",
-        description="Makes, lists and revokes the keys in the file that a server follows. The file has hashes, and no key.",
+        description="Creates, lists and revokes the keys in a server's keys file. The file holds hashes, and no keys.",
         allow_abbrev=False,
     )
     common = argparse.ArgumentParser(add_help=False)
@@ -145,36 +145,44 @@ def _parser() -> argparse.ArgumentParser:
         one.set_defaults(run=run)
         return one
 
-    create = command("create", _create, "Makes a key and prints it, once. Makes the file where there is none.")
-    create.add_argument("name", type=_as(Name), help="The caller's name in the log and in quotas.")
+    create = command("create", _create, "Creates a key and prints it, once. Creates the file if there is none.")
+    create.add_argument("name", type=_converter(Name), help="The name of the caller, in the log and in quotas.")
     create.add_argument(
         "--expires",
         type=_time,
         metavar="WHEN",
-        help="When new calls are refused: so many hours, days or weeks from now (12h, 30d, 4w), or when a day begins in UTC "
-        "(2027-01-31). Default: never",
+        help="When the key expires: in hours, days or weeks from now (12h, 30d, 4w), or at the start of a day in UTC "
+        "(2027-01-31). Then new calls are refused. Default: never",
     )
     create.add_argument(
-        "--priority", type=_as(Priority), default=0, metavar="N", help="Higher ones are served first. Default: 0"
+        "--priority",
+        type=_converter(Priority),
+        default=0,
+        metavar="N",
+        help="Callers with a higher priority are served first. Default: 0",
     )
-    create.add_argument("--max-concurrent", type=_as(Quota), metavar="N", help="Samples that may wait and run at a time.")
-    create.add_argument("--tokens-per-minute", type=_as(Quota), metavar="N", help="Tokens of prompts and samples together.")
+    create.add_argument(
+        "--max-concurrent", type=_converter(Quota), metavar="N", help="Samples that may wait and run at a time."
+    )
+    create.add_argument(
+        "--tokens-per-minute", type=_converter(Quota), metavar="N", help="Tokens of prompts and samples together."
+    )
     create.add_argument(
         "--certificate",
-        type=_as(Identity),
+        type=_converter(Identity),
         metavar="IDENTITY",
-        help="Makes no key: the caller is who has a client certificate with this URI (such as a SPIFFE ID), host name or, in a "
-        "certificate without alternative names, common name.",
+        help="Creates no key: the caller is identified by a client certificate with this URI (such as a SPIFFE ID), host name "
+        "or, in a certificate without alternative names, common name.",
     )
-    listing = command("list", _list, "Prints who may call.")
-    listing.add_argument("--json", action="store_true", help="Prints it as JSON.")
-    revoke = command("revoke", _revoke, "Removes a caller. A server refuses its calls, and ends those that run.")
-    revoke.add_argument("name", help="What the caller is called.")
+    listing = command("list", _list, "Prints all callers.")
+    listing.add_argument("--json", action="store_true", help="Prints them as JSON.")
+    revoke = command("revoke", _revoke, "Removes a caller. Servers refuse its calls, and end its running calls.")
+    revoke.add_argument("name", help="The name of the caller.")
     return parser
 
 
-def _as(kind: Any) -> Any:  # noqa: ANN401 - any type that an entry's field has
-    """Returns a function from an argument to a value of that type, with the error that argparse shows."""
+def _converter(kind: Any) -> Any:  # noqa: ANN401 - any type that an entry's field has
+    """Returns a converter from an argument to a value of that type, whose errors argparse shows."""
     adapter: TypeAdapter[Any] = TypeAdapter(kind)
 
     def convert(text: str) -> Any:  # noqa: ANN401 - a value of the type

@@ -1,4 +1,4 @@
-"""The file with the API keys: what is in it, and how it is read and written. It has hashes and never a key."""
+"""Reads and writes the file with API keys. The file holds hashes, never a key."""
 
 import hashlib
 import os
@@ -30,22 +30,22 @@ from flywheel_server.int32 import INT32_MAX
 from flywheel_server.system.regular_files import content_of
 
 KEY_PREFIX: Final = "fw_"
-"""What the keys begin with, by which scanners find those that were published by mistake."""
+"""The prefix of all keys. Scanners find keys that were published by mistake by it."""
 
 RESERVED_NAMES: Final = "FLYWHEEL_API_KEYS-"
-"""What the names of the keys in the variable begin with."""
+"""The prefix of the names of keys in the variable."""
 
 
 def new_key() -> str:
-    """Returns a new key, of 256 random bits."""
+    """Returns a new key of 256 random bits."""
     return KEY_PREFIX + secrets.token_urlsafe(32)
 
 
 def hash_of(key: str) -> str:
-    """Returns the hash of a key as the file has it.
+    """Returns the hash of a key in the form of the file.
 
-    A slow hash with a salt protects passwords, which can be guessed. Nobody guesses 256 random bits, whatever the hash, and a
-    fast one can be computed for each call.
+    A slow, salted hash is needed for passwords, because they can be guessed. 256 random bits cannot, so a fast hash is safe,
+    and can be computed for each call.
     """
     return f"sha256:{hashlib.sha256(key.encode()).hexdigest()}"
 
@@ -84,7 +84,7 @@ Quota = Annotated[int, Field(ge=1, le=INT32_MAX)]
 
 
 class KeyEntry(BaseModel):
-    """One caller: who has the key with this hash, or a certificate with this identity."""
+    """One caller, who has the key with this hash or a certificate with this identity."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, hide_input_in_errors=True)
 
@@ -98,18 +98,18 @@ class KeyEntry(BaseModel):
     tokens_per_minute: Quota | None = None
 
     @model_validator(mode="after")
-    def _is_known_by_one_thing(self) -> Self:
+    def _has_one_credential(self) -> Self:
         if (self.hash is None) == (self.certificate is None):
             raise ValueError("must have either a hash or a certificate")
         return self
 
     def has_expired(self) -> bool:
-        """Whether new calls are refused by now."""
+        """Returns whether the entry has expired, so that new calls are refused."""
         return self.expires is not None and self.expires <= datetime.now(UTC)
 
     @cached_property
     def caller(self) -> Caller:
-        """The caller, with what it may have."""
+        """The caller with its priority and quotas."""
         return Caller(self.name, self.priority, self.max_concurrent, self.tokens_per_minute)
 
 
@@ -121,7 +121,7 @@ class KeysFile(BaseModel):
     keys: tuple[KeyEntry, ...]
 
     @model_validator(mode="after")
-    def _tells_callers_apart(self) -> Self:
+    def _has_no_duplicates(self) -> Self:
         for field in ("name", "hash", "certificate"):
             seen: dict[str, str] = {}
             for entry in self.keys:
@@ -134,37 +134,37 @@ class KeysFile(BaseModel):
 
     @classmethod
     def parse(cls, text: bytes) -> Self:
-        """Returns what the text says; raises `ValueError` with one line that names each wrong entry and field, and no value."""
+        """Returns the parsed text. Raises `ValueError` with one line that names each invalid entry and field, but no value."""
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:
             problems = [
                 _problem(text, item["loc"], item["msg"]) for item in error.errors(include_url=False, include_input=False)
             ]
-        # Not while that error is handled: see `GenerationRequest.within`.
+        # Raised outside the `except` block, so that the error does not refer to the input: see `GenerationRequest.within`.
         raise ValueError("; ".join(problems))
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Returns what the file says; raises `OSError`, or `ValueError` as `parse` does."""
+        """Returns the parsed file. Raises `OSError`, or `ValueError` as `parse` does."""
         return cls.parse(content_of(path))
 
     def with_entry(self, entry: KeyEntry) -> Self:
-        """Returns these entries and one more; raises `ValueError` for one that is there already."""
+        """Returns a copy with one more entry. Raises `ValueError` if its name, hash or certificate is taken."""
         try:
             return type(self)(keys=(*self.keys, entry))
         except ValidationError as error:
             raise ValueError(_message(error.errors()[0]["msg"])) from None
 
     def without(self, names: Iterable[str]) -> Self:
-        """Returns the entries that have none of the names."""
+        """Returns a copy without the entries that have these names."""
         gone = set(names)
         return type(self)(keys=tuple(entry for entry in self.keys if entry.name not in gone))
 
     def write(self, path: Path) -> None:
-        """Replaces the file at once, keeping its mode and owner: who reads it sees the old one or the new one, whole.
+        """Replaces the file atomically, and keeps its mode and owner. Raises `OSError`.
 
-        A new file is its owner's alone. A link stays, and what it leads to is replaced. Raises `OSError`.
+        Only the owner can access a new file. If the path is a symbolic link, the target is replaced, and the link stays.
         """
         path = path.resolve()
         text = self.model_dump_json(indent=2, exclude_none=True) + "\n"
@@ -172,7 +172,7 @@ class KeysFile(BaseModel):
         try:
             with os.fdopen(descriptor, "w", encoding="utf-8") as file:
                 with suppress(FileNotFoundError):
-                    _like(path, file.fileno())
+                    _copy_mode_and_owner(path, file.fileno())
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
@@ -187,7 +187,7 @@ class KeysFile(BaseModel):
             os.close(directory)
 
 
-def _like(path: Path, descriptor: int) -> None:
+def _copy_mode_and_owner(path: Path, descriptor: int) -> None:
     old, new = path.stat(), os.fstat(descriptor)
     if (old.st_uid, old.st_gid) != (new.st_uid, new.st_gid):
         os.fchown(descriptor, old.st_uid, old.st_gid)
@@ -197,7 +197,7 @@ def _like(path: Path, descriptor: int) -> None:
 def _problem(text: bytes, location: tuple[int | str, ...], message: str) -> str:
     match location:
         case ("keys", int(index), *within):
-            # Pydantic says which entry by its number alone.
+            # Pydantic names the entry by its index only.
             entry = from_json(text)["keys"][index]
             name = f" ({entry['name']})" if isinstance(entry, dict) and _is_name(entry.get("name")) else ""
             where = [f"entry {index + 1}{name}", *map(_shown, within)]
@@ -207,7 +207,7 @@ def _problem(text: bytes, location: tuple[int | str, ...], message: str) -> str:
 
 
 def _shown(part: int | str) -> str:
-    """Returns a part of where something is wrong: a field that nobody knows may be called anything."""
+    """Returns a part of a location, printable: an unknown field may have any name."""
     text = str(part)
     return text if text.isprintable() else ascii(text)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from flywheel_server.access.callers import Caller
-from flywheel_server.engines.base import TextDelta
+from flywheel_server.engines.base import OutputEvent
 from flywheel_server.errors import QuotaExceededError
 from flywheel_server.messages import GenerationRequest, GenerationResponseSample
 
@@ -54,7 +54,7 @@ class Usage:
         else:
             self._work.add_done_callback(lambda _: callback())
 
-    def count(self, event: TextDelta | GenerationResponseSample) -> None:
+    def count(self, event: OutputEvent) -> None:
         """Counts the tokens of an event: the counts in an event are totals of its sample."""
         self._generated[event.index] = event.generated_tokens
         if isinstance(event, GenerationResponseSample):

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from flywheel_server.deployment.weights import DEFAULT, DoesNotFitError, Weights, check_fit, find
 from flywheel_server.int32 import INT32_MAX
-from flywheel_server.setting_texts import NONE, NoneWord, as_written, is_blank, problems_of
+from flywheel_server.setting_texts import NONE, NoneWord, is_blank, normalized, problems_of
 from flywheel_server.settings import MIN_CONTEXT, PREFIX, Address, Positive, Settings
 
 DEPLOY_PREFIX: Final = f"{PREFIX}DEPLOY_"
@@ -122,8 +122,8 @@ class Deployment(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _as_written(cls, value: Any, info: ValidationInfo) -> Any:  # noqa: ANN401 - whatever a field is given
-        return as_written(value, cls.model_fields[str(info.field_name)])
+    def _normalized(cls, value: Any, info: ValidationInfo) -> Any:  # noqa: ANN401 - whatever a field is given
+        return normalized(value, cls.model_fields[str(info.field_name)])
 
     @property
     def tunnelled(self) -> bool:

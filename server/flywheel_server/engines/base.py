@@ -68,7 +68,8 @@ class PreparedRequest:
 
 
 # A finished sample is an event too. Its `text` is the whole text of the sample, whether or not deltas came before.
-Event = Started | TextDelta | GenerationResponseSample
+OutputEvent = TextDelta | GenerationResponseSample
+Event = Started | OutputEvent
 
 
 class Sink(Protocol):

@@ -1,7 +1,7 @@
-"""What signals do to `flywheel-server`. docs/operations.md has the table.
+"""Handles the signals of `flywheel-server`. docs/operations.md has a table of them.
 
-Imports nothing of ours and little else: until this is done, a signal ends the process as the system sees fit, or is lost if the
-process is the first of a container.
+This module imports little, so that signals are handled early. Until then, a signal has the system's default effect, or none in
+the first process of a container.
 """
 
 import faulthandler
@@ -14,46 +14,46 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Final, NoReturn
 
-STOPPING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
-"""Each of them stops the server, and a second one ends its drain."""
+STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+"""The signals that stop the server. A second one ends its drain."""
 
-STACKS: Final = signal.SIGUSR1
-"""Has the stacks of all threads written to standard error."""
+DUMP_STACKS: Final = signal.SIGUSR1
+"""The signal that writes the stacks of all threads to standard error."""
 
 _IGNORED: Final = ("SIGUSR2", "SIGALRM", "SIGVTALRM", "SIGPROF", "SIGIO", "SIGPWR", "SIGSTKFLT")
-"""What would end the process although nothing is wrong with it. Not every system has all of them."""
+"""Signals that would end the process by default for no reason. Some systems lack some of them."""
 
 
-def stopping() -> list[signal.Signals]:
-    """Return the signals that are to stop this process: all of `STOPPING`, but without SIGHUP under `nohup`."""
+def stop_signals() -> list[signal.Signals]:
+    """Returns the signals that stop this process: `STOP_SIGNALS`, but without SIGHUP under `nohup`."""
     ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
-    return [number for number in STOPPING if number not in ignored]
+    return [number for number in STOP_SIGNALS if number not in ignored]
 
 
 class StopSignals:
-    """The signals that stop the server, which a thread of its own receives from the beginning to the end of the process.
+    """Receives the stop signals on a thread of its own, until the process ends.
 
-    All threads block these signals, because they inherit that from the one that makes this. So a signal does not reach the
-    handlers that llama.cpp sets up while it loads a model, which would swallow it. What arrives while llama.cpp holds the
-    interpreter is acted on right after.
+    All threads block these signals: they inherit that from the thread that creates this object. So a signal cannot reach the
+    handlers that llama.cpp installs while it loads a model, which would swallow it. A signal that arrives while llama.cpp holds
+    the interpreter lock is handled afterwards.
 
-    Until `calling` says otherwise, a signal ends the process with 0, as if the server had stopped.
+    Outside the context of `calling`, a signal ends the process with exit code 0, as if the server had stopped.
     """
 
     def __init__(self) -> None:
         self._act: Callable[[], object] = _end
-        numbers = stopping()
+        numbers = stop_signals()
         signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
         for number in numbers:
-            # A shell without job control has what runs in the background ignore SIGINT and SIGQUIT.
+            # A shell without job control makes background processes ignore SIGINT and SIGQUIT.
             signal.signal(number, signal.SIG_DFL)
         threading.Thread(target=self._receive, args=(numbers,), name="signals", daemon=True).start()
-        _ignore_what_means_nothing()
+        _ignore_others()
         write_stacks_to(2)
 
     @contextmanager
     def calling(self, act: Callable[[], object]) -> Iterator[None]:
-        """Call `act` for each signal, on a thread, for the length of the context. It may raise `RuntimeError`."""
+        """Calls `act` for each signal, on the thread, for the length of the context. `act` may raise `RuntimeError`."""
         before, self._act = self._act, act
         try:
             yield
@@ -63,24 +63,24 @@ class StopSignals:
     def _receive(self, numbers: list[signal.Signals]) -> None:
         while True:
             signal.sigwait(numbers)
-            # An event loop that has just been closed takes no more calls.
+            # Raised by an event loop that has just been closed.
             with suppress(RuntimeError):
                 self._act()
 
 
 def leave_stopping_to_parent() -> None:
-    """Heed no stopping signal: whoever sends them to a whole group of processes means the parent, which stops this one."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
-    _ignore_what_means_nothing()
+    """Ignores stop signals: if they are sent to the whole process group, the parent gets them too, and stops this process."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    _ignore_others()
     write_stacks_to(2)
 
 
 def write_stacks_to(descriptor: int) -> None:
-    """Write the stacks of all threads there when `STACKS` arrives, also while the interpreter is held."""
-    faulthandler.register(STACKS, descriptor, all_threads=True)
+    """Makes `DUMP_STACKS` write the stacks of all threads to the descriptor, even if native code holds the interpreter lock."""
+    faulthandler.register(DUMP_STACKS, descriptor, all_threads=True)
 
 
-def _ignore_what_means_nothing() -> None:
+def _ignore_others() -> None:
     named = [getattr(signal, name) for name in _IGNORED if hasattr(signal, name)]
     real_time = range(signal.SIGRTMIN, signal.SIGRTMAX + 1) if sys.platform == "linux" else ()
     for number in (*named, *real_time):
@@ -92,12 +92,12 @@ def _end() -> NoReturn:
 
 
 def exit_at_once() -> None:
-    """End the process when a stopping signal arrives, with the exit code that a shell shows for it: 128 and its number."""
+    """Makes a stop signal end the process at once, with the exit code that a shell reports for it: 128 + its number."""
     _handle(lambda number, _: os._exit(128 + number))
 
 
 def exit_in_order() -> None:
-    """Raise `SystemExit` in the main thread when a stopping signal arrives, with the same exit code."""
+    """Makes a stop signal raise `SystemExit` in the main thread, with the same exit code."""
 
     def leave(number: int, _: FrameType | None) -> NoReturn:
         sys.exit(128 + number)
@@ -106,5 +106,5 @@ def exit_in_order() -> None:
 
 
 def _handle(handler: Callable[[int, FrameType | None], object]) -> None:
-    for number in stopping():
+    for number in stop_signals():
         signal.signal(number, handler)
