@@ -9,13 +9,7 @@ from flywheel_server.generations import Generations
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """How busy the server is.
-
-    Attributes:
-        active: Calls that the engine has started.
-        queued: Calls that the engine has not started yet.
-        engine: The engine's own figures.
-    """
+    """How busy the server is: calls that the engine has started (`active`) or not (`queued`), and the engine's own figures."""
 
     active: int
     queued: int

@@ -34,12 +34,12 @@ log = structlog.stdlib.get_logger(__name__)
 DEADLINE_MARGIN: Final = 0.05
 """How long before its deadline the server ends a call: this share of the remaining time, and at most this many seconds.
 
-At the deadline, the client ends the call by itself. A status with details must reach it before.
+At the deadline, the client ends the call by itself, so a status with details must reach it earlier.
 """
 
 
 class Generations:
-    """All generations of this process. They run only between `open` and `interrupt` or `close`.
+    """All generations of this process. New ones start only between `open` and the next `interrupt` or `close`.
 
     Attributes:
         engine: The engine.

@@ -101,8 +101,8 @@ class Health:
         self._share = share or self.show
         self._reachable = True
         self._runners = False
-        self._last_probe_answered = True
-        """Whether the last probe learned how the engine is; otherwise a warning was logged."""
+        self._warns_if_inconclusive = True
+        """Whether to log an inconclusive probe: only the first one since a probe succeeded."""
         self._withdrawn = False
         self.show(serving=False, runners=False)
 
@@ -149,15 +149,15 @@ class Health:
         except Exception as error:  # noqa: BLE001 - whatever it is, health must not stay as if the probe had succeeded
             if shortage := shortage_in(error):
                 # It says nothing about the engine, so the last report stays until a probe can be made again.
-                if self._last_probe_answered:
+                if self._warns_if_inconclusive:
                     log.warning("engine not looked at", error=str(shortage) or type(shortage).__name__)
-                self._last_probe_answered = False
+                self._warns_if_inconclusive = False
                 return
             if engine.is_reachable():
                 # The engine did not answer, but can be reached. Whether it still has runners is unknown.
-                if self._last_probe_answered:
+                if self._warns_if_inconclusive:
                     log.warning("engine does not say how it is", error=str(error) or type(error).__name__)
-                self._last_probe_answered = False
+                self._warns_if_inconclusive = False
                 self._reachable = True
                 self.report(serving=True, runners=self._runners)
                 return
@@ -168,6 +168,6 @@ class Health:
         else:
             if not self._reachable:
                 log.info("engine within reach again")
-            self._reachable = self._last_probe_answered = True
+            self._reachable = self._warns_if_inconclusive = True
             self._runners = stats.num_total_runners > 0
             self.report(serving=True, runners=self._runners)

@@ -146,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
         return one
 
     create = command("create", _create, "Creates a key and prints it, once. Creates the file if there is none.")
-    create.add_argument("name", type=_converter(Name), help="The name of the caller, in the log and in quotas.")
+    create.add_argument("name", type=_valid(Name), help="The name of the caller, in the log and in quotas.")
     create.add_argument(
         "--expires",
         type=_time,
@@ -155,21 +155,13 @@ def _parser() -> argparse.ArgumentParser:
         "(2027-01-31). Then new calls are refused. Default: never",
     )
     create.add_argument(
-        "--priority",
-        type=_converter(Priority),
-        default=0,
-        metavar="N",
-        help="Callers with a higher priority are served first. Default: 0",
+        "--priority", type=_valid(Priority), default=0, metavar="N", help="Higher priorities are served first. Default: 0"
     )
-    create.add_argument(
-        "--max-concurrent", type=_converter(Quota), metavar="N", help="Samples that may wait and run at a time."
-    )
-    create.add_argument(
-        "--tokens-per-minute", type=_converter(Quota), metavar="N", help="Tokens of prompts and samples together."
-    )
+    create.add_argument("--max-concurrent", type=_valid(Quota), metavar="N", help="Samples that may wait or run at a time.")
+    create.add_argument("--tokens-per-minute", type=_valid(Quota), metavar="N", help="Tokens of prompts and samples together.")
     create.add_argument(
         "--certificate",
-        type=_converter(Identity),
+        type=_valid(Identity),
         metavar="IDENTITY",
         help="Creates no key: the caller is identified by a client certificate with this URI (such as a SPIFFE ID), host name "
         "or, in a certificate without alternative names, common name.",
@@ -181,8 +173,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _converter(kind: Any) -> Any:  # noqa: ANN401 - any type that an entry's field has
-    """Returns a converter from an argument to a value of that type, whose errors argparse shows."""
+def _valid(kind: Any) -> Any:  # noqa: ANN401 - any type that an entry's field has
+    """Returns a function that validates an argument as this type, with errors that argparse shows."""
     adapter: TypeAdapter[Any] = TypeAdapter(kind)
 
     def convert(text: str) -> Any:  # noqa: ANN401 - a value of the type

@@ -44,7 +44,7 @@ class Usage:
 
     @property
     def is_final(self) -> bool:
-        """Whether the count cannot grow any more, once the call itself has ended."""
+        """Whether no work outlasts the call, so that the count is final when the call has ended."""
         return self._work is None or self._work.done()
 
     def call_when_final(self, callback: Callable[[], None]) -> None:
@@ -63,10 +63,7 @@ class Usage:
 
 @dataclass(slots=True)
 class _Bucket:
-    """A token bucket (the rate limiter) of the size of one minute's quota.
-
-    It may be negative: the length of a prompt is not known when the call begins, and is deducted later.
-    """
+    """A token bucket that holds one minute's quota. May be negative: prompts are deducted later, when their length is known."""
 
     tokens: float
     refilled_at: float
@@ -98,17 +95,14 @@ class Quotas:
         return Reservation(self, caller, request)
 
     def reserve(self, caller: Caller, samples: int, tokens: int) -> int:
-        """Reserves samples and tokens for a call, and returns how many tokens were reserved; see `reservation`.
-
-        A request for more tokens than one minute's quota reserves the whole quota.
-        """
+        """Reserves samples and at most one minute's tokens. Returns the number of reserved tokens. See `reservation`."""
         self._check_samples(caller, samples)
         reserved = self._reserve_tokens(caller, tokens)
         self._samples[caller.name] = self._samples.get(caller.name, 0) + samples
         return reserved
 
     def settle(self, caller: Caller, samples: int, unused_tokens: int) -> None:
-        """Returns the samples of a call, and the tokens that it reserved but did not use; negative if it used more."""
+        """Gives back the samples of a call and its unused tokens. These are negative if it used more than it reserved."""
         self._samples[caller.name] -= samples
         if not self._samples[caller.name]:
             del self._samples[caller.name]
@@ -138,7 +132,7 @@ class Quotas:
 
 
 class Reservation:
-    """The context of `Quotas.reservation`."""
+    """The context that `Quotas.reservation` returns."""
 
     def __init__(self, quotas: Quotas, caller: Caller, request: GenerationRequest) -> None:
         self._quotas = quotas

@@ -18,7 +18,7 @@ class Reloadable(Generic[Loaded]):
     Arguments:
         what: A name for the content, for the log.
         files: The files.
-        load: Loads the files. Raises `OSError` or `ValueError` if it cannot; the first such error leaves the constructor.
+        load: Loads the files. May raise `OSError` or `ValueError`; the constructor passes that on.
 
     Attributes:
         first: The content as first loaded.
