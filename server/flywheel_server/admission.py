@@ -65,7 +65,7 @@ class Admission:
 
     Waits are estimated by Little's law: if calls hold `max_concurrent` slots and their mean service time is S seconds, one
     slot becomes free every S / max_concurrent seconds. The same holds for tokens of context. An unknown service time counts
-    as 0, so that no call is refused on a guess.
+    as 0 against a deadline, so that no call is refused on a guess.
 
     Arguments:
         max_concurrent: Samples that are generated at a time.

@@ -92,7 +92,7 @@ class DeadlineExceededError(TimeoutError):
 
 
 class ServerFullError(Exception):
-    """The queue is full. `retry_delay` is the seconds until it should have a place."""
+    """The server has no place for the call. `retry_delay` is the seconds until it should have one."""
 
     def __init__(self, retry_delay: float) -> None:
         super().__init__(retry_delay)

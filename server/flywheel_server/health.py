@@ -57,7 +57,7 @@ class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc] # it
         """Sends the status of a service. Ends with NOT_FOUND if the service is unknown."""
         status = self._statuses.get(request.service)
         if status is None:
-            await context.abort(grpc.StatusCode.NOT_FOUND, "There is no such service here; List has those that are.")
+            await context.abort(grpc.StatusCode.NOT_FOUND, "There is no such service here. List returns the services.")
         await context.write(health_pb2.HealthCheckResponse(status=status))
 
     async def Watch(self, request: health_pb2.HealthCheckRequest, context: GrpcContext) -> None:

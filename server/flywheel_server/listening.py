@@ -52,13 +52,15 @@ def safe_credentials(settings: Settings, *, authenticates: bool) -> grpc.ServerC
         if not authenticates and not settings.allow_unauthenticated_network_callers:
             raise UnsafeError(
                 f"anybody who reaches {settings.address} could call. Ask for keys (--api-keys-file or FLYWHEEL_API_KEYS) or "
-                "certificates (--tls-client-ca), listen on 127.0.0.1, or say --allow-unauthenticated-network-callers true"
+                "certificates (--tls-client-ca), listen on 127.0.0.1, or set --allow-unauthenticated-network-callers true"
             )
         if credentials is None:
-            log.warning("no TLS: prompts and keys cross the network in the clear, unless something before the server ends TLS")
+            log.warning(
+                "no TLS: prompts and keys cross the network in the clear, unless a proxy in front of the server terminates TLS"
+            )
         if _grpc_version() < MIN_SAFE_GRPC_VERSION:
             log.warning(
-                f"grpcio {grpc.__version__} keeps requests of any length that never end, also of callers without a key: "
+                f"grpcio {grpc.__version__} buffers unfinished requests of any length, even from callers without a key: "
                 "install 1.84 or newer"
             )
     return credentials

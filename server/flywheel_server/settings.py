@@ -170,10 +170,10 @@ class Settings(BaseSettings):
     modal_prompt: PromptFormat = _option(
         "Engine",
         "chat",
-        "How the class reads a prompt: chat or raw. Callers are told; this project's class Model follows it too.",
+        "How the class reads a prompt: chat or raw. GetModel reports it, and this project's class Model follows it.",
     )
     modal_penalizes_prompt: bool = _option(
-        "Engine", True, "Whether its penalties include the prompt: true or false. Callers are told."
+        "Engine", True, "Whether its penalties include the prompt, as GetModel reports: true or false."
     )
     script: Annotated[Script, NoDecode, BeforeValidator(_from_json)] = _option(
         "Engine", Script(), "What the scripted engine plays, as JSON; `pydoc flywheel_server.engines.scripted` has its fields."
@@ -239,7 +239,7 @@ class Settings(BaseSettings):
         "Listening", 20.0, "Seconds that a client has to answer a ping. Without an answer, its calls end."
     )
     min_ping_interval: Seconds = _option(
-        "Listening", 10.0, "Seconds that a client must leave between two pings; one that pings faster is disconnected."
+        "Listening", 10.0, "Seconds that a client must leave between two pings. A client that pings faster is disconnected."
     )
     health_interval: Annotated[Seconds, Field(gt=0)] = _option(
         "Listening", 5.0, "Seconds between two probes of the engine, whose result health reports."
