@@ -15,11 +15,11 @@ import grpc
 import grpc.aio
 from flywheel_proto import __version__
 
-from flywheel_client._async_calls import AsyncTargetChannel
-from flywheel_client._async_failover import AsyncFailoverChannel
-from flywheel_client._calls import TargetChannel
+from flywheel_client._calls_async import AsyncTargetChannel
+from flywheel_client._calls_sync import TargetChannel
 from flywheel_client._errors import REQUEST_ID_KEY
-from flywheel_client._failover import FailoverChannel
+from flywheel_client._failover_async import AsyncFailoverChannel
+from flywheel_client._failover_sync import FailoverChannel
 from flywheel_client._metadata import checked_metadata
 from flywheel_client._pool import Directory
 from flywheel_client._retry import Retry

@@ -15,12 +15,12 @@ from click.exceptions import Exit
 from flywheel_proto._interrupts import INTERRUPTED, raise_on_interrupt
 
 from flywheel_client import _terminal as terminal
+from flywheel_client._client_sync import Client
 from flywheel_client._errors import DeadlineExceededError, FlywheelError, InvalidArgumentError, UnavailableError
 from flywheel_client._health import PROBE_TIMEOUT, answering
 from flywheel_client._modal import no_endpoint, published_endpoints
 from flywheel_client._records import Endpoint
 from flywheel_client._retry import NEVER_SENT, Retry
-from flywheel_client._sync import Client
 from flywheel_client._waiting import ReadyServer, was_begun
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import grpc
 from flywheel_proto._extras import missing
 
-from flywheel_client._async_calls import retrieve
+from flywheel_client._calls_async import retrieve
 from flywheel_client._errors import FailedPreconditionError, FlywheelError, UnauthenticatedError, UnavailableError
 from flywheel_client._records import APP, MAX_RECORDS, Endpoint, Memory, Reading, dict_name, is_address
 

@@ -2,7 +2,8 @@
 
 from flywheel_proto import __version__
 
-from flywheel_client._async import AsyncClient, AsyncStream
+from flywheel_client._client_async import AsyncClient, AsyncStream
+from flywheel_client._client_sync import Client, Stream
 from flywheel_client._errors import (
     CallCancelledError,
     DeadlineExceededError,
@@ -22,7 +23,6 @@ from flywheel_client._request import GenerationFields
 from flywheel_client._results import Defaults, Delta, Limits, Model, Response, Sample, Stats
 from flywheel_client._retry import Retry
 from flywheel_client._service_config import SERVICE_CONFIG
-from flywheel_client._sync import Client, Stream
 
 __all__ = [
     "SERVICE_CONFIG",

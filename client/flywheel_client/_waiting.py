@@ -10,8 +10,8 @@ import grpc
 from flywheel_proto._service_name import SERVICE_NAME
 
 from flywheel_client import _terminal as terminal
+from flywheel_client._client_sync import Client
 from flywheel_client._errors import DeadlineExceededError, FlywheelError, UnavailableError, has_begun
-from flywheel_client._sync import Client
 
 ResultT = TypeVar("ResultT")
 

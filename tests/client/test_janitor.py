@@ -6,7 +6,7 @@ from queue import SimpleQueue
 from typing import Any
 
 import pytest
-from flywheel_client._calls import CLOSE_TIMEOUT, RetryingChannel
+from flywheel_client._calls_sync import CLOSE_TIMEOUT, RetryingChannel
 from flywheel_client._janitor import Janitor
 
 from tests.client.conftest import WAIT

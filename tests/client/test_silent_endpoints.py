@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 import grpc
 import pytest
 import trustme
-from flywheel_client import DeadlineExceededError, Retry, UnavailableError, _failover, _health, _pool
+from flywheel_client import DeadlineExceededError, Retry, UnavailableError, _failover_sync, _health, _pool
 from flywheel_client._health import MAX_PROBES, PROBE_TIMEOUT, answering
 
 from tests.client.conftest import Caller, serving_fake, unavailable
@@ -178,7 +178,7 @@ async def test_only_so_many_are_tried_at_the_same_time(
     credentials: grpc.ChannelCredentials,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for module in (_failover, _health):
+    for module in (_failover_sync, _health):
         monkeypatch.setattr(module, "PROBE_TIMEOUT", 0.4)
     # One that counts, at many addresses.
     bad = await silent("accepts and is silent")
@@ -203,7 +203,7 @@ async def test_nothing_but_silence_ends_in_bounded_time(
     monkeypatch: pytest.MonkeyPatch,
     kind: str,
 ) -> None:
-    for module in (_failover, _health):
+    for module in (_failover_sync, _health):
         monkeypatch.setattr(module, "PROBE_TIMEOUT", 0.5)
     addresses = [(await silent(kind)).address for _ in range(4)]
     one = caller(FakeDirectory(*addresses), credentials=credentials, retry=None, channel_options=HURRY, timeout=5.0)

@@ -18,7 +18,7 @@ from typing import Any, Final
 import grpc
 from google.protobuf.wrappers_pb2 import StringValue
 
-from flywheel_client._calls import Call, RetryingChannel
+from flywheel_client._calls_sync import Call, RetryingChannel
 from flywheel_client._errors import FlywheelError, deadline_exceeded
 from flywheel_client._health import (
     HEALTH_CHECK,

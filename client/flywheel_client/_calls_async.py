@@ -1,4 +1,4 @@
-"""The same as `_calls` for asyncio: its channels belong to one event loop."""
+"""The same as `_calls_sync` for asyncio: its channels belong to one event loop."""
 
 # ruff: noqa: ASYNC109 - the timeouts are deadlines that travel with the call, so that the server stops its work too
 
@@ -71,11 +71,11 @@ class AsyncRetryingChannel(ABC):
         """Returns all that are open."""
 
     @abstractmethod
-    def pick_now(self, call: "Call") -> Member[grpc.aio.Channel] | None:
+    def pick_now(self, call: "AsyncCall") -> Member[grpc.aio.Channel] | None:
         """Returns the endpoint to try next, which counts as in use until `ended`; None if that takes a while."""
 
     @abstractmethod
-    async def pick(self, call: "Call") -> Member[grpc.aio.Channel]:
+    async def pick(self, call: "AsyncCall") -> Member[grpc.aio.Channel]:
         """Returns the endpoint to try next, which counts as in use until `ended`.
 
         Raises what the call ends with if there is none.
@@ -84,11 +84,13 @@ class AsyncRetryingChannel(ABC):
     def ended(self, member: Member[grpc.aio.Channel]) -> None:  # noqa: B027 - nothing to note by default
         """Notes that a try is over."""
 
-    def is_to_blame(self, member: Member[grpc.aio.Channel], call: "Call", error: grpc.aio.AioRpcError | FlywheelError) -> bool:  # noqa: ARG002 - for directories
+    def is_to_blame(
+        self, member: Member[grpc.aio.Channel], call: "AsyncCall", error: grpc.aio.AioRpcError | FlywheelError
+    ) -> bool:  # noqa: ARG002 - for directories
         """Notes that a try of a call failed there, and returns whether another endpoint may do better at once."""
         return False
 
-    def delay(self, call: "Call", error: grpc.aio.AioRpcError | FlywheelError) -> float | None:
+    def delay(self, call: "AsyncCall", error: grpc.aio.AioRpcError | FlywheelError) -> float | None:
         """Returns the seconds until the next try of a call that failed; None if there is to be none."""
         self.raise_if_closed(call)
         member = call.member
@@ -99,13 +101,13 @@ class AsyncRetryingChannel(ABC):
         failure = error_from_call(error, call.request_id)
         return call.tries.delay(failure, time.monotonic(), jitter, tried=member is not None, to_blame=to_blame)
 
-    async def pause(self, call: "Call", seconds: float) -> None:
+    async def pause(self, call: "AsyncCall", seconds: float) -> None:
         """Waits so long, or raises `CallCancelledError` as soon as the channel is closed."""
         if seconds:
             await asyncio.wait({self._closed}, timeout=seconds)
         self.raise_if_closed(call)
 
-    def raise_if_closed(self, call: "Call") -> None:
+    def raise_if_closed(self, call: "AsyncCall") -> None:
         """Raises `CallCancelledError` if the channel was closed."""
         if self.is_closed:
             raise call_cancelled(call.request_id)
@@ -125,12 +127,12 @@ class AsyncTargetChannel(AsyncRetryingChannel):
         super().__init__(retry)
         self._member = Member(target, channel)
 
-    def pick_now(self, call: "Call") -> Member[grpc.aio.Channel]:
+    def pick_now(self, call: "AsyncCall") -> Member[grpc.aio.Channel]:
         """Returns the target."""
         self.raise_if_closed(call)
         return self._member
 
-    async def pick(self, call: "Call") -> Member[grpc.aio.Channel]:
+    async def pick(self, call: "AsyncCall") -> Member[grpc.aio.Channel]:
         """Returns the target."""
         return self.pick_now(call)
 
@@ -138,7 +140,7 @@ class AsyncTargetChannel(AsyncRetryingChannel):
         return [self._member.channel]
 
 
-class Call:
+class AsyncCall:
     """A call through all its tries."""
 
     def __init__(
@@ -176,7 +178,7 @@ class Call:
         return current
 
 
-class _UnaryCall(Call):
+class _UnaryCall(AsyncCall):
     """A call that is answered with one message."""
 
     async def answer(self) -> Any:  # noqa: ANN401 - a message of the method
@@ -201,7 +203,7 @@ class _UnaryCall(Call):
                 return checked(message, self.request_id)
 
 
-class _StreamCall(Call):
+class _StreamCall(AsyncCall):
     """What the client uses of a call of grpc that is answered with a stream."""
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The same as `_failover` for asyncio: a channel to all endpoints of a directory, which belongs to one event loop."""
+"""The same as `_failover_sync` for asyncio: a channel to all endpoints of a directory, which belongs to one event loop."""
 
 import asyncio
 import time
@@ -8,7 +8,7 @@ from math import inf
 
 import grpc.aio
 
-from flywheel_client._async_calls import AsyncRetryingChannel, Call, retrieve
+from flywheel_client._calls_async import AsyncCall, AsyncRetryingChannel, retrieve
 from flywheel_client._errors import FlywheelError, deadline_exceeded
 from flywheel_client._health import probe
 from flywheel_client._pool import Directory, Member, Pool
@@ -44,13 +44,13 @@ class AsyncFailoverChannel(AsyncRetryingChannel):
     def _channels(self) -> Collection[grpc.aio.Channel]:
         return self._pool.channels()
 
-    def pick_now(self, call: Call) -> Member[grpc.aio.Channel] | None:
+    def pick_now(self, call: AsyncCall) -> Member[grpc.aio.Channel] | None:
         """Returns the endpoint to try next, which counts as in use until `ended`; None where that takes a while."""
         self.raise_if_closed(call)
         now = time.monotonic()
         return self._pick(call, now) if self._pool.is_usable(now) else None
 
-    async def pick(self, call: Call) -> Member[grpc.aio.Channel]:
+    async def pick(self, call: AsyncCall) -> Member[grpc.aio.Channel]:
         """Returns the endpoint to try next, which counts as in use until `ended`.
 
         Raises what the call ends with where there is none: the error of its last try, or one of the directory.
@@ -75,13 +75,13 @@ class AsyncFailoverChannel(AsyncRetryingChannel):
             call.tries.error = call.tries.error or self._pool.refusal
             raise call.tries.error or (reading and reading.exception()) or self._directory.no_endpoint()
 
-    def _pick(self, call: Call, now: float) -> Member[grpc.aio.Channel] | None:
+    def _pick(self, call: AsyncCall, now: float) -> Member[grpc.aio.Channel] | None:
         member = self._pool.pick(call.tries, now)
         if member is not None and self._pool.is_old(now):
             self._read()
         return member
 
-    async def _wait(self, call: Call, seconds: float) -> None:
+    async def _wait(self, call: AsyncCall, seconds: float) -> None:
         """Waits until something has changed, for so long at most; raises what the call ends with meanwhile."""
         remaining = call.tries.remaining(time.monotonic())
         if remaining == 0:
@@ -97,7 +97,9 @@ class AsyncFailoverChannel(AsyncRetryingChannel):
         self._changed.set()
         self._changed = asyncio.Event()
 
-    def is_to_blame(self, member: Member[grpc.aio.Channel], call: Call, error: grpc.aio.AioRpcError | FlywheelError) -> bool:
+    def is_to_blame(
+        self, member: Member[grpc.aio.Channel], call: AsyncCall, error: grpc.aio.AioRpcError | FlywheelError
+    ) -> bool:
         """Notes that a try of a call failed there, and returns whether another endpoint may do better at once."""
         to_blame = self._pool.failed(call.tries, member, error, time.monotonic())
         self._probe()
