@@ -11,7 +11,7 @@ import flywheel_client
 import flywheel_proto
 import flywheel_server
 import pytest
-from flywheel_proto._extras import DISTRIBUTION, MODULES
+from flywheel_proto._extras import DISTRIBUTION, MODULES_BY_EXTRA
 from packaging.requirements import Requirement
 
 from tests.thorough import further
@@ -41,7 +41,7 @@ NEEDS = [
     ("flywheel-server --engine flywheel", "modal", "modal"),
 ]
 FURTHER_NEEDS = [
-    *(("flywheel-server", "server", module) for module in MODULES["server"] if module != "structlog"),
+    *(("flywheel-server", "server", module) for module in MODULES_BY_EXTRA["server"] if module != "structlog"),
     ("flywheel", "cli", "click"),
     ("flywheel endpoints", "modal", "modal"),
     ("flywheel --modal-app", "modal", "modal"),
@@ -127,9 +127,9 @@ def test_the_extras_are_those_of_the_distribution() -> None:
     installed = packages_distributions()
     named: dict[str, set[str]] = {}
     for requirement in map(Requirement, requires(DISTRIBUTION) or ()):
-        for extra in MODULES:
+        for extra in MODULES_BY_EXTRA:
             if f'extra == "{extra}"' in str(requirement.marker):
                 named.setdefault(extra, set()).add(requirement.name)
     # It has the other one within it.
     named["embedded"] -= named["server"]
-    assert {extra: {installed[module][0] for module in modules} for extra, modules in MODULES.items()} == named
+    assert {extra: {installed[module][0] for module in modules} for extra, modules in MODULES_BY_EXTRA.items()} == named

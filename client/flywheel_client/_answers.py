@@ -14,8 +14,8 @@ from flywheel_client._errors import InternalError
 _UNREADABLE: Final = object()
 
 
-def tolerant(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
-    """Returns a deserializer that marks bytes that it cannot read, for `checked`, instead of failing."""
+def marking_unreadable(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    """Returns a deserializer that marks bytes that it cannot read, for `require_message`, instead of failing."""
 
     def read(data: bytes) -> Any:  # noqa: ANN401 - a message of the method, or the mark
         try:
@@ -27,7 +27,7 @@ def tolerant(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
     return read
 
 
-def checked(message: Any, request_id: str) -> Any:  # noqa: ANN401 - a message of the method
+def require_message(message: Any, request_id: str) -> Any:  # noqa: ANN401 - a message of the method
     """Returns the message; raises `InternalError` if it could not be read, or the call ended with OK and without one."""
     if message is _UNREADABLE:
         raise InternalError(grpc.StatusCode.INTERNAL, "the server's answer is no message of this method", request_id=request_id)

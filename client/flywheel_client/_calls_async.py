@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import grpc.aio
 
-from flywheel_client._answers import checked, tolerant
+from flywheel_client._answers import marking_unreadable, require_message
 from flywheel_client._errors import (
     FlywheelError,
     call_cancelled,
@@ -45,7 +45,7 @@ class AsyncRetryingChannel(ABC):
         **options: Any,  # noqa: ANN401 - those of `grpc.aio.Channel`
     ) -> Callable[..., Coroutine[Any, Any, Any]]:
         """Returns a method that is answered with one message."""
-        arguments = method, request_serializer, tolerant(response_deserializer)
+        arguments = method, request_serializer, marking_unreadable(response_deserializer)
         return _Method(self, lambda channel: channel.unary_unary(*arguments, **options)).call
 
     def unary_stream(
@@ -56,7 +56,7 @@ class AsyncRetryingChannel(ABC):
         **options: Any,  # noqa: ANN401 - those of `grpc.aio.Channel`
     ) -> "Callable[..., _StreamCall]":
         """Returns a method that is answered with a stream."""
-        arguments = method, request_serializer, tolerant(response_deserializer)
+        arguments = method, request_serializer, marking_unreadable(response_deserializer)
         return _Method(self, lambda channel: channel.unary_stream(*arguments, **options)).stream
 
     async def close(self) -> None:
@@ -72,21 +72,24 @@ class AsyncRetryingChannel(ABC):
 
     @abstractmethod
     def pick_now(self, call: "AsyncCall") -> Member[grpc.aio.Channel] | None:
-        """Returns the endpoint to try next, which counts as in use until `ended`; None if that takes a while."""
+        """Returns the endpoint to try next, which counts as in use until `release`; None if that takes a while."""
 
     @abstractmethod
     async def pick(self, call: "AsyncCall") -> Member[grpc.aio.Channel]:
-        """Returns the endpoint to try next, which counts as in use until `ended`.
+        """Returns the endpoint to try next, which counts as in use until `release`.
 
         Raises what the call ends with if there is none.
         """
 
-    def ended(self, member: Member[grpc.aio.Channel]) -> None:  # noqa: B027 - nothing to note by default
+    def release(self, member: Member[grpc.aio.Channel]) -> None:  # noqa: B027 - nothing to note by default
         """Notes that a try is over."""
 
-    def is_to_blame(
-        self, member: Member[grpc.aio.Channel], call: "AsyncCall", error: grpc.aio.AioRpcError | FlywheelError
-    ) -> bool:  # noqa: ARG002 - for directories
+    def record_failure(
+        self,
+        member: Member[grpc.aio.Channel],  # noqa: ARG002 - for directories
+        call: "AsyncCall",  # noqa: ARG002
+        error: grpc.aio.AioRpcError | FlywheelError,  # noqa: ARG002
+    ) -> bool:
         """Notes that a try of a call failed there, and returns whether another endpoint may do better at once."""
         return False
 
@@ -94,7 +97,7 @@ class AsyncRetryingChannel(ABC):
         """Returns the seconds until the next try of a call that failed; None if there is to be none."""
         self.raise_if_closed(call)
         member = call.member
-        to_blame = member is not None and self.is_to_blame(member, call, error)
+        to_blame = member is not None and self.record_failure(member, call, error)
         if has_begun(error):
             return None
         jitter = random.random()  # noqa: S311 - nothing secret
@@ -147,7 +150,7 @@ class AsyncCall:
         self, method: "_Method", request: object, timeout: float | None, metadata: Metadata, wait_for_ready: bool | None
     ) -> None:
         self._channel = method.channel
-        self._of = method.of
+        self._bind = method.bind
         self._request = request
         self._metadata = metadata
         self._wait_for_ready = bool(wait_for_ready) and self._channel.grpc_waits
@@ -165,16 +168,16 @@ class AsyncCall:
     def _begin(self, member: Member[grpc.aio.Channel]) -> Any:  # noqa: ANN401 - a call of grpc
         self.member = member
         try:
-            current = self._of(member.channel)(
+            current = self._bind(member.channel)(
                 self._request,
                 timeout=self.tries.remaining(time.monotonic()),
                 metadata=self._metadata,
                 wait_for_ready=self._wait_for_ready,
             )
         except BaseException:
-            self._channel.ended(member)
+            self._channel.release(member)
             raise
-        current.add_done_callback(lambda _: self._channel.ended(member))
+        current.add_done_callback(lambda _: self._channel.release(member))
         return current
 
 
@@ -200,7 +203,7 @@ class _UnaryCall(AsyncCall):
             except KeyError as error:
                 raise unknown_status(self.request_id) from error
             else:
-                return checked(message, self.request_id)
+                return require_message(message, self.request_id)
 
 
 class _StreamCall(AsyncCall):
@@ -248,7 +251,7 @@ class _StreamCall(AsyncCall):
                     raise unknown_status(self.request_id) from error
                 else:
                     delivered = True
-                    yield checked(message, self.request_id)
+                    yield require_message(message, self.request_id)
         finally:
             self.cancel()
 
@@ -288,7 +291,7 @@ class _Method:
     """A method of the service, on whichever endpoint a call of it goes to."""
 
     channel: AsyncRetryingChannel
-    of: Callable[[grpc.aio.Channel], Callable[..., Any]]
+    bind: Callable[[grpc.aio.Channel], Callable[..., Any]]
 
     async def call(self, request: object, timeout: float | None, metadata: Metadata, wait_for_ready: bool | None = None) -> Any:  # noqa: ANN401 - a message of the method
         """Makes a call, and returns the answer."""

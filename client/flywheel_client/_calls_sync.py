@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Final, TypeVar
 
 import grpc
 
-from flywheel_client._answers import checked, tolerant
+from flywheel_client._answers import marking_unreadable, require_message
 from flywheel_client._errors import FlywheelError, call_cancelled, error_from_call, has_begun, request_id_in
 from flywheel_client._janitor import Janitor
 from flywheel_client._pool import Member
@@ -63,7 +63,7 @@ class RetryingChannel(ABC):
         **options: Any,  # noqa: ANN401 - those of `grpc.Channel`
     ) -> "_Method":
         """Returns a method that is answered with one message."""
-        arguments = method, request_serializer, tolerant(response_deserializer)
+        arguments = method, request_serializer, marking_unreadable(response_deserializer)
         return _Method(self, lambda channel: channel.unary_unary(*arguments, **options).future)
 
     def unary_stream(
@@ -74,7 +74,7 @@ class RetryingChannel(ABC):
         **options: Any,  # noqa: ANN401 - those of `grpc.Channel`
     ) -> "_Method":
         """Returns a method that is answered with a stream."""
-        arguments = method, request_serializer, tolerant(response_deserializer)
+        arguments = method, request_serializer, marking_unreadable(response_deserializer)
         return _Method(self, lambda channel: channel.unary_stream(*arguments, **options))
 
     def close(self) -> None:
@@ -105,15 +105,15 @@ class RetryingChannel(ABC):
 
     @abstractmethod
     def pick(self, call: "Call") -> Member[grpc.Channel]:
-        """Returns the endpoint to try next, which counts as in use until `ended`.
+        """Returns the endpoint to try next, which counts as in use until `release`.
 
         Raises what the call ends with if there is none.
         """
 
-    def ended(self, member: Member[grpc.Channel]) -> None:  # noqa: B027 - nothing to note by default
+    def release(self, member: Member[grpc.Channel]) -> None:  # noqa: B027 - nothing to note by default
         """Notes that a try is over."""
 
-    def is_to_blame(self, member: Member[grpc.Channel], call: "Call", error: grpc.RpcError | FlywheelError) -> bool:  # noqa: ARG002 - for directories
+    def record_failure(self, member: Member[grpc.Channel], call: "Call", error: grpc.RpcError | FlywheelError) -> bool:  # noqa: ARG002 - for directories
         """Notes that a try of a call failed there, and returns whether another endpoint may do better at once."""
         return False
 
@@ -121,7 +121,7 @@ class RetryingChannel(ABC):
         """Returns the seconds until the next try of a call that failed; None if there is to be none."""
         self.raise_if_cancelled(call)
         member = call.member
-        to_blame = member is not None and self.is_to_blame(member, call, error)
+        to_blame = member is not None and self.record_failure(member, call, error)
         if has_begun(error):
             return None
         jitter = random.random()  # noqa: S311 - nothing secret
@@ -169,7 +169,7 @@ class _Method:
     """A method of the service, on whichever endpoint a call of it goes to."""
 
     channel: RetryingChannel
-    of: Callable[[grpc.Channel], Callable[..., Any]]
+    bind: Callable[[grpc.Channel], Callable[..., Any]]
 
     def __call__(
         self, request: object, timeout: float | None, metadata: Metadata, wait_for_ready: bool | None = None
@@ -189,7 +189,7 @@ class Call:
         self, method: _Method, request: object, timeout: float | None, metadata: Metadata, wait_for_ready: bool | None
     ) -> None:
         self._channel = method.channel
-        self._of = method.of
+        self._bind = method.bind
         self._request = request
         self._metadata = metadata
         self._wait_for_ready = bool(wait_for_ready) and self._channel.grpc_waits
@@ -267,7 +267,7 @@ class Call:
                     raise
             else:
                 self._delivered = True
-                return checked(message, self.request_id)
+                return require_message(message, self.request_id)
             self._current = None
             self._channel.pause(self, delay)
             self._begin()
@@ -283,19 +283,19 @@ class Call:
     def _try(self) -> None:
         self.member = member = self._channel.pick(self)
         try:
-            current = self._of(member.channel)(
+            current = self._bind(member.channel)(
                 self._request,
                 timeout=self.tries.remaining(time.monotonic()),
                 metadata=self._metadata,
                 wait_for_ready=self._wait_for_ready,
             )
         except BaseException:
-            self._channel.ended(member)
+            self._channel.release(member)
             # Closing the channel between the two lines makes grpc raise a ValueError.
             self._channel.raise_if_cancelled(self)
             raise
         self._current = current
         # grpc keeps the callback, so that it must not keep this call.
-        current.add_done_callback(lambda _, channel=self._channel: channel.ended(member))
+        current.add_done_callback(lambda _, channel=self._channel: channel.release(member))
         if self.cancelled:
             current.cancel()

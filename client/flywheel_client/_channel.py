@@ -36,7 +36,7 @@ MAX_RECEIVE_MESSAGE_BYTES: Final = 64 * 2**20
 # and Python end a connection, and every call on it, whose client pings more often than every 5 min (gRFC A8). What keeps a
 # connection that is silent for long alive through load balancers and NAT are the pings of our server, which no client
 # punishes, and each of which puts off the client's own.
-KEEPALIVE_TIME: Final = 360
+KEEPALIVE_TIME_SECONDS: Final = 360
 KEEPALIVE_TIMEOUT: Final = 20
 
 # Seconds to connect to one of several endpoints, TLS and the first frame of HTTP/2 included.
@@ -48,7 +48,7 @@ CHANNEL_OPTIONS: Final[Mapping[str, int | str]] = {
     # its size with the limit only after it has been decompressed. 1 stands for no compression.
     "grpc.compression_enabled_algorithms_bitset": 1,
     "grpc.per_message_decompression": 0,
-    "grpc.keepalive_time_ms": KEEPALIVE_TIME * 1000,
+    "grpc.keepalive_time_ms": KEEPALIVE_TIME_SECONDS * 1000,
     "grpc.keepalive_timeout_ms": KEEPALIVE_TIMEOUT * 1000,
     # An idle channel has nothing to lose; its next call connects anew.
     "grpc.keepalive_permit_without_calls": 0,
@@ -64,9 +64,9 @@ CHANNEL_OPTIONS: Final[Mapping[str, int | str]] = {
 
 # What a channel has besides: to a target, with calls only for servers that are SERVING by their health, or for any of them,
 # which share their connections; and to an endpoint of a directory, which the client picks itself.
-SERVING_ONLY: Final[Mapping[str, int | str]] = {"grpc.service_config": BALANCING_CONFIG}
-ANY_HEALTH: Final[Mapping[str, int | str]] = {**SERVING_ONLY, "grpc.inhibit_health_checking": 1}
-ENDPOINT: Final[Mapping[str, int | str]] = {
+SERVING_ONLY_OPTIONS: Final[Mapping[str, int | str]] = {"grpc.service_config": BALANCING_CONFIG}
+ANY_HEALTH_OPTIONS: Final[Mapping[str, int | str]] = {**SERVING_ONLY_OPTIONS, "grpc.inhibit_health_checking": 1}
+ENDPOINT_OPTIONS: Final[Mapping[str, int | str]] = {
     "grpc.service_config": ENDPOINT_CONFIG,
     # Despite its name, the time that an attempt to connect may take: 20 s by default, for an address that is silent.
     "grpc.min_reconnect_backoff_ms": CONNECT_TIMEOUT * 1000,
@@ -134,14 +134,14 @@ class Connection:
         """Returns a new channel for threads. With `any_health` its calls go to a server that is NOT_SERVING too."""
         if not isinstance(self.target, str):
             return cast("grpc.Channel", FailoverChannel(self.target, self._open, self.retry))
-        channel = self._open(self.target, ANY_HEALTH if any_health else SERVING_ONLY)
+        channel = self._open(self.target, ANY_HEALTH_OPTIONS if any_health else SERVING_ONLY_OPTIONS)
         return cast("grpc.Channel", TargetChannel(self.target, channel, self.retry))
 
     def open_async(self, *, any_health: bool) -> grpc.aio.Channel:
         """The same for asyncio: the channel belongs to the running event loop."""
         if not isinstance(self.target, str):
             return cast("grpc.aio.Channel", AsyncFailoverChannel(self.target, self._open_async, self.retry))
-        channel = self._open_async(self.target, ANY_HEALTH if any_health else SERVING_ONLY)
+        channel = self._open_async(self.target, ANY_HEALTH_OPTIONS if any_health else SERVING_ONLY_OPTIONS)
         return cast("grpc.aio.Channel", AsyncTargetChannel(self.target, channel, self.retry))
 
     def call_options(
@@ -162,13 +162,13 @@ class Connection:
             wait_for_ready=self.wait_for_ready if wait_for_ready is None else wait_for_ready,
         )
 
-    def _open(self, address: str, balancing: Mapping[str, int | str] = ENDPOINT) -> grpc.Channel:
+    def _open(self, address: str, balancing: Mapping[str, int | str] = ENDPOINT_OPTIONS) -> grpc.Channel:
         options = self._options(address, balancing)
         if self.credentials is None:
             return grpc.insecure_channel(address, options)
         return grpc.secure_channel(address, self.credentials, options)
 
-    def _open_async(self, address: str, balancing: Mapping[str, int | str] = ENDPOINT) -> grpc.aio.Channel:
+    def _open_async(self, address: str, balancing: Mapping[str, int | str] = ENDPOINT_OPTIONS) -> grpc.aio.Channel:
         options = self._options(address, balancing)
         if self.credentials is None:
             return grpc.aio.insecure_channel(address, options)

@@ -16,7 +16,7 @@ from click.core import ParameterSource
 from flywheel_proto import __version__
 from flywheel_proto._extras import loading
 
-from flywheel_client._records import APP
+from flywheel_client._records import DEFAULT_APP
 
 _KEY_VARIABLE: Final = "FLYWHEEL_API_KEY"
 _SECONDS: Final = click.FloatRange(min=0.001)
@@ -275,7 +275,7 @@ def model(server: Server, **options: Any) -> None:  # noqa: ANN401 - as many kin
 
 
 @app.command()
-@click.option("--app", metavar="NAME", default=APP, help="The name of the deployed app.", show_default=True)
+@click.option("--app", metavar="NAME", default=DEFAULT_APP, help="The name of the deployed app.", show_default=True)
 @click.option("--environment", metavar="NAME", help="Its environment.", show_default="that of the modal command")
 @click.option(
     "--first", is_flag=True, help="Print the first address only, as for a script: ADDRESS=$(flywheel endpoints --first)."

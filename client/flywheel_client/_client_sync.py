@@ -19,7 +19,7 @@ from flywheel_client._errors import error_from_call, request_id_in
 from flywheel_client._health import HEALTH_CHECK, health_request, health_response, serving_status
 from flywheel_client._modal import ModalDirectory
 from flywheel_client._pool import Directory
-from flywheel_client._records import APP
+from flywheel_client._records import DEFAULT_APP
 from flywheel_client._request import GenerationFields, generation_request
 from flywheel_client._results import (
     Delta,
@@ -167,7 +167,7 @@ class Client:
     @classmethod
     def from_modal(
         cls,
-        app: str = APP,
+        app: str = DEFAULT_APP,
         *,
         environment: str | None = None,
         api_key: str | None = None,

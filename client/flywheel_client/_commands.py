@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import grpc
 from click.exceptions import Exit
-from flywheel_proto._interrupts import INTERRUPTED, raise_on_interrupt
+from flywheel_proto._interrupts import EXIT_INTERRUPTED, raise_on_interrupt
 
 from flywheel_client import _terminal as terminal
 from flywheel_client._client_sync import Client
@@ -20,32 +20,32 @@ from flywheel_client._errors import DeadlineExceededError, FlywheelError, Invali
 from flywheel_client._health import PROBE_TIMEOUT, answering
 from flywheel_client._modal import no_endpoint, published_endpoints
 from flywheel_client._records import Endpoint
-from flywheel_client._retry import NEVER_SENT, Retry
+from flywheel_client._retry import NO_CONNECTION_MESSAGES, Retry
 from flywheel_client._waiting import ReadyServer, was_begun
 
 if TYPE_CHECKING:
     from flywheel_client._cli import Server
 
-FAILED: Final = 1
-INVALID: Final = 2
+EXIT_FAILURE: Final = 1
+EXIT_USAGE: Final = 2
 
-UNHEALTHY: Final = "backend unhealthy"
+NOT_SERVING_MESSAGE: Final = "backend unhealthy"
 """What gRPC says if a server answers that it is not SERVING."""
 
-NO_CONNECTION: Final = ("connections to all backends failing", *NEVER_SENT)
+UNREACHABLE_MESSAGES: Final = ("connections to all backends failing", *NO_CONNECTION_MESSAGES)
 """How the message of gRPC begins if it could not connect to a server."""
 
-OTHER_PROTOCOL: Final = "What listens there is no gRPC server, or one that wants TLS (--tls)."
-OTHER_NAME: Final = "Its certificate is for another name."
+NOT_GRPC_HINT: Final = "What listens there is no gRPC server, or one that wants TLS (--tls)."
+WRONG_NAME_HINT: Final = "Its certificate is for another name."
 HINTS: Final = {
     "Connection refused": "Nothing listens at that address; if the server has several, gRPC names one of them.",
-    "Failed parsing HTTP/2": OTHER_PROTOCOL,
-    "Trying to connect an http1.x server": OTHER_PROTOCOL,
+    "Failed parsing HTTP/2": NOT_GRPC_HINT,
+    "Trying to connect an http1.x server": NOT_GRPC_HINT,
     "Socket closed": "What listens there hangs up, as a server does that wants TLS (--tls) or a certificate (--cert).",
     "WRONG_VERSION_NUMBER": "What listens there does not speak TLS, which --tls, --cacert and --cert ask for.",
     "CERTIFICATE_VERIFY_FAILED": "Its certificate is not trusted: --cacert names those that are.",
-    "Hostname Verification Check failed": OTHER_NAME,
-    "is not in peer certificate": OTHER_NAME,
+    "Hostname Verification Check failed": WRONG_NAME_HINT,
+    "is not in peer certificate": WRONG_NAME_HINT,
     "Failed to create security handshaker": "A file of --cacert, --cert or --key cannot be read as what it should be.",
 }
 """What it means if such a message has these words."""
@@ -53,7 +53,7 @@ HINTS: Final = {
 MAX_PROMPT_BYTES: Final = 64 * 2**20
 """How much is read from stdin, which may be endless. It is far beyond the longest prompt that a model can read."""
 
-Watch = Callable[[Iterable[Any]], Iterator[Any]]
+ResultWrapper = Callable[[Iterable[Any]], Iterator[Any]]
 
 
 @contextmanager
@@ -69,16 +69,16 @@ def exit_codes(server: "Server | None" = None) -> Iterator[None]:
         yield
     except FlywheelError as error:
         terminal.show_error(terminal.describe(error, _advice(error, server) if server else ""))
-        raise Exit(INVALID if isinstance(error, InvalidArgumentError) else FAILED) from None
+        raise Exit(EXIT_USAGE if isinstance(error, InvalidArgumentError) else EXIT_FAILURE) from None
     except (TypeError, ValueError) as error:
         terminal.show_error(str(error))
-        raise Exit(INVALID) from None
+        raise Exit(EXIT_USAGE) from None
     except (OSError, ImportError) as error:
         terminal.show_error(str(error))
-        raise Exit(FAILED) from None
+        raise Exit(EXIT_FAILURE) from None
     except KeyboardInterrupt:
         # Click would say that the command was aborted, and exit with 1.
-        raise Exit(INTERRUPTED) from None
+        raise Exit(EXIT_INTERRUPTED) from None
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -109,7 +109,7 @@ def health(server: "Server", service: str, *, timeout: float, as_json: bool) -> 
     else:
         terminal.show(status)
     if status != "SERVING":
-        raise Exit(FAILED)
+        raise Exit(EXIT_FAILURE)
 
 
 def stats(server: "Server", *, timeout: float, as_json: bool) -> None:
@@ -206,12 +206,12 @@ def _advice(error: FlywheelError, server: "Server") -> str:
         return f"{server.name} has not answered. It may be loading its model, or something on the way drops what is sent."
     if not isinstance(error, UnavailableError) or not error.request_id:
         return ""
-    if error.reason == "ENGINE_UNAVAILABLE" or UNHEALTHY in error.message:
+    if error.reason == "ENGINE_UNAVAILABLE" or NOT_SERVING_MESSAGE in error.message:
         return f"{server.name} answers, but its engine is starting, stopping or out of reach."
     if error.reason or error.code is not grpc.StatusCode.UNAVAILABLE:
         return ""
     if server.modal_app is None:
-        hints = (HINTS[words] for words in HINTS if words in error.message and error.message.startswith(NO_CONNECTION))
+        hints = (HINTS[words] for words in HINTS if words in error.message and error.message.startswith(UNREACHABLE_MESSAGES))
         return " ".join([*hints, f"Is flywheel-server running at {server.address}?"])
     environment = f" --environment {server.modal_environment}" if server.modal_environment else ""
     return f"To see what is live: flywheel endpoints --app {server.modal_app}{environment}"
@@ -239,13 +239,13 @@ def _stdin() -> bytes:
     return read
 
 
-def _print_samples(watched: Watch, client: Client, fields: dict[str, Any]) -> None:
+def _print_samples(watched: ResultWrapper, client: Client, fields: dict[str, Any]) -> None:
     with client.generate(**fields) as samples:
         for sample in watched(samples):
             terminal.show_json(asdict(sample))
 
 
-def _print_text(watched: Watch, client: Client, fields: dict[str, Any]) -> None:
+def _print_text(watched: ResultWrapper, client: Client, fields: dict[str, Any]) -> None:
     writer = terminal.SampleWriter(terminal.Output(sys.stdout), fields["num_samples"] or 1)
     begun = time.monotonic()
     with client.generate_deltas(**fields) as deltas:

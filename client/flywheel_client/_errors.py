@@ -153,7 +153,7 @@ class InternalError(FlywheelError):
     """
 
 
-_CLASSES: Final[dict[grpc.StatusCode, type[FlywheelError]]] = {
+_ERROR_CLASSES: Final[dict[grpc.StatusCode, type[FlywheelError]]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidArgumentError,
     grpc.StatusCode.UNAUTHENTICATED: UnauthenticatedError,
     grpc.StatusCode.FAILED_PRECONDITION: FailedPreconditionError,
@@ -164,7 +164,7 @@ _CLASSES: Final[dict[grpc.StatusCode, type[FlywheelError]]] = {
     grpc.StatusCode.INTERNAL: InternalError,
 }
 
-_KINDS: Final = (
+_DETAIL_TYPES: Final = (
     error_details_pb2.ErrorInfo,
     error_details_pb2.RetryInfo,
     error_details_pb2.BadRequest,
@@ -183,7 +183,7 @@ def error_from_status(
     if code is grpc.StatusCode.DEADLINE_EXCEEDED and not details:
         # The timer of this side was first, and what grpc says then is about streams rather than about the call.
         message = "The deadline passed before the call finished."
-    kind = _CLASSES.get(code, FlywheelError)
+    kind = _ERROR_CLASSES.get(code, FlywheelError)
     if broke_off(code, message) and not any(map(_is_a_reason, details)):
         kind = UnavailableError
         message = f"The connection to the server broke, or something on the way ended the call: {message or 'no reason given'}"
@@ -276,7 +276,7 @@ def _details(trailing_metadata: Iterable[tuple[str, str | bytes]]) -> Iterable[M
             except DecodeError:
                 return
     for packed in status.details:
-        for kind in _KINDS:
+        for kind in _DETAIL_TYPES:
             if packed.Is(kind.DESCRIPTOR):
                 try:
                     yield kind.FromString(packed.value)

@@ -45,13 +45,13 @@ class AsyncFailoverChannel(AsyncRetryingChannel):
         return self._pool.channels()
 
     def pick_now(self, call: AsyncCall) -> Member[grpc.aio.Channel] | None:
-        """Returns the endpoint to try next, which counts as in use until `ended`; None where that takes a while."""
+        """Returns the endpoint to try next, which counts as in use until `release`; None where that takes a while."""
         self.raise_if_closed(call)
         now = time.monotonic()
         return self._pick(call, now) if self._pool.is_usable(now) else None
 
     async def pick(self, call: AsyncCall) -> Member[grpc.aio.Channel]:
-        """Returns the endpoint to try next, which counts as in use until `ended`.
+        """Returns the endpoint to try next, which counts as in use until `release`.
 
         Raises what the call ends with where there is none: the error of its last try, or one of the directory.
         """
@@ -62,7 +62,7 @@ class AsyncFailoverChannel(AsyncRetryingChannel):
             if reading is not None or self._pool.is_usable(now):
                 if member := self._pick(call, now):
                     return member
-                wait = self._pool.wait(call.tries, now)
+                wait = self._pool.seconds_to_wait(call.tries, now)
                 if wait is not None:
                     await self._wait(call, wait)
                     continue
@@ -77,7 +77,7 @@ class AsyncFailoverChannel(AsyncRetryingChannel):
 
     def _pick(self, call: AsyncCall, now: float) -> Member[grpc.aio.Channel] | None:
         member = self._pool.pick(call.tries, now)
-        if member is not None and self._pool.is_old(now):
+        if member is not None and self._pool.needs_refresh(now):
             self._read()
         return member
 
@@ -97,17 +97,17 @@ class AsyncFailoverChannel(AsyncRetryingChannel):
         self._changed.set()
         self._changed = asyncio.Event()
 
-    def is_to_blame(
+    def record_failure(
         self, member: Member[grpc.aio.Channel], call: AsyncCall, error: grpc.aio.AioRpcError | FlywheelError
     ) -> bool:
         """Notes that a try of a call failed there, and returns whether another endpoint may do better at once."""
-        to_blame = self._pool.failed(call.tries, member, error, time.monotonic())
+        to_blame = self._pool.record_failure(call.tries, member, error, time.monotonic())
         self._probe()
         return to_blame
 
-    def ended(self, member: Member[grpc.aio.Channel]) -> None:
+    def release(self, member: Member[grpc.aio.Channel]) -> None:
         """Notes that a try is over."""
-        channel = self._pool.ended(member)
+        channel = self._pool.release(member)
         self._close_soon([] if channel is None else [channel])
 
     def _close_soon(self, channels: Iterable[grpc.aio.Channel]) -> None:
@@ -119,14 +119,14 @@ class AsyncFailoverChannel(AsyncRetryingChannel):
     def _probe(self) -> None:
         """Probes the endpoints that are to be, as many as may be at the same time."""
         if not self._closed.done():
-            for member in self._pool.to_probe():
+            for member in self._pool.begin_probes():
                 task = asyncio.get_running_loop().create_task(self._probe_one(member))
                 self._probes.add(task)
                 task.add_done_callback(self._probes.discard)
 
     async def _probe_one(self, member: Member[grpc.aio.Channel]) -> None:
         no_answer, refuses = await probe(member.channel)
-        self._close_soon(self._pool.probed(member, no_answer, time.monotonic(), refuses=refuses))
+        self._close_soon(self._pool.record_probe(member, no_answer, time.monotonic(), refuses=refuses))
         self._notify()
         self._probe()
 
@@ -143,10 +143,10 @@ class AsyncFailoverChannel(AsyncRetryingChannel):
 
     async def _update(self) -> None:
         try:
-            await asyncio.sleep(self._pool.begin_reading(time.monotonic()))
+            await asyncio.sleep(self._pool.begin_read(time.monotonic()))
             addresses = await self._directory.read()
         except Exception:
-            self._pool.keep(time.monotonic())
+            self._pool.record_unreadable(time.monotonic())
             raise
         if self._closed.done():
             return

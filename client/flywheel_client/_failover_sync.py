@@ -22,8 +22,8 @@ from flywheel_client._calls_sync import Call, RetryingChannel
 from flywheel_client._errors import FlywheelError, deadline_exceeded
 from flywheel_client._health import (
     HEALTH_CHECK,
+    PROBE_TIMED_OUT,
     PROBE_TIMEOUT,
-    SILENCE,
     health_request,
     health_response,
     is_not_serving,
@@ -32,7 +32,7 @@ from flywheel_client._health import (
 from flywheel_client._pool import Directory, Member, Pool
 from flywheel_client._retry import Retry
 
-CLOSING: Final = 0.05
+CLOSE_POLL_SECONDS: Final = 0.05
 """Seconds after which a reading of the directory ends at the latest once the client is closed."""
 
 
@@ -59,7 +59,7 @@ class FailoverChannel(RetryingChannel):
         return self._pool.channels()
 
     def pick(self, call: Call) -> Member[grpc.Channel]:
-        """Returns the endpoint to try next, which counts as in use until `ended`.
+        """Returns the endpoint to try next, which counts as in use until `release`.
 
         Raises what the call ends with where there is none: the error of its last try, or one of the directory.
         """
@@ -71,10 +71,10 @@ class FailoverChannel(RetryingChannel):
                 if reading is not None or self._pool.is_usable(now):
                     member = self._pool.pick(call.tries, now)
                     if member is not None:
-                        if self._pool.is_old(now):
+                        if self._pool.needs_refresh(now):
                             self._read()
                         return member
-                    wait = self._pool.wait(call.tries, now)
+                    wait = self._pool.seconds_to_wait(call.tries, now)
                     if wait is not None:
                         self._wait(call, wait)
                         continue
@@ -95,17 +95,17 @@ class FailoverChannel(RetryingChannel):
         self._changed.wait(min(seconds, threading.TIMEOUT_MAX, inf if remaining is None else remaining))
         self.raise_if_cancelled(call)
 
-    def is_to_blame(self, member: Member[grpc.Channel], call: Call, error: grpc.RpcError | FlywheelError) -> bool:
+    def record_failure(self, member: Member[grpc.Channel], call: Call, error: grpc.RpcError | FlywheelError) -> bool:
         """Notes that a try of a call failed there, and returns whether another endpoint may do better at once."""
         with self._changed:
-            to_blame = self._pool.failed(call.tries, member, error, time.monotonic())
+            to_blame = self._pool.record_failure(call.tries, member, error, time.monotonic())
         self._probe()
         return to_blame
 
-    def ended(self, member: Member[grpc.Channel]) -> None:
+    def release(self, member: Member[grpc.Channel]) -> None:
         """Notes that a try is over."""
         with self._changed:
-            channel = self._pool.ended(member)
+            channel = self._pool.release(member)
         if channel is not None:
             self._close_soon([channel])
 
@@ -117,7 +117,7 @@ class FailoverChannel(RetryingChannel):
     def _probe(self) -> None:
         """Probes the endpoints that are to be, as many as may be at the same time."""
         with self._changed:
-            members = [] if self._closed else self._pool.to_probe()
+            members = [] if self._closed else self._pool.begin_probes()
         for member in members:
             check = member.channel.unary_unary(HEALTH_CHECK, health_request, health_response)
             with suppress(ValueError):  # the channel has been closed meanwhile
@@ -131,10 +131,10 @@ class FailoverChannel(RetryingChannel):
     def _probed(self, member: Member[grpc.Channel], timer: threading.Timer, probe: Any) -> None:  # noqa: ANN401 - grpc has no public type for it
         timer.cancel()
         code = probe.code()
-        reason = SILENCE if probe.cancelled() else no_answer(code, probe.details())
+        reason = PROBE_TIMED_OUT if probe.cancelled() else no_answer(code, probe.details())
         refuses = code is grpc.StatusCode.OK and is_not_serving(probe.result())
         with self._changed:
-            unneeded = self._pool.probed(member, reason, time.monotonic(), refuses=refuses)
+            unneeded = self._pool.record_probe(member, reason, time.monotonic(), refuses=refuses)
             self._changed.notify_all()
         self._close_soon(unneeded)
         self._probe()
@@ -151,14 +151,14 @@ class FailoverChannel(RetryingChannel):
     async def _read_unless_closed(self) -> Collection[str]:
         reading = asyncio.ensure_future(self._read_in_turn())
         while not reading.done():
-            await asyncio.wait({reading}, timeout=CLOSING)
+            await asyncio.wait({reading}, timeout=CLOSE_POLL_SECONDS)
             if self._closed:
                 reading.cancel()
         return reading.result()
 
     async def _read_in_turn(self) -> Collection[str]:
         with self._changed:
-            delay = self._pool.begin_reading(time.monotonic())
+            delay = self._pool.begin_read(time.monotonic())
         await asyncio.sleep(delay)
         return await self._directory.read()
 
@@ -173,7 +173,7 @@ class FailoverChannel(RetryingChannel):
             reading.error = error
         with self._changed:
             if reading.error is not None:
-                self._pool.keep(time.monotonic())
+                self._pool.record_unreadable(time.monotonic())
             reading.finished = True
             self._reading = None
             self._changed.notify_all()

@@ -50,9 +50,9 @@ _NO_ANSWER: Final = frozenset(
 """How the check ends on an endpoint that is not there or is just stopping. The last two are the words of something on the way,
 such as a relay that has lost its server. With any other status, the endpoint has answered."""
 
-SILENCE: Final = f"silent for {PROBE_TIMEOUT:g} s"
+PROBE_TIMED_OUT: Final = f"silent for {PROBE_TIMEOUT:g} s"
 
-LATE: Final = 0.1
+LATE_ANSWER_SECONDS: Final = 0.1
 """Seconds in which an event loop that has stood still learns of an answer that arrived meanwhile."""
 
 MAX_PROBES: Final = 64
@@ -73,10 +73,10 @@ async def probe(channel: grpc.aio.Channel) -> tuple[str | None, bool]:
     asking = asyncio.create_task(ask())
     try:
         # Not a deadline of grpc, which counts from the time of day, and that may be wrong or change.
-        for seconds in (PROBE_TIMEOUT, LATE):
+        for seconds in (PROBE_TIMEOUT, LATE_ANSWER_SECONDS):
             if not asking.done():
                 await asyncio.wait({asking}, timeout=seconds)
-        return asking.result() if asking.done() else (SILENCE, False)
+        return asking.result() if asking.done() else (PROBE_TIMED_OUT, False)
     finally:
         asking.cancel()
 

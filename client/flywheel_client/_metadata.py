@@ -12,11 +12,11 @@ Metadata = tuple[tuple[str, str | bytes], ...]
 # The format is that of https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md
 _KEY: Final = re.compile(r"[0-9a-z_.-]+", re.ASCII)
 _TEXT: Final = re.compile(r"[ -~]*", re.ASCII)
-_RESERVED: Final = "grpc-"
-_BINARY: Final = "-bin"
-_PAIR: Final = 2
+_RESERVED_PREFIX: Final = "grpc-"
+_BINARY_SUFFIX: Final = "-bin"
+_PAIR_LENGTH: Final = 2
 # Headers that gRPC sends itself, or that RFC 9113, section 8.2.2, forbids: servers and proxies end a call that has one.
-_TRANSPORT: Final = frozenset(
+_TRANSPORT_HEADERS: Final = frozenset(
     {
         "connection",
         "content-length",
@@ -39,23 +39,23 @@ def checked_metadata(metadata: Iterable[Sequence[str | bytes]]) -> Metadata:
 
 
 def _checked(entry: Sequence[str | bytes]) -> tuple[str, str | bytes]:
-    if isinstance(entry, str | bytes) or not isinstance(entry, Sequence) or len(entry) != _PAIR:
+    if isinstance(entry, str | bytes) or not isinstance(entry, Sequence) or len(entry) != _PAIR_LENGTH:
         raise TypeError("metadata must be pairs of key and value")
     key, value = entry
     if not isinstance(key, str):
         raise TypeError(f"metadata key {key!r} must be a str")
     if not _KEY.fullmatch(key):
         raise ValueError(f"metadata key {key!r} must be one or more lowercase letters, digits, and characters of _.-")
-    if key.startswith(_RESERVED) or key in _TRANSPORT:
+    if key.startswith(_RESERVED_PREFIX) or key in _TRANSPORT_HEADERS:
         raise ValueError(f"metadata key {key!r} is reserved for gRPC and HTTP/2 themselves")
-    if key.endswith(_BINARY):
+    if key.endswith(_BINARY_SUFFIX):
         if not isinstance(value, bytes):
-            raise TypeError(f"metadata {key!r} must have a value of bytes, because its key ends with {_BINARY}")
+            raise TypeError(f"metadata {key!r} must have a value of bytes, because its key ends with {_BINARY_SUFFIX}")
     elif not isinstance(value, str):
-        raise TypeError(f"metadata {key!r} must have a str for a value; for bytes the key must end with {_BINARY}")
+        raise TypeError(f"metadata {key!r} must have a str for a value; for bytes the key must end with {_BINARY_SUFFIX}")
     elif not _TEXT.fullmatch(value) or value != value.strip(" "):
         # Without the value itself, which may be a secret: messages end up in logs.
         raise ValueError(
-            f"metadata {key!r} must have a value of printable ASCII without spaces around it, or a key with {_BINARY}"
+            f"metadata {key!r} must have a value of printable ASCII without spaces around it, or a key with {_BINARY_SUFFIX}"
         )
     return key, value

@@ -9,24 +9,24 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from urllib.parse import urlsplit
 
 import grpc
-from flywheel_proto._extras import missing
+from flywheel_proto._extras import install_hint
 
 from flywheel_client._calls_async import retrieve
 from flywheel_client._errors import FailedPreconditionError, FlywheelError, UnauthenticatedError, UnavailableError
-from flywheel_client._records import APP, MAX_RECORDS, Endpoint, Memory, Reading, dict_name, is_address
+from flywheel_client._records import DEFAULT_APP, MAX_RECORDS, Endpoint, Reading, RecordTracker, dict_name, is_address
 
 if TYPE_CHECKING:
     import modal
 
 T = TypeVar("T")
 
-SERVER: Final = "GatewayServer"
+SERVER_CLASS: Final = "GatewayServer"
 
-TIMEOUT: Final = 8.0
+MODAL_TIMEOUT: Final = 8.0
 """Seconds that Modal may take to answer."""
 
 
-async def published_endpoints(app: str = APP, environment: str | None = None) -> list[Endpoint]:
+async def published_endpoints(app: str = DEFAULT_APP, environment: str | None = None) -> list[Endpoint]:
     """Returns the endpoints that an app on Modal has published; none is an empty list.
 
     One may belong to a container that was killed, until a gateway of the app has noticed that its record no longer changes,
@@ -57,7 +57,7 @@ def no_endpoint(app: str, environment: str | None) -> UnavailableError:
 
 def require_modal() -> None:
     """Raises `ModuleNotFoundError` if the package modal is not installed, without importing it."""
-    if advice := missing("modal"):
+    if advice := install_hint("modal"):
         raise ModuleNotFoundError(advice, name="modal")
 
 
@@ -68,11 +68,11 @@ class ModalDirectory:
     changed for 90 s, while others have, is left out. Takes and raises what `published_endpoints` does.
     """
 
-    def __init__(self, app: str = APP, environment: str | None = None) -> None:
+    def __init__(self, app: str = DEFAULT_APP, environment: str | None = None) -> None:
         require_modal()
         self._app = app
         self._environment = environment
-        self._memory = Memory()
+        self._tracker = RecordTracker()
         self._server: str | None = None
 
     async def read(self) -> list[str]:
@@ -86,11 +86,11 @@ class ModalDirectory:
         reading, server = await asyncio.gather(self._ask(self._records), self._ask(self._url))
         now = time.monotonic()
         if not isinstance(reading, FlywheelError):
-            self._memory.note(reading, self._app, now)
+            self._tracker.update(reading, self._app, now)
         if not isinstance(server, FlywheelError):
             self._server = server
         servers = [] if self._server is None else [Endpoint(self._server, "server", None, None, None)]
-        found = servers + self._memory.endpoints(now)
+        found = servers + self._tracker.endpoints(now)
         for failure in (reading, server):
             if isinstance(failure, FlywheelError) and not found:
                 raise failure
@@ -103,7 +103,7 @@ class ModalDirectory:
     async def _ask(self, read: Callable[[], Coroutine[Any, Any, T]]) -> T | FlywheelError:
         try:
             with _modal_errors(self._app):
-                async with asyncio.timeout(TIMEOUT):
+                async with asyncio.timeout(MODAL_TIMEOUT):
                     return await _modal_result(read())
         except FlywheelError as error:
             return error
@@ -124,7 +124,7 @@ class ModalDirectory:
         import modal
 
         try:
-            url = await modal.Server.from_name(self._app, SERVER, environment_name=self._environment).get_url.aio()
+            url = await modal.Server.from_name(self._app, SERVER_CLASS, environment_name=self._environment).get_url.aio()
         except modal.exception.NotFoundError:
             return None
         try:
@@ -199,6 +199,6 @@ def _modal_errors(app: str) -> Iterator[None]:
     except (modal.exception.PermissionDeniedError, modal.exception.InvalidError, modal.exception.VersionError) as error:
         raise FailedPreconditionError(grpc.StatusCode.FAILED_PRECONDITION, f"{asked}: {error}") from error
     except TimeoutError as error:
-        raise UnavailableError(grpc.StatusCode.UNAVAILABLE, f"{asked}: it did not answer within {TIMEOUT:g} s") from error
+        raise UnavailableError(grpc.StatusCode.UNAVAILABLE, f"{asked}: it did not answer within {MODAL_TIMEOUT:g} s") from error
     except (modal.exception.Error, StreamTerminatedError, OSError) as error:
         raise UnavailableError(grpc.StatusCode.UNAVAILABLE, f"{asked}: {error}") from error

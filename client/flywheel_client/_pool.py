@@ -22,25 +22,25 @@ from flywheel_client._retry import Tries
 
 ChannelT = TypeVar("ChannelT")
 
-FRESH: Final = 10.0
+REFRESH_AFTER_SECONDS: Final = 10.0
 """Seconds for which a reading of the directory holds. An older one still serves while it is renewed."""
 
-LEAST_INTERVAL: Final = 1.0
+MIN_READ_INTERVAL_SECONDS: Final = 1.0
 """Seconds from the beginning of a reading to that of the next, also while calls fail, of which each wants a new one."""
 
-USABLE: Final = 60.0
+MAX_AGE_SECONDS: Final = 60.0
 """Seconds after which a call waits for the renewal: a client that was idle for long should not try what is long gone."""
 
-REST: Final = 5.0
+FAILURE_COOLDOWN_SECONDS: Final = 5.0
 """Seconds for which an endpoint that has failed is the last choice."""
 
-SPREAD_DELAY: Final = 0.3
+WARMUP_SECONDS: Final = 0.3
 """Seconds for which calls wait for further endpoints after the first has answered, so that not all of them go to that one."""
 
-NO_SPREAD: Final = 3.0
+MIN_SECONDS_FOR_WARMUP: Final = 3.0
 """Calls whose deadline is nearer than so many seconds do not wait for further endpoints."""
 
-GONE: Final = (UnavailableError, CallCancelledError)
+ENDPOINT_GONE_ERRORS: Final = (UnavailableError, CallCancelledError)
 """How calls end on an endpoint that stops; with the latter, those that arrive at the last moment, before any code sees them."""
 
 
@@ -67,7 +67,7 @@ class Member(Generic[ChannelT]):
     probing: bool = False
     calls: int = 0
     last_pick: int = 0
-    failed: float = -inf
+    failed_at: float = -inf
 
 
 class Pool(Generic[ChannelT]):
@@ -85,25 +85,25 @@ class Pool(Generic[ChannelT]):
         self._open_channel = open_channel
         self._members: dict[str, Member[ChannelT]] = {}
         self._dropped: set[Member[ChannelT]] = set()
-        self._read = -inf
-        self._reading_begun = -inf
-        self._spread_until = -inf
+        self._read_at = -inf
+        self._read_began_at = -inf
+        self._warmup_ends = -inf
         self._picks = 0
         self.refusal: FlywheelError | None = None
         """Why the last endpoint that did not answer was dropped, since the last reading."""
 
-    def is_old(self, now: float) -> bool:
+    def needs_refresh(self, now: float) -> bool:
         """Whether it is time to read the directory again."""
-        return now - self._read >= FRESH
+        return now - self._read_at >= REFRESH_AFTER_SECONDS
 
     def is_usable(self, now: float) -> bool:
         """Whether a call need not wait for a new reading."""
-        return now - self._read <= USABLE
+        return now - self._read_at <= MAX_AGE_SECONDS
 
-    def begin_reading(self, now: float) -> float:
+    def begin_read(self, now: float) -> float:
         """Returns the seconds after which a new reading may ask the directory."""
-        begun = max(now, self._reading_begun + LEAST_INTERVAL)
-        self._reading_begun = begun
+        begun = max(now, self._read_began_at + MIN_READ_INTERVAL_SECONDS)
+        self._read_began_at = begun
         return begun - now
 
     def pick(self, tries: Tries, now: float) -> Member[ChannelT] | None:
@@ -111,23 +111,26 @@ class Pool(Generic[ChannelT]):
         untried = self._untried(tries)
         # If only one is left, the call finds out by itself whether that one answers.
         able = untried if len(untried) == 1 else [member for member in untried if member.answers]
-        spreads = now < self._spread_until and tries.deadline - now > NO_SPREAD
-        if not able or (len(able) < len(untried) and spreads):
+        warms_up = now < self._warmup_ends and tries.deadline - now > MIN_SECONDS_FOR_WARMUP
+        if not able or (len(able) < len(untried) and warms_up):
             return None
-        member = min(able, key=lambda each: (now - each.failed < REST, not each.listed, each.calls, each.last_pick))
+        member = min(
+            able,
+            key=lambda each: (now - each.failed_at < FAILURE_COOLDOWN_SECONDS, not each.listed, each.calls, each.last_pick),
+        )
         self._picks += 1
         member.last_pick = self._picks
         member.calls += 1
         return member
 
-    def wait(self, tries: Tries, now: float) -> float | None:
+    def seconds_to_wait(self, tries: Tries, now: float) -> float | None:
         """Returns the seconds after which to pick again, if no probe ends before; None if there is nothing to wait for."""
         untried = self._untried(tries)
         if not untried:
             return None
-        return self._spread_until - now if any(member.answers for member in untried) else inf
+        return self._warmup_ends - now if any(member.answers for member in untried) else inf
 
-    def failed(
+    def record_failure(
         self,
         tries: Tries,
         member: Member[ChannelT],
@@ -138,16 +141,16 @@ class Pool(Generic[ChannelT]):
         if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and not any(error.trailing_metadata() or ()):
             # A word of the server would be there. It may be silent, so it has to answer a probe before it gets more calls.
             member.answers = False
-        if not isinstance(error_from_call(error, ""), GONE):
+        if not isinstance(error_from_call(error, ""), ENDPOINT_GONE_ERRORS):
             return False
         member.answers = False
-        member.failed = now
-        self._read = min(self._read, now - FRESH)
+        member.failed_at = now
+        self._read_at = min(self._read_at, now - REFRESH_AFTER_SECONDS)
         tries.error = error
         tries.failed.add(member.address)
         return True
 
-    def ended(self, member: Member[ChannelT]) -> ChannelT | None:
+    def release(self, member: Member[ChannelT]) -> ChannelT | None:
         """Notes that a call ended, and returns the channel if that was the last call of an endpoint that was dropped."""
         member.calls -= 1
         if member.calls or member not in self._dropped:
@@ -160,7 +163,7 @@ class Pool(Generic[ChannelT]):
         if not self.is_usable(now):
             for member in self._members.values():
                 member.answers = False
-        self._read = now
+        self._read_at = now
         self.refusal = None
         listed = dict.fromkeys(addresses)
         for member in self._members.values():
@@ -170,12 +173,12 @@ class Pool(Generic[ChannelT]):
                 self._members[address] = Member(address, self._open_channel(address))
         return self._drop_unlisted()
 
-    def keep(self, now: float) -> None:
+    def record_unreadable(self, now: float) -> None:
         """Notes that the directory could not be read: what it listed before, if anything, has to serve for longer."""
         if self._members:
-            self._read = now
+            self._read_at = now
 
-    def to_probe(self) -> list[Member[ChannelT]]:
+    def begin_probes(self) -> list[Member[ChannelT]]:
         """Returns the endpoints to probe now, each of which must be followed by `probed`."""
         free = MAX_PROBES - sum(member.probing for member in self._members.values())
         chosen = [member for member in self._members.values() if not member.answers and not member.probing][: max(free, 0)]
@@ -183,7 +186,7 @@ class Pool(Generic[ChannelT]):
             member.probing = True
         return chosen
 
-    def probed(
+    def record_probe(
         self,
         member: Member[ChannelT],
         no_answer: str | None,
@@ -206,10 +209,10 @@ class Pool(Generic[ChannelT]):
             self.refusal = no_connection(member.address, no_answer)
             return self._drop([member])
         if not any(other.answers for other in self._members.values()):
-            self._spread_until = now + SPREAD_DELAY
+            self._warmup_ends = now + WARMUP_SECONDS
         member.answers = True
         if refuses:
-            member.failed = now
+            member.failed_at = now
         return self._drop_unlisted()
 
     def channels(self) -> list[ChannelT]:

@@ -13,18 +13,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeGuard
 
-APP: Final = "flywheel-grpc"
+DEFAULT_APP: Final = "flywheel-grpc"
 """The name of the app, unless its deployment chooses another one."""
 
-STALE_AFTER: Final = 90.0
+STALE_AFTER_SECONDS: Final = 90.0
 """Seconds without a change, by the clock of whoever reads, after which a record is stale."""
 
 MAX_RECORDS: Final = 1000
 """Records of one Dict that are looked at."""
 
-_MAX_NAME: Final = 256
+_MAX_NAME_LENGTH: Final = 256
 _MAX_PORT: Final = 65535
-_LAST_TIME: Final = 1e11
+_MAX_TIME_SECONDS: Final = 1e11
 """Seconds since the epoch: beyond the year 5000, and within what can be computed with."""
 
 # A name or an IP address and a port: none of the other targets that grpc understands, such as unix:/path.
@@ -61,7 +61,7 @@ def dict_name(app: str) -> str:
 
 def record_from(container: object, value: object, app: str) -> Record | None:
     """Returns the record in an item of the Dict; None for the record of another app, and for what is no record at all."""
-    if not isinstance(container, str) or len(container) > _MAX_NAME or type(value) is not dict:
+    if not isinstance(container, str) or len(container) > _MAX_NAME_LENGTH or type(value) is not dict:
         return None
     match value:
         case {"app": str(named), "address": str(address), "started": started, "refreshed": refreshed} if (
@@ -75,12 +75,12 @@ def record_from(container: object, value: object, app: str) -> Record | None:
 
 def is_address(address: str) -> bool:
     """Returns whether this is a host and a port."""
-    found = _ADDRESS.fullmatch(address) if len(address) <= _MAX_NAME else None
+    found = _ADDRESS.fullmatch(address) if len(address) <= _MAX_NAME_LENGTH else None
     return found is not None and 0 < int(found[1]) <= _MAX_PORT
 
 
 def _is_time(value: Any) -> TypeGuard[float]:  # noqa: ANN401 - anything can be stored
-    return type(value) in {int, float} and 0 <= value <= _LAST_TIME
+    return type(value) in {int, float} and 0 <= value <= _MAX_TIME_SECONDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ class Reading:
     complete: bool = True
 
 
-class Memory:
+class RecordTracker:
     """What a reader remembers from one reading to the next: the records, and since when each has not changed.
 
     Nothing here looks at a clock: `now` is the caller's, in seconds of `time.monotonic()`.
@@ -100,7 +100,7 @@ class Memory:
     def __init__(self) -> None:
         self._seen: dict[str, tuple[Record, float]] = {}
 
-    def note(self, reading: Reading, app: str, now: float) -> None:
+    def update(self, reading: Reading, app: str, now: float) -> None:
         """Takes a reading of the Dict. An item that cannot be understood stands for the last one that could."""
         seen = {} if reading.complete else self._seen.copy()
         for container, value in reading.items:
@@ -120,7 +120,7 @@ class Memory:
 
         Stale ones are left out, unless all are: then it may be Modal that cannot be reached by them.
         """
-        fresh = [record for record, since in self._seen.values() if now - since <= STALE_AFTER]
+        fresh = [record for record, since in self._seen.values() if now - since <= STALE_AFTER_SECONDS]
         chosen = fresh or [record for record, _ in self._seen.values()]
         chosen.sort(key=lambda record: record.progress, reverse=True)
         unique: dict[str, Endpoint] = {}

@@ -17,7 +17,7 @@ from flywheel_client._timeouts import seconds_of
 BACKOFF_JITTER: Final = 0.2
 """By how much of itself a backoff is shorter or longer, so that clients that failed together do not return together."""
 
-NEVER_SENT: Final = ("failed to connect to all addresses", "DNS resolution failed", "errors resolving")
+NO_CONNECTION_MESSAGES: Final = ("failed to connect to all addresses", "DNS resolution failed", "errors resolving")
 """How the message of grpc begins if it could not connect to an address."""
 
 
@@ -152,7 +152,7 @@ def was_sent(error: FlywheelError) -> bool:
     Only its words tell that grpc had no connection to send the call on. Other words, also those of later versions, count as
     sent, which errs on the side of fewer tries.
     """
-    return not error.message.startswith(NEVER_SENT)
+    return not error.message.startswith(NO_CONNECTION_MESSAGES)
 
 
 def is_retryable(error: FlywheelError) -> bool:

@@ -9,7 +9,9 @@ import re
 from typing import Final
 from urllib.parse import unquote
 
-EXAMPLES: Final = "HOST:PORT, such as localhost:50051, or another target of gRPC, such as dns:///NAME:PORT or unix:/PATH"
+ACCEPTED_TARGETS: Final = (
+    "HOST:PORT, such as localhost:50051, or another target of gRPC, such as dns:///NAME:PORT or unix:/PATH"
+)
 MAX_PORT: Final = 65535
 
 PROXY_OPTIONS: Final = frozenset({"grpc.enable_http_proxy", "grpc.http_proxy"})
@@ -29,9 +31,9 @@ def checked_target(address: object) -> str:
         ValueError: It is neither `HOST:PORT` nor another target of gRPC.
     """
     if not isinstance(address, str):
-        raise TypeError(f"the address must be {EXAMPLES}, not {address!r}")
+        raise TypeError(f"the address must be {ACCEPTED_TARGETS}, not {address!r}")
     if problem := _problem(address):
-        raise ValueError(f"the address must be {EXAMPLES}, not {address!r}: {problem}")
+        raise ValueError(f"the address must be {ACCEPTED_TARGETS}, not {address!r}: {problem}")
     return address
 
 

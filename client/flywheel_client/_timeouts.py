@@ -3,13 +3,13 @@
 from math import inf, nan
 from typing import Final, SupportsFloat, SupportsIndex
 
-MAX_DEADLINE: Final = 27_000 * 3600.0
+MAX_DEADLINE_SECONDS: Final = 27_000 * 3600.0
 """Seconds of the longest deadline that gRPC sends: 27,000 hours, about three years. It cuts longer ones down to that, and one
 beyond the year 2262, where 64 bits of nanoseconds end, has passed at once (grpcio 1.73 to 1.85)."""
 
 
 def checked_timeout(timeout: object) -> float | None:
-    """Returns the timeout of a call in seconds; None, which is no deadline, for None and for more than `MAX_DEADLINE`.
+    """Returns the timeout of a call in seconds; None, which is no deadline, for None and for more than `MAX_DEADLINE_SECONDS`.
 
     Raises:
         TypeError: It is no number.
@@ -20,7 +20,7 @@ def checked_timeout(timeout: object) -> float | None:
     seconds = seconds_of("timeout", timeout)
     if not seconds >= 0:
         raise ValueError(f"timeout must be 0 seconds or more, not {timeout!r}")
-    return seconds if seconds <= MAX_DEADLINE else None
+    return seconds if seconds <= MAX_DEADLINE_SECONDS else None
 
 
 def seconds_of(name: str, value: object) -> float:

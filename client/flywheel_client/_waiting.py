@@ -15,14 +15,14 @@ from flywheel_client._errors import DeadlineExceededError, FlywheelError, Unavai
 
 ResultT = TypeVar("ResultT")
 
-NOT_READY: Final = "answers, but its engine is not ready"
-SILENT: Final = "has not answered yet: it may be loading its model"
-OUT_OF_REACH: Final = "cannot be reached yet"
+ENGINE_NOT_READY: Final = "answers, but its engine is not ready"
+NO_ANSWER: Final = "has not answered yet: it may be loading its model"
+UNREACHABLE: Final = "cannot be reached yet"
 
 POLL_INTERVAL: Final = 0.5
 """Seconds between two health checks of a server whose engine is not ready."""
 
-SILENCE: Final = 3.0
+SILENCE_TIMEOUT: Final = 3.0
 """Seconds without a result after which the server is asked for its health, and that it may take to answer."""
 
 
@@ -76,10 +76,10 @@ class ReadyServer:
                     raise
             else:
                 return
-            self._note(NOT_READY)
-            while self._state() == NOT_READY:
+            self._note(ENGINE_NOT_READY)
+            while self._state() == ENGINE_NOT_READY:
                 if time.monotonic() + POLL_INTERVAL >= self._deadline:
-                    message = f"The deadline passed. {self._name} {NOT_READY}."
+                    message = f"The deadline passed. {self._name} {ENGINE_NOT_READY}."
                     raise DeadlineExceededError(grpc.StatusCode.DEADLINE_EXCEEDED, message)
                 time.sleep(POLL_INTERVAL)
 
@@ -93,7 +93,7 @@ class ReadyServer:
             if silent:
                 self._note(state)
 
-        timer = threading.Timer(SILENCE, look)
+        timer = threading.Timer(SILENCE_TIMEOUT, look)
         timer.daemon = True
         timer.start()
         try:
@@ -108,17 +108,17 @@ class ReadyServer:
     def _state(self) -> str:
         """Returns what keeps the generation waiting; empty if the server is ready, or there is nothing to wait for."""
         try:
-            status = self._observer.health(SERVICE_NAME, timeout=SILENCE, wait_for_ready=False)
+            status = self._observer.health(SERVICE_NAME, timeout=SILENCE_TIMEOUT, wait_for_ready=False)
         except DeadlineExceededError:
-            return SILENT
+            return NO_ANSWER
         except UnavailableError:
-            return OUT_OF_REACH if self._wait_for_ready else ""
+            return UNREACHABLE if self._wait_for_ready else ""
         except (FlywheelError, RuntimeError):
             return ""  # the server has no health, or the client has been closed
         if status != "NOT_SERVING":
             return ""
         self._was_not_ready = True
-        return NOT_READY
+        return ENGINE_NOT_READY
 
     def _note(self, state: str) -> None:
         if state and state not in self._noted:

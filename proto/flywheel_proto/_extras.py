@@ -8,7 +8,7 @@ from typing import Final
 
 DISTRIBUTION: Final = "flywheel-grpc"
 
-MODULES: Final = {
+MODULES_BY_EXTRA: Final = {
     "cli": ("click",),
     "server": ("cryptography", "grpc_health", "grpc_reflection", "pydantic", "pydantic_settings", "structlog", "uvloop"),
     "embedded": ("xllamacpp",),
@@ -28,15 +28,15 @@ def loading(program: str) -> Iterator[None]:
 
 def reason(error: Exception) -> str:
     """Returns why an import has failed: what is missing and how to install it, or else the error in its own words."""
-    if isinstance(error, ImportError) and (hint := missing((error.name or "").partition(".")[0])):
+    if isinstance(error, ImportError) and (hint := install_hint((error.name or "").partition(".")[0])):
         return hint
     kind = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
     return f"the installation is broken: {kind}{' '.join(str(error).split())}"
 
 
-def missing(module: str) -> str:
+def install_hint(module: str) -> str:
     """Returns how to install a module that an extra brings; empty if it is installed, or no extra brings it."""
-    for extra, modules in MODULES.items():
+    for extra, modules in MODULES_BY_EXTRA.items():
         # A package that is there may fail as well, for example if it has no such name in its version, or lacks a library.
         if module in modules and importlib.util.find_spec(module) is None:
             return f"{module} is not installed; install it with: pip install '{DISTRIBUTION}[{extra}]'"

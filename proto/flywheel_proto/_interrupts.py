@@ -3,14 +3,14 @@
 import os
 import signal
 
-INTERRUPTED = 130
+EXIT_INTERRUPTED = 130
 """The exit code of a program that SIGINT ended, as a shell shows it."""
 
 
 def exit_on_interrupt() -> None:
     """Lets an interrupt end the process at once, for the time in which nothing has to be tidied up."""
     if not _is_ignored():
-        signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
+        signal.signal(signal.SIGINT, lambda *_: os._exit(EXIT_INTERRUPTED))
 
 
 def raise_on_interrupt() -> None:

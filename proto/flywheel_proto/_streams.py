@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final, TextIO
 
-from flywheel_proto._interrupts import INTERRUPTED
+from flywheel_proto._interrupts import EXIT_INTERRUPTED
 from flywheel_proto._visible import visible
 
-FAILED: Final = 1
-BROKEN_PIPE: Final = 141
+EXIT_FAILURE: Final = 1
+EXIT_BROKEN_PIPE: Final = 141
 """The code of a program that SIGPIPE ended, as a shell shows it."""
 
 BOLD: Final = 1
@@ -31,7 +31,7 @@ class StreamError(Exception):
 
     def __init__(self, what: str, error: OSError) -> None:
         super().__init__(f"cannot {what}: {error.strerror}")
-        self.exit_code = BROKEN_PIPE if error.errno == errno.EPIPE else FAILED
+        self.exit_code = EXIT_BROKEN_PIPE if error.errno == errno.EPIPE else EXIT_FAILURE
 
 
 @contextmanager
@@ -57,11 +57,11 @@ def standard_streams(program: str) -> Iterator[None]:
             if output.failure:
                 raise output.failure
     except StreamError as error:
-        if error.exit_code != BROKEN_PIPE:
+        if error.exit_code != EXIT_BROKEN_PIPE:
             sys.stderr.write(f"{program}: {error}\n")
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
+        sys.exit(EXIT_INTERRUPTED)
 
 
 def write_styled(stream: TextIO, text: str, style: int) -> None:

@@ -286,7 +286,7 @@ class Caller:
 @pytest.fixture(autouse=True)
 def hurried_readings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets clients ask their directory more often than a real one would like."""
-    monkeypatch.setattr(_pool, "LEAST_INTERVAL", 0.05)
+    monkeypatch.setattr(_pool, "MIN_READ_INTERVAL_SECONDS", 0.05)
 
 
 @pytest.fixture(params=(Client, AsyncClient), ids=["threads", "asyncio"])

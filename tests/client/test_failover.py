@@ -335,8 +335,8 @@ async def test_dropping_a_stream_frees_its_endpoint(caller: Callable[..., Caller
 async def test_channels_of_endpoints_that_are_gone_are_closed(
     caller: Callable[..., Caller], fakes: list[FakeService], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_pool, "FRESH", 0.0)
-    monkeypatch.setattr(_pool, "LEAST_INTERVAL", 0.0)
+    monkeypatch.setattr(_pool, "REFRESH_AFTER_SECONDS", 0.0)
+    monkeypatch.setattr(_pool, "MIN_READ_INTERVAL_SECONDS", 0.0)
     fakes[0].hangs = True
     directory = directory_of(fakes)
     one = caller(directory)
@@ -380,8 +380,8 @@ async def test_an_old_reading_is_renewed_while_calls_go_on(
     await one.call()
     await one.call()
     assert directory.readings == 1
-    monkeypatch.setattr(_pool, "FRESH", 0.0)
-    monkeypatch.setattr(_pool, "LEAST_INTERVAL", 0.0)
+    monkeypatch.setattr(_pool, "REFRESH_AFTER_SECONDS", 0.0)
+    monkeypatch.setattr(_pool, "MIN_READ_INTERVAL_SECONDS", 0.0)
     directory.addresses = [fakes[1].address]
     directory.answers.clear()
     # The directory does not answer, and no call waits for it.
@@ -404,7 +404,7 @@ async def test_a_call_after_a_long_pause_waits_for_a_reading(
     one = caller(directory)
     await one.call()
     directory.addresses = [fakes[1].address]
-    monkeypatch.setattr(_pool, "USABLE", -1.0)
+    monkeypatch.setattr(_pool, "MAX_AGE_SECONDS", -1.0)
     await one.call()
     assert [len(fake.requests) for fake in fakes] == [1, 1, 0]
 
@@ -416,7 +416,7 @@ async def test_known_endpoints_serve_while_the_directory_cannot_be_read(
     one = caller(directory)
     await one.call()
     directory.error = UnavailableError(grpc.StatusCode.UNAVAILABLE, "the directory is down")
-    monkeypatch.setattr(_pool, "USABLE", -1.0)
+    monkeypatch.setattr(_pool, "MAX_AGE_SECONDS", -1.0)
     assert await one.call() == "p"
     fakes[1].stop()
     fakes[2].stop()
@@ -480,7 +480,7 @@ async def test_the_servers_own_drain_moves_calls_and_lets_the_running_one_finish
 
 
 async def test_eight_threads_notice_nothing_while_servers_stop_and_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_pool, "FRESH", 0.01)
+    monkeypatch.setattr(_pool, "REFRESH_AFTER_SECONDS", 0.01)
     engine = ScriptedEngine(Script(text="abc", bytes_per_token=1))
     directory = FakeDirectory()
     texts: Counter[str] = Counter()

@@ -25,7 +25,15 @@ from flywheel_client import (
     UnavailableError,
     published_endpoints,
 )
-from flywheel_client._records import APP, STALE_AFTER, Memory, Reading, dict_name, is_address, record_from
+from flywheel_client._records import (
+    DEFAULT_APP,
+    STALE_AFTER_SECONDS,
+    Reading,
+    RecordTracker,
+    dict_name,
+    is_address,
+    record_from,
+)
 from grpclib import Status
 
 from tests.client.conftest import serving_fake
@@ -49,7 +57,7 @@ def connected(cloud: ModalCloud) -> None:
 @pytest.fixture
 async def records() -> AsyncIterator[modal.Dict]:
     """The Dict that endpoints are published in, empty."""
-    records = modal.Dict.from_name(dict_name(APP), create_if_missing=True)
+    records = modal.Dict.from_name(dict_name(DEFAULT_APP), create_if_missing=True)
     await records.clear.aio()
     yield records
     await records.clear.aio()
@@ -84,7 +92,7 @@ def credentials(authority: tuple[trustme.CA, Path]) -> grpc.ChannelCredentials:
 
 def record(address: str, age: float = 5.0, **more: Any) -> dict[str, Any]:
     now = time.time()
-    return {"app": APP, "address": address, "started": now - 3600.0, "refreshed": now - age, **more}
+    return {"app": DEFAULT_APP, "address": address, "started": now - 3600.0, "refreshed": now - age, **more}
 
 
 def flywheel(cloud: ModalCloud, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -174,7 +182,7 @@ async def test_a_process_that_ends_while_the_addresses_are_read_again(
     program = (
         "import asyncio, pathlib, sys, warnings; warnings.simplefilter('error')\n"
         "import flywheel_client, grpc\n"
-        "flywheel_client._pool.FRESH = 0.0\n"
+        "flywheel_client._pool.REFRESH_AFTER_SECONDS = 0.0\n"
         "async def main():\n"
         "    credentials = grpc.ssl_channel_credentials(pathlib.Path(sys.argv[1]).read_bytes())\n"
         "    client = flywheel_client.{kind}.from_modal(credentials=credentials)\n"
@@ -280,15 +288,15 @@ def test_no_addresses(address: str) -> None:
     assert not is_address(address)
 
 
-LIVE = {"app": APP, "address": "a:1", "started": NOW - 100, "refreshed": NOW - 50, "refreshes": 3}
+LIVE = {"app": DEFAULT_APP, "address": "a:1", "started": NOW - 100, "refreshed": NOW - 50, "refreshes": 3}
 GARBAGE: dict[str, object] = {
     "nothing": None,
     "text": "a:1",
     "a number": 7,
-    "a list": ["app", APP],
+    "a list": ["app", DEFAULT_APP],
     "an empty record": {},
     "other keys": {7: 7},
-    "half a record": {"app": APP, "address": "a:1"},
+    "half a record": {"app": DEFAULT_APP, "address": "a:1"},
     "nobody's": {"address": "a:1", "started": NOW - 100, "refreshed": NOW - 50},
     "another app's": {**LIVE, "app": "other"},
     "an app of another type": {**LIVE, "app": 7},
@@ -306,12 +314,12 @@ GARBAGE: dict[str, object] = {
 
 @pytest.mark.parametrize("kind", GARBAGE)
 def test_no_records(kind: str) -> None:
-    assert record_from("ta-1", GARBAGE[kind], APP) is None
+    assert record_from("ta-1", GARBAGE[kind], DEFAULT_APP) is None
 
 
 @pytest.mark.parametrize("container", [7, None, b"ta-1", ("ta", 1), "t" * 1000])
 def test_no_containers(container: object) -> None:
-    assert record_from(container, LIVE, APP) is None
+    assert record_from(container, LIVE, DEFAULT_APP) is None
 
 
 @pytest.mark.parametrize("refreshes", [..., 0, 3, 10**30, "many", None])
@@ -319,13 +327,13 @@ def test_records_of_older_and_newer_gateways(refreshes: object) -> None:
     value = {**LIVE, "refreshes": refreshes, "of a later version": [1]}
     if refreshes is ...:
         del value["refreshes"]
-    found = record_from("ta-1", value, APP)
+    found = record_from("ta-1", value, DEFAULT_APP)
     assert found is not None
     assert found.endpoint == Endpoint("a:1", "tunnel", "ta-1", NOW - 100, NOW - 50)
 
 
-def addresses(memory: Memory, now: float) -> list[str]:
-    return [endpoint.address for endpoint in memory.endpoints(now)]
+def addresses(tracker: RecordTracker, now: float) -> list[str]:
+    return [endpoint.address for endpoint in tracker.endpoints(now)]
 
 
 @pytest.mark.parametrize("offset", [-3600.0, -600.0, -100.0, 0.0, 100.0, 600.0, 3600.0])
@@ -339,36 +347,38 @@ def test_a_record_counts_for_as_long_as_it_changes(offset: float, counts: bool) 
             del value["refreshes"]
         return value
 
-    memory = Memory()
+    tracker = RecordTracker()
     for moment in range(0, 3600, 20):
         items = [("ta-1", written("living:1", moment, offset)), ("ta-2", written("killed:1", min(moment, 100), -offset))]
-        memory.note(Reading(items), APP, moment)
-        expected = {"living:1"} if moment - 100 > STALE_AFTER else {"living:1", "killed:1"}
-        assert set(addresses(memory, moment)) == expected
+        tracker.update(Reading(items), DEFAULT_APP, moment)
+        expected = {"living:1"} if moment - 100 > STALE_AFTER_SECONDS else {"living:1", "killed:1"}
+        assert set(addresses(tracker, moment)) == expected
 
 
 def test_if_no_record_changes_all_count() -> None:
-    memory = Memory()
+    tracker = RecordTracker()
     items = [("ta-1", LIVE), ("ta-2", {**LIVE, "address": "b:2"})]
     for moment in (0.0, 10.0, 10_000.0):
-        memory.note(Reading(items), APP, moment)
-        assert set(addresses(memory, moment)) == {"a:1", "b:2"}
+        tracker.update(Reading(items), DEFAULT_APP, moment)
+        assert set(addresses(tracker, moment)) == {"a:1", "b:2"}
 
 
 @pytest.mark.parametrize("kind", GARBAGE)
 def test_what_cannot_be_understood_stands_for_what_it_was(kind: str) -> None:
-    memory = Memory()
-    memory.note(Reading([("ta-1", LIVE), ("ta-2", {**LIVE, "address": "b:2"})]), APP, 0.0)
-    memory.note(Reading([("ta-1", GARBAGE[kind]), ("ta-2", {**LIVE, "address": "b:2"})]), APP, 10.0)
-    assert set(addresses(memory, 10.0)) == {"a:1", "b:2"}
+    tracker = RecordTracker()
+    tracker.update(Reading([("ta-1", LIVE), ("ta-2", {**LIVE, "address": "b:2"})]), DEFAULT_APP, 0.0)
+    tracker.update(Reading([("ta-1", GARBAGE[kind]), ("ta-2", {**LIVE, "address": "b:2"})]), DEFAULT_APP, 10.0)
+    assert set(addresses(tracker, 10.0)) == {"a:1", "b:2"}
 
 
 def test_the_same_address_twice() -> None:
-    memory = Memory()
-    memory.note(
-        Reading([("ta-1", LIVE), ("ta-2", {**LIVE, "refreshed": NOW}), ("ta-3", {**LIVE, "refreshed": NOW - 99})]), APP, 0.0
+    tracker = RecordTracker()
+    tracker.update(
+        Reading([("ta-1", LIVE), ("ta-2", {**LIVE, "refreshed": NOW}), ("ta-3", {**LIVE, "refreshed": NOW - 99})]),
+        DEFAULT_APP,
+        0.0,
     )
-    assert [(it.address, it.container) for it in memory.endpoints(0.0)] == [("a:1", "ta-2")]
+    assert [(it.address, it.container) for it in tracker.endpoints(0.0)] == [("a:1", "ta-2")]
 
 
 async def test_the_command_lists_endpoints(
@@ -416,7 +426,9 @@ async def test_the_command_says_that_there_is_none(cloud: ModalCloud, records: m
 
 
 async def test_the_command_without_a_token(cloud: ModalCloud) -> None:
-    process = await asyncio.to_thread(flywheel, cloud, "stats", "--modal-app", APP, MODAL_TOKEN_ID="", MODAL_TOKEN_SECRET="")
+    process = await asyncio.to_thread(
+        flywheel, cloud, "stats", "--modal-app", DEFAULT_APP, MODAL_TOKEN_ID="", MODAL_TOKEN_SECRET=""
+    )
     assert (process.returncode, process.stdout) == (1, "")
     assert process.stderr.startswith("flywheel: UNAUTHENTICATED: Modal cannot be asked")
     assert "modal token new" in process.stderr
@@ -426,7 +438,7 @@ async def test_the_command_calls_a_deployment(
     cloud: ModalCloud, records: modal.Dict, secured: list[FakeService], authority: tuple[trustme.CA, Path]
 ) -> None:
     await records.put.aio("ta-1", record(secured[0].address))
-    options = ["--modal-app", APP, "--cacert", str(authority[1])]
+    options = ["--modal-app", DEFAULT_APP, "--cacert", str(authority[1])]
     # The address of the variable is not one that was asked for.
     variables = {"FLYWHEEL_ADDRESS": "localhost:1", "FLYWHEEL_API_KEY": "key-2"}
     process = await asyncio.to_thread(flywheel, cloud, "generate", "p", *options, **variables)

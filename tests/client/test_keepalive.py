@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import grpc
 import pytest
 from flywheel_client import AsyncClient, DeadlineExceededError, UnavailableError
-from flywheel_client._channel import KEEPALIVE_TIME
+from flywheel_client._channel import KEEPALIVE_TIME_SECONDS
 from flywheel_proto.v1 import generation_pb2_grpc
 from flywheel_server.engines.scripted import Script, ScriptedEngine
 
@@ -64,7 +64,7 @@ async def a_call_to_our_server() -> None:
 
 async def test_long_silent_calls_survive() -> None:
     await asyncio.gather(
-        a_call_to_a_server_that_enforces_the_default(KEEPALIVE_TIME, DeadlineExceededError, "deadline"),
+        a_call_to_a_server_that_enforces_the_default(KEEPALIVE_TIME_SECONDS, DeadlineExceededError, "deadline"),
         a_call_to_a_server_that_enforces_the_default(200, UnavailableError, "Too many pings"),
         a_call_to_our_server(),
     )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import modal
 import pytest
 from flywheel_client import ModalDirectory, UnavailableError, _pool, published_endpoints
-from flywheel_client._records import APP, dict_name
+from flywheel_client._records import DEFAULT_APP, dict_name
 from modal._serialization import serialize
 
 from tests.client.conftest import Caller, serving_fake
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from tests.client.conftest import FakeService
     from tests.modal_cloud import ModalCloud
 
-NAME = dict_name(APP)
+NAME = dict_name(DEFAULT_APP)
 SOON = 3.0
 UNREADABLE = b"no pickle"
 RPCS = ("DictGetOrCreate", "DictContents", "FunctionGet")
@@ -41,8 +41,8 @@ class Explosive:
 
 @pytest.fixture(autouse=True)
 async def clean(cloud: ModalCloud, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[None]:
-    monkeypatch.setattr(_pool, "FRESH", 0.0)  # each call has the records read again
-    monkeypatch.setattr(_pool, "LEAST_INTERVAL", 0.0)
+    monkeypatch.setattr(_pool, "REFRESH_AFTER_SECONDS", 0.0)  # each call has the records read again
+    monkeypatch.setattr(_pool, "MIN_READ_INTERVAL_SECONDS", 0.0)
     await modal.Dict.objects.delete.aio(NAME, allow_missing=True)
     yield
     cloud.calm()
@@ -53,13 +53,13 @@ async def clean(cloud: ModalCloud, monkeypatch: pytest.MonkeyPatch) -> AsyncIter
 def plaintext(caller: Callable[..., Caller], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Caller]:
     """Makes clients of the deployment whose endpoints speak plaintext."""
 
-    def make(app: str = APP, **arguments: Any) -> Caller:
+    def make(app: str = DEFAULT_APP, **arguments: Any) -> Caller:
         return caller(ModalDirectory(app), **{"timeout": 10.0} | arguments)
 
     return make
 
 
-def records(app: str = APP) -> modal.Dict:
+def records(app: str = DEFAULT_APP) -> modal.Dict:
     return modal.Dict.from_name(dict_name(app), create_if_missing=True)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import grpc
 import pytest
 from flywheel_client import SERVICE_CONFIG
-from flywheel_client._channel import ANY_HEALTH, ENDPOINT, SERVING_ONLY
+from flywheel_client._channel import ANY_HEALTH_OPTIONS, ENDPOINT_OPTIONS, SERVING_ONLY_OPTIONS
 from flywheel_proto.v1 import generation_pb2
 
 ROOT = Path(__file__).parents[2]
@@ -30,7 +30,7 @@ def test_stubs_of_your_own_get_the_file() -> None:
     assert json.loads(SERVICE_CONFIG) == CONFIG
 
 
-@pytest.mark.parametrize("options", [SERVING_ONLY, ANY_HEALTH], ids=["serving only", "any health"])
+@pytest.mark.parametrize("options", [SERVING_ONLY_OPTIONS, ANY_HEALTH_OPTIONS], ids=["serving only", "any health"])
 def test_channels_of_the_client_have_all_of_the_file_but_the_retries_which_are_its_own(options: dict[str, str]) -> None:
     config = json.loads(options["grpc.service_config"])
     assert {key: config[key] for key in config if key != "methodConfig"} == {
@@ -40,7 +40,7 @@ def test_channels_of_the_client_have_all_of_the_file_but_the_retries_which_are_i
 
 
 def test_a_channel_to_one_endpoint_of_a_directory_balances_nothing() -> None:
-    assert json.loads(str(ENDPOINT["grpc.service_config"])).keys() == {"methodConfig"}
+    assert json.loads(str(ENDPOINT_OPTIONS["grpc.service_config"])).keys() == {"methodConfig"}
 
 
 def test_every_implementation_can_read_it() -> None:

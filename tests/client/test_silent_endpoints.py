@@ -236,7 +236,7 @@ async def test_an_endpoint_that_falls_silent_holds_up_a_running_client_once(
 async def test_one_that_answers_later_is_used_as_soon_as_it_does(
     caller: Callable[..., Caller], fakes: list[FakeService], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_pool, "FRESH", 0.0)
+    monkeypatch.setattr(_pool, "REFRESH_AFTER_SECONDS", 0.0)
     with socket.create_server(("127.0.0.1", 0)) as reserved:
         port = reserved.getsockname()[1]
     one = caller(FakeDirectory(f"127.0.0.1:{port}", fakes[0].address), timeout=10.0)
@@ -285,7 +285,7 @@ async def test_one_that_lives_among_fifty_is_found_within_the_time_of_one_probe(
 async def test_a_call_in_a_hurry_does_not_wait_for_further_endpoints(
     caller: Callable[..., Caller], silent: Any, fakes: list[FakeService], monkeypatch: pytest.MonkeyPatch, seconds: float
 ) -> None:
-    monkeypatch.setattr(_pool, "SPREAD_DELAY", 2.5)
+    monkeypatch.setattr(_pool, "WARMUP_SECONDS", 2.5)
     bad = await silent("accepts and is silent")
     one = caller(FakeDirectory(bad.address, fakes[0].address), timeout=seconds)
     assert await one.call() == "p"
@@ -326,7 +326,7 @@ async def test_a_deadline_that_passes_takes_no_endpoint_away_that_answers(
 async def test_failing_calls_do_not_ask_the_directory_again_and_again(
     caller: Callable[..., Caller], fakes: list[FakeService], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_pool, "LEAST_INTERVAL", 0.5)
+    monkeypatch.setattr(_pool, "MIN_READ_INTERVAL_SECONDS", 0.5)
     for fake in fakes[:2]:
         unavailable(fake)
     directory = FakeDirectory(fakes[0].address, fakes[1].address)

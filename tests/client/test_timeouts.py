@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from flywheel_client import AsyncClient, Client, Retry
-from flywheel_client._timeouts import MAX_DEADLINE
+from flywheel_client._timeouts import MAX_DEADLINE_SECONDS
 
 from tests.client.conftest import Caller
 from tests.client.test_cli import flywheel
@@ -25,7 +25,17 @@ if TYPE_CHECKING:
 
 GENERATIONS = ("generate", "generate_deltas", "generate_all")
 METHODS = (*GENERATIONS, "model", "stats", "health")
-NO_DEADLINE = (None, math.inf, MAX_DEADLINE + 1, 1e10, 1e300, sys.maxsize, 10**400, Decimal("1e30"), Decimal("Infinity"))
+NO_DEADLINE = (
+    None,
+    math.inf,
+    MAX_DEADLINE_SECONDS + 1,
+    1e10,
+    1e300,
+    sys.maxsize,
+    10**400,
+    Decimal("1e30"),
+    Decimal("Infinity"),
+)
 NEGATIVE = (math.nan, -1, -0.001, -math.inf, -(10**400), Decimal("NaN"), Decimal("sNaN"))
 NO_NUMBERS = (True, "5", "inf", b"5", 1j, [5], timedelta(seconds=5), object())
 TARGETS: dict[str, Callable[[str], Any]] = {
@@ -65,11 +75,13 @@ async def test_longer_than_grpc_can_count_is_no_deadline(
         await finish(other, "generate_all")
         await other.close()
     # Without a deadline, the remaining time of the test's server is None, or the largest number that it has.
-    assert all(seconds is None or seconds > MAX_DEADLINE * 1000 for seconds in fake.seconds_remaining)
+    assert all(seconds is None or seconds > MAX_DEADLINE_SECONDS * 1000 for seconds in fake.seconds_remaining)
     assert len(fake.seconds_remaining) == len(NO_DEADLINE) * 4
 
 
-@pytest.mark.parametrize("number", [50, 50.0, Seconds(50), Decimal(50), Fraction(50), MAX_DEADLINE, 365 * 86400], ids=repr)
+@pytest.mark.parametrize(
+    "number", [50, 50.0, Seconds(50), Decimal(50), Fraction(50), MAX_DEADLINE_SECONDS, 365 * 86400], ids=repr
+)
 async def test_any_number_of_seconds_is_a_deadline(caller: Callable[..., Caller], fake: FakeService, number: Any) -> None:
     await finish(caller(fake.address), "generate_all", timeout=number)
     await finish(caller(fake.address, timeout=number), "generate_all")

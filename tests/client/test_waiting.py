@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import pytest
 from flywheel_client import Client, DeadlineExceededError, Retry, UnavailableError, _terminal, _waiting
-from flywheel_client._waiting import NOT_READY, OUT_OF_REACH, SILENT, ReadyServer
+from flywheel_client._waiting import ENGINE_NOT_READY, NO_ANSWER, UNREACHABLE, ReadyServer
 from google.rpc.error_details_pb2 import ErrorInfo
 from grpc_health.v1.health_pb2 import HealthCheckResponse
 
@@ -76,7 +76,7 @@ class Generation:
 def noted(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Waits until the user has been told so; nobody has to wait long for that."""
     notes: list[str] = []
-    monkeypatch.setattr(_waiting, "SILENCE", 0.7)
+    monkeypatch.setattr(_waiting, "SILENCE_TIMEOUT", 0.7)
     monkeypatch.setattr(_waiting, "POLL_INTERVAL", 0.02)
     monkeypatch.setattr(_terminal, "show_aside", notes.extend)
 
@@ -96,7 +96,7 @@ def test_an_engine_that_starts_is_waited_for(
     becomes(health, "NOT_SERVING")
     unavailable(fake)
     generation = Generation(fake.address if target == "an address" else FakeDirectory(fake.address))
-    noted(NOT_READY)
+    noted(ENGINE_NOT_READY)
     fake.refuses, fake.failure = False, None
     becomes(health, "SERVING")
     generation.wait()
@@ -107,10 +107,10 @@ def test_it_is_waited_for_until_the_deadline(fake: FakeService, health: HealthSe
     becomes(health, "NOT_SERVING")
     begun = time.monotonic()
     generation = Generation(fake.address, timeout=1.5)
-    noted(NOT_READY)
+    noted(ENGINE_NOT_READY)
     generation.wait()
     assert isinstance(generation.error, DeadlineExceededError)
-    assert NOT_READY in generation.error.message
+    assert ENGINE_NOT_READY in generation.error.message
     assert 1.4 < time.monotonic() - begun < WAIT
     assert not fake.requests
 
@@ -119,7 +119,7 @@ def test_a_server_that_goes_while_it_starts_is_not_waited_for(health: HealthServ
     becomes(health, "NOT_SERVING")
     with serving_fake(health) as fake:
         generation = Generation(fake.address)
-        noted(NOT_READY)
+        noted(ENGINE_NOT_READY)
     generation.wait()
     assert isinstance(generation.error, UnavailableError)
 
@@ -140,20 +140,20 @@ def test_what_has_begun_is_not_repeated(fake: FakeService, health: HealthService
 def test_the_user_learns_of_silence(noted: Callable[[str], None]) -> None:
     with silent_server() as address:
         generation = Generation(address, timeout=2.0)
-        noted(SILENT)
+        noted(NO_ANSWER)
         generation.wait()
     assert isinstance(generation.error, DeadlineExceededError)
 
 
 def test_the_user_learns_that_a_server_cannot_be_reached_if_it_is_waited_for(noted: Callable[[str], None]) -> None:
     generation = Generation("127.0.0.1:1", timeout=2.0, wait_for_ready=True)
-    noted(OUT_OF_REACH)
+    noted(UNREACHABLE)
     generation.wait()
     assert isinstance(generation.error, DeadlineExceededError)
 
 
 def test_a_slow_generation_is_no_reason_for_a_word(fake: FakeService, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_waiting, "SILENCE", 1.0)
+    monkeypatch.setattr(_waiting, "SILENCE_TIMEOUT", 1.0)
     notes: list[str] = []
     monkeypatch.setattr(_terminal, "show_aside", notes.extend)
     looked = threading.Event()
@@ -192,7 +192,7 @@ def test_a_generation_that_begins_while_the_server_is_asked_is_not_called_silent
         if not ends:
             yield "a"
 
-    monkeypatch.setattr(_waiting, "SILENCE", 0.0)
+    monkeypatch.setattr(_waiting, "SILENCE_TIMEOUT", 0.0)
     monkeypatch.setattr(_terminal, "show_aside", notes.extend)
     for _ in ReadyServer(Observer("localhost:1"), "It", None, wait_for_ready=False).noting_silence(results()):
         pass
@@ -208,7 +208,7 @@ def test_the_command_waits_for_the_engine(fake: FakeService, health: HealthServi
         [*FLYWHEEL, "generate", "p", *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(fake)
     ) as process:
         assert process.stderr is not None
-        assert process.stderr.readline().startswith(f"The server at {fake.address} {NOT_READY}. Waiting".encode())
+        assert process.stderr.readline().startswith(f"The server at {fake.address} {ENGINE_NOT_READY}. Waiting".encode())
         becomes(health, "SERVING")
         out, _ = process.communicate(timeout=WAIT)
     assert process.returncode == 0
@@ -221,7 +221,7 @@ def test_the_command_says_that_its_time_is_over(fake: FakeService, health: Healt
     process = flywheel(fake, "generate", "p", "--timeout", "2")
     assert process.returncode == 1
     assert b"flywheel: DEADLINE_EXCEEDED" in process.stderr
-    assert NOT_READY.encode() in process.stderr
+    assert ENGINE_NOT_READY.encode() in process.stderr
 
 
 @pytest.mark.parametrize("command", [("generate", "p"), *further([("stats",), ("model",), ("health",)])], ids=str)
