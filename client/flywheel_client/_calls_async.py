@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
+from weakref import WeakSet
 
 import grpc.aio
 
@@ -36,6 +37,7 @@ class AsyncRetryingChannel(ABC):
     def __init__(self, retry: Retry | None) -> None:
         self.retry = retry
         self._closed = asyncio.get_running_loop().create_future()
+        self._streams: WeakSet[_StreamCall] = WeakSet()
 
     def unary_unary(
         self,
@@ -59,10 +61,17 @@ class AsyncRetryingChannel(ABC):
         arguments = method, request_serializer, marking_unreadable(response_deserializer)
         return _Method(self, lambda channel: channel.unary_stream(*arguments, **options)).stream
 
+    def add_stream(self, call: "_StreamCall") -> None:
+        """Has `close` cancel the call, unless nobody holds it any more."""
+        self._streams.add(call)
+
     async def close(self) -> None:
         """Closes all channels, which cancels the calls under way and those that wait for their next try."""
         if not self._closed.done():
             self._closed.set_result(None)
+        # Older versions of grpcio, such as 1.73, do not end streams when their channel is closed.
+        for stream in list(self._streams):
+            stream.cancel()
         for channel in self._channels():
             await channel.close()
 
@@ -216,6 +225,7 @@ class _StreamCall(AsyncCall):
         self._current: Any = None
         self._beginning: asyncio.Task[None] | None = None
         self._cancelled = False
+        self._channel.add_stream(self)
         # Like a call of grpc, this one begins now, and not when it is iterated over.
         if member := self._channel.pick_now(self):
             self._current = self._begin(member)
