@@ -55,3 +55,8 @@ __all__ = [
     "__version__",
     "published_endpoints",
 ]
+
+for _name in __all__:
+    if callable(_public := globals()[_name]):
+        # Help, pickles, representations and tracebacks say what users import.
+        _public.__module__ = "flywheel_client"

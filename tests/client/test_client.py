@@ -280,21 +280,6 @@ def test_an_interrupt_cancels_a_blocking_call(fake: FakeService) -> None:
         process.communicate("")
 
 
-def test_public_names() -> None:
-    public = {name for name, value in vars(flywheel_client).items() if not name.startswith("_") and not _is_module(value)}
-    assert sorted(flywheel_client.__all__) == sorted(public | {"__version__"})
-
-
-def test_public_names_can_be_listed_before_any_is_used() -> None:
-    program = "import flywheel_client; names = dir(flywheel_client); print(*sorted(set(flywheel_client.__all__) - set(names)))"
-    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert (process.stdout, process.stderr) == ("\n", "")
-
-
-def _is_module(value: object) -> bool:
-    return isinstance(value, type(sys))
-
-
 def test_the_base_install_imports_only_what_it_needs() -> None:
     program = "import sys, flywheel_client; flywheel_client.Client; print(*{name.partition('.')[0] for name in sys.modules})"
     command = [sys.executable, "-c", program]
