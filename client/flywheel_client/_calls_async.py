@@ -14,14 +14,7 @@ from weakref import WeakSet
 import grpc.aio
 
 from flywheel_client._answers import marking_unreadable, require_message
-from flywheel_client._errors import (
-    FlywheelError,
-    call_cancelled,
-    error_from_call,
-    has_begun,
-    request_id_in,
-    unknown_status,
-)
+from flywheel_client._errors import FlywheelError, call_cancelled, error_from_call, has_begun, request_id_in, unknown_status
 from flywheel_client._pool import Member
 from flywheel_client._retry import Retry, Tries
 

@@ -10,13 +10,7 @@ from typing import Any, Final, Generic, Protocol, TypeVar
 
 import grpc
 
-from flywheel_client._errors import (
-    CallCancelledError,
-    FlywheelError,
-    UnavailableError,
-    error_from_call,
-    no_connection,
-)
+from flywheel_client._errors import CallCancelledError, FlywheelError, UnavailableError, error_from_call, no_connection
 from flywheel_client._health import MAX_PROBES
 from flywheel_client._retry import Tries
 

@@ -15,9 +15,9 @@ import pytest
 from flywheel_client import AsyncClient, Client, FlywheelError
 from flywheel_client._health import answering
 
+from tests.client.command import FLYWHEEL
 from tests.client.conftest import WAIT, serving_fake
-from tests.client.test_cli import FLYWHEEL
-from tests.client.test_failover import FakeDirectory
+from tests.client.fake_directory import FakeDirectory
 from tests.thorough import further
 
 if TYPE_CHECKING:

@@ -10,15 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
 import pytest_asyncio
-from flywheel_client import (
-    AsyncClient,
-    AsyncStream,
-    CallCancelledError,
-    DeadlineExceededError,
-    Delta,
-    FlywheelError,
-    Stats,
-)
+from flywheel_client import AsyncClient, AsyncStream, CallCancelledError, DeadlineExceededError, Delta, FlywheelError, Stats
 
 if TYPE_CHECKING:
     import threading

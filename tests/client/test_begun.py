@@ -22,7 +22,7 @@ from flywheel_server.engines.scripted import Script
 from flywheel_server.interceptors.context import CallContext
 
 from tests.client.conftest import WAIT
-from tests.client.test_failover import FakeDirectory
+from tests.client.fake_directory import FakeDirectory
 from tests.pulled import PulledEngine
 from tests.serving import drained, serving, until
 from tests.thorough import further

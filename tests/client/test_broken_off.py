@@ -23,7 +23,7 @@ from h2.connection import H2Connection
 from h2.errors import ErrorCodes
 from h2.events import RequestReceived
 
-from tests.client.test_failover import FakeDirectory
+from tests.client.fake_directory import FakeDirectory
 from tests.client.test_timeouts import GENERATIONS, finish
 from tests.thorough import further
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import threading
 from collections import Counter
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -11,54 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
-from flywheel_client import (
-    AsyncClient,
-    CallCancelledError,
-    Client,
-    DeadlineExceededError,
-    FlywheelError,
-    InternalError,
-    Retry,
-    UnavailableError,
-    _pool,
-)
+from flywheel_client import AsyncClient, Client, DeadlineExceededError, InternalError, Retry, UnavailableError, _pool
 from flywheel_proto.v1 import generation_pb2
 from flywheel_server.engines.scripted import Script, ScriptedEngine
 from google.rpc.error_details_pb2 import ErrorInfo
 
 from tests.client.conftest import WAIT, Caller, happened, unavailable
+from tests.client.fake_directory import FakeDirectory, directory_of
 from tests.serving import serving, through_a_cable, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
     from tests.client.conftest import FakeService
-
-
-class FakeDirectory:
-    """Lists what the test has put here."""
-
-    def __init__(self, *addresses: str) -> None:
-        self.addresses = list(addresses)
-        self.error: Exception | None = None
-        self.readings = 0
-        self.answers = threading.Event()
-        self.answers.set()
-
-    async def read(self) -> list[str]:
-        self.readings += 1
-        if not self.answers.is_set():
-            await asyncio.to_thread(self.answers.wait, WAIT)
-        if self.error is not None:
-            raise self.error
-        return list(self.addresses)
-
-    def no_endpoint(self) -> FlywheelError:
-        return UnavailableError(grpc.StatusCode.UNAVAILABLE, "nothing is live")
-
-
-def directory_of(fakes: list[FakeService]) -> FakeDirectory:
-    return FakeDirectory(*(fake.address for fake in fakes))
 
 
 async def test_calls_one_after_another_go_round(caller: Callable[..., Caller], fakes: list[FakeService]) -> None:
@@ -203,19 +167,6 @@ async def test_a_call_may_wait_until_there_is_an_endpoint(caller: Callable[..., 
     assert await asyncio.gather(*calls) == ["p", "p"]
 
 
-async def test_an_endpoint_that_the_reading_again_finds_is_tried(
-    caller: Callable[..., Caller], fakes: list[FakeService]
-) -> None:
-    directory = directory_of(fakes[:1])
-    one = caller(directory)
-    await one.call()
-    unavailable(fakes[0])
-    directory.addresses = [fake.address for fake in fakes[:2]]
-    assert await one.call() == "p"
-    assert [len(fake.requests) for fake in fakes] == [2, 1, 0]
-    assert directory.readings == 2
-
-
 async def test_one_deadline_holds_for_all_tries(caller: Callable[..., Caller], fakes: list[FakeService]) -> None:
     unavailable(fakes[0])
     fakes[1].hangs = True
@@ -237,218 +188,6 @@ async def test_one_deadline_holds_for_all_tries(caller: Callable[..., Caller], f
     fakes[1].deltas = []
     with pytest.raises(DeadlineExceededError):
         await one.next(await one.stream(timeout=0.1))
-
-
-async def test_the_deadline_covers_the_reading(caller: Callable[..., Caller], fakes: list[FakeService]) -> None:
-    directory = directory_of(fakes)
-    directory.answers.clear()
-    one = caller(directory)
-    error = await one.expect(DeadlineExceededError, timeout=0.1, request_id="r1")
-    assert (error.message, error.request_id) == ("The deadline passed before it was known where to send the call.", "r1")
-    assert directory.readings == 1
-    directory.answers.set()
-    assert await one.call() == "p"
-
-
-@pytest.mark.parametrize("how", ["cancel", "close the stream", "close the client"])
-async def test_cancelling_between_two_tries(caller: Callable[..., Caller], fakes: list[FakeService], how: str) -> None:
-    directory = directory_of(fakes[:1])
-    one = caller(directory)
-    await one.call()
-    unavailable(fakes[0])
-    directory.answers.clear()
-    stream = await one.stream()
-    waiting = asyncio.create_task(one.next(stream))
-    await until(lambda: directory.readings == 2, "the call waits for the directory")
-    if how == "cancel":
-        stream.cancel()
-    elif how == "close the stream":
-        await one.close_stream(stream)
-    else:
-        await one.close()
-    with pytest.raises(CallCancelledError):
-        await waiting
-    directory.answers.set()
-    assert len(fakes[0].requests) == 2
-
-
-async def test_cancelling_after_a_try_failed_and_before_the_next(
-    caller: Callable[..., Caller], fakes: list[FakeService]
-) -> None:
-    one = caller(directory_of(fakes))
-    await one.call()
-    for fake in fakes:
-        unavailable(fake)
-    stream = await one.stream()
-    await until(lambda: sum(len(fake.requests) for fake in fakes) == 2, "the call has arrived")
-    await until(lambda: all(member.calls == 0 for member in one.pool._members.values()), "the call has failed")
-    stream.cancel()
-    with pytest.raises(CallCancelledError):
-        await one.next(stream)
-    assert sum(len(fake.requests) for fake in fakes) == 2
-
-
-@pytest.mark.parametrize("streamed", [False, True])
-async def test_cancelling_a_task_between_two_tries(fakes: list[FakeService], streamed: bool) -> None:
-    directory = directory_of(fakes[:1])
-    one = Caller(AsyncClient, directory)
-    await one.call()
-    unavailable(fakes[0])
-    directory.answers.clear()
-    task = asyncio.create_task(one.next(await one.stream()) if streamed else one.call())
-    await until(lambda: directory.readings == 2, "the call waits for the directory")
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-    assert len(fakes[0].requests) == 2
-    directory.answers.set()
-    await one.close()
-
-
-async def test_closing_the_client_cancels_the_calls(caller: Callable[..., Caller], fakes: list[FakeService]) -> None:
-    for fake in fakes:
-        fake.hangs = True
-    one = caller(directory_of(fakes))
-    stream = await one.stream()
-    assert [await one.next(stream), await one.next(stream)] == ["ab", "c"]
-    calls = [asyncio.create_task(one.next(stream)), asyncio.create_task(one.call())]
-    await until(lambda: sum(len(fake.requests) for fake in fakes) == 2, "both calls have arrived")
-    await one.close()
-    for call in calls:
-        with pytest.raises(CallCancelledError):
-            await call
-    with pytest.raises(RuntimeError, match="closed"):
-        await one.call()
-
-
-async def test_dropping_a_stream_frees_its_endpoint(caller: Callable[..., Caller], fakes: list[FakeService]) -> None:
-    fakes[0].hangs = True
-    one = caller(directory_of(fakes[:1]))
-    stream = await one.stream()
-    assert await one.next(stream) == "ab"
-    del stream
-    gc.collect()
-    await happened(fakes[0].cancelled)
-    await until(lambda: all(member.calls == 0 for member in one.pool._members.values()), "the call is over")
-
-
-async def test_channels_of_endpoints_that_are_gone_are_closed(
-    caller: Callable[..., Caller], fakes: list[FakeService], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(_pool, "REFRESH_AFTER_SECONDS", 0.0)
-    monkeypatch.setattr(_pool, "MIN_READ_INTERVAL_SECONDS", 0.0)
-    fakes[0].hangs = True
-    directory = directory_of(fakes)
-    one = caller(directory)
-    stream = await one.stream()
-    assert await one.next(stream) == "ab"
-    closed = []
-    for member in one.pool._members.values():
-        close = member.channel.close
-        if one.is_async:
-
-            async def note(close: Any = close, address: str = member.address) -> None:
-                closed.append(address)
-                await close()
-        else:
-
-            def note(close: Any = close, address: str = member.address) -> None:  # type: ignore[misc]
-                closed.append(address)
-                close()
-
-        member.channel.close = note
-    directory.addresses = [fakes[2].address]
-
-    async def is_listed_no_more() -> bool:
-        await one.call()
-        return closed == [fakes[1].address]
-
-    await until(is_listed_no_more, "the idle channel is closed")
-    assert await one.next(stream) == "c"
-    await one.close_stream(stream)
-    await until(lambda: closed == [fakes[1].address, fakes[0].address], "the other is closed after its call")
-    assert list(one.pool._members) == [fakes[2].address]
-    assert not one.pool._dropped
-    assert len(one.pool.channels()) == 1
-
-
-async def test_an_old_reading_is_renewed_while_calls_go_on(
-    caller: Callable[..., Caller], fakes: list[FakeService], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    directory = directory_of(fakes[:1])
-    one = caller(directory)
-    await one.call()
-    await one.call()
-    assert directory.readings == 1
-    monkeypatch.setattr(_pool, "REFRESH_AFTER_SECONDS", 0.0)
-    monkeypatch.setattr(_pool, "MIN_READ_INTERVAL_SECONDS", 0.0)
-    directory.addresses = [fakes[1].address]
-    directory.answers.clear()
-    # The directory does not answer, and no call waits for it.
-    await one.call()
-    await one.call()
-    assert (len(fakes[0].requests), directory.readings) == (4, 2)
-    directory.answers.set()
-
-    async def moved() -> bool:
-        await one.call()
-        return bool(fakes[1].requests)
-
-    await until(moved, "calls go to the new endpoint")
-
-
-async def test_a_call_after_a_long_pause_waits_for_a_reading(
-    caller: Callable[..., Caller], fakes: list[FakeService], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    directory = directory_of(fakes[:1])
-    one = caller(directory)
-    await one.call()
-    directory.addresses = [fakes[1].address]
-    monkeypatch.setattr(_pool, "MAX_AGE_SECONDS", -1.0)
-    await one.call()
-    assert [len(fake.requests) for fake in fakes] == [1, 1, 0]
-
-
-async def test_known_endpoints_serve_while_the_directory_cannot_be_read(
-    caller: Callable[..., Caller], fakes: list[FakeService], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    directory = directory_of(fakes)
-    one = caller(directory)
-    await one.call()
-    directory.error = UnavailableError(grpc.StatusCode.UNAVAILABLE, "the directory is down")
-    monkeypatch.setattr(_pool, "MAX_AGE_SECONDS", -1.0)
-    assert await one.call() == "p"
-    fakes[1].stop()
-    fakes[2].stop()
-    for _ in range(3):
-        assert await one.call() == "p"
-
-
-async def test_no_endpoint(caller: Callable[..., Caller], fakes: list[FakeService]) -> None:
-    directory = FakeDirectory()
-    one = caller(directory)
-    error = await one.expect(UnavailableError, "nothing is live")
-    assert error.request_id == ""
-    assert directory.readings == 2
-    directory.addresses = [fakes[0].address]
-    assert await one.call() == "p"
-
-
-async def test_the_error_of_the_directory(caller: Callable[..., Caller]) -> None:
-    directory = FakeDirectory()
-    directory.error = InternalError(grpc.StatusCode.INTERNAL, "the directory is down")
-    await caller(directory).expect(InternalError, "the directory is down")
-
-
-async def test_many_calls_share_one_reading(caller: Callable[..., Caller], fakes: list[FakeService]) -> None:
-    directory = directory_of(fakes)
-    directory.answers.clear()
-    one = caller(directory)
-    calls = [asyncio.create_task(one.call()) for _ in range(8)]
-    await until(lambda: directory.readings == 1, "it is read")
-    directory.answers.set()
-    assert await asyncio.gather(*calls) == ["p"] * 8
-    assert directory.readings == 1
 
 
 async def test_streams_begin_before_they_are_iterated_over(caller: Callable[..., Caller], fakes: list[FakeService]) -> None:

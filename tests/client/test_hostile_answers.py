@@ -23,8 +23,8 @@ from flywheel_client import (
 from h2.errors import ErrorCodes
 
 from tests.client.conftest import Caller
+from tests.client.fake_directory import FakeDirectory
 from tests.client.hostile import HEADERS, OK, Answer, GoAway, Headers, HostileServer, Reset, Step, answer, trailers
-from tests.client.test_failover import FakeDirectory
 from tests.server.http2_client import prefixed
 from tests.thorough import further
 

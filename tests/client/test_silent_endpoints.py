@@ -17,7 +17,7 @@ from flywheel_client import DeadlineExceededError, Retry, UnavailableError, _fai
 from flywheel_client._health import MAX_PROBES, PROBE_TIMEOUT, answering
 
 from tests.client.conftest import Caller, serving_fake, unavailable
-from tests.client.test_failover import FakeDirectory
+from tests.client.fake_directory import FakeDirectory
 from tests.serving import through_a_cable, until
 
 if TYPE_CHECKING:

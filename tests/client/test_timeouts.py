@@ -13,9 +13,9 @@ import pytest
 from flywheel_client import AsyncClient, Client, Retry
 from flywheel_client._timeouts import MAX_DEADLINE_SECONDS
 
+from tests.client.command import flywheel
 from tests.client.conftest import Caller
-from tests.client.test_cli import flywheel
-from tests.client.test_failover import FakeDirectory
+from tests.client.fake_directory import FakeDirectory
 from tests.thorough import further
 
 if TYPE_CHECKING:

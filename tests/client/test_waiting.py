@@ -16,9 +16,9 @@ from flywheel_client._waiting import ENGINE_NOT_READY, NO_ANSWER, UNREACHABLE, R
 from google.rpc.error_details_pb2 import ErrorInfo
 from grpc_health.v1.health_pb2 import HealthCheckResponse
 
+from tests.client.command import FLYWHEEL, environment, flywheel
 from tests.client.conftest import SERVICE, WAIT, serving_fake, unavailable
-from tests.client.test_cli import FLYWHEEL, environment, flywheel
-from tests.client.test_failover import FakeDirectory
+from tests.client.fake_directory import FakeDirectory
 from tests.thorough import further
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ import pytest
 import trustme
 from h2.errors import ErrorCodes
 
+from tests.client.command import flywheel
 from tests.client.conftest import serving_fake
 from tests.client.hostile import HEADERS, GoAway, Headers, Reset
-from tests.client.test_cli import flywheel
 from tests.client.test_hostile_answers import serving
 from tests.thorough import further
 

@@ -13,7 +13,7 @@ from flywheel_client._records import DEFAULT_APP, dict_name
 from modal._serialization import serialize
 
 from tests.client.conftest import Caller, serving_fake
-from tests.client.test_from_modal import GARBAGE, record
+from tests.client.modal.records import GARBAGE, record
 from tests.serving import until
 from tests.statuses import STATUSES
 from tests.thorough import further
