@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import select
 import signal
 import subprocess
 import sys
+import termios
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import grpc
@@ -82,6 +85,12 @@ def test_an_interrupt_ends_it_while_nobody_reads(fake: FakeService) -> None:
     assert (process.returncode, errors) == (130, b"")
 
 
+def waits_for_more(pid: int, pipe: int) -> bool:
+    """Returns whether a process has read all that is in the pipe, and sleeps."""
+    unread = int.from_bytes(fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)), sys.byteorder)
+    return not unread and Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(") ")[2].startswith("S")
+
+
 @pytest.mark.thorough
 def test_pipes_that_do_not_block_lose_nothing(fake: FakeService) -> None:
     fake.deltas = [delta(0, "x" * 2**20, 1, "stop")]
@@ -93,8 +102,8 @@ def test_pipes_that_do_not_block_lose_nothing(fake: FakeService) -> None:
         os.close(stdin)
         os.close(stdout)
         os.write(asking, b"a ")
-        # By then the command may have found nothing more to read.
-        time.sleep(0.5)
+        while not waits_for_more(process.pid, asking):
+            time.sleep(0.01)
         os.write(asking, b"prompt")
         os.close(asking)
         os.set_blocking(answered, True)

@@ -18,11 +18,13 @@ from flywheel_client import (
     Retry,
     UnavailableError,
 )
+from flywheel_client._calls_async import AsyncRetryingChannel
+from flywheel_client._calls_sync import RetryingChannel
 from flywheel_client._retry import BACKOFF_JITTER, Tries, is_retryable
 from google.protobuf.duration_pb2 import Duration
 from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 
-from tests.client.conftest import WAIT, Caller, happened, serving_fake, unavailable
+from tests.client.conftest import WAIT, Caller, serving_fake, unavailable
 from tests.serving import until
 
 if TYPE_CHECKING:
@@ -214,15 +216,30 @@ async def test_one_deadline_ends_the_last_attempt(caller: Callable[..., Caller],
     assert len(fake.requests) == 2
 
 
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds of each wait between two attempts, from its beginning on."""
+    begun: list[float] = []
+    for kind in (RetryingChannel, AsyncRetryingChannel):
+
+        def pause(self: Any, call: Any, seconds: float, pause: Any = kind.pause) -> Any:
+            if seconds:
+                begun.append(seconds)
+            return pause(self, call, seconds)
+
+        monkeypatch.setattr(kind, "pause", pause)
+    return begun
+
+
 @pytest.mark.parametrize("how", ["cancel", "close the stream", "close the client"])
-async def test_a_wait_ends_when_the_call_is_cancelled(caller: Callable[..., Caller], fake: FakeService, how: str) -> None:
+async def test_a_wait_ends_when_the_call_is_cancelled(
+    caller: Callable[..., Caller], fake: FakeService, pauses: list[float], how: str
+) -> None:
     refuse(fake, grpc.StatusCode.UNAVAILABLE, retry_delay=1e11)
     one = caller(fake.address, retry=Retry(max_delay=1e12))
     stream = await one.stream()
     waiting = asyncio.create_task(one.next(stream))
-    await happened(fake.called)
-    # Long enough for most runs to be in the wait, and right at any time.
-    await asyncio.sleep(0.1)
+    await until(lambda: len(pauses) == 1, "the call waits")
     if how == "cancel":
         stream.cancel()
     elif how == "close the stream":
@@ -235,12 +252,13 @@ async def test_a_wait_ends_when_the_call_is_cancelled(caller: Callable[..., Call
     assert len(fake.requests) == 1
 
 
-async def test_closing_the_client_ends_the_wait_of_a_unary_call(caller: Callable[..., Caller], fake: FakeService) -> None:
+async def test_closing_the_client_ends_the_wait_of_a_unary_call(
+    caller: Callable[..., Caller], fake: FakeService, pauses: list[float]
+) -> None:
     refuse(fake, grpc.StatusCode.UNAVAILABLE, retry_delay=1e11)
     one = caller(fake.address, retry=Retry(max_delay=1e12))
     waiting = asyncio.create_task(one.call())
-    await happened(fake.called)
-    await asyncio.sleep(0.1)
+    await until(lambda: len(pauses) == 1, "the call waits")
     await one.close()
     with pytest.raises(CallCancelledError):
         await asyncio.wait_for(waiting, WAIT)
@@ -248,29 +266,27 @@ async def test_closing_the_client_ends_the_wait_of_a_unary_call(caller: Callable
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-async def test_cancelling_a_task_ends_its_wait(fake: FakeService, streamed: bool) -> None:
+async def test_cancelling_a_task_ends_its_wait(fake: FakeService, pauses: list[float], streamed: bool) -> None:
     refuse(fake, grpc.StatusCode.UNAVAILABLE, retry_delay=0.3)
     one = Caller(AsyncClient, fake.address)
     before = asyncio.all_tasks()
     task = asyncio.create_task(one.next(await one.stream()) if streamed else one.call())
-    await happened(fake.called)
-    await asyncio.sleep(0.1)
+    await until(lambda: len(pauses) == 1, "the call waits")
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
     await until(lambda: len(asyncio.all_tasks() - before) <= 1, "nothing but grpc's own task is left")
-    await asyncio.sleep(0.4)
     assert len(fake.requests) == 1
     await one.close()
 
 
-async def test_a_server_that_restarts_on_its_port_is_found_again(caller: Callable[..., Caller]) -> None:
+async def test_a_server_that_restarts_on_its_port_is_found_again(caller: Callable[..., Caller], pauses: list[float]) -> None:
     with serving_fake() as first:
         port = int(first.address.rpartition(":")[2])
         one = caller(first.address)
         assert await one.call() == "p"
     calls = [asyncio.create_task(one.call()), asyncio.create_task(one.next(await one.stream()))]
-    await asyncio.sleep(0.3)
+    await until(lambda: len(pauses) >= 2, "both calls wait")
     assert not any(call.done() for call in calls)
     begun = time.monotonic()
     with serving_fake(port=port) as second:
