@@ -1,6 +1,6 @@
-"""The same as `_calls_sync` for asyncio: its channels belong to one event loop."""
+"""The counterpart of `_calls_sync` for asyncio. A channel belongs to one event loop."""
 
-# ruff: noqa: ASYNC109 - the timeouts are deadlines that travel with the call, so that the server stops its work too
+# ruff: noqa: ASYNC109 - each timeout becomes the deadline of a call, which the server obeys too
 
 import asyncio
 import random
@@ -22,10 +22,10 @@ Metadata = Sequence[tuple[str, str | bytes]]
 
 
 class AsyncRetryingChannel(ABC):
-    """What the clients and the generated stubs use of a `grpc.aio.Channel`."""
+    """The part of `grpc.aio.Channel` that the clients and the generated stubs use, with retries."""
 
     grpc_waits: ClassVar[bool]
-    """Whether waiting for a server to be ready is left to grpc, which does it if a server comes back to its address."""
+    """Whether grpc itself waits for a ready server. It can, if a server always comes back at the same address."""
 
     def __init__(self, retry: Retry | None) -> None:
         self.retry = retry
@@ -37,9 +37,9 @@ class AsyncRetryingChannel(ABC):
         method: str,
         request_serializer: Callable[[Any], bytes],
         response_deserializer: Callable[[bytes], Any],
-        **options: Any,  # noqa: ANN401 - those of `grpc.aio.Channel`
+        **options: Any,  # noqa: ANN401 - the options of `grpc.aio.Channel`
     ) -> Callable[..., Coroutine[Any, Any, Any]]:
-        """Returns a method that is answered with one message."""
+        """Returns a method whose answer is one message."""
         arguments = method, request_serializer, marking_unreadable(response_deserializer)
         return _Method(self, lambda channel: channel.unary_unary(*arguments, **options)).call
 
@@ -48,18 +48,18 @@ class AsyncRetryingChannel(ABC):
         method: str,
         request_serializer: Callable[[Any], bytes],
         response_deserializer: Callable[[bytes], Any],
-        **options: Any,  # noqa: ANN401 - those of `grpc.aio.Channel`
+        **options: Any,  # noqa: ANN401 - the options of `grpc.aio.Channel`
     ) -> "Callable[..., _StreamCall]":
-        """Returns a method that is answered with a stream."""
+        """Returns a method whose answer is a stream."""
         arguments = method, request_serializer, marking_unreadable(response_deserializer)
         return _Method(self, lambda channel: channel.unary_stream(*arguments, **options)).stream
 
     def add_stream(self, call: "_StreamCall") -> None:
-        """Has `close` cancel the call, unless nobody holds it any more."""
+        """Makes `close` cancel the call, if the call still exists then."""
         self._streams.add(call)
 
     async def close(self) -> None:
-        """Closes all channels, which cancels the calls under way and those that wait for their next try."""
+        """Closes all channels, which cancels running calls and calls that wait for their next try."""
         if not self._closed.done():
             self._closed.set_result(None)
         # Older versions of grpcio, such as 1.73, do not end streams when their channel is closed.
@@ -70,21 +70,21 @@ class AsyncRetryingChannel(ABC):
 
     @abstractmethod
     def _channels(self) -> Collection[grpc.aio.Channel]:
-        """Returns all that are open."""
+        """Returns all open channels."""
 
     @abstractmethod
     def pick_now(self, call: "AsyncCall") -> Member[grpc.aio.Channel] | None:
-        """Returns the endpoint to try next, which counts as in use until `release`; None if that takes a while."""
+        """Returns the endpoint for the next try, which counts as in use until `release`; None if finding it has to wait."""
 
     @abstractmethod
     async def pick(self, call: "AsyncCall") -> Member[grpc.aio.Channel]:
-        """Returns the endpoint to try next, which counts as in use until `release`.
+        """Returns the endpoint for the next try, which counts as in use until `release`.
 
-        Raises what the call ends with if there is none.
+        Raises the call's error if there is no endpoint to try.
         """
 
-    def release(self, member: Member[grpc.aio.Channel]) -> None:  # noqa: B027 - nothing to note by default
-        """Notes that a try is over."""
+    def release(self, member: Member[grpc.aio.Channel]) -> None:  # noqa: B027 - one target needs no record
+        """Records the end of a try."""
 
     def record_failure(
         self,
@@ -92,22 +92,22 @@ class AsyncRetryingChannel(ABC):
         call: "AsyncCall",  # noqa: ARG002
         error: grpc.aio.AioRpcError | FlywheelError,  # noqa: ARG002
     ) -> bool:
-        """Notes that a try of a call failed there, and returns whether another endpoint may do better at once."""
+        """Records a failed try. Returns whether the endpoint is to blame, so that another one may be tried at once."""
         return False
 
     def delay(self, call: "AsyncCall", error: grpc.aio.AioRpcError | FlywheelError) -> float | None:
-        """Returns the seconds until the next try of a call that failed; None if there is to be none."""
+        """Returns the seconds until the next try of a failed call; None to give up and raise the error."""
         self.raise_if_closed(call)
         member = call.member
         to_blame = member is not None and self.record_failure(member, call, error)
         if has_begun(error):
             return None
-        jitter = random.random()  # noqa: S311 - nothing secret
+        jitter = random.random()  # noqa: S311 - this is not a secret
         failure = error_from_call(error, call.request_id)
         return call.tries.delay(failure, time.monotonic(), jitter, tried=member is not None, to_blame=to_blame)
 
     async def pause(self, call: "AsyncCall", seconds: float) -> None:
-        """Waits so long, or raises `CallCancelledError` as soon as the channel is closed."""
+        """Waits, or raises `CallCancelledError` as soon as the channel is closed."""
         if seconds:
             await asyncio.wait({self._closed}, timeout=seconds)
         self.raise_if_closed(call)
@@ -119,12 +119,12 @@ class AsyncRetryingChannel(ABC):
 
     @property
     def is_closed(self) -> bool:
-        """Whether it was closed, which cancels its calls."""
+        """Whether the channel was closed, which cancels its calls."""
         return self._closed.done()
 
 
 class AsyncTargetChannel(AsyncRetryingChannel):
-    """A channel to one target, where grpc finds the servers."""
+    """A channel to one target of gRPC. grpc itself finds the target's servers."""
 
     grpc_waits = True
 
@@ -160,7 +160,7 @@ class AsyncCall:
         self.tries = Tries.begin(self._channel.retry, timeout, time.monotonic(), wait_for_ready=waits)
         self.request_id = request_id_in(metadata, "")
         self.member: Member[grpc.aio.Channel] | None = None
-        """Where the call is; None if it has found no endpoint."""
+        """The endpoint of the current try; None if no endpoint was found."""
 
     async def _next_try(self, delay: float) -> Any:  # noqa: ANN401 - a call of grpc
         self.member = None
@@ -184,10 +184,10 @@ class AsyncCall:
 
 
 class _UnaryCall(AsyncCall):
-    """A call that is answered with one message."""
+    """A call whose answer is one message."""
 
     async def answer(self) -> Any:  # noqa: ANN401 - a message of the method
-        """Returns it."""
+        """Returns the answer, as soon as it arrives."""
         delay = 0.0
         while True:
             cancellations = _cancellations()
@@ -209,7 +209,7 @@ class _UnaryCall(AsyncCall):
 
 
 class _StreamCall(AsyncCall):
-    """What the client uses of a call of grpc that is answered with a stream."""
+    """A call whose answer is a stream."""
 
     def __init__(
         self, method: "_Method", request: object, timeout: float | None, metadata: Metadata, wait_for_ready: bool | None
@@ -219,14 +219,14 @@ class _StreamCall(AsyncCall):
         self._beginning: asyncio.Task[None] | None = None
         self._cancelled = False
         self._channel.add_stream(self)
-        # Like a call of grpc, this one begins now, and not when it is iterated over.
+        # As in grpc, a call begins at once, and not at the first iteration.
         if member := self._channel.pick_now(self):
             self._current = self._begin(member)
         else:
             self._begin_soon(0.0)
 
     async def __aiter__(self) -> AsyncIterator[Any]:
-        # A generator, because an event loop that shuts down ends those left in it.
+        # A generator, because an event loop closes the generators that are left when it shuts down.
         messages: AsyncIterator[Any] | None = None
         delivered = False
         try:
@@ -269,12 +269,12 @@ class _StreamCall(AsyncCall):
             raise call_cancelled(self.request_id) from None
 
     async def initial_metadata(self) -> Metadata | None:
-        """Returns what the endpoint sent before its first message; call it after that has arrived."""
+        """Returns the initial metadata of the endpoint. Call this after the first message has arrived."""
         metadata: Metadata | None = await self._current.initial_metadata()
         return metadata
 
     def cancel(self) -> None:
-        """Ends the call wherever it is: on an endpoint, between two tries, or waiting for the directory."""
+        """Ends the call: on its endpoint, between two tries, or while it waits for the directory."""
         self._cancelled = True
         if self._beginning is not None:
             self._beginning.cancel()
@@ -291,33 +291,34 @@ class _StreamCall(AsyncCall):
 
 @dataclass(frozen=True, slots=True)
 class _Method:
-    """A method of the service, on whichever endpoint a call of it goes to."""
+    """A method of the service. `bind` returns grpc's own method on the channel of an endpoint."""
 
     channel: AsyncRetryingChannel
     bind: Callable[[grpc.aio.Channel], Callable[..., Any]]
 
     async def call(self, request: object, timeout: float | None, metadata: Metadata, wait_for_ready: bool | None = None) -> Any:  # noqa: ANN401 - a message of the method
-        """Makes a call, and returns the answer."""
+        """Makes a call, and returns its answer."""
         return await _UnaryCall(self, request, timeout, metadata, wait_for_ready).answer()
 
     def stream(
         self, request: object, timeout: float | None, metadata: Metadata, wait_for_ready: bool | None = None
     ) -> _StreamCall:
-        """Begins a call that is answered with a stream."""
+        """Begins a call whose answer is a stream."""
         return _StreamCall(self, request, timeout, metadata, wait_for_ready)
 
 
 def _cancellations() -> int:
-    """Returns how often the running task was told to end.
+    """Returns how many times the running task was cancelled.
 
-    grpc.aio raises `asyncio.CancelledError` both where the task is cancelled and where the call alone is. If this number is the
-    same afterwards as before, it was the call. It never falls back to 0 in a task that has caught a cancellation and goes on.
+    grpc.aio raises `asyncio.CancelledError` if the task is cancelled, and also if only the call is. If this number has not
+    changed, only the call was cancelled. (A task that catches a cancellation and goes on keeps its number, so that comparing
+    the number with 0 is not enough.)
     """
     task = asyncio.current_task()
     return 0 if task is None else task.cancelling()
 
 
 def retrieve(task: asyncio.Task[Any]) -> None:
-    """Looks at how a task ended: asyncio complains of an exception that nobody has looked at."""
+    """Retrieves the exception of an ended task, so that asyncio does not log it as never retrieved."""
     if not task.cancelled():
         task.exception()

@@ -1,6 +1,6 @@
-"""Calls for threads, which are tried again within their deadline if the engine has not begun on them.
+"""Calls for threads. The client retries a call within its deadline if the engine has not begun on the call.
 
-`_retry` decides whether and when. What has delivered something is never repeated, because the caller may have used it.
+`_retry` decides whether and when. A call that has delivered a message is never repeated: the caller may have used the message.
 """
 
 import random
@@ -25,28 +25,28 @@ T = TypeVar("T")
 Metadata = Sequence[tuple[str, str | bytes]]
 
 CLOSE_TIMEOUT: Final = 1.0
-"""Seconds that closing a channel is waited for. Where a finalizer runs in grpc's own thread, it could never end."""
+"""Seconds that `close` waits. Without a limit, a finalizer in grpc's own thread would wait for itself forever."""
 
 
 class _Thread(threading.local):
-    """What is known of the thread that asks."""
+    """State of the current thread."""
 
     in_call = False
-    """Whether it is inside a call, of any client: grpc may hold locks for it, one of which all channels share."""
+    """Whether the thread is inside a call of any client. grpc may then hold locks, and all channels share one lock of grpc."""
 
 
 _thread: Final = _Thread()
 
 
 class RetryingChannel(ABC):
-    """What the clients and the generated stubs use of a `grpc.Channel`.
+    """The part of `grpc.Channel` that the clients and the generated stubs use, with retries.
 
-    Nothing of grpc is called while the lock is held: grpc has locks of its own, and calls back. Calls may be cancelled, and the
-    channel closed, at any moment, also in a signal handler or a finalizer: that only sets flags, and the janitor does the rest.
+    This class never calls grpc while it holds its own lock: grpc has locks too, and calls back. Signal handlers and finalizers
+    may cancel calls and close the channel at any time: that only sets flags, and the janitor's thread does the rest.
     """
 
     grpc_waits: ClassVar[bool]
-    """Whether waiting for a server to be ready is left to grpc, which does it if a server comes back to its address."""
+    """Whether grpc itself waits for a ready server. It can, if a server always comes back at the same address."""
 
     def __init__(self, retry: Retry | None) -> None:
         self.retry = retry
@@ -60,9 +60,9 @@ class RetryingChannel(ABC):
         method: str,
         request_serializer: Callable[[Any], bytes],
         response_deserializer: Callable[[bytes], Any],
-        **options: Any,  # noqa: ANN401 - those of `grpc.Channel`
+        **options: Any,  # noqa: ANN401 - the options of `grpc.Channel`
     ) -> "_Method":
-        """Returns a method that is answered with one message."""
+        """Returns a method whose answer is one message."""
         arguments = method, request_serializer, marking_unreadable(response_deserializer)
         return _Method(self, lambda channel: channel.unary_unary(*arguments, **options).future)
 
@@ -71,17 +71,17 @@ class RetryingChannel(ABC):
         method: str,
         request_serializer: Callable[[Any], bytes],
         response_deserializer: Callable[[bytes], Any],
-        **options: Any,  # noqa: ANN401 - those of `grpc.Channel`
+        **options: Any,  # noqa: ANN401 - the options of `grpc.Channel`
     ) -> "_Method":
-        """Returns a method that is answered with a stream."""
+        """Returns a method whose answer is a stream."""
         arguments = method, request_serializer, marking_unreadable(response_deserializer)
         return _Method(self, lambda channel: channel.unary_stream(*arguments, **options))
 
     def close(self) -> None:
-        """Closes all channels, which cancels the calls under way and those that wait for their next try.
+        """Closes all channels, which cancels running calls and calls that wait for their next try.
 
-        Returns when they are closed, but at once in a signal handler or a finalizer that interrupted a call: closing waits for
-        that call, which goes on only after this has returned.
+        Returns when the channels are closed. In a signal handler or finalizer that interrupted a call, returns at once: closing
+        waits for the interrupted call, which continues only after this method has returned.
         """
         self._closed = True
         self.janitor.run_soon(self._close)
@@ -95,41 +95,41 @@ class RetryingChannel(ABC):
             self._changed.notify_all()
         with ExitStack() as closing:
             closing.callback(self._close_done.set)
-            # Each is closed, whatever becomes of the others.
+            # An error in one channel does not keep the others open.
             for channel in channels:
                 closing.callback(channel.close)
 
     @abstractmethod
     def _channels(self) -> Collection[grpc.Channel]:
-        """Returns all that are open."""
+        """Returns all open channels."""
 
     @abstractmethod
     def pick(self, call: "Call") -> Member[grpc.Channel]:
-        """Returns the endpoint to try next, which counts as in use until `release`.
+        """Returns the endpoint for the next try, which counts as in use until `release`.
 
-        Raises what the call ends with if there is none.
+        Raises the call's error if there is no endpoint to try.
         """
 
-    def release(self, member: Member[grpc.Channel]) -> None:  # noqa: B027 - nothing to note by default
-        """Notes that a try is over."""
+    def release(self, member: Member[grpc.Channel]) -> None:  # noqa: B027 - one target needs no record
+        """Records the end of a try."""
 
     def record_failure(self, member: Member[grpc.Channel], call: "Call", error: grpc.RpcError | FlywheelError) -> bool:  # noqa: ARG002 - for directories
-        """Notes that a try of a call failed there, and returns whether another endpoint may do better at once."""
+        """Records a failed try. Returns whether the endpoint is to blame, so that another one may be tried at once."""
         return False
 
     def delay(self, call: "Call", error: grpc.RpcError | FlywheelError) -> float | None:
-        """Returns the seconds until the next try of a call that failed; None if there is to be none."""
+        """Returns the seconds until the next try of a failed call; None to give up and raise the error."""
         self.raise_if_cancelled(call)
         member = call.member
         to_blame = member is not None and self.record_failure(member, call, error)
         if has_begun(error):
             return None
-        jitter = random.random()  # noqa: S311 - nothing secret
+        jitter = random.random()  # noqa: S311 - this is not a secret
         failure = error_from_call(error, call.request_id)
         return call.tries.delay(failure, time.monotonic(), jitter, tried=member is not None, to_blame=to_blame)
 
     def pause(self, call: "Call", seconds: float) -> None:
-        """Waits so long, or raises `CallCancelledError` as soon as the call is cancelled or the channel closed."""
+        """Waits, or raises `CallCancelledError` as soon as the call is cancelled or the channel closed."""
         with self._changed:
             seconds = min(seconds, threading.TIMEOUT_MAX)
             self._changed.wait_for(lambda: call.cancelled or self._closed, seconds)
@@ -141,13 +141,13 @@ class RetryingChannel(ABC):
             raise call_cancelled(call.request_id)
 
     def wake(self) -> None:
-        """Lets calls that wait see that they were cancelled."""
+        """Wakes waiting calls, so that they see that they were cancelled."""
         with self._changed:
             self._changed.notify_all()
 
 
 class TargetChannel(RetryingChannel):
-    """A channel to one target, where grpc finds the servers."""
+    """A channel to one target of gRPC. grpc itself finds the target's servers."""
 
     grpc_waits = True
 
@@ -166,7 +166,7 @@ class TargetChannel(RetryingChannel):
 
 @dataclass(frozen=True, slots=True)
 class _Method:
-    """A method of the service, on whichever endpoint a call of it goes to."""
+    """A method of the service. `bind` returns grpc's own method on the channel of an endpoint."""
 
     channel: RetryingChannel
     bind: Callable[[grpc.Channel], Callable[..., Any]]
@@ -180,7 +180,7 @@ class _Method:
 
 
 class Call:
-    """What the client uses of a call of grpc, be its answer one message or a stream."""
+    """A call through all its tries. Its answer is one message or a stream."""
 
     _current: Any = None
     _ended = False
@@ -198,7 +198,7 @@ class Call:
         self.request_id = request_id_in(metadata, "")
         self.cancelled = False
         self.member: Member[grpc.Channel] | None = None
-        """Where the call is; None if it has found no endpoint."""
+        """The endpoint of the current try; None if no endpoint was found."""
         self._delivered = False
         self._error: Exception | None = None
         self._in_call(self._begin)
@@ -211,24 +211,24 @@ class Call:
             raise
 
     def result(self) -> Any:  # noqa: ANN401 - a message of the method
-        """Waits for the answer."""
+        """Returns the answer of a call with one message, as soon as it arrives."""
         message = self._in_call(lambda: self._receive(lambda call: call.result()))
         self._ended = True
         return message
 
     def initial_metadata(self) -> Metadata | None:
-        """Returns what the endpoint sent before its first message; call it after that has arrived."""
+        """Returns the initial metadata of the endpoint. Call this after the first message has arrived."""
         metadata: Metadata | None = self._in_call(self._current.initial_metadata)
         return metadata
 
     def cancel(self) -> None:
-        """Ends the call wherever it is: on an endpoint, between two tries, or waiting for the directory."""
+        """Ends the call: on its endpoint, between two tries, or while it waits for the directory."""
         self.cancelled = True
         self._channel.janitor.run_soon(self._cancel)
 
     def _cancel(self) -> None:
-        # This reads what `_try` sets, and `cancelled` was set before, in the opposite order, so that one of the two sees what
-        # the other has set.
+        # `cancel` sets `cancelled` and then this reads `_current`; `_try` sets `_current` and then reads `cancelled`. So at
+        # least one of the two threads sees the other's value, and cancels grpc's call.
         current = self._current
         if current is None:
             self._channel.wake()
@@ -236,12 +236,12 @@ class Call:
             current.cancel()
 
     def __del__(self) -> None:
-        # For example if an interrupt comes before anybody holds the call. One of grpc is kept by its callbacks.
+        # An interrupt may drop the call before its caller holds it. grpc's own call stays alive through its callbacks.
         if self._current is not None and not self._ended:
             self._channel.janitor.run_soon(self._current.cancel)
 
     def _in_call(self, function: Callable[[], T]) -> T:
-        """Runs what holds locks of grpc; raises `RuntimeError` if the thread holds some already."""
+        """Runs a function that may take locks of grpc; raises `RuntimeError` if the thread may hold such locks already."""
         if _thread.in_call:
             raise RuntimeError(
                 "reentrant call: a signal handler or finalizer that interrupts a call cannot make another; "
@@ -255,7 +255,7 @@ class Call:
 
     def _receive(self, receive: Callable[[Any], Any]) -> Any:  # noqa: ANN401 - a message of the method
         while True:
-            # Messages may have arrived that grpc would hand on, until the janitor has cancelled its call.
+            # Until the janitor has cancelled grpc's call, grpc would still return messages that have arrived.
             self._channel.raise_if_cancelled(self)
             try:
                 if self._error is not None:
@@ -277,7 +277,7 @@ class Call:
         try:
             self._try()
         except (grpc.RpcError, FlywheelError) as error:
-            # As with grpc, a call that fails says so when it is asked for its result.
+            # As in grpc, a call raises its error only when its result is asked for.
             self._error = error
 
     def _try(self) -> None:
@@ -291,11 +291,11 @@ class Call:
             )
         except BaseException:
             self._channel.release(member)
-            # Closing the channel between the two lines makes grpc raise a ValueError.
+            # grpc raises a ValueError if the channel was closed after `pick`.
             self._channel.raise_if_cancelled(self)
             raise
         self._current = current
-        # grpc keeps the callback, so that it must not keep this call.
+        # grpc keeps the callback alive, so the callback must not hold this call.
         current.add_done_callback(lambda _, channel=self._channel: channel.release(member))
         if self.cancelled:
             current.cancel()

@@ -1,6 +1,6 @@
-"""The client for asyncio."""
+"""The client for asyncio, and its streams."""
 
-# ruff: noqa: ASYNC109 - the timeouts are deadlines that travel with the call, so that the server stops its work too
+# ruff: noqa: ASYNC109 - each timeout becomes the deadline of a call, which the server obeys too
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -36,11 +36,11 @@ ResultT = TypeVar("ResultT")
 
 
 class AsyncStream(Generic[ResultT]):
-    """The results of a call, one after another as the server sends them.
+    """Yields the results of a call as the server sends them.
 
-    Iterate over it; leaving it cancels the call on the server: the end of an `async with` block, `aclose()`, an
-    exception or the task's cancellation while waiting for the next result, or no longer holding the stream. Iterating
-    raises `FlywheelError` where the call fails.
+    Iterating raises `FlywheelError` if the call fails. The call is cancelled on the server when an `async with` block ends, by
+    `aclose()`, by an exception or cancellation that interrupts the wait for the next result, and when the last reference to
+    the stream is gone.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class AsyncStream(Generic[ResultT]):
 
     @property
     def request_id(self) -> str:
-        """The id under which the server knows the call: the one that was sent, or what the server replaced it with."""
+        """The id of the call in the server's log: the id that was sent, or the one with which the server replaced it."""
         return self._request_id
 
     def __aiter__(self) -> AsyncIterator[ResultT]:
@@ -66,7 +66,7 @@ class AsyncStream(Generic[ResultT]):
         if self._ended:
             raise StopAsyncIteration
         if asyncio.get_running_loop() is not self._loop:
-            # A loop that closes ends what is left in it, and what has ended so must not pass for complete.
+            # A loop that closes ends its streams early. Such a stream must not look complete in another loop.
             raise RuntimeError("the stream belongs to another event loop")
         try:
             message = await anext(self._messages)
@@ -85,7 +85,7 @@ class AsyncStream(Generic[ResultT]):
         return self._result_from(message)
 
     def cancel(self) -> None:
-        """Cancels the call on the server; iterating raises `CallCancelledError`. Call it on the stream's loop."""
+        """Cancels the call on the server; iterating then raises `CallCancelledError`. Call this in the stream's event loop."""
         self._call.cancel()
 
     async def aclose(self) -> None:
@@ -103,8 +103,8 @@ class AsyncStream(Generic[ResultT]):
         await self.aclose()
 
     def __del__(self) -> None:
-        # grpc itself keeps a call that nobody holds and so never cancels it (grpc#43462). The garbage collector may run
-        # in any thread. A loop that closes has ended `_messages`, and so the call, before.
+        # grpc keeps a reference to each call, and so never cancels a call that was dropped (grpc#43462). The garbage collector
+        # may run in any thread. If the loop is closed, it has ended `_messages`, and with it the call.
         if not self._ended and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._call.cancel)
 
@@ -112,12 +112,15 @@ class AsyncStream(Generic[ResultT]):
 class AsyncClient(BaseClient):
     """A client of the generation service, for asyncio.
 
-    It connects at its first call, in plaintext unless it has credentials. A channel belongs to the event loop it was
-    opened in, so each loop that uses the client gets its own. Use it as a context manager, or `close()` it.
+    The client connects at its first call, in plaintext unless it has credentials. A channel belongs to one event loop, so each
+    loop that uses the client gets its own channel. Use the client as a context manager, or `close()` it.
     """
 
     _channels: dict[tuple[asyncio.AbstractEventLoop, bool], grpc.aio.Channel]
-    """By event loop, and by whether their calls go to servers of any health. Threads share this: only atomic operations."""
+    """The key is an event loop, and whether calls go to servers of any health.
+
+    Several threads may run a loop each, so that the client uses only atomic operations on this dict.
+    """
 
     def generate(
         self,
@@ -128,19 +131,19 @@ class AsyncClient(BaseClient):
         wait_for_ready: bool | None = None,
         **fields: Unpack[GenerationFields],
     ) -> AsyncStream[Sample]:
-        """Generates samples and streams each, whole, as soon as it has finished, in the order of finishing.
+        """Generates samples, and streams each finished sample as a whole, in the order in which they finish.
 
         Args:
-            text: The prompt; `Model.prompt_format` tells how the model reads it.
+            text: The prompt. `Model.prompt_format` tells how the model reads the prompt.
             timeout: The seconds that the call may take; None sets no deadline. Default: the client's timeout.
-            request_id: Names the call in the server's log: 1 to 128 visible ASCII characters. Default: a new one.
-            wait_for_ready: Whether the call waits for a server that is ready. Default: what the client does.
-            **fields: The other fields of the request: `max_tokens`, which is required, and those of `GenerationFields`.
+            request_id: The name of the call in the server's log: 1 to 128 visible ASCII characters. Default: a new id.
+            wait_for_ready: Whether the call waits for a server that is ready. Default: the client's `wait_for_ready`.
+            **fields: The other fields of the request, as in `GenerationFields`. `max_tokens` is required.
 
         Raises:
-            TypeError: A field has the wrong type or is unknown, max_tokens is missing, or the timeout is no number.
-            ValueError: A value cannot be put into its field, or the timeout is negative or NaN.
-            FlywheelError: The call failed; the stream raises it while it is iterated over.
+            TypeError: A field has the wrong type or is unknown, max_tokens is missing, or the timeout is not a number.
+            ValueError: A value does not fit into its field, or the timeout is negative or NaN.
+            FlywheelError: The call failed. Iterating over the stream raises this error.
         """
         request = generation_request(text, **fields)
         options = self._connection.call_options(timeout, request_id, wait_for_ready)
@@ -155,9 +158,9 @@ class AsyncClient(BaseClient):
         wait_for_ready: bool | None = None,
         **fields: Unpack[GenerationFields],
     ) -> AsyncStream[Delta]:
-        """Generates samples and streams the text of all of them while it is made; `Delta.index` tells them apart.
+        """Generates samples, and streams their text as it is generated. `Delta.index` tells the samples apart.
 
-        Takes and raises what `generate` does.
+        The arguments and errors are the same as for `generate`.
         """
         request = generation_request(text, **fields)
         options = self._connection.call_options(timeout, request_id, wait_for_ready)
@@ -172,16 +175,16 @@ class AsyncClient(BaseClient):
         wait_for_ready: bool | None = None,
         **fields: Unpack[GenerationFields],
     ) -> Response:
-        """Generates samples and returns them together, in the order of their index, after the last has finished.
+        """Generates samples, and returns all of them, in the order of their index, when the last one has finished.
 
-        Takes and raises what `generate` does.
+        The arguments and errors are the same as for `generate`, but this method itself raises `FlywheelError`.
         """
         request = generation_request(text, **fields)
         options = self._connection.call_options(timeout, request_id, wait_for_ready)
         return response_from(await _unary(self._stub().GenerateAll, request, options))
 
     async def model(self, *, timeout: Timeout = CLIENT_TIMEOUT, wait_for_ready: bool | None = None) -> Model:
-        """Returns what is served: the model, its engine, the limits of a request and the defaults of unset fields.
+        """Returns the model, the engine that runs it, the limits of a request and the defaults of unset fields.
 
         Raises:
             UnavailableError: The engine has not started yet, or the server cannot be reached.
@@ -190,17 +193,17 @@ class AsyncClient(BaseClient):
         return model_from(await _unary(self._stub(any_health=True).GetModel, generation_pb2.GetModelRequest(), options))
 
     async def stats(self, *, timeout: Timeout = CLIENT_TIMEOUT, wait_for_ready: bool | None = None) -> Stats:
-        """Returns how busy the service is at this moment; raises `FlywheelError`."""
+        """Returns how busy the service is at this moment; raises `FlywheelError` if the call fails."""
         options = self._connection.call_options(timeout, wait_for_ready=wait_for_ready)
         return stats_from(await _unary(self._stub(any_health=True).GetStats, generation_pb2.GetStatsRequest(), options))
 
     async def health(self, service: str = "", *, timeout: Timeout = CLIENT_TIMEOUT, wait_for_ready: bool | None = None) -> str:
-        """Returns the serving status by grpc.health.v1: `SERVING`, `NOT_SERVING` or `UNKNOWN`.
+        """Returns the serving status of grpc.health.v1: `SERVING`, `NOT_SERVING` or `UNKNOWN`.
 
         Args:
             service: The full name of a service of the server. Default: the server as a whole.
             timeout: The seconds that the call may take; None sets no deadline. Default: the client's timeout.
-            wait_for_ready: Whether the call waits for a server that can be reached. Default: what the client does.
+            wait_for_ready: Whether the call waits for a server that can be reached. Default: the client's `wait_for_ready`.
 
         Raises:
             FlywheelError: The server cannot be reached, or does not know the service (code NOT_FOUND).
@@ -210,7 +213,7 @@ class AsyncClient(BaseClient):
         return serving_status(await _unary(check, StringValue(value=service), options))
 
     async def close(self) -> None:
-        """Closes the running loop's channel, which cancels its calls. The client makes no further calls."""
+        """Closes the channel of the running loop, which cancels its calls. The client makes no further calls."""
         self._closed = True
         running = asyncio.get_running_loop()
         for key in [(running, False), (running, True)]:
@@ -230,7 +233,7 @@ class AsyncClient(BaseClient):
             raise RuntimeError("the client is closed")
         key = asyncio.get_running_loop(), any_health and self._connection.checks_health
         if key not in self._channels:
-            # The channels of closed loops can only be dropped: closing one would need its loop.
+            # A channel can be closed only in its loop. If the loop is closed, the channel is dropped.
             for loop, for_any_health in list(self._channels):
                 if loop.is_closed():
                     self._channels.pop((loop, for_any_health), None)

@@ -1,4 +1,4 @@
-"""The client for threads."""
+"""The client for threads, and its streams."""
 
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
@@ -32,7 +32,7 @@ ResultT = TypeVar("ResultT")
 
 
 class _StreamCall(Protocol):
-    """What is used of a server stream of grpc."""
+    """The part of grpc's server stream that `Stream` uses."""
 
     def __next__(self) -> Any: ...  # noqa: ANN401 - a message of the method, which `result_from` knows
     def initial_metadata(self) -> Sequence[tuple[str, str | bytes]] | None: ...
@@ -40,10 +40,10 @@ class _StreamCall(Protocol):
 
 
 class Stream(Generic[ResultT]):
-    """The results of a call, one after another as the server sends them.
+    """Yields the results of a call as the server sends them.
 
-    Iterate over it; leaving it cancels the call on the server: the end of a `with` block, `close()`, an exception while
-    waiting for the next result, or no longer holding the stream. Iterating raises `FlywheelError` where the call fails.
+    Iterating raises `FlywheelError` if the call fails. The call is cancelled on the server when a `with` block ends, by
+    `close()`, by an exception that interrupts the wait for the next result, and when the last reference to the stream is gone.
     """
 
     def __init__(self, call: _StreamCall, result_from: Callable[[Any], ResultT], request_id: str) -> None:
@@ -55,7 +55,7 @@ class Stream(Generic[ResultT]):
 
     @property
     def request_id(self) -> str:
-        """The id under which the server knows the call: the one that was sent, or what the server replaced it with."""
+        """The id of the call in the server's log: the id that was sent, or the one with which the server replaced it."""
         return self._request_id
 
     def __iter__(self) -> Iterator[ResultT]:
@@ -81,7 +81,7 @@ class Stream(Generic[ResultT]):
         return self._result_from(message)
 
     def cancel(self) -> None:
-        """Cancels the call on the server; iterating raises `CallCancelledError`. May be called in any thread, at any moment."""
+        """Cancels the call on the server; iterating then raises `CallCancelledError`. Any thread may call this at any time."""
         self._call.cancel()
 
     def close(self) -> None:
@@ -103,16 +103,17 @@ class Stream(Generic[ResultT]):
 class Client(BaseClient):
     """A client of the generation service, for threads, which may share it.
 
-    It connects at its first call, in plaintext unless it has credentials. Use it as a context manager, or `close()` it.
+    The client connects at its first call, in plaintext unless it has credentials. Use the client as a context manager, or
+    `close()` it.
 
-    A signal handler or a finalizer may close the client, and close or cancel its streams, at any moment: that does not wait for
-    what it has interrupted. A call that a signal handler makes raises `RuntimeError` if the handler has interrupted another
-    call; make it in a thread, for which the handler does not wait. A finalizer (`__del__`) must make no calls: it may run in
-    grpc's own thread, which would wait for itself.
+    Signal handlers and finalizers may close the client, and close or cancel its streams, at any time: these methods never wait
+    for the code that was interrupted. A signal handler that has interrupted a call cannot make another call: that raises
+    `RuntimeError`. Make the call in a thread, and do not wait for the thread in the handler. A finalizer (`__del__`) must make
+    no calls: it may run in grpc's own thread, which would then wait for itself.
     """
 
     _channels: dict[bool, grpc.Channel]
-    """By whether their calls go to servers of any health."""
+    """The key says whether calls go to servers of any health."""
 
     def generate(
         self,
@@ -123,19 +124,19 @@ class Client(BaseClient):
         wait_for_ready: bool | None = None,
         **fields: Unpack[GenerationFields],
     ) -> Stream[Sample]:
-        """Generates samples and streams each, whole, as soon as it has finished, in the order of finishing.
+        """Generates samples, and streams each finished sample as a whole, in the order in which they finish.
 
         Args:
-            text: The prompt; `Model.prompt_format` tells how the model reads it.
+            text: The prompt. `Model.prompt_format` tells how the model reads the prompt.
             timeout: The seconds that the call may take; None sets no deadline. Default: the client's timeout.
-            request_id: Names the call in the server's log: 1 to 128 visible ASCII characters. Default: a new one.
-            wait_for_ready: Whether the call waits for a server that is ready. Default: what the client does.
-            **fields: The other fields of the request: `max_tokens`, which is required, and those of `GenerationFields`.
+            request_id: The name of the call in the server's log: 1 to 128 visible ASCII characters. Default: a new id.
+            wait_for_ready: Whether the call waits for a server that is ready. Default: the client's `wait_for_ready`.
+            **fields: The other fields of the request, as in `GenerationFields`. `max_tokens` is required.
 
         Raises:
-            TypeError: A field has the wrong type or is unknown, max_tokens is missing, or the timeout is no number.
-            ValueError: A value cannot be put into its field, or the timeout is negative or NaN.
-            FlywheelError: The call failed; the stream raises it while it is iterated over.
+            TypeError: A field has the wrong type or is unknown, max_tokens is missing, or the timeout is not a number.
+            ValueError: A value does not fit into its field, or the timeout is negative or NaN.
+            FlywheelError: The call failed. Iterating over the stream raises this error.
         """
         request = generation_request(text, **fields)
         options = self._connection.call_options(timeout, request_id, wait_for_ready)
@@ -150,9 +151,9 @@ class Client(BaseClient):
         wait_for_ready: bool | None = None,
         **fields: Unpack[GenerationFields],
     ) -> Stream[Delta]:
-        """Generates samples and streams the text of all of them while it is made; `Delta.index` tells them apart.
+        """Generates samples, and streams their text as it is generated. `Delta.index` tells the samples apart.
 
-        Takes and raises what `generate` does.
+        The arguments and errors are the same as for `generate`.
         """
         request = generation_request(text, **fields)
         options = self._connection.call_options(timeout, request_id, wait_for_ready)
@@ -167,16 +168,16 @@ class Client(BaseClient):
         wait_for_ready: bool | None = None,
         **fields: Unpack[GenerationFields],
     ) -> Response:
-        """Generates samples and returns them together, in the order of their index, after the last has finished.
+        """Generates samples, and returns all of them, in the order of their index, when the last one has finished.
 
-        Takes and raises what `generate` does.
+        The arguments and errors are the same as for `generate`, but this method itself raises `FlywheelError`.
         """
         request = generation_request(text, **fields)
         options = self._connection.call_options(timeout, request_id, wait_for_ready)
         return response_from(_unary(self._stub().GenerateAll, request, options))
 
     def model(self, *, timeout: Timeout = CLIENT_TIMEOUT, wait_for_ready: bool | None = None) -> Model:
-        """Returns what is served: the model, its engine, the limits of a request and the defaults of unset fields.
+        """Returns the model, the engine that runs it, the limits of a request and the defaults of unset fields.
 
         Raises:
             UnavailableError: The engine has not started yet, or the server cannot be reached.
@@ -185,17 +186,17 @@ class Client(BaseClient):
         return model_from(_unary(self._stub(any_health=True).GetModel, generation_pb2.GetModelRequest(), options))
 
     def stats(self, *, timeout: Timeout = CLIENT_TIMEOUT, wait_for_ready: bool | None = None) -> Stats:
-        """Returns how busy the service is at this moment; raises `FlywheelError`."""
+        """Returns how busy the service is at this moment; raises `FlywheelError` if the call fails."""
         options = self._connection.call_options(timeout, wait_for_ready=wait_for_ready)
         return stats_from(_unary(self._stub(any_health=True).GetStats, generation_pb2.GetStatsRequest(), options))
 
     def health(self, service: str = "", *, timeout: Timeout = CLIENT_TIMEOUT, wait_for_ready: bool | None = None) -> str:
-        """Returns the serving status by grpc.health.v1: `SERVING`, `NOT_SERVING` or `UNKNOWN`.
+        """Returns the serving status of grpc.health.v1: `SERVING`, `NOT_SERVING` or `UNKNOWN`.
 
         Args:
             service: The full name of a service of the server. Default: the server as a whole.
             timeout: The seconds that the call may take; None sets no deadline. Default: the client's timeout.
-            wait_for_ready: Whether the call waits for a server that can be reached. Default: what the client does.
+            wait_for_ready: Whether the call waits for a server that can be reached. Default: the client's `wait_for_ready`.
 
         Raises:
             FlywheelError: The server cannot be reached, or does not know the service (code NOT_FOUND).
@@ -205,9 +206,9 @@ class Client(BaseClient):
         return serving_status(_unary(check, StringValue(value=service), options))
 
     def close(self) -> None:
-        """Closes the channel, which cancels the calls under way. The client makes no further calls.
+        """Closes the channel, which cancels running calls. The client makes no further calls.
 
-        May be called in any thread, and at any moment: see the class.
+        Any thread may call this, and also signal handlers and finalizers: see the class.
         """
         self._closed = True
         for channel in list(self._channels.values()):
@@ -221,7 +222,7 @@ class Client(BaseClient):
 
     def _opened(self, *, any_health: bool) -> grpc.Channel:
         any_health = any_health and self._connection.checks_health
-        # Without a lock, which a signal handler or a finalizer would wait for that interrupted its holder.
+        # No lock: a signal handler or finalizer that interrupts the holder of the lock would wait for it forever.
         channel = self._channels.get(any_health)
         if channel is None and not self._closed:
             opened = self._connection.open(any_health=any_health)
@@ -249,7 +250,7 @@ class Client(BaseClient):
 
 
 def _unary(method: "grpc.UnaryUnaryMultiCallable[RequestT, MessageT]", request: RequestT, options: CallOptions) -> MessageT:
-    # A future, because a call that blocks cannot be cancelled when Ctrl-C interrupts it.
+    # A blocking call could not be cancelled when Ctrl-C interrupts it. A future can.
     call = method.future(request, timeout=options.timeout, metadata=options.metadata, wait_for_ready=options.wait_for_ready)
     try:
         return call.result()

@@ -1,4 +1,4 @@
-"""The same as `_failover_sync` for asyncio: a channel to all endpoints of a directory, which belongs to one event loop."""
+"""The counterpart of `_failover_sync` for asyncio. A channel belongs to one event loop."""
 
 import asyncio
 import time
@@ -16,7 +16,7 @@ from flywheel_client._retry import Retry
 
 
 class AsyncFailoverChannel(AsyncRetryingChannel):
-    """Finds the endpoint for each call of a client."""
+    """A channel that picks an endpoint for each call of a client."""
 
     grpc_waits = False
 
@@ -28,10 +28,10 @@ class AsyncFailoverChannel(AsyncRetryingChannel):
         self._probes: set[asyncio.Task[None]] = set()
         self._closing: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
-        """Is set, and replaced by a new one, when a probe or a reading has ended, or the channel is closed."""
+        """Set, and replaced by a new event, when a probe or a reading has ended or the channel is closed."""
 
     async def close(self) -> None:
-        """Closes all channels, which cancels the calls under way and those that wait."""
+        """Closes all channels, which cancels running and waiting calls."""
         if self._reading is not None:
             self._reading.cancel()
         await super().close()
@@ -45,15 +45,15 @@ class AsyncFailoverChannel(AsyncRetryingChannel):
         return self._pool.channels()
 
     def pick_now(self, call: AsyncCall) -> Member[grpc.aio.Channel] | None:
-        """Returns the endpoint to try next, which counts as in use until `release`; None where that takes a while."""
+        """Returns the endpoint for the next try, which counts as in use until `release`; None if finding it has to wait."""
         self.raise_if_closed(call)
         now = time.monotonic()
         return self._pick(call, now) if self._pool.is_usable(now) else None
 
     async def pick(self, call: AsyncCall) -> Member[grpc.aio.Channel]:
-        """Returns the endpoint to try next, which counts as in use until `release`.
+        """Returns the endpoint for the next try, which counts as in use until `release`.
 
-        Raises what the call ends with where there is none: the error of its last try, or one of the directory.
+        If there is no endpoint to try, raises the error of the last try, or else the error of the directory.
         """
         reading: asyncio.Task[None] | None = None
         while True:
@@ -82,7 +82,7 @@ class AsyncFailoverChannel(AsyncRetryingChannel):
         return member
 
     async def _wait(self, call: AsyncCall, seconds: float) -> None:
-        """Waits until something has changed, for so long at most; raises what the call ends with meanwhile."""
+        """Waits for a change of the pool, at most so many seconds; raises if the call ends meanwhile."""
         remaining = call.tries.remaining(time.monotonic())
         if remaining == 0:
             raise call.tries.error or deadline_exceeded(call.request_id)
@@ -100,13 +100,13 @@ class AsyncFailoverChannel(AsyncRetryingChannel):
     def record_failure(
         self, member: Member[grpc.aio.Channel], call: AsyncCall, error: grpc.aio.AioRpcError | FlywheelError
     ) -> bool:
-        """Notes that a try of a call failed there, and returns whether another endpoint may do better at once."""
+        """Records a failed try. Returns whether the endpoint is to blame, so that another one may be tried at once."""
         to_blame = self._pool.record_failure(call.tries, member, error, time.monotonic())
         self._probe()
         return to_blame
 
     def release(self, member: Member[grpc.aio.Channel]) -> None:
-        """Notes that a try is over."""
+        """Records the end of a try."""
         channel = self._pool.release(member)
         self._close_soon([] if channel is None else [channel])
 
@@ -117,7 +117,7 @@ class AsyncFailoverChannel(AsyncRetryingChannel):
             closing.add_done_callback(self._closing.discard)
 
     def _probe(self) -> None:
-        """Probes the endpoints that are to be, as many as may be at the same time."""
+        """Starts probes of the endpoints that need one, up to the limit of concurrent probes."""
         if not self._closed.done():
             for member in self._pool.begin_probes():
                 task = asyncio.get_running_loop().create_task(self._probe_one(member))
@@ -131,7 +131,7 @@ class AsyncFailoverChannel(AsyncRetryingChannel):
         self._probe()
 
     def _read(self) -> asyncio.Task[None]:
-        """Begins to read the directory, or returns the reading that is under way."""
+        """Starts reading the directory; returns the current reading if there is one."""
         if self._reading is None or self._reading.done():
             self._reading = asyncio.get_running_loop().create_task(self._update())
             self._reading.add_done_callback(self._reading_ended)

@@ -1,8 +1,8 @@
-"""A channel to all endpoints of a directory, for threads: each call to one of them, and to another if that one is gone.
+"""A channel for threads to all endpoints of a directory: if the endpoint of a call is gone, the call fails over to another.
 
-Endpoints are probed side by side, and calls go to those that answer, so that one that is silent holds up none.
-A call that finds its endpoint gone, or about to stop, before the engine has begun on it is tried elsewhere at once, within its
-deadline and its attempts. Only if it has tried them all does it wait before it goes round again.
+Endpoints are probed concurrently, and calls go only to endpoints that answer, so that a silent endpoint delays no call.
+If an endpoint is gone or about to stop before the engine has begun on a call, the call tries another endpoint at once, within
+its deadline and its number of attempts. When a call has tried all endpoints, it waits before it tries them again.
 """
 
 import asyncio
@@ -33,19 +33,19 @@ from flywheel_client._pool import Directory, Member, Pool
 from flywheel_client._retry import Retry
 
 CLOSE_POLL_SECONDS: Final = 0.05
-"""Seconds after which a reading of the directory ends at the latest once the client is closed."""
+"""Seconds between two checks, during a reading of the directory, whether the client was closed."""
 
 
 @dataclass(slots=True)
 class _Reading:
-    """A reading of the directory that is under way, and then how it ended."""
+    """A reading of the directory, and its error if it has failed."""
 
     finished: bool = False
     error: BaseException | None = None
 
 
 class FailoverChannel(RetryingChannel):
-    """Finds the endpoint for each call of a client."""
+    """A channel that picks an endpoint for each call of a client."""
 
     grpc_waits = False
 
@@ -59,9 +59,9 @@ class FailoverChannel(RetryingChannel):
         return self._pool.channels()
 
     def pick(self, call: Call) -> Member[grpc.Channel]:
-        """Returns the endpoint to try next, which counts as in use until `release`.
+        """Returns the endpoint for the next try, which counts as in use until `release`.
 
-        Raises what the call ends with where there is none: the error of its last try, or one of the directory.
+        If there is no endpoint to try, raises the error of the last try, or else the error of the directory.
         """
         reading: _Reading | None = None
         with self._changed:
@@ -88,7 +88,7 @@ class FailoverChannel(RetryingChannel):
                 raise call.tries.error or (reading and reading.error) or self._directory.no_endpoint()
 
     def _wait(self, call: Call, seconds: float) -> None:
-        """Waits until something has changed, for so long at most; raises what the call ends with meanwhile."""
+        """Waits for a change of the pool, at most so many seconds; raises if the call ends meanwhile."""
         remaining = call.tries.remaining(time.monotonic())
         if remaining == 0:
             raise call.tries.error or deadline_exceeded(call.request_id)
@@ -96,14 +96,14 @@ class FailoverChannel(RetryingChannel):
         self.raise_if_cancelled(call)
 
     def record_failure(self, member: Member[grpc.Channel], call: Call, error: grpc.RpcError | FlywheelError) -> bool:
-        """Notes that a try of a call failed there, and returns whether another endpoint may do better at once."""
+        """Records a failed try. Returns whether the endpoint is to blame, so that another one may be tried at once."""
         with self._changed:
             to_blame = self._pool.record_failure(call.tries, member, error, time.monotonic())
         self._probe()
         return to_blame
 
     def release(self, member: Member[grpc.Channel]) -> None:
-        """Notes that a try is over."""
+        """Records the end of a try."""
         with self._changed:
             channel = self._pool.release(member)
         if channel is not None:
@@ -111,18 +111,18 @@ class FailoverChannel(RetryingChannel):
 
     def _close_soon(self, channels: Iterable[grpc.Channel]) -> None:
         for channel in channels:
-            # Not here, which may be the channel's own thread: closing it waits for that.
+            # This may be the channel's own thread, and closing the channel waits for that thread.
             threading.Thread(target=channel.close, daemon=True).start()
 
     def _probe(self) -> None:
-        """Probes the endpoints that are to be, as many as may be at the same time."""
+        """Starts probes of the endpoints that need one, up to the limit of concurrent probes."""
         with self._changed:
             members = [] if self._closed else self._pool.begin_probes()
         for member in members:
             check = member.channel.unary_unary(HEALTH_CHECK, health_request, health_response)
-            with suppress(ValueError):  # the channel has been closed meanwhile
+            with suppress(ValueError):  # the channel was closed meanwhile
                 probe = check.future(StringValue())
-                # Not a deadline of grpc, which counts from the time of day, and that may be wrong or change.
+                # Not a deadline of grpc: grpc uses the wall clock, which may be wrong or change.
                 timer = threading.Timer(PROBE_TIMEOUT, probe.cancel)
                 timer.daemon = True
                 timer.start()
@@ -140,10 +140,10 @@ class FailoverChannel(RetryingChannel):
         self._probe()
 
     def _read(self) -> _Reading:
-        """Begins to read the directory, or returns the reading that is under way."""
+        """Starts reading the directory; returns the current reading if there is one."""
         if self._reading is None:
             reading = _Reading()
-            # Not a daemon, which a process that ends would leave among the ruins of the libraries that it uses.
+            # Not a daemon thread: at exit, that would run on while the libraries that it uses are torn down.
             threading.Thread(target=self._read_in_thread, args=(reading,)).start()
             self._reading = reading
         return self._reading
@@ -169,7 +169,7 @@ class FailoverChannel(RetryingChannel):
             with self._changed:
                 if not self._closed:
                     unneeded = self._pool.update(addresses, time.monotonic())
-        except BaseException as error:  # noqa: BLE001 - raised to whoever waits for the reading
+        except BaseException as error:  # noqa: BLE001 - `pick` raises it in the calls that wait
             reading.error = error
         with self._changed:
             if reading.error is not None:

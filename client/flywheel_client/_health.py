@@ -1,7 +1,7 @@
-"""Asks endpoints how they are.
+"""Checks the health of servers, and probes endpoints.
 
-This is grpc.health.v1.Health by hand, so that the client does not need grpcio-health-checking, which wants a protobuf of its
-own age (grpc#42906). On the wire its messages are those of the well-known wrappers: one value in field 1.
+This implements grpc.health.v1.Health without grpcio-health-checking, because that package requires a protobuf as new as itself
+(grpc#42906). On the wire, the messages of the service equal the well-known wrappers: one value in field 1.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ health_request = StringValue.SerializeToString
 health_response = Int32Value.FromString
 
 PROBE_TIMEOUT: Final = 6.0
-"""Seconds that an endpoint may take to answer whether it is there."""
+"""Seconds that an endpoint may take to answer a probe."""
 
 _NOT_SERVING: Final = 2
 _SERVING_STATUS: Final = {0: "UNKNOWN", 1: "SERVING", _NOT_SERVING: "NOT_SERVING", 3: "SERVICE_UNKNOWN"}
@@ -31,9 +31,9 @@ def serving_status(response: Int32Value) -> str:
 
 
 def is_not_serving(response: Int32Value | None) -> bool:
-    """Returns whether a HealthCheckResponse says that calls are refused.
+    """Returns whether the server answers that it refuses calls.
 
-    It is None if the check ended with OK and without one.
+    The response is None if the check ended with OK but without a message.
     """
     return response is not None and response.value == _NOT_SERVING
 
@@ -47,32 +47,32 @@ _NO_ANSWER: Final = frozenset(
         grpc.StatusCode.UNKNOWN,
     }
 )
-"""How the check ends on an endpoint that is not there or is just stopping. The last two are the words of something on the way,
-such as a relay that has lost its server. With any other status, the endpoint has answered."""
+"""Statuses of a check that no endpoint answered, or one that is stopping. INTERNAL and UNKNOWN come from a proxy that has lost
+its server. With any other status, the endpoint has answered."""
 
 PROBE_TIMED_OUT: Final = f"silent for {PROBE_TIMEOUT:g} s"
 
 LATE_ANSWER_SECONDS: Final = 0.1
-"""Seconds in which an event loop that has stood still learns of an answer that arrived meanwhile."""
+"""Extra seconds for an event loop that was blocked, to process an answer that arrived in time."""
 
 MAX_PROBES: Final = 64
-"""Endpoints that are probed at the same time. Many that are silent should not keep one that lives waiting."""
+"""How many endpoints are probed at the same time: enough that silent ones do not delay a live one."""
 
 
 async def probe(channel: grpc.aio.Channel) -> tuple[str | None, bool]:
-    """Returns why the endpoint at the other end does not answer, None if it does; and whether it says that it refuses calls."""
+    """Returns why the endpoint does not answer (None if it does), and whether it answers that it refuses calls."""
 
     async def ask() -> tuple[str | None, bool]:
         try:
             answer = await channel.unary_unary(HEALTH_CHECK, health_request, health_response)(StringValue())
         except grpc.aio.AioRpcError as error:
             return no_answer(error.code(), error.details()), False
-        # grpc.aio makes None of what is no HealthCheckResponse.
+        # grpc.aio returns None for bytes that are not a HealthCheckResponse.
         return None, is_not_serving(answer)
 
     asking = asyncio.create_task(ask())
     try:
-        # Not a deadline of grpc, which counts from the time of day, and that may be wrong or change.
+        # Not a deadline of grpc: grpc uses the wall clock, which may be wrong or change.
         for seconds in (PROBE_TIMEOUT, LATE_ANSWER_SECONDS):
             if not asking.done():
                 await asyncio.wait({asking}, timeout=seconds)
@@ -82,18 +82,18 @@ async def probe(channel: grpc.aio.Channel) -> tuple[str | None, bool]:
 
 
 def no_answer(code: grpc.StatusCode, details: str | None) -> str | None:
-    """Returns why an endpoint does not answer whose check has ended so; None if it does answer."""
+    """Returns why an endpoint does not answer, by the status of its check; None if it does answer."""
     return (details or code.name) if code in _NO_ANSWER else None
 
 
 async def answering(addresses: Iterable[str], credentials: grpc.ChannelCredentials) -> set[str]:
-    """Returns those of the addresses that answer, be it that they are not serving."""
+    """Returns the addresses that answer a probe, even if they answer NOT_SERVING."""
     free = asyncio.Semaphore(MAX_PROBES)
 
     async def answers(address: str) -> bool:
         async with free, grpc.aio.secure_channel(address, credentials, list(proxy_options(address).items())) as channel:
-            refusal, _ = await probe(channel)
-            return refusal is None
+            reason, _ = await probe(channel)
+            return reason is None
 
     unique = list(dict.fromkeys(addresses))
     found = await asyncio.gather(*map(answers, unique))

@@ -1,6 +1,6 @@
-"""Which endpoint a call goes to if a service has several: the decisions that both clients share.
+"""Decides which endpoint of a directory a call goes to, for both clients.
 
-Nothing here waits, locks, or looks at a clock: `now` is the caller's, in seconds of `time.monotonic()`.
+Nothing here waits, locks or reads a clock: callers pass `now`, in seconds of `time.monotonic()`.
 """
 
 from collections.abc import Callable, Collection, Iterable
@@ -17,62 +17,63 @@ from flywheel_client._retry import Tries
 ChannelT = TypeVar("ChannelT")
 
 REFRESH_AFTER_SECONDS: Final = 10.0
-"""Seconds for which a reading of the directory holds. An older one still serves while it is renewed."""
+"""Age in seconds from which a reading of the directory is renewed. Calls still use the old reading meanwhile."""
 
 MIN_READ_INTERVAL_SECONDS: Final = 1.0
-"""Seconds from the beginning of a reading to that of the next, also while calls fail, of which each wants a new one."""
+"""Minimum seconds between the starts of two readings of the directory, however many calls ask for one."""
 
 MAX_AGE_SECONDS: Final = 60.0
-"""Seconds after which a call waits for the renewal: a client that was idle for long should not try what is long gone."""
+"""Age in seconds from which calls wait for a new reading: after a long idle time, the old endpoints may be gone."""
 
 FAILURE_COOLDOWN_SECONDS: Final = 5.0
-"""Seconds for which an endpoint that has failed is the last choice."""
+"""Seconds for which a failed endpoint is used only if there is no other."""
 
 WARMUP_SECONDS: Final = 0.3
-"""Seconds for which calls wait for further endpoints after the first has answered, so that not all of them go to that one."""
+"""Seconds for which calls wait for more endpoints after the first one has answered, so that it does not get them all."""
 
 MIN_SECONDS_FOR_WARMUP: Final = 3.0
-"""Calls whose deadline is nearer than so many seconds do not wait for further endpoints."""
+"""Calls with fewer seconds than this until their deadline do not wait for more endpoints."""
 
 ENDPOINT_GONE_ERRORS: Final = (UnavailableError, CallCancelledError)
-"""How calls end on an endpoint that stops; with the latter, those that arrive at the last moment, before any code sees them."""
+"""How calls end on an endpoint that stops. grpc cancels calls that arrive at the last moment, before the server sees them."""
 
 
 class Directory(Protocol):
-    """Where the endpoints of a service are published."""
+    """Publishes the addresses of the endpoints of a service."""
 
     async def read(self) -> Collection[str]:
-        """Returns their addresses, the likeliest to be live first; raises `FlywheelError` if it cannot tell."""
+        """Returns the addresses, those most likely to be live first; raises `FlywheelError` if it cannot read them."""
 
     def no_endpoint(self) -> FlywheelError:
-        """Returns what to tell a caller if the last reading found none."""
+        """Returns the error of a call if the last reading found no endpoint."""
 
 
 @dataclass(slots=True, eq=False)
 class Member(Generic[ChannelT]):
-    """One endpoint, its channel, and how it does."""
+    """An endpoint in the pool: its channel and its state."""
 
     address: str
     channel: ChannelT
     listed: bool = True
-    """Whether the last reading of the directory has it."""
+    """Whether the last reading of the directory lists the endpoint."""
     answers: bool = False
-    """Whether it has answered a probe, and no call has failed there since."""
+    """Whether the endpoint has answered a probe, and no call has failed there since."""
     probing: bool = False
     calls: int = 0
+    """How many calls of this client run there."""
     last_pick: int = 0
     failed_at: float = -inf
 
 
 class Pool(Generic[ChannelT]):
-    """The endpoints that calls may go to, each with a channel, and those no longer wanted that still have calls.
+    """Holds the endpoints that calls may go to, each with a channel, and dropped endpoints until their last call has ended.
 
-    A reading of the directory adds endpoints. Each is probed, several at the same time, and one that does not answer is dropped
-    until another reading lists it. One that is no longer listed is dropped once a listed one answers, so that a directory which
-    is empty, or cannot be read, takes nothing away that works.
+    A reading of the directory adds endpoints. Each endpoint is probed, several at the same time. An endpoint that does not
+    answer is dropped until another reading lists it. An endpoint that is not listed any more is dropped once a listed endpoint
+    answers. So an empty or unreadable directory removes no endpoint that works.
 
-    A call goes to the endpoint with the fewest calls of this client, in turn if several have as few. Generations last
-    from a moment to minutes, so that dealing them out in turn alone would pile up the long ones.
+    A call goes to the endpoint with the fewest calls of this client, and in turn among equals (least request, as in Envoy).
+    Plain round robin would pile up long calls on one endpoint, because a generation lasts from a moment to minutes.
     """
 
     def __init__(self, open_channel: Callable[[str], ChannelT]) -> None:
@@ -84,26 +85,26 @@ class Pool(Generic[ChannelT]):
         self._warmup_ends = -inf
         self._picks = 0
         self.refusal: FlywheelError | None = None
-        """Why the last endpoint that did not answer was dropped, since the last reading."""
+        """The error of the last endpoint that was dropped because it did not answer; None after each reading."""
 
     def needs_refresh(self, now: float) -> bool:
-        """Whether it is time to read the directory again."""
+        """Returns whether the directory should be read again."""
         return now - self._read_at >= REFRESH_AFTER_SECONDS
 
     def is_usable(self, now: float) -> bool:
-        """Whether a call need not wait for a new reading."""
+        """Returns whether the last reading is recent enough for calls not to wait for a new one."""
         return now - self._read_at <= MAX_AGE_SECONDS
 
     def begin_read(self, now: float) -> float:
-        """Returns the seconds after which a new reading may ask the directory."""
+        """Records the start of a reading, and returns the seconds to wait before the directory may be asked."""
         begun = max(now, self._read_began_at + MIN_READ_INTERVAL_SECONDS)
         self._read_began_at = begun
         return begun - now
 
     def pick(self, tries: Tries, now: float) -> Member[ChannelT] | None:
-        """Returns the endpoint to try next, for which a call now counts; None if there is none, or none yet."""
+        """Returns the endpoint for the next try, and counts a call there; None if there is no endpoint, or none yet."""
         untried = self._untried(tries)
-        # If only one is left, the call finds out by itself whether that one answers.
+        # A single untried endpoint needs no probe: the call itself shows whether it answers.
         able = untried if len(untried) == 1 else [member for member in untried if member.answers]
         warms_up = now < self._warmup_ends and tries.deadline - now > MIN_SECONDS_FOR_WARMUP
         if not able or (len(able) < len(untried) and warms_up):
@@ -118,7 +119,7 @@ class Pool(Generic[ChannelT]):
         return member
 
     def seconds_to_wait(self, tries: Tries, now: float) -> float | None:
-        """Returns the seconds after which to pick again, if no probe ends before; None if there is nothing to wait for."""
+        """Returns the most seconds to wait for a probe before the next `pick`; None if there is nothing to wait for."""
         untried = self._untried(tries)
         if not untried:
             return None
@@ -131,9 +132,9 @@ class Pool(Generic[ChannelT]):
         error: Any,  # noqa: ANN401 - grpc has no public type for it
         now: float,
     ) -> bool:
-        """Notes that a try of a call failed there, and returns whether the endpoint, rather than the call, was to blame."""
+        """Records a failed try, and returns whether the endpoint was to blame, and not the call."""
         if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and not any(error.trailing_metadata() or ()):
-            # A word of the server would be there. It may be silent, so it has to answer a probe before it gets more calls.
+            # The server itself would have sent metadata. It may be silent, so it gets no more calls until it answers a probe.
             member.answers = False
         if not isinstance(error_from_call(error, ""), ENDPOINT_GONE_ERRORS):
             return False
@@ -145,7 +146,7 @@ class Pool(Generic[ChannelT]):
         return True
 
     def release(self, member: Member[ChannelT]) -> ChannelT | None:
-        """Notes that a call ended, and returns the channel if that was the last call of an endpoint that was dropped."""
+        """Records the end of a try. Returns the channel if that was the last call of a dropped endpoint."""
         member.calls -= 1
         if member.calls or member not in self._dropped:
             return None
@@ -153,7 +154,7 @@ class Pool(Generic[ChannelT]):
         return member.channel
 
     def update(self, addresses: Iterable[str], now: float) -> list[ChannelT]:
-        """Takes a reading of the directory, and returns the channels that nobody needs any more."""
+        """Takes a reading of the directory, and returns the channels to close."""
         if not self.is_usable(now):
             for member in self._members.values():
                 member.answers = False
@@ -168,12 +169,12 @@ class Pool(Generic[ChannelT]):
         return self._drop_unlisted()
 
     def record_unreadable(self, now: float) -> None:
-        """Notes that the directory could not be read: what it listed before, if anything, has to serve for longer."""
+        """Records that the directory could not be read, so that the last reading, if any, stays in use for longer."""
         if self._members:
             self._read_at = now
 
     def begin_probes(self) -> list[Member[ChannelT]]:
-        """Returns the endpoints to probe now, each of which must be followed by `probed`."""
+        """Returns the endpoints to probe now. The caller must call `record_probe` for each of them."""
         free = MAX_PROBES - sum(member.probing for member in self._members.values())
         chosen = [member for member in self._members.values() if not member.answers and not member.probing][: max(free, 0)]
         for member in chosen:
@@ -188,13 +189,13 @@ class Pool(Generic[ChannelT]):
         *,
         refuses: bool,
     ) -> list[ChannelT]:
-        """Notes how a probe ended, and returns the channels that nobody needs any more.
+        """Records the result of a probe, and returns the channels to close.
 
         Args:
             member: The endpoint.
             no_answer: Why the endpoint does not answer; None if it does.
-            now: The time.
-            refuses: Whether the endpoint says that it will refuse calls.
+            now: The current time in seconds of `time.monotonic()`.
+            refuses: Whether the endpoint answers that it will refuse calls.
         """
         member.probing = False
         if self._members.get(member.address) is not member:

@@ -1,7 +1,7 @@
-"""Whether and when a call is tried again: the decisions that both clients share.
+"""Decides whether and when to retry a call, for both clients.
 
-Nothing here waits, looks at a clock, or throws dice: `now` is the caller's, in seconds of `time.monotonic()`, and so is
-`jitter`, a number of 0 to 1.
+Nothing here waits, reads a clock or draws random numbers: callers pass `now`, in seconds of `time.monotonic()`, and `jitter`, a
+random number from 0 to 1.
 """
 
 from dataclasses import dataclass, field
@@ -15,33 +15,38 @@ from flywheel_client._errors import FlywheelError, UnavailableError
 from flywheel_client._timeouts import seconds_of
 
 BACKOFF_JITTER: Final = 0.2
-"""By how much of itself a backoff is shorter or longer, so that clients that failed together do not return together."""
+"""The fraction by which a backoff varies, so that clients that failed together do not retry together."""
 
 NO_CONNECTION_MESSAGES: Final = ("failed to connect to all addresses", "DNS resolution failed", "errors resolving")
-"""How the message of grpc begins if it could not connect to an address."""
+"""How grpc's message begins if grpc could not connect to an address."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Retry:
-    """How a call is tried again that failed before the engine began on it.
+    """How to retry a call that failed before the engine began on it.
 
-    The server sends the headers of its answer (initial metadata) when the engine begins. A call is never tried again once
-    they have arrived, even if no result has. This is the rule of gRPC's own retries (gRFC A6). Before that, a call is tried
-    again if the server was UNAVAILABLE, was full and said when to come back (RESOURCE_EXHAUSTED with `RetryInfo`), or
-    stopped as the call arrived (CANCELLED), and if something on the way ended the call (INTERNAL or UNKNOWN without a
-    reason of the server). The wait is what the server asks for and a little more, or else a backoff that
-    grows from one attempt to the next. One deadline holds for all attempts: if it would pass first, the call fails at once.
+    The server sends the headers of its answer (initial metadata) when the engine begins. Once they have arrived, a call is
+    never retried, even if no result has arrived: this is the rule of gRPC's own retries (gRFC A6). Before that, a call is
+    retried in these cases:
+
+    - The server was UNAVAILABLE.
+    - The server was full and said when to try again (RESOURCE_EXHAUSTED with `RetryInfo`).
+    - The server stopped as the call arrived (CANCELLED).
+    - Something between client and server ended the call (INTERNAL or UNKNOWN without a reason of the server).
+
+    The delay before an attempt is a little more than the server asks for, or else a backoff that grows from attempt to
+    attempt. One deadline covers all attempts: if it would pass during the delay, the call fails at once.
 
     Attributes:
-        max_attempts: How often a call is sent at most, the first time included, to all endpoints of a directory together.
-            If a connection breaks before the headers have arrived, nobody can tell whether the engine had begun: so this
-            is also how often the engine can begin on a call, or how many servers a call can crash. Addresses of a
-            directory that cannot be connected to are passed over; only if there is no other do they count as one attempt.
-        initial_backoff: The seconds before the second attempt, give or take a fifth.
+        max_attempts: How often a call is sent at most, including the first time, to all endpoints of a directory together. If a
+            connection breaks before the headers have arrived, the client cannot know whether the engine had begun. So this is
+            also how often the engine may begin on a call, and how many servers a call may crash. Addresses of a directory that
+            cannot be connected to do not count; only if none can be connected to, they count as one attempt together.
+        initial_backoff: The seconds before the second attempt, plus or minus a fifth.
         max_backoff: The longest backoff in seconds; may be infinite.
-        multiplier: By how much a backoff is longer than the one before.
-        max_delay: The longest wait in seconds that a server may ask for. Where it asks for more, the call fails at once, and
-            the error's `retry_delay` says when to come back. Infinity waits as long as any server asks for.
+        multiplier: The factor from one backoff to the next.
+        max_delay: The longest delay in seconds that a server may ask for. If a server asks for more, the call fails at once,
+            and the error's `retry_delay` says when to try again. Infinity accepts any delay.
     """
 
     max_attempts: int = 5
@@ -69,29 +74,32 @@ DEFAULT_RETRY: Final = Retry()
 
 @dataclass(slots=True)
 class Tries:
-    """What one call has tried so far, and until when it may go on.
+    """The tries of one call so far, and its deadline.
 
-    If a service has several endpoints, a call goes from one to the next without a wait. The tries between two waits are a
-    round; `counted`, `failed`, `error` and `may_reread` are about the round that is under way.
+    If a service has several endpoints, a call tries one after another without a delay. The tries between two delays are a
+    round. `counted`, `failed`, `error` and `may_reread` are about the current round.
     """
 
     retry: Retry | None
     deadline: float
+    """In seconds of `time.monotonic()`; infinity if there is none."""
     wait_for_ready: bool
     """Whether to wait if there is no endpoint to try."""
     attempts: int = 0
-    """How many have failed: each try that was sent, and each round of which none was."""
+    """The failed attempts: each try that was sent, and each round in which no try was sent."""
     counted: bool = False
-    """Whether the round is among the attempts."""
+    """Whether the current round is counted in `attempts`."""
     backoff: float = 0.0
+    """The last backoff in seconds."""
     failed: set[str] = field(default_factory=set)
-    """The addresses that are not tried again in this round."""
+    """The addresses that have failed, and are not tried again, in this round."""
     error: Exception | None = None
     may_reread: bool = True
+    """Whether the directory may be read again in this round."""
 
     @classmethod
     def begin(cls, retry: Retry | None, timeout: float | None, now: float, *, wait_for_ready: bool = False) -> "Tries":
-        """Returns those of a call that begins now."""
+        """Returns the tries of a call that begins now."""
         return cls(retry, inf if timeout is None else now + timeout, wait_for_ready)
 
     def remaining(self, now: float) -> float | None:
@@ -101,15 +109,15 @@ class Tries:
     def delay(
         self, error: FlywheelError, now: float, jitter: float, *, tried: bool = True, to_blame: bool = False
     ) -> float | None:
-        """Returns the seconds until the next try; None if there is to be none, so that the error stands.
+        """Returns the seconds until the next try; None to give up and raise the error.
 
         Args:
             error: Why the last try failed, before the engine began.
-            now: The time.
-            jitter: A random number of 0 to 1.
-            tried: Whether there was an endpoint to try. Waiting for one is not an attempt, and only done if the caller wants
-                to wait.
-            to_blame: Whether the endpoint failed rather than the call, which may then go to another one at once.
+            now: The current time in seconds of `time.monotonic()`.
+            jitter: A random number from 0 to 1.
+            tried: Whether there was an endpoint to try. Waiting for an endpoint is not an attempt, and is done only if the call
+                has `wait_for_ready`.
+            to_blame: Whether the endpoint has failed, and not the call, so that another endpoint may be tried at once.
         """
         if tried and was_sent(error):
             self._count()
@@ -128,7 +136,7 @@ class Tries:
             delay = max(error.retry_delay, 0.0) + backoff * jitter
         else:
             return None
-        # Infinite backoffs may make it NaN, which is no wait either.
+        # An infinite backoff may make the delay NaN. The call gives up then too.
         if not now + delay < self.deadline:
             return None
         self.backoff = backoff
@@ -147,16 +155,16 @@ class Tries:
 
 
 def was_sent(error: FlywheelError) -> bool:
-    """Returns whether a server may have received a call that ended so.
+    """Returns whether a server may have received the call that failed with this error.
 
-    Only its words tell that grpc had no connection to send the call on. Other words, also those of later versions, count as
-    sent, which errs on the side of fewer tries.
+    Only grpc's message tells that grpc had no connection for the call. A call with any other message counts as sent, also
+    with a message of a later version of grpc: then the call makes too few tries rather than too many.
     """
     return not error.message.startswith(NO_CONNECTION_MESSAGES)
 
 
 def is_retryable(error: FlywheelError) -> bool:
-    """Returns whether a call that ended so, before the engine began on it, may end better the next time."""
+    """Returns whether a call that failed with this error, before the engine began on it, may succeed later."""
     if isinstance(error, UnavailableError):
         return True
     match error.code:
@@ -165,7 +173,7 @@ def is_retryable(error: FlywheelError) -> bool:
         case grpc.StatusCode.RESOURCE_EXHAUSTED:
             return error.retry_delay is not None
         case grpc.StatusCode.CANCELLED:
-            # Without a word of the service: grpc itself ends so what arrives at a server that stops.
+            # No reason of the server: grpc itself cancels a call that arrives while the server stops.
             return not error.reason
         case _:
             return False
