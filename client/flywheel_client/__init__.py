@@ -19,7 +19,7 @@ else:
     def __getattr__(name: str) -> object:
         """Returns a public name.
 
-        The first use of one imports grpc, which takes a while. The command `flywheel` handles interrupts before that.
+        The first use of a public name imports grpc, which takes a while. The command `flywheel` can handle interrupts earlier.
         """
         public = importlib.import_module("flywheel_client._public")
         globals().update({each: getattr(public, each) for each in (*public.__all__, "__all__")})
@@ -29,7 +29,7 @@ else:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
 
     def __dir__() -> list[str]:
-        # Asking for `__all__` makes the public names globals.
+        # Reading `__all__` makes the public names globals.
         return sorted({*__getattr__("__all__"), *globals()})
 
 

@@ -4,7 +4,7 @@ import os
 
 from flywheel_proto._interrupts import exit_on_interrupt
 
-# Python would raise KeyboardInterrupt in the middle of an import, and print where.
+# Without this, an interrupt during an import would print a traceback.
 exit_on_interrupt()
 
 
@@ -13,7 +13,7 @@ def main() -> None:
     from flywheel_proto._extras import loading
     from flywheel_proto._streams import standard_streams
 
-    # The command reports what goes wrong in its own words; grpc's log would come between them.
+    # The command reports errors itself. Lines of grpc's log would mix with them.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     with standard_streams("flywheel"):
         with loading("flywheel"):

@@ -1,7 +1,6 @@
-"""How to reach a server: the address, the options of the channel, and what every call carries.
+"""Opens channels for both clients: the address, the options of the channel, and the metadata of every call.
 
-Both clients share this. Nothing of grpc is created here before a channel is opened, so that a process may fork until it
-makes its first call (grpc#41768).
+No object of grpc is created before a channel is opened, so that a process may fork until its first call (grpc#41768).
 """
 
 import enum
@@ -27,48 +26,48 @@ from flywheel_client._service_config import BALANCING_CONFIG, ENDPOINT_CONFIG
 from flywheel_client._targets import PROXY_OPTIONS, checked_target, proxy_options
 from flywheel_client._timeouts import checked_timeout
 
-# The largest answer is that of GenerateAll: 16 samples, the default of `max_num_samples`, of 1,048,576 tokens, the longest
-# contexts that are common, of 4 bytes each. grpc's default of 4 MiB would refuse text after it was generated; without a limit,
-# a server could fill the client's memory. grpc holds a message about three times while it is read.
+# The largest answer is one of GenerateAll: 16 samples (the default of `max_num_samples`) of 1,048,576 tokens (the longest
+# context in common use) of 4 bytes. grpc's default limit of 4 MiB would refuse text after it was generated. Without a limit, a
+# server could fill the client's memory: grpc holds a message about three times while it reads the message.
 MAX_RECEIVE_MESSAGE_BYTES: Final = 64 * 2**20
 
-# Seconds of silence after which a ping tests the connection, and to wait for its answer. By default servers in C++, Go, Java
-# and Python end a connection, and every call on it, whose client pings more often than every 5 min (gRFC A8). What keeps a
-# connection that is silent for long alive through load balancers and NAT are the pings of our server, which no client
-# punishes, and each of which puts off the client's own.
+# Seconds of silence before a ping tests the connection, and seconds to wait for its answer. If a client pings more often than
+# every 5 minutes, servers in C++, Go, Java and Python by default end the connection and all its calls (gRFC A8). But load
+# balancers and NAT may drop a silent connection earlier. So our server pings more often: clients accept that, and each ping of
+# the server postpones the client's ping.
 KEEPALIVE_TIME_SECONDS: Final = 360
 KEEPALIVE_TIMEOUT: Final = 20
 
-# Seconds to connect to one of several endpoints, TLS and the first frame of HTTP/2 included.
+# Seconds to connect to an endpoint of a directory, including TLS and the first frame of HTTP/2.
 CONNECT_TIMEOUT: Final = 4
 
 CHANNEL_OPTIONS: Final[Mapping[str, int | str]] = {
     "grpc.max_receive_message_length": MAX_RECEIVE_MESSAGE_BYTES,
-    # The server never compresses its answers. A small compressed message may be a large one, and some versions of grpc compare
-    # its size with the limit only after it has been decompressed. 1 stands for no compression.
+    # The server never compresses its answers. A small compressed message may become a large one, and some versions of grpc
+    # check the limit only after decompression. 1 means: accept only uncompressed messages.
     "grpc.compression_enabled_algorithms_bitset": 1,
     "grpc.per_message_decompression": 0,
     "grpc.keepalive_time_ms": KEEPALIVE_TIME_SECONDS * 1000,
     "grpc.keepalive_timeout_ms": KEEPALIVE_TIMEOUT * 1000,
-    # An idle channel has nothing to lose; its next call connects anew.
+    # An idle channel needs no pings: its next call reconnects.
     "grpc.keepalive_permit_without_calls": 0,
-    # By default pings stop after two without data, which is when a long silent call needs them.
+    # By default, pings stop after two without data in between, but a long silent call needs them.
     "grpc.http2.max_pings_without_data": 0,
-    # A server that has restarted is found again within a second. By default the attempts grow two minutes apart.
+    # Finds a restarted server within a second. By default, the delay between attempts grows to two minutes.
     "grpc.initial_reconnect_backoff_ms": 200,
     "grpc.max_reconnect_backoff_ms": 1000,
-    # The transparent retries of calls that no server has begun to work on. Other retries are in `_retry`.
+    # grpc's transparent retries, of calls that no server has seen. All other retries are in `_retry`.
     "grpc.enable_retries": 1,
     "grpc.primary_user_agent": f"flywheel-client/{__version__}",
 }
 
-# What a channel has besides: to a target, with calls only for servers that are SERVING by their health, or for any of them,
-# which share their connections; and to an endpoint of a directory, which the client picks itself.
+# Further options, by the kind of channel. A channel to a target calls only servers whose health is SERVING, or any server; both
+# share their connections. A channel to an endpoint of a directory needs no balancing, because the client picks the endpoint.
 SERVING_ONLY_OPTIONS: Final[Mapping[str, int | str]] = {"grpc.service_config": BALANCING_CONFIG}
 ANY_HEALTH_OPTIONS: Final[Mapping[str, int | str]] = {**SERVING_ONLY_OPTIONS, "grpc.inhibit_health_checking": 1}
 ENDPOINT_OPTIONS: Final[Mapping[str, int | str]] = {
     "grpc.service_config": ENDPOINT_CONFIG,
-    # Despite its name, the time that an attempt to connect may take: 20 s by default, for an address that is silent.
+    # Despite its name, this is the timeout of an attempt to connect. Its default is 20 s.
     "grpc.min_reconnect_backoff_ms": CONNECT_TIMEOUT * 1000,
 }
 
@@ -77,7 +76,7 @@ _VISIBLE_ASCII: Final = frozenset(string.ascii_letters + string.digits + string.
 
 
 class ClientDefault(enum.Enum):
-    """Stands for the client's own timeout if a call does not set one, because None is a value: no deadline."""
+    """The default of a call's timeout: the client's own timeout. None cannot be the default, because it means no deadline."""
 
     TIMEOUT = "timeout"
 
@@ -88,7 +87,7 @@ Timeout = float | ClientDefault | None
 
 @dataclass(frozen=True, slots=True)
 class CallOptions:
-    """What one call carries besides its request."""
+    """The options of one call."""
 
     timeout: float | None
     metadata: tuple[tuple[str, str | bytes], ...]
@@ -97,19 +96,19 @@ class CallOptions:
 
 
 def call_metadata(metadata: Sequence[tuple[str, str | bytes]], api_key: str | None) -> tuple[tuple[str, str | bytes], ...]:
-    """Returns what every call of a client carries; raises `TypeError` or `ValueError` for what no header can hold."""
+    """Returns the metadata of every call of a client; raises `TypeError` or `ValueError` if no header can hold them."""
     checked = checked_metadata(metadata)
     if api_key is None:
         return checked
     if not api_key or not _VISIBLE_ASCII.issuperset(api_key):
-        # Without the key itself: messages end up in logs.
+        # The message does not show the key: messages end up in logs.
         raise ValueError("api_key must be one or more visible ASCII characters")
     return (*checked, ("authorization", f"Bearer {api_key}"))
 
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """The arguments of a client, which every channel it opens and every call it makes take from here."""
+    """The arguments of a client, for all its channels and calls."""
 
     target: str | Directory
     timeout: float | None
@@ -120,25 +119,25 @@ class Connection:
     wait_for_ready: bool
 
     def __post_init__(self) -> None:
-        """Raises `TypeError` or `ValueError` for a target or a timeout that cannot be one."""
+        """Raises `TypeError` or `ValueError` if the target or the timeout is invalid."""
         if not callable(getattr(self.target, "read", None)):
             checked_target(self.target)
         object.__setattr__(self, "timeout", checked_timeout(self.timeout))
 
     @property
     def checks_health(self) -> bool:
-        """Whether some channels look at the health of servers. Those of a directory do not: a refused call goes elsewhere."""
+        """Whether channels check the health of servers. Channels to a directory do not: refused calls try another endpoint."""
         return isinstance(self.target, str)
 
     def open(self, *, any_health: bool) -> grpc.Channel:
-        """Returns a new channel for threads. With `any_health` its calls go to a server that is NOT_SERVING too."""
+        """Returns a new channel for threads. With `any_health`, its calls also go to servers that are NOT_SERVING."""
         if not isinstance(self.target, str):
             return cast("grpc.Channel", FailoverChannel(self.target, self._open, self.retry))
         channel = self._open(self.target, ANY_HEALTH_OPTIONS if any_health else SERVING_ONLY_OPTIONS)
         return cast("grpc.Channel", TargetChannel(self.target, channel, self.retry))
 
     def open_async(self, *, any_health: bool) -> grpc.aio.Channel:
-        """The same for asyncio: the channel belongs to the running event loop."""
+        """Returns a new channel for asyncio, which belongs to the running event loop. `any_health` is as in `open`."""
         if not isinstance(self.target, str):
             return cast("grpc.aio.Channel", AsyncFailoverChannel(self.target, self._open_async, self.retry))
         channel = self._open_async(self.target, ANY_HEALTH_OPTIONS if any_health else SERVING_ONLY_OPTIONS)
@@ -147,9 +146,9 @@ class Connection:
     def call_options(
         self, timeout: Timeout = CLIENT_TIMEOUT, request_id: str | None = None, wait_for_ready: bool | None = None
     ) -> CallOptions:
-        """Returns the deadline and the metadata of a call. Without a request id it gets a new one.
+        """Returns the options of a call, with a new request id if the caller gives none.
 
-        The client chooses the id, rather than the server, so that a call that never arrives has one too.
+        The client chooses the id, and not the server, so that a call that never arrives has an id too.
         """
         if request_id is None:
             request_id = uuid.uuid4().hex

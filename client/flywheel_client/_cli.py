@@ -1,6 +1,6 @@
-"""The subcommands of `flywheel`, with their options.
+"""Declares the subcommands of `flywheel` and their options.
 
-What the subcommands do is in `_commands`, which is loaded when one of them runs: the help needs no grpc.
+`_commands` runs the subcommands. It is imported only when a subcommand runs, so that the help does not import grpc.
 """
 
 import functools
@@ -27,7 +27,7 @@ Command = Callable[..., None]
 
 @dataclass(frozen=True, kw_only=True)
 class Server:
-    """The options of every subcommand that calls a server: which one, and how."""
+    """The options of every subcommand that calls a server: which server, and how to connect."""
 
     address: str
     modal_app: str | None
@@ -41,12 +41,12 @@ class Server:
 
     @property
     def name(self) -> str:
-        """How to name the server in a sentence, at its beginning."""
+        """The name of the server for users, for the beginning of a sentence."""
         return f"The server at {self.address}" if self.modal_app is None else f"The server of the Modal app {self.modal_app}"
 
 
 def _key_that_is_not_empty(_context: click.Context, _option: click.Parameter, key: str | None) -> str | None:
-    # Whoever sets a key means to send one. Click takes an empty variable for one that is not set.
+    # Click ignores an empty variable, but a user who sets a key wants to send a key.
     if not (os.environ.get(_KEY_VARIABLE, "unset") if key is None else key).strip():
         raise click.BadParameter("it is empty, and must hold a key")
     return key
@@ -56,8 +56,8 @@ _cacert: Final = click.option(
     "--cacert",
     type=_FILE,
     metavar="FILE",
-    help="With TLS, trust the certificates in this PEM file.",
-    show_default="those of public authorities",
+    help="Use TLS, and trust the certificates in this PEM file.",
+    show_default="certificates of public authorities",
 )
 _json: Final = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _timeout: Final = click.option(
@@ -75,13 +75,18 @@ _SERVER_OPTIONS: Final = [
         show_envvar=True,
     ),
     click.option("--modal-app", metavar="NAME", help="Call the servers of this app on Modal, instead of an address."),
-    click.option("--modal-environment", metavar="NAME", help="Its environment.", show_default="that of the modal command"),
+    click.option(
+        "--modal-environment",
+        metavar="NAME",
+        help="The Modal environment of the app.",
+        show_default="the default of the modal command",
+    ),
     click.option(
         "--api-key",
         envvar=_KEY_VARIABLE,
         metavar="KEY",
         callback=_key_that_is_not_empty,
-        help="The key that the server asks for. Others on this machine can see options, but not variables.",
+        help="The key that the server requires. Other users of this machine can see options, but not variables.",
         show_envvar=True,
     ),
     click.option(
@@ -98,7 +103,7 @@ _SERVER_OPTIONS: Final = [
         type=_FILE,
         envvar="FLYWHEEL_CERT",
         metavar="FILE",
-        help="With TLS, show the server the certificate chain in this PEM file.",
+        help="Use TLS, and show the server the certificate chain in this PEM file.",
         show_envvar=True,
     ),
     click.option(
@@ -121,12 +126,12 @@ _SERVER_OPTIONS: Final = [
 )
 @click.version_option(__version__, message="flywheel %(version)s", help="Print the version and exit.")
 def app() -> None:
-    """Generates text with a Flywheel gRPC server, and asks the server how it is."""
+    """Generates text with a Flywheel gRPC server, and shows the state of the server."""
     _tidy_variables()
 
 
 def _tidy_variables() -> None:
-    """Unsets the variables of the options that are empty, and strips the others, for click to read."""
+    """Strips the environment variables of options, and unsets empty ones, before click reads them."""
     for name in {str(option.envvar) for command in app.commands.values() for option in command.params if option.envvar}:
         value = os.environ.get(name, "").strip()
         if value:
@@ -137,7 +142,7 @@ def _tidy_variables() -> None:
 
 @contextmanager
 def _exit_codes(server: Server | None = None) -> Iterator[None]:
-    """Loads what the subcommands do, and ends the command with a message and an exit code if something goes wrong."""
+    """Imports `_commands`; turns errors into a message and an exit code."""
     with loading("flywheel"):
         from flywheel_client._commands import exit_codes
     with exit_codes(server):
@@ -145,10 +150,10 @@ def _exit_codes(server: Server | None = None) -> Iterator[None]:
 
 
 def _subcommand(run: Command) -> Command:
-    """Has a subcommand end with the exit codes of the command, and gives it its options as UTF-8."""
+    """Makes a subcommand end with the exit codes of the command, and passes it its options as UTF-8."""
 
     @functools.wraps(run)
-    def command(**options: Any) -> None:  # noqa: ANN401 - as many kinds as there are options
+    def command(**options: Any) -> None:  # noqa: ANN401 - options have several types
         with _exit_codes():
             run(**{name: _as_utf8(name, value) for name, value in options.items()})
 
@@ -156,11 +161,11 @@ def _subcommand(run: Command) -> Command:
 
 
 def _calls_server(run: Command) -> Command:
-    """Gives a subcommand the options of `Server`, which arrive as its argument `server`."""
+    """Adds the options of `Server` to a subcommand, and passes them as its argument `server`."""
 
     @functools.wraps(run)
     @click.pass_context
-    def command(context: click.Context, /, **options: Any) -> None:  # noqa: ANN401 - as many kinds as there are options
+    def command(context: click.Context, /, **options: Any) -> None:  # noqa: ANN401 - options have several types
         server = Server(**{each.name: options.pop(each.name) for each in fields(Server)})
         with _exit_codes(server):
             if server.modal_app is None and server.modal_environment is not None:
@@ -173,7 +178,7 @@ def _calls_server(run: Command) -> Command:
 
 
 def _as_utf8(name: str, value: Any) -> Any:  # noqa: ANN401 - any value of an option
-    """Returns an option's value; what the encoding of the locale does not have is read as UTF-8."""
+    """Returns an option's value. Reads bytes as UTF-8 that the encoding of the locale could not decode."""
     if isinstance(value, tuple):
         return tuple(_as_utf8(name, each) for each in value)
     if not isinstance(value, str) or not any("\udc80" <= character <= "\udcff" for character in value):
@@ -219,16 +224,15 @@ def _as_utf8(name: str, value: Any) -> Any:  # noqa: ANN401 - any value of an op
 @click.option("--json", "as_json", is_flag=True, help="Print each finished sample as a line of JSON.")
 @_subcommand
 @_calls_server
-def generate(server: Server, **options: Any) -> None:  # noqa: ANN401 - as many kinds as there are options
-    """Continue a prompt, and print the text while it is made.
+def generate(server: Server, **options: Any) -> None:  # noqa: ANN401 - options have several types
+    """Continue a prompt, and print the text as it is generated.
 
-    PROMPT is the text to continue. Without it, or with -, it is read from stdin: text in UTF-8, of at most 64 MiB, where a byte
-    order mark at the beginning and a newline at the end are not taken as part of the prompt, and lines may end as on Windows,
-    with CR and LF.
+    PROMPT is the text to continue. Without PROMPT, or if it is -, the prompt is read from stdin: at most 64 MiB in UTF-8. A byte
+    order mark at the beginning and a newline at the end are not part of the prompt. Lines may end with CR and LF, as on Windows.
 
-    Several samples are printed one after another. A summary of each goes to stderr. A call that fails before the engine has
-    begun on it is tried again for some seconds, and if the server answers that its engine is not ready, for as long as
-    --timeout allows. Exit codes: see flywheel --help.
+    Several samples are printed one after another. A summary of each sample goes to stderr. If a call fails before the engine
+    has begun on it, the command retries for some seconds. If the server answers that its engine is not ready, the command
+    waits for as long as --timeout allows. Exit codes: see flywheel --help.
     """
     from flywheel_client import _commands
 
@@ -243,8 +247,8 @@ def generate(server: Server, **options: Any) -> None:  # noqa: ANN401 - as many 
 @_json
 @_subcommand
 @_calls_server
-def health(server: Server, **options: Any) -> None:  # noqa: ANN401 - as many kinds as there are options
-    """Say whether the server is SERVING (exit code 0) or not (1)."""
+def health(server: Server, **options: Any) -> None:  # noqa: ANN401 - options have several types
+    """Show whether the server is SERVING (exit code 0) or not (1)."""
     from flywheel_client import _commands
 
     _commands.health(server, **options)
@@ -255,8 +259,8 @@ def health(server: Server, **options: Any) -> None:  # noqa: ANN401 - as many ki
 @_json
 @_subcommand
 @_calls_server
-def stats(server: Server, **options: Any) -> None:  # noqa: ANN401 - as many kinds as there are options
-    """Say how busy the server and its engine are."""
+def stats(server: Server, **options: Any) -> None:  # noqa: ANN401 - options have several types
+    """Show how busy the server and its engine are."""
     from flywheel_client import _commands
 
     _commands.stats(server, **options)
@@ -267,8 +271,8 @@ def stats(server: Server, **options: Any) -> None:  # noqa: ANN401 - as many kin
 @_json
 @_subcommand
 @_calls_server
-def model(server: Server, **options: Any) -> None:  # noqa: ANN401 - as many kinds as there are options
-    """Say what is served, with the limits and defaults."""
+def model(server: Server, **options: Any) -> None:  # noqa: ANN401 - options have several types
+    """Show the model and its engine, with the limits and defaults."""
     from flywheel_client import _commands
 
     _commands.model(server, **options)
@@ -276,18 +280,19 @@ def model(server: Server, **options: Any) -> None:  # noqa: ANN401 - as many kin
 
 @app.command()
 @click.option("--app", metavar="NAME", default=DEFAULT_APP, help="The name of the deployed app.", show_default=True)
-@click.option("--environment", metavar="NAME", help="Its environment.", show_default="that of the modal command")
 @click.option(
-    "--first", is_flag=True, help="Print the first address only, as for a script: ADDRESS=$(flywheel endpoints --first)."
+    "--environment", metavar="NAME", help="The Modal environment of the app.", show_default="the default of the modal command"
 )
+@click.option("--first", is_flag=True, help="Print only the first address, for scripts: ADDRESS=$(flywheel endpoints --first).")
 @_cacert
 @_json
 @_subcommand
-def endpoints(**options: Any) -> None:  # noqa: ANN401 - as many kinds as there are options
+def endpoints(**options: Any) -> None:  # noqa: ANN401 - options have several types
     """List the live addresses of a deployment on Modal.
 
-    All of them speak TLS. The one of a GatewayServer, which stays the same, is first; then those that were refreshed last. Live
-    are those that answer. If none does, all are listed, as the network of this machine may be to blame.
+    All addresses speak TLS. The address of a GatewayServer, which never changes, comes first. The others follow, most recently
+    refreshed first. An address is live if it answers. If none answers, all are listed, because the cause may be the network of
+    this machine.
     """
     from flywheel_client import _commands
 

@@ -1,4 +1,4 @@
-"""What the subcommands of `flywheel` do, and which exit code they end with."""
+"""Runs the subcommands of `flywheel`, and turns errors into exit codes."""
 
 import asyncio
 import signal
@@ -30,38 +30,38 @@ EXIT_FAILURE: Final = 1
 EXIT_USAGE: Final = 2
 
 NOT_SERVING_MESSAGE: Final = "backend unhealthy"
-"""What gRPC says if a server answers that it is not SERVING."""
+"""gRPC's message if a server answers that it is not SERVING."""
 
 UNREACHABLE_MESSAGES: Final = ("connections to all backends failing", *NO_CONNECTION_MESSAGES)
-"""How the message of gRPC begins if it could not connect to a server."""
+"""How gRPC's message begins if gRPC could not connect to a server."""
 
-NOT_GRPC_HINT: Final = "What listens there is no gRPC server, or one that wants TLS (--tls)."
+NOT_GRPC_HINT: Final = "What listens there is not a gRPC server, or it requires TLS (--tls)."
 WRONG_NAME_HINT: Final = "Its certificate is for another name."
 HINTS: Final = {
     "Connection refused": "Nothing listens at that address; if the server has several, gRPC names one of them.",
     "Failed parsing HTTP/2": NOT_GRPC_HINT,
     "Trying to connect an http1.x server": NOT_GRPC_HINT,
-    "Socket closed": "What listens there hangs up, as a server does that wants TLS (--tls) or a certificate (--cert).",
+    "Socket closed": "What listens there hangs up, as a server does if it requires TLS (--tls) or a certificate (--cert).",
     "WRONG_VERSION_NUMBER": "What listens there does not speak TLS, which --tls, --cacert and --cert ask for.",
-    "CERTIFICATE_VERIFY_FAILED": "Its certificate is not trusted: --cacert names those that are.",
+    "CERTIFICATE_VERIFY_FAILED": "Its certificate is not trusted: --cacert sets the certificates to trust.",
     "Hostname Verification Check failed": WRONG_NAME_HINT,
     "is not in peer certificate": WRONG_NAME_HINT,
-    "Failed to create security handshaker": "A file of --cacert, --cert or --key cannot be read as what it should be.",
+    "Failed to create security handshaker": "A file of --cacert, --cert or --key has no valid content.",
 }
-"""What it means if such a message has these words."""
+"""Hints for users, by words in such a message."""
 
 MAX_PROMPT_BYTES: Final = 64 * 2**20
-"""How much is read from stdin, which may be endless. It is far beyond the longest prompt that a model can read."""
+"""The longest prompt that is read from stdin, which may be endless. No model can read such a long prompt."""
 
 ResultWrapper = Callable[[Iterable[Any]], Iterator[Any]]
 
 
 @contextmanager
 def exit_codes(server: "Server | None" = None) -> Iterator[None]:
-    """Turns what may go wrong in a subcommand, an interrupt included, into a message and an exit code.
+    """Turns errors and interrupts of a subcommand into a message and an exit code.
 
     Args:
-        server: The server that the subcommand calls, for advice on what to look at.
+        server: The server that the subcommand calls, for advice on its errors.
     """
     before = signal.getsignal(signal.SIGINT)
     try:
@@ -77,7 +77,7 @@ def exit_codes(server: "Server | None" = None) -> Iterator[None]:
         terminal.show_error(str(error))
         raise Exit(EXIT_FAILURE) from None
     except KeyboardInterrupt:
-        # Click would say that the command was aborted, and exit with 1.
+        # Click itself would print "Aborted!" and exit with 1.
         raise Exit(EXIT_INTERRUPTED) from None
     finally:
         signal.signal(signal.SIGINT, before)
@@ -91,9 +91,9 @@ def generate(
     as_json: bool,
     **fields: Any,  # noqa: ANN401 - the fields of a request have several types
 ) -> None:
-    """Prints the samples of a prompt; `fields` are those of `GenerationFields`."""
+    """Prints the samples of a prompt. `fields` are as in `GenerationFields`."""
     fields["text"] = _text(prompt)
-    # Somebody looks at the terminal: what takes longer than that is for them to decide.
+    # A user watches the terminal, and can decide about longer delays.
     with _client(server, timeout, Retry(max_delay=5.0)) as client, _client(server, timeout) as observer:
         ready = ReadyServer(observer, server.name, timeout, wait_for_ready=server.wait_for_ready)
         show = _print_samples if as_json else _print_text
@@ -130,7 +130,7 @@ def stats(server: "Server", *, timeout: float, as_json: bool) -> None:
 
 
 def model(server: "Server", *, timeout: float, as_json: bool) -> None:
-    """Prints what is served, with the limits and defaults."""
+    """Prints the model and its engine, with the limits and defaults."""
     with _client(server, timeout) as client:
         found = client.model()
     if as_json:
@@ -168,7 +168,7 @@ def endpoints(app: str, environment: str | None, cacert: Path | None, *, first: 
 
 
 def _client(server: "Server", timeout: float | None, retry: Retry | None = None) -> Client:
-    """Returns a client of the server, which tries nothing again unless it is told how."""
+    """Returns a client of the server, without retries by default."""
     arguments: dict[str, Any] = {
         "timeout": timeout,
         "credentials": _credentials(server),
@@ -191,23 +191,23 @@ def _credentials(server: "Server") -> grpc.ChannelCredentials | None:
 
 
 def _pem(option: str, path: Path | None) -> bytes | None:
-    """Returns what is in the file of an option; gRPC says of what is not PEM only that a connection could not be made."""
+    """Returns the content of a PEM file. For other files, gRPC would only say that it could not connect."""
     if path is None:
         return None
-    read = path.read_bytes()
-    if b"-----BEGIN " not in read:
+    content = path.read_bytes()
+    if b"-----BEGIN " not in content:
         raise ValueError(f"{option} must be a file in PEM, which {path} is not")
-    return read
+    return content
 
 
 def _advice(error: FlywheelError, server: "Server") -> str:
-    """Returns what to look at if a call of the server ended with this error; empty if the error says enough."""
+    """Returns advice for the user about an error of a call; empty if the error itself says enough."""
     if isinstance(error, DeadlineExceededError) and not error.reason and error.request_id and not was_begun(error):
-        return f"{server.name} has not answered. It may be loading its model, or something on the way drops what is sent."
+        return f"{server.name} has not answered. It may be loading its model, or something on the way drops its packets."
     if not isinstance(error, UnavailableError) or not error.request_id:
         return ""
     if error.reason == "ENGINE_UNAVAILABLE" or NOT_SERVING_MESSAGE in error.message:
-        return f"{server.name} answers, but its engine is starting, stopping or out of reach."
+        return f"{server.name} answers, but its engine is starting, stopping or cannot be reached."
     if error.reason or error.code is not grpc.StatusCode.UNAVAILABLE:
         return ""
     if server.modal_app is None:
@@ -222,8 +222,8 @@ def _text(prompt: str | None) -> str:
         raise ValueError('no prompt: give one, as in flywheel generate "Once upon a time", or pipe it in')
     if prompt in {None, "-"}:
         try:
-            # Text tools end what they write with a newline, and some begin it with a byte order mark. Neither is meant as part
-            # of the prompt, and nor are the line ends of Windows.
+            # Text tools write a newline at the end, some write a byte order mark at the beginning, and Windows ends lines with
+            # CR and LF. These are not part of the prompt.
             prompt = _stdin().decode().removeprefix("\ufeff").replace("\r\n", "\n").removesuffix("\n")
         except UnicodeDecodeError as error:
             raise ValueError(f"the prompt on stdin is not UTF-8: {error}") from None
@@ -261,7 +261,7 @@ def _print_text(watched: ResultWrapper, client: Client, fields: dict[str, Any]) 
 async def _endpoints(
     app_name: str, environment: str | None, credentials: grpc.ChannelCredentials
 ) -> tuple[list[Endpoint], list[Endpoint]]:
-    """Returns the published endpoints that answer, and those that do not."""
+    """Returns the published endpoints that answer, and the endpoints that do not."""
     found = await published_endpoints(app_name, environment)
     live = await answering([endpoint.address for endpoint in found], credentials)
     return [it for it in found if it.address in live], [it for it in found if it.address not in live]

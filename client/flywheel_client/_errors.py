@@ -1,4 +1,4 @@
-"""The exceptions of the client, one for each status that a caller treats differently.
+"""The exceptions of the client: one for each status that callers handle differently.
 
     FlywheelError                the base, and every status without a class of its own
       InvalidArgumentError       fields of the request are out of range; has the violations
@@ -6,14 +6,14 @@
       FailedPreconditionError    the deployment is not set up for this call
       ResourceExhaustedError     the server is full, a quota is used up, or a message is too large
       DeadlineExceededError      the deadline of the call passed
-      UnavailableError           the server or its engine cannot be reached now, the connection broke or something on the way
-                                 ended the call, or no endpoint of a Modal app is live
+      UnavailableError           the server or its engine cannot be reached now, the connection broke, something between
+                                 client and server ended the call, or no endpoint of a Modal app is live
       CallCancelledError         the call was cancelled, by `cancel()`, by closing the client, or by the server
-      InternalError              the engine failed, or what answered sent no message of the contract
+      InternalError              the engine failed, or the answer was not a message of the contract
 
-The codes and their details are those of `flywheel/v1/generation.proto`, which follows google.rpc (AIP-193). The server gives a
-reason whenever it ends a call with INTERNAL or UNKNOWN. Without one, these are how proxies and gRPC itself end a call whose
-connection broke on the way, so they become `UnavailableError`, whose `code` is still the one that arrived.
+`flywheel/v1/generation.proto` defines the codes and their details, which follow google.rpc (AIP-193). The server always gives a
+reason if it ends a call with INTERNAL or UNKNOWN. Proxies and gRPC itself use these two codes, without a reason, if a
+connection broke. So INTERNAL and UNKNOWN without a reason become `UnavailableError`, whose `code` is the one that arrived.
 """
 
 from collections.abc import Iterable
@@ -30,7 +30,7 @@ STATUS_DETAILS_KEY: Final = "grpc-status-details-bin"
 
 @dataclass(frozen=True, slots=True)
 class FieldViolation:
-    """One field of a request that is not as it must be: its path, such as `stop[1]`, and what is accepted."""
+    """An invalid field of a request: its path, such as `stop[1]`, and the values that it accepts."""
 
     field: str
     description: str
@@ -38,7 +38,7 @@ class FieldViolation:
 
 @dataclass(frozen=True, slots=True)
 class QuotaViolation:
-    """A quota that the call exceeds: the caller whose it is, and what the quota is."""
+    """A quota that the call exceeds: the caller who has the quota, and its limit."""
 
     subject: str
     description: str
@@ -50,9 +50,9 @@ class FlywheelError(Exception):
     Attributes:
         code: The status code.
         message: The server's message.
-        reason: The reason of the status' `ErrorInfo`, such as `OVERLOADED`; empty where it has none.
-        request_id: The id under which the server knows the call.
-        retry_delay: The seconds after which the server asks to try again; None where it does not.
+        reason: The reason in the `ErrorInfo` of the status, such as `OVERLOADED`; empty if there is none.
+        request_id: The id of the call in the server's log.
+        retry_delay: The seconds after which the server asks to try again; None if it does not ask.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class InvalidArgumentError(FlywheelError):
     """Fields of the request are out of range; repeating the call unchanged fails again.
 
     Attributes:
-        violations: Every field that is out of range; empty where the server names none.
+        violations: Every field that is out of range; empty if the server names none.
     """
 
     violations: list[FieldViolation]
@@ -99,18 +99,18 @@ class InvalidArgumentError(FlywheelError):
 
 
 class UnauthenticatedError(FlywheelError):
-    """The call has no key, or a wrong one."""
+    """The call has no key, or a wrong key."""
 
 
 class FailedPreconditionError(FlywheelError):
-    """The deployment is not set up for this call; trying again helps only after it was changed."""
+    """The deployment is not set up for this call; trying again helps only after the deployment was changed."""
 
 
 class ResourceExhaustedError(FlywheelError):
     """The server is full, a quota is used up, or a message is larger than the transport allows (then without `retry_delay`).
 
     Attributes:
-        quota_violations: The quotas that are used up; empty where the server names none.
+        quota_violations: The quotas that are used up; empty if the server names none.
     """
 
     quota_violations: list[QuotaViolation]
@@ -130,15 +130,15 @@ class ResourceExhaustedError(FlywheelError):
 
 
 class DeadlineExceededError(FlywheelError):
-    """The deadline passed; `reason` is `IN_QUEUE` or `IN_GENERATION`, or empty if the client's timer was first."""
+    """The deadline passed; `reason` is `IN_QUEUE` or `IN_GENERATION`, or empty if the client noticed first."""
 
 
 class UnavailableError(FlywheelError):
     """The server cannot be reached or is stopping, its engine is starting or cannot be reached, or the call broke off.
 
     Attributes:
-        code: UNAVAILABLE. INTERNAL, UNKNOWN or CANCELLED if the call broke off between client and server, which is how a proxy
-            tells that it has lost the server.
+        code: UNAVAILABLE; or INTERNAL, UNKNOWN or CANCELLED if the call broke off between client and server, for example if a
+            proxy has lost the server.
     """
 
 
@@ -147,9 +147,9 @@ class CallCancelledError(FlywheelError):
 
 
 class InternalError(FlywheelError):
-    """The engine failed (`reason` is `ENGINE_FAILED`), and the cause is in the server's log, under the request id.
+    """The engine failed (`reason` is `ENGINE_FAILED`); the server's log has the cause, under the request id.
 
-    Without a reason, what answered sent no message of the contract, or none at all.
+    If there is no reason, the answer was not a message of the contract, or there was no message.
     """
 
 
@@ -178,10 +178,10 @@ def error_from_status(
     trailing_metadata: Iterable[tuple[str, str | bytes]],
     request_id: str,
 ) -> FlywheelError:
-    """Returns the exception for a status, with what the google.rpc details in its trailing metadata say."""
+    """Returns the exception for a status, with the google.rpc details in its trailing metadata."""
     details = list(_details(trailing_metadata))
     if code is grpc.StatusCode.DEADLINE_EXCEEDED and not details:
-        # The timer of this side was first, and what grpc says then is about streams rather than about the call.
+        # The client's own timer was first. grpc's message is then about streams, and not about the call.
         message = "The deadline passed before the call finished."
     kind = _ERROR_CLASSES.get(code, FlywheelError)
     if broke_off(code, message) and not any(map(_is_a_reason, details)):
@@ -193,7 +193,7 @@ def error_from_status(
             case error_details_pb2.ErrorInfo():
                 error.reason = detail.reason
             case error_details_pb2.RetryInfo():
-                # Not ToTimedelta(): it raises for a duration beyond the range of datetime.
+                # ToTimedelta() would raise for a duration beyond the range of datetime.
                 error.retry_delay = detail.retry_delay.seconds + detail.retry_delay.nanos / 1e9
             case error_details_pb2.BadRequest() if isinstance(error, InvalidArgumentError):
                 error.violations = [FieldViolation(v.field, v.description) for v in detail.field_violations]
@@ -203,19 +203,19 @@ def error_from_status(
 
 
 def error_from_call(error: Any, request_id: str) -> FlywheelError:  # noqa: ANN401 - grpc has no public type for it
-    """Returns the exception for a call that grpc ended with an error; one of ours is returned as it is."""
+    """Returns the exception for an error of grpc; returns a `FlywheelError` unchanged."""
     if isinstance(error, FlywheelError):
         return error
     trailing_metadata = error.trailing_metadata() or ()
-    # What is refused has no initial metadata, so that whoever is on the way may try it again.
+    # A refused call has only trailing metadata, so that proxies may retry it too.
     request_id = request_id_in(error.initial_metadata(), request_id_in(trailing_metadata, request_id))
     return error_from_status(error.code(), error.details(), trailing_metadata, request_id)
 
 
 def broke_off(code: grpc.StatusCode, message: str | None) -> bool:
-    """Returns whether a call that ended so, without a reason of the server, broke off on the way to it.
+    """Returns whether a call with this status, and without a reason of the server, broke off between client and server.
 
-    A stream that was reset (RST_STREAM) is told from a cancelled one only by the words of grpc.
+    Only grpc's message tells a stream that was reset (RST_STREAM) from a cancelled one.
     """
     if code is grpc.StatusCode.CANCELLED:
         return "RST_STREAM" in (message or "")
@@ -223,21 +223,21 @@ def broke_off(code: grpc.StatusCode, message: str | None) -> bool:
 
 
 def unknown_status(request_id: str) -> FlywheelError:
-    """Returns the exception for a call whose status is a number that gRPC has not. grpc.aio 1.73 makes a `KeyError` of it."""
+    """Returns the exception for a status code that gRPC does not define, for which grpc.aio 1.73 raises `KeyError`."""
     return error_from_status(grpc.StatusCode.UNKNOWN, "the status is none of gRPC", (), request_id)
 
 
 def has_begun(error: Any) -> bool:  # noqa: ANN401 - grpc has no public type for it
-    """Returns whether a call that failed had received headers, which the server sends when the engine begins on it.
+    """Returns whether a failed call had received headers, which the server sends when the engine begins on the call.
 
-    grpc shows what is refused before (Trailers-Only), and what a proxy answers with a status of HTTP, without any. grpc.aio
-    loses the headers of a stream if its end arrives too before the event loop has turned round to ask for them.
+    A refused call (Trailers-Only) has no headers, and neither has a proxy's answer with an HTTP status. grpc.aio loses the
+    headers of a stream if the end of the stream arrives before the event loop has processed the headers.
     """
     return not isinstance(error, FlywheelError) and any(error.initial_metadata() or ())
 
 
 def call_cancelled(request_id: str) -> CallCancelledError:
-    """Returns the exception for a call that this side cancelled."""
+    """Returns the exception for a call that the client cancelled."""
     return CallCancelledError(grpc.StatusCode.CANCELLED, "the call was cancelled", request_id=request_id)
 
 
@@ -248,13 +248,13 @@ def deadline_exceeded(request_id: str) -> DeadlineExceededError:
 
 
 def no_connection(address: str, reason: str) -> UnavailableError:
-    """Returns the exception for an address that was probed and did not answer, in the words of grpc for such a call."""
+    """Returns the exception for an address that did not answer a probe, with the message that grpc gives in this case."""
     message = f"failed to connect to all addresses; {address} does not answer: {reason}"
     return UnavailableError(grpc.StatusCode.UNAVAILABLE, message)
 
 
 def request_id_in(metadata: Iterable[tuple[str, str | bytes]] | None, sent: str) -> str:
-    """Returns the request id in metadata, or the one that was sent if they hold none."""
+    """Returns the request id in the metadata; if there is none, returns the id that was sent."""
     for key, value in metadata or ():
         if key == REQUEST_ID_KEY and isinstance(value, str):
             return value
@@ -262,12 +262,12 @@ def request_id_in(metadata: Iterable[tuple[str, str | bytes]] | None, sent: str)
 
 
 def _is_a_reason(detail: Message) -> bool:
-    """Returns whether a detail of a status is the service's own reason. Others on the way have reasons of other domains."""
+    """Returns whether a detail is a reason of the service itself. Reasons of proxies have other domains."""
     return isinstance(detail, error_details_pb2.ErrorInfo) and detail.domain in {"", "flywheel.v1"}
 
 
 def _details(trailing_metadata: Iterable[tuple[str, str | bytes]]) -> Iterable[Message]:
-    """Yields the known details of a status. One that cannot be read must not hide the status, so it is left out."""
+    """Yields the known details of a status. Skips unreadable details, so that they do not hide the status."""
     status = status_pb2.Status()
     for key, value in trailing_metadata:
         if key == STATUS_DETAILS_KEY and isinstance(value, bytes):

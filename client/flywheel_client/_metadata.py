@@ -1,6 +1,6 @@
-"""Checks the metadata that every call of a client carries.
+"""Checks the metadata of a client when the client is made.
 
-grpc finds out when a call begins, and its two clients say different things, none of which names the metadata.
+grpc checks metadata only when a call begins, and its errors differ between threads and asyncio, and do not name the metadata.
 """
 
 import re
@@ -15,7 +15,7 @@ _TEXT: Final = re.compile(r"[ -~]*", re.ASCII)
 _RESERVED_PREFIX: Final = "grpc-"
 _BINARY_SUFFIX: Final = "-bin"
 _PAIR_LENGTH: Final = 2
-# Headers that gRPC sends itself, or that RFC 9113, section 8.2.2, forbids: servers and proxies end a call that has one.
+# Headers that gRPC sends itself, or that RFC 9113, section 8.2.2, forbids: servers and proxies refuse calls with such headers.
 _TRANSPORT_HEADERS: Final = frozenset(
     {
         "connection",
@@ -32,7 +32,7 @@ _TRANSPORT_HEADERS: Final = frozenset(
 
 
 def checked_metadata(metadata: Iterable[Sequence[str | bytes]]) -> Metadata:
-    """Returns the metadata; raises `TypeError` or `ValueError`, which names the key, for what gRPC does not allow."""
+    """Returns the metadata; raises `TypeError` or `ValueError`, with the key, if gRPC does not allow them."""
     if isinstance(metadata, str | bytes) or not isinstance(metadata, Iterable):
         raise TypeError("metadata must be a sequence of pairs of key and value")
     return tuple(_checked(entry) for entry in metadata)
@@ -54,7 +54,7 @@ def _checked(entry: Sequence[str | bytes]) -> tuple[str, str | bytes]:
     elif not isinstance(value, str):
         raise TypeError(f"metadata {key!r} must have a str for a value; for bytes the key must end with {_BINARY_SUFFIX}")
     elif not _TEXT.fullmatch(value) or value != value.strip(" "):
-        # Without the value itself, which may be a secret: messages end up in logs.
+        # The message does not show the value, which may be a secret: messages end up in logs.
         raise ValueError(
             f"metadata {key!r} must have a value of printable ASCII without spaces around it, or a key with {_BINARY_SUFFIX}"
         )

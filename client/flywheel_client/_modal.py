@@ -1,4 +1,4 @@
-"""How Modal is asked for the addresses of a deployment; `_records` has what is published there."""
+"""Asks Modal for the addresses of a deployment; `_records` describes what a deployment publishes."""
 
 import asyncio
 import importlib
@@ -27,25 +27,26 @@ MODAL_TIMEOUT: Final = 8.0
 
 
 async def published_endpoints(app: str = DEFAULT_APP, environment: str | None = None) -> list[Endpoint]:
-    """Returns the endpoints that an app on Modal has published; none is an empty list.
+    """Returns the endpoints that an app on Modal has published; an empty list if there is none.
 
-    One may belong to a container that was killed, until a gateway of the app has noticed that its record no longer changes,
-    which takes some minutes: connect to several at the same time, or pass over one that does not answer. A `GatewayServer`,
-    whose address stays the same, is first, and then those that were refreshed last by the clocks of their containers.
+    The endpoint of a killed container stays in the list for some minutes, until a gateway of the app notices that its record
+    has stopped changing. So connect to several endpoints at the same time, or skip endpoints that do not answer. The endpoint
+    of a `GatewayServer`, whose address never changes, comes first. The others follow, most recently refreshed first, by the
+    clocks of their containers.
 
     Args:
         app: The name of the deployed app.
-        environment: The Modal environment it is deployed in. Default: that of the Modal configuration.
+        environment: The Modal environment of the app. Default: the environment of the Modal configuration.
 
     Raises:
-        FlywheelError: Modal cannot be asked: it knows no such token, or cannot be reached.
+        FlywheelError: Modal does not accept the token, or cannot be reached.
         ModuleNotFoundError: The package modal is not installed.
     """
     return await ModalDirectory(app, environment).endpoints()
 
 
 def no_endpoint(app: str, environment: str | None) -> UnavailableError:
-    """Returns what to tell if an app has published no endpoint."""
+    """Returns the error for an app that has published no endpoint."""
     where = "the default environment" if environment is None else f"the environment {environment!r}"
     option = "" if environment is None else f" -e {environment}"
     advice = (
@@ -62,10 +63,11 @@ def require_modal() -> None:
 
 
 class ModalDirectory:
-    """The endpoints of an app on Modal, for whoever reads them again and again, as a client does.
+    """A directory of the endpoints of an app on Modal, for repeated reading, as by a client.
 
-    It remembers what it has read: a part of a reading that fails takes away nothing that was known, and a record that has not
-    changed for 90 s, while others have, is left out. Takes and raises what `published_endpoints` does.
+    The directory remembers what it has read. If a part of a reading fails, the directory keeps what that part listed before. It
+    leaves out a record that has not changed for 90 s while others have. The arguments and errors are the same as for
+    `published_endpoints`.
     """
 
     def __init__(self, app: str = DEFAULT_APP, environment: str | None = None) -> None:
@@ -76,12 +78,12 @@ class ModalDirectory:
         self._server: str | None = None
 
     async def read(self) -> list[str]:
-        """Returns the addresses of the endpoints."""
+        """Returns the addresses of the endpoints, in the order of `published_endpoints`."""
         return [endpoint.address for endpoint in await self.endpoints()]
 
     async def endpoints(self) -> list[Endpoint]:
         """Returns the endpoints that are published now; `FlywheelError` is raised only if none is known."""
-        # In a thread, because importing modal takes a third of a second, for which an event loop must not stand still.
+        # In a thread, because importing modal takes a third of a second, during which the event loop must not block.
         await asyncio.to_thread(importlib.import_module, "modal")
         reading, server = await asyncio.gather(self._ask(self._records), self._ask(self._url))
         now = time.monotonic()
@@ -97,7 +99,7 @@ class ModalDirectory:
         return found
 
     def no_endpoint(self) -> UnavailableError:
-        """Returns what to tell a caller if the last reading found none."""
+        """Returns the error of a call if the last reading found no endpoint."""
         return no_endpoint(self._app, self._environment)
 
     async def _ask(self, read: Callable[[], Coroutine[Any, Any, T]]) -> T | FlywheelError:
@@ -109,7 +111,7 @@ class ModalDirectory:
             return error
 
     async def _records(self) -> Reading:
-        """Reads the Dict. What cannot be read would end `items`, so then each value is read by itself."""
+        """Reads the Dict. An unreadable item would end `items`: then each value is read by itself."""
         import modal
 
         records = modal.Dict.from_name(dict_name(self._app), environment_name=self._environment)
@@ -168,10 +170,10 @@ async def _collected(items: AsyncIterable[T]) -> list[T]:
 
 
 async def _modal_result(work: Coroutine[Any, Any, T]) -> T:
-    """Returns or raises what the work does, or raises CancelledError at once if the task is cancelled.
+    """Returns the result of the coroutine; raises CancelledError at once if the task is cancelled.
 
-    The `.aio` methods of Modal may swallow a cancellation that arrives as they end. If one does, it is the work that goes on
-    to its end, and not whoever waits for it.
+    The `.aio` methods of Modal may swallow a cancellation that arrives as they end. So the coroutine runs in a task of its own:
+    if it swallows the cancellation, it runs to its end, but its caller does not wait for it.
     """
     running = asyncio.create_task(work)
     try:
@@ -184,7 +186,7 @@ async def _modal_result(work: Coroutine[Any, Any, T]) -> T:
 
 @contextmanager
 def _modal_errors(app: str) -> Iterator[None]:
-    """Turns the exceptions of modal into those of this package, which say what to do."""
+    """Raises exceptions of this package, which say what to do, for the exceptions of modal."""
     import modal
     from grpclib.exceptions import StreamTerminatedError
 

@@ -1,11 +1,11 @@
-"""What a deployment on Modal publishes about its addresses, and which of them are worth a try.
+"""Reads the records in which a deployment on Modal publishes its addresses, and decides which addresses to use.
 
-A container of `Gateway` has a tunnel, whose address it puts into a `modal.Dict` of its app, under its own id, as
-`{"app": …, "address": "host:port", "started": …, "refreshed": …, "refreshes": …}`. It refreshes this record every 20 s and
-removes it when it ends, so that a record which no longer changes belongs to a container that was killed, or cannot reach Modal.
-A `GatewayServer` has an address that stays. Both speak TLS, with certificates that everybody trusts.
+A container of `Gateway` has a tunnel. It puts the tunnel's address into a `modal.Dict` of its app, under the container's id, as
+`{"app": …, "address": "host:port", "started": …, "refreshed": …, "refreshes": …}`. It refreshes this record every 20 s, and
+removes it when it ends. So a record that has stopped changing belongs to a container that was killed or cannot reach Modal.
+The address of a `GatewayServer` never changes. Both speak TLS, with certificates of public authorities.
 
-The times in a record are those of the container's clock. They are never compared with the clock of this machine.
+The times in a record are by the container's clock. They are never compared with the clock of this machine.
 """
 
 import re
@@ -14,28 +14,28 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeGuard
 
 DEFAULT_APP: Final = "flywheel-grpc"
-"""The name of the app, unless its deployment chooses another one."""
+"""The name of the app, unless its deployment sets another name."""
 
 STALE_AFTER_SECONDS: Final = 90.0
-"""Seconds without a change, by the clock of whoever reads, after which a record is stale."""
+"""Seconds without a change, by the reader's clock, after which a record is stale."""
 
 MAX_RECORDS: Final = 1000
-"""Records of one Dict that are looked at."""
+"""The most records that are read from one Dict."""
 
 _MAX_NAME_LENGTH: Final = 256
 _MAX_PORT: Final = 65535
 _MAX_TIME_SECONDS: Final = 1e11
-"""Seconds since the epoch: beyond the year 5000, and within what can be computed with."""
+"""Seconds since the epoch: a time beyond the year 5000, small enough to compute with."""
 
-# A name or an IP address and a port: none of the other targets that grpc understands, such as unix:/path.
+# A host name or IP address with a port, and no other target of grpc, such as unix:/path.
 _ADDRESS: Final = re.compile(r"(?:[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """An address of a deployment on Modal, which speaks TLS. Times are seconds since the epoch, on the container's clock.
+    """An address of a deployment on Modal, which speaks TLS. Times are seconds since the epoch, by the container's clock.
 
-    A `server` is the one address of all containers of a `GatewayServer`, so it has no container and no times.
+    The kind `server` is the shared address of all containers of a `GatewayServer`, so its container and times are None.
     """
 
     address: str
@@ -47,11 +47,11 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What one container has published."""
+    """The record that one container has published."""
 
     endpoint: Endpoint
     progress: tuple[float, int]
-    """What changes with each refresh. Older gateways do not count their refreshes."""
+    """The time and number of refreshes, which change with each refresh. Older gateways do not count their refreshes."""
 
 
 def dict_name(app: str) -> str:
@@ -60,7 +60,7 @@ def dict_name(app: str) -> str:
 
 
 def record_from(container: object, value: object, app: str) -> Record | None:
-    """Returns the record in an item of the Dict; None for the record of another app, and for what is no record at all."""
+    """Returns the record in an item of the Dict; None if the item is not a record, or a record of another app."""
     if not isinstance(container, str) or len(container) > _MAX_NAME_LENGTH or type(value) is not dict:
         return None
     match value:
@@ -85,23 +85,23 @@ def _is_time(value: Any) -> TypeGuard[float]:  # noqa: ANN401 - anything can be 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """The items of the Dict, of which some may be missing because they could not be read."""
+    """The items of the Dict. If the reading is not complete, some items could not be read."""
 
     items: Sequence[tuple[object, object]]
     complete: bool = True
 
 
 class RecordTracker:
-    """What a reader remembers from one reading to the next: the records, and since when each has not changed.
+    """Remembers the records between readings, and since when each record has not changed.
 
-    Nothing here looks at a clock: `now` is the caller's, in seconds of `time.monotonic()`.
+    Nothing here reads a clock: callers pass `now`, in seconds of `time.monotonic()`.
     """
 
     def __init__(self) -> None:
         self._seen: dict[str, tuple[Record, float]] = {}
 
     def update(self, reading: Reading, app: str, now: float) -> None:
-        """Takes a reading of the Dict. An item that cannot be understood stands for the last one that could."""
+        """Takes a reading of the Dict. For an invalid item, the last valid record of its container stays."""
         seen = {} if reading.complete else self._seen.copy()
         for container, value in reading.items:
             record = record_from(container, value, app)
@@ -116,9 +116,9 @@ class RecordTracker:
         self._seen = seen
 
     def endpoints(self, now: float) -> list[Endpoint]:
-        """Returns the endpoints of the last reading, those first that were refreshed last by their own clocks.
+        """Returns the endpoints of the last reading, most recently refreshed first, by the clocks of their containers.
 
-        Stale ones are left out, unless all are: then it may be Modal that cannot be reached by them.
+        Leaves out stale endpoints, unless all are stale: then the containers may just be unable to reach Modal.
         """
         fresh = [record for record, since in self._seen.values() if now - since <= STALE_AFTER_SECONDS]
         chosen = fresh or [record for record, _ in self._seen.values()]

@@ -1,6 +1,6 @@
-"""What the calls return: the messages of the contract as frozen dataclasses, with the same fields.
+"""The results of calls: the messages of the contract as frozen dataclasses, with the same fields.
 
-`flywheel/v1/generation.proto` says what each field means. Times are seconds since the epoch, on the server's clock.
+`flywheel/v1/generation.proto` defines each field. Times are seconds since the epoch, by the server's clock.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from flywheel_proto.v1 import generation_pb2
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One finished continuation of the prompt: all its text, without the prompt."""
+    """A finished continuation of the prompt: its whole text, without the prompt."""
 
     text: str
     generated_tokens: int
@@ -25,8 +25,8 @@ class Sample:
 class Delta:
     """The next piece of the text of the sample `index`.
 
-    `generated_tokens` counts this sample's tokens so far. The last delta of a sample has a `finish_reason`; only there
-    `finished`, `prompt_tokens` and `stop_sequence` are set, and before they are 0 or empty.
+    `generated_tokens` counts the tokens of this sample so far. Only the last delta of a sample has a `finish_reason`, and only
+    this delta sets `finished`, `prompt_tokens` and `stop_sequence`. In all other deltas they are 0 or empty.
     """
 
     index: int
@@ -63,7 +63,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Defaults:
-    """The values that unset fields of a request take where they are not zero."""
+    """The values of unset fields of a request, for the fields whose default is not zero."""
 
     num_samples: int
     temperature: float
@@ -73,7 +73,7 @@ class Defaults:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """What is served: the model, the engine that runs it, the limits of a request and the defaults of unset fields."""
+    """The model, the engine that runs it, the limits of a request and the defaults of unset fields."""
 
     name: str
     engine: str
@@ -86,7 +86,7 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """How busy the service is: requests and runners of the engine, then the calls of this server."""
+    """How busy the service is: first the requests and runners of the engine, then the calls of this server."""
 
     backlog: int
     num_total_runners: int

@@ -1,7 +1,7 @@
-"""Which addresses a client takes, and which of them are on this machine.
+"""Checks the address of a client, and finds out whether it is on this machine.
 
-A target of gRPC is `HOST:PORT`, or a URI of https://github.com/grpc/grpc/blob/master/doc/naming.md. gRPC looks up anything else
-as the name of a host, so that its error is about the DNS.
+A target of gRPC is `HOST:PORT`, or a URI of https://github.com/grpc/grpc/blob/master/doc/naming.md. gRPC looks up other text as
+a host name, and reports an error of the DNS.
 """
 
 import ipaddress
@@ -15,7 +15,7 @@ ACCEPTED_TARGETS: Final = (
 MAX_PORT: Final = 65535
 
 PROXY_OPTIONS: Final = frozenset({"grpc.enable_http_proxy", "grpc.http_proxy"})
-"""The options of a channel that say whether its calls go through a proxy. With the first one 0, gRPC ignores the second one."""
+"""The channel options for proxies. If `grpc.enable_http_proxy` is 0, gRPC ignores `grpc.http_proxy`."""
 
 _IP_SCHEMES: Final = frozenset({"ipv4", "ipv6"})
 _SOCKET_SCHEMES: Final = frozenset({"unix", "unix-abstract", "vsock"})
@@ -24,11 +24,11 @@ _HOST: Final = re.compile(r"\[(?P<ip>[^\[\]]*)\]|(?P<name>[^\s:/\[\]@?#,]+)")
 
 
 def checked_target(address: object) -> str:
-    """Returns an address that gRPC can be given.
+    """Returns the address unchanged if gRPC can use it.
 
     Raises:
-        TypeError: It is no string.
-        ValueError: It is neither `HOST:PORT` nor another target of gRPC.
+        TypeError: The address is not a string.
+        ValueError: The address is not a target of gRPC.
     """
     if not isinstance(address, str):
         raise TypeError(f"the address must be {ACCEPTED_TARGETS}, not {address!r}")
@@ -38,9 +38,9 @@ def checked_target(address: object) -> str:
 
 
 def proxy_options(address: str) -> dict[str, int]:
-    """Returns the options of a channel for a target on this machine, which no proxy of the environment leads to.
+    """Returns channel options that turn the proxy off for a target on this machine, which a proxy could not reach.
 
-    (A list with one such address counts as well: gRPC can send no list through a proxy.)
+    A list of addresses with one on this machine counts too: gRPC cannot send a list through a proxy.
     """
     return {"grpc.enable_http_proxy": 0} if _is_local(address) else {}
 
@@ -58,7 +58,7 @@ def _problem(address: str) -> str:
 
 
 def _split(address: str) -> tuple[str, str]:
-    """Returns the scheme of a target, empty if it has none, and the path after it."""
+    """Returns the scheme of a target (empty if it has none) and the path after the scheme."""
     scheme, colon, rest = address.partition(":")
     if not colon or scheme not in _SCHEMES:
         return "", address

@@ -1,7 +1,7 @@
-"""What the command `flywheel` shows, and in which order.
+"""Writes the output of the command `flywheel`.
 
-Standard output makes text of a model safe for a terminal (`flywheel_proto._streams`); into a pipe or file it goes as it is.
-Standard error has no text of a model but what an error or a summary quotes, which is made safe wherever it goes.
+On a terminal, standard output makes the text of a model safe (`flywheel_proto._streams`). In a pipe or file, the text stays
+unchanged. Standard error quotes text of a model only in errors and summaries, and always makes it safe.
 """
 
 import json
@@ -21,7 +21,7 @@ from flywheel_client._results import Delta
 
 
 class Output:
-    """Writes text at once, and knows whether it is at the start of a line."""
+    """Writes text without delay, and knows whether the current line is empty."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -36,7 +36,7 @@ class Output:
             self._line_is_open = not text.endswith("\n")
 
     def end_line(self) -> None:
-        """Begins a new line unless there is one already."""
+        """Begins a new line, unless the current line is empty."""
         if self._line_is_open:
             self.write("\n")
 
@@ -49,7 +49,7 @@ class Output:
 
 @dataclass(slots=True)
 class _Progress:
-    """What has arrived of one sample, with times in seconds since the call began."""
+    """The part of one sample that has arrived. Times are seconds since the call began."""
 
     pending: list[str] = field(default_factory=list)
     first_text: float | None = None
@@ -59,10 +59,10 @@ class _Progress:
 
 
 class SampleWriter:
-    """Writes samples whose deltas arrive interleaved one after another, in the order of their index.
+    """Writes samples one after another, in the order of their index, although their deltas arrive interleaved.
 
-    The first unfinished sample is written while it is made; the text of later ones waits until it is their turn. So nothing
-    that was written has to be moved or drawn again, and all of it stays in the terminal's history, however long it is.
+    The first unfinished sample is written as it is generated. The text of later samples waits until their turn. So written text
+    never moves, and all of it stays in the terminal's history.
     """
 
     def __init__(self, output: Output, num_samples: int) -> None:
@@ -72,7 +72,7 @@ class SampleWriter:
         self._current = -1
 
     def add(self, delta: Delta, seconds: float) -> None:
-        """Takes the next delta, which arrived so many seconds after the call began."""
+        """Takes the next delta. `seconds` is the time from the start of the call to the delta's arrival."""
         sample = self._samples.setdefault(delta.index, _Progress())
         if delta.text and sample.first_text is None:
             sample.first_text = seconds
@@ -89,7 +89,7 @@ class SampleWriter:
             self._write_pending()
 
     def finish(self) -> None:
-        """Flushes the text that still waits; there is some only if the call ended early."""
+        """Flushes the text that still waits. There is such text only if the call ended early."""
         for index in sorted(self._samples):
             if self._samples[index].pending:
                 if index != self._current:
@@ -99,7 +99,7 @@ class SampleWriter:
             self._output.end_line()
 
     def summary(self) -> Iterator[str]:
-        """Yields a line on each finished sample: its tokens, why it ended, how long its text took to begin, and its speed."""
+        """Yields a line for each finished sample: its tokens, why it ended, the time to its first text, and its speed."""
         for index, sample in sorted(self._samples.items()):
             if (end := sample.end) is None:
                 continue
@@ -130,7 +130,7 @@ class SampleWriter:
 
 
 def show_aside(lines: Iterable[str]) -> None:
-    """Writes lines to stderr, dim on a terminal, so that they do not mix with the text."""
+    """Writes lines to stderr, dim on a terminal, so that users can tell them from the text."""
     for line in lines:
         write_styled(sys.stderr, visible(one_line(line)), DIM)
         sys.stderr.write("\n")
@@ -150,7 +150,7 @@ def show_table(rows: Iterable[tuple[str, object]]) -> None:
 
 
 def show_endpoints(endpoints: Iterable[Endpoint], now: float) -> None:
-    """Writes a table of endpoints as they are at the time `now`; on a terminal it cuts the ids of containers to fit."""
+    """Writes a table of endpoints, with ages at the time `now`. On a terminal, cuts the ids of containers to fit."""
     table = [("ADDRESS", "KIND", "AGE", "REFRESHED", "CONTAINER")]
     table += [(it.address, it.kind, _ago(it.started, now), _ago(it.refreshed, now), it.container or "-") for it in endpoints]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)][:-1]
@@ -162,7 +162,7 @@ def show_endpoints(endpoints: Iterable[Endpoint], now: float) -> None:
 
 
 def _ago(then: float | None, now: float) -> str:
-    """Returns how long ago that was, in the unit that tells most."""
+    """Returns the time since `then`, in the largest unit of which it has at least two; "-" if `then` is None."""
     if then is None:
         return "-"
     seconds = max(round(now - then), 0)
@@ -173,9 +173,9 @@ def _ago(then: float | None, now: float) -> str:
 
 
 def show_json(value: object) -> None:
-    """Writes a value as one line of JSON to stdout; ASCII, so that it is harmless on a terminal and right in any encoding.
+    """Writes a value as one line of JSON to stdout, in ASCII, which is safe on a terminal and correct in any encoding.
 
-    JSON has no number for infinity and NaN. They are the strings "Infinity", "-Infinity" and "NaN", as in the JSON of protobuf.
+    JSON has no numbers for infinity and NaN. They become the strings "Infinity", "-Infinity" and "NaN", as in protobuf's JSON.
     """
     sys.stdout.write(json.dumps(_finite(value), allow_nan=False) + "\n")
     sys.stdout.flush()
@@ -196,12 +196,12 @@ def _finite(value: object) -> object:
 
 
 def show_error(message: str) -> None:
-    """Writes why the command failed to stderr."""
+    """Writes the error of the command to stderr."""
     sys.stderr.write(visible(f"flywheel: {message}") + "\n")
 
 
 def describe(error: FlywheelError, advice: str) -> str:
-    """Returns an error in words: the status, each violation and quota on its own line, the advice, and the request id."""
+    """Returns the text of an error: the status, each violation and quota on its own line, the advice, and the request id."""
     lines = [f"{error.code.name}: {error.message}"]
     if isinstance(error, InvalidArgumentError) and error.violations:
         if all(violation.description in error.message for violation in error.violations):
@@ -213,7 +213,7 @@ def describe(error: FlywheelError, advice: str) -> str:
         quotas = (quota for quota in error.quota_violations if quota.description not in error.message)
         lines += [f"{quota.subject}: {quota.description}" for quota in quotas]
     if error.retry_delay is not None:
-        # Rather a tenth too late than too early.
+        # Rounds up, because a retry that is too early fails.
         lines.append(f"Try again in {math.ceil(error.retry_delay * 10) / 10:g} s.")
     if error.request_id:
         lines.append(f"request id: {error.request_id}")

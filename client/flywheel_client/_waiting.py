@@ -1,4 +1,4 @@
-"""How `flywheel generate` waits for a server whose engine is not ready, and says so."""
+"""Makes `flywheel generate` wait for a server whose engine is not ready, and tell the user about it."""
 
 import threading
 import time
@@ -23,28 +23,28 @@ POLL_INTERVAL: Final = 0.5
 """Seconds between two health checks of a server whose engine is not ready."""
 
 SILENCE_TIMEOUT: Final = 3.0
-"""Seconds without a result after which the server is asked for its health, and that it may take to answer."""
+"""Seconds without a result before a health check of the server, and also the timeout of each health check."""
 
 
 def was_begun(error: FlywheelError) -> bool:
-    """Returns whether the engine had begun on a call of a client that failed."""
+    """Returns whether the engine had begun on the call that failed with this error."""
     return error.__cause__ is not None and has_begun(error.__cause__)
 
 
 class ReadyServer:
-    """A server that a generation waits for, within its deadline, while it answers that its engine is not ready.
+    """Makes a generation wait, within its deadline, while the server answers that its engine is not ready.
 
-    The engine is not ready while it starts, for instance. A server that cannot be reached is waited for only if the user has
-    asked for that: a wrong address should show at once.
+    For example, the engine is not ready while it starts. A generation waits for a server that cannot be reached only if the
+    user asks for that, because the user should see at once that an address is wrong.
     """
 
     def __init__(self, observer: Client, name: str, timeout: float | None, *, wait_for_ready: bool) -> None:
-        """Begins the time of the generation.
+        """Starts the deadline of the generation.
 
         Args:
-            observer: A client of the server that tries nothing again, for health checks.
-            name: How to name the server to the user, at the beginning of a sentence.
-            timeout: The seconds that the generation may take, all waiting included; None sets no deadline.
+            observer: A client of the server, without retries, for health checks.
+            name: The name of the server for the user, for the beginning of a sentence.
+            timeout: The seconds that the generation may take, including all waiting; None sets no deadline.
             wait_for_ready: Whether the generation waits for a server that cannot be reached.
         """
         self._observer = observer
@@ -53,10 +53,10 @@ class ReadyServer:
         self._wait_for_ready = wait_for_ready
         self._noted: set[str] = set()
         self._was_not_ready = False
-        """Whether the engine was not ready at any look since the last try."""
+        """Whether any health check since the last try showed that the engine was not ready."""
 
     def call(self, generate: Callable[[float | None], None]) -> None:
-        """Calls `generate` with the seconds that are left, and again, while it fails because the engine is not ready.
+        """Calls `generate` with the seconds that are left, and repeats that while it fails because the engine is not ready.
 
         Raises:
             DeadlineExceededError: The engine was not ready in time.
@@ -67,11 +67,11 @@ class ReadyServer:
             try:
                 generate(None if self._deadline == inf else max(self._deadline - time.monotonic(), 0.0))
             except UnavailableError as error:
-                # Without a request id, the error is not about the call: a directory knows of no server to send it to.
+                # Without a request id, the error is not about a call: the directory lists no server.
                 if was_begun(error) or not error.request_id:
                     raise
                 self._state()
-                # It may have become ready meanwhile.
+                # The engine may have become ready meanwhile.
                 if not self._was_not_ready:
                     raise
             else:
@@ -84,12 +84,12 @@ class ReadyServer:
                 time.sleep(POLL_INTERVAL)
 
     def noting_silence(self, results: Iterable[ResultT]) -> Iterator[ResultT]:
-        """Yields the results of a generation; if the first one takes long for want of a ready server, tells the user so."""
+        """Yields the results of a generation. Tells the user if no result arrives because the server is not ready."""
         silent = True
 
         def look() -> None:
             state = self._state()
-            # Asking took a while, in which the generation may have begun or ended.
+            # The generation may have begun or ended during the health check.
             if silent:
                 self._note(state)
 
@@ -106,7 +106,7 @@ class ReadyServer:
             silent = False
 
     def _state(self) -> str:
-        """Returns what keeps the generation waiting; empty if the server is ready, or there is nothing to wait for."""
+        """Returns why the generation has to wait; empty if the server is ready, or waiting would not help."""
         try:
             status = self._observer.health(SERVICE_NAME, timeout=SILENCE_TIMEOUT, wait_for_ready=False)
         except DeadlineExceededError:
@@ -114,7 +114,7 @@ class ReadyServer:
         except UnavailableError:
             return UNREACHABLE if self._wait_for_ready else ""
         except (FlywheelError, RuntimeError):
-            return ""  # the server has no health, or the client has been closed
+            return ""  # the server has no health service, or the client was closed
         if status != "NOT_SERVING":
             return ""
         self._was_not_ready = True

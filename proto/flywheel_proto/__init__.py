@@ -1,6 +1,6 @@
 """The generated messages and stubs of the contract; see `proto/flywheel/v1/generation.proto`.
 
-The private modules are what the commands `flywheel` and `flywheel-server` share.
+The commands `flywheel` and `flywheel-server` share the private modules.
 """
 
 __version__ = "0.1.0"

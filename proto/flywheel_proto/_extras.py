@@ -1,4 +1,4 @@
-"""What to install if a package is missing, in one line rather than a traceback."""
+"""Tells users which extra to install if a package is missing, in one line instead of a traceback."""
 
 import importlib.util
 import sys
@@ -14,20 +14,20 @@ MODULES_BY_EXTRA: Final = {
     "embedded": ("xllamacpp",),
     "modal": ("modal",),
 }
-"""The extras of the distribution that programs need, with the modules that each brings."""
+"""The extras of the distribution that the commands need, each with the modules that it installs."""
 
 
 @contextmanager
 def loading(program: str) -> Iterator[None]:
-    """Exits with 1 and a line that begins with the program's name if an import within the context fails."""
+    """Exits with code 1 and one line, which begins with the program's name, if an import in the context fails."""
     try:
         yield
-    except Exception as error:  # noqa: BLE001 - generated code raises RuntimeError if grpcio is too old, libraries what they like
+    except Exception as error:  # noqa: BLE001 - a library may raise anything; generated code raises RuntimeError if grpcio is too old
         sys.exit(f"{program}: {reason(error)}")
 
 
 def reason(error: Exception) -> str:
-    """Returns why an import has failed: what is missing and how to install it, or else the error in its own words."""
+    """Returns why an import failed: the missing package and how to install it, or else the error's own message."""
     if isinstance(error, ImportError) and (hint := install_hint((error.name or "").partition(".")[0])):
         return hint
     kind = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
@@ -35,9 +35,9 @@ def reason(error: Exception) -> str:
 
 
 def install_hint(module: str) -> str:
-    """Returns how to install a module that an extra brings; empty if it is installed, or no extra brings it."""
+    """Returns how to install a module of an extra; empty if it is installed, or belongs to no extra."""
     for extra, modules in MODULES_BY_EXTRA.items():
-        # A package that is there may fail as well, for example if it has no such name in its version, or lacks a library.
+        # An installed package may fail too, for example if its version lacks a name or it misses a library.
         if module in modules and importlib.util.find_spec(module) is None:
             return f"{module} is not installed; install it with: pip install '{DISTRIBUTION}[{extra}]'"
     return ""

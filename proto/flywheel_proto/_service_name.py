@@ -1,4 +1,4 @@
-"""The name of the service, as health checks, service configurations and reflection use it."""
+"""The full name of the service, for health checks, service configs and reflection."""
 
 from typing import Final
 

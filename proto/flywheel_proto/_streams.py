@@ -1,4 +1,4 @@
-"""The standard streams of a command, whatever has become of them before it started or becomes of them while it runs."""
+"""Makes the standard streams of a command fail in a defined way, even if they are closed before or during its run."""
 
 import errno
 import io
@@ -14,19 +14,19 @@ from flywheel_proto._visible import visible
 
 EXIT_FAILURE: Final = 1
 EXIT_BROKEN_PIPE: Final = 141
-"""The code of a program that SIGPIPE ended, as a shell shows it."""
+"""The exit code of a program that SIGPIPE ended, as shells report it."""
 
 BOLD: Final = 1
 DIM: Final = 2
 
 
 class StreamError(Exception):
-    """Standard input cannot be read, or standard output not written.
+    """Standard input cannot be read, or standard output cannot be written.
 
-    This is no `OSError`, because libraries take one for theirs.
+    This class is not an `OSError`, because libraries would handle that as their own error.
 
     Attributes:
-        exit_code: What the command exits with.
+        exit_code: The exit code of the command.
     """
 
     def __init__(self, what: str, error: OSError) -> None:
@@ -36,14 +36,14 @@ class StreamError(Exception):
 
 @contextmanager
 def standard_streams(program: str) -> Iterator[None]:
-    """Replaces the standard streams by ones that fail in a defined way, and ends the program if they do.
+    """Replaces the standard streams with streams that fail in a defined way, and ends the program if they fail.
 
-    A stream that was closed before the program started is one that fails. Standard output ends the program with the code 1 and
-    a message if it cannot be written, and with 141 and no message if its reader has left. Standard error says as much as it
-    can: nothing fails because of it. An interrupt ends the program with the code 130.
+    A stream that was closed before the program started fails when it is used. If standard output cannot be written, the program
+    ends with code 1 and a message; if its reader has left, with code 141 and no message. Standard error never fails: it drops
+    what it cannot write. An interrupt ends the program with code 130.
     """
     _open_closed_descriptors()
-    # Python 3.14 has colours of its own in the help, as escape sequences that would be made visible.
+    # Python 3.14 colours the help with escape sequences, which these streams would make visible.
     os.environ["PYTHON_COLORS"] = "0"
     sys.stdin = io.TextIOWrapper(io.BufferedReader(_Input(_raw(sys.stdin, 0))))
     output = _Output(_raw(sys.stdout, 1))
@@ -67,20 +67,20 @@ def standard_streams(program: str) -> Iterator[None]:
 def write_styled(stream: TextIO, text: str, style: int) -> None:
     """Writes text in a style, `BOLD` or `DIM`, if the stream is a terminal and the user has not asked for plain text.
 
-    That is what a variable NO_COLOR that is not empty does (no-color.org), and TERM=dumb.
+    Users ask for plain text with a non-empty variable NO_COLOR (no-color.org), or with TERM=dumb.
     """
     plain = not stream.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
     stream.write(text if plain else _Styled(f"\x1b[{style}m{visible(text)}\x1b[0m"))
 
 
 class _Styled(str):
-    """Text whose escape sequences are ours."""
+    """Text with escape sequences that this module has added."""
 
     __slots__ = ()
 
 
 class _SafeText(io.TextIOWrapper):
-    """Writes any text: on a terminal visible, and as an escape what the encoding does not have."""
+    """Writes any text. On a terminal, makes invisible characters visible; escapes characters that the encoding lacks."""
 
     def __init__(self, raw: io.RawIOBase, like: TextIO | None) -> None:
         encoding = like.encoding if like else "utf-8"
@@ -94,9 +94,9 @@ class _SafeText(io.TextIOWrapper):
 
 
 class _Raw(io.RawIOBase):
-    """A raw stream that waits if its descriptor does not block."""
+    """A raw stream that blocks even if its descriptor is non-blocking."""
 
-    def __init__(self, raw: Any) -> None:  # noqa: ANN401 - a FileIO, or what Python has for the console of Windows
+    def __init__(self, raw: Any) -> None:  # noqa: ANN401 - a FileIO, or Python's class for the console of Windows
         self._stream = raw
 
     def fileno(self) -> int:
@@ -120,7 +120,7 @@ class _Input(_Raw):
 
 
 class _Output(_Raw):
-    """Fails once, or is interrupted once. What is written after that goes nowhere: it would keep the program from ending."""
+    """Fails once, or is interrupted once. Later writes are dropped, because they would keep the program from ending."""
 
     failure: StreamError | None = None
     _discards = False
@@ -145,7 +145,7 @@ class _Output(_Raw):
 
 
 class _ErrorOutput(_Output):
-    """Never fails. What cannot be written goes nowhere."""
+    """Never fails: drops what it cannot write."""
 
     def write(self, data: Any) -> int:  # noqa: ANN401 - as io.RawIOBase
         try:
@@ -155,20 +155,20 @@ class _ErrorOutput(_Output):
 
 
 def _open_closed_descriptors() -> None:
-    """Opens each standard descriptor that is closed, in the wrong direction, so that its use fails as before.
+    """Opens each closed standard descriptor in the wrong direction, so that using it still fails.
 
-    Otherwise the next file or connection would get the number, and with it what is printed.
+    Otherwise the next file or connection would get the number of the descriptor, and the program would print into it.
     """
     for descriptor, flags in enumerate((os.O_WRONLY, os.O_RDONLY, os.O_RDONLY)):
         try:
             os.fstat(descriptor)
         except OSError:
-            # The lowest number that is free is this one.
+            # `open` takes the lowest free number, which is this descriptor.
             os.open(os.devnull, flags)
 
 
 def _raw(stream: TextIO | None, descriptor: int) -> Any:  # noqa: ANN401 - as in _Raw
-    """Returns the raw stream below one of Python's, which is None if its descriptor was closed when Python started."""
+    """Returns the raw stream of a text stream. The text stream is None if its descriptor was closed when Python started."""
     if stream is None:
         return io.FileIO(descriptor, "r" if descriptor == 0 else "w", closefd=False)
     return getattr(stream.buffer, "raw", stream.buffer)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 TRUSTING = ("--cacert", "ca.pem")
 NO_TLS = "What listens there does not speak TLS"
-HANGS_UP = "What listens there hangs up, as a server does that wants TLS"
+HANGS_UP = "What listens there hangs up, as a server does if it requires TLS"
 OTHER_NAME = "Its certificate is for another name."
 
 
@@ -110,7 +110,7 @@ def test_a_server_of_another_protocol(fake: FakeService, words: bytes) -> None:
     with saying(words) as address:
         process = flywheel(fake, "stats", "--address", address)
     assert process.returncode == 1
-    assert "What listens there is no gRPC server, or one that wants TLS" in process.stderr.decode()
+    assert "What listens there is not a gRPC server, or it requires TLS" in process.stderr.decode()
 
 
 @pytest.mark.parametrize(
