@@ -48,7 +48,7 @@ class Server:
 def _key_that_is_not_empty(_context: click.Context, _option: click.Parameter, key: str | None) -> str | None:
     # Click ignores an empty variable, but a user who sets a key wants to send a key.
     if not (os.environ.get(_KEY_VARIABLE, "unset") if key is None else key).strip():
-        raise click.BadParameter("it is empty, and must hold a key")
+        raise click.BadParameter("it is empty, but must be a key")
     return key
 
 
@@ -227,8 +227,9 @@ def _as_utf8(name: str, value: Any) -> Any:  # noqa: ANN401 - any value of an op
 def generate(server: Server, **options: Any) -> None:  # noqa: ANN401 - options have several types
     """Continue a prompt, and print the text as it is generated.
 
-    PROMPT is the text to continue. Without PROMPT, or if it is -, the prompt is read from stdin: at most 64 MiB in UTF-8. A byte
-    order mark at the beginning and a newline at the end are not part of the prompt. Lines may end with CR and LF, as on Windows.
+    PROMPT is the text to continue. Without PROMPT, or if it is -, the prompt is read from stdin: at most 64 MiB in UTF-8. A
+    byte order mark at the beginning and a newline at the end are not part of the prompt. Lines may end with CR and LF, as on
+    Windows.
 
     Several samples are printed one after another. A summary of each sample goes to stderr. If a call fails before the engine
     has begun on it, the command retries for some seconds. If the server answers that its engine is not ready, the command

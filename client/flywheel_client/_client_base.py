@@ -1,4 +1,4 @@
-"""What `Client` and `AsyncClient` share: the constructor and `from_modal`."""
+"""The base of `Client` and `AsyncClient`: their constructor and `from_modal`."""
 
 from collections.abc import Sequence
 from typing import Any, Self

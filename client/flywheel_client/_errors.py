@@ -224,7 +224,7 @@ def broke_off(code: grpc.StatusCode, message: str | None) -> bool:
 
 def unknown_status(request_id: str) -> FlywheelError:
     """Returns the exception for a status code that gRPC does not define, for which grpc.aio 1.73 raises `KeyError`."""
-    return error_from_status(grpc.StatusCode.UNKNOWN, "the status is none of gRPC", (), request_id)
+    return error_from_status(grpc.StatusCode.UNKNOWN, "the status is not one of gRPC", (), request_id)
 
 
 def has_begun(error: Any) -> bool:  # noqa: ANN401 - grpc has no public type for it
@@ -243,7 +243,7 @@ def call_cancelled(request_id: str) -> CallCancelledError:
 
 def deadline_exceeded(request_id: str) -> DeadlineExceededError:
     """Returns the exception for a call whose deadline passed before there was an endpoint to send it to."""
-    message = "The deadline passed before it was known where to send the call."
+    message = "The deadline passed before the client found an endpoint for the call."
     return DeadlineExceededError(grpc.StatusCode.DEADLINE_EXCEEDED, message, request_id=request_id)
 
 

@@ -42,7 +42,7 @@ class Directory(Protocol):
     """Publishes the addresses of the endpoints of a service."""
 
     async def read(self) -> Collection[str]:
-        """Returns the addresses, those most likely to be live first; raises `FlywheelError` if it cannot read them."""
+        """Returns the addresses, most likely to be live first; raises `FlywheelError` if it cannot read them."""
 
     def no_endpoint(self) -> FlywheelError:
         """Returns the error of a call if the last reading found no endpoint."""
@@ -63,6 +63,7 @@ class Member(Generic[ChannelT]):
     """How many calls of this client run there."""
     last_pick: int = 0
     failed_at: float = -inf
+    """In seconds of `time.monotonic()`."""
 
 
 class Pool(Generic[ChannelT]):
@@ -72,7 +73,7 @@ class Pool(Generic[ChannelT]):
     answer is dropped until another reading lists it. An endpoint that is not listed any more is dropped once a listed endpoint
     answers. So an empty or unreadable directory removes no endpoint that works.
 
-    A call goes to the endpoint with the fewest calls of this client, and in turn among equals (least request, as in Envoy).
+    A call goes to the endpoint with the fewest calls of this client, and in turn among equals.
     Plain round robin would pile up long calls on one endpoint, because a generation lasts from a moment to minutes.
     """
 

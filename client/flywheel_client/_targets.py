@@ -86,7 +86,7 @@ def _host_problem(address: str, *, port_is_optional: bool) -> str:
 def _ip_problem(address: str) -> str:
     host = _HOST.match(address)
     if host is None or not _is_ip(host["ip"] or host["name"]):
-        return f"{address!r} is no IP address with a port"
+        return f"{address!r} is not an IP address with a port"
     return "" if _is_port(address[host.end() :]) else f"the port of {address!r} must be 1 to {MAX_PORT}"
 
 

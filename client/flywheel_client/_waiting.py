@@ -123,4 +123,4 @@ class ReadyServer:
     def _note(self, state: str) -> None:
         if state and state not in self._noted:
             self._noted.add(state)
-            terminal.show_aside([f"{self._name} {state}. Waiting; Ctrl-C ends that, and --timeout limits it."])
+            terminal.show_aside([f"{self._name} {state}. Waiting; Ctrl-C ends the wait, and --timeout limits it."])

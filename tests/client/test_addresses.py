@@ -86,7 +86,7 @@ NO_TARGETS: dict[Any, str] = {
     "dns:///localhost:99999": "the port must be 1 to 65535",
     "ipv4:localhost:50051": "no IP address",
     "ipv4:10.0.0.1": "the port of '10.0.0.1'",
-    "ipv4:10.0.0.1:50051,": "'' is no IP address",
+    "ipv4:10.0.0.1:50051,": "'' is not an IP address",
     "ipv6:::1:50051": "no IP address",
     "unix:": "nothing follows unix:",
     "xds:///": "nothing follows xds:",

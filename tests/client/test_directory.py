@@ -38,7 +38,7 @@ async def test_the_deadline_covers_the_reading(caller: Callable[..., Caller], fa
     directory.answers.clear()
     one = caller(directory)
     error = await one.expect(DeadlineExceededError, timeout=0.1, request_id="r1")
-    assert (error.message, error.request_id) == ("The deadline passed before it was known where to send the call.", "r1")
+    assert (error.message, error.request_id) == ("The deadline passed before the client found an endpoint for the call.", "r1")
     assert directory.readings == 1
     directory.answers.set()
     assert await one.call() == "p"
