@@ -204,7 +204,8 @@ def _advice(error: FlywheelError, server: "Server") -> str:
     """Returns advice for the user about an error of a call; empty if the error itself says enough."""
     if isinstance(error, DeadlineExceededError) and not error.reason and error.request_id and not was_begun(error):
         return f"{server.name} has not answered. It may be loading its model, or something on the way drops its packets."
-    if not isinstance(error, UnavailableError) or not error.request_id:
+    # Without a request id, the error is not about a call, but about the directory, or a probe that found no connection.
+    if not isinstance(error, UnavailableError) or not (error.request_id or error.message.startswith(UNREACHABLE_MESSAGES)):
         return ""
     if error.reason == "ENGINE_UNAVAILABLE" or NOT_SERVING_MESSAGE in error.message:
         return f"{server.name} answers, but its engine is starting, stopping or cannot be reached."
