@@ -1,4 +1,4 @@
-"""The range of the contract's integers."""
+"""Holds the upper end of the range of the contract's integers."""
 
 from typing import Final
 

@@ -1,12 +1,13 @@
 """The messages of the contract as pydantic models: what a request may hold, and what an engine answers.
 
-They mirror `GenerationRequest`, `GenerationResponseSample` and `GenerationResponse` of MK1 Flywheel, with the ranges that
-the comments in `proto/flywheel/v1/generation.proto` state.
+They mirror `GenerationRequest`, `GenerationResponseSample` and `GenerationResponse` of MK1 Flywheel. The ranges are the ones in
+the comments of `proto/flywheel/v1/generation.proto`.
 """
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any, Final, Self
+from functools import cache
+from typing import Annotated, Any, Final, Self, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo
 
@@ -16,27 +17,10 @@ MAX_EOS_TOKEN_IDS: Final = 64
 MAX_STOP_SEQUENCES: Final = 16
 MAX_STOP_BYTES: Final = 256
 
-_ACCEPTED: Final = {
-    "text": "must not be empty and have at most {max_text_bytes} bytes in UTF-8",
-    "max_tokens": "must be 1 to {context_tokens}, the model's context",
-    "eos_token_ids": f"must be at most {MAX_EOS_TOKEN_IDS} token ids",
-    "eos_token_ids[]": "must be at least 0",
-    "max_input_tokens": "must be at least 0, where 0 keeps the whole prompt",
-    "num_samples": "must be 1 to {max_num_samples}",
-    "stop": f"must be at most {MAX_STOP_SEQUENCES} texts",
-    "stop[]": f"must not be empty and have at most {MAX_STOP_BYTES} bytes in UTF-8",
-    "temperature": "must be finite and at least 0, where 0 is greedy",
-    "top_k": "must be at least 0, where 0 does not restrict",
-    "top_p": "must be greater than 0 and at most 1",
-    "presence_penalty": "must be -2 to 2",
-    "frequency_penalty": "must be -2 to 2",
-}
-"""What is accepted of each field, and of each element of a repeated one, in words for the caller."""
-
 
 @dataclass(frozen=True, slots=True)
 class RequestLimits:
-    """The limits of a request that belong to the deployment: the contract names them, settings and model set them."""
+    """The limits of a request that differ between deployments: the contract names them, settings and model set them."""
 
     max_text_bytes: int
     max_num_samples: int
@@ -45,14 +29,14 @@ class RequestLimits:
 
 @dataclass(frozen=True, slots=True)
 class FieldViolation:
-    """One field of a request that is not as it must be: its path, such as `stop[1]`, and what is accepted."""
+    """A field of a request that is out of range: its path, such as `stop[1]`, and what it must be, in words."""
 
     field: str
     description: str
 
 
 class InvalidRequestError(ValueError):
-    """A request whose fields are out of range; holds every violation."""
+    """Some fields of a request are out of range. Holds every violation."""
 
     def __init__(self, violations: list[FieldViolation]) -> None:
         super().__init__("; ".join(f"{violation.field} {violation.description}" for violation in violations))
@@ -60,6 +44,8 @@ class InvalidRequestError(ValueError):
 
 
 def _utf8(minimum: int, maximum: int) -> AfterValidator:
+    """Checks the length of a text in bytes of UTF-8."""
+
     def check(text: str) -> str:
         if not minimum <= len(text.encode()) <= maximum:
             raise ValueError("length in bytes")
@@ -69,7 +55,7 @@ def _utf8(minimum: int, maximum: int) -> AfterValidator:
 
 
 def _at_most(limit: str) -> AfterValidator:
-    """Checks a number, or the length of a text in bytes of UTF-8, against the named one of `RequestLimits`."""
+    """Checks a number, or the length of a text in bytes of UTF-8, against a limit of `RequestLimits`, given by its name."""
 
     def check(value: Any, info: ValidationInfo) -> Any:  # noqa: ANN401 - as generic as pydantic's validators
         size = len(value.encode()) if isinstance(value, str) else value
@@ -80,25 +66,59 @@ def _at_most(limit: str) -> AfterValidator:
     return AfterValidator(check)
 
 
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """Says for the caller what a field, or an element of a repeated field, must be: its range in words.
+
+    A name in braces, such as `{max_text_bytes}`, stands for that limit of `RequestLimits`.
+    """
+
+    words: str
+
+
 Int32 = Annotated[int, Field(ge=0, le=INT32_MAX)]
-Penalty = Annotated[float, Field(ge=-2.0, le=2.0, allow_inf_nan=False)]
-StopSequence = Annotated[str, _utf8(1, MAX_STOP_BYTES)]
+Penalty = Annotated[float, Field(ge=-2.0, le=2.0, allow_inf_nan=False), Accepted("must be -2 to 2")]
+TokenId = Annotated[Int32, Accepted("must be at least 0")]
+StopSequence = Annotated[
+    str, _utf8(1, MAX_STOP_BYTES), Accepted(f"must not be empty and have at most {MAX_STOP_BYTES} bytes in UTF-8")
+]
 
 
 class GenerationRequest(BaseModel):
-    """A prompt and how to continue it; the fields, units and defaults are those of the contract."""
+    """A prompt and how to continue it. Fields, units and defaults are as in the contract.
+
+    Each field has its range, and then the words for a value out of that range.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    text: Annotated[str, Field(min_length=1), _at_most("max_text_bytes")]
-    max_tokens: Annotated[int, Field(ge=1, le=INT32_MAX), _at_most("context_tokens")]
-    eos_token_ids: tuple[Int32, ...] = Field(default=(), max_length=MAX_EOS_TOKEN_IDS)
-    max_input_tokens: Int32 = 0
-    num_samples: Annotated[int, Field(ge=1, le=INT32_MAX), _at_most("max_num_samples")] = 1
-    stop: tuple[StopSequence, ...] = Field(default=(), max_length=MAX_STOP_SEQUENCES)
-    temperature: float = Field(default=1.0, ge=0.0, allow_inf_nan=False)
-    top_k: Int32 = 50
-    top_p: float = Field(default=1.0, gt=0.0, le=1.0, allow_inf_nan=False)
+    text: Annotated[
+        str,
+        Field(min_length=1),
+        _at_most("max_text_bytes"),
+        Accepted("must not be empty and have at most {max_text_bytes} bytes in UTF-8"),
+    ]
+    max_tokens: Annotated[
+        int,
+        Field(ge=1, le=INT32_MAX),
+        _at_most("context_tokens"),
+        Accepted("must be 1 to {context_tokens}, the model's context"),
+    ]
+    eos_token_ids: Annotated[
+        tuple[TokenId, ...], Field(max_length=MAX_EOS_TOKEN_IDS), Accepted(f"must be at most {MAX_EOS_TOKEN_IDS} token ids")
+    ] = ()
+    max_input_tokens: Annotated[Int32, Accepted("must be at least 0, where 0 keeps the whole prompt")] = 0
+    num_samples: Annotated[
+        int, Field(ge=1, le=INT32_MAX), _at_most("max_num_samples"), Accepted("must be 1 to {max_num_samples}")
+    ] = 1
+    stop: Annotated[
+        tuple[StopSequence, ...], Field(max_length=MAX_STOP_SEQUENCES), Accepted(f"must be at most {MAX_STOP_SEQUENCES} texts")
+    ] = ()
+    temperature: Annotated[
+        float, Field(ge=0.0, allow_inf_nan=False), Accepted("must be finite and at least 0, where 0 is greedy")
+    ] = 1.0
+    top_k: Annotated[Int32, Accepted("must be at least 0, where 0 does not restrict")] = 50
+    top_p: Annotated[float, Field(gt=0.0, le=1.0, allow_inf_nan=False), Accepted("must be greater than 0 and at most 1")] = 1.0
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
 
@@ -109,23 +129,31 @@ class GenerationRequest(BaseModel):
             return cls.model_validate(fields, context=limits)
         except ValidationError as error:
             violations = _violations(error, limits)
-        # Not while that error is handled, of which it would then hold on to: an error of pydantic's is out of sight for the
-        # garbage collector, and has those of our validators, whose frames lead back to it, and to the request.
+        # Not raised within `except`, because the new error would then hold on to pydantic's. The garbage collector cannot see
+        # into an error of pydantic. Such an error holds the errors of our validators, and their frames hold the request.
         raise InvalidRequestError(violations)
 
 
+@cache
+def _accepted(name: str, *, is_element: bool) -> str:
+    """Returns the words for a field, or for an element of a repeated field."""
+    field = GenerationRequest.model_fields[name]
+    metadata = get_args(field.annotation)[0].__metadata__ if is_element else field.metadata
+    return next(each.words for each in metadata if isinstance(each, Accepted))
+
+
 def _violations(error: ValidationError, limits: RequestLimits) -> list[FieldViolation]:
-    """Returns one violation for each field that is wrong; of a repeated field, the first that is wrong of its elements."""
+    """Returns one violation for each field that is wrong. Of a repeated field, it names the first wrong element."""
     bounds = asdict(limits)
     violations: dict[str, FieldViolation] = {}
     for name, *index in (map(str, item["loc"]) for item in error.errors(include_url=False, include_input=False)):
-        accepted = _ACCEPTED[f"{name}[]" if index else name].format(**bounds)
+        accepted = _accepted(name, is_element=bool(index)).format(**bounds)
         violations.setdefault(name, FieldViolation(f"{name}[{index[0]}]" if index else name, accepted))
     return list(violations.values())
 
 
 class GenerationResponseSample(BaseModel):
-    """One finished continuation of the prompt; the first four fields are Flywheel's."""
+    """One finished continuation of the prompt. The first four fields are those of Flywheel."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -152,7 +180,7 @@ class GenerationResponse(BaseModel):
 
     @classmethod
     def of(cls, request: GenerationRequest, created: float, samples: Sequence[GenerationResponseSample]) -> Self:
-        """Returns the response to a request that was accepted at `created`, with its samples in whichever order."""
+        """Returns the response to a request that was accepted at `created`, with its samples in any order."""
         return cls(
             created=created,
             finished=max(sample.finished for sample in samples),

@@ -1,7 +1,7 @@
-"""Between protobuf and the server's own messages: pure functions, one per direction and message."""
+"""Translates between protobuf and the server's own messages: pure functions, one for each direction and message."""
 
 from collections.abc import Sequence
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from flywheel_proto.v1 import generation_pb2 as pb
 
@@ -15,21 +15,14 @@ from flywheel_server.messages import (
     RequestLimits,
 )
 
-_Optional = Literal["num_samples", "temperature", "top_k", "top_p"]
-_WITH_PRESENCE: Final[tuple[_Optional, ...]] = (
-    "num_samples",
-    "temperature",
-    "top_k",
-    "top_p",
-)
-
 _MAX_ELEMENTS: Final = {"eos_token_ids": MAX_EOS_TOKEN_IDS, "stop": MAX_STOP_SEQUENCES}
-"""The most elements of repeated fields. One more is looked at, to show that there are too many: there may be millions."""
+"""The most elements of each repeated field. A message may have millions: one more than the most is enough to refuse it."""
 
 
 def request_from_proto(message: pb.GenerationRequest, limits: RequestLimits) -> GenerationRequest:
-    """Returns the checked request, unset fields at their defaults; raises `InvalidRequestError` with every violation."""
-    # Only the fields that are set, which is cheaper than MessageToDict or to ask for each.
+    """Returns the checked request, with defaults for unset fields. Raises `InvalidRequestError` with every violation."""
+    # ListFields has a field with presence if it is set, and any other field if it is not zero. It is cheaper than
+    # MessageToDict, and than asking for each field.
     fields: dict[str, Any] = {}
     for field, value in message.ListFields():
         limit = _MAX_ELEMENTS.get(field.name)
@@ -37,7 +30,7 @@ def request_from_proto(message: pb.GenerationRequest, limits: RequestLimits) -> 
     return GenerationRequest.within(limits, fields)
 
 
-# The messages of each call and each token are filled field by field, which costs less than keyword arguments.
+# There is a message for each call and each token. To fill it field by field costs less than keyword arguments.
 
 
 def sample_to_proto(sample: GenerationResponseSample) -> pb.GenerationResponseSample:
@@ -60,9 +53,9 @@ def _fill_sample(message: pb.GenerationResponseSample, sample: GenerationRespons
 def response_to_proto(
     request: GenerationRequest, created: float, samples: Sequence[GenerationResponseSample]
 ) -> pb.GenerationResponse:
-    """Returns the response to a request that was accepted at `created`, with its samples in whichever order, as a message.
+    """Returns the response to a request that was accepted at `created`, with its samples in any order, as a message.
 
-    It has what `GenerationResponse.of` has, without the model in between, which would cost more than the message.
+    The fields are those of `GenerationResponse.of`. To make that model first would cost more than the message.
     """
     message = pb.GenerationResponse()
     message.created = created
@@ -85,7 +78,7 @@ def delta_to_proto(index: int, text: str, generated_tokens: int) -> pb.Generatio
 
 
 def last_delta_to_proto(sample: GenerationResponseSample, text: str) -> pb.GenerationDelta:
-    """Returns the message that ends the deltas of a sample, with the `text` of it that was not sent yet."""
+    """Returns the last delta of a sample. `text` is the part of the sample that was not sent yet."""
     message = delta_to_proto(sample.index, text, sample.generated_tokens)
     message.finished = sample.finished
     message.finish_reason = sample.finish_reason
@@ -96,7 +89,7 @@ def last_delta_to_proto(sample: GenerationResponseSample, text: str) -> pb.Gener
 
 def model_to_proto(model: EngineModel, limits: RequestLimits) -> pb.Model:
     """Returns the model, the limits of a request to it, and the defaults of unset fields as a message."""
-    defaults = GenerationRequest.model_fields
+    fields = GenerationRequest.model_fields
     return pb.Model(
         name=model.name,
         engine=model.engine,
@@ -108,7 +101,7 @@ def model_to_proto(model: EngineModel, limits: RequestLimits) -> pb.Model:
             max_stop_sequences=MAX_STOP_SEQUENCES,
             max_stop_bytes=MAX_STOP_BYTES,
         ),
-        defaults=pb.Defaults(**{name: defaults[name].default for name in _WITH_PRESENCE}),
+        defaults=pb.Defaults(**{stated.name: fields[stated.name].default for stated in pb.Defaults.DESCRIPTOR.fields}),
         penalizes_prompt=model.penalizes_prompt,
         prompt_format=model.prompt_format,
     )
