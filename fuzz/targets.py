@@ -1,4 +1,4 @@
-"""Fuzz targets: each takes bytes from anywhere, and raises where the server does not do with them what it promises.
+"""Fuzz targets: each takes any bytes, and raises if the server does not do with them what it promises.
 
 The tests try them with a few hundred inputs each, and `python -m fuzz.coverage_guided` with millions.
 """
@@ -22,8 +22,11 @@ from flywheel_server.messages import GenerationRequest, InvalidRequestError, Req
 from flywheel_server.translation import request_from_proto
 from google.protobuf.message import DecodeError, Message
 
+from fuzz.ranges import lowest, ranges
+
 LIMITS: Final = RequestLimits(max_text_bytes=200, max_num_samples=16, context_tokens=256)
 API_KEY: Final = "fw_0123456789abcdef"
+RANGES: Final = ranges(LIMITS)
 METADATA_BYTES: Final = 8192
 """What gRPC clients take as metadata unless they say otherwise."""
 
@@ -33,7 +36,7 @@ Metadata = tuple[tuple[str, str | bytes], ...]
 def verdict(
     data: bytes, kind: type[Message] = pb.GenerationRequest
 ) -> GenerationRequest | InvalidRequestError | MalformedRequestError | None:
-    """Returns what the server makes of a request that arrives as these bytes; None of one without fields."""
+    """Returns what the server makes of a request that arrives as these bytes: None if this kind of request has no fields."""
     try:
         message = kind.FromString(data)
         return request_from_proto(message, LIMITS) if isinstance(message, pb.GenerationRequest) else None
@@ -44,12 +47,12 @@ def verdict(
 
 
 def request(data: bytes) -> None:
-    """A request arrives unchanged if all of its fields are in range; if not, exactly those that are not are named."""
+    """Checks that a request arrives unchanged if all its fields are in range. If not, exactly the wrong fields are named."""
     found = verdict(data)
     if isinstance(found, MalformedRequestError):
         return
     message = pb.GenerationRequest.FromString(data)
-    wrong = {name for name in GenerationRequest.model_fields if not _is_in_range(name, _value(message, name))}
+    wrong = {name for name, its in RANGES.items() if _is_sent(message, name) and not its.accepts(getattr(message, name))}
     if isinstance(found, InvalidRequestError):
         named = [violation.field.partition("[")[0] for violation in found.violations]
         assert sorted(named) == sorted(wrong)
@@ -58,40 +61,18 @@ def request(data: bytes) -> None:
         assert len(status.message.encode()) + sum(len(value) for _, value in status.trailing_metadata()) < METADATA_BYTES
     else:
         assert not wrong
-        for name in GenerationRequest.model_fields:
-            assert getattr(found, name) == _value(message, name)
+        for name, field in GenerationRequest.model_fields.items():
+            value = getattr(message, name) if _is_sent(message, name) else field.default
+            assert getattr(found, name) == (value if isinstance(value, str | int | float | None) else tuple(value))
 
 
-def _value(message: pb.GenerationRequest, name: str) -> Any:  # noqa: ANN401 - any field's
-    field = message.DESCRIPTOR.fields_by_name[name]
-    if field.has_presence and not message.HasField(name):  # type: ignore[arg-type]
-        return GenerationRequest.model_fields[name].default
-    value = getattr(message, name)
-    return value if isinstance(value, str | int | float) else tuple(value)
-
-
-_IN_RANGE: Final[Mapping[str, Callable[[Any], bool]]] = {
-    "text": lambda text: 0 < len(text.encode()) <= LIMITS.max_text_bytes,
-    "max_tokens": lambda number: 1 <= number <= LIMITS.context_tokens,
-    "eos_token_ids": lambda ids: len(ids) <= 64 and all(token >= 0 for token in ids),
-    "max_input_tokens": lambda number: number >= 0,
-    "num_samples": lambda number: 1 <= number <= LIMITS.max_num_samples,
-    "stop": lambda texts: len(texts) <= 16 and all(0 < len(text.encode()) <= 256 for text in texts),
-    "temperature": lambda number: math.isfinite(number) and number >= 0,
-    "top_k": lambda number: number >= 0,
-    "top_p": lambda number: 0 < number <= 1,
-    "presence_penalty": lambda number: -2 <= number <= 2,
-    "frequency_penalty": lambda number: -2 <= number <= 2,
-}
-"""The ranges of the contract, written down a second time."""
-
-
-def _is_in_range(name: str, value: Any) -> bool:  # noqa: ANN401 - any field's
-    return _IN_RANGE[name](value)
+def _is_sent(message: pb.GenerationRequest, name: str) -> bool:
+    """Returns whether the message has a value for the field. A field without presence always has one, if only zero."""
+    return not message.DESCRIPTOR.fields_by_name[name].has_presence or message.HasField(name)  # type: ignore[arg-type]
 
 
 def request_ids(data: bytes) -> None:
-    """The id of a call is the one that was sent, where that is one, and a new one otherwise."""
+    """Checks that the id of a call is the id that was sent, if it is valid, and otherwise a new id."""
     metadata = _metadata(data)
     found = CallMetadata.of(_context(metadata)).request_id
     sent = next((value for key, value in metadata if key == "x-request-id"), "")
@@ -105,7 +86,7 @@ _KEYS: Final = Authentication(KeyRing([API_KEY]), certificates=False)
 
 
 def authorization(data: bytes) -> None:
-    """Whoever sends the key, once and as a bearer, may call, and nobody else."""
+    """Checks that a caller may call if it sends the key, once and as a bearer, and that no other caller may."""
     metadata = _metadata(data)
     sent = [value for key, value in metadata if key == "authorization"]
     match sent:
@@ -124,7 +105,7 @@ def authorization(data: bytes) -> None:
 
 
 def keys_file(data: bytes) -> None:
-    """A file of keys is refused with one line, or read, and then is the same when it is written and read again."""
+    """Checks that a file of keys is refused with one line, or is read, and is the same after it is written and read again."""
     try:
         found = KeysFile.parse(data)
     except ValueError as error:
@@ -144,7 +125,7 @@ def keys_file(data: bytes) -> None:
 
 
 def _metadata(data: bytes) -> Metadata:
-    """Returns the metadata `key:value`, one a line, as grpc gives it to a servicer."""
+    """Returns the metadata in lines of `key:value`, in the form in which grpc gives it to a servicer."""
     entries = (line.partition(b":") for line in data.split(b"\n"))
     return tuple((key.decode(errors="replace"), _decoded(key, value)) for key, _, value in entries)
 
@@ -155,7 +136,7 @@ def _decoded(key: bytes, value: bytes) -> str | bytes:
 
 @dataclass(frozen=True)
 class _Context:
-    """What is asked of the context of a call to find out who calls."""
+    """Has the part of a call's context that tells who calls."""
 
     metadata: Metadata
 
@@ -171,7 +152,7 @@ def _context(metadata: Metadata) -> Any:  # noqa: ANN401 - passes for one of grp
 
 
 def _caller_with(metadata: Metadata) -> str:
-    """Returns the name of who calls with this metadata."""
+    """Returns the name of the caller that sends this metadata."""
     context = _context(metadata)
     _KEYS.identify(context, CallMetadata.of(context))
     return caller.get().name
@@ -185,18 +166,10 @@ TARGETS: Final[Mapping[str, Callable[[bytes], None]]] = {
 }
 
 _FULL: Final = pb.GenerationRequest(
-    text="hello 🦙",
-    max_tokens=3,
-    eos_token_ids=[1, 2],
-    max_input_tokens=5,
-    num_samples=2,
-    stop=["a", "END"],
-    temperature=0.5,
-    top_k=0,
-    top_p=0.5,
-    presence_penalty=-2,
-    frequency_penalty=2,
+    **lowest(RANGES)
+    | {"text": "hello 🦙", "max_tokens": 3, "max_input_tokens": 5, "num_samples": 2, "stop": ["a", "END"], "top_p": 0.5}
 )
+"""Has each field."""
 _ENTRY: Final = b'{"name":"a","hash":"sha256:%s","created":"2026-01-02T03:04:05Z","priority":-1,"max_concurrent":8}' % (
     b"0" * 64
 )
@@ -229,4 +202,4 @@ SEEDS: Final[Mapping[str, tuple[bytes, ...]]] = {
         b'{"keys":[%s]}' % _CERTIFIED.replace(b"2027-01-01T00:00:00Z", b"9999-12-31T23:59:59-01:00"),
     ),
 }
-"""Inputs of each target to begin with."""
+"""The first inputs of each target."""

@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING, Any
 import flywheel_client
 import grpc
 import pytest
-from flywheel_client import CallCancelledError, Client, DeadlineExceededError, Delta, Response, Sample
+from flywheel_client import CallCancelledError, Client, DeadlineExceededError, Delta, GenerationFields, Response, Sample
 from flywheel_proto.v1 import generation_pb2
+from flywheel_server.messages import RequestLimits
 from grpc_health.v1 import health_pb2
+
+from fuzz.ranges import highest, ranges
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
     from tests.client.conftest import FakeService
 
 WAIT = 20.0
+RANGES = ranges(RequestLimits(max_text_bytes=200, max_num_samples=16, context_tokens=256))
+FIELDS = generation_pb2.GenerationRequest.DESCRIPTOR.fields_by_name
 
 
 @pytest.fixture
@@ -84,30 +89,22 @@ def test_health_of_an_unknown_service_is_an_error(client: Client) -> None:
 
 
 def test_every_field_arrives(fake: FakeService, client: Client) -> None:
-    fields: dict[str, Any] = {
-        "max_tokens": 7,
-        "eos_token_ids": [2, 5],
-        "max_input_tokens": 9,
-        "num_samples": 3,
-        "stop": ("END", "\n\n"),
-        "temperature": 0.5,
-        "top_k": 4,
-        "top_p": 0.25,
-        "presence_penalty": -1.0,
-        "frequency_penalty": 2.0,
-    }
-    client.generate_all("Grüße", **fields)
-    assert fake.requests == [generation_pb2.GenerationRequest(text="Grüße", **fields)]
-    assert {"text", *fields} == set(generation_pb2.GenerationRequest.DESCRIPTOR.fields_by_name)
+    fields = highest(RANGES)
+    client.generate_all(**fields)
+    assert fake.requests == [generation_pb2.GenerationRequest(**fields)]
+    assert {"text", *GenerationFields.__annotations__} == set(FIELDS)
+    assert set(fields) == set(FIELDS)
 
 
 def test_zero_is_not_unset(fake: FakeService, client: Client) -> None:
-    client.generate_all("p", max_tokens=1, num_samples=None, temperature=None, top_k=None, top_p=None, stop=None)
-    client.generate_all("p", max_tokens=1, num_samples=0, temperature=0.0, top_k=0, top_p=0.0)
+    names = [name for name, field in FIELDS.items() if field.has_presence]
+    nothing, zeros = (dict[str, Any].fromkeys(names, value) for value in (None, 0))
+    client.generate_all("p", max_tokens=1, stop=None, **nothing)
+    client.generate_all("p", max_tokens=1, **zeros)
     unset, zero = fake.requests
-    for name in ("num_samples", "temperature", "top_k", "top_p"):
-        assert not unset.HasField(name)
-        assert zero.HasField(name)
+    assert unset == generation_pb2.GenerationRequest(text="p", max_tokens=1)
+    for name in names:
+        assert zero.HasField(name)  # type: ignore[arg-type]
         assert getattr(zero, name) == 0
 
 

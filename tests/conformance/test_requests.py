@@ -1,34 +1,27 @@
 """What a request may hold: every field at and beyond its limits, and what unset fields mean."""
 
-import math
 from typing import Any
 
 import grpc
 import grpc.aio
 import pytest
 from flywheel_proto.v1 import generation_pb2 as pb
+from flywheel_server.engines.modal.remote_fields import FLYWHEEL_FIELDS
+from flywheel_server.messages import RequestLimits
 from google.rpc.error_details_pb2 import BadRequest
 from google.rpc.status_pb2 import Status
 
+from fuzz.ranges import highest, lowest, ranges
 from tests.serving import Target, as_dict, drained
 
 TEXT = "Tell me about llamas."
 
-BAD: dict[str, list[tuple[dict[str, Any], str]]] = {
-    "text": [({"text": ""}, "text"), ({"text": "é" * 524_289}, "text")],
-    "max_tokens": [({"max_tokens": value}, "max_tokens") for value in (-1, 0, 8193, 2**31 - 1)],
-    "eos_token_ids": [({"eos_token_ids": [1, -1]}, "eos_token_ids[1]"), ({"eos_token_ids": [1] * 65}, "eos_token_ids")],
-    "max_input_tokens": [({"max_input_tokens": -1}, "max_input_tokens")],
-    "num_samples": [({"num_samples": value}, "num_samples") for value in (-1, 0, 17)],
-    "stop": [({"stop": ["a", ""]}, "stop[1]"), ({"stop": ["é" * 129]}, "stop[0]"), ({"stop": ["a"] * 17}, "stop")],
-    "temperature": [({"temperature": value}, "temperature") for value in (-0.1, math.nan, math.inf)],
-    "top_k": [({"top_k": -1}, "top_k")],
-    "top_p": [({"top_p": value}, "top_p") for value in (0.0, -0.5, 1.01, math.nan, math.inf)],
-    "presence_penalty": [({"presence_penalty": value}, "presence_penalty") for value in (-2.01, 2.01, math.nan, -math.inf)],
-    "frequency_penalty": [({"frequency_penalty": value}, "frequency_penalty") for value in (-2.01, 2.01, math.nan)],
-}
-CASES = [
-    pytest.param(fields, path, id=f"{path}-{number}") for cases in BAD.values() for number, (fields, path) in enumerate(cases)
+LIMITS = RequestLimits(max_text_bytes=2**20, max_num_samples=16, context_tokens=8192)
+RANGES = ranges(LIMITS)
+BAD = [
+    pytest.param(name, path, value, id=f"{name}-{number}")
+    for name, its in RANGES.items()
+    for number, (path, value) in enumerate(its.wrong())
 ]
 METHODS = ["Generate", "GenerateDeltas", "GenerateAll"]
 
@@ -50,47 +43,28 @@ def bad_request(error: grpc.aio.AioRpcError) -> dict[str, str]:
     return {violation.field: violation.description for violation in details.field_violations}
 
 
-@pytest.mark.parametrize(("fields", "path"), CASES)
-async def test_a_field_out_of_range_is_refused_by_name(target: Target, fields: dict[str, Any], path: str) -> None:
-    request = pb.GenerationRequest(**{"text": TEXT, "max_tokens": 1, **fields})
+@pytest.mark.parametrize(("name", "path", "value"), BAD)
+async def test_a_field_out_of_range_is_refused_by_name(target: Target, name: str, path: str, value: Any) -> None:
+    request = pb.GenerationRequest(**{"text": TEXT, "max_tokens": 1, name: value})
     found = await violations(target, "GenerateAll", request)
-    assert list(found) == [path]
-    assert "must" in found[path]
+    assert list(found) == [name + path]
+    assert "must" in found[name + path]
 
 
 @pytest.mark.parametrize("method", METHODS)
 async def test_all_violations_come_at_once(target: Target, method: str) -> None:
-    worst = pb.GenerationRequest(**{name: value for cases in BAD.values() for name, value in cases[0][0].items()})
-    expected = {cases[0][1] for cases in BAD.values()}
-    assert set(await violations(target, method, worst)) == expected
+    first = {name: its.wrong()[0] for name, its in RANGES.items()}
+    worst = pb.GenerationRequest(**{name: value for name, (_, value) in first.items()})
+    assert set(await violations(target, method, worst)) == {name + path for name, (path, _) in first.items()}
     samples = (await target.stub.GenerateAll(pb.GenerationRequest(text=TEXT, max_tokens=1))).responses
     assert len(samples) == 1, "the server goes on serving"
 
 
 async def test_values_at_the_limits_are_accepted(target: Target) -> None:
-    least = pb.GenerationRequest(
-        text="x",
-        max_tokens=1,
-        num_samples=1,
-        temperature=0.0,
-        top_k=0,
-        top_p=1e-6,
-        presence_penalty=-2.0,
-        frequency_penalty=-2.0,
-    )
-    most = pb.GenerationRequest(
-        text="x" * 30,
-        max_tokens=2,
-        eos_token_ids=[2**31 - 1] * 64,
-        max_input_tokens=2**31 - 1,
-        num_samples=16,
-        stop=["é" * 128] * 16,
-        temperature=3.4e38,
-        top_k=2**31 - 1,
-        top_p=1.0,
-        presence_penalty=2.0,
-        frequency_penalty=2.0,
-    )
+    # Every engine honours these fields; others may be refused as unsupported.
+    honoured = {name: RANGES[name] for name in FLYWHEEL_FIELDS}
+    least = pb.GenerationRequest(**lowest(honoured))
+    most = pb.GenerationRequest(**highest(honoured) | {"text": "x" * 30, "max_tokens": 2})
     for request in (least, most):
         response = await target.stub.GenerateAll(request)
         assert response.num_samples == request.num_samples
@@ -142,7 +116,7 @@ async def test_the_published_request_gets_a_whole_response(target: Target) -> No
 async def test_the_model_tells_limits_and_defaults(target: Target) -> None:
     model = await target.stub.GetModel(pb.GetModelRequest())
     assert model.name
-    assert model.context_tokens == 8192
+    assert model.context_tokens == LIMITS.context_tokens
     assert model.limits == pb.Limits(
         max_text_bytes=2**20, max_num_samples=16, max_eos_token_ids=64, max_stop_sequences=16, max_stop_bytes=256
     )

@@ -1,6 +1,5 @@
 """Between protobuf and pydantic nothing is lost, added, or let through that should not be."""
 
-import math
 import struct
 import time
 from contextlib import nullcontext
@@ -28,43 +27,50 @@ from flywheel_server.translation import (
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fuzz.ranges import Floats, Integers, Range, Repeated, Texts, ranges
+
 LIMITS = RequestLimits(max_text_bytes=200, max_num_samples=16, context_tokens=8192)
 INT32 = st.integers(-(2**31), 2**31 - 1)
 FLOAT = st.floats(width=32)
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 
-any_fields = st.fixed_dictionaries(
-    {},
-    optional={
-        "text": TEXT,
-        "max_tokens": INT32,
-        "eos_token_ids": st.lists(INT32, max_size=70),
-        "max_input_tokens": INT32,
-        "num_samples": INT32,
-        "stop": st.lists(TEXT, max_size=20),
-        "temperature": FLOAT,
-        "top_k": INT32,
-        "top_p": FLOAT,
-        "presence_penalty": FLOAT,
-        "frequency_penalty": FLOAT,
-    },
-)
 NATURAL = st.integers(0, 2**31 - 1)
 POSITIVE_FLOAT = st.floats(0, width=32, allow_nan=False, allow_infinity=False)
-PENALTY = st.floats(-2, 2, width=32)
+RANGES = ranges(LIMITS)
+FIELDS = pb.GenerationRequest.DESCRIPTOR.fields
+
+
+def anything(its: Range) -> st.SearchStrategy[Any]:
+    """Returns whatever protobuf lets a field of this kind hold."""
+    match its:
+        case Integers():
+            return INT32
+        case Floats():
+            return FLOAT
+        case Texts():
+            return TEXT
+        case Repeated():
+            return st.lists(anything(its.element), max_size=its.max_elements + 6)
+
+
+def valid(its: Range) -> st.SearchStrategy[Any]:
+    """Returns what the contract accepts of a field with this range."""
+    match its:
+        case Integers():
+            return st.integers(its.lowest, its.highest)
+        case Floats():
+            return st.floats(its.lowest, its.highest, width=32)
+        case Texts():
+            return TEXT.filter(its.accepts)
+        case Repeated():
+            return st.lists(valid(its.element), max_size=its.max_elements)
+
+
+any_fields = st.fixed_dictionaries({}, optional={name: anything(its) for name, its in RANGES.items()})
+REQUIRED = ("text", "max_tokens")
 valid_fields = st.fixed_dictionaries(
-    {"text": TEXT.filter(lambda text: 0 < len(text.encode()) <= 200), "max_tokens": st.integers(1, 8192)},
-    optional={
-        "eos_token_ids": st.lists(NATURAL, max_size=64),
-        "max_input_tokens": NATURAL,
-        "num_samples": st.integers(1, 16),
-        "stop": st.lists(TEXT.filter(lambda text: 0 < len(text.encode()) <= 256), max_size=16),
-        "temperature": POSITIVE_FLOAT,
-        "top_k": NATURAL,
-        "top_p": st.floats(0, 1, width=32, exclude_min=True),
-        "presence_penalty": PENALTY,
-        "frequency_penalty": PENALTY,
-    },
+    {name: valid(RANGES[name]) for name in REQUIRED},
+    optional={name: valid(its) for name, its in RANGES.items() if name not in REQUIRED},
 )
 samples = st.builds(
     GenerationResponseSample,
@@ -76,29 +82,6 @@ samples = st.builds(
     prompt_tokens=NATURAL,
     stop_sequence=TEXT,
 )
-
-
-def fits(name: str, value: Any) -> bool:
-    """Whether the contract accepts the value of this field."""
-    match name:
-        case "text":
-            return 0 < len(value.encode()) <= LIMITS.max_text_bytes
-        case "max_tokens":
-            return bool(1 <= value <= LIMITS.context_tokens)
-        case "eos_token_ids":
-            return len(value) <= 64 and all(token >= 0 for token in value)
-        case "stop":
-            return len(value) <= 16 and all(0 < len(stop.encode()) <= 256 for stop in value)
-        case "max_input_tokens" | "top_k":
-            return bool(value >= 0)
-        case "num_samples":
-            return bool(1 <= value <= LIMITS.max_num_samples)
-        case "temperature":
-            return math.isfinite(value) and value >= 0
-        case "top_p":
-            return bool(0 < value <= 1)
-        case _:
-            return bool(-2 <= value <= 2)
 
 
 @given(valid_fields)
@@ -113,27 +96,27 @@ def test_a_valid_request_arrives_as_it_was_sent(fields: dict[str, Any]) -> None:
 @given(any_fields)
 def test_exactly_the_fields_out_of_range_are_named(fields: dict[str, Any]) -> None:
     sent = {"text": "", "max_tokens": 0, **fields}
-    wrong = {name for name, value in sent.items() if not fits(name, value)}
+    wrong = {name for name, value in sent.items() if not RANGES[name].accepts(value)}
     with pytest.raises(InvalidRequestError) if wrong else nullcontext() as caught:
         request_from_proto(pb.GenerationRequest(**fields), LIMITS)
     named = [violation.field.partition("[")[0] for violation in caught.value.violations] if caught else []
     assert sorted(named) == sorted(wrong)
 
 
-@pytest.mark.parametrize(("name", "default"), [("num_samples", 1), ("temperature", 1.0), ("top_k", 50), ("top_p", 1.0)])
-def test_unset_is_the_default_and_zero_is_zero(name: str, default: float) -> None:
+@pytest.mark.parametrize("name", [field.name for field in FIELDS if field.has_presence])
+def test_unset_is_the_default_and_zero_is_zero(name: str) -> None:
     unset = pb.GenerationRequest(text="x", max_tokens=1)
-    assert getattr(request_from_proto(unset, LIMITS), name) == default
+    assert getattr(request_from_proto(unset, LIMITS), name) == GenerationRequest.model_fields[name].default
     zero = pb.GenerationRequest(text="x", max_tokens=1)
     setattr(zero, name, 0)
-    if name in {"temperature", "top_k"}:
+    if RANGES[name].accepts(0):
         assert getattr(request_from_proto(zero, LIMITS), name) == 0
     else:
         with pytest.raises(InvalidRequestError, match=name):
             request_from_proto(zero, LIMITS)
 
 
-@pytest.mark.parametrize("name", ["temperature", "top_p", "presence_penalty", "frequency_penalty"])
+@pytest.mark.parametrize("name", [name for name, its in RANGES.items() if isinstance(its, Floats)])
 @pytest.mark.parametrize("bits", [0x7FC00000, 0x7F800001, 0xFFC00000, 0x7F800000, 0xFF800000])
 def test_every_kind_of_nan_and_infinity_is_refused(name: str, bits: int) -> None:
     (value,) = struct.unpack(">f", struct.pack(">I", bits))
@@ -142,11 +125,14 @@ def test_every_kind_of_nan_and_infinity_is_refused(name: str, bits: int) -> None
 
 
 def test_a_message_full_of_bad_elements_is_refused_at_once() -> None:
-    message = pb.GenerationRequest(text="x", max_tokens=1, stop=[""] * 500_000, eos_token_ids=[-1] * 500_000)
+    bad: dict[str, Any] = {
+        name: [its.element.wrong()[0][1]] * 500_000 for name, its in RANGES.items() if isinstance(its, Repeated)
+    }
+    message = pb.GenerationRequest(text="x", max_tokens=1, **bad)
     start = time.process_time()
     with pytest.raises(InvalidRequestError) as caught:
         request_from_proto(message, LIMITS)
-    assert {violation.field.partition("[")[0] for violation in caught.value.violations} == {"stop", "eos_token_ids"}
+    assert {violation.field.partition("[")[0] for violation in caught.value.violations} == set(bad)
     assert time.process_time() - start < 0.5, "checking each element takes seconds, on the event loop"
 
 
@@ -203,3 +189,11 @@ def test_the_models_have_the_fields_of_the_contract() -> None:
     for model in (GenerationRequest, GenerationResponseSample, GenerationResponse):
         message = pb.DESCRIPTOR.message_types_by_name[model.__name__]
         assert list(model.model_fields) == [field.name for field in message.fields]
+    assert list(RANGES) == [field.name for field in FIELDS]
+
+
+def test_the_stated_defaults_are_those_of_the_fields_with_presence() -> None:
+    with_default = [name for name, field in GenerationRequest.model_fields.items() if field.default is not None]
+    with_presence = {field.name for field in FIELDS if field.has_presence}
+    stated = [field.name for field in pb.Defaults.DESCRIPTOR.fields]
+    assert stated == [name for name in with_default if name in with_presence]
