@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final, get_args, get_origin, get_type_hints
 
 import click
 from click.core import ParameterSource
@@ -23,21 +23,94 @@ _SECONDS: Final = click.FloatRange(min=0.001)
 _FILE: Final = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 Command = Callable[..., None]
+Decorator = Callable[[Command], Command]
+
+
+def _option(metavar: str | None, description: str, *flags: str, **settings: Any) -> Callable[[str, Any], Decorator]:  # noqa: ANN401 - as click's
+    """Describes an option of a subcommand, in the annotation of a field, which gives the option its name and type.
+
+    Args:
+        metavar: How the help names the value; None for an option without one.
+        description: What the help says of the option.
+        flags: The flags, unless the only one is the name of the field.
+        settings: Further arguments of `click.option`.
+    """
+
+    def named(name: str, kind: Any) -> Decorator:  # noqa: ANN401 - any type
+        value, *_ = get_args(kind) or (kind,)
+        return click.option(
+            *(flags or [f"--{name.replace('_', '-')}"]),
+            name,
+            type={Path: _FILE, bool: None}.get(value, value),
+            multiple=get_origin(kind) is tuple,
+            metavar=metavar,
+            help=description,
+            **{"show_default": "default" in settings, "show_envvar": True} | settings,
+        )
+
+    return named
+
+
+def _options_of(kind: type) -> Decorator:
+    """Returns a decorator that gives a subcommand the options that the fields of a dataclass are annotated with."""
+    hints = get_type_hints(kind, include_extras=True).items()
+    options = [option(name, hint.__origin__) for name, hint in hints for option in hint.__metadata__]
+    return lambda run: functools.reduce(lambda decorated, option: option(decorated), reversed(options), run)
+
+
+def _key_that_is_not_empty(_context: click.Context, _parameter: click.Parameter, key: str | None) -> str | None:
+    # Click ignores an empty variable, but a user who sets a key wants to send a key.
+    if not (os.environ.get(_KEY_VARIABLE, "unset") if key is None else key).strip():
+        raise click.BadParameter("it is empty, but must be a key")
+    return key
+
+
+_CACERT: Final = _option(
+    "FILE", "Use TLS, and trust the certificates in this PEM file.", show_default="certificates of public authorities"
+)
+_json: Final = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+_timeout: Final = click.option(
+    "--timeout", type=_SECONDS, metavar="SECONDS", default=10.0, show_default=True, help="How long the call may take."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Server:
     """The options of every subcommand that calls a server: which server, and how to connect."""
 
-    address: str
-    modal_app: str | None
-    modal_environment: str | None
-    api_key: str | None = field(repr=False)
-    tls: bool
-    cacert: Path | None
-    cert: Path | None
-    key: Path | None
-    wait_for_ready: bool
+    address: Annotated[
+        str, _option("HOST:PORT", "The server.", "--address", "-a", envvar="FLYWHEEL_ADDRESS", default="localhost:50051")
+    ]
+    modal_app: Annotated[str | None, _option("NAME", "Call the servers of this app on Modal, instead of an address.")]
+    modal_environment: Annotated[
+        str | None, _option("NAME", "The Modal environment of the app.", show_default="default of the modal command")
+    ]
+    api_key: Annotated[
+        str | None,
+        _option(
+            "KEY",
+            "The key that the server requires. Other users of this machine can see options, but not variables.",
+            envvar=_KEY_VARIABLE,
+            callback=_key_that_is_not_empty,
+        ),
+    ] = field(repr=False)
+    tls: Annotated[
+        bool,
+        _option(
+            None, "Connect with TLS. Servers on Modal always have it.", "--tls/--no-tls", envvar="FLYWHEEL_TLS", default=False
+        ),
+    ]
+    cacert: Annotated[Path | None, _CACERT]
+    cert: Annotated[
+        Path | None,
+        _option("FILE", "Use TLS, and show the server the certificate chain in this PEM file.", envvar="FLYWHEEL_CERT"),
+    ]
+    key: Annotated[
+        Path | None, _option("FILE", "The PEM file with the private key of that certificate.", envvar="FLYWHEEL_KEY")
+    ]
+    wait_for_ready: Annotated[
+        bool, _option(None, "Wait, within --timeout, for a server that cannot be reached yet.", is_flag=True)
+    ]
 
     @property
     def name(self) -> str:
@@ -45,77 +118,24 @@ class Server:
         return f"The server at {self.address}" if self.modal_app is None else f"The server of the Modal app {self.modal_app}"
 
 
-def _key_that_is_not_empty(_context: click.Context, _option: click.Parameter, key: str | None) -> str | None:
-    # Click ignores an empty variable, but a user who sets a key wants to send a key.
-    if not (os.environ.get(_KEY_VARIABLE, "unset") if key is None else key).strip():
-        raise click.BadParameter("it is empty, but must be a key")
-    return key
+@dataclass(frozen=True, kw_only=True)
+class RequestOptions:
+    """The options of `generate` that are fields of its request, by the names of these fields."""
 
-
-_cacert: Final = click.option(
-    "--cacert",
-    type=_FILE,
-    metavar="FILE",
-    help="Use TLS, and trust the certificates in this PEM file.",
-    show_default="certificates of public authorities",
-)
-_json: Final = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-_timeout: Final = click.option(
-    "--timeout", type=_SECONDS, metavar="SECONDS", default=10.0, show_default=True, help="How long the call may take."
-)
-_SERVER_OPTIONS: Final = [
-    click.option(
-        "--address",
-        "-a",
-        envvar="FLYWHEEL_ADDRESS",
-        metavar="HOST:PORT",
-        default="localhost:50051",
-        help="The server.",
-        show_default=True,
-        show_envvar=True,
-    ),
-    click.option("--modal-app", metavar="NAME", help="Call the servers of this app on Modal, instead of an address."),
-    click.option(
-        "--modal-environment",
-        metavar="NAME",
-        help="The Modal environment of the app.",
-        show_default="the default of the modal command",
-    ),
-    click.option(
-        "--api-key",
-        envvar=_KEY_VARIABLE,
-        metavar="KEY",
-        callback=_key_that_is_not_empty,
-        help="The key that the server requires. Other users of this machine can see options, but not variables.",
-        show_envvar=True,
-    ),
-    click.option(
-        "--tls/--no-tls",
-        envvar="FLYWHEEL_TLS",
-        default=False,
-        help="Connect with TLS. Servers on Modal always have it.",
-        show_default=True,
-        show_envvar=True,
-    ),
-    _cacert,
-    click.option(
-        "--cert",
-        type=_FILE,
-        envvar="FLYWHEEL_CERT",
-        metavar="FILE",
-        help="Use TLS, and show the server the certificate chain in this PEM file.",
-        show_envvar=True,
-    ),
-    click.option(
-        "--key",
-        type=_FILE,
-        envvar="FLYWHEEL_KEY",
-        metavar="FILE",
-        help="The PEM file with the private key of that certificate.",
-        show_envvar=True,
-    ),
-    click.option("--wait-for-ready", is_flag=True, help="Wait, within --timeout, for a server that cannot be reached yet."),
-]
+    max_tokens: Annotated[int, _option("N", "The most tokens to generate for each sample.", default=128)]
+    num_samples: Annotated[int | None, _option("N", "How many samples to generate.", "--samples", "-n", show_default="1")]
+    stop: Annotated[tuple[str, ...], _option("TEXT", "Where to end a sample; not part of it. Repeatable.")]
+    eos_token_ids: Annotated[tuple[int, ...], _option("ID", "A token that ends a sample. Repeatable.", "--eos-token-id")]
+    max_input_tokens: Annotated[int | None, _option("N", "Read only the last N tokens of a longer prompt.", show_default="all")]
+    temperature: Annotated[
+        float | None, _option("X", "How varied the text is; 0 takes the likeliest token.", show_default="1.0")
+    ]
+    top_k: Annotated[int | None, _option("N", "Sample from the N likeliest tokens; 0 is all.", show_default="50")]
+    top_p: Annotated[float | None, _option("P", "Sample from the likeliest tokens of total probability P.", show_default="1.0")]
+    presence_penalty: Annotated[
+        float | None, _option("X", "Make tokens that have occurred rarer: -2 to 2.", show_default="0.0")
+    ]
+    frequency_penalty: Annotated[float | None, _option("X", "The same, by how often they have: -2 to 2.", show_default="0.0")]
 
 
 @click.group(
@@ -174,7 +194,7 @@ def _calls_server(run: Command) -> Command:
                 raise ValueError("give --address or --modal-app, not both")
             run(server=server, **options)
 
-    return functools.reduce(lambda decorated, option: option(decorated), reversed(_SERVER_OPTIONS), command)
+    return _options_of(Server)(command)
 
 
 def _as_utf8(name: str, value: Any) -> Any:  # noqa: ANN401 - any value of an option
@@ -191,40 +211,12 @@ def _as_utf8(name: str, value: Any) -> Any:  # noqa: ANN401 - any value of an op
 
 @app.command()
 @click.argument("prompt", required=False)
-@click.option(
-    "--max-tokens",
-    type=int,
-    metavar="N",
-    default=128,
-    show_default=True,
-    help="The most tokens to generate for each sample.",
-)
-@click.option("--samples", "-n", "num_samples", type=int, metavar="N", help="How many samples to generate.", show_default="1")
-@click.option("--stop", multiple=True, metavar="TEXT", help="Where to end a sample; not part of it. Repeatable.")
-@click.option(
-    "--eos-token-id", "eos_token_ids", type=int, multiple=True, metavar="ID", help="A token that ends a sample. Repeatable."
-)
-@click.option(
-    "--max-input-tokens", type=int, metavar="N", help="Read only the last N tokens of a longer prompt.", show_default="all"
-)
-@click.option(
-    "--temperature", type=float, metavar="X", help="How varied the text is; 0 takes the likeliest token.", show_default="1.0"
-)
-@click.option("--top-k", type=int, metavar="N", help="Sample from the N likeliest tokens; 0 is all.", show_default="50")
-@click.option(
-    "--top-p", type=float, metavar="P", help="Sample from the likeliest tokens of total probability P.", show_default="1.0"
-)
-@click.option(
-    "--presence-penalty", type=float, metavar="X", help="Make tokens that have occurred rarer: -2 to 2.", show_default="0.0"
-)
-@click.option(
-    "--frequency-penalty", type=float, metavar="X", help="The same, by how often they have: -2 to 2.", show_default="0.0"
-)
+@_options_of(RequestOptions)
 @click.option("--timeout", type=_SECONDS, metavar="SECONDS", help="How long the call may take.", show_default="no deadline")
 @click.option("--json", "as_json", is_flag=True, help="Print each finished sample as a line of JSON.")
 @_subcommand
 @_calls_server
-def generate(server: Server, **options: Any) -> None:  # noqa: ANN401 - options have several types
+def generate(server: Server, prompt: str | None, timeout: float | None, *, as_json: bool, **fields: Any) -> None:  # noqa: ANN401 - fields have several types
     """Continue a prompt, and print the text as it is generated.
 
     PROMPT is the text to continue. Without PROMPT, or if it is -, the prompt is read from stdin: at most 64 MiB in UTF-8. A
@@ -237,7 +229,7 @@ def generate(server: Server, **options: Any) -> None:  # noqa: ANN401 - options 
     """
     from flywheel_client import _commands
 
-    _commands.generate(server, **options)
+    _commands.generate(server, prompt, RequestOptions(**fields), timeout=timeout, as_json=as_json)
 
 
 @app.command()
@@ -282,10 +274,9 @@ def model(server: Server, **options: Any) -> None:  # noqa: ANN401 - options hav
 @app.command()
 @click.option("--app", metavar="NAME", default=DEFAULT_APP, help="The name of the deployed app.", show_default=True)
 @click.option(
-    "--environment", metavar="NAME", help="The Modal environment of the app.", show_default="the default of the modal command"
+    "--environment", metavar="NAME", help="The Modal environment of the app.", show_default="default of the modal command"
 )
-@click.option("--first", is_flag=True, help="Print only the first address, for scripts: ADDRESS=$(flywheel endpoints --first).")
-@_cacert
+@_CACERT("cacert", Path | None)
 @_json
 @_subcommand
 def endpoints(**options: Any) -> None:  # noqa: ANN401 - options have several types

@@ -24,7 +24,7 @@ from flywheel_client._retry import NO_CONNECTION_MESSAGES, Retry
 from flywheel_client._waiting import ReadyServer, was_begun
 
 if TYPE_CHECKING:
-    from flywheel_client._cli import Server
+    from flywheel_client._cli import RequestOptions, Server
 
 EXIT_FAILURE: Final = 1
 EXIT_USAGE: Final = 2
@@ -83,16 +83,9 @@ def exit_codes(server: "Server | None" = None) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def generate(
-    server: "Server",
-    prompt: str | None,
-    *,
-    timeout: float | None,
-    as_json: bool,
-    **fields: Any,  # noqa: ANN401 - the fields of a request have several types
-) -> None:
-    """Prints the samples of a prompt. `fields` are as in `GenerationFields`."""
-    fields["text"] = _text(prompt)
+def generate(server: "Server", prompt: str | None, options: "RequestOptions", *, timeout: float | None, as_json: bool) -> None:
+    """Prints the samples of a prompt."""
+    fields = {"text": _text(prompt), **asdict(options)}
     # A user watches the terminal, and can decide about longer delays.
     with _client(server, timeout, Retry(max_delay=5.0)) as client, _client(server, timeout) as observer:
         ready = ReadyServer(observer, server.name, timeout, wait_for_ready=server.wait_for_ready)
