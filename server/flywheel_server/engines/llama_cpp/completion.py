@@ -33,7 +33,7 @@ class Completion:
         cache: bool,
     ) -> None:
         self._llama = llama
-        self._body = _body(request, prompt, len(indexes)) | {"cache_prompt": cache}
+        self._body = _body(request, prompt, indexes) | {"cache_prompt": cache}
         self._samples = [GrowingSample(index, len(prompt), request.stop, emit) for index in indexes]
         self._eos_token_ids = frozenset(request.eos_token_ids)
         self._on_progress = on_progress
@@ -87,10 +87,11 @@ class Completion:
         return all(sample.finished for sample in self._samples)
 
 
-def _body(request: GenerationRequest, prompt: Sequence[int], samples: int) -> dict[str, Any]:
+def _body(request: GenerationRequest, prompt: Sequence[int], indexes: Collection[int]) -> dict[str, Any]:
+    """Returns the request to llama.cpp. This is the one place that hands fields over to it."""
     body = {
         "prompt": list(prompt),
-        "n": samples,
+        "n": len(indexes),
         "max_tokens": request.max_tokens,
         # One so low that the logits overflow is greedy in all but name.
         "temperature": request.temperature if request.temperature > LOWEST_TEMPERATURE else 0.0,
