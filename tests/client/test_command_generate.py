@@ -7,7 +7,7 @@ import math
 import os
 import subprocess
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
@@ -32,33 +32,27 @@ def test_one_sample_in_a_pipe_is_its_raw_text(fake: FakeService) -> None:
     assert process.stderr.count(b"\n") == 1
 
 
+OPTIONS: dict[str, tuple[str, Any]] = {
+    "--max-tokens": ("max_tokens", 7),
+    "--samples": ("num_samples", 3),
+    "--stop": ("stop", ["END", "\n"]),
+    "--eos-token-id": ("eos_token_ids", [2, 5]),
+    "--max-input-tokens": ("max_input_tokens", 9),
+    "--temperature": ("temperature", 0),
+    "--top-k": ("top_k", 0),
+    "--top-p": ("top_p", 0.25),
+    "--presence-penalty": ("presence_penalty", -1),
+    "--frequency-penalty": ("frequency_penalty", 2),
+}
+"""The field of each option, and a value."""
+
+
 def test_every_option_arrives(fake: FakeService) -> None:
-    options = {
-        "--max-tokens": "7",
-        "--samples": "3",
-        "--max-input-tokens": "9",
-        "--temperature": "0",
-        "--top-k": "0",
-        "--top-p": "0.25",
-        "--presence-penalty": "-1",
-        "--frequency-penalty": "2",
-    }
-    repeated = ["--stop", "END", "--stop", "\n", "--eos-token-id", "2", "--eos-token-id", "5"]
-    flywheel(fake, "generate", "p", *(word for option in options.items() for word in option), *repeated, "--timeout", "50")
-    expected = GenerationRequest(
-        text="p",
-        max_tokens=7,
-        num_samples=3,
-        max_input_tokens=9,
-        temperature=0.0,
-        top_k=0,
-        top_p=0.25,
-        presence_penalty=-1.0,
-        frequency_penalty=2.0,
-        stop=["END", "\n"],
-        eos_token_ids=[2, 5],
-    )
-    assert fake.requests == [expected]
+    values = {option: value if isinstance(value, list) else [value] for option, (_, value) in OPTIONS.items()}
+    words = [word for option, several in values.items() for value in several for word in (option, str(value))]
+    flywheel(fake, "generate", "p", *words, "--timeout", "50")
+    assert fake.requests == [GenerationRequest(text="p", **dict(OPTIONS.values()))]
+    assert {"text", *dict(OPTIONS.values())} == set(GenerationRequest.DESCRIPTOR.fields_by_name)
     assert fake.seconds_remaining[0] is not None
     assert fake.seconds_remaining[0] < 51
 
