@@ -1,4 +1,4 @@
-"""Everything, one after the other: `python -m fuzz`."""
+"""Runs all parts, one after the other: `python -m fuzz`."""
 
 import sys
 
@@ -6,7 +6,7 @@ from fuzz import abuse, coverage_guided, embedded, wire
 
 
 def main() -> None:
-    """Prints the tables of all parts; exits with 1 where one has found something."""
+    """Prints the tables of all parts. Exits with 1 if one has found a problem."""
     found = False
     for part in (coverage_guided, wire, abuse, embedded):
         try:

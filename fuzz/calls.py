@@ -1,4 +1,4 @@
-"""What hostile callers with a key ask of an engine, over and over: each attack is a kind of request, cancelled or not."""
+"""Attacks of hostile callers with a key on an engine. Each attack repeats one kind of request, cancelled or not."""
 
 import asyncio
 import random
@@ -16,7 +16,7 @@ CONCURRENCY: Final = 8
 """Calls that one caller has at a time."""
 KIBIBYTE: Final = 2**10
 STORY: Final = "<|im_start|>user\nWrite a very long story about a llama.<|im_end|>\n<|im_start|>assistant\n"
-"""The special tokens keep it from being put into the chat template, so that its tokens can be counted."""
+"""The special tokens keep this text out of the chat template, so that its number of tokens is known."""
 STORY_TOKENS: Final = 20
 CONTEXT_TOKENS: Final = 8192
 
@@ -24,20 +24,20 @@ Metadata = tuple[tuple[str, str], ...]
 
 
 def without_spaces(rng: random.Random) -> pb.GenerationRequest:
-    """Returns up to 1 MiB of text in which no two words are apart, so that all of it must be tokenized."""
+    """Returns up to 1 MiB of text without word boundaries, so that the tokenizer must take all of it."""
     size = rng.randrange(256 * KIBIBYTE, 1024 * KIBIBYTE)
     few = rng.choice((" ", "1", "a", "xyz", "aA1!", "\n\t "))
     return pb.GenerationRequest(text=few * (size // len(few)), max_tokens=1, max_input_tokens=16)
 
 
 def long_texts(rng: random.Random) -> pb.GenerationRequest:
-    """Returns up to 1 MiB of words: too much, or with only the end of it to be read."""
+    """Returns up to 1 MiB of words: too many, or only the last of them are to be read."""
     words = "llama " * rng.randrange(10_000, 170_000)
     return pb.GenerationRequest(text=words, max_tokens=1, max_input_tokens=rng.choice((0, 100)))
 
 
 def any_moment(rng: random.Random) -> pb.GenerationRequest:
-    """Returns what is mostly tokenized, mostly read, or mostly generated; other calls wait meanwhile."""
+    """Returns a request that takes its time in the tokenizer, in reading the prompt, or in generating. Other calls wait."""
     match rng.randrange(3):
         case 0:
             return pb.GenerationRequest(text="x" * rng.randrange(64 * KIBIBYTE), max_tokens=1, max_input_tokens=16)
@@ -48,28 +48,28 @@ def any_moment(rng: random.Random) -> pb.GenerationRequest:
 
 
 def whole_context(rng: random.Random) -> pb.GenerationRequest:
-    """Returns one sample that needs all tokens of context, or nearly."""
+    """Returns a request for one sample that needs all tokens of the context, or nearly all."""
     return pb.GenerationRequest(text=STORY, max_tokens=CONTEXT_TOKENS - STORY_TOKENS - rng.randrange(10))
 
 
 ANSWERS: Final = ("OK", "CANCELLED", "INVALID_ARGUMENT", "RESOURCE_EXHAUSTED")
-"""What the calls of attackers may end with."""
+"""How the calls of attackers may end."""
 
 
 def unexpected_answers(tally: Tally) -> list[str]:
-    """Returns the answers that no attacker may get, whatever it asks for."""
+    """Returns the answers that no attacker may get."""
     return [answer for answer in tally.answers if not answer.startswith(ANSWERS)]
 
 
 @dataclass(frozen=True)
 class CallAttack:
-    """What hostile callers do.
+    """An attack of hostile callers.
 
     Attributes:
-        name: What the table calls it.
+        name: The name of the attack in the table.
         request: Returns the next request.
-        patience: Seconds, within which each call is cancelled at a random moment; None cancels none.
-        callers: How many there are.
+        patience: The seconds within which each call is cancelled, at a random moment; None cancels no call.
+        callers: The number of callers.
     """
 
     name: str
@@ -78,7 +78,7 @@ class CallAttack:
     callers: int = 1
 
     async def run(self, host: str, port: int, seconds: float) -> Tally:
-        """Attacks for so many seconds; returns how many calls were made, and how they ended."""
+        """Attacks for so many seconds. Returns how many calls were made, and how they ended."""
         tally = Tally()
         callers = [asyncio.create_task(self._keep_calling(f"{host}:{port}", key, tally)) for key in KEYS[: self.callers]]
         done, _ = await asyncio.wait(callers, timeout=seconds)
@@ -107,7 +107,7 @@ class CallAttack:
 
 
 async def _end_of(stub: Any, request: pb.GenerationRequest, metadata: Metadata, patience: float | None) -> str:  # noqa: ANN401
-    """Makes a call, and returns its status and how far it came."""
+    """Makes a call, and returns its status and, if it was cancelled, how far it had come."""
     call = stub.GenerateDeltas(request, metadata=metadata)
     reached = "before it began"
     try:

@@ -1,7 +1,7 @@
 """Fuzzes the targets with Atheris: `python -m fuzz.coverage_guided`.
 
-It keeps the inputs that reach code which none before them has, in `build/fuzz`, where the next run goes on from. An input that
-a target raises for is written there too, and belongs into the target's seeds once what it found is mended.
+It keeps each input that reaches new code in `build/fuzz`. The next run begins with these inputs. An input for which a target
+raises is written there too: when the problem is solved, add the input to the seeds of the target.
 """
 
 import argparse
@@ -14,11 +14,11 @@ from typing import Final
 
 CORPUS: Final = Path("build/fuzz")
 MAX_BYTES: Final = 4096
-"""The longest input."""
+"""The length of the longest input."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Fuzzes each target in a process of its own, and prints a table; exits with 1 where one raised."""
+    """Fuzzes each target in a process of its own, and prints a table. Exits with 1 if a target raises."""
     from fuzz.targets import TARGETS
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -44,12 +44,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _figure(pattern: str, text: str) -> str:
-    """Returns the last such figure of what libFuzzer says."""
+    """Returns the last figure of this kind in the output of libFuzzer."""
     return next(reversed(re.findall(pattern, text)), "-")
 
 
 def fuzz(name: str, flags: Sequence[str]) -> None:
-    """Fuzzes one target with these flags of libFuzzer; it ends the process."""
+    """Fuzzes one target with these flags of libFuzzer, which then ends the process."""
     import atheris
 
     with atheris.instrument_imports(include=["flywheel_server"]):

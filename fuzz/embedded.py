@@ -1,7 +1,7 @@
-"""Whether the embedded engine goes on serving others while callers with a key attack it: `python -m fuzz.embedded`.
+"""Checks that the embedded engine goes on serving others while callers with a key attack it: `python -m fuzz.embedded`.
 
-Each attack has a new server. The attackers have a key with a quota and a low priority, the well-behaved client has another key.
-What is measured, and how, is as in `fuzz.abuse`; besides, memory must stay within what `docs/operations.md` says.
+Each attack has a new server. The attackers have a key with a quota and a low priority. The well-behaved client has another key.
+The measurements are those of `fuzz.abuse`. Besides, memory must stay within the bound of `docs/operations.md`.
 """
 
 import argparse
@@ -22,16 +22,16 @@ from fuzz.under_attack import COST_HEADER, KEY, Cost, NotSurvivedError, cost_of
 QUIET: Final = 1.5
 """Seconds in which the server is observed before the attack."""
 CALL_INTERVAL: Final = 0.25
-"""Seconds between two calls of the well-behaved client, which the engine can answer in that time."""
+"""Seconds between two calls of the well-behaved client. The engine can answer a call in that time."""
 MAX_CONCURRENT: Final = 4
 """The quota of each attacker: half of the engine's slots."""
 PRIORITY: Final = -1
 SETTINGS: Final = ("--engine=embedded", "--embedded-threads=1")
-"""All others are the defaults. Two threads that compute nearly stand still if others use their cores too."""
+"""All other settings are the defaults. With two threads, the engine would nearly stop when attackers use the cores too."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Attacks, and prints a table; exits with 1 if a server did not survive, does not recover, or takes too much memory."""
+    """Attacks, and prints a table. Exits with 1 if a server does not survive or recover, or takes too much memory."""
     attacks = {attack.name: attack for attack in CALL_ATTACKS}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=5.0, help="how long each attack lasts (default: 5)")
@@ -77,9 +77,9 @@ def attackers_keys(directory: Path) -> Path:
 
 
 def _problems(attack: CallAttack, cost: Cost) -> list[str]:
-    """Returns in which ways the server has not done what it must."""
+    """Returns the problems: the ways in which the server fell short."""
     problems = []
-    # As docs/operations.md has it: prompts that are tokenized, and of each call 44 KiB, its text, and a message on its way.
+    # The bound of docs/operations.md: prompts in the tokenizer, and for each call 44 KiB, its text, and a message on its way.
     allowed = 400 + attack.callers * CONCURRENCY * (44 / 1024 + 1 + 4)
     growth = cost.attacked.resident - cost.quiet.resident
     if growth > allowed:

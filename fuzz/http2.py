@@ -1,4 +1,4 @@
-"""An HTTP/2 client that keeps no rule of the protocol unless told to: frames go out as they are written."""
+"""An HTTP/2 client that enforces no rule of the protocol: it sends frames exactly as a script makes them."""
 
 import asyncio
 from collections import Counter
@@ -25,14 +25,14 @@ class Tally:
     answers: Counter[str] = field(default_factory=Counter)
 
     def add(self, other: Self) -> None:
-        """Counts what another one has counted too."""
+        """Adds the counts of another tally."""
         self.connections += other.connections
         self.sent += other.sent
         self.answers.update(other.answers)
 
 
 class Connection:
-    """One connection, which counts in its tally what is sent on it and what comes back."""
+    """One connection. It counts in its tally what is sent and what comes back."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, tally: Tally) -> None:
         self.tally = tally
@@ -47,7 +47,7 @@ class Connection:
         return self._next_stream - 2
 
     async def start(self, settings: Mapping[int, int] | None = None) -> None:
-        """Sends what every connection begins with."""
+        """Sends the bytes with which every connection begins."""
         self._has_started = True
         await self.send_bytes(PREFACE + SettingsFrame(0, settings=dict(settings or {})).serialize())
 
@@ -61,7 +61,7 @@ class Connection:
         """Sends bytes, which are not counted."""
         self._writer.write(data)
         await self._writer.drain()
-        await asyncio.sleep(0)  # a drain that has nothing to wait for lets nobody read
+        await asyncio.sleep(0)  # a drain without a wait lets no other task read
 
     async def read(self) -> None:
         """Reads and counts frames until the server closes the connection."""
@@ -93,7 +93,7 @@ def _name(frame: Frame) -> str:
 
 
 def header_block(method: str, *more: tuple[str, str | bytes], service: str = SERVICE) -> bytes:
-    """Returns the headers of a call, compressed without the dynamic table, so that every connection can begin with them."""
+    """Returns the headers of a call, compressed without the dynamic table, so that they are the same on every connection."""
     headers = [
         (":method", "POST"),
         (":scheme", "http"),
@@ -112,5 +112,5 @@ def call(stream: int, block: bytes, message: bytes) -> list[Frame]:
 
 
 def prefixed(message: bytes, *, is_compressed: bool = False) -> bytes:
-    """Returns the message as gRPC sends it: with its length before it, and whether it is compressed."""
+    """Returns the message as gRPC sends it: after a byte that tells whether it is compressed, and its length."""
     return bytes([is_compressed]) + len(message).to_bytes(4) + message

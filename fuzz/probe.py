@@ -1,4 +1,4 @@
-"""A server under attack, and how those fare who use it meanwhile."""
+"""Runs a server, and observes how well it serves a well-behaved client."""
 
 import asyncio
 import multiprocessing
@@ -27,11 +27,11 @@ T = TypeVar("T")
 
 REQUEST: Final = pb.GenerationRequest(text="x", max_tokens=4)
 TIMEOUT: Final = 5.0
-"""Seconds that a probe waits for an answer."""
+"""The seconds that a call of the client may take."""
 CALL_INTERVAL: Final = 0.02
-"""Seconds between two calls of a client that is connected, if nothing else is said."""
+"""Seconds between two calls of a client that stays connected, by default."""
 CALLS_PER_CONNECT: Final = 5
-"""Calls of that client for each one of a client that connects anew."""
+"""Calls of that client for each call of a client that connects anew."""
 LOOK_INTERVAL: Final = 0.05
 MEBIBYTE: Final = 2**20
 
@@ -44,30 +44,30 @@ class ServerProcess:
     process: "subprocess.Popen[str]"
     log: Path
     api_key: str
-    """What callers must send; empty if they need nothing."""
+    """The metadata that callers must send; empty without keys."""
 
     def resident(self) -> float:
-        """Returns how many MiB of memory it has."""
+        """Returns how much memory the process has, in MiB."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(status.partition("VmRSS:")[2].split()[0]) * 1024 / MEBIBYTE
 
     def descriptors(self) -> int:
-        """Returns how many file descriptors it has open."""
+        """Returns how many file descriptors the process has open."""
         return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
 
     def logged(self) -> int:
-        """Returns how many lines it has written to its log."""
+        """Returns how many lines the process has written to its log."""
         with self.log.open("rb") as lines:
             return sum(1 for _ in lines)
 
     def is_alive(self) -> bool:
-        """Whether it runs."""
+        """Returns whether the process runs."""
         return self.process.poll() is None
 
 
 @contextmanager
 def flywheel_server(*arguments: str, api_key: str = "") -> Iterator[ServerProcess]:
-    """Runs `flywheel-server` with these arguments on a free port, and gives it once it is ready."""
+    """Runs `flywheel-server` with these arguments on a free port, and yields it when it is ready."""
     environment = {**os.environ, **({"FLYWHEEL_API_KEYS": api_key} if api_key else {})}
     command = [sys.executable, "-m", "flywheel_server", "--address", "127.0.0.1:0", "--log-level", "error", *arguments]
     with (
@@ -86,7 +86,7 @@ def flywheel_server(*arguments: str, api_key: str = "") -> Iterator[ServerProces
 
 @dataclass
 class Served:
-    """The calls of a well-behaved client: how long each took in seconds, and how many failed with which status."""
+    """The calls of a well-behaved client: the seconds that each took, and how many failed with each status."""
 
     seconds: list[float] = field(default_factory=list)
     failures: Counter[str] = field(default_factory=Counter)
@@ -96,7 +96,7 @@ class Served:
         return statistics.median(self.seconds) if self.seconds else float("inf")
 
     def p99(self) -> float:
-        """Returns what 99 of 100 calls were faster than; infinite if too few were served."""
+        """Returns the seconds within which 99 of 100 calls were served; infinite if too few were served."""
         return statistics.quantiles(self.seconds, n=100, method="inclusive")[-1] if len(self.seconds) > 1 else float("inf")
 
     def __str__(self) -> str:
@@ -106,24 +106,24 @@ class Served:
 
 @dataclass
 class Observation:
-    """What was seen of a server for a while."""
+    """The observation of a server for a while."""
 
     held: Served = field(default_factory=Served)
     """The calls of a client that had been connected before."""
     new: Served = field(default_factory=Served)
     """The calls of clients that connect anew for each."""
     resident: float = 0
-    """The most memory that it had, in MiB."""
+    """The most memory that the server had, in MiB."""
     descriptors: int = 0
-    """The most file descriptors that it had."""
+    """The most file descriptors that the server had."""
 
 
 @asynccontextmanager
 async def observing(server: ServerProcess, call_interval: float = CALL_INTERVAL) -> AsyncIterator[Observation]:
-    """Uses and observes the server for the length of the context, with a call every `call_interval` seconds.
+    """Calls the server every `call_interval` seconds, and observes it, until the context ends.
 
-    Calls begin at their times whether or not those before them have ended, as independent callers make them: a server that
-    stands still for a second delays all calls of that second, not one.
+    A call begins on time even if earlier calls have not ended, as with independent callers. So a server that stands still for a
+    second delays all calls of that second, not one.
     """
     observation = Observation()
     calls: list[asyncio.Task[None]] = []
@@ -153,13 +153,13 @@ async def observing(server: ServerProcess, call_interval: float = CALL_INTERVAL)
 
 
 async def elsewhere(function: Callable[..., T], *arguments: object) -> T:
-    """Runs the function in a process of its own, with a lower priority: what it computes is no part of the attack."""
+    """Runs the function in a process of its own, at a lower priority: what it computes is no part of the attack."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), os.nice, (10,)) as process:
         return await asyncio.get_running_loop().run_in_executor(process, partial(function, *arguments))
 
 
 async def _repeat(action: Callable[[], None], interval: float) -> None:
-    """Acts every so many seconds; if it was kept from that, as often at once as it has missed."""
+    """Acts every so many seconds. When it comes late, it makes up for all missed times at once."""
     clock = asyncio.get_running_loop().time
     due = clock()
     while True:
@@ -189,5 +189,5 @@ def print_row(cells: Sequence[str]) -> None:
 
 
 def ratio(over: float, under: float) -> str:
-    """Returns how many times as much the one is as the other, in words."""
+    """Returns the ratio of two numbers for a table, such as `1.5x`."""
     return f"{over / under:.1f}x" if over < float("inf") else "-"

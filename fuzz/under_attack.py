@@ -1,4 +1,4 @@
-"""What an attack on a server costs others, and whether the server survives it and recovers."""
+"""Measures what an attack on a server costs other clients, and whether the server survives and recovers."""
 
 import asyncio
 import time
@@ -9,7 +9,7 @@ from fuzz.http2 import Tally
 from fuzz.probe import CALL_INTERVAL, Observation, Served, ServerProcess, elsewhere, observing, ratio
 
 RECOVERY: Final = 10.0
-"""Seconds after the attack in which the server must be as it was before."""
+"""The seconds within which the server must recover after the attack."""
 KEY: Final = "0123456789abcdef"
 """The key of the well-behaved client, if the server has keys."""
 COST_HEADER: Final = (
@@ -25,28 +25,28 @@ COST_HEADER: Final = (
 
 
 class Attack(Protocol):
-    """What attackers do; it can be pickled."""
+    """An attack. It can be pickled, because it runs in another process."""
 
     @property
     def name(self) -> str:
-        """What the table calls it."""
+        """The name of the attack in the table."""
 
     async def run(self, host: str, port: int, seconds: float) -> Tally:
-        """Attacks for so many seconds; returns what was sent and what came back."""
+        """Attacks for so many seconds. Returns what was sent and what came back."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What an attack has cost.
+    """The cost of an attack.
 
     Attributes:
         tally: What the attackers sent, and what came back.
         seconds: How long they attacked.
-        quiet: The server before.
-        attacked: The server meanwhile.
-        resident: MiB of memory that the server had afterwards.
-        descriptors: File descriptors that it had afterwards.
-        logged: Lines that it wrote to its log.
+        quiet: The observation of the server before the attack.
+        attacked: The observation of the server during the attack.
+        resident: The memory of the server after the attack, in MiB.
+        descriptors: The file descriptors of the server after the attack.
+        logged: The lines that the server wrote to its log.
     """
 
     tally: Tally
@@ -81,14 +81,14 @@ class NotSurvivedError(Exception):
 async def cost_of(
     attack: Attack, server: ServerProcess, seconds: float, *, quiet_seconds: float, call_interval: float = CALL_INTERVAL
 ) -> Cost:
-    """Attacks the server, and returns what that cost; raises `NotSurvivedError`.
+    """Attacks the server, and returns the cost. Raises `NotSurvivedError`.
 
     Arguments:
         attack: What the attackers do, in a process of their own.
-        server: What they attack.
-        seconds: How long.
-        quiet_seconds: How long the server is observed before.
-        call_interval: Seconds between two calls of the well-behaved client.
+        server: The server, which has just started.
+        seconds: How long they attack.
+        quiet_seconds: How long the server is observed before the attack.
+        call_interval: The seconds between two calls of the well-behaved client.
     """
     for _ in range(2):  # the first warms up
         async with observing(server, call_interval) as quiet:
@@ -109,7 +109,7 @@ def _run(attack: Attack, address: str, seconds: float) -> Tally:
 
 
 async def _recovered(server: ServerProcess, descriptors: int, call_interval: float) -> None:
-    """Returns as soon as the server is as it was before the attack; raises `NotSurvivedError` if it takes too long."""
+    """Returns when the server is as it was before the attack. Raises `NotSurvivedError` if that takes too long."""
     served = Served()
     deadline = time.monotonic() + RECOVERY
     while time.monotonic() < deadline:

@@ -1,8 +1,8 @@
 """Sends messages that are random or nearly right to every method of real servers: `python -m fuzz.wire`.
 
-The scripted engine gets 100,000, the embedded one as many as it answers in about a minute. Each answer must be the one that the
-contract has for these bytes, and a well-behaved client is served meanwhile; how much slower its calls become is the ratio to a
-quiet time of the same run.
+The scripted engine gets 100,000 messages, and the embedded engine as many as it answers in about a minute. The contract must
+allow each answer to its message. Meanwhile a well-behaved client is served. The ratio to a quiet time of the same run shows how
+much slower its calls become.
 """
 
 import argparse
@@ -27,7 +27,7 @@ CONCURRENCY: Final = 32
 POOL: Final = 1000
 POOL_BYTES: Final = 1000
 QUIET: Final = 2.0
-"""Seconds in which the server is observed before and after."""
+"""Seconds for which the server is observed before and after."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Target:
     """A server to send messages to.
 
     Attributes:
-        arguments: Those of `flywheel-server`. The limits of requests are those that answers are compared with.
-        messages: How many it gets.
+        arguments: The arguments of `flywheel-server`, besides the limits of requests.
+        messages: How many messages the server gets.
         call_interval: Seconds between two calls of the well-behaved client.
     """
 
@@ -50,17 +50,17 @@ TARGETS: Final[Mapping[str, Target]] = {
         ("--script", json.dumps({"context_tokens": LIMITS.context_tokens})), messages=100_000, call_interval=CALL_INTERVAL
     ),
     "embedded": Target(
-        # No call may be refused for want of a place, and the senders need a core too.
+        # No call may be refused because the queue is full, and the senders need a core too.
         (f"--embedded-context={LIMITS.context_tokens}", "--embedded-threads=1", "--max-queued=1000"),
         messages=2000,
         call_interval=1.0,
     ),
 }
-"""By their engines."""
+"""The targets by the names of their engines."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Sends the messages, and prints two tables for each engine; exits with 1 if an answer is none of the contract's."""
+    """Sends the messages, and prints two tables for each engine. Exits with 1 if the contract does not allow an answer."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", action="append", choices=list(TARGETS), help="only this one; may be repeated")
     parser.add_argument("--messages", type=int, help="how many are sent to each")
@@ -119,11 +119,11 @@ def _run(address: str, messages: int, seed: int) -> tuple[Counter[tuple[str, str
 
 
 async def send(address: str, messages: int, seed: int) -> tuple[Counter[tuple[str, str]], list[str]]:
-    """Sends so many messages; returns how often each method answered with which status, and which answers are wrong."""
+    """Sends so many messages. Returns how often each method answered with each status, and the wrong answers."""
     rng = random.Random(seed)
     statuses: Counter[tuple[str, str]] = Counter()
     unexpected: list[str] = []
-    # Requests, to be mutated on.
+    # Requests for further mutation.
     pool = list(SEEDS["request"])
     left = iter(range(messages))
 
@@ -142,7 +142,7 @@ async def send(address: str, messages: int, seed: int) -> tuple[Counter[tuple[st
 
 
 def mutated(rng: random.Random, pool: list[bytes]) -> bytes:
-    """Returns bytes that are random, or one of the pool with a few changes; valid requests among them join the pool."""
+    """Returns random bytes, or a request of the pool with a few changes. A changed request that is valid joins the pool."""
     if rng.random() < 0.2:
         return rng.randbytes(rng.randrange(80))
     data = bytearray(rng.choice(pool))
@@ -167,7 +167,7 @@ def mutated(rng: random.Random, pool: list[bytes]) -> bytes:
 
 
 def _metadata(rng: random.Random) -> tuple[tuple[str, str | bytes], ...]:
-    """Returns metadata that are random, as far as gRPC's client sends them."""
+    """Returns random metadata that the client of gRPC can send."""
     text = "".join(chr(rng.randrange(0x20, 0x7F)) for _ in range(rng.randrange(200)))
     entries = (("x-request-id", text), ("authorization", text), ("x-other", text), ("x-other-bin", rng.randbytes(50)))
     return tuple(entry for entry in entries if rng.random() < 0.2)
