@@ -67,8 +67,8 @@ def _at_most(limit: str) -> AfterValidator:
 
 
 @dataclass(frozen=True, slots=True)
-class Accepted:
-    """Says for the caller what a field, or an element of a repeated field, must be: its range in words.
+class Must:
+    """Says for the caller what a field, or an element of a repeated field, must be or have: its range in words.
 
     A name in braces, such as `{max_text_bytes}`, stands for that limit of `RequestLimits`.
     """
@@ -77,11 +77,9 @@ class Accepted:
 
 
 Int32 = Annotated[int, Field(ge=0, le=INT32_MAX)]
-Penalty = Annotated[float, Field(ge=-2.0, le=2.0, allow_inf_nan=False), Accepted("must be -2 to 2")]
-TokenId = Annotated[Int32, Accepted("must be at least 0")]
-StopSequence = Annotated[
-    str, _utf8(1, MAX_STOP_BYTES), Accepted(f"must not be empty and have at most {MAX_STOP_BYTES} bytes in UTF-8")
-]
+Penalty = Annotated[float, Field(ge=-2.0, le=2.0, allow_inf_nan=False), Must("be -2 to 2")]
+TokenId = Annotated[Int32, Must("be at least 0")]
+StopSequence = Annotated[str, _utf8(1, MAX_STOP_BYTES), Must(f"not be empty and have at most {MAX_STOP_BYTES} bytes in UTF-8")]
 
 
 class GenerationRequest(BaseModel):
@@ -96,29 +94,22 @@ class GenerationRequest(BaseModel):
         str,
         Field(min_length=1),
         _at_most("max_text_bytes"),
-        Accepted("must not be empty and have at most {max_text_bytes} bytes in UTF-8"),
+        Must("not be empty and have at most {max_text_bytes} bytes in UTF-8"),
     ]
     max_tokens: Annotated[
-        int,
-        Field(ge=1, le=INT32_MAX),
-        _at_most("context_tokens"),
-        Accepted("must be 1 to {context_tokens}, the model's context"),
+        int, Field(ge=1, le=INT32_MAX), _at_most("context_tokens"), Must("be 1 to {context_tokens}, the model's context")
     ]
     eos_token_ids: Annotated[
-        tuple[TokenId, ...], Field(max_length=MAX_EOS_TOKEN_IDS), Accepted(f"must be at most {MAX_EOS_TOKEN_IDS} token ids")
+        tuple[TokenId, ...], Field(max_length=MAX_EOS_TOKEN_IDS), Must(f"be at most {MAX_EOS_TOKEN_IDS} token ids")
     ] = ()
-    max_input_tokens: Annotated[Int32, Accepted("must be at least 0, where 0 keeps the whole prompt")] = 0
-    num_samples: Annotated[
-        int, Field(ge=1, le=INT32_MAX), _at_most("max_num_samples"), Accepted("must be 1 to {max_num_samples}")
-    ] = 1
+    max_input_tokens: Annotated[Int32, Must("be at least 0, where 0 keeps the whole prompt")] = 0
+    num_samples: Annotated[int, Field(ge=1, le=INT32_MAX), _at_most("max_num_samples"), Must("be 1 to {max_num_samples}")] = 1
     stop: Annotated[
-        tuple[StopSequence, ...], Field(max_length=MAX_STOP_SEQUENCES), Accepted(f"must be at most {MAX_STOP_SEQUENCES} texts")
+        tuple[StopSequence, ...], Field(max_length=MAX_STOP_SEQUENCES), Must(f"be at most {MAX_STOP_SEQUENCES} texts")
     ] = ()
-    temperature: Annotated[
-        float, Field(ge=0.0, allow_inf_nan=False), Accepted("must be finite and at least 0, where 0 is greedy")
-    ] = 1.0
-    top_k: Annotated[Int32, Accepted("must be at least 0, where 0 does not restrict")] = 50
-    top_p: Annotated[float, Field(gt=0.0, le=1.0, allow_inf_nan=False), Accepted("must be greater than 0 and at most 1")] = 1.0
+    temperature: Annotated[float, Field(ge=0.0, allow_inf_nan=False), Must("be finite and at least 0, where 0 is greedy")] = 1.0
+    top_k: Annotated[Int32, Must("be at least 0, where 0 does not restrict")] = 50
+    top_p: Annotated[float, Field(gt=0.0, le=1.0, allow_inf_nan=False), Must("be greater than 0 and at most 1")] = 1.0
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
 
@@ -135,11 +126,11 @@ class GenerationRequest(BaseModel):
 
 
 @cache
-def _accepted(name: str, *, is_element: bool) -> str:
-    """Returns the words for a field, or for an element of a repeated field."""
+def _must(name: str, *, is_element: bool) -> str:
+    """Returns the range of a field, or of an element of a repeated field, in words."""
     field = GenerationRequest.model_fields[name]
     metadata = get_args(field.annotation)[0].__metadata__ if is_element else field.metadata
-    return next(each.words for each in metadata if isinstance(each, Accepted))
+    return next(f"must {each.words}" for each in metadata if isinstance(each, Must))
 
 
 def _violations(error: ValidationError, limits: RequestLimits) -> list[FieldViolation]:
@@ -147,8 +138,8 @@ def _violations(error: ValidationError, limits: RequestLimits) -> list[FieldViol
     bounds = asdict(limits)
     violations: dict[str, FieldViolation] = {}
     for name, *index in (map(str, item["loc"]) for item in error.errors(include_url=False, include_input=False)):
-        accepted = _accepted(name, is_element=bool(index)).format(**bounds)
-        violations.setdefault(name, FieldViolation(f"{name}[{index[0]}]" if index else name, accepted))
+        words = _must(name, is_element=bool(index)).format(**bounds)
+        violations.setdefault(name, FieldViolation(f"{name}[{index[0]}]" if index else name, words))
     return list(violations.values())
 
 
