@@ -88,7 +88,7 @@ class Completion:
 
 
 def _body(request: GenerationRequest, prompt: Sequence[int], indexes: Collection[int]) -> dict[str, Any]:
-    """Returns the request to llama.cpp. This is the one place that hands fields over to it."""
+    """Returns the request to llama.cpp, with each field that is left to llama.cpp."""
     body = {
         "prompt": list(prompt),
         "n": len(indexes),
