@@ -103,6 +103,19 @@ def test_exactly_the_fields_out_of_range_are_named(fields: dict[str, Any]) -> No
     assert sorted(named) == sorted(wrong)
 
 
+@pytest.mark.parametrize("name", RANGES)
+def test_each_range_ends_where_that_of_the_contract_ends(name: str) -> None:
+    def request(value: Any) -> GenerationRequest:
+        return request_from_proto(pb.GenerationRequest(**{"text": "x", "max_tokens": 1, name: value}), LIMITS)
+
+    for value in (RANGES[name].lowest, RANGES[name].highest):
+        assert getattr(request(value), name) == (tuple(value) if isinstance(value, list) else value)
+    for path, value in RANGES[name].wrong():
+        with pytest.raises(InvalidRequestError) as caught:
+            request(value)
+        assert [violation.field for violation in caught.value.violations] == [name + path]
+
+
 @pytest.mark.parametrize("name", [field.name for field in FIELDS if field.has_presence])
 def test_unset_is_the_default_and_zero_is_zero(name: str) -> None:
     unset = pb.GenerationRequest(text="x", max_tokens=1)
