@@ -4,10 +4,9 @@ They mirror `GenerationRequest`, `GenerationResponseSample` and `GenerationRespo
 the comments of `proto/flywheel/v1/generation.proto`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
-from typing import Annotated, Any, Final, Self, get_args
+from typing import Annotated, Any, Final, Self, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo
 
@@ -125,12 +124,17 @@ class GenerationRequest(BaseModel):
         raise InvalidRequestError(violations)
 
 
-@cache
-def _must(name: str, *, is_element: bool) -> str:
-    """Returns the range of a field, or of an element of a repeated field, in words."""
-    field = GenerationRequest.model_fields[name]
-    metadata = get_args(field.annotation)[0].__metadata__ if is_element else field.metadata
-    return next(f"must {each.words}" for each in metadata if isinstance(each, Must))
+def _words() -> Iterator[tuple[str, str]]:
+    """Yields the name of each field, or `stop[]` for the elements of a repeated field, and its range in words."""
+    for name, field in GenerationRequest.model_fields.items():
+        described = {name: field.metadata}
+        if get_origin(field.annotation) is tuple:
+            described[f"{name}[]"] = get_args(field.annotation)[0].__metadata__
+        for path, metadata in described.items():
+            yield path, next(f"must {each.words}" for each in metadata if isinstance(each, Must))
+
+
+_WORDS: Final = dict(_words())
 
 
 def _violations(error: ValidationError, limits: RequestLimits) -> list[FieldViolation]:
@@ -138,7 +142,7 @@ def _violations(error: ValidationError, limits: RequestLimits) -> list[FieldViol
     bounds = asdict(limits)
     violations: dict[str, FieldViolation] = {}
     for name, *index in (map(str, item["loc"]) for item in error.errors(include_url=False, include_input=False)):
-        words = _must(name, is_element=bool(index)).format(**bounds)
+        words = _WORDS[f"{name}[]" if index else name].format(**bounds)
         violations.setdefault(name, FieldViolation(f"{name}[{index[0]}]" if index else name, words))
     return list(violations.values())
 
