@@ -21,7 +21,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import Final
 
 from flywheel_client import AsyncClient
-from flywheel_server.engines.llama_cpp.openmp import CHOSEN_BY_USER
+from flywheel_server.engines.llama_cpp.openmp import USER_VARIABLES
 from flywheel_server.system.cores import usable_cores
 
 from benchmarks.serving import flywheel_server
@@ -72,7 +72,7 @@ def row(busy: int, clients: int, speeds: dict[str, float]) -> str:
 @contextmanager
 def server(setting: str) -> Iterator[str]:
     """Runs a server with that setting, and gives its address."""
-    variables = {name: value for name, value in os.environ.items() if name not in CHOSEN_BY_USER}
+    variables = {name: value for name, value in os.environ.items() if name not in USER_VARIABLES}
     if setting == DEFAULT:
         arguments = []
     else:

@@ -7,7 +7,7 @@ import argparse
 import signal
 
 import xllamacpp
-from flywheel_server.engines.llama_cpp.embedded import default_model
+from flywheel_server.engines.llama_cpp.default_model import default_model
 from flywheel_server.settings import Settings
 from flywheel_server.system.cores import usable_cores
 

@@ -31,7 +31,8 @@ def runs_in_process(settings: Settings) -> bool:
 def _engine(settings: Settings) -> Engine:
     match settings.engine:
         case "embedded":
-            from flywheel_server.engines.llama_cpp.embedded import EmbeddedEngine, default_model
+            from flywheel_server.engines.llama_cpp.default_model import default_model
+            from flywheel_server.engines.llama_cpp.engine import EmbeddedEngine
 
             return EmbeddedEngine(
                 Path(settings.model) if settings.model else default_model(),
@@ -43,8 +44,8 @@ def _engine(settings: Settings) -> Engine:
                 prompt_cache=settings.embedded_prompt_cache,
             )
         case "flywheel":
+            from flywheel_server.engines.modal.engine import FlywheelEngine
             from flywheel_server.engines.modal.errors import Target
-            from flywheel_server.engines.modal.flywheel import FlywheelEngine
 
             return FlywheelEngine(
                 Target(settings.modal_app, settings.modal_class, settings.modal_environment),

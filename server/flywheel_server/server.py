@@ -19,7 +19,7 @@ from flywheel_server.counts import local_counts
 from flywheel_server.delivery import ReaderPolicy
 from flywheel_server.engine_factory import runs_in_process
 from flywheel_server.engines.base import Engine, EngineUnavailableError
-from flywheel_server.engines.uninterrupted import to_its_end
+from flywheel_server.engines.uninterrupted import wait_until_done
 from flywheel_server.errors import IncompleteRequestError
 from flywheel_server.generations import Generations
 from flywheel_server.health import Health
@@ -143,7 +143,7 @@ class _Server:
         """Opens the port and returns it."""
         port = listen(self._grpc_server, self._settings.address, self._credentials)
         # A start that is cancelled breaks within gRPC.
-        await to_its_end(asyncio.create_task(self._grpc_server.start()))
+        await wait_until_done(asyncio.create_task(self._grpc_server.start()))
         return port
 
     @asynccontextmanager

@@ -3,7 +3,8 @@
 from collections.abc import AsyncIterator
 
 import pytest
-from flywheel_server.engines.llama_cpp.embedded import EmbeddedEngine, default_model
+from flywheel_server.engines.llama_cpp.default_model import default_model
+from flywheel_server.engines.llama_cpp.engine import EmbeddedEngine
 from flywheel_server.engines.scripted import Script, ScriptedEngine
 
 from examples.custom_engine import EchoEngine

@@ -13,7 +13,7 @@ import modal
 import pytest
 from flywheel_proto.v1 import generation_pb2_grpc
 from flywheel_server.deployment.weights import find
-from flywheel_server.engines.llama_cpp.embedded import default_model
+from flywheel_server.engines.llama_cpp.default_model import default_model
 
 from tests.modal_cloud import Container, ModalCloud, Tunnel
 from tests.serving import Target, until

@@ -12,7 +12,7 @@ from flywheel_proto.v1 import generation_pb2 as pb
 from flywheel_server import stopping
 from flywheel_server.deployment import gateway
 from flywheel_server.deployment.settings import MAX_STOP_TIME
-from flywheel_server.engines.modal import flywheel
+from flywheel_server.engines.modal import engine as modal_engine
 from flywheel_server.engines.scripted import Script
 
 from tests.deployment.conftest import AUTHORIZATION, current, deployed, published, records, through
@@ -27,7 +27,7 @@ ENDLESS = pb.GenerationRequest(text="hello", max_tokens=8000)
 
 
 def test_what_a_container_does_at_its_end_fits_into_what_modal_grants() -> None:
-    assert MAX_STOP_TIME + flywheel.STOP_GRACE + stopping.STATUS_GRACE + gateway.FLUSH <= gateway.STOP_LIMIT < gateway.GRACE
+    assert MAX_STOP_TIME + modal_engine.STOP_GRACE + stopping.LAST_WORDS + gateway.FLUSH <= gateway.STOP_LIMIT < gateway.GRACE
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from flywheel_server.deployment.settings import configured
-from flywheel_server.engines.llama_cpp.embedded import default_model
+from flywheel_server.engines.llama_cpp.default_model import default_model
 
 CONTAINER = """
 import asyncio, os

@@ -4,7 +4,7 @@ import asyncio
 import time
 
 import pytest
-from flywheel_server.engines.stepping import Steps
+from flywheel_server.engines.stepping import StepScheduler
 
 from tests.serving import until
 
@@ -35,13 +35,13 @@ class Generation:
 async def test_steps_come_at_their_times() -> None:
     began = time.monotonic()
     generation = Generation(5)
-    await Steps(INTERVAL).make(generation)
+    await StepScheduler(INTERVAL).run(generation)
     assert all(at - began >= number * INTERVAL - 0.002 for number, at in enumerate(generation.times, start=1))
 
 
 async def test_what_a_busy_event_loop_is_late_for_is_made_up_at_once() -> None:
     generation = Generation(1000)
-    making = asyncio.create_task(Steps(INTERVAL).make(generation))
+    making = asyncio.create_task(StepScheduler(INTERVAL).run(generation))
     await asyncio.sleep(0)
     began = time.monotonic()
     time.sleep(10 * INTERVAL)  # noqa: ASYNC251 - this is what it is about
@@ -53,20 +53,20 @@ async def test_what_a_busy_event_loop_is_late_for_is_made_up_at_once() -> None:
 
 
 async def test_all_generations_are_in_one_step_from_the_next_one_on() -> None:
-    steps = Steps(INTERVAL)
+    steps = StepScheduler(INTERVAL)
     first, second = Generation(4), Generation(2)
-    making = asyncio.create_task(steps.make(first))
+    making = asyncio.create_task(steps.run(first))
     await asyncio.sleep(1.5 * INTERVAL)
-    await steps.make(second)
+    await steps.run(second)
     await making
     assert abs(second.times[-1] - first.times[-1]) < INTERVAL / 2 or abs(second.times[-1] - first.times[-2]) < INTERVAL / 2
 
 
 @pytest.mark.parametrize("interval", [0.0, 0.001])
 async def test_a_generation_that_fails_ends_by_itself(interval: float) -> None:
-    steps = Steps(interval)
+    steps = StepScheduler(interval)
     failing, other = Generation(10, fails_after=3), Generation(20)
-    results = await asyncio.gather(steps.make(failing), steps.make(other), return_exceptions=True)
+    results = await asyncio.gather(steps.run(failing), steps.run(other), return_exceptions=True)
     assert isinstance(results[0], KeyError)
     assert results[1] is None
     assert (failing.steps, other.steps) == (3, 20)
@@ -74,11 +74,11 @@ async def test_a_generation_that_fails_ends_by_itself(interval: float) -> None:
 
 @pytest.mark.parametrize("interval", [0.0, 0.001])
 async def test_a_paused_generation_makes_no_steps_and_then_goes_on_at_the_same_pace(interval: float) -> None:
-    steps = Steps(interval)
+    steps = StepScheduler(interval)
     paused, other = Generation(30), Generation(30)
     paused.is_paused = True
-    making = asyncio.create_task(steps.make(paused))
-    await steps.make(other)
+    making = asyncio.create_task(steps.run(paused))
+    await steps.run(other)
     assert paused.steps == 0
     await asyncio.sleep(0.01)
     paused.is_paused = False
@@ -90,9 +90,9 @@ async def test_a_paused_generation_makes_no_steps_and_then_goes_on_at_the_same_p
 
 @pytest.mark.parametrize("interval", [0.0, 0.001])
 async def test_without_generations_no_time_is_kept(interval: float) -> None:
-    steps = Steps(interval)
-    await steps.make(Generation(2))
-    making = asyncio.create_task(steps.make(Generation(10**9)))
+    steps = StepScheduler(interval)
+    await steps.run(Generation(2))
+    making = asyncio.create_task(steps.run(Generation(10**9)))
     await asyncio.sleep(0.01)
     making.cancel()
     await asyncio.gather(making, return_exceptions=True)

@@ -9,7 +9,8 @@ import grpc.aio
 import pytest
 from flywheel_proto.v1 import generation_pb2 as pb
 from flywheel_server.engines.base import Engine
-from flywheel_server.engines.llama_cpp.embedded import EmbeddedEngine, default_model
+from flywheel_server.engines.llama_cpp.default_model import default_model
+from flywheel_server.engines.llama_cpp.engine import EmbeddedEngine
 from flywheel_server.engines.scripted import Script, ScriptedEngine
 from flywheel_server.interceptors.context import CallContext
 

@@ -70,12 +70,12 @@ def busy_cores(processes: int = 2) -> Iterator[None]:
 @contextmanager
 def short_looks() -> Iterator[None]:
     """Has the engines of this process look at their calls all the time."""
-    usual = remote_call.LOOK_SECONDS, remote_call.SILENCE_SECONDS
-    remote_call.LOOK_SECONDS, remote_call.SILENCE_SECONDS = LOOK, 0.0  # type: ignore[misc]
+    usual = remote_call.POLL_TIMEOUT, remote_call.SILENCE_BEFORE_POLL_SECONDS
+    remote_call.POLL_TIMEOUT, remote_call.SILENCE_BEFORE_POLL_SECONDS = LOOK, 0.0  # type: ignore[misc]
     try:
         yield
     finally:
-        remote_call.LOOK_SECONDS, remote_call.SILENCE_SECONDS = usual  # type: ignore[misc]
+        remote_call.POLL_TIMEOUT, remote_call.SILENCE_BEFORE_POLL_SECONDS = usual  # type: ignore[misc]
 
 
 async def cancel_at_random(target: Target, cloud: ModalCloud, app: str, calls: int, seed: int = 0) -> Left:

@@ -5,8 +5,8 @@ from typing import Any
 
 import modal
 from flywheel_server.engines.base import EngineModel
+from flywheel_server.engines.modal.engine import FlywheelEngine
 from flywheel_server.engines.modal.errors import Target
-from flywheel_server.engines.modal.flywheel import FlywheelEngine
 from flywheel_server.engines.scripted import Script
 
 from tests.modal_cloud import ModalCloud

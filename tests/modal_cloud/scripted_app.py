@@ -15,7 +15,7 @@ from flywheel_server.deployment import model, signature
 from flywheel_server.deployment.model import RemoteModel
 from flywheel_server.deployment.supervised import SupervisedEngine, end_container
 from flywheel_server.engines.base import Event, PreparedRequest, PromptTooLongError, Sink
-from flywheel_server.engines.modal import remote_events
+from flywheel_server.engines.modal import event_batch
 from flywheel_server.engines.scripted import Script, ScriptedEngine
 from flywheel_server.messages import GenerationRequest, GenerationResponseSample
 
@@ -96,7 +96,7 @@ class NewerEngine(ScriptedEngine):
         await super().generate(prepared, NewerSink(prepared.request, sink))
 
 
-def newer_pack(self: remote_events.Pile) -> dict[str, Any]:
+def newer_pack(self: event_batch.EventBatch) -> dict[str, Any]:
     packed = OLDER_PACK(self)
     for event in packed["events"]:
         event.update(NEWS)
@@ -104,12 +104,12 @@ def newer_pack(self: remote_events.Pile) -> dict[str, Any]:
     return {**packed, **NEWS}
 
 
-OLDER_PACK = remote_events.Pile.pack
+OLDER_PACK = event_batch.EventBatch.pack
 NEWER = bool(os.environ["SCRIPTED_NEWER"])
 if NEWER:
     for module in (model, signature):
         module.GenerationRequest = NewerRequest  # type: ignore[attr-defined]
-    remote_events.Pile.pack = newer_pack  # type: ignore[method-assign]
+    event_batch.EventBatch.pack = newer_pack  # type: ignore[method-assign]
 
 
 class Whole:

@@ -15,7 +15,7 @@ from flywheel_server.access.callers import Caller
 from flywheel_server.access.quotas import Quotas, Usage
 from flywheel_server.engines.base import EngineFailedError, PreparedRequest, PromptTooLongError
 from flywheel_server.engines.scripted import Script, ScriptedEngine
-from flywheel_server.engines.uninterrupted import to_its_end
+from flywheel_server.engines.uninterrupted import wait_until_done
 from flywheel_server.messages import GenerationRequest
 from flywheel_server.preparation import Preparation
 from google.rpc.error_details_pb2 import ErrorInfo
@@ -39,7 +39,7 @@ class Workshop(ScriptedEngine):
         self.begun.append(request.text)
         done = self.at_work[request.text] = asyncio.get_running_loop().create_future()
         try:
-            return await to_its_end(done)
+            return await wait_until_done(done)
         finally:
             del self.at_work[request.text]
 

@@ -20,7 +20,7 @@ from flywheel_server.access.callers import ANYBODY
 from flywheel_server.admission import Admission
 from flywheel_server.delivery import Delivery, DeltaBuffer, ReaderPolicy, SampleBuffer
 from flywheel_server.engines.base import EngineStats, EngineUnavailableError, TextDelta
-from flywheel_server.engines.modal import reach
+from flywheel_server.engines.modal import reachability
 from flywheel_server.engines.modal import retries as modal_retries
 from flywheel_server.engines.scripted import Script, ScriptedEngine
 from flywheel_server.health import Health
@@ -204,9 +204,9 @@ async def test_how_long_calls_take_is_measured_without_it(monkeypatch: pytest.Mo
 
 
 async def test_a_class_on_modal_is_not_doubted_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(modal_retries, "DOUBT_SECONDS", TIMEOUT)
-    monkeypatch.setattr(reach, "DOUBT_SECONDS", TIMEOUT)
-    known, doubt = reach.Reach(), modal_retries.Doubt(patience=TIMEOUT)
+    monkeypatch.setattr(modal_retries, "CONFIRMATION_SECONDS", TIMEOUT)
+    monkeypatch.setattr(reachability, "CONFIRMATION_SECONDS", TIMEOUT)
+    known, doubt = reachability.Reachability(), modal_retries.RetryPolicy(patience=TIMEOUT)
     known.succeeded()
     error = EngineUnavailableError("Modal does not answer")
     known.failed()

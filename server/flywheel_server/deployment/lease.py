@@ -1,4 +1,4 @@
-"""Whether a gateway that has calls here still lives, as its lease says; see `engines.lease`."""
+"""Whether a gateway that has calls here still lives, as its lease says; see `engines.modal.lease`."""
 
 import asyncio
 from typing import Final

@@ -21,10 +21,10 @@ from flywheel_server.deployment.supervised import SupervisedEngine, end_containe
 from flywheel_server.deployment.weights import Weights
 from flywheel_server.engines import base
 from flywheel_server.engines.base import Engine, EngineError, EngineFailedError, EngineSetupError
-from flywheel_server.engines.llama_cpp.embedded import EmbeddedEngine
-from flywheel_server.engines.modal.remote_events import Receipt
+from flywheel_server.engines.llama_cpp.engine import EmbeddedEngine
+from flywheel_server.engines.modal.event_batch import Receipt
 from flywheel_server.engines.modal.remote_fields import UNKNOWN_FIELD
-from flywheel_server.engines.samples import Samples
+from flywheel_server.engines.samples import SampleCollector
 from flywheel_server.messages import GenerationRequest, GenerationResponse
 from flywheel_server.setting_texts import NONE
 from flywheel_server.settings import Settings
@@ -143,7 +143,7 @@ class RemoteModel:
         created = time.time()
         request = _request(fields)
         prepared = await self._engine.prepare(request)
-        samples = Samples()
+        samples = SampleCollector()
         await self._engine.generate(prepared, samples)
         return GenerationResponse.of(request, created, samples.finished).model_dump(mode="json")
 
@@ -151,7 +151,7 @@ class RemoteModel:
     async def generate_deltas(self, queue: modal.Queue, partition: str, call: str, **fields: Any) -> dict[str, Any]:  # noqa: ANN401 - as above
         """Sends the events of the generation to a partition of the queue, and returns a receipt when all are there.
 
-        Piles and receipt are those of `engines.remote_events`, the piles under the id that the caller gave the call. Raises
+        Piles and receipt are those of `engines.modal.event_batch`, the piles under the id that the caller gave the call. Raises
         what `generate` does, and `EngineUnavailableError` if nobody reads the queue.
         """
         request = _request(fields)

@@ -10,7 +10,7 @@ Events wait here until the next put, which takes those of all calls. No status t
                 no answer for 20 s    as any other
     QueueLen    any                   of the lease: a look that failed says nothing; see `deployment.lease`
 
-`engines.inbox` has the gateway's side, and what Modal's client repeats by itself.
+`engines.modal.inbox` has the gateway's side, and what Modal's client repeats by itself.
 """
 
 import asyncio
@@ -26,8 +26,8 @@ import structlog
 from flywheel_server import running_time
 from flywheel_server.deployment.lease import LOOK_INTERVAL, Lease
 from flywheel_server.engines.base import EngineUnavailableError, Event, Started, TextDelta
+from flywheel_server.engines.modal.event_batch import EventBatch
 from flywheel_server.engines.modal.rate_limit import RateLimit
-from flywheel_server.engines.modal.remote_events import Pile
 from flywheel_server.engines.modal.retries import Backoff
 from flywheel_server.engines.modal.waits import modal_result
 from flywheel_server.messages import GenerationResponseSample
@@ -139,14 +139,15 @@ class Sender:
         """Whether something waits for the next put."""
         return bool(self._started or self._texts or self._samples or self._has_failed)
 
-    def take(self) -> list[Pile]:
+    def take(self) -> list[EventBatch]:
         """Returns what has come since the last time."""
         if not self.has_something:
             return []
         events: list[Event] = [self._started] if self._started else []
         events += [TextDelta(index, "".join(texts), self._tokens[index]) for index, texts in self._texts.items()]
         events += self._samples
-        pile = partial(Pile, self._call, self.attempt, container=self._outbox.container, function_call=self._function_call)
+        container, function_call = self._outbox.container, self._function_call
+        pile = partial(EventBatch, self._call, self.attempt, container=container, function_call=function_call)
         piles = [pile(number, part) for number, part in enumerate(_parts(events), self._piles)]
         self._piles += len(piles)
         if self._has_failed:
@@ -243,7 +244,7 @@ class Outbox:
             return
         with suppress(TimeoutError, EngineUnavailableError):
             async with asyncio.timeout(LEAVE_SECONDS):
-                await self._put([Pile.sign_of_life(self.container, leaving=True)])
+                await self._put([EventBatch.heartbeat(self.container, leaving=True)])
 
     def _end(self, why: str) -> None:
         running = [sender for sender in self._senders if not sender.limit.expired()]
@@ -265,7 +266,7 @@ class Outbox:
             while await self._has_calls():
                 if self._must_put():
                     await self._turn()
-                    await self._put(self._take() or [Pile.sign_of_life(self.container)])
+                    await self._put(self._take() or [EventBatch.heartbeat(self.container)])
                     for sender in self._senders:
                         sender.note_stored()
         except EngineUnavailableError as error:
@@ -293,8 +294,8 @@ class Outbox:
         self._urgent_news.clear()
         self._put_at = loop.time()
 
-    def _take(self) -> list[Pile]:
-        piles: list[Pile] = []
+    def _take(self) -> list[EventBatch]:
+        piles: list[EventBatch] = []
         size = 0
         for sender in self._senders:
             if size > PUT_CHARACTERS:
@@ -305,7 +306,7 @@ class Outbox:
             piles += taken
         return piles
 
-    async def _put(self, piles: list[Pile]) -> None:
+    async def _put(self, piles: list[EventBatch]) -> None:
         """Returns when the piles are in the queue; raises `EngineUnavailableError` if they cannot get there."""
         backoff = Backoff(MAX_RETRY_DELAY)
         begun = running_time.now()

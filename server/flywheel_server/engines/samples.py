@@ -1,6 +1,6 @@
-"""How the text of a sample grows: stop sequences found wherever tokens split them, and every character sent once.
+"""What every engine does with the text of a sample: it finds stop sequences, and turns pieces of text into events.
 
-Engines differ in where their text comes from; what may be sent of it, and when, is the same for all, and is here.
+Tokens may split a stop sequence anywhere. Each character of the text is sent once.
 """
 
 import time
@@ -11,10 +11,13 @@ from flywheel_server.messages import GenerationResponseSample
 
 
 class StopGate:
-    """Lets text through up to the first stop sequence, holding back only what may still become one.
+    """Passes text on up to the first stop sequence, and holds back only text that may still become a stop sequence.
 
-    The first stop sequence is the one that is complete first; of two that are complete with the same character, the
-    longer one. So what passes does not depend on how the text is cut into pieces.
+    The first stop sequence is the one whose last character comes first. If two stop sequences end with the same character,
+    it is the longer one. So the result does not depend on how the text is cut into pieces.
+
+    Attributes:
+        matched: The stop sequence that was found; empty until then.
     """
 
     def __init__(self, stop: Sequence[str]) -> None:
@@ -23,7 +26,7 @@ class StopGate:
         self.matched = ""
 
     def feed(self, text: str) -> str:
-        """Returns what may be sent now that `text` has come; after that, `matched` is the stop sequence found, if any."""
+        """Takes the next piece of text; returns the text that may be sent now. Sets `matched` if it finds a stop sequence."""
         text = self._held + text
         ends = [(start + len(stop), start, stop) for stop in self._stop if (start := text.find(stop)) >= 0]
         if ends:
@@ -35,18 +38,22 @@ class StopGate:
         return text[: len(text) - held]
 
     def flush(self) -> str:
-        """Returns the text that was held back, now that nothing more will come."""
+        """Returns the text that is still held back, at the end of the sample."""
         held, self._held = self._held, ""
         return held
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Returns the length of the longest end of `text` that is a beginning of `stop`, but not all of it."""
+    """Returns the length of the longest suffix of `text` that is a proper prefix of `stop`."""
     return next((length for length in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:length])), 0)
 
 
 class GrowingSample:
-    """One sample while it is made: turns the engine's pieces of text into the events of `engines.base`, which it emits."""
+    """One sample that is being generated. Turns the engine's pieces of text into events, and calls `emit` with each event.
+
+    Attributes:
+        finished: Whether the finished sample was emitted.
+    """
 
     def __init__(self, index: int, prompt_tokens: int, stop: Sequence[str], emit: Callable[[Event], object]) -> None:
         self.finished = False
@@ -57,7 +64,7 @@ class GrowingSample:
         self._emit = emit
 
     def add(self, text: str, generated_tokens: int) -> None:
-        """Emits what follows from the next piece of text: a delta, and the finished sample if a stop sequence ended it."""
+        """Takes the next piece of text. Emits a delta if text may be sent, and the sample if a stop sequence ends it."""
         if self._gate is None:
             self._send(text, generated_tokens)
             return
@@ -66,7 +73,7 @@ class GrowingSample:
             self._finish("stop", generated_tokens)
 
     def end(self, finish_reason: str, generated_tokens: int) -> None:
-        """Emits what was still held back, and the finished sample."""
+        """Emits the text that is still held back, and the finished sample."""
         if self._gate is not None:
             self._send(self._gate.flush(), generated_tokens)
         self._finish(finish_reason, generated_tokens)
@@ -91,8 +98,8 @@ class GrowingSample:
         )
 
 
-class Samples:
-    """A sink that keeps the finished samples, and nothing else."""
+class SampleCollector:
+    """A sink that keeps the finished samples, and drops all other events."""
 
     is_full = False
 

@@ -1,6 +1,6 @@
 """An engine that plays a script instead of running a model: for tests, benchmarks, and trying out a client.
 
-It can be slow, fail at any point, hang, and cut characters in two, and it keeps every promise of a real engine.
+It can be slow, fail at any point, hang, and cut characters in two. It keeps every promise of a real engine.
 """
 
 import asyncio
@@ -24,8 +24,8 @@ from flywheel_server.engines.base import (
 )
 from flywheel_server.engines.capacity import Capacity
 from flywheel_server.engines.samples import GrowingSample
-from flywheel_server.engines.stepping import Steps
-from flywheel_server.engines.uninterrupted import to_its_end
+from flywheel_server.engines.stepping import StepScheduler
+from flywheel_server.engines.uninterrupted import wait_until_done
 from flywheel_server.messages import GenerationRequest
 
 Count = Annotated[int, Field(ge=0)]
@@ -44,45 +44,45 @@ class Script(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     text: Annotated[str, Field(min_length=1)] = "The llama 🦙 is a domesticated South American camelid. "
-    """What every sample says, over and over."""
+    """The text of every sample, repeated until the sample ends."""
     plays_prompt: bool = False
-    """Whether a sample says the prompt over and over instead, so that a caller can tell its text from any other's."""
+    """Whether a sample repeats the prompt instead, so that a caller can tell its own text from that of other callers."""
     bytes_per_token: Annotated[int, Field(ge=1)] = 4
-    """How many bytes a token has; small ones cut multi-byte characters in two."""
+    """Bytes in a token; small tokens cut multi-byte characters in two."""
     prompt_delay: Seconds = 0
     """Seconds to read the prompt."""
     token_delay: Seconds = 0
-    """Seconds from one step to the next, which makes a token of each sample; 0 is as
-    fast as can be: a step in every third iteration of the event loop."""
+    """Seconds between two steps, each of which makes a token of each sample; 0 makes a step in every third iteration of the
+    event loop."""
     end_after: Count | None = None
-    """Tokens after which the model ends sample 0 of its own accord; the default goes on to max_tokens."""
+    """Tokens after which the model itself ends sample 0; by default, it goes on to max_tokens."""
     stagger: Count = 0
-    """How many tokens later each further sample ends."""
+    """How many tokens later than the sample before it each further sample ends."""
     fail_in_queue: bool = False
-    """Whether to fail before the work has begun."""
+    """Whether to fail before `Started` is emitted."""
     fail_after: Count | None = None
     """Tokens after which to fail; 0 fails while the prompt is read."""
     failure: Literal["failed", "overloaded", "unavailable"] = "failed"
     """How to fail."""
     fail_on: str = ""
-    """Only a prompt with this text in it fails; the default is in every prompt."""
+    """Only requests whose prompt contains this text fail; the default, an empty text, is in every prompt."""
     hang_after: Count | None = None
-    """Tokens after which nothing happens any more."""
+    """Tokens after which the generation hangs: it makes no further token, and does not end."""
     die_after: Count | None = None
-    """Calls after which the engine is dead: it fails all further ones, and its check, until it is started again."""
+    """Calls after which the engine is dead: all further calls and the check fail until the engine is started again."""
     slots: Annotated[int, Field(ge=1)] = 512
-    """How many generations run at a time; further ones wait."""
+    """How many generations run at the same time; further ones wait."""
     context_tokens: Annotated[int, Field(ge=1)] = 8192
-    """The most tokens of prompt and generated text together."""
+    """Maximum number of tokens in the prompt and the generated text together."""
     shared_context_tokens: Annotated[int, Field(ge=1)] | None = None
-    """Tokens of context that all generations share; the default is one of its own for each."""
+    """Tokens of context that all generations share; by default, each generation has a context of its own."""
     tokenizers: Count = 0
-    """How many prompts are tokenized at a time; 0 takes no time."""
+    """How many prompts are tokenized at the same time; with 0, tokenizing takes no time."""
     tokenize_delay: Seconds = 0
-    """Seconds to tokenize a prompt, which nothing can interrupt."""
+    """Seconds to tokenize a prompt. A cancel does not interrupt that."""
 
     def pieces(self, text: str) -> list[str]:
-        """Returns what each token adds to the text: whole characters, or nothing yet."""
+        """Returns the text that each token adds: the characters that the token completes, which may be none."""
         encoded, size = text.encode(), self.bytes_per_token
         decoder = codecs.getincrementaldecoder("utf-8")()
         return [decoder.decode(encoded[start : start + size]) for start in range(0, len(encoded), size)]
@@ -92,8 +92,8 @@ class Script(BaseModel):
         return _FAILURES[self.failure]("the script says so")
 
 
-class _Performance:
-    """What the script says to one request."""
+class _ScriptedGeneration:
+    """The generation of one request, as the script has it; see `SteppedGeneration`."""
 
     def __init__(self, script: Script, pieces: Sequence[str], prepared: PreparedRequest, sink: Sink) -> None:
         request = prepared.request
@@ -107,15 +107,15 @@ class _Performance:
         self._pieces = pieces
         self._fail_after = script.fail_after if script.fail_on in request.text else None
         self._generated = 0
-        self._raise_if_it_fails()
+        self._fail_if_due()
 
     @property
     def is_paused(self) -> bool:
-        """Whether the reader is behind; see `Stepped`."""
+        """Whether the reader of the events is behind."""
         return self._sink.is_full
 
     def step(self) -> bool:
-        """Makes a token of each sample; see `Stepped`."""
+        """Makes a token of each unfinished sample."""
         if self._generated == self._script.hang_after:
             return False
         self._make_token()
@@ -123,7 +123,7 @@ class _Performance:
             if not self.done.done():
                 self.done.set_result(None)
             return False
-        self._raise_if_it_fails()
+        self._fail_if_due()
         return True
 
     def _make_token(self) -> None:
@@ -142,11 +142,11 @@ class _Performance:
             self._unfinished = {index: sample for index, sample in self._unfinished.items() if not sample.finished}
 
     def _ends(self, index: int) -> bool:
-        """Returns whether the token ends the sample of its own accord."""
+        """Returns whether the script ends the sample with this token."""
         end_after = self._script.end_after
         return end_after is not None and self._generated == end_after + index * self._script.stagger + 1
 
-    def _raise_if_it_fails(self) -> None:
+    def _fail_if_due(self) -> None:
         if self._generated == self._fail_after:
             raise self._script.error()
 
@@ -157,10 +157,10 @@ class ScriptedEngine:
     def __init__(self, script: Script | None = None) -> None:
         self.script = script or Script()
         self.running = 0
-        """How many generations are under way: not queued, not ended."""
+        """How many generations are running: neither queued nor ended."""
         self._calls = 0
         self._capacity = Capacity(slots=self.script.slots, tokens=0)
-        self._steps = Steps(self.script.token_delay)
+        self._steps = StepScheduler(self.script.token_delay)
         self._pieces = self.script.pieces(self.script.text)
 
     async def __aenter__(self) -> Self:
@@ -168,12 +168,12 @@ class ScriptedEngine:
         return self
 
     async def __aexit__(self, *exception: object) -> None:
-        """There is nothing to stop."""
+        """Does nothing: when the calls are cancelled, nothing is left running."""
 
     async def prepare(self, request: GenerationRequest) -> PreparedRequest:
-        """Returns the request with as many tokens as its prompt has; see `Engine.prepare`."""
+        """Returns the request with the tokens of its prompt; see `Engine.prepare`."""
         if self.script.tokenizers:
-            await to_its_end(asyncio.ensure_future(asyncio.sleep(self.script.tokenize_delay)))
+            await wait_until_done(asyncio.ensure_future(asyncio.sleep(self.script.tokenize_delay)))
         prompt_tokens = -(-len(request.text.encode()) // self.script.bytes_per_token)
         if request.max_input_tokens:
             prompt_tokens = min(prompt_tokens, request.max_input_tokens)
@@ -195,7 +195,7 @@ class ScriptedEngine:
                 if self.script.prompt_delay:
                     await asyncio.sleep(self.script.prompt_delay)
                 pieces = self.script.pieces(prepared.request.text) if self.script.plays_prompt else self._pieces
-                await self._steps.make(_Performance(self.script, pieces, prepared, sink))
+                await self._steps.run(_ScriptedGeneration(self.script, pieces, prepared, sink))
             finally:
                 self.running -= 1
 
@@ -204,7 +204,7 @@ class ScriptedEngine:
             raise EngineFailedError("the engine is dead")
 
     async def check(self) -> None:
-        """Returns unless the engine is dead; a script that fails is to fail its callers, not the start."""
+        """Raises `EngineFailedError` if the engine is dead. Other failures of the script are for its callers only."""
         self._raise_if_dead()
 
     async def stats(self) -> EngineStats:
@@ -212,7 +212,7 @@ class ScriptedEngine:
         return EngineStats(backlog=self._capacity.waiting, num_total_runners=1)
 
     def is_reachable(self) -> bool:
-        """Returns False: what keeps `stats` from its answer keeps calls from theirs, because both happen in this process."""
+        """Returns False: the engine runs in this process, so if `stats` cannot answer, calls cannot either."""
         return False
 
     def model(self) -> EngineModel:

@@ -1,4 +1,4 @@
-"""Waiting for work that cannot be interrupted, such as that of a thread."""
+"""Waiting for work that asyncio cannot interrupt, such as a function that runs in a thread."""
 
 import asyncio
 from collections.abc import Callable
@@ -8,17 +8,21 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-async def to_its_end(work: asyncio.Future[T], cancel: Callable[[], None] = lambda: None) -> T:
-    """Returns the result of the work. Cancelled, it calls `cancel`, and still returns only when the work is over."""
+async def wait_until_done(work: asyncio.Future[T], on_cancel: Callable[[], None] = lambda: None) -> T:
+    """Returns the result of the work, or raises its error.
+
+    If the waiting task is cancelled, this calls `on_cancel`, waits until the work is done, and only then raises
+    `CancelledError`.
+    """
     try:
         return await asyncio.shield(work)
     except asyncio.CancelledError:
-        cancel()
+        on_cancel()
         while not work.done():
-            # A second cancel, as by grpc after our own deadline, must not let go of what the work still holds.
+            # grpc may cancel a second time, after our own deadline has. The work still uses its resources then.
             with suppress(asyncio.CancelledError):
                 await asyncio.wait([work])
-        # Asyncio complains of an error that nobody looks at.
+        # Retrieves the error of the work: asyncio logs an error that nobody retrieves.
         if not work.cancelled():
             work.exception()
         raise

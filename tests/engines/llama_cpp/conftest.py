@@ -2,16 +2,21 @@
 
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 import pytest
 import xllamacpp
-from flywheel_server.engines.llama_cpp.embedded import EmbeddedEngine, default_model
+from flywheel_server.engines.llama_cpp.default_model import default_model
+from flywheel_server.engines.llama_cpp.engine import EmbeddedEngine
+from flywheel_server.engines.samples import SampleCollector
+from flywheel_server.messages import GenerationRequest, GenerationResponseSample
 
 from tests.serving import Target, serving
 
 SLOTS = 4
 BATCH_TOKENS = 16
+COUNTING = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13,"
 
 
 @pytest.fixture(scope="session")
@@ -27,6 +32,17 @@ async def embedded_target(embedded: EmbeddedEngine) -> AsyncIterator[Target]:
         patch.setattr(xllamacpp, "CommonParams", with_metrics(xllamacpp.CommonParams))
         async with serving(embedded) as target:
             yield target
+
+
+def engine_of(model: Path, slots: int = 1, context_tokens: int = 512) -> EmbeddedEngine:
+    return EmbeddedEngine(model, context_tokens=context_tokens, slots=slots, threads=1, batch_tokens=16, prompt_format="raw")
+
+
+async def samples_of(engine: EmbeddedEngine, request: GenerationRequest) -> list[GenerationResponseSample]:
+    prepared = await engine.prepare(request)
+    samples = SampleCollector()
+    await engine.generate(prepared, samples)
+    return samples.finished
 
 
 def with_metrics(make: Callable[[], Any]) -> Callable[[], Any]:

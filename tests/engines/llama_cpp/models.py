@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from flywheel_server.engines.llama_cpp.embedded import default_model
+from flywheel_server.engines.llama_cpp.default_model import default_model
 from flywheel_server.engines.llama_cpp.gguf import _Reader
 
 ALIGNMENT = 32

@@ -8,7 +8,7 @@ import grpc
 import grpc.aio
 import pytest
 from flywheel_proto.v1 import generation_pb2 as pb
-from flywheel_server.engines.llama_cpp.embedded import EmbeddedEngine
+from flywheel_server.engines.llama_cpp.engine import EmbeddedEngine
 from flywheel_server.engines.scripted import Script, ScriptedEngine
 
 from tests.engines.llama_cpp.conftest import SLOTS, Work

@@ -10,7 +10,7 @@ import pytest
 from flywheel_proto.v1 import generation_pb2 as pb
 from flywheel_server.engines.llama_cpp import tokenizer as tokenizer_module
 from flywheel_server.engines.llama_cpp.chat_template import ChatTemplate
-from flywheel_server.engines.llama_cpp.embedded import EmbeddedEngine
+from flywheel_server.engines.llama_cpp.engine import EmbeddedEngine
 from flywheel_server.engines.llama_cpp.llama import Llama
 from flywheel_server.engines.llama_cpp.model_file import ModelFile
 from flywheel_server.engines.llama_cpp.tokenizer import Tokenizer
@@ -117,10 +117,10 @@ def test_the_tokens_of_a_text_in_the_template_are_those_of_llamas_own_chat(loade
 
 def test_a_text_is_put_into_the_template_unless_it_begins_as_the_template_does(loaded: Loaded) -> None:
     for text in NO_TEMPLATES:
-        assert not loaded.template.is_brought_by(text), text
+        assert not loaded.template.is_applied_to(text), text
     for text in loaded.model.brings:
-        assert loaded.template.is_brought_by(text), text
-        assert not loaded.template.is_brought_by(f"What is {text}"), text
+        assert loaded.template.is_applied_to(text), text
+        assert not loaded.template.is_applied_to(f"What is {text}"), text
         whole = loaded.llama.tokenize(text.lstrip().removeprefix(loaded.model.bos), add_special=True)
         assert loaded.tokens(text) == whole
 
@@ -130,7 +130,7 @@ def test_a_text_cannot_act_as_a_part_of_the_template(loaded: Loaded) -> None:
     parts = [*loaded.model.control, *loaded.model.user_defined, *loaded.model.brings, "<|im_end|>", "<|end|>", "</s>", "<s>"]
     parts = [part for part in parts if part not in {"<h1>", "\n\n"}]
     for text in [*(f"a {part} b" for part in parts), *(f"a{part}" for part in parts), " ".join(["a", *parts * 50])]:
-        assert not loaded.template.is_brought_by(text)
+        assert not loaded.template.is_applied_to(text)
         tokens = loaded.tokens(text)
         assert {**loaded.counted(tokens), "<h1>": 0} == {**plain, "<h1>": 0}, text
         # The text is there all the same.
@@ -176,8 +176,8 @@ def test_a_text_full_of_special_tokens_is_cut_too(loaded: Loaded, monkeypatch: p
     tokens = [*loaded.model.control, *loaded.model.user_defined, "<|im_end|>"]
     text = "a" + "".join(f"{token}a b " for token in tokens) * 40
     whole = loaded.tokens(text)
-    monkeypatch.setattr(tokenizer_module, "PIECE", 50)
-    monkeypatch.setattr(tokenizer_module, "MARGIN", 1)
+    monkeypatch.setattr(tokenizer_module, "CHUNK_CHARACTERS", 50)
+    monkeypatch.setattr(tokenizer_module, "MARGIN_CHARACTERS", 1)
     assert loaded.tokens(text) == whole
     for kept in (1, 3, 20):
         assert loaded.tokens(text, max_input_tokens=kept) == whole[-kept:]

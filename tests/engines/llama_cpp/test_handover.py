@@ -26,7 +26,7 @@ class Loop:
 
 
 async def test_a_step_wakes_the_loop_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(handover, "STEP_SPREAD", 0.5)
+    monkeypatch.setattr(handover, "STEP_WAIT_SECONDS", 0.5)
     loop = Loop()
     given = Handover(loop)  # type: ignore[arg-type]
     given.threads = THREADS
@@ -35,7 +35,7 @@ async def test_a_step_wakes_the_loop_once(monkeypatch: pytest.MonkeyPatch) -> No
 
     def give(number: int) -> None:
         step.wait()
-        given.give(taken.append, number)
+        given.call_soon(taken.append, number)
 
     with ThreadPoolExecutor(THREADS) as threads:
         for thread in range(THREADS):
@@ -46,12 +46,12 @@ async def test_a_step_wakes_the_loop_once(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 async def test_one_thread_waits_for_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(handover, "STEP_SPREAD", 3600)
+    monkeypatch.setattr(handover, "STEP_WAIT_SECONDS", 3600)
     given = Handover(asyncio.get_running_loop())
     given.threads = 1
     taken: list[int] = []
     with ThreadPoolExecutor(1) as threads:
         for number in range(100):
-            threads.submit(given.give, taken.append, number)
+            threads.submit(given.call_soon, taken.append, number)
         await until(lambda: len(taken) == 100, "all has come")
     assert taken == list(range(100))

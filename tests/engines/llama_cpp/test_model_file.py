@@ -11,8 +11,8 @@ import pytest
 import structlog.testing
 from flywheel_proto.v1 import generation_pb2 as pb
 from flywheel_server.engines.base import EngineUnavailableError, PromptFormat
-from flywheel_server.engines.llama_cpp import embedded as embedded_module
-from flywheel_server.engines.llama_cpp.embedded import EmbeddedEngine
+from flywheel_server.engines.llama_cpp import engine as embedded_module
+from flywheel_server.engines.llama_cpp.engine import EmbeddedEngine
 from flywheel_server.engines.llama_cpp.load_failure import load_failure
 from flywheel_server.settings import parse
 

@@ -10,7 +10,7 @@ import time
 import flywheel_server.engines.llama_cpp.llama  # noqa: F401 - loads libgomp
 import psutil
 import pytest
-from flywheel_server.engines.llama_cpp.openmp import LOOK_INTERVAL, VARIABLES, SpinGuard
+from flywheel_server.engines.llama_cpp.openmp import SAMPLE_INTERVAL, SPIN_VARIABLES, SpinGuard
 
 from tests.serving import until
 
@@ -26,8 +26,8 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="llama.cpp is bu
 @pytest.mark.parametrize(
     ("user", "spins"),
     [
-        ({}, int(VARIABLES["GOMP_SPINCOUNT"])),
-        ({"GOMP_SPINCOUNT": ""}, int(VARIABLES["GOMP_SPINCOUNT"])),
+        ({}, int(SPIN_VARIABLES["GOMP_SPINCOUNT"])),
+        ({"GOMP_SPINCOUNT": ""}, int(SPIN_VARIABLES["GOMP_SPINCOUNT"])),
         ({"GOMP_SPINCOUNT": "123"}, 123),
         ({"GOMP_SPINCOUNT": "0"}, 0),
         ({"OMP_WAIT_POLICY": "passive"}, 0),
@@ -68,7 +68,7 @@ async def test_libgomp_has_more_threads_than_cores_while_others_are_busy() -> No
     guard = SpinGuard(max(2, len(os.sched_getaffinity(0))), used)
     # Also before the first look.
     await until(lambda: threads() >= looking + 2, "sleeping threads")
-    await until(lambda: threads() == looking, "no sleeping threads", within=20 * LOOK_INTERVAL)
+    await until(lambda: threads() == looking, "no sleeping threads", within=20 * SAMPLE_INTERVAL)
     busy = 1.0
     await until(lambda: threads() >= looking + 2, "sleeping threads")
     guard.close()

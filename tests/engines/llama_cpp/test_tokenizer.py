@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from flywheel_server.engines.base import EngineUnavailableError, PromptTooLongError
 from flywheel_server.engines.llama_cpp import tokenizer as tokenizer_module
-from flywheel_server.engines.llama_cpp.embedded import EmbeddedEngine, default_model
+from flywheel_server.engines.llama_cpp.default_model import default_model
+from flywheel_server.engines.llama_cpp.engine import EmbeddedEngine
 from flywheel_server.engines.llama_cpp.gguf import NotGgufError, read_metadata
 from flywheel_server.engines.llama_cpp.llama import Llama
 from flywheel_server.engines.llama_cpp.tokenizer import StoppedError, Tokenizer
@@ -73,8 +74,8 @@ def tokenizer_of(engine: EmbeddedEngine, llama: Llama | None = None, context_tok
 def test_the_tokens_are_those_of_the_whole_text(engine: EmbeddedEngine, text: str, piece: int, kept: int) -> None:
     whole = engine._llama.tokenize(text, add_special=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenizer_module, "PIECE", piece)
-        patch.setattr(tokenizer_module, "MARGIN", 1)
+        patch.setattr(tokenizer_module, "CHUNK_CHARACTERS", piece)
+        patch.setattr(tokenizer_module, "MARGIN_CHARACTERS", 1)
         tokenizer = tokenizer_of(engine)
         assert tokenizer.tokens(GenerationRequest(text=text, max_tokens=1), lambda: False) == whole
         request = GenerationRequest(text=text * 20, max_tokens=1, max_input_tokens=kept)
@@ -135,8 +136,8 @@ def test_the_tokens_are_those_of_the_whole_text_with_any_tokenizer(
     model = tmp_path / "model.gguf"
     write_model(model, changes)
     llama = Llama(model, context_tokens=64, slots=1, threads=1, batch_tokens=32)
-    monkeypatch.setattr(tokenizer_module, "MARGIN", 1)
-    monkeypatch.setattr(tokenizer_module, "PIECE", 7)
+    monkeypatch.setattr(tokenizer_module, "MARGIN_CHARACTERS", 1)
+    monkeypatch.setattr(tokenizer_module, "CHUNK_CHARACTERS", 7)
     try:
         tokenizer = Tokenizer(llama, Vocabulary.of(read_metadata(model)[0]), 10**6)
         for text in (joint * 100, ("ab " + joint) * 100, (joint + "\n") * 100):
@@ -154,14 +155,14 @@ def test_special_tokens_are_not_tokenized_all_at_once(engine: EmbeddedEngine, mo
     # Of 80,000 at once, which are 1 MiB, llama.cpp has more than two minutes to do.
     counting = Counting(engine._llama)
     tokenizer = tokenizer_of(engine, counting)
-    monkeypatch.setattr(tokenizer_module, "PIECE", 2**10)
+    monkeypatch.setattr(tokenizer_module, "CHUNK_CHARACTERS", 2**10)
     text = "<|im_start|>a" * 1000
     assert tokenizer.tokens(GenerationRequest(text=text, max_tokens=1), lambda: False) == [1, 81] * 1000
-    assert counting.longest < tokenizer_module.PIECE + len("<|im_start|>a")
+    assert counting.longest < tokenizer_module.CHUNK_CHARACTERS + len("<|im_start|>a")
     counting.characters = 0
     request = GenerationRequest(text=text, max_tokens=1, max_input_tokens=3)
     assert tokenizer.tokens(request, lambda: False) == [81, 1, 81]
-    assert counting.characters < 3 * 81 + tokenizer_module.MARGIN + 30
+    assert counting.characters < 3 * 81 + tokenizer_module.MARGIN_CHARACTERS + 30
 
 
 def test_of_a_long_text_only_an_end_is_tokenized_where_only_an_end_is_kept(engine: EmbeddedEngine) -> None:
@@ -172,7 +173,7 @@ def test_of_a_long_text_only_an_end_is_tokenized_where_only_an_end_is_kept(engin
     tokens = tokenizer_of(engine, counting).tokens(request, lambda: False)
     assert tokens == engine._llama.tokenize(text, add_special=True)[-20:]
     longest = engine._file.vocabulary.max_token_bytes or 0
-    assert 20 * longest <= counting.characters < 20 * longest + tokenizer_module.MARGIN + 20
+    assert 20 * longest <= counting.characters < 20 * longest + tokenizer_module.MARGIN_CHARACTERS + 20
 
 
 async def test_a_text_that_cannot_fit_is_refused_by_its_bytes(engine: EmbeddedEngine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,7 +202,7 @@ def test_a_text_of_words_that_does_not_fit_is_given_up_early(engine: EmbeddedEng
     counting = Counting(engine._llama)
     with pytest.raises(PromptTooLongError) as caught:
         tokenizer_of(engine, counting, 9000).tokens(GenerationRequest(text="word " * 200_000, max_tokens=1), lambda: False)
-    assert counting.characters < 3 * tokenizer_module.PIECE
+    assert counting.characters < 3 * tokenizer_module.CHUNK_CHARACTERS
     assert 9000 <= caught.value.prompt_tokens == caught.value.counted_tokens < 20_000
     assert not caught.value.is_exact
 
@@ -212,7 +213,7 @@ def test_a_call_that_is_over_stops_after_a_piece(engine: EmbeddedEngine) -> None
         tokenizer_of(engine, counting).tokens(
             GenerationRequest(text="word " * 200_000, max_tokens=1), lambda: counting.characters > 0
         )
-    assert counting.characters < 2 * tokenizer_module.PIECE
+    assert counting.characters < 2 * tokenizer_module.CHUNK_CHARACTERS
 
 
 async def test_stopping_the_engine_does_not_wait_for_whole_prompts(monkeypatch: pytest.MonkeyPatch) -> None:

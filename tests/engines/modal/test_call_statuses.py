@@ -62,8 +62,8 @@ def calm(deployed: ModalCloud, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     monkeypatch.setattr("flywheel_server.engines.modal.retries.FIRST_DELAY", 0.05)
     monkeypatch.setattr("flywheel_server.engines.modal.retries.MAX_DELAY", 0.2)
     monkeypatch.setattr("flywheel_server.engines.modal.errors.DEFAULT_RETRY_DELAY", 0.05)
-    monkeypatch.setattr("flywheel_server.engines.modal.remote_call.LOOK_SECONDS", 0.3)
-    monkeypatch.setattr("flywheel_server.engines.modal.remote_call.SILENCE_SECONDS", 0.0)
+    monkeypatch.setattr("flywheel_server.engines.modal.remote_call.POLL_TIMEOUT", 0.3)
+    monkeypatch.setattr("flywheel_server.engines.modal.remote_call.SILENCE_BEFORE_POLL_SECONDS", 0.0)
     yield
     deployed.calm()
 
@@ -104,7 +104,7 @@ async def test_a_look_that_fails_for_a_while_ends_no_call(
 async def test_a_look_that_goes_on_failing_ends_a_call_only_if_that_cannot_pass(
     deployed: ModalCloud, targets: dict[str, Target], monkeypatch: pytest.MonkeyPatch, status: Status
 ) -> None:
-    monkeypatch.setattr("flywheel_server.engines.modal.retries.DOUBT_SECONDS", 0.3)
+    monkeypatch.setattr("flywheel_server.engines.modal.retries.CONFIRMATION_SECONDS", 0.3)
     fault = deployed.disturb("FunctionGetOutputs", status=status)
     before = len(deployed.calls)
     passes = status in UNREACHABLE | LIMITED | CONFLICT
@@ -171,8 +171,8 @@ async def test_a_limited_watch_ends_none_of_30_streams(
 
 
 async def test_two_looks_that_fail_are_no_verdict_if_text_has_arrived_between_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flywheel_server.engines.modal.retries.DOUBT_SECONDS", 0.3)
-    monkeypatch.setattr(remote_call, "SILENCE_SECONDS", 0.2)
+    monkeypatch.setattr("flywheel_server.engines.modal.retries.CONFIRMATION_SECONDS", 0.3)
+    monkeypatch.setattr(remote_call, "SILENCE_BEFORE_POLL_SECONDS", 0.2)
     looks = 0
 
     class Accepted:
@@ -237,7 +237,7 @@ async def test_a_cancel_ends_with_its_call(deployed: ModalCloud, targets: dict[s
 async def test_cancels_that_modal_never_takes_are_counted_when_the_engine_stops(
     deployed: ModalCloud, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flywheel_server.engines.modal.flywheel.STOP_GRACE", 0.5)
+    monkeypatch.setattr("flywheel_server.engines.modal.engine.STOP_GRACE", 0.5)
     before = len(deployed.calls)
     deployed.limit("FunctionCallCancel")
     with structlog.testing.capture_logs() as logged:

@@ -13,8 +13,8 @@ import grpc.aio
 import pytest
 from flywheel_proto.v1 import generation_pb2 as pb
 from flywheel_server.engines.base import Event, Started
-from flywheel_server.engines.modal import flywheel
-from flywheel_server.engines.modal.remote_stream import events_of
+from flywheel_server.engines.modal import engine as modal_engine
+from flywheel_server.engines.modal.received_events import events_of
 from flywheel_server.engines.scripted import Script
 from flywheel_server.messages import GenerationResponseSample
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
@@ -140,7 +140,7 @@ async def test_a_call_whose_class_ends_a_sample_twice_is_cancelled(slow: ModalCl
                 yield sample
                 yield sample
 
-    monkeypatch.setattr(flywheel, "events_of", events)
+    monkeypatch.setattr(modal_engine, "events_of", events)
     begun = len(slow.calls)
     async with serving(scripted.engine(SLOW)) as target:
         call = target.stub.GenerateDeltas(request(max_tokens=3000, num_samples=2))
@@ -174,7 +174,7 @@ FAULTS = [
 async def test_what_the_class_does_wrong_has_its_status(
     deployed: ModalCloud, monkeypatch: pytest.MonkeyPatch, class_name: str, method: str
 ) -> None:
-    monkeypatch.setattr("flywheel_server.engines.modal.remote_stream.EVENTS_GRACE", 0.2)
+    monkeypatch.setattr("flywheel_server.engines.modal.received_events.LAST_EVENTS_TIMEOUT", 0.2)
     async with serving(scripted.engine(APP, class_name, timeout=1)) as target:
         for text, code, detail in FAULTS:
             error = await failure(target, text, method)
@@ -305,7 +305,7 @@ async def test_a_container_that_is_preempted_is_unavailable(slow: ModalCloud, me
 
 async def test_a_refusal_passes(deployed: ModalCloud, monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine that was refused, before or after it had found the class, works again as soon as it is not."""
-    monkeypatch.setattr("flywheel_server.engines.modal.inbox.OPENING_SECONDS", 0.5)
+    monkeypatch.setattr("flywheel_server.engines.modal.inbox.QUEUE_CREATE_TIMEOUT", 0.5)
     monkeypatch.setattr("flywheel_server.engines.modal.retries.FIRST_DELAY", 0.05)
     for status in (Status.UNAVAILABLE, Status.UNAUTHENTICATED, Status.NOT_FOUND):
         async with serving(scripted.engine(APP), health_interval=30) as target:
@@ -318,7 +318,7 @@ async def test_a_refusal_passes(deployed: ModalCloud, monkeypatch: pytest.Monkey
 
 
 async def test_the_control_plane_goes_down_and_comes_back(slow: ModalCloud, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flywheel_server.engines.modal.reach.DOUBT_SECONDS", 1.0)
+    monkeypatch.setattr("flywheel_server.engines.modal.reachability.CONFIRMATION_SECONDS", 1.0)
     async with serving(scripted.engine(SLOW), health_interval=0.2) as target:
         health = health_pb2_grpc.HealthStub(target.channel)
 

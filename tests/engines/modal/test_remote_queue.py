@@ -11,11 +11,13 @@ import grpc.aio
 import pytest
 from flywheel_proto.v1 import generation_pb2 as pb
 from flywheel_server.deployment import outbox
+from flywheel_server.deployment.lease import MAX_UNCHANGED, Lease
 from flywheel_server.deployment.outbox import Outbox, Sender
 from flywheel_server.engines.base import EngineUnavailableError, Started, TextDelta
-from flywheel_server.engines.modal import inbox, remote_stream
-from flywheel_server.engines.modal.remote_events import Pile
-from flywheel_server.engines.modal.remote_stream import Arrivals
+from flywheel_server.engines.modal import inbox, received_events
+from flywheel_server.engines.modal.event_batch import EventBatch
+from flywheel_server.engines.modal.lease import lease_of, leased_partition
+from flywheel_server.engines.modal.received_events import ReceivedEvents
 from flywheel_server.engines.scripted import Script
 from google.rpc.error_details_pb2 import RetryInfo
 from grpclib import Status
@@ -93,7 +95,7 @@ def nothing_runs(cloud: ModalCloud) -> bool:
 async def test_no_refusal_ends_a_stream_or_changes_its_text(
     calm: ModalCloud, side: Literal["clients", "containers"], status: Status, retry_after: float | None
 ) -> None:
-    """The whole table of `engines.inbox` and `deployment.outbox`, but for a queue that is really gone."""
+    """The whole table of `engines.modal.inbox` and `deployment.outbox`, but for a queue that is really gone."""
     async with serving(scripted.engine(APP)) as target:
         first = await begun(target)
         rpcs = GATEWAYS if side == "clients" else CONTAINERS
@@ -116,7 +118,7 @@ async def test_a_queue_that_is_not_made_at_once_is_made_later(
 
 
 async def test_a_queue_that_cannot_be_made_has_its_status(calm: ModalCloud, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inbox, "OPENING_SECONDS", 0.5)
+    monkeypatch.setattr(inbox, "QUEUE_CREATE_TIMEOUT", 0.5)
     async with serving(scripted.engine(APP)) as target:
         for status, code in (
             (Status.RESOURCE_EXHAUSTED, grpc.StatusCode.RESOURCE_EXHAUSTED),
@@ -169,13 +171,13 @@ async def test_twenty_seconds_without_a_put_end_no_stream(calm: ModalCloud, faul
 
 
 def test_a_put_without_an_answer_does_not_make_a_container_silent() -> None:
-    assert outbox.ANSWER_SECONDS + outbox.SIGN_INTERVAL + outbox.MAX_RETRY_DELAY < remote_stream.MAX_SILENCE
+    assert outbox.ANSWER_SECONDS + outbox.SIGN_INTERVAL + outbox.MAX_RETRY_DELAY < received_events.MAX_SILENCE
 
 
 async def test_a_queue_that_is_gone_ends_its_calls_and_is_made_anew(
     deployed: ModalCloud, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inbox, "GONE_SECONDS", 3.0)
+    monkeypatch.setattr(inbox, "QUEUE_MISSING_SECONDS", 3.0)
     async with serving(scripted.engine(APP)) as target:
         stream = await begun(target)
         deployed.expire_ephemeral()
@@ -199,7 +201,7 @@ async def test_a_queue_that_is_gone_ends_its_calls_and_is_made_anew(
 async def test_refusals_that_end_no_call_do_not_make_a_container_silent(
     calm: ModalCloud, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote_stream, "MAX_SILENCE", 4.0)
+    monkeypatch.setattr(received_events, "MAX_SILENCE", 4.0)
     async with serving(scripted.engine(APP)) as target:
         stream = asyncio.create_task(text_of(target, max_tokens=600))
         await asyncio.sleep(0.5)
@@ -283,7 +285,7 @@ async def test_calls_of_a_gateway_that_was_killed_end(cloud: ModalCloud, with_it
 async def test_a_call_that_modal_accepted_without_saying_so_is_cancelled(
     calm: ModalCloud, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inbox, "STRAY_SECONDS", 0.5)
+    monkeypatch.setattr(inbox, "STRAY_CANCEL_DELAY", 0.5)
     async with serving(scripted.engine(APP)) as target:
         stream = await begun(target)
         before = len(calm.calls)
@@ -298,6 +300,55 @@ async def test_a_call_that_modal_accepted_without_saying_so_is_cancelled(
         stream.call.cancel()
 
 
+class Partitions:
+    """A queue whose partitions are as long as they say."""
+
+    def __init__(self, **lengths: int) -> None:
+        self.lengths = lengths
+
+    @property
+    def len(self) -> Any:
+        class Method:
+            async def aio(_, partition: str) -> int:  # noqa: N805 - of another object
+                return self.lengths[partition]
+
+        return Method()
+
+
+@pytest.mark.parametrize(("read", "others"), [(True, 0), (True, 5), (False, 0), (False, 5)])
+async def test_a_gateway_that_reads_but_cannot_renew_is_not_lost(
+    monkeypatch: pytest.MonkeyPatch, *, read: bool, others: int
+) -> None:
+    """Even if other containers put so much that nobody sees the partition empty."""
+    monkeypatch.setattr("flywheel_server.deployment.lease.LOOK_INTERVAL", 0.0)
+    partition = leased_partition()
+    queue: Any = Partitions(**{partition: others, str(lease_of(partition)): 7})
+    lease = Lease(queue, partition)
+    for _ in range(3 * MAX_UNCHANGED):
+        lease.note_put(3)
+        if not read:
+            queue.lengths[partition] += 3 + others
+        await lease.look()
+    assert lease.has_expired is not read
+
+
+async def test_a_gateway_that_renews_no_lease_is_never_lost() -> None:
+    queue: Any = None  # which is not asked
+    lease = Lease(queue, "the-partition-of-an-older-gateway")
+    for _ in range(2 * MAX_UNCHANGED):
+        await lease.look()
+    assert not lease.has_expired
+
+
+def test_the_names_of_partitions_are_within_the_limit_of_modal() -> None:
+    partition = leased_partition()
+    lease = lease_of(partition)
+    assert lease is not None
+    assert lease != partition
+    assert max(len(partition), len(lease)) <= 64
+    assert lease_of("0" * 32) is None
+
+
 async def test_what_waits_for_a_put_is_joined_and_split_into_items_that_modal_takes() -> None:
     queue: Any = None  # which is not asked
     sender = Sender(Outbox(queue, "partition", "container"), "call")
@@ -310,17 +361,17 @@ async def test_what_waits_for_a_put_is_joined_and_split_into_items_that_modal_ta
     assert events == [Started(3), *(TextDelta(index, "word " * 10_000, 1000) for index in range(4))]
     assert [pile.number for pile in piles] == [0, 1]
     sender.emit(TextDelta(0, "x", 1001))
-    assert sender.take() == [Pile("call", sender.attempt, 2, [TextDelta(0, "x", 1001)], "container")]
+    assert sender.take() == [EventBatch("call", sender.attempt, 2, [TextDelta(0, "x", 1001)], "container")]
     assert sender.take() == []
 
 
-def pile(number: int, container: str) -> Pile:
-    return Pile("call", "attempt", number, [TextDelta(0, "x", 1)], container)
+def pile(number: int, container: str) -> EventBatch:
+    return EventBatch("call", "attempt", number, [TextDelta(0, "x", 1)], container)
 
 
 async def test_a_container_is_silent_by_the_clock_of_the_reader_and_only_if_it_told_its_id() -> None:
     for container, clock, ends in (("c", 31.0, True), ("c", 29.0, False), ("", 100.0, False), ("other", 100.0, False)):
-        arrivals = Arrivals()
+        arrivals = ReceivedEvents()
         arrivals.add(pile(0, container))
         arrivals.check(clock, {"c": 0.0})
         assert await arrivals.take() == [TextDelta(0, "x", 1)]
@@ -333,7 +384,7 @@ async def test_the_error_of_a_call_is_asked_for_as_soon_as_the_class_tells_of_it
     deployed: ModalCloud, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Even if the turn to look at the call is far away."""
-    monkeypatch.setattr("flywheel_server.engines.modal.flywheel.WATCHERS", 1)
+    monkeypatch.setattr("flywheel_server.engines.modal.engine.MAX_CONCURRENT_POLLS", 1)
     async with serving(scripted.engine(APP)) as target:
         stream = await begun(target)
         asked = time.monotonic()

@@ -9,9 +9,9 @@ import pytest
 from flywheel_proto.v1 import generation_pb2 as pb
 from flywheel_server.deployment.model import RemoteModel
 from flywheel_server.engines.base import UnsupportedFieldError
-from flywheel_server.engines.modal import remote_events
-from flywheel_server.engines.modal.flywheel import FlywheelEngine
-from flywheel_server.engines.modal.remote_events import Pile, Receipt
+from flywheel_server.engines.modal import event_batch
+from flywheel_server.engines.modal.engine import FlywheelEngine
+from flywheel_server.engines.modal.event_batch import EventBatch, Receipt
 from flywheel_server.engines.modal.remote_fields import FLYWHEEL_FIELDS, UNKNOWN_FIELD, arguments_of, further_fields, refusal
 from flywheel_server.engines.scripted import ScriptedEngine
 from flywheel_server.messages import GenerationRequest, GenerationResponse, GenerationResponseSample
@@ -173,10 +173,10 @@ REQUIRED = {
     GenerationResponse: {"created", "finished", "num_samples", "responses"},
     GenerationResponseSample: {"text", "generated_tokens", "finished", "finish_reason"},
     Receipt: {"attempt", "piles"},
-    remote_events._Pile: {"call", "attempt", "number", "events"},
-    remote_events._Started: {"event"},
-    remote_events._Delta: {"event", "index", "text", "generated_tokens"},
-    remote_events._Sample: {"event", "sample"},
+    event_batch._EventBatch: {"call", "attempt", "number", "events"},
+    event_batch._Started: {"event"},
+    event_batch._Delta: {"event", "index", "text", "generated_tokens"},
+    event_batch._Sample: {"event", "sample"},
 }
 
 
@@ -196,5 +196,5 @@ def test_what_a_newer_version_adds_to_events_is_passed_over() -> None:
     ]
     plain = {"call": "c", "attempt": "a", "number": 0, "events": events}
     newer = {**plain, **news, "events": [{**event, **news} for event in events]}
-    assert Pile.unpack(newer) == Pile.unpack(plain)
+    assert EventBatch.unpack(newer) == EventBatch.unpack(plain)
     assert Receipt.model_validate({"attempt": "a", "piles": 1, **news}) == Receipt(attempt="a", piles=1)

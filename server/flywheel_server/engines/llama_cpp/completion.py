@@ -1,4 +1,4 @@
-"""One completion of llama.cpp: some samples of a request that share one reading of the prompt."""
+"""One completion of llama.cpp: samples of one request, for which the prompt is read once."""
 
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Final
@@ -8,17 +8,18 @@ from flywheel_server.engines.llama_cpp.llama import Chunk, Llama
 from flywheel_server.engines.samples import GrowingSample
 from flywheel_server.messages import GenerationRequest
 
-LOWEST_TEMPERATURE: Final = 1e-6
+MIN_TEMPERATURE: Final = 1e-6
+"""At lower temperatures the logits may overflow. Sampling is as good as greedy there, so these temperatures count as 0."""
 
 
 class Completion:
-    """Runs on a thread of its own, where it hands each event to `emit`.
+    """One completion. `run` blocks, and calls `emit` with each event in the thread that runs it.
 
-    When a step begins to read the prompt, and after each step that has read some of it, `on_progress` gets the number of tokens
-    that are still unread.
+    `on_progress` is called with the number of unread tokens of the prompt: when the first step begins to read the prompt, and
+    after each step that has read a part of it.
 
-    Stop sequences are looked for here rather than by llama.cpp, which sends less than it may: of a token whose text ends like a
-    stop sequence begins it holds back all, and loses it where the sample ends with that token.
+    Stop sequences are found here and not by llama.cpp. If a token ends with the beginning of a stop sequence, llama.cpp holds
+    back the whole text of the token, and loses that text if the sample ends with this token.
     """
 
     def __init__(
@@ -41,11 +42,11 @@ class Completion:
         self._error: Exception | None = None
 
     def cancel(self) -> None:
-        """Ends the completion with the next step of llama.cpp, whether that reads the prompt or makes text."""
+        """Ends the completion after the next step of llama.cpp, whether the step reads the prompt or generates."""
         self._cancelled = True
 
     def run(self) -> None:
-        """Returns when all samples have finished, or the completion was cancelled; raises `EngineFailedError`."""
+        """Returns when all samples have finished or the completion is cancelled; raises `EngineFailedError`."""
         self._llama.complete(self._body, self._on_chunk)
         if self._error is not None:
             raise EngineFailedError("the answer of llama.cpp cannot be used") from self._error
@@ -56,13 +57,13 @@ class Completion:
         if self._cancelled:
             return True
         try:
-            self._take(chunk)
-        except Exception as error:  # noqa: BLE001 - llama.cpp would swallow it; `run` raises it
+            self._process(chunk)
+        except Exception as error:  # noqa: BLE001 - llama.cpp would swallow the error; `run` raises it
             self._error = error
             return True
         return self._all_finished()
 
-    def _take(self, chunk: Chunk) -> None:
+    def _process(self, chunk: Chunk) -> None:
         if error := chunk.get("error"):
             raise EngineFailedError(f"llama.cpp: {error['message']}")
         if progress := chunk.get("prompt_progress"):
@@ -74,12 +75,13 @@ class Completion:
             return
         if finish_reason := choice["finish_reason"]:
             sample.end(finish_reason, chunk["usage"]["completion_tokens"])
-        elif self._ends(choice):
+        elif self._has_eos(choice):
             sample.end("stop", chunk["timings"]["predicted_n"])
         else:
             sample.add(choice["text"], chunk["timings"]["predicted_n"])
 
-    def _ends(self, choice: dict[str, Any]) -> bool:
+    def _has_eos(self, choice: dict[str, Any]) -> bool:
+        """Returns whether one of the request's `eos_token_ids` is in the piece of text."""
         tokens = (choice["logprobs"] or {}).get("content", ())
         return any(token["id"] in self._eos_token_ids for token in tokens)
 
@@ -93,24 +95,23 @@ def _body(request: GenerationRequest, prompt: Sequence[int], indexes: Collection
         "prompt": list(prompt),
         "n": len(indexes),
         "max_tokens": request.max_tokens,
-        # One so low that the logits overflow is greedy in all but name.
-        "temperature": request.temperature if request.temperature > LOWEST_TEMPERATURE else 0.0,
+        "temperature": request.temperature if request.temperature > MIN_TEMPERATURE else 0.0,
         "top_k": request.top_k,
         "top_p": request.top_p,
-        # llama.cpp's own defaults would cut off unlikely tokens, and apply top_p before the temperature.
+        # By default, llama.cpp would drop unlikely tokens (min_p), and apply top_p before the temperature.
         "min_p": 0.0,
         "samplers": ["penalties", "top_k", "temperature", "top_p"],
         "presence_penalty": request.presence_penalty,
         "frequency_penalty": request.frequency_penalty,
-        # All of the text so far counts for the penalties, not the last 64 tokens.
+        # The penalties count all tokens so far. By default, llama.cpp would count the last 64.
         "repeat_last_n": len(prompt) + request.max_tokens,
         "stream": True,
-        # A piece of answer for each step while the prompt is read: a cancel is seen there.
+        # Sends a chunk after each step that reads the prompt, so that a cancel takes effect after that step.
         "return_progress": True,
-        # The number of tokens in each piece: characters of several tokens come as one piece.
+        # Adds the number of tokens generated so far to each chunk. A chunk has several tokens if they make up one character.
         "timings_per_token": True,
     }
     if request.eos_token_ids:
-        # The ids of the tokens come with their probabilities; those after sampling are the cheaper ones.
+        # llama.cpp sends token ids only with probabilities. Probabilities after sampling cost less than those before.
         body |= {"logprobs": 1, "post_sampling_probs": True}
     return body

@@ -1,7 +1,7 @@
-"""The metadata of a GGUF file.
+"""Reads the metadata of a GGUF file.
 
-The format is that of https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The package `gguf` reads it too, but needs
-numpy, and seconds for the vocabulary of a large model.
+The format is described in https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The package `gguf` reads it too, but needs
+numpy, and takes seconds for the vocabulary of a large model.
 """
 
 import mmap
@@ -13,25 +13,26 @@ from typing import Any, Final
 MAGIC: Final = b"GGUF"
 
 _NUMBERS: Final = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-"""The types of values that are numbers, and their formats for `struct`."""
+"""The types of numbers, and their formats for `struct`."""
 _LENGTH: Final = struct.Struct("<Q")
-"""The length of a text, which comes before it."""
+"""The length of a text in bytes, which comes before the text."""
 _STRING: Final = 8
 _ARRAY: Final = 9
 
 _MAX_COUNT: Final = 2**26
-"""Bytes of a text, or values of a list. A file says how many there are, and they must not fill the memory."""
+"""Maximum length of a text in bytes, and of a list in values. A damaged file may claim any length, which must not fill the
+memory."""
 
 Metadata = dict[str, Any]
-"""The values of a file by their names: numbers, texts as bytes, tuples of numbers, and lists of texts."""
+"""The values of a file by name: numbers, texts as bytes, tuples of numbers, and lists of texts."""
 
 
 class NotGgufError(ValueError):
-    """The file is no GGUF file, or only the beginning of one."""
+    """The file is no GGUF file, or it is damaged or incomplete."""
 
 
 def read_metadata(file: Path) -> tuple[Metadata, int]:
-    """Return the metadata of a GGUF file and how many tensors it has; raise `OSError` or `NotGgufError`."""
+    """Returns the metadata of a GGUF file and its number of tensors; raises `OSError` or `NotGgufError`."""
     with file.open("rb") as opened:
         try:
             data = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
@@ -67,7 +68,7 @@ class _Reader:
         self.tensors = 0
 
     def metadata(self) -> Iterator[tuple[str, Any]]:
-        """Yields the names and values of the file."""
+        """Yields the name and value of each entry; sets `tensors`."""
         _magic, _version, self.tensors, count = self._unpack("4sIQQ")
         for _ in range(count):
             name = self._string().decode()
@@ -84,14 +85,14 @@ class _Reader:
             raise IndexError(count)
         if of == _STRING:
             return list(self._strings(count))
-        # Lists of lists are no part of what llama.cpp reads.
+        # llama.cpp does not support lists of lists either: KeyError.
         return self._unpack(f"{count}{_NUMBERS[of]}")
 
     def _string(self) -> bytes:
         return next(self._strings(1))
 
     def _strings(self, count: int) -> Iterator[bytes]:
-        # A vocabulary has hundreds of thousands of them, for which the server waits as it starts.
+        # A vocabulary has hundreds of thousands of texts, and the start of the server waits for them, so this loop is fast.
         data, end = self._data, len(self._data)
         for _ in range(count):
             (length,) = _LENGTH.unpack_from(data, self._at)

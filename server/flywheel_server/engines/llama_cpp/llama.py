@@ -1,8 +1,9 @@
-"""llama.cpp in this process: the little of xllamacpp that the embedded engine needs, with its quirks kept in here.
+"""llama.cpp in this process: wraps the part of xllamacpp that the embedded engine needs, and hides its quirks.
 
-llama.cpp runs its own server, with continuous batching, on threads of its own. Generations are called in process. Tokens and
-properties are to be had only by HTTP. That server listens on a Unix socket in a directory which only this user may enter: a
-port on the loopback interface would be open to all users of the machine, and idle connections alone use up its threads.
+llama.cpp runs its own server, with continuous batching, on threads of its own. Completions are called in process. Tokens and
+the properties of the model are available only over HTTP. For these, the server listens on a Unix socket in a directory that
+only this user may enter. A port on the loopback interface would be open to all users of the machine, who could block the
+server's few threads with idle connections.
 """
 
 import json
@@ -24,20 +25,24 @@ with adjustable_spins():
     import xllamacpp
 
 Chunk = dict[str, Any]
-"""A piece of the answer to a completion, in the shape of OpenAI's API with llama.cpp's additions."""
+"""A part of the response to a completion: a chunk of OpenAI's API, with llama.cpp's additions."""
 
 MIN_BATCH_TOKENS: Final = 2
-"""Tokens that a step must have room for. With room for one, llama.cpp ends the process."""
+"""Minimum size of a step in tokens. llama.cpp ends the process if the size is 1."""
 
 HTTP_TIMEOUT: Final = 60.0
-"""Seconds that llama.cpp may take for an answer by HTTP. A MiB of text that cannot be cut takes six seconds of a core."""
+"""Seconds that llama.cpp may take to answer over HTTP. Tokenizing a MiB of text in one piece takes 6 s of a core."""
 
 MAX_SOCKET_PATH: Final = 100
-"""Bytes that the path of a Unix socket may have. Operating systems allow for 104 or 108."""
+"""Maximum length of the path of a Unix socket, in bytes. Operating systems allow 104 or 108."""
 
 
 class RefusedError(ValueError):
-    """llama.cpp answers with an error. Its `reason` is not part of the text: it may quote a prompt, and the text is logged."""
+    """llama.cpp answered with an error.
+
+    Attributes:
+        reason: What llama.cpp says. It may quote a prompt, so it is not part of this error's text, which is logged.
+    """
 
     def __init__(self, path: str, status: int, reason: str) -> None:
         super().__init__(f"llama.cpp answered {path} with {status}")
@@ -45,8 +50,8 @@ class RefusedError(ValueError):
 
 
 def step_tokens(batch_tokens: int, slots: int) -> int:
-    """Returns how many tokens llama.cpp computes in a step, at most."""
-    # A step computes a token for each slot that generates. Without room for all of them, llama.cpp ends the process.
+    """Returns the maximum number of tokens that llama.cpp computes in one step."""
+    # A step computes a token for each slot that generates. llama.cpp ends the process if a step cannot hold all of them.
     return max(batch_tokens, slots, MIN_BATCH_TOKENS)
 
 
@@ -54,16 +59,18 @@ class Llama:
     """A loaded model. Its methods block, and may be called from several threads.
 
     Arguments:
-        model: A GGUF file. `RuntimeError` if llama.cpp cannot load it.
+        model: A GGUF file.
         context_tokens: Tokens of context that all slots share.
-        slots: How many samples are generated at a time.
+        slots: How many samples are generated at the same time.
         threads: Threads that compute.
-        batch_tokens: Tokens computed in one step, or one for each slot if these are more.
-        memory_map: Whether the file is mapped into memory. If not, it is read, which takes less time if a GPU gets all of it.
-        http_threads: Texts tokenized at a time. Each thread keeps the memory that its longest text took.
-        uses_chat_template: Whether `render_chat` uses the template in the file, or ChatML if there is none. If not, the file's
-            template is not even read, so that an unusable one does no harm.
-        verbosity: How much llama.cpp logs: 1 errors, 2 also warnings, 3 also information, 4 everything.
+        batch_tokens: Maximum number of tokens computed in one step; one for each slot if there are more slots.
+        memory_map: Whether the file is mapped into memory. If not, it is read, which is faster if all of it goes to a GPU.
+        http_threads: Texts that are tokenized at the same time. Each thread keeps the memory that its longest text needed.
+        uses_chat_template: Whether `render_chat` uses the template in the file, or ChatML if there is none. If not, llama.cpp
+            does not read the file's template, which may be unusable.
+        verbosity: What llama.cpp logs: 1 errors, 2 also warnings, 3 also information, 4 everything.
+
+    Raises `RuntimeError` if llama.cpp cannot load the model.
     """
 
     def __init__(
@@ -84,42 +91,42 @@ class Llama:
         params.model_alias = {"model"}
         params.n_ctx = context_tokens
         params.n_parallel = slots
-        # One pool of context for all slots: whoever needs much of it can have it while others need little.
+        # One pool of context for all slots, so that one slot can use much of it while others use little.
         params.kv_unified = True
         params.n_batch = params.n_ubatch = step_tokens(batch_tokens, slots)
         if not memory_map:
             params.load_mode = xllamacpp.llama_load_mode.LLAMA_LOAD_MODE_NONE
         for cpu in (params.cpuparams, params.cpuparams_batch):
             cpu.n_threads = threads
-            # Polling threads starve each other: with two streams on two cores a tenth of the speed is left.
+            # Polling threads starve each other: with polling, two streams on two cores run at a tenth of the speed.
             cpu.poll = 0
-        # Memory stays bounded: by default up to 8 GiB of old prompts are kept besides what the slots hold.
+        # Bounds memory: by default, llama.cpp keeps up to 8 GiB of old prompts besides what the slots hold.
         params.cache_ram_mib = 0
         params.cache_idle_slots = False
         params.fit_params = False
-        # It warns of a server without one.
+        # llama.cpp logs a warning if its server has no key.
         self._key = secrets.token_urlsafe(32)
         params.api_keys = [self._key]
         self._directory = _private_directory()
         self._socket = str(self._directory / "llama.sock")
-        # A name with this ending is that of a Unix socket.
+        # llama.cpp takes a host name that ends with .sock for the path of a Unix socket.
         params.hostnames = [self._socket]
         params.n_threads_http = http_threads
         params.ui = False
         params.endpoint_slots = True
         if not uses_chat_template:
             params.chat_template = "chatml"
-        # Nothing is saved there, but without it slots cannot be erased.
+        # Nothing is saved there, but llama.cpp erases slots only if there is such a path.
         params.slot_save_path = f"{self._directory}/"
-        # Without it a silent connection would draw comments into the stream, which the binding does not expect.
+        # Disables comments in a stream that is silent for a while: the binding cannot parse them.
         params.sse_ping_interval = -1
         params.verbosity = verbosity
         self._spins = SpinGuard(threads)
         try:
             with bounded_memory(threads + http_threads) if _computes_on_cpu() else nullcontext():
                 self._server = xllamacpp.Server(params)
-            # Answered by its loop. A server that is unloaded before its loop has begun waits for that loop for ever, and holds
-            # the interpreter meanwhile.
+            # The server's loop answers this, so the loop has begun. A server that is unloaded before its loop has begun waits
+            # for the loop forever, while it holds the interpreter lock.
             self._request("GET", "/slots")
         except BaseException:
             self._spins.close()
@@ -133,19 +140,19 @@ class Llama:
         shutil.rmtree(self._directory, ignore_errors=True)
 
     def complete(self, body: dict[str, Any], on_chunk: Callable[[Chunk], bool]) -> None:
-        """Runs a completion, calling `on_chunk` for each piece of the answer until it returns True or all are done.
+        """Runs a completion, and calls `on_chunk` with each chunk until that returns True or the completion ends.
 
-        `on_chunk` must not raise: llama.cpp takes that for True.
+        `on_chunk` must not raise: llama.cpp treats an error as True, and swallows it.
         """
         self._server.handle_completions(body, on_chunk)
 
     def tokenize(self, text: str | Sequence[str], *, add_special: bool = False, parse_special: bool = True) -> list[int]:
-        """Return the tokens of a text, or of several that are tokenized each by itself.
+        """Returns the tokens of a text, or of several texts that are tokenized separately and then joined.
 
         Arguments:
             text: The text or texts.
-            add_special: Whether the tokens are added that the model wants where a text begins and ends.
-            parse_special: Whether special tokens such as `<|im_start|>` are recognised, rather than plain text.
+            add_special: Whether to add the tokens with which the model expects a text to begin and end.
+            parse_special: Whether special tokens such as `<|im_start|>` are recognized. If not, they are plain text.
 
         Raises `OSError`, `HTTPException` or `ValueError` if llama.cpp does not answer as it should.
         """
@@ -154,30 +161,30 @@ class Llama:
         return tokens
 
     def render_chat(self, messages: Sequence[tuple[str, str]]) -> str:
-        """Return the messages, each a role and a content, in the model's chat template; raise what `tokenize` does.
+        """Returns the messages, each a role and a content, in the model's chat template; raises what `tokenize` does.
 
-        What the model is to answer follows the returned text. A token that the model wants where a text begins is not part of
-        it, even if the template writes that token.
+        The returned text ends where the model's answer begins. It leaves out the token with which the model expects a text to
+        begin (BOS), even if the template writes that token.
         """
         body = {"messages": [{"role": role, "content": content} for role, content in messages]}
         return str(self._request("POST", "/apply-template", body)["prompt"])
 
     def chat_template(self) -> str:
-        """Return the source of the chat template that `render_chat` uses; raise what `tokenize` does."""
+        """Returns the source of the chat template that `render_chat` uses; raises what `tokenize` does."""
         return str(self._request("GET", "/props")["chat_template"])
 
     def bos_token(self) -> str:
-        """Return the text of the token that begins a text, empty if there is none; raise what `tokenize` does."""
+        """Returns the text of the token with which a text begins, empty if there is none; raises what `tokenize` does."""
         return str(self._request("GET", "/props")["bos_token"])
 
     def erase_idle_slots(self) -> None:
-        """Makes the slots that nothing runs in forget their last prompts; raises what `tokenize` does."""
+        """Clears the last prompt of each idle slot; raises what `tokenize` does."""
         for slot in self._request("GET", "/slots"):
             if not slot["is_processing"]:
                 self._request("POST", f"/slots/{slot['id']}?action=erase")
 
     def trained_context(self) -> int:
-        """Returns how many tokens of context the model was trained for; raises what `tokenize` does."""
+        """Returns the context that the model was trained for, in tokens; raises what `tokenize` does."""
         return int(self._request("GET", "/v1/models")["data"][0]["meta"]["n_ctx_train"])
 
     def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:  # noqa: ANN401 - JSON
@@ -195,7 +202,7 @@ class Llama:
 
 
 def _message(answer: bytes) -> str:
-    """Return what llama.cpp says is wrong."""
+    """Returns the message of an error response of llama.cpp; empty if it has none."""
     try:
         return str(json.loads(answer)["error"]["message"])
     except (ValueError, KeyError, TypeError):
@@ -216,13 +223,13 @@ class _UnixConnection(HTTPConnection):
 
 
 def _computes_on_cpu() -> bool:
-    """Return whether there is no GPU. The driver of one may allocate addresses far beyond the memory that there is."""
+    """Returns whether there is no GPU. A GPU's driver may allocate far more addresses than there is memory."""
     cpu = xllamacpp.ggml_backend_dev_type.GGML_BACKEND_DEVICE_TYPE_CPU
     return all(device["type"] == cpu for device in xllamacpp.get_device_info())
 
 
 def _private_directory() -> Path:
-    """Makes a directory which only this user may enter, at a place where the path of a socket is not too long."""
+    """Makes a directory that only this user may enter, with a path that is short enough for a socket in it."""
     directory = tempfile.mkdtemp(prefix="flywheel-")
     if len(directory.encode()) + len("/llama.sock") > MAX_SOCKET_PATH:
         Path(directory).rmdir()

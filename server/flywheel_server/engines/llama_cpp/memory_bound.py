@@ -1,7 +1,7 @@
-"""An allocation that the machine has no room for fails, rather than end this process or others.
+"""Makes an allocation fail if the machine has too little memory for it.
 
-Linux grants memory that it does not have, and ends a process once the memory is used. An allocation that fails at once is
-reported by llama.cpp as any other reason why a model cannot be loaded.
+By default, Linux grants memory that it does not have, and kills a process once the memory is used. If the allocation fails
+instead, llama.cpp reports that like any other reason why it cannot load a model.
 """
 
 import math
@@ -16,39 +16,39 @@ from flywheel_server.system.cgroups import free_memory
 
 MEMINFO: Final = Path("/proc/meminfo")
 STATUS: Final = Path("/proc/self/status")
-"""See proc(5). What passes for Linux, such as WSL 1 and gVisor, may lack some of their lines."""
+"""See proc(5). Systems that imitate Linux, such as WSL 1 and gVisor, may lack some lines of these files."""
 
 DEFAULT_STACK_BYTES: Final = 8 * 2**20
 
 
 @contextmanager
 def bounded_memory(threads: int) -> Iterator[None]:
-    """Let the process allocate no more within the context than is free when the context begins.
+    """Limits what the process allocates within the context to the memory that is free when the context begins.
 
     Arguments:
-        threads: How many threads start meanwhile. Their stacks are allocated, but hardly used, so they do not count.
+        threads: How many threads start within the context. Their stacks are allowed on top, because threads hardly use them.
     """
-    allowed = _allowed() if sys.platform == "linux" else math.inf
-    if allowed == math.inf:
+    max_bytes = _max_bytes() if sys.platform == "linux" else math.inf
+    if max_bytes == math.inf:
         yield
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    bound = int(allowed) + threads * _stack_bytes()
+    limit = int(max_bytes) + threads * _stack_bytes()
     # RLIM_INFINITY is negative.
-    bounds = [each for each in (bound, soft, hard) if each != resource.RLIM_INFINITY]
-    resource.setrlimit(resource.RLIMIT_DATA, (min(bounds), hard))
+    limits = [each for each in (limit, soft, hard) if each != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_DATA, (min(limits), hard))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
-def _allowed() -> float:
-    """Return how many bytes the process has allocated and may allocate; infinity if the kernel does not tell."""
+def _max_bytes() -> float:
+    """Returns the bytes that the process has allocated plus those that are free; infinity if the kernel does not tell."""
     try:
         machine = _kibibytes(MEMINFO)
         free = (machine["MemAvailable"] + machine["SwapFree"]) * 1024
-        # What counts towards RLIMIT_DATA: see getrlimit(2).
+        # VmData is what RLIMIT_DATA counts; see getrlimit(2).
         allocated = _kibibytes(STATUS)["VmData"] * 1024
     except (OSError, KeyError):
         return math.inf

@@ -1,4 +1,4 @@
-"""What a model's file is, told from its metadata before llama.cpp loads it: why it cannot generate text, and what it has."""
+"""Checks a model's file before llama.cpp loads it. The metadata tell what the model has, or why it cannot generate text."""
 
 import math
 import re
@@ -15,7 +15,7 @@ MAX_LAYERS: Final = 512
 MAX_EXPERTS: Final = 1024
 MIN_ALIGNMENT: Final = 16
 _ROPE_SCALING: Final = frozenset({"none", "linear", "yarn", "longrope"})
-"""What llama.cpp asserts of a model: otherwise it ends the process."""
+"""Limits that llama.cpp asserts: it ends the process if a model violates one."""
 
 _TEMPLATE: Final = "tokenizer.chat_template"
 
@@ -26,14 +26,14 @@ _OTHER_ARCHITECTURES: Final = {
     **dict.fromkeys(("eagle3", "dflash", "gemma4-assistant"), "a draft model for speculative decoding"),
     "wavtokenizer-dec": "an audio codec",
 }
-"""Architectures that llama.cpp loads, and that do not continue a text token by token."""
+"""Architectures that llama.cpp loads, but that do not continue a text token by token."""
 
-_RANK: Final = 4
-"""The type of pooling of models that say how well a text answers a question."""
+_RANK_POOLING: Final = 4
+"""The type of pooling of rerankers, which score how well a text answers a question."""
 
 
 class UnusableModelError(Exception):
-    """The file is no model that continues a text; says why, as the end of a sentence about the file."""
+    """The file is no model that continues a text. The error's text says why, and follows the name of the file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +41,10 @@ class ModelFile:
     """A GGUF file with a model that continues texts.
 
     Attributes:
-        vocabulary: Its tokens.
-        has_chat_template: Whether it has a chat template that llama.cpp uses.
-        named_templates: The names of its other chat templates.
-        total_bytes: How large it is, with all its parts.
+        vocabulary: The model's vocabulary.
+        has_chat_template: Whether the file has a chat template that llama.cpp uses.
+        named_templates: The names of the file's other chat templates.
+        total_bytes: The size of the file, with all its parts.
     """
 
     vocabulary: Vocabulary
@@ -54,7 +54,7 @@ class ModelFile:
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Return what the file is; raise `UnusableModelError`."""
+        """Reads and checks the file; raises `UnusableModelError`."""
         try:
             if path.is_dir():
                 raise UnusableModelError("is a directory; name the GGUF file in it")
@@ -73,7 +73,7 @@ class ModelFile:
         names = tuple(
             name.removeprefix(f"{_TEMPLATE}.") for name, text in metadata.items() if name.startswith(f"{_TEMPLATE}.") and text
         )
-        # Without a default one, llama.cpp takes the one for tools.
+        # Without a default template, llama.cpp uses the template for tools.
         has_chat_template = bool(metadata.get(_TEMPLATE)) or "tool_use" in names
         return cls(Vocabulary.of(metadata), has_chat_template, names, total_bytes)
 
@@ -104,7 +104,7 @@ def _check_kind(metadata: Metadata) -> None:
 
 def _check_architecture(metadata: Metadata, architecture: str) -> None:
     pooling = metadata.get(f"{architecture}.pooling_type")
-    if pooling == _RANK or f"{architecture}.classifier.output_labels" in metadata:
+    if pooling == _RANK_POOLING or f"{architecture}.classifier.output_labels" in metadata:
         raise UnusableModelError("is a reranker, which scores texts and does not generate any")
     if pooling or _EMBEDDING.fullmatch(architecture):
         raise UnusableModelError(f"is an embedding model ({architecture}); an embedding model does not generate text")
@@ -124,14 +124,14 @@ def _check_vocabulary(metadata: Metadata) -> None:
         raise UnusableModelError("has no vocabulary; convert the model again, with its tokenizer")
     if not isinstance(tokens, list) or not isinstance(metadata.get(TYPES, ()), tuple):
         raise UnusableModelError("is damaged: its vocabulary is not a list of texts and one of their types")
-    # As llama.cpp reads them, which then asserts that no two are the same: to a NUL, and no empty ones.
+    # llama.cpp reads a text up to the first NUL, ignores empty texts, and then asserts that all texts differ.
     texts = [text for token in tokens if (text := token.partition(b"\0")[0])]
     if len(set(texts)) < len(texts):
         raise UnusableModelError("is damaged: two tokens of its vocabulary have the same text")
 
 
 def _check_numbers(metadata: Metadata, architecture: str) -> None:
-    """Refuse numbers out of their range for which llama.cpp would end the process."""
+    """Raises `UnusableModelError` for a number out of range, for which llama.cpp would end the process."""
     experts, used = f"{architecture}.expert_count", f"{architecture}.expert_used_count"
     ranges: dict[str, tuple[float, float]] = {
         f"{architecture}.block_count": (1, MAX_LAYERS),
@@ -144,7 +144,7 @@ def _check_numbers(metadata: Metadata, architecture: str) -> None:
     }
     for key, (least, most) in ranges.items():
         value = metadata.get(key, 0 if key == used else least)
-        # What is no number at all, llama.cpp refuses by name.
+        # llama.cpp itself reports a value that is no number.
         if isinstance(value, int | float) and not least <= value <= most:
             raise UnusableModelError(f"is damaged: {key} is {value}")
 
@@ -157,7 +157,7 @@ def _count(metadata: Metadata, name: str) -> int:
 
 
 def _parts(path: Path, metadata: Metadata) -> Iterator[Path]:
-    """Yield the files of a model that may be split into several, of which this is the first."""
+    """Yields the files of a model, of which `path` is the first or the only one."""
     count = _count(metadata, "split.count")
     if count <= 1:
         yield path

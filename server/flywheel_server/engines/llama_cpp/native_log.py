@@ -1,6 +1,7 @@
-"""llama.cpp's log in ours. It writes to file descriptor 2 and offers no callback, so its lines are read back from there.
+"""Copies llama.cpp's log into the server's log.
 
-What is not a line of llama.cpp's passes through unchanged.
+llama.cpp writes to file descriptor 2 (standard error) and offers no callback, so its lines are read back from there. Lines of
+others are written to standard error unchanged.
 """
 
 import logging
@@ -22,58 +23,57 @@ _LINE: Final = re.compile(rb"(?:\x1b\[\d*m)*[\d.]+ (?:\x1b\[\d*m)*(?P<level>[DIW
 _LEVELS: Final = {b"E": logging.ERROR, b"W": logging.WARNING, b"I": logging.DEBUG, b"D": logging.DEBUG}
 _COLOR: Final = re.compile(r"\x1b\[\d*m")
 
-# What llama.cpp warns of although it happens every day: a completion is cancelled, a prompt is in its cache, an idle slot gives
-# its room to another one.
+# Warnings about ordinary events: a completion is cancelled, a prompt is in the cache, an idle slot is cleared for another one.
 _ORDINARY: Final = re.compile(
     "stop: cancel task|need to evaluate at least 1 token|n_past was set to"
     "|failed to find a memory slot|purging slot|failed to find free space in the KV cache"
 )
 
 _LAST_LINE: Final = "exiting due to model loading error"
-"""What llama.cpp says last if it cannot load a model."""
+"""In the last line that llama.cpp logs if it cannot load a model."""
 
 LAST_LINE_TIMEOUT: Final = 5.0
-"""Seconds to wait for that."""
+"""Seconds to wait for `_LAST_LINE`."""
 
 _Records = SimpleQueue[tuple[int, str] | None]
 
 
 def verbosity() -> int:
-    """Returns how much llama.cpp must log for what our log shows: warnings, or everything."""
+    """Returns the verbosity of llama.cpp that the level of our log needs: everything for debug, otherwise warnings."""
     return 4 if log.isEnabledFor(logging.DEBUG) else 2
 
 
 class Errors:
-    """The lines that llama.cpp has logged as errors; those without a level go on with the one before."""
+    """The last lines that llama.cpp has logged as errors. A line without a level continues the line before it."""
 
     def __init__(self) -> None:
         self.lines: deque[str] = deque(maxlen=100)
         self._continues = False
-        self._has_ended = threading.Event()
+        self._last_line_seen = threading.Event()
 
     def add(self, level: bytes | None, text: str) -> None:
-        """Note a line of the log."""
+        """Takes a line of the log."""
         self._continues = level == b"E" or (level is None and self._continues)
         if self._continues:
             self.lines.append(text)
         if _LAST_LINE in text:
-            self._has_ended.set()
+            self._last_line_seen.set()
 
     def wait_for_last(self) -> None:
-        """Wait until llama.cpp has said all about a start that failed: it logs on a thread of its own, which may be behind."""
-        self._has_ended.wait(LAST_LINE_TIMEOUT)
+        """Waits until llama.cpp has logged all about a failed start. It logs in a thread of its own, which may be late."""
+        self._last_line_seen.wait(LAST_LINE_TIMEOUT)
 
 
 @contextmanager
 def captured() -> Iterator[Errors]:
-    """Logs what llama.cpp writes, for the length of the context, at the level it has there; its information is our debug.
+    """Copies llama.cpp's log within the context, and yields its last errors.
 
-    Gives its last errors.
+    Each line keeps its level, except that information becomes debug.
     """
     errors = Errors()
     records: _Records = SimpleQueue()
-    # On a thread of its own, because whoever logs may write to descriptor 2 itself: the one that empties the pipe must not wait
-    # for that.
+    # Logging has a thread of its own, because it may write to descriptor 2. That write may block until the pipe is read, so the
+    # thread that reads the pipe must not log.
     writer = threading.Thread(target=_write, args=(records,), name="llama.cpp log", daemon=True)
     others = Output(2)
     try:

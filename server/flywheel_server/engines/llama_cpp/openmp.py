@@ -1,11 +1,11 @@
-"""How the threads of llama.cpp wait for one another, some hundred times for each token: at the barriers of OpenMP.
+"""Adjusts how long the threads of llama.cpp spin while they wait for one another at the barriers of OpenMP.
 
-A thread of GNU's OpenMP (libgomp) spins before it sleeps. Long spins are fastest on a quiet machine, where the others arrive
-soon. If other programs want the cores, the thread that it waits for may not be running, and spinning takes the very time that
-this one needs: beside two busy programs on two cores, two threads may take seconds for a token.
+For each token, there are some hundred barriers. A waiting thread of GNU's OpenMP (libgomp) spins before it sleeps. On a quiet
+machine, long spins are fastest, because the other threads arrive soon. On a busy machine, spinning takes the core that a late
+thread needs: beside two busy programs on two cores, two threads may take seconds for a token.
 
-libgomp spins for a moment only while it has more threads than there are cores, as its manual says of GOMP_SPINCOUNT. So while
-other programs use the cores, it is given further threads, which sleep.
+libgomp spins for a short time only while it has more threads than there are cores; see GOMP_SPINCOUNT in its manual. So while
+other programs use the cores, this module gives libgomp additional threads, which sleep.
 """
 
 import ctypes
@@ -19,33 +19,39 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
-CHOSEN_BY_USER: Final = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
-"""Variables that say how long threads spin. If one is set, it holds."""
+USER_VARIABLES: Final = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+"""Environment variables that say how long threads spin. If the user sets one of them, this module changes nothing."""
 
-VARIABLES: Final = {"GOMP_SPINCOUNT": "300000", "OMP_WAIT_POLICY": "active"}
-"""Milliseconds on a quiet machine, as without the variables; and 1,000 spins, 5 to 50 µs, with more threads than cores."""
+SPIN_VARIABLES: Final = {"GOMP_SPINCOUNT": "300000", "OMP_WAIT_POLICY": "active"}
+"""The environment variables that libgomp is loaded with.
 
-LOOK_INTERVAL: Final = 0.5
-"""Seconds between two looks at what other programs use."""
+Threads then spin for some milliseconds, as they do by default; with more threads than cores, for 1,000 rounds (5 to 50 µs).
+"""
 
-OTHERS_CORES: Final = 0.4
-"""Cores that other programs may use of those that the threads need. A busy one gets half a core at least, and a client less."""
+SAMPLE_INTERVAL: Final = 0.5
+"""Seconds between two measurements of the CPU time of other programs."""
+
+MAX_CORES_OF_OTHERS: Final = 0.4
+"""How much of the cores that llama.cpp's threads need other programs may use before spins are shortened.
+
+It lies between the load of a client and that of a busy program, which gets at least half a core.
+"""
 
 _SEMAPHORE_BYTES: Final = 64
-"""At least what a sem_t takes."""
+"""At least the size of a sem_t."""
 
 
 @contextmanager
 def adjustable_spins() -> Iterator[None]:
-    """Makes a libgomp that is loaded within the context spin as `VARIABLES` say, unless the environment says how threads wait.
+    """Applies `SPIN_VARIABLES` to a libgomp that is loaded within the context, unless the user has set `USER_VARIABLES`.
 
-    The library reads the environment once, when it is loaded. Child processes do not inherit the variables.
+    libgomp reads the environment once, when it is loaded. Child processes do not inherit the variables.
     """
-    if sys.platform != "linux" or _is_chosen_by_user():
+    if sys.platform != "linux" or _is_set_by_user():
         yield
         return
-    before = {name: os.environ.get(name) for name in VARIABLES}
-    os.environ.update(VARIABLES)
+    before = {name: os.environ.get(name) for name in SPIN_VARIABLES}
+    os.environ.update(SPIN_VARIABLES)
     try:
         yield
     finally:
@@ -57,63 +63,64 @@ def adjustable_spins() -> Iterator[None]:
 
 
 class SpinGuard:
-    """Lets threads that compute spin for a moment only while other programs want their cores. Looks on a thread of its own.
+    """Shortens the spins of computing threads while other programs use their cores. Measures that in a thread of its own.
 
-    At first they spin for a moment: whoever loads a model computes a step, and holds the interpreter, so that nobody looks.
+    The spins are short at first: loading a model computes a step and holds the interpreter lock, so nothing can be measured
+    during that time.
 
     Arguments:
         threads: How many threads compute.
-        used: Returns the seconds of all cores that other programs have used so far; raises `OSError` if it cannot tell.
+        used: Returns the CPU seconds that other programs have used so far; raises `OSError` if it cannot tell.
     """
 
     def __init__(self, threads: int, used: Callable[[], float] | None = None) -> None:
         self._threads = threads
         self._used = used or _used_by_others
-        self._ended = threading.Event()
-        self._watch: threading.Thread | None = None
-        self._short = ExitStack()
+        self._closed = threading.Event()
+        self._measuring: threading.Thread | None = None
+        self._short_spins = ExitStack()
         self._is_short = False
         library = _libgomp()
-        if threads > 1 and library is not None and not _is_chosen_by_user():
+        if threads > 1 and library is not None and not _is_set_by_user():
             self._shorten(library)
-            self._watch = threading.Thread(target=self._look, args=(library,), name="spins", daemon=True)
-            self._watch.start()
+            self._measuring = threading.Thread(target=self._measure, args=(library,), name="spins", daemon=True)
+            self._measuring.start()
 
     def close(self) -> None:
-        """Stops looking."""
-        self._ended.set()
-        if self._watch:
-            self._watch.join()
+        """Stops measuring."""
+        self._closed.set()
+        if self._measuring:
+            self._measuring.join()
 
-    def _look(self, library: ctypes.CDLL) -> None:
-        free = max(0, _cores() - self._threads) + OTHERS_CORES
-        with self._short:
-            for (before, since), (used, at) in pairwise(self._looks()):
+    def _measure(self, library: ctypes.CDLL) -> None:
+        free = max(0, _cores() - self._threads) + MAX_CORES_OF_OTHERS
+        with self._short_spins:
+            for (before, since), (used, at) in pairwise(self._samples()):
                 if (used - before) / (at - since) > free:
                     self._shorten(library)
                 else:
-                    self._short.close()
+                    self._short_spins.close()
                     self._is_short = False
 
     def _shorten(self, library: ctypes.CDLL) -> None:
         count = max(2, _cores() - self._threads + 2)
         if not self._is_short and _can_start(count):
-            self._short.enter_context(_sleeping_threads(library, count))
+            self._short_spins.enter_context(_sleeping_threads(library, count))
             self._is_short = True
 
-    def _looks(self) -> Iterator[tuple[float, float]]:
-        """Yields what other programs have used and when, until the end."""
+    def _samples(self) -> Iterator[tuple[float, float]]:
+        """Yields the CPU seconds of other programs and the time of the measurement, in seconds, until `close`."""
         while True:
-            # The process may have run out of descriptors.
+            # The process may have run out of file descriptors.
             with suppress(OSError):
                 yield self._used(), time.monotonic()
-            if self._ended.wait(LOOK_INTERVAL):
+            if self._closed.wait(SAMPLE_INTERVAL):
                 return
 
 
 @contextmanager
 def _sleeping_threads(library: ctypes.CDLL, count: int) -> Iterator[None]:
-    """Gives libgomp so many threads, of which one is not its own, that sleep."""
+    """Gives libgomp that many sleeping threads. One of them is started here and calls libgomp, which starts the others."""
     c = ctypes.CDLL(None)
     semaphore = ctypes.create_string_buffer(_SEMAPHORE_BYTES)
     c.sem_init(semaphore, 0, 0)
@@ -129,7 +136,7 @@ def _sleeping_threads(library: ctypes.CDLL, count: int) -> Iterator[None]:
 
 
 def _can_start(count: int) -> bool:
-    """Returns whether so many threads can be started. libgomp ends the process if it cannot start one."""
+    """Returns whether that many threads can be started. libgomp ends the process if it cannot start a thread."""
     ended = threading.Event()
     started = []
     try:
@@ -147,7 +154,7 @@ def _can_start(count: int) -> bool:
 
 
 def _libgomp() -> ctypes.CDLL | None:
-    """Returns the libgomp that is loaded, which may be one that came with llama.cpp."""
+    """Returns the loaded libgomp, which may be part of llama.cpp's package; None if none is loaded."""
     if sys.platform != "linux":
         return None
     lines = Path("/proc/self/maps").read_text().splitlines()
@@ -156,16 +163,16 @@ def _libgomp() -> ctypes.CDLL | None:
 
 
 def _cores() -> int:
-    """Returns how many cores there are, as libgomp counts them, and `_used_by_others`: a quota is no matter of cores."""
+    """Returns how many cores the process may run on. libgomp and `_used_by_others` count them alike, without CPU quotas."""
     return len(os.sched_getaffinity(0))
 
 
-def _is_chosen_by_user() -> bool:
-    return any(os.environ.get(name) for name in CHOSEN_BY_USER)
+def _is_set_by_user() -> bool:
+    return any(os.environ.get(name) for name in USER_VARIABLES)
 
 
 def _used_by_others() -> float:
-    """Returns the seconds that other processes have used the cores which this one may use."""
+    """Returns the CPU seconds that other processes have used on the cores that this process may use."""
     cores = {f"cpu{core}" for core in os.sched_getaffinity(0)}
     ticks = 0
     for line in Path("/proc/stat").read_text().splitlines():

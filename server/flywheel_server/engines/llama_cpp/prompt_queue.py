@@ -1,16 +1,16 @@
-"""Which prompts llama.cpp is given to read, and when: in order, as many at a time as one of its steps has room for."""
+"""Decides when llama.cpp gets a prompt to read: in order, and only as many prompts at a time as fit into one step."""
 
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 
-class Prompt:
+class PendingPrompt:
     """A prompt that llama.cpp has been given to read.
 
     Attributes:
         unread: How many of its tokens no step has read yet.
-        has_begun: Whether a step has begun to read it.
+        has_begun: Whether a step has begun to read the prompt.
         is_alone: Whether no other prompt may be read at the same time.
     """
 
@@ -20,48 +20,48 @@ class Prompt:
         self.is_alone = is_alone
         self._changed = changed
 
-    def progress(self, unread: int) -> None:
-        """Takes in that a step begins to read the prompt, or has read some of it, and how many tokens are left."""
+    def note_progress(self, unread: int) -> None:
+        """Notes that a step begins to read the prompt, or has read a part of it, and how many tokens are unread."""
         self.has_begun = True
         self.unread = unread
         self._changed.set()
 
 
 class PromptQueue:
-    """Lets prompts be read in the order in which they come.
+    """Admits prompts in the order in which they come.
 
-    A slot of llama.cpp keeps its last prompt until a step begins to read the next one. If llama.cpp needs room, it takes that
-    of idle slots. It does not take that of a slot which waits to begin because a step is full of other prompts: the reserved
-    room would be missing, and all completions would fail. So no slot may wait to begin. The next prompt is let in
+    A slot of llama.cpp keeps the context of its last prompt until a step begins to read its next prompt. If llama.cpp runs out
+    of context, it clears idle slots. A slot with a prompt that no step has begun to read is not idle, so its old context would
+    stay, and all completions would fail. So the next step must begin each prompt that llama.cpp gets. A prompt is admitted if
 
-    - if one step has room for it and all that is unread of the others, in whatever order llama.cpp reads them; or
-    - if all others have begun, and one step has room for what is unread of them. llama.cpp takes new prompts only between two
-      steps, so it gets the next prompt when that step has ended.
+    - one step can read it and the unread tokens of all other prompts; then their order does not matter; or
+    - all other prompts have begun, and one step can read their unread tokens. llama.cpp takes new prompts only between two
+      steps, so the step after that one begins the new prompt.
 
     Arguments:
-        step_tokens: Tokens of prompts that a step has room for, whatever it generates besides.
+        step_tokens: Tokens of prompts that one step can read besides the tokens that it generates.
     """
 
     def __init__(self, step_tokens: int) -> None:
         self._step_tokens = step_tokens
-        self._prompts: set[Prompt] = set()
-        self._turn = asyncio.Lock()
+        self._prompts: set[PendingPrompt] = set()
+        self._queue = asyncio.Lock()
         self._changed = asyncio.Event()
 
     @asynccontextmanager
-    async def turn(self, tokens: int, *, alone: bool = False) -> AsyncIterator[Prompt]:
-        """Waits until a prompt with so many tokens may be read. It counts as read at the end of the context.
+    async def admit(self, tokens: int, *, alone: bool = False) -> AsyncIterator[PendingPrompt]:
+        """Waits until llama.cpp may get the prompt. When the context ends, the prompt counts as read.
 
         Arguments:
             tokens: The length of the prompt.
-            alone: Whether nothing else may be unread meanwhile.
+            alone: Whether no other prompt may be unread at the same time.
         """
         # asyncio.Lock wakes its waiters in order.
-        async with self._turn:
-            while not self._may_begin(tokens, alone=alone):
+        async with self._queue:
+            while not self._is_admissible(tokens, alone=alone):
                 self._changed.clear()
                 await self._changed.wait()
-            prompt = Prompt(tokens, self._changed, is_alone=alone)
+            prompt = PendingPrompt(tokens, self._changed, is_alone=alone)
             self._prompts.add(prompt)
         try:
             yield prompt
@@ -69,13 +69,13 @@ class PromptQueue:
             self._prompts.remove(prompt)
             self._changed.set()
 
-    def _may_begin(self, tokens: int, *, alone: bool) -> bool:
+    def _is_admissible(self, tokens: int, *, alone: bool) -> bool:
         others = [prompt for prompt in self._prompts if prompt.unread]
         if not others:
             return True
         if alone or any(prompt.is_alone for prompt in others):
             return False
         unread = sum(prompt.unread for prompt in others)
-        fits_too = unread + tokens <= self._step_tokens
-        is_next = unread <= self._step_tokens and all(prompt.has_begun for prompt in others)
-        return fits_too or is_next
+        fits_same_step = unread + tokens <= self._step_tokens
+        fits_next_step = unread <= self._step_tokens and all(prompt.has_begun for prompt in others)
+        return fits_same_step or fits_next_step

@@ -1,4 +1,4 @@
-"""From the text of a request to the tokens that the model reads, with no more work than the tokens that are kept need."""
+"""Makes the tokens that the model reads from the text of a request, and tokenizes little more of the text than is kept."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,18 +12,19 @@ from flywheel_server.engines.llama_cpp.llama import Llama
 from flywheel_server.engines.llama_cpp.vocabulary import BETWEEN_WORDS, BPE, Vocabulary
 from flywheel_server.messages import GenerationRequest
 
-PIECE: Final = 2**15
-"""Characters that are tokenized at a time. After each piece, the prompt may turn out to be too long, or its call to be over.
+CHUNK_CHARACTERS: Final = 2**15
+"""Characters that are tokenized at a time. After each chunk, tokenizing ends if the prompt is too long or its call has ended.
 
-Also, the time that llama.cpp takes grows with the square of the number of special tokens in a piece.
+Chunks also save time: llama.cpp takes time in proportion to the square of the number of special tokens in a chunk.
 """
 
-MARGIN: Final = 2**10
-"""Characters before those that are kept, so that what is different at the start of a cut text is not among them."""
+MARGIN_CHARACTERS: Final = 2**10
+"""Characters that are tokenized before those that are kept. The first tokens of a cut text may differ from those in the whole
+text, so they must not be among the tokens that are kept."""
 
 
 class StoppedError(Exception):
-    """Nobody wants the tokens any more."""
+    """Tokenizing was stopped, because the call has ended or the engine is stopping."""
 
 
 class Tokenizer:
@@ -31,9 +32,9 @@ class Tokenizer:
 
     Arguments:
         llama: The model.
-        vocabulary: Its tokens.
-        context_tokens: The most tokens of prompt and generated text together.
-        template: What a text is put into that does not bring it; None if texts are read as they are.
+        vocabulary: The model's vocabulary.
+        context_tokens: Maximum number of tokens in the prompt and the generated text together.
+        template: The chat template that texts are put into unless they are in it already; None reads texts as they are.
     """
 
     def __init__(self, llama: Llama, vocabulary: Vocabulary, context_tokens: int, template: ChatTemplate | None = None) -> None:
@@ -41,93 +42,96 @@ class Tokenizer:
         self._vocabulary = vocabulary
         self._context_tokens = context_tokens
         self._template = template
-        self._begin, self._end = _added(llama)
-        self._bos = llama.bos_token() if self._begin else ""
+        self._prefix, self._suffix = _added_tokens(llama)
+        self._bos = llama.bos_token() if self._prefix else ""
         bos = re.escape(self._bos)
         self._leading_bos = re.compile(rf"(?:\s|{bos})*{bos}") if bos else None
         words = [BETWEEN_WORDS.pattern] if vocabulary.can_be_cut else []
-        # SentencePiece adds a space to the start of a text, which must not be among the tokens that count.
-        inner_words = words if vocabulary.tokenizer == BPE else []
+        # SentencePiece adds a space to the start of each text. Between two chunks, that would add a token to the prompt.
+        words_of_chunks = words if vocabulary.tokenizer == BPE else []
         separators = [f"(?={re.escape(text)})" for text in vocabulary.separators]
-        found_always = [f"(?={re.escape(text)})" for text in vocabulary.separators if text in vocabulary.user_defined_tokens]
-        # By whether special tokens are such.
-        self._seams = {True: _pattern([*inner_words, *separators]), False: _pattern([*inner_words, *found_always])}
-        self._starts_of_ends = {True: _pattern([*words, *separators]), False: _pattern([*words, *found_always])}
+        user_defined = [f"(?={re.escape(text)})" for text in vocabulary.separators if text in vocabulary.user_defined_tokens]
+        # Where a text can be cut, by `Fragment.parse_special`.
+        self._chunk_cuts = {True: _any_of([*words_of_chunks, *separators]), False: _any_of([*words_of_chunks, *user_defined])}
+        self._tail_cuts = {True: _any_of([*words, *separators]), False: _any_of([*words, *user_defined])}
 
     def check_length(self, request: GenerationRequest) -> None:
-        """Raises `PromptTooLongError` for a text that has too many bytes to fit, whichever tokens it is made of.
+        """Raises `PromptTooLongError` if the text has so many bytes that no tokens could make it fit.
 
-        A short text is left to `tokens`, which tells exactly how many it has.
+        Passes a short text, for which `tokens` raises the error with the exact number of tokens.
         """
         longest = self._vocabulary.max_token_bytes
-        if longest is None or len(request.text) <= PIECE or self._keeps_what_fits(request):
+        if longest is None or len(request.text) <= CHUNK_CHARACTERS or self._truncates_to_fit(request):
             return
         at_least = -(-len(request.text.encode()) // longest)
         if request.max_input_tokens:
             at_least = min(at_least, request.max_input_tokens)
-        if at_least > self._room(request):
+        if at_least > self._max_prompt_tokens(request):
             raise PromptTooLongError(at_least, request.max_tokens, self._context_tokens, counted_tokens=0)
 
     def tokens(self, request: GenerationRequest, is_stopped: Callable[[], bool]) -> list[int]:
         """Returns the tokens of the prompt that the model reads.
 
-        Raises `PromptTooLongError`, `StoppedError` soon after `is_stopped` has become true, and what `Llama.tokenize` does.
+        Raises `PromptTooLongError`, what `Llama.tokenize` raises, and `StoppedError` if `is_stopped` returns True, which is
+        asked before each chunk.
         """
         prompt = self._prompt(request.text)
-        end = self._tail(prompt, request.max_input_tokens) if self._keeps_what_fits(request) else prompt
-        tokens = self._tokens_of(end, request, is_stopped)
-        if len(tokens) < request.max_input_tokens and end != prompt:
-            # Some models drop spaces.
+        tail = self._tail(prompt, request.max_input_tokens) if self._truncates_to_fit(request) else prompt
+        tokens = self._tokens_of(tail, request, is_stopped)
+        if len(tokens) < request.max_input_tokens and tail != prompt:
+            # The tail had too few tokens, because some models drop spaces.
             tokens = self._tokens_of(prompt, request, is_stopped)
         return tokens[-request.max_input_tokens :]
 
     def _tokens_of(self, prompt: Sequence[Fragment], request: GenerationRequest, is_stopped: Callable[[], bool]) -> list[int]:
         tokens: list[int] = []
         characters = 0
-        pieces = list(self._pieces(prompt)) or [([], True)]
-        for number, (texts, parse_special) in enumerate(pieces, 1):
+        chunks = list(self._chunks(prompt)) or [([], True)]
+        for number, (texts, parse_special) in enumerate(chunks, 1):
             if is_stopped():
                 raise StoppedError
             tokens += self._llama.tokenize(texts, parse_special=parse_special)
-            if number == 1 and tokens[: len(self._begin)] != self._begin:
-                tokens[:0] = self._begin
+            if number == 1 and tokens[: len(self._prefix)] != self._prefix:
+                tokens[:0] = self._prefix
             characters += sum(map(len, texts))
-            is_all = number == len(pieces)
+            is_all = number == len(chunks)
             if is_all:
-                tokens += self._end
-            if (is_all or characters >= PIECE) and len(tokens) > self._room(request) and not self._keeps_what_fits(request):
+                tokens += self._suffix
+            is_checked = (is_all or characters >= CHUNK_CHARACTERS) and not self._truncates_to_fit(request)
+            if is_checked and len(tokens) > self._max_prompt_tokens(request):
                 counted = None if is_all else len(tokens)
                 kept = len(tokens[-request.max_input_tokens :])
                 raise PromptTooLongError(kept, request.max_tokens, self._context_tokens, counted)
         return tokens
 
-    def _room(self, request: GenerationRequest) -> int:
+    def _max_prompt_tokens(self, request: GenerationRequest) -> int:
         return self._context_tokens - request.max_tokens
 
-    def _keeps_what_fits(self, request: GenerationRequest) -> bool:
-        return 0 < request.max_input_tokens <= self._room(request)
+    def _truncates_to_fit(self, request: GenerationRequest) -> bool:
+        """Returns whether the prompt always fits, because only its last `max_input_tokens` are kept."""
+        return 0 < request.max_input_tokens <= self._max_prompt_tokens(request)
 
     def _prompt(self, text: str) -> Sequence[Fragment]:
-        """Returns what the model reads: the text in the chat template, unless it brings one."""
+        """Returns what the model reads: the text, put into the chat template unless the text is in it already."""
         if self._template is None:
             prompt = [Fragment(text, parse_special=True)]
-        elif self._template.is_brought_by(text):
+        elif self._template.is_applied_to(text):
             prompt = [Fragment(text.lstrip(), parse_special=True)]
         else:
             prompt = self._template.prompt(text)
-        # The token that begins a text is there once, however often and after which spaces the text brings it.
+        # A prompt begins with BOS once, even if the text repeats BOS or has spaces before it.
         if self._leading_bos and prompt and prompt[0].parse_special and (found := self._leading_bos.match(prompt[0].text)):
             prompt[0] = Fragment(self._bos + prompt[0].text[found.end() :], parse_special=True)
         return prompt
 
     def _tail(self, prompt: Sequence[Fragment], tokens: int) -> Sequence[Fragment]:
-        """Returns an end of the prompt that has the same last tokens as the whole.
+        """Returns an end of the prompt whose last `tokens` tokens are those of the whole prompt.
 
-        It is the whole prompt if that is short, or has no place where it can be cut.
+        Returns the whole prompt if it is short, or if it cannot be cut anywhere.
         """
         if self._vocabulary.max_token_bytes is None:
             return prompt
-        characters = tokens * self._vocabulary.max_token_bytes + MARGIN
+        characters = tokens * self._vocabulary.max_token_bytes + MARGIN_CHARACTERS
         kept: list[Fragment] = []
         for fragment in reversed(prompt):
             if characters <= 0:
@@ -137,52 +141,52 @@ class Tokenizer:
         return kept[::-1]
 
     def _end_of(self, fragment: Fragment, characters: int) -> str:
-        """Returns an end of the fragment of at least so many characters, or all of it."""
+        """Returns an end of the fragment with at least that many characters, or the whole fragment if it cannot be cut."""
         end = len(fragment.text) - characters
-        window = PIECE
-        while end > 0 and (seams := self._starts_of_ends[fragment.parse_special]):
+        window = CHUNK_CHARACTERS
+        while end > 0 and (cuts := self._tail_cuts[fragment.parse_special]):
             start = max(end - window, 0)
-            if places := [found.start() for found in seams.finditer(fragment.text, start, end)]:
+            if places := [found.start() for found in cuts.finditer(fragment.text, start, end)]:
                 return fragment.text[places[-1] :]
             if not start:
                 break
             window *= 2
         return fragment.text
 
-    def _pieces(self, prompt: Iterable[Fragment]) -> Iterator[tuple[list[str], bool]]:
-        """Yields texts that have the same tokens by themselves as within the prompt, as many at a time as make a piece.
+    def _chunks(self, prompt: Iterable[Fragment]) -> Iterator[tuple[list[str], bool]]:
+        """Yields chunks: texts, and whether special tokens are parsed in them.
 
-        With them comes whether special tokens are such in them.
+        Each text has the same tokens by itself as within the prompt.
         """
         for parse_special, fragments in groupby(prompt, key=attrgetter("parse_special")):
             texts: list[str] = []
-            room = PIECE
+            missing = CHUNK_CHARACTERS
             for text in chain.from_iterable(map(self._cut, fragments)):
                 texts.append(text)
-                room -= len(text)
-                if room <= 0:
+                missing -= len(text)
+                if missing <= 0:
                     yield texts, parse_special
-                    texts, room = [], PIECE
+                    texts, missing = [], CHUNK_CHARACTERS
             if texts:
                 yield texts, parse_special
 
     def _cut(self, fragment: Fragment) -> Iterator[str]:
         start = 0
-        seams = self._seams[fragment.parse_special]
-        while seams and (seam := seams.search(fragment.text, start + PIECE)):
-            yield fragment.text[start : seam.start()]
-            start = seam.start()
+        cuts = self._chunk_cuts[fragment.parse_special]
+        while cuts and (cut := cuts.search(fragment.text, start + CHUNK_CHARACTERS)):
+            yield fragment.text[start : cut.start()]
+            start = cut.start()
         yield fragment.text[start:]
 
 
-def _added(llama: Llama) -> tuple[list[int], list[int]]:
-    """Returns the tokens that the model wants where a text begins, and where it ends."""
+def _added_tokens(llama: Llama) -> tuple[list[int], list[int]]:
+    """Returns the tokens with which the model expects a text to begin, and those with which it expects a text to end."""
     bare, whole = llama.tokenize("a"), llama.tokenize("a", add_special=True)
     start = next((at for at in range(len(whole)) if whole[at : at + len(bare)] == bare), len(whole))
     return whole[:start], whole[start + len(bare) :]
 
 
-def _pattern(alternatives: Iterable[str]) -> re.Pattern[str] | None:
-    """Returns the pattern of any of these patterns; None if there are none."""
+def _any_of(alternatives: Iterable[str]) -> re.Pattern[str] | None:
+    """Returns a pattern that matches any of these patterns; None if there are none."""
     joined = "|".join(alternatives)
     return re.compile(joined) if joined else None

@@ -1,4 +1,4 @@
-"""The vocabulary of a model, from the metadata of its GGUF file. llama.cpp tells neither length nor type of tokens."""
+"""Reads a model's vocabulary from the metadata of its GGUF file. llama.cpp does not tell the length and type of tokens."""
 
 import re
 from dataclasses import dataclass
@@ -15,20 +15,21 @@ _UNKNOWN: Final = 2
 _CONTROL: Final = 3
 _USER_DEFINED: Final = 4
 """Types of tokens."""
-_FOUND_FIRST: Final = (_UNKNOWN, _CONTROL, _USER_DEFINED)
-"""The types that are looked for before a text is tokenized. What is between two of them is tokenized by itself."""
+_SPECIAL_TYPES: Final = (_UNKNOWN, _CONTROL, _USER_DEFINED)
+"""llama.cpp first splits a text at tokens of these types, and then tokenizes each part between them separately."""
 
 BPE: Final = "gpt2"
 SENTENCEPIECE: Final = "llama"
-"""Models of tokenizers: byte-pair encoding of words, and of the whole text."""
+"""Names of tokenizers in GGUF: byte-pair encoding of single words, and of the whole text."""
 
 BETWEEN_WORDS: Final = re.compile(r"(?<=[^\W_])[ \n](?=\w)")
-"""A place where a text can be cut: a single space or line break between two words.
+"""Matches where a text can be cut: at a single space or line break between two words.
 
-Most models have no token that reaches across it. An underscore ends no word: many tokenizers keep it with a line break.
+In most models, no token contains the end of one word and this space or line break. An underscore does not count as the end of a
+word, because many tokenizers keep it together with a line break.
 """
 
-_REACHES_ACROSS: Final = re.compile(r"[^\W_][ \n]")
+_SPANS_CUT: Final = re.compile(r"[^\W_][ \n]")
 
 _PRINTABLE: Final = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
 _BYTES: Final = {
@@ -36,7 +37,7 @@ _BYTES: Final = {
     **{0x100 + number: byte for number, byte in enumerate(sorted({*range(0x100)} - {*_PRINTABLE}))},
     **{byte: byte for byte in _PRINTABLE},
 }
-"""The byte that each character of a token stands for in byte-pair encoding, as GPT-2 has it; for `str.translate`."""
+"""The byte that each character of a token stands for in GPT-2's byte-pair encoding; for `str.translate`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +45,14 @@ class Vocabulary:
     """The tokens of a model.
 
     Attributes:
-        tokenizer: Which model of tokenizer it is for, as GGUF names it.
-        max_token_bytes: The most bytes of text that one token stands for; None if a token can stand for any number of them.
-        special_tokens: The texts of the tokens that are looked for before a text is tokenized, such as `<|im_start|>`, and of
-            those that llama.cpp may take for such.
-        user_defined_tokens: The texts of those that are found in every text, also where special tokens are plain text.
+        tokenizer: The name of the tokenizer in GGUF.
+        max_token_bytes: Maximum number of bytes of text in one token; None if there is no maximum.
+        special_tokens: The texts of tokens such as `<|im_start|>`, at which llama.cpp splits a text before it tokenizes the
+            text, and of normal tokens that llama.cpp may treat in this way.
+        user_defined_tokens: The texts of the special tokens that llama.cpp parses in every text, even with
+            `parse_special=False`.
         can_be_cut: Whether a text has the same tokens if it is cut `BETWEEN_WORDS`.
-        separators: The texts of tokens before which any text can be cut, because they are one token wherever they are.
+        separators: The texts of special tokens before which any text can be cut, because they are one token in every text.
     """
 
     tokenizer: str
@@ -62,38 +64,38 @@ class Vocabulary:
 
     @classmethod
     def of(cls, metadata: Metadata) -> Self:
-        """Return the vocabulary in the metadata of a GGUF file; raise `KeyError` if there is none."""
+        """Returns the vocabulary in the metadata of a GGUF file; raises `KeyError` if there is none."""
         tokenizer = metadata[MODEL].decode()
         tokens = metadata[TOKENS]
         types = metadata.get(TYPES) or [_NORMAL] * len(tokens)
         is_known = tokenizer in (BPE, SENTENCEPIECE)
         lengths = (_length(token, kind, tokenizer) for token, kind in zip(tokens, types, strict=False))
         texts = [(_text(token, kind, tokenizer), kind) for token, kind in zip(tokens, types, strict=False)]
-        found_first = [text for text, kind in texts if kind in _FOUND_FIRST and text]
+        special = [text for text, kind in texts if kind in _SPECIAL_TYPES and text]
         return cls(
             tokenizer,
             max(lengths, default=None) if is_known else None,
-            tuple(text for text, kind in texts if text and (kind in _FOUND_FIRST or _looks_special(text, kind))),
+            tuple(text for text, kind in texts if text and (kind in _SPECIAL_TYPES or _looks_special(text, kind))),
             frozenset(text for text, kind in texts if kind == _USER_DEFINED),
-            is_known and not any(_REACHES_ACROSS.search(text) for text, _ in texts),
-            _separators(found_first) if is_known else (),
+            is_known and not any(_SPANS_CUT.search(text) for text, _ in texts),
+            _separators(special) if is_known else (),
         )
 
 
 def _looks_special(text: str, kind: int) -> bool:
-    """Return whether llama.cpp may take a token of an ordinary type for a special one, as it does with `<|im_end|>`."""
+    """Returns whether llama.cpp may treat a token of the normal type as a special token, as it does with `<|im_end|>`."""
     return kind == _NORMAL and len(text) > 2 and text[0] in "<[" and text[-1] in ">]"  # noqa: PLR2004 - more than the brackets
 
 
-def _separators(found_first: list[str]) -> tuple[str, ...]:
-    """Returns the tokens that can neither overlap another one nor be part of one, of those that are found before all others."""
-    firsts = {text[0] for text in found_first}
-    laters = {character for text in found_first for character in text[1:]}
-    return tuple(text for text in found_first if text[0] not in laters and firsts.isdisjoint(text[1:]))
+def _separators(special: list[str]) -> tuple[str, ...]:
+    """Returns the special tokens that can neither overlap another special token nor be a part of one."""
+    firsts = {text[0] for text in special}
+    others = {character for text in special for character in text[1:]}
+    return tuple(text for text in special if text[0] not in others and firsts.isdisjoint(text[1:]))
 
 
 def _text(token: bytes, kind: int, tokenizer: str) -> str:
-    """Returns the text that a token stands for; of characters that it has only a part of, a replacement."""
+    """Returns the text of a token, with a replacement character for each incomplete character."""
     text = token.decode(errors="replace")
     if kind != _NORMAL:
         return text
@@ -103,8 +105,8 @@ def _text(token: bytes, kind: int, tokenizer: str) -> str:
 
 
 def _length(token: bytes, kind: int, tokenizer: str) -> int:
-    """Returns how many bytes of text a token stands for, or a little more."""
+    """Returns the number of bytes in the text of a token, or a little more."""
     if tokenizer == BPE and kind == _NORMAL:
-        # Each byte is written as one character.
+        # In the vocabulary, each byte of the text is one character.
         return len(token.decode(errors="replace"))
     return len(token)

@@ -74,7 +74,7 @@ _SETUP: Final[dict[type[BaseException], tuple[str, str]]] = {
     exception.VersionError: ("Modal no longer accepts the server's version of the modal package, for {target}", "modal"),
 }
 
-MAX_WORDS: Final = 500
+MAX_MESSAGE_CHARACTERS: Final = 500
 """Characters of what Modal says. Where it lists what it knows, that can be long."""
 
 _UNREACHABLE: Final = (
@@ -154,7 +154,7 @@ def _retry_after(error: exception.ResourceExhaustedError) -> float:
 def _words(error: BaseException) -> str:
     """Returns what Modal says, on one line, to be added to what we say of it."""
     words = " ".join(str(error).split())
-    return f": {words[:MAX_WORDS].rstrip('.')}" if words else ""
+    return f": {words[:MAX_MESSAGE_CHARACTERS].rstrip('.')}" if words else ""
 
 
 @contextmanager

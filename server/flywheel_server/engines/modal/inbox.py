@@ -13,7 +13,7 @@ more there is to do, the fewer requests it takes for each. No status that Modal 
                        OK, but events were lost    the call that misses them ends with UNAVAILABLE
     QueueHeartbeat     any                         Modal's client tries again after 300 s. A queue that expires meanwhile is
                                                    NOT_FOUND for QueueGet, see there
-    QueuePut,          any                         of the lease: tried again a second later; see `engines.lease`
+    QueuePut,          any                         of the lease: tried again a second later; see `engines.modal.lease`
     QueueClear
 
 A call that goes on sending events though nobody waits for it is cancelled: Modal may accept a call, and its answer be lost.
@@ -35,49 +35,49 @@ import structlog
 
 from flywheel_server import running_time
 from flywheel_server.engines.base import EngineError, EngineUnavailableError
+from flywheel_server.engines.modal.event_batch import EventBatch
 from flywheel_server.engines.modal.lease import RENEWAL_INTERVAL, lease_of, leased_partition
 from flywheel_server.engines.modal.rate_limit import RateLimit
-from flywheel_server.engines.modal.remote_events import Pile
-from flywheel_server.engines.modal.remote_stream import Arrivals
+from flywheel_server.engines.modal.received_events import ReceivedEvents
 from flywheel_server.engines.modal.retries import Backoff
 from flywheel_server.engines.modal.waits import modal_result
 
 log = structlog.stdlib.get_logger(__name__)
 
-MAX_PILES: Final = 500
+MAX_BATCHES_PER_READ: Final = 500
 """How many piles one request brings at most."""
 
-READS_PER_SECOND: Final = 6.0
+MAX_READS_PER_SECOND: Final = 6.0
 """How many requests for events a gateway makes in the long run, however many containers send some."""
 
-READS_AT_ONCE: Final = 6
+MAX_READ_BURST: Final = 6
 """How many it makes without a pause between them, after a time with fewer."""
 
-READ_SECONDS: Final = 2.0
+READ_TIMEOUT: Final = 2.0
 """How long one request waits for events while there are calls. It is the clock by which containers are silent."""
 
 MAX_RETRY_DELAY: Final = 2.0
 """Seconds between two tries at most: events wait meanwhile."""
 
-OPENING_SECONDS: Final = 10.0
+QUEUE_CREATE_TIMEOUT: Final = 10.0
 """How long the making of a queue is tried again for."""
 
-GONE_SECONDS: Final = 10.0
+QUEUE_MISSING_SECONDS: Final = 10.0
 """How long Modal must say that it has no such queue until that is believed."""
 
-RENEWALS_KEPT: Final = 100
+MAX_LEASE_ITEMS: Final = 100
 """How many items the lease holds before it is cleared: Modal does not tell the length of a partition that holds very many."""
 
-RENEWAL_RETRY: Final = 1.0
+RENEWAL_RETRY_DELAY: Final = 1.0
 """Seconds until a renewal that failed is tried again."""
 
-STRAY_SECONDS: Final = 10.0
+STRAY_CANCEL_DELAY: Final = 10.0
 """How long a call may go on sending events after its caller has gone, until it is cancelled; and until it is so once more."""
 
-MAX_STRAYS: Final = 8
+MAX_CONCURRENT_STRAY_CANCELS: Final = 8
 """How many of them are cancelled at a time: the next is when it sends again."""
 
-HEARD_SECONDS: Final = 600.0
+CONTAINER_TTL: Final = 600.0
 """How long a container is remembered after its last sign of life."""
 
 Errors = Callable[[], AbstractContextManager[None]]
@@ -106,7 +106,7 @@ class Inbox:
         await asyncio.gather(*(reader.close() for reader in self._readers))
 
     @asynccontextmanager
-    async def receiving(self) -> AsyncIterator[tuple[Address, Arrivals]]:
+    async def receiving(self) -> AsyncIterator[tuple[Address, ReceivedEvents]]:
         """Gives a new address for a call, and what arrives there for the length of the context; raises `EngineError`."""
         # A task of its own: a caller who goes away must not take it from others, nor leave a queue that nobody closes.
         if self._opening is None or _failed(self._opening):
@@ -117,7 +117,7 @@ class Inbox:
 
     async def _open(self) -> "_Reader":
         backoff = Backoff(MAX_RETRY_DELAY)
-        given_up = running_time.now() + OPENING_SECONDS
+        given_up = running_time.now() + QUEUE_CREATE_TIMEOUT
         while True:
             making = modal.Queue.ephemeral(environment_name=self._environment or None)
             try:
@@ -156,7 +156,7 @@ class _Reader:
         self._queue = made
         self._making = making
         self._partition = leased_partition()
-        self._calls: dict[str, Arrivals] = {}
+        self._calls: dict[str, ReceivedEvents] = {}
         self._retired = False
         self._missing = 0
         """How many times running Modal has said that it has no such queue."""
@@ -194,10 +194,10 @@ class _Reader:
         await asyncio.gather(self.reading, return_exceptions=True)
 
     @contextmanager
-    def receiving(self) -> Iterator[tuple[Address, Arrivals]]:
+    def receiving(self) -> Iterator[tuple[Address, ReceivedEvents]]:
         """Gives a new address for a call, and what arrives there for the length of the context."""
         call = uuid.uuid4().hex
-        arrivals = self._calls[call] = Arrivals()
+        arrivals = self._calls[call] = ReceivedEvents()
         if self.reading.done():
             arrivals.fail(_gone())
         elif self._renewing is None or self._renewing.done():
@@ -227,7 +227,7 @@ class _Reader:
 
     async def _read(self) -> None:
         loop = asyncio.get_running_loop()
-        backoff, limit = Backoff(MAX_RETRY_DELAY), RateLimit(READS_PER_SECOND, READS_AT_ONCE)
+        backoff, limit = Backoff(MAX_RETRY_DELAY), RateLimit(MAX_READS_PER_SECOND, MAX_READ_BURST)
         read_at, refused = loop.time(), 0
         while not self._is_gone():
             await limit.acquire()
@@ -247,7 +247,7 @@ class _Reader:
             self._missing = 0
             backoff.reset()
             # However long Modal took for it, a request waited for no more than this.
-            self._clock += min(loop.time() - read_at, READ_SECONDS)
+            self._clock += min(loop.time() - read_at, READ_TIMEOUT)
             read_at = loop.time()
             for each in data:
                 self._hand_over(each)
@@ -258,8 +258,10 @@ class _Reader:
     async def _arrived(self) -> list[Any]:
         try:
             # Without calls, a request is as long as Modal's client lets it be, to make few of them.
-            seconds = READ_SECONDS if self._calls else None
-            return await modal_result(self._queue.get_many.aio(MAX_PILES, timeout=seconds, partition=self._partition))
+            seconds = READ_TIMEOUT if self._calls else None
+            return await modal_result(
+                self._queue.get_many.aio(MAX_BATCHES_PER_READ, timeout=seconds, partition=self._partition)
+            )
         except queue.Empty:
             return []
 
@@ -270,12 +272,12 @@ class _Reader:
                 self._missing_since = running_time.now()
 
     def _is_gone(self) -> bool:
-        return self._missing > 1 and running_time.now() - self._missing_since > GONE_SECONDS
+        return self._missing > 1 and running_time.now() - self._missing_since > QUEUE_MISSING_SECONDS
 
     def _hand_over(self, data: Any) -> None:  # noqa: ANN401 - what has come is to be found out
         arrivals = self._calls.get(str(data.get("call"))) if isinstance(data, dict) else None
         try:
-            pile = Pile.unpack(data)
+            pile = EventBatch.unpack(data)
         except EngineError as error:
             if arrivals is not None:
                 arrivals.fail(error)
@@ -290,10 +292,10 @@ class _Reader:
         elif pile.function_call and not pile.ended:
             self._stop_if_stray(pile)
 
-    def _stop_if_stray(self, pile: Pile) -> None:
+    def _stop_if_stray(self, pile: EventBatch) -> None:
         """Cancels the call of the pile, which nobody waits for, unless its caller has left just now, who cancels it."""
         self._forget_old()
-        if {pile.call, pile.function_call} & self._left.keys() or len(self._cancelling) >= MAX_STRAYS:
+        if {pile.call, pile.function_call} & self._left.keys() or len(self._cancelling) >= MAX_CONCURRENT_STRAY_CANCELS:
             return
         log.warning("stray call cancelled", call=pile.function_call)
         self._left[pile.function_call] = asyncio.get_running_loop().time()
@@ -303,12 +305,12 @@ class _Reader:
 
     def _forget_old(self) -> None:
         now = asyncio.get_running_loop().time()
-        while self._left and now - next(iter(self._left.values())) > STRAY_SECONDS:
+        while self._left and now - next(iter(self._left.values())) > STRAY_CANCEL_DELAY:
             del self._left[next(iter(self._left))]
 
     def _note_life_of(self, container: str) -> None:
         if container not in self._heard:
-            self._heard = {known: at for known, at in self._heard.items() if self._clock - at < HEARD_SECONDS}
+            self._heard = {known: at for known, at in self._heard.items() if self._clock - at < CONTAINER_TTL}
         self._heard[container] = self._clock
 
     async def _renew(self) -> None:
@@ -318,12 +320,12 @@ class _Reader:
         await asyncio.sleep(self._renewed_at + RENEWAL_INTERVAL - loop.time())
         while self._calls:
             try:
-                if self._renewals % RENEWALS_KEPT == RENEWALS_KEPT - 1:
+                if self._renewals % MAX_LEASE_ITEMS == MAX_LEASE_ITEMS - 1:
                     await modal_result(self._queue.clear.aio(partition=lease))
                 await modal_result(self._queue.put.aio(None, block=False, partition=lease))
             except Exception as error:  # noqa: BLE001 - whatever it is, the next try may succeed
                 log.debug("lease not renewed", error=f"{type(error).__name__}: {error}")
-                await asyncio.sleep(RENEWAL_RETRY)
+                await asyncio.sleep(RENEWAL_RETRY_DELAY)
             else:
                 self._renewals += 1
                 self._renewed_at = loop.time()

@@ -20,7 +20,7 @@ What becomes of a request to Modal, by the status that it fails with, once Modal
 
 - "Again" is with backoff, for as long as the caller waits for the call, and for `FLYWHEEL_MODAL_TIMEOUT` seconds of failures at
   most: by then Modal has ended the call.
-- "Doubted" is again for `DOUBT_SECONDS`: see `flywheel_server.engines.modal.retries`.
+- "Doubted" is again for `CONFIRMATION_SECONDS`: see `flywheel_server.engines.modal.retries`.
 - Only what Modal has certainly not accepted is spawned again. Each further try looks the class up anew, which may have been
   deployed anew.
 """
@@ -39,23 +39,23 @@ from flywheel_server.engines.base import (
     EngineUnavailableError,
 )
 from flywheel_server.engines.modal.errors import source_of
-from flywheel_server.engines.modal.retries import Doubt
+from flywheel_server.engines.modal.retries import RetryPolicy
 from flywheel_server.engines.modal.waits import modal_result
 
 Errors: TypeAlias = Callable[[], AbstractContextManager[None]]
 """Makes a context that turns whatever comes from Modal into errors of `engines.base`."""
 
-LOOK_SECONDS: Final = 15.0
+POLL_TIMEOUT: Final = 15.0
 """How long one look at whether a call has ended lasts at most.
 
 A look is a request that Modal answers as soon as the call ends: longer ones make fewer requests.
 """
 
-SILENCE_SECONDS: Final = 2.0
+SILENCE_BEFORE_POLL_SECONDS: Final = 2.0
 """How long nothing must have arrived from a call for it to be looked at."""
 
 
-class UnansweredError(Exception):
+class CallRequestError(Exception):
     """A request about a call has failed, which tells nothing of the call unless it lasts.
 
     Attributes:
@@ -92,11 +92,11 @@ class RemoteCall:
         self.ended = False
         """Whether there is nothing left to cancel."""
         self._silent_at = 0.0
-        self._doubt = Doubt(timeout)
+        self._doubt = RetryPolicy(timeout)
 
     def heard(self) -> None:
         """Takes note that something has arrived from the call: it lives, and need not be looked at now."""
-        self._silent_at = asyncio.get_running_loop().time() + SILENCE_SECONDS
+        self._silent_at = asyncio.get_running_loop().time() + SILENCE_BEFORE_POLL_SECONDS
         if self._doubt.failures:
             self._doubt.dispel()
 
@@ -107,11 +107,11 @@ class RemoteCall:
     async def result(self) -> Any:  # noqa: ANN401 - what has come is to be found out
         """Returns what the method returned; raises what became of it as `EngineError`."""
         call = await self.accepted()
-        doubt = Doubt(self._timeout)
+        doubt = RetryPolicy(self._timeout)
         while True:
             try:
                 return await self._outcome(call, None)
-            except UnansweredError as unanswered:
+            except CallRequestError as unanswered:
                 await asyncio.sleep(doubt.delay(unanswered.error, passes=unanswered.passes))
 
     async def watched(self, turns: asyncio.Semaphore) -> Any:  # noqa: ANN401 - as above
@@ -126,20 +126,20 @@ class RemoteCall:
                 await asyncio.sleep(left)
             async with turns:
                 try:
-                    return await self._outcome(call, LOOK_SECONDS)
+                    return await self._outcome(call, POLL_TIMEOUT)
                 except TimeoutError:
                     self._doubt.dispel()
-                except UnansweredError as unanswered:
+                except CallRequestError as unanswered:
                     await asyncio.sleep(self._doubt.delay(unanswered.error, passes=unanswered.passes))
 
     async def has_ended(self) -> bool:
         """Returns whether the call is known to have ended."""
-        with suppress(EngineError, TimeoutError, UnansweredError):
+        with suppress(EngineError, TimeoutError, CallRequestError):
             await self._outcome(await self.accepted(), 0)
         return self.ended
 
     async def _outcome(self, call: modal.FunctionCall[Any], seconds: float | None) -> Any:  # noqa: ANN401 - as above
-        """Returns what the method returned; raises its `EngineError`, TimeoutError if it has none yet, or `UnansweredError`."""
+        """Returns what the method returned; raises `EngineError`, TimeoutError if the call has not ended, or `CallRequestError`."""
         try:
             result = await modal_result(call.get.aio(timeout=seconds))
         except (asyncio.CancelledError, GeneratorExit):
@@ -156,7 +156,7 @@ class RemoteCall:
         return result
 
     async def cancel(self) -> None:
-        """Cancels the call on Modal; raises `UnansweredError`, after which it may be tried again."""
+        """Cancels the call on Modal; raises `CallRequestError`, after which it may be tried again."""
         call = await self.accepted()
         try:
             await modal_result(call.cancel.aio())
@@ -164,14 +164,14 @@ class RemoteCall:
             raise self._unanswered(error) from None
         self.ended = True
 
-    def _unanswered(self, error: BaseException) -> UnansweredError:
+    def _unanswered(self, error: BaseException) -> CallRequestError:
         if isinstance(error, exception.NotFoundError | exception.OutputExpiredError):
-            return UnansweredError(EngineUnavailableError(f"the call is gone: {error}"), gone=True)
+            return CallRequestError(EngineUnavailableError(f"the call is gone: {error}"), gone=True)
         try:
             with self._errors():
                 raise error
         except EngineError as translated:
-            return UnansweredError(translated, gone=False)
+            return CallRequestError(translated, gone=False)
 
 
 def _look_at(spawning: asyncio.Future[Any]) -> None:

@@ -32,9 +32,9 @@ import structlog
 
 from flywheel_server.engines.base import EngineError, EngineOverloadedError, EngineStats, EngineUnavailableError
 from flywheel_server.engines.modal.errors import Target
-from flywheel_server.engines.modal.reach import Reach
+from flywheel_server.engines.modal.reachability import Reachability
 from flywheel_server.engines.modal.remote_fields import further_fields, signature_of, unsupported
-from flywheel_server.engines.modal.retries import unless_refused
+from flywheel_server.engines.modal.retries import retry_refused
 from flywheel_server.engines.modal.waits import modal_result
 from flywheel_server.messages import GenerationRequest
 
@@ -48,7 +48,7 @@ STATS_TIMEOUT: Final = 5.0
 PROBE_TIMEOUT: Final = 15.0
 """Seconds that Modal has to find the class, when that is only done to see whether it can be reached."""
 
-RENEWAL_TIMEOUT: Final = 5.0
+LOOKUP_TIMEOUT: Final = 5.0
 """Seconds that Modal has to find a class anew that was found before. Calls wait for it."""
 
 
@@ -83,7 +83,7 @@ class RemoteClass:
         self._methods: Methods | None = None
         self._doubted = False
         self._looking_up = asyncio.Lock()
-        self._reach = Reach()
+        self._reach = Reachability()
         self._asking: asyncio.Task[EngineStats] | None = None
         self._probing: asyncio.Task[None] | None = None
 
@@ -100,7 +100,7 @@ class RemoteClass:
             if self._methods is None:
                 try:
                     with self._errors():
-                        self._methods = await unless_refused(self._look_up)
+                        self._methods = await retry_refused(self._look_up)
                 except EngineError:
                     self._reach.failed()
                     raise
@@ -108,7 +108,7 @@ class RemoteClass:
                 self._doubted = False
                 try:
                     with self._errors():
-                        async with asyncio.timeout(RENEWAL_TIMEOUT):
+                        async with asyncio.timeout(LOOKUP_TIMEOUT):
                             self._methods = await self._look_up()
                 except EngineError as error:
                     log.warning("class not looked up anew", error=str(error))
@@ -140,7 +140,7 @@ class RemoteClass:
             return await modal_result(function.spawn.aio(**arguments))
 
         with self._errors():
-            call = await unless_refused(once)
+            call = await retry_refused(once)
         self._reach.succeeded()
         return call
 

@@ -25,7 +25,7 @@ REFUSALS: Final = (
 )
 """What a request raises that Modal has certainly not accepted, and may accept at the next try."""
 
-REFUSED_TRIES: Final = 3
+MAX_TRIES: Final = 3
 """How often a request is made that Modal refuses."""
 
 FIRST_DELAY: Final = 0.25
@@ -37,7 +37,7 @@ MAX_DELAY: Final = 5.0
 MAX_RETRY_AFTER: Final = 30.0
 """Seconds that Modal may ask for at most, before it is asked again all the same."""
 
-DOUBT_SECONDS: Final = 10.0
+CONFIRMATION_SECONDS: Final = 10.0
 """How long an error must last that would not pass if it were true, such as that there is no such call."""
 
 
@@ -60,24 +60,24 @@ class Backoff:
         return asked + delay * random.uniform(0.75, 1.25)  # noqa: S311 - nothing is secret in it
 
 
-async def unless_refused(request: Callable[[], Awaitable[T]]) -> T:
-    """Returns what the request returns, which is made `REFUSED_TRIES` times at most, until it raises none of `REFUSALS`."""
+async def retry_refused(request: Callable[[], Awaitable[T]]) -> T:
+    """Returns what the request returns, which is made `MAX_TRIES` times at most, until it raises none of `REFUSALS`."""
     backoff = Backoff()
     while True:
         try:
             return await request()
         except REFUSALS as error:
             delay = backoff.delay(error)
-            if backoff.failures == REFUSED_TRIES:
+            if backoff.failures == MAX_TRIES:
                 raise
         await asyncio.sleep(delay)
 
 
-class Doubt:
+class RetryPolicy:
     """Decides between two readings whether an error is believed, which ends the reading.
 
     Arguments:
-        patience: Seconds that errors which pass by themselves may last. Any other is believed after `DOUBT_SECONDS`.
+        patience: Seconds that errors which pass by themselves may last. Any other is believed after `CONFIRMATION_SECONDS`.
     """
 
     def __init__(self, patience: float) -> None:
@@ -105,7 +105,7 @@ class Doubt:
             self._doubted_since = None
         elif self._doubted_since is None:
             self._doubted_since = now
-        has_lasted = self._doubted_since is not None and now - self._doubted_since >= DOUBT_SECONDS
+        has_lasted = self._doubted_since is not None and now - self._doubted_since >= CONFIRMATION_SECONDS
         if has_lasted or now - self._failing_since >= self._patience:
             raise error
         return self._backoff.delay(error)

@@ -7,10 +7,10 @@ from typing import Any, Final
 from pydantic import ValidationError
 
 from flywheel_server.engines.base import EngineFailedError, EngineUnavailableError, Event, Started
+from flywheel_server.engines.modal.event_batch import EventBatch, Receipt
 from flywheel_server.engines.modal.remote_call import RemoteCall
-from flywheel_server.engines.modal.remote_events import Pile, Receipt
 
-EVENTS_GRACE: Final = 10.0
+LAST_EVENTS_TIMEOUT: Final = 10.0
 """Seconds of working reads for the rest of the events to arrive once the call that sent them has returned."""
 
 MAX_SILENCE: Final = 30.0
@@ -21,7 +21,7 @@ does not come, for which it waits `ANSWER_SECONDS` of `deployment.outbox`.
 """
 
 
-class Arrivals:
+class ReceivedEvents:
     """What has arrived for a call: events in their order, each once, and what ended the call.
 
     When Modal loses a container, it runs the calls in it again in another one. Nobody notices as long as nothing was sent;
@@ -44,7 +44,7 @@ class Arrivals:
         self.call_failed = asyncio.Event()
         """Set if the class says that the call has failed there."""
 
-    def add(self, pile: Pile) -> None:
+    def add(self, pile: EventBatch) -> None:
         """Takes in the events of the pile that are news.
 
         A pile that came before is dropped: a put whose answer was lost is repeated, though its items may have been stored.
@@ -64,7 +64,7 @@ class Arrivals:
             self._received += 1
             self._add_news(pile)
 
-    def _add_news(self, pile: Pile) -> None:
+    def _add_news(self, pile: EventBatch) -> None:
         news = [event for event in pile.events if not (self._started and isinstance(event, Started))]
         self._started = self._started or bool(pile.events)
         if any(not isinstance(event, Started) for event in news):
@@ -104,7 +104,7 @@ class Arrivals:
         if self._receipt is not None and not self._has_all():
             if self._returned_at is None:
                 self._returned_at = clock
-            elif clock - self._returned_at > EVENTS_GRACE:
+            elif clock - self._returned_at > LAST_EVENTS_TIMEOUT:
                 self.fail(EngineUnavailableError("Modal lost the last events of the call"))
 
     async def take(self) -> list[Event]:
@@ -124,7 +124,7 @@ class Arrivals:
         return receipt is not None and (self._attempt, self._received) == (receipt.attempt, receipt.piles)
 
 
-async def events_of(call: RemoteCall, arrivals: Arrivals, watchers: asyncio.Semaphore) -> AsyncGenerator[Event, None]:
+async def events_of(call: RemoteCall, arrivals: ReceivedEvents, watchers: asyncio.Semaphore) -> AsyncGenerator[Event, None]:
     """Yields the events that arrive from the call; raises what becomes of it. Stop reading after the last sample."""
 
     def end(watch: asyncio.Task[Any]) -> None:

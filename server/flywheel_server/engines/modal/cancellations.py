@@ -9,22 +9,22 @@ from typing import Final
 import structlog
 
 from flywheel_server.engines.base import EngineError
-from flywheel_server.engines.modal.remote_call import RemoteCall, UnansweredError
-from flywheel_server.engines.modal.retries import Doubt
+from flywheel_server.engines.modal.remote_call import CallRequestError, RemoteCall
+from flywheel_server.engines.modal.retries import RetryPolicy
 
 log = structlog.stdlib.get_logger(__name__)
 
-MAX_AT_A_TIME: Final = 64
+MAX_CONCURRENT_CANCELS: Final = 64
 """How many calls are being cancelled at a time: more take turns."""
 
-LOOK_AFTER: Final = 3
+FAILURES_BEFORE_POLL: Final = 3
 """Failed tries to cancel a call after which each further one is preceded by a look at whether the call has ended by itself."""
 
-MAX_STOP_DELAY: Final = 0.5
+MAX_STOP_RETRY_DELAY: Final = 0.5
 """Seconds between two tries at most once the engine stops."""
 
 
-class Cancels:
+class Cancellations:
     """Cancels calls, each until Modal has been told or the call has ended.
 
     Arguments:
@@ -33,7 +33,7 @@ class Cancels:
 
     def __init__(self, timeout: float) -> None:
         self._timeout = timeout
-        self._turns = asyncio.Semaphore(MAX_AT_A_TIME)
+        self._turns = asyncio.Semaphore(MAX_CONCURRENT_CANCELS)
         self._pending: set[asyncio.Task[None]] = set()
         self._delayed: set[RemoteCall] = set()
         self._outcomes: Counter[bool] = Counter()
@@ -64,7 +64,7 @@ class Cancels:
         try:
             await call.accepted()
         except EngineError:
-            return  # which the caller was told; if there is a call all the same, `engines.inbox` cancels it once it sends
+            return  # which the caller was told; if there is a call all the same, `engines.modal.inbox` cancels it once it sends
         async with self._turns:
             is_over = await self._tell(call)
         if call in self._delayed:
@@ -76,11 +76,11 @@ class Cancels:
 
     async def _tell(self, call: RemoteCall) -> bool:
         """Returns True once Modal has been told or the call has ended, and False if neither is known after the timeout."""
-        doubt = Doubt(self._timeout)
+        doubt = RetryPolicy(self._timeout)
         while True:
             try:
                 await call.cancel()
-            except UnansweredError as unanswered:
+            except CallRequestError as unanswered:
                 if not self._delayed:
                     log.warning("cancels delayed", error=str(unanswered.error))
                 self._delayed.add(call)
@@ -91,12 +91,12 @@ class Cancels:
             else:
                 return True
             await self._pause(delay)
-            if doubt.failures >= LOOK_AFTER and await call.has_ended():
+            if doubt.failures >= FAILURES_BEFORE_POLL and await call.has_ended():
                 return True
 
     async def _pause(self, seconds: float) -> None:
         if self._stopping.is_set():
-            await asyncio.sleep(min(seconds, MAX_STOP_DELAY))
+            await asyncio.sleep(min(seconds, MAX_STOP_RETRY_DELAY))
             return
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):

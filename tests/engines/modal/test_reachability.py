@@ -29,7 +29,7 @@ def deployed(cloud: ModalCloud) -> ModalCloud:
 
 @pytest.fixture(autouse=True)
 def quick(cloud: ModalCloud, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr("flywheel_server.engines.modal.reach.DOUBT_SECONDS", 0.5)
+    monkeypatch.setattr("flywheel_server.engines.modal.reachability.CONFIRMATION_SECONDS", 0.5)
     monkeypatch.setattr("flywheel_server.engines.modal.remote_class.STATS_TIMEOUT", 0.3)
     monkeypatch.setattr("flywheel_server.engines.modal.remote_class.PROBE_TIMEOUT", 2.0)
     yield

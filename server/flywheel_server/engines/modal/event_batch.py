@@ -33,7 +33,7 @@ class _Sample(BaseModel):
     sample: GenerationResponseSample
 
 
-class _Pile(BaseModel):
+class _EventBatch(BaseModel):
     model_config = ConfigDict(strict=True)
 
     call: str
@@ -47,7 +47,7 @@ class _Pile(BaseModel):
 
 
 @dataclass(frozen=True, slots=True)
-class Pile:
+class EventBatch:
     """Some events of a call that were sent together; or a sign of life of a container, which is of no call.
 
     Attributes:
@@ -71,7 +71,7 @@ class Pile:
     function_call: str = ""
 
     @classmethod
-    def sign_of_life(cls, container: str, *, leaving: bool = False) -> Self:
+    def heartbeat(cls, container: str, *, leaving: bool = False) -> Self:
         """Returns a pile that says only that the container lives, or that it is about to end. Older gateways pass over it."""
         return cls("", "", 0, [], container, leaving=leaving)
 
@@ -91,7 +91,7 @@ class Pile:
     def unpack(cls, data: Any) -> Self:  # noqa: ANN401 - what has come is to be found out
         """Returns the pile that the data stands for; raises `EngineFailedError` where it is something else."""
         try:
-            pile = _Pile.model_validate(data)
+            pile = _EventBatch.model_validate(data)
         except ValidationError as error:
             # Without the input, which holds text of the model.
             problems = error.errors(include_url=False, include_input=False, include_context=False)

@@ -1,14 +1,14 @@
 """Whether calls to a class on Modal can be made: what health says while Modal does not say how busy the class is."""
 
 from flywheel_server import running_time
-from flywheel_server.engines.modal.retries import DOUBT_SECONDS
+from flywheel_server.engines.modal.retries import CONFIRMATION_SECONDS
 
 
-class Reach:
+class Reachability:
     """Knows from the requests to Modal whether the class can be reached.
 
     It can be reached once a request has succeeded that finds or calls it, and until such requests have failed, and none has
-    succeeded, for `DOUBT_SECONDS`.
+    succeeded, for `CONFIRMATION_SECONDS`.
     """
 
     def __init__(self) -> None:
@@ -20,7 +20,7 @@ class Reach:
         if not self._known or self._failing_since is None:
             return self._known
         lasted = running_time.now() - self._failing_since
-        return self._failures < 2 or lasted < DOUBT_SECONDS  # noqa: PLR2004 - one failure is no verdict
+        return self._failures < 2 or lasted < CONFIRMATION_SECONDS  # noqa: PLR2004 - one failure is no verdict
 
     def succeeded(self) -> None:
         """Takes note that the class was found or called."""

@@ -23,17 +23,17 @@ from flywheel_server.engines.base import (
     Sink,
     Started,
 )
-from flywheel_server.engines.modal.cancels import Cancels
+from flywheel_server.engines.modal.cancellations import Cancellations
 from flywheel_server.engines.modal.errors import Target, as_engine_errors
 from flywheel_server.engines.modal.inbox import Inbox
+from flywheel_server.engines.modal.received_events import events_of
 from flywheel_server.engines.modal.remote_call import RemoteCall
 from flywheel_server.engines.modal.remote_class import RemoteClass
 from flywheel_server.engines.modal.remote_fields import arguments_of, further_fields
-from flywheel_server.engines.modal.remote_stream import events_of
 from flywheel_server.engines.samples import StopGate
 from flywheel_server.messages import GenerationRequest, GenerationResponse, GenerationResponseSample
 
-WATCHERS: Final = 64
+MAX_CONCURRENT_POLLS: Final = 64
 """How many calls that stream are looked at at a time: more take turns, and only their failure is noticed later for it."""
 
 STOP_GRACE: Final = 6.0
@@ -59,10 +59,10 @@ class FlywheelEngine:
         self._model = model
         self._errors = partial(as_engine_errors, target, timeout)
         self._class = RemoteClass(target, None if as_deployed else options, self._errors)
-        self._watchers = asyncio.Semaphore(WATCHERS)
+        self._watchers = asyncio.Semaphore(MAX_CONCURRENT_POLLS)
         self._inbox = Inbox(target.environment, self._errors)
         self._calls: set[RemoteCall] = set()
-        self._cancels = Cancels(timeout)
+        self._cancels = Cancellations(timeout)
 
     async def __aenter__(self) -> Self:
         if config.get("max_throttle_wait") is None:

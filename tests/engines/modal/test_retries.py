@@ -5,7 +5,14 @@ from collections.abc import Iterator
 import pytest
 from flywheel_server import running_time
 from flywheel_server.engines.base import EngineOverloadedError, EngineSetupError, EngineUnavailableError
-from flywheel_server.engines.modal.retries import DOUBT_SECONDS, MAX_DELAY, MAX_RETRY_AFTER, Backoff, Doubt, unless_refused
+from flywheel_server.engines.modal.retries import (
+    CONFIRMATION_SECONDS,
+    MAX_DELAY,
+    MAX_RETRY_AFTER,
+    Backoff,
+    RetryPolicy,
+    retry_refused,
+)
 from modal import exception
 
 PASSING = EngineUnavailableError("out of reach")
@@ -42,7 +49,7 @@ def test_what_modal_asks_for_comes_on_top_within_reason() -> None:
 
 
 def test_what_passes_is_believed_after_the_patience(clock: Clock) -> None:
-    doubt = Doubt(PATIENCE)
+    doubt = RetryPolicy(PATIENCE)
     doubt.delay(PASSING, passes=True)
     clock.now += PATIENCE - 1
     doubt.delay(PASSING, passes=True)
@@ -52,9 +59,9 @@ def test_what_passes_is_believed_after_the_patience(clock: Clock) -> None:
 
 
 def test_what_does_not_pass_is_believed_once_it_has_lasted(clock: Clock) -> None:
-    doubt = Doubt(PATIENCE)
+    doubt = RetryPolicy(PATIENCE)
     doubt.delay(REFUSED, passes=False)
-    clock.now += DOUBT_SECONDS - 1
+    clock.now += CONFIRMATION_SECONDS - 1
     doubt.delay(REFUSED, passes=False)
     clock.now += 1
     with pytest.raises(EngineSetupError):
@@ -63,9 +70,9 @@ def test_what_does_not_pass_is_believed_once_it_has_lasted(clock: Clock) -> None
 
 @pytest.mark.parametrize("success", [True, False])
 def test_another_answer_between_two_that_are_alike_begins_the_doubt_anew(clock: Clock, *, success: bool) -> None:
-    doubt = Doubt(PATIENCE)
+    doubt = RetryPolicy(PATIENCE)
     doubt.delay(REFUSED, passes=False)
-    clock.now += DOUBT_SECONDS - 1
+    clock.now += CONFIRMATION_SECONDS - 1
     if success:
         doubt.dispel()
         assert doubt.failures == 0
@@ -73,7 +80,7 @@ def test_another_answer_between_two_that_are_alike_begins_the_doubt_anew(clock: 
         doubt.delay(PASSING, passes=True)
     clock.now += 1
     doubt.delay(REFUSED, passes=False)
-    clock.now += DOUBT_SECONDS - 1
+    clock.now += CONFIRMATION_SECONDS - 1
     doubt.delay(REFUSED, passes=False)
 
 
@@ -87,13 +94,13 @@ async def test_a_refused_request_is_made_three_times(monkeypatch: pytest.MonkeyP
             raise error
         return "done"
 
-    assert await unless_refused(lambda: request(2, exception.ConflictError("x"))) == "done"
+    assert await retry_refused(lambda: request(2, exception.ConflictError("x"))) == "done"
     made.clear()
     with pytest.raises(exception.NotFoundError):
-        await unless_refused(lambda: request(3, exception.NotFoundError("x")))
+        await retry_refused(lambda: request(3, exception.NotFoundError("x")))
     assert len(made) == 3
     made.clear()
     # It may have been accepted.
     with pytest.raises(exception.ServiceError):
-        await unless_refused(lambda: request(1, exception.ServiceError("x")))
+        await retry_refused(lambda: request(1, exception.ServiceError("x")))
     assert len(made) == 1

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 from flywheel_server.engines.base import EngineFailedError, Event, Started, TextDelta
-from flywheel_server.engines.modal.remote_events import Pile
+from flywheel_server.engines.modal.event_batch import EventBatch
 from flywheel_server.messages import GenerationResponseSample
 
 SAMPLE = GenerationResponseSample(
@@ -25,14 +25,14 @@ def plain(data: Any) -> bool:
 
 def test_there_and_back() -> None:
     for pile in (
-        Pile("call-1", "attempt-1", 3, EVENTS),
-        Pile("call-1", "attempt-1", 3, EVENTS, "container-1"),
-        Pile("call-1", "attempt-1", 4, [], "container-1", ended=True),
-        Pile.sign_of_life("container-1"),
-        Pile.sign_of_life("container-1", leaving=True),
+        EventBatch("call-1", "attempt-1", 3, EVENTS),
+        EventBatch("call-1", "attempt-1", 3, EVENTS, "container-1"),
+        EventBatch("call-1", "attempt-1", 4, [], "container-1", ended=True),
+        EventBatch.heartbeat("container-1"),
+        EventBatch.heartbeat("container-1", leaving=True),
     ):
         assert plain(pile.pack())
-        assert Pile.unpack(pile.pack()) == pile
+        assert EventBatch.unpack(pile.pack()) == pile
 
 
 def pile(*events: Any, **fields: Any) -> dict[str, Any]:
@@ -56,6 +56,6 @@ def pile(*events: Any, **fields: Any) -> dict[str, Any]:
 )
 def test_anything_else_is_refused_without_its_text(data: Any) -> None:
     with pytest.raises(EngineFailedError) as caught:
-        Pile.unpack(data)
+        EventBatch.unpack(data)
     assert "SECRET" not in str(caught.value)
     assert caught.value.__context__ is None or caught.value.__suppress_context__

@@ -1,0 +1,350 @@
+"""The embedded engine: llama.cpp runs a GGUF model in this process."""
+
+import asyncio
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, suppress
+from functools import partial
+from http.client import HTTPException
+from pathlib import Path
+from typing import Final, Self
+
+import structlog
+
+from flywheel_server.engines.base import (
+    EngineError,
+    EngineFailedError,
+    EngineModel,
+    EngineStats,
+    EngineUnavailableError,
+    PreparedRequest,
+    PromptFormat,
+    PromptTooLongError,
+    Sink,
+)
+from flywheel_server.engines.capacity import Capacity
+from flywheel_server.engines.llama_cpp import native_log
+from flywheel_server.engines.llama_cpp.chat_template import ChatTemplate, UnusableTemplateError
+from flywheel_server.engines.llama_cpp.completion import Completion
+from flywheel_server.engines.llama_cpp.handover import Handover
+from flywheel_server.engines.llama_cpp.llama import Llama, step_tokens
+from flywheel_server.engines.llama_cpp.load_failure import load_failure, template_failure
+from flywheel_server.engines.llama_cpp.model_file import ModelFile, UnusableModelError
+from flywheel_server.engines.llama_cpp.progress import Progress
+from flywheel_server.engines.llama_cpp.prompt_queue import PromptQueue
+from flywheel_server.engines.llama_cpp.sample_groups import SampleGroups
+from flywheel_server.engines.llama_cpp.tokenizer import CHUNK_CHARACTERS, StoppedError, Tokenizer
+from flywheel_server.engines.samples import SampleCollector
+from flywheel_server.engines.uninterrupted import wait_until_done
+from flywheel_server.messages import GenerationRequest
+from flywheel_server.system import heap
+from flywheel_server.system.memory import total_memory
+
+log = structlog.stdlib.get_logger(__name__)
+
+CHECK_REQUEST: Final = GenerationRequest(text="Hello", max_tokens=1)
+"""The request of `check`, which shows that the model generates."""
+
+MAX_CONCURRENT_TOKENIZATIONS: Final = 2
+"""Prompts of callers that are tokenized at the same time. One further thread keeps `check` from waiting for them."""
+
+
+class EmbeddedEngine:
+    """Runs a GGUF model.
+
+    Arguments:
+        model: The GGUF file.
+        context_tokens: Tokens of context that all samples share. A single sample may use all of them, up to the context that
+            the model was trained for.
+        slots: Samples that are generated at the same time; further samples wait.
+        threads: Threads that compute.
+        batch_tokens: Maximum number of tokens computed in one step; one for each slot if there are more slots. A cancel takes
+            effect after the step.
+        prompt_format: "chat" puts a text into the model's chat template unless the text is in that template already; "raw"
+            leaves it as it is. None means "chat" if the model has a template, and "raw" if not.
+        prompt_cache: Whether a slot skips the tokens that a prompt begins with if its last prompt, from any caller, began with
+            the same tokens.
+        memory_map: Whether the file is mapped into memory instead of read.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        *,
+        context_tokens: int,
+        slots: int,
+        threads: int,
+        batch_tokens: int,
+        prompt_format: PromptFormat | None,
+        prompt_cache: bool = True,
+        memory_map: bool = True,
+    ) -> None:
+        self._path = model
+        self._pool_tokens = context_tokens
+        self._context_tokens = context_tokens
+        self._slots = slots
+        self._threads = threads
+        self._batch_tokens = batch_tokens
+        self._configured_format = prompt_format
+        self._prompt_format: PromptFormat = prompt_format or "raw"
+        self._prompt_cache = prompt_cache
+        self._memory_map = memory_map
+        self._capacity = Capacity(slots, context_tokens)
+        self._prompts = PromptQueue(step_tokens(batch_tokens, slots) - slots)
+        self._stopping = False
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._completions: set[Completion] = set()
+        self._stack = AsyncExitStack()
+        self._file: ModelFile
+        self._llama: Llama
+        self._tokenizer: Tokenizer
+        self._tokenizing: ThreadPoolExecutor
+        self._completing: ThreadPoolExecutor
+        self._handover: Handover
+
+    async def __aenter__(self) -> Self:
+        self._stopping = False
+        self._handover = Handover(asyncio.get_running_loop())
+        errors = native_log.Errors()
+        try:
+            async with AsyncExitStack() as stack:
+                errors = stack.enter_context(native_log.captured())
+                stack.push_async_callback(asyncio.to_thread, self._unload)
+                try:
+                    # xllamacpp holds the interpreter lock while it loads, so no other thread runs Python during that time.
+                    await wait_until_done(asyncio.get_running_loop().run_in_executor(None, self._load))
+                except RuntimeError:
+                    await asyncio.to_thread(errors.wait_for_last)
+                    raise
+                finally:
+                    _restore_signal_handlers()
+                self._tokenizing = ThreadPoolExecutor(MAX_CONCURRENT_TOKENIZATIONS + 1, "llama.cpp tokenize")
+                self._completing = ThreadPoolExecutor(self._slots, "llama.cpp complete")
+                self._stack = stack.pop_all()
+        except UnusableModelError as error:
+            raise EngineUnavailableError(f"{self._path} {error}") from error
+        except UnusableTemplateError as error:
+            raise EngineUnavailableError(template_failure(self._path, str(error))) from error
+        except (RuntimeError, OSError, HTTPException, ValueError) as error:
+            raise EngineUnavailableError(load_failure(self._path, errors.lines)) from error
+        log.info(
+            "model loaded",
+            model=self._path.stem,
+            context_tokens=self._context_tokens,
+            slots=self._slots,
+            threads=self._threads,
+            prompt_format=self._prompt_format,
+            chat_template="model" if self._file.has_chat_template else None,
+        )
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        self._stopping = True
+        for completion in self._completions:
+            completion.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for executor in (self._tokenizing, self._completing):
+            await asyncio.to_thread(executor.shutdown)
+        await self._stack.aclose()
+
+    def _load(self) -> None:
+        self._file = ModelFile.read(self._path)
+        self._prompt_format = self._configured_format or ("chat" if self._file.has_chat_template else "raw")
+        self._log_unusual_model()
+        is_chat = self._prompt_format == "chat"
+        self._llama = Llama(
+            self._path,
+            context_tokens=self._pool_tokens,
+            slots=self._slots,
+            threads=self._threads,
+            batch_tokens=self._batch_tokens,
+            memory_map=self._memory_map,
+            http_threads=MAX_CONCURRENT_TOKENIZATIONS + 1,
+            uses_chat_template=is_chat,
+            verbosity=native_log.verbosity(),
+        )
+        self._context_tokens = min(self._pool_tokens, self._llama.trained_context())
+        template = ChatTemplate(self._llama, self._file.vocabulary) if is_chat else None
+        self._tokenizer = Tokenizer(self._llama, self._file.vocabulary, self._context_tokens, template)
+        try:
+            self._tokenizer.tokens(CHECK_REQUEST, lambda: False)
+        except PromptTooLongError as error:
+            raise UnusableModelError(self._context_problem(error.prompt_tokens)) from error
+
+    def _context_problem(self, prompt_tokens: int) -> str:
+        problem = f"has no room for a prompt of one word, {prompt_tokens} tokens, in a context of {self._context_tokens}"
+        if self._context_tokens < self._pool_tokens:
+            return f"{problem}, and the model was trained for no longer context"
+        setting = "--embedded-context (FLYWHEEL_EMBEDDED_CONTEXT; for the Model on Modal: FLYWHEEL_MODAL_CONTEXT)"
+        return f"{problem}; raise {setting}"
+
+    def _log_unusual_model(self) -> None:
+        if not self._file.has_chat_template:
+            if self._prompt_format == "chat":
+                log.warning("the model has no chat template; prompts are put into ChatML", model=self._path.stem)
+            elif self._configured_format is None:
+                log.info(
+                    "the model has no chat template; prompts are read as they are",
+                    model=self._path.stem,
+                    other_templates=self._file.named_templates,
+                )
+        memory = total_memory()
+        if self._memory_map and self._file.total_bytes > memory:
+            log.warning(
+                "the model is larger than the memory: each token reads it from the disk anew",
+                model_bytes=self._file.total_bytes,
+                memory_bytes=memory,
+            )
+
+    def _unload(self) -> None:
+        with suppress(AttributeError):
+            self._llama.close()
+            del self._llama
+            del self._tokenizer
+
+    async def prepare(self, request: GenerationRequest) -> PreparedRequest:
+        """Returns the request with the tokens of its prompt; see `Engine.prepare`."""
+        self._refuse_if_stopping()
+        self._tokenizer.check_length(request)
+        stopped = threading.Event()
+        loop = asyncio.get_running_loop()
+        try:
+            work = loop.run_in_executor(self._tokenizing, self._tokens, request, lambda: self._stopping or stopped.is_set())
+            prompt = await wait_until_done(work, stopped.set)
+        except StoppedError:
+            raise EngineUnavailableError("the engine is stopping") from None
+        except (OSError, HTTPException, ValueError, KeyError) as error:
+            raise EngineFailedError("llama.cpp could not make tokens of the prompt") from error
+        finally:
+            # If run_in_executor raises because no thread could be started, another thread may still run the work later.
+            stopped.set()
+        return PreparedRequest(request, prompt, self._groups(request, len(prompt)).context_tokens)
+
+    def _tokens(self, request: GenerationRequest, is_stopped: Callable[[], bool]) -> list[int]:
+        try:
+            return self._tokenizer.tokens(request, is_stopped)
+        finally:
+            if len(request.text) > CHUNK_CHARACTERS:
+                heap.release_freed()
+
+    async def generate(self, prepared: PreparedRequest, sink: Sink) -> None:
+        """Emits the events of the request; see `Engine.generate`."""
+        request, prompt = prepared.request, prepared.prompt
+        progress = Progress(sink, request.num_samples)
+        groups = self._groups(request, len(prompt))
+        remaining = iter(groups.indexes)
+        tasks = [
+            asyncio.create_task(self._complete_all(request, prompt, remaining, progress)) for _ in range(groups.concurrency)
+        ]
+        for task in tasks:
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        try:
+            await progress.finished
+        finally:
+            progress.finished.cancel()
+            # A task ends, and releases its capacity, after the next step of llama.cpp. The caller does not wait for that.
+            for task in tasks:
+                task.cancel()
+
+    def _groups(self, request: GenerationRequest, prompt_tokens: int) -> SampleGroups:
+        return SampleGroups.of(request, prompt_tokens, slots=self._slots, context_tokens=self._pool_tokens)
+
+    async def _complete_all(
+        self, request: GenerationRequest, prompt: Sequence[int], groups: Iterator[range], progress: Progress
+    ) -> None:
+        """Runs completions one after the other, so that together they need no more context than admission counted.
+
+        More completions at a time would wait for capacity, ahead of other requests that were admitted with theirs.
+        """
+        for indexes in groups:
+            await self._complete(request, prompt, indexes, progress)
+
+    async def _complete(self, request: GenerationRequest, prompt: Sequence[int], indexes: range, progress: Progress) -> None:
+        """Generates the samples with these indexes once there is capacity. Events and errors go to `progress`."""
+        try:
+            async with self._capacity.reserve(len(indexes), len(prompt) + len(indexes) * request.max_tokens):
+                self._refuse_if_stopping()
+                progress.start(len(prompt))
+                async with self._prompts.admit(len(prompt), alone=len(indexes) > 1) as pending:
+                    self._refuse_if_stopping()
+                    if len(indexes) > 1:
+                        # One slot reads the prompt for the others. Until it has, the others would keep their last prompts,
+                        # which take context that is reserved for these samples.
+                        loop = asyncio.get_running_loop()
+                        await wait_until_done(loop.run_in_executor(self._tokenizing, self._llama.erase_idle_slots))
+                    await self._run(
+                        Completion(
+                            self._llama,
+                            request,
+                            prompt,
+                            indexes,
+                            emit=partial(self._handover.call_soon, progress.emit),
+                            on_progress=partial(self._handover.call_soon, pending.note_progress),
+                            cache=self._prompt_cache,
+                        )
+                    )
+                self._refuse_if_stopping()
+        except EngineError as error:
+            progress.fail(error)
+        except Exception as error:  # noqa: BLE001 - without an event or an error, the call would hang
+            failure = EngineFailedError("the completion failed")
+            failure.__cause__ = error
+            progress.fail(failure)
+
+    async def _run(self, completion: Completion) -> None:
+        """Runs the completion in a thread. Returns only when llama.cpp has released its slots, also if cancelled."""
+        self._completions.add(completion)
+        self._handover.threads = len(self._completions)
+        try:
+            work = asyncio.get_running_loop().run_in_executor(self._completing, completion.run)
+            await wait_until_done(work, completion.cancel)
+        finally:
+            # If run_in_executor raises because no thread could be started, another thread may still run the work later.
+            completion.cancel()
+            self._completions.remove(completion)
+            self._handover.threads = len(self._completions)
+
+    def _refuse_if_stopping(self) -> None:
+        if self._stopping:
+            raise EngineUnavailableError("the engine is stopping")
+
+    async def check(self) -> None:
+        """Generates one token."""
+        prepared = await self.prepare(CHECK_REQUEST)
+        await self.generate(prepared, SampleCollector())
+
+    async def stats(self) -> EngineStats:
+        """Returns how many completions wait for capacity."""
+        return EngineStats(backlog=self._capacity.waiting, num_total_runners=1)
+
+    def is_reachable(self) -> bool:
+        """Returns False: the engine runs in this process, so if `stats` cannot answer, calls cannot either."""
+        return False
+
+    def model(self) -> EngineModel:
+        """Returns the loaded model."""
+        return EngineModel(
+            name=self._path.stem,
+            engine="embedded",
+            context_tokens=self._context_tokens,
+            # llama.cpp's sampler counts the tokens of the prompt like generated ones.
+            penalizes_prompt=True,
+            prompt_format=self._prompt_format,
+            slots=self._slots,
+            shared_context_tokens=self._pool_tokens,
+            tokenizers=MAX_CONCURRENT_TOKENIZATIONS,
+        )
+
+
+def _restore_signal_handlers() -> None:
+    """Restores Python's signal handlers, which llama.cpp replaces while it loads."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handler = signal.getsignal(number)
+            if handler is not None:
+                signal.signal(number, handler)
+                # As the event loops do: a signal must not interrupt a system call.
+                signal.siginterrupt(number, False)

@@ -1,0 +1,42 @@
+"""How the samples of a request are divided into completions of llama.cpp, within the slots and the context of the engine."""
+
+from dataclasses import dataclass
+
+from flywheel_server.messages import GenerationRequest
+
+
+@dataclass(frozen=True, slots=True)
+class SampleGroups:
+    """The groups of a request's samples. A group is one completion of llama.cpp, which reads the prompt once for all of them.
+
+    Attributes:
+        indexes: The samples of each group.
+        concurrency: How many groups run at the same time.
+        context_tokens: Tokens of context that these groups hold together.
+    """
+
+    indexes: list[range]
+    concurrency: int
+    context_tokens: int
+
+    @classmethod
+    def of(cls, request: GenerationRequest, prompt_tokens: int, *, slots: int, context_tokens: int) -> "SampleGroups":
+        """Returns the groups for a prompt of that length, on an engine with these slots and tokens of context in all."""
+        size = _group_size(request, prompt_tokens, slots, context_tokens)
+        samples = range(request.num_samples)
+        indexes = [samples[start : start + size] for start in range(0, len(samples), size)]
+        context_of_group = prompt_tokens + size * request.max_tokens
+        concurrency = min(len(indexes), slots // size, context_tokens // context_of_group)
+        return cls(indexes, concurrency, concurrency * context_of_group)
+
+
+def _group_size(request: GenerationRequest, prompt_tokens: int, slots: int, context_tokens: int) -> int:
+    """Returns how many samples form a group.
+
+    llama.cpp does not know about our stop sequences and `eos_token_ids`: it continues a sample that ended for one of these
+    reasons until the whole completion ends. If the request has any of them, its samples share a completion only if reading the
+    prompt again would cost more than that.
+    """
+    if (request.stop or request.eos_token_ids) and prompt_tokens < request.max_tokens:
+        return 1
+    return min(request.num_samples, slots, (context_tokens - prompt_tokens) // request.max_tokens)
