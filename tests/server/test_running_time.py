@@ -206,14 +206,14 @@ async def test_how_long_calls_take_is_measured_without_it(monkeypatch: pytest.Mo
 async def test_a_class_on_modal_is_not_doubted_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(modal_retries, "CONFIRMATION_SECONDS", TIMEOUT)
     monkeypatch.setattr(reachability, "CONFIRMATION_SECONDS", TIMEOUT)
-    known, doubt = reachability.Reachability(), modal_retries.RetryPolicy(patience=TIMEOUT)
-    known.succeeded()
+    known, policy = reachability.Reachability(), modal_retries.RetryPolicy(timeout=TIMEOUT)
+    known.note_success()
     error = EngineUnavailableError("Modal does not answer")
-    known.failed()
-    doubt.delay(error, passes=False)
+    known.note_failure()
+    policy.delay(error, is_transient=False)
     await slow_write(None)
-    known.failed()
-    doubt.delay(error, passes=False)
+    known.note_failure()
+    policy.delay(error, is_transient=False)
     assert known
 
 

@@ -191,10 +191,10 @@ async def test_two_looks_that_fail_are_no_verdict_if_text_has_arrived_between_th
         return Accepted()
 
     call = remote_call.RemoteCall(spawn(), nullcontext, 600)
-    watching = asyncio.create_task(call.watched(asyncio.Semaphore()))
+    watching = asyncio.create_task(call.polled_result(asyncio.Semaphore()))
     await until(lambda: looks == 1, "a look has failed")
     for _ in range(10):
-        call.heard()
+        call.note_events()
         await asyncio.sleep(0.05)
     assert looks == 1
     assert await watching == "done"

@@ -14,7 +14,7 @@ from flywheel_server.deployment import outbox
 from flywheel_server.deployment.lease import MAX_UNCHANGED, Lease
 from flywheel_server.deployment.outbox import Outbox, Sender
 from flywheel_server.engines.base import EngineUnavailableError, Started, TextDelta
-from flywheel_server.engines.modal import inbox, received_events
+from flywheel_server.engines.modal import inbox, queue_reader, received_events, stray_calls
 from flywheel_server.engines.modal.event_batch import EventBatch
 from flywheel_server.engines.modal.lease import lease_of, leased_partition
 from flywheel_server.engines.modal.received_events import ReceivedEvents
@@ -177,7 +177,7 @@ def test_a_put_without_an_answer_does_not_make_a_container_silent() -> None:
 async def test_a_queue_that_is_gone_ends_its_calls_and_is_made_anew(
     deployed: ModalCloud, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inbox, "QUEUE_MISSING_SECONDS", 3.0)
+    monkeypatch.setattr(queue_reader, "QUEUE_MISSING_SECONDS", 3.0)
     async with serving(scripted.engine(APP)) as target:
         stream = await begun(target)
         deployed.expire_ephemeral()
@@ -285,7 +285,7 @@ async def test_calls_of_a_gateway_that_was_killed_end(cloud: ModalCloud, with_it
 async def test_a_call_that_modal_accepted_without_saying_so_is_cancelled(
     calm: ModalCloud, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inbox, "STRAY_CANCEL_DELAY", 0.5)
+    monkeypatch.setattr(stray_calls, "STRAY_CANCEL_DELAY", 0.5)
     async with serving(scripted.engine(APP)) as target:
         stream = await begun(target)
         before = len(calm.calls)
@@ -365,19 +365,19 @@ async def test_what_waits_for_a_put_is_joined_and_split_into_items_that_modal_ta
     assert sender.take() == []
 
 
-def pile(number: int, container: str) -> EventBatch:
+def batch(number: int, container: str) -> EventBatch:
     return EventBatch("call", "attempt", number, [TextDelta(0, "x", 1)], container)
 
 
 async def test_a_container_is_silent_by_the_clock_of_the_reader_and_only_if_it_told_its_id() -> None:
     for container, clock, ends in (("c", 31.0, True), ("c", 29.0, False), ("", 100.0, False), ("other", 100.0, False)):
-        arrivals = ReceivedEvents()
-        arrivals.add(pile(0, container))
-        arrivals.check(clock, {"c": 0.0})
-        assert await arrivals.take() == [TextDelta(0, "x", 1)]
+        received = ReceivedEvents()
+        received.add(batch(0, container))
+        received.check(clock, {"c": 0.0})
+        assert await received.take() == [TextDelta(0, "x", 1)]
         if ends:
             with pytest.raises(EngineUnavailableError):
-                await arrivals.take()
+                await received.take()
 
 
 async def test_the_error_of_a_call_is_asked_for_as_soon_as_the_class_tells_of_it(

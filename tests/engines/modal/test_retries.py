@@ -17,7 +17,7 @@ from modal import exception
 
 PASSING = EngineUnavailableError("out of reach")
 REFUSED = EngineSetupError("no such class", {})
-PATIENCE = 600.0
+TIMEOUT = 600.0
 
 
 class Clock:
@@ -49,39 +49,39 @@ def test_what_modal_asks_for_comes_on_top_within_reason() -> None:
 
 
 def test_what_passes_is_believed_after_the_patience(clock: Clock) -> None:
-    doubt = RetryPolicy(PATIENCE)
-    doubt.delay(PASSING, passes=True)
-    clock.now += PATIENCE - 1
-    doubt.delay(PASSING, passes=True)
+    policy = RetryPolicy(TIMEOUT)
+    policy.delay(PASSING, is_transient=True)
+    clock.now += TIMEOUT - 1
+    policy.delay(PASSING, is_transient=True)
     clock.now += 1
     with pytest.raises(EngineUnavailableError):
-        doubt.delay(PASSING, passes=True)
+        policy.delay(PASSING, is_transient=True)
 
 
 def test_what_does_not_pass_is_believed_once_it_has_lasted(clock: Clock) -> None:
-    doubt = RetryPolicy(PATIENCE)
-    doubt.delay(REFUSED, passes=False)
+    policy = RetryPolicy(TIMEOUT)
+    policy.delay(REFUSED, is_transient=False)
     clock.now += CONFIRMATION_SECONDS - 1
-    doubt.delay(REFUSED, passes=False)
+    policy.delay(REFUSED, is_transient=False)
     clock.now += 1
     with pytest.raises(EngineSetupError):
-        doubt.delay(REFUSED, passes=False)
+        policy.delay(REFUSED, is_transient=False)
 
 
 @pytest.mark.parametrize("success", [True, False])
 def test_another_answer_between_two_that_are_alike_begins_the_doubt_anew(clock: Clock, *, success: bool) -> None:
-    doubt = RetryPolicy(PATIENCE)
-    doubt.delay(REFUSED, passes=False)
+    policy = RetryPolicy(TIMEOUT)
+    policy.delay(REFUSED, is_transient=False)
     clock.now += CONFIRMATION_SECONDS - 1
     if success:
-        doubt.dispel()
-        assert doubt.failures == 0
+        policy.reset()
+        assert policy.failures == 0
     else:
-        doubt.delay(PASSING, passes=True)
+        policy.delay(PASSING, is_transient=True)
     clock.now += 1
-    doubt.delay(REFUSED, passes=False)
+    policy.delay(REFUSED, is_transient=False)
     clock.now += CONFIRMATION_SECONDS - 1
-    doubt.delay(REFUSED, passes=False)
+    policy.delay(REFUSED, is_transient=False)
 
 
 async def test_a_refused_request_is_made_three_times(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,1 +1,1 @@
-"""The `flywheel` engine: a class on Modal, MK1's or our own, that generates."""
+"""The flywheel engine: a class on Modal, MK1's or our own, that generates."""

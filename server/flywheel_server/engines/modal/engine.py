@@ -1,8 +1,8 @@
-"""The flywheel engine: a class on Modal with the method `generate` of MK1 Flywheel.
+"""The flywheel engine: calls a class on Modal that has the method `generate` of MK1 Flywheel.
 
-Each generation is a call that is spawned, awaited and, when its caller has gone, cancelled: cancelling `remote()` would leave
-it running. A class that has `generate_deltas` as well, as ours has, sends the text while it is made through a `modal.Queue`:
-a generator on Modal could stream it too, but a generator cannot be cancelled.
+For each generation, the engine spawns a call, waits for it, and cancels it if the caller has gone. It does not use `remote()`,
+because a cancel of that leaves the call running. If the class also has the method `generate_deltas`, as ours has, it sends the
+text through a `modal.Queue` while the text is generated. A generator on Modal could stream too, but cannot be cancelled.
 """
 
 import asyncio
@@ -34,22 +34,22 @@ from flywheel_server.engines.samples import StopGate
 from flywheel_server.messages import GenerationRequest, GenerationResponse, GenerationResponseSample
 
 MAX_CONCURRENT_POLLS: Final = 64
-"""How many calls that stream are looked at at a time: more take turns, and only their failure is noticed later for it."""
+"""How many streaming calls are polled at the same time. Further calls take turns, so their failures may be noticed later."""
 
 STOP_GRACE: Final = 6.0
-"""Seconds for the cancels that are under way when the engine stops."""
+"""Seconds for which the engine, when it stops, waits for the cancels of its calls."""
 
 
 class FlywheelEngine:
     """Calls a class on Modal.
 
     Arguments:
-        target: The class, which is looked up at the first call, and again after a call that did not find it.
-        gpu: The GPU for its containers, as Modal names it; None leaves that to the deployment of the class.
-        timeout: The seconds after which Modal ends a call.
-        as_deployed: Whether both are those of its deployment already. Modal gives a class with options of ours containers of
-            their own, apart from those that its deployment keeps warm.
-        model: What the class runs. Asking it would wake a container that was scaled to zero.
+        target: The class, which is looked up at the first call, and again if Modal refuses to call it.
+        gpu: The GPU of its containers, as Modal names it; None leaves the choice to the deployment of the class.
+        timeout: Seconds after which Modal ends a call.
+        as_deployed: Whether GPU and timeout are those of the deployment. If not, they are passed as options, and Modal then
+            starts separate containers, instead of using those that the deployment keeps warm.
+        model: What the class runs. It is not asked, because that would start a container if there is none.
     """
 
     def __init__(self, target: Target, *, gpu: str | None, timeout: int, as_deployed: bool, model: EngineModel) -> None:
@@ -59,26 +59,26 @@ class FlywheelEngine:
         self._model = model
         self._errors = partial(as_engine_errors, target, timeout)
         self._class = RemoteClass(target, None if as_deployed else options, self._errors)
-        self._watchers = asyncio.Semaphore(MAX_CONCURRENT_POLLS)
+        self._poll_slots = asyncio.Semaphore(MAX_CONCURRENT_POLLS)
         self._inbox = Inbox(target.environment, self._errors)
         self._calls: set[RemoteCall] = set()
-        self._cancels = Cancellations(timeout)
+        self._cancellations = Cancellations(timeout)
 
     async def __aenter__(self) -> Self:
         if config.get("max_throttle_wait") is None:
-            # By default, Modal's client waits for as long as Modal limits its requests, and callers learn nothing.
+            # By default, Modal's client waits as long as Modal limits its requests, and callers get no error.
             os.environ["MODAL_MAX_THROTTLE_WAIT"] = "0"
         return self
 
     async def __aexit__(self, *exception: object) -> None:
         for call in self._calls:
-            self._cancels.add(call)
-        await self._cancels.stop(STOP_GRACE)
+            self._cancellations.add(call)
+        await self._cancellations.stop(STOP_GRACE)
         await self._class.close()
         await self._inbox.close()
 
     async def prepare(self, request: GenerationRequest) -> PreparedRequest:
-        """Returns the request as it is; see `Engine.prepare`. The class tokenizes its prompt."""
+        """Returns the request as it is; see `Engine.prepare`. The class tokenizes the prompt."""
         return PreparedRequest(request)
 
     async def generate(self, prepared: PreparedRequest, sink: Sink) -> None:
@@ -86,37 +86,37 @@ class FlywheelEngine:
         request = prepared.request
         methods = await self._class.methods_for(request)
         if methods.generate_deltas is None:
-            await self._whole(request, sink)
+            await self._generate_whole(request, sink)
         else:
-            await self._streamed(request, sink)
+            await self._generate_streamed(request, sink)
 
-    async def _whole(self, request: GenerationRequest, sink: Sink) -> None:
+    async def _generate_whole(self, request: GenerationRequest, sink: Sink) -> None:
         """Emits the samples that the method `generate` returns."""
         with self._spawned("generate", request) as call:
             await call.accepted()
-            # Where it waits, for a container or in one, Modal does not tell.
+            # Modal does not tell when the class begins to work on the call, so the accepted call counts as started.
             sink.emit(Started())
             for sample in _samples(await call.result(), request.stop):
                 sink.emit(sample)
 
-    async def _streamed(self, request: GenerationRequest, sink: Sink) -> None:
+    async def _generate_streamed(self, request: GenerationRequest, sink: Sink) -> None:
         """Emits what the method `generate_deltas` sends to the inbox."""
         unfinished = request.num_samples
-        async with self._inbox.receiving() as (address, arrivals):
+        async with self._inbox.receiving() as (address, received):
             with self._spawned("generate_deltas", request, address) as call:
-                async with aclosing(events_of(call, arrivals, self._watchers)) as events:
+                async with aclosing(events_of(call, received, self._poll_slots)) as events:
                     async for event in events:
-                        # First, as it raises if the event is not one that may come: then the call is to be cancelled.
+                        # This raises if the event may not come next. `call.ended` is still False then: the call is cancelled.
                         sink.emit(event)
                         unfinished -= isinstance(event, GenerationResponseSample)
                         if unfinished == 0:
-                            # Whatever it does after its last sample, there is nothing left to cancel.
+                            # The call has nothing to do after its last sample, so it need not be cancelled.
                             call.ended = True
                             return
 
     @contextmanager
     def _spawned(self, method: str, request: GenerationRequest, address: dict[str, Any] | None = None) -> Iterator[RemoteCall]:
-        """Gives a call for the request; leaving the context cancels it unless it has ended."""
+        """Yields a call for the request. When the context ends, the call is cancelled unless it has ended."""
         errors = partial(self._errors, sent=further_fields(request))
         arguments = {**(address or {}), **arguments_of(request)}
         call = RemoteCall(self._class.spawn(method, arguments), errors, self._timeout)
@@ -125,33 +125,34 @@ class FlywheelEngine:
             yield call
         finally:
             self._calls.discard(call)
-            self._cancels.add(call)
+            self._cancellations.add(call)
 
     async def check(self) -> None:
-        """Returns: a call would wake a container, which bills for its time, for nothing."""
+        """Does nothing: a call would start a container, which costs money, only for this check."""
 
     async def stats(self) -> EngineStats:
-        """Returns what Modal says of the class; see `Engine.stats`."""
+        """Returns how busy the class is, according to Modal; see `Engine.stats`."""
         return await self._class.stats()
 
     def is_reachable(self) -> bool:
-        """Returns whether the class was found or called lately; see `Engine.is_reachable`."""
+        """Returns whether recent requests could look up or call the class; see `Engine.is_reachable`."""
         return self._class.is_reachable()
 
     def model(self) -> EngineModel:
-        """Returns what the settings say."""
+        """Returns the model that the settings name."""
         return self._model
 
 
-def _samples(answer: Any, stop: Sequence[str]) -> Iterator[GenerationResponseSample]:  # noqa: ANN401 - to be found out
-    """Yields the samples of what `generate` returned, or raises `EngineFailedError`.
+def _samples(answer: Any, stop: Sequence[str]) -> Iterator[GenerationResponseSample]:  # noqa: ANN401 - validated here
+    """Yields the samples that `generate` returned; raises `EngineFailedError` if the answer is not valid.
 
-    Flywheel's samples do not say their index, which is their position, nor which stop sequence ended them if they leave it out.
+    MK1's samples have no index, so their position counts. A stop sequence in a text is cut off, with all that follows, and
+    named. If the class has cut it off already without naming it, its name stays unknown.
     """
     try:
         response = GenerationResponse.model_validate(answer)
     except ValidationError as error:
-        # Without the input, which holds text of the model.
+        # The message leaves out the input, which contains generated text.
         problems = error.errors(include_url=False, include_input=False, include_context=False)
         raise EngineFailedError(f"the class returned what is no GenerationResponse: {problems}") from None
     for index, sample in enumerate(response.responses):

@@ -1,6 +1,6 @@
-"""The events of a generation as plain data, for the queue that brings them from another container.
+"""The wire format between a container and a gateway: batches of events as plain data, which go through a `modal.Queue`.
 
-Plain data, rather than pickled objects of ours, because the two containers may run different versions of this package.
+They are plain data and not pickled objects, because the container and the gateway may run different versions of this package.
 """
 
 from dataclasses import dataclass
@@ -48,17 +48,17 @@ class _EventBatch(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class EventBatch:
-    """Some events of a call that were sent together; or a sign of life of a container, which is of no call.
+    """Events of one call that were sent together, or a heartbeat of a container, which belongs to no call.
 
     Attributes:
-        call: The id that the caller gave the call.
-        attempt: An id of this run of the call: Modal runs one again whose container it has lost.
-        number: How many piles of this attempt at the call were sent before.
-        events: What happened, in its order.
-        container: An id of the container that sent the pile; empty if the container is of a version that tells none.
-        ended: Whether the attempt has failed, so that its error can be asked for at once.
-        leaving: Whether the container is about to end, and all attempts in it with it.
-        function_call: Modal's id of the call, with which it can be cancelled; empty if the container does not tell it.
+        call: The id that the gateway gave the call.
+        attempt: The id of this run of the call. If Modal loses a container, it runs the container's calls again.
+        number: How many batches of this attempt were sent before.
+        events: The events, in order.
+        container: The id of the container that sent the batch; empty if the container has a version without such ids.
+        ended: Whether the attempt has failed, so that the gateway asks Modal for its error at once.
+        leaving: Whether the container is about to end, which ends all attempts in it.
+        function_call: Modal's id of the call, which is needed to cancel it; empty if the container does not send it.
     """
 
     call: str
@@ -72,11 +72,11 @@ class EventBatch:
 
     @classmethod
     def heartbeat(cls, container: str, *, leaving: bool = False) -> Self:
-        """Returns a pile that says only that the container lives, or that it is about to end. Older gateways pass over it."""
+        """Returns a batch that says only that the container is alive or about to end. Older gateways ignore it."""
         return cls("", "", 0, [], container, leaving=leaving)
 
     def pack(self) -> dict[str, Any]:
-        """Returns the pile as plain data."""
+        """Returns the batch as plain data, without the optional attributes that are not set."""
         packed = {
             "call": self.call,
             "attempt": self.attempt,
@@ -84,24 +84,30 @@ class EventBatch:
             "events": [_packed(event) for event in self.events],
             "container": self.container,
         }
-        further = {name: getattr(self, name) for name in ("ended", "leaving", "function_call")}
-        return packed | {name: value for name, value in further.items() if value}
+        optional = {name: getattr(self, name) for name in ("ended", "leaving", "function_call")}
+        return packed | {name: value for name, value in optional.items() if value}
 
     @classmethod
-    def unpack(cls, data: Any) -> Self:  # noqa: ANN401 - what has come is to be found out
-        """Returns the pile that the data stands for; raises `EngineFailedError` where it is something else."""
+    def unpack(cls, data: Any) -> Self:  # noqa: ANN401 - validated here
+        """Returns the batch in the plain data; raises `EngineFailedError` if the data are not a batch."""
         try:
-            pile = _EventBatch.model_validate(data)
+            batch = _EventBatch.model_validate(data)
         except ValidationError as error:
-            # Without the input, which holds text of the model.
+            # The message leaves out the input, which contains generated text.
             problems = error.errors(include_url=False, include_input=False, include_context=False)
-            raise EngineFailedError(f"the class sent what is no pile of events: {problems}") from None
-        events = [_unpacked(event) for event in pile.events]
-        return cls(pile.call, pile.attempt, pile.number, events, pile.container, pile.ended, pile.leaving, pile.function_call)
+            raise EngineFailedError(f"the class sent what is no batch of events: {problems}") from None
+        events = [_unpacked(event) for event in batch.events]
+        further = (batch.container, batch.ended, batch.leaving, batch.function_call)
+        return cls(batch.call, batch.attempt, batch.number, events, *further)
 
 
 class Receipt(BaseModel):
-    """What the method returns when it has sent all: in how many piles, of which attempt."""
+    """What the method returns once it has sent all events.
+
+    Attributes:
+        attempt: The id of the attempt that has sent them.
+        piles: How many batches the attempt has sent. The name is part of the wire format.
+    """
 
     model_config = ConfigDict(strict=True, frozen=True)
 

@@ -1,25 +1,67 @@
-"""How a container learns that a gateway was killed: the gateway renews a lease for as long as it has calls.
+"""How a container finds out that a gateway was killed: the gateway renews a lease while it has calls.
 
 A lease is a partition of the gateway's queue. The gateway puts an item into it every few seconds. A container that works for
-the gateway looks at the length of the partition: any change is a renewal. So no clock is compared with that of another machine.
-The name of the partition for events says whether there is a lease: older gateways choose other names, and renew none.
+the gateway polls the length of the partition: each change is a renewal. So the clocks of two machines are never compared.
+The name of the partition for events says whether there is a lease. Older gateways choose other names, and renew no lease.
 """
 
+import asyncio
 import uuid
+from collections.abc import Callable
 from typing import Final
+
+import modal
+import structlog
+
+from flywheel_server.engines.modal.waits import modal_result
+
+log = structlog.stdlib.get_logger(__name__)
 
 RENEWAL_INTERVAL: Final = 3.0
 """Seconds between two renewals."""
+
+RENEWAL_RETRY_DELAY: Final = 1.0
+"""Seconds until a renewal that failed is retried."""
+
+MAX_LEASE_ITEMS: Final = 100
+"""How many items a lease holds before it is cleared. Modal does not tell the length of a partition with very many items."""
 
 _LEASED: Final = "-leased"
 _LEASE: Final = "-lease"
 
 
 def leased_partition() -> str:
-    """Returns a new name of a partition for events, within Modal's limit of 64 bytes."""
+    """Returns a new name for a partition for events, within Modal's limit of 64 bytes."""
     return uuid.uuid4().hex + _LEASED
 
 
 def lease_of(partition: str) -> str | None:
-    """Returns the partition of the lease that belongs to a partition for events; None if its gateway renews none."""
+    """Returns the lease's partition for a partition for events; None if the gateway renews no lease."""
     return partition.removesuffix(_LEASED) + _LEASE if partition.endswith(_LEASED) else None
+
+
+class LeaseRenewal:
+    """Renews the lease of a partition for events."""
+
+    def __init__(self, queue: modal.Queue, partition: str) -> None:
+        self._queue = queue
+        self._lease = lease_of(partition)
+        self._renewed_at = float("-inf")
+        self._renewals = 0
+
+    async def renew_while(self, is_needed: Callable[[], bool]) -> None:
+        """Renews the lease every `RENEWAL_INTERVAL` seconds, until `is_needed` returns False before a renewal."""
+        loop = asyncio.get_running_loop()
+        await asyncio.sleep(self._renewed_at + RENEWAL_INTERVAL - loop.time())
+        while is_needed():
+            try:
+                if self._renewals % MAX_LEASE_ITEMS == MAX_LEASE_ITEMS - 1:
+                    await modal_result(self._queue.clear.aio(partition=self._lease))
+                await modal_result(self._queue.put.aio(None, block=False, partition=self._lease))
+            except Exception as error:  # noqa: BLE001 - whatever the error, the next try may succeed
+                log.debug("lease not renewed", error=f"{type(error).__name__}: {error}")
+                await asyncio.sleep(RENEWAL_RETRY_DELAY)
+            else:
+                self._renewals += 1
+                self._renewed_at = loop.time()
+                await asyncio.sleep(RENEWAL_INTERVAL)

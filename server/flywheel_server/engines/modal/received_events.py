@@ -1,4 +1,4 @@
-"""The events of one call on Modal, brought into order from what arrives in piles."""
+"""The events of one call on Modal, put back into order from the batches that arrive."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping
@@ -11,145 +11,153 @@ from flywheel_server.engines.modal.event_batch import EventBatch, Receipt
 from flywheel_server.engines.modal.remote_call import RemoteCall
 
 LAST_EVENTS_TIMEOUT: Final = 10.0
-"""Seconds of working reads for the rest of the events to arrive once the call that sent them has returned."""
+"""Seconds for the last events to arrive after the call has returned. Only time in which the queue can be read counts."""
 
 MAX_SILENCE: Final = 30.0
-"""Seconds of working reads without a sign of life after which a container counts as lost.
+"""Seconds without a batch or heartbeat after which a container counts as lost. Only time in which the queue can be read counts.
 
-It sends one every 3 s. It may be kept from that by a limit of Modal's for some seconds, or by one request to Modal whose answer
-does not come, for which it waits `ANSWER_SECONDS` of `deployment.outbox`.
+A container sends a heartbeat every 3 s. A rate limit of Modal's may delay it by some seconds, and so may one request that Modal
+does not answer: the container waits for it for `ANSWER_SECONDS` of `deployment.outbox`.
 """
 
 
 class ReceivedEvents:
-    """What has arrived for a call: events in their order, each once, and what ended the call.
+    """Collects what arrives for a call: its events, each once and in order, and the error that ends the call.
 
-    When Modal loses a container, it runs the calls in it again in another one. Nobody notices as long as nothing was sent;
-    after that, the text would begin anew, and differ.
+    If Modal loses a container, it runs the container's calls again in another one (a new attempt). As long as no text has
+    arrived, the new attempt replaces the old one. After that, the text would start again and differ, so the call fails.
+
+    Attributes:
+        call_failed: Set if the container says that the call has failed there.
     """
 
     def __init__(self) -> None:
+        self.call_failed = asyncio.Event()
         self._events: list[Event] = []
         self._error: BaseException | None = None
         self._changed = asyncio.Event()
-        self._received = 0
         self._attempt = ""
-        self._abandoned: set[str] = set()
-        self._started = False
+        self._abandoned_attempts: set[str] = set()
+        self._received_batches = 0
+        """How many batches of the current attempt have arrived."""
+        self._has_started = False
+        self._has_text = False
         self._container = ""
-        """The one that has sent text, as far as it said."""
-        self._text_came = False
+        """The container that has sent text; empty if there is none yet, or it has no id."""
         self._receipt: Receipt | None = None
         self._returned_at: float | None = None
-        self.call_failed = asyncio.Event()
-        """Set if the class says that the call has failed there."""
 
-    def add(self, pile: EventBatch) -> None:
-        """Takes in the events of the pile that are news.
+    def add(self, batch: EventBatch) -> None:
+        """Takes the events of the batch, unless the same batch has arrived before.
 
-        A pile that came before is dropped: a put whose answer was lost is repeated, though its items may have been stored.
+        A batch arrives twice if Modal stored it, but the answer was lost, so that the container sent it again.
         """
-        if pile.attempt in self._abandoned:
+        if batch.attempt in self._abandoned_attempts:
             return
-        if pile.attempt != self._attempt:
-            if self._text_came:
+        if batch.attempt != self._attempt:
+            if self._has_text:
                 self.fail(EngineUnavailableError("Modal lost the container, and began the call anew in another one"))
                 return
-            self._abandoned.add(self._attempt)
-            self._attempt = pile.attempt
-            self._received = 0
-        if pile.number > self._received:
+            self._abandoned_attempts.add(self._attempt)
+            self._attempt = batch.attempt
+            self._received_batches = 0
+        if batch.number > self._received_batches:
             self.fail(EngineUnavailableError("Modal lost events of the call"))
-        elif pile.number == self._received:
-            self._received += 1
-            self._add_news(pile)
+        elif batch.number == self._received_batches:
+            self._received_batches += 1
+            self._add_events_of(batch)
 
-    def _add_news(self, pile: EventBatch) -> None:
-        news = [event for event in pile.events if not (self._started and isinstance(event, Started))]
-        self._started = self._started or bool(pile.events)
-        if any(not isinstance(event, Started) for event in news):
-            self._text_came = True
-            self._container = pile.container
-        if pile.ended:
+    def _add_events_of(self, batch: EventBatch) -> None:
+        # A second attempt sends Started again.
+        events = [event for event in batch.events if not (self._has_started and isinstance(event, Started))]
+        self._has_started = self._has_started or bool(batch.events)
+        if any(not isinstance(event, Started) for event in events):
+            self._has_text = True
+            self._container = batch.container
+        if batch.ended:
             self.call_failed.set()
-        self._events.extend(news)
+        self._events.extend(events)
         self._changed.set()
 
     def fail(self, error: BaseException) -> None:
-        """Ends the call with the error, after the events that have arrived."""
+        """Ends the call with the error, after the events that have arrived. The first error counts."""
         self._error = self._error or error
         self._changed.set()
 
-    def leave(self, container: str) -> None:
-        """Ends the call if its text came from the container, which is about to end."""
+    def note_leaving(self, container: str) -> None:
+        """Ends the call if its text came from this container, which is about to end."""
         if container and container == self._container:
             self.fail(EngineUnavailableError("Modal ends the container that works on the call"))
 
-    def returned(self, value: Any) -> None:  # noqa: ANN401 - what has come is to be found out
-        """Takes in what the method returned."""
+    def note_result(self, value: Any) -> None:  # noqa: ANN401 - validated here
+        """Takes the result of the method, which is a receipt for all batches."""
         try:
             self._receipt = Receipt.model_validate(value)
         except ValidationError:
             self.fail(EngineFailedError("the class returned what is no receipt"))
         self._changed.set()
 
-    def check(self, clock: float, heard: Mapping[str, float]) -> None:
-        """Ends the call if what it waits for can no longer come.
+    def check(self, clock: float, last_heard: Mapping[str, float]) -> None:
+        """Ends the call if its container is silent, or if its last events do not arrive.
 
-        `clock` is in seconds, and stands still while the queue cannot be read. `heard` says of each container when, by that
-        clock, its last sign of life came.
+        Arguments:
+            clock: Seconds, on a clock that stands still while the queue cannot be read.
+            last_heard: When the last batch or heartbeat of each container arrived, on that clock.
         """
-        if self._container and clock - heard.get(self._container, clock) > MAX_SILENCE:
+        if self._container and clock - last_heard.get(self._container, clock) > MAX_SILENCE:
             self.fail(EngineUnavailableError("the container that works on the call is silent"))
-        if self._receipt is not None and not self._has_all():
+        if self._receipt is not None and not self._is_complete():
             if self._returned_at is None:
                 self._returned_at = clock
             elif clock - self._returned_at > LAST_EVENTS_TIMEOUT:
                 self.fail(EngineUnavailableError("Modal lost the last events of the call"))
 
     async def take(self) -> list[Event]:
-        """Returns the events since the last time, once there are some; raises what ended the call."""
+        """Waits for events, and returns those since the last call of this method; raises the error that ended the call."""
         while not self._events:
             if self._error is not None:
                 raise self._error
-            if self._has_all():
+            if self._is_complete():
                 raise EngineFailedError("the class returned before all samples had finished")
             self._changed.clear()
             await self._changed.wait()
         events, self._events = self._events, []
         return events
 
-    def _has_all(self) -> bool:
+    def _is_complete(self) -> bool:
         receipt = self._receipt
-        return receipt is not None and (self._attempt, self._received) == (receipt.attempt, receipt.piles)
+        return receipt is not None and (self._attempt, self._received_batches) == (receipt.attempt, receipt.piles)
 
 
-async def events_of(call: RemoteCall, arrivals: ReceivedEvents, watchers: asyncio.Semaphore) -> AsyncGenerator[Event, None]:
-    """Yields the events that arrive from the call; raises what becomes of it. Stop reading after the last sample."""
+async def events_of(call: RemoteCall, received: ReceivedEvents, poll_slots: asyncio.Semaphore) -> AsyncGenerator[Event, None]:
+    """Yields the events of the call as they arrive; raises the call's error. Stop reading after the last sample.
 
-    def end(watch: asyncio.Task[Any]) -> None:
-        if watch.cancelled():
+    The call is polled at the same time, because a call that fails on Modal may send nothing more.
+    """
+
+    def note_end(task: asyncio.Task[Any]) -> None:
+        if task.cancelled():
             return
-        if error := watch.exception():
-            arrivals.fail(error)
+        if error := task.exception():
+            received.fail(error)
         else:
-            arrivals.returned(watch.result())
+            received.note_result(task.result())
 
-    async def ask_when_it_failed() -> Any:  # noqa: ANN401 - what has come is to be found out
-        """Returns or raises what `result` does, out of turn."""
-        await arrivals.call_failed.wait()
+    async def result_after_failure() -> Any:  # noqa: ANN401 - the caller validates it
+        """Asks for the result at once if the container says that the call has failed."""
+        await received.call_failed.wait()
         return await call.result()
 
-    watches = [asyncio.create_task(call.watched(watchers)), asyncio.create_task(ask_when_it_failed())]
-    for watch in watches:
-        watch.add_done_callback(end)
+    tasks = [asyncio.create_task(call.polled_result(poll_slots)), asyncio.create_task(result_after_failure())]
+    for task in tasks:
+        task.add_done_callback(note_end)
     try:
         while True:
-            events = await arrivals.take()
-            call.heard()
+            events = await received.take()
+            call.note_events()
             for event in events:
                 yield event
     finally:
-        for watch in watches:
-            watch.cancel()
-        await asyncio.gather(*watches, return_exceptions=True)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,34 +1,34 @@
-"""One call of a method on Modal: spawned, watched, cancelled.
+"""One call of a method on Modal: spawns, polls and cancels it.
 
-What becomes of a request to Modal, by the status that it fails with, once Modal's client has given up repeating it:
+What happens if a request to Modal fails with a status, after the retries of Modal's own client:
 
     status                              FunctionMap         FunctionGetOutputs       FunctionCallCancel
-                                        spawns the call     looks if it has ended    cancels it
-    CANCELLED, UNKNOWN,                 UNAVAILABLE         again                    again
+                                        spawns the call     polls the call           cancels the call
+    CANCELLED, UNKNOWN,                 UNAVAILABLE         retry                    retry
     DEADLINE_EXCEEDED, INTERNAL,
     UNAVAILABLE, errors of the
     transport
-    RESOURCE_EXHAUSTED                  RESOURCE_EXHAUSTED  again                    again
-    FAILED_PRECONDITION, ABORTED        3 tries, then       again                    again
+    RESOURCE_EXHAUSTED                  RESOURCE_EXHAUSTED  retry                    retry
+    FAILED_PRECONDITION, ABORTED        3 tries, then       retry                    retry
                                         UNAVAILABLE
-    NOT_FOUND                           3 tries, then       doubted, then            doubted, then there is
-                                        FAILED_PRECONDITION UNAVAILABLE              nothing to cancel
-    PERMISSION_DENIED, UNAUTHENTICATED, 3 tries, then       doubted, then            again
+    NOT_FOUND                           3 tries, then       confirm, then            confirm, then done:
+                                        FAILED_PRECONDITION UNAVAILABLE              there is nothing to cancel
+    PERMISSION_DENIED, UNAUTHENTICATED, 3 tries, then       confirm, then            retry
     INVALID_ARGUMENT, OUT_OF_RANGE,     FAILED_PRECONDITION FAILED_PRECONDITION
     UNIMPLEMENTED
-    ALREADY_EXISTS, DATA_LOSS           INTERNAL            doubted, then INTERNAL   again
+    ALREADY_EXISTS, DATA_LOSS           INTERNAL            confirm, then INTERNAL   retry
 
-- "Again" is with backoff, for as long as the caller waits for the call, and for `FLYWHEEL_MODAL_TIMEOUT` seconds of failures at
-  most: by then Modal has ended the call.
-- "Doubted" is again for `CONFIRMATION_SECONDS`: see `flywheel_server.engines.modal.retries`.
-- Only what Modal has certainly not accepted is spawned again. Each further try looks the class up anew, which may have been
-  deployed anew.
+- "retry": tries again with backoff, until requests have failed for `FLYWHEEL_MODAL_TIMEOUT` seconds. By then, Modal has ended
+  the call.
+- "confirm": tries again until the error has lasted for `CONFIRMATION_SECONDS`; see `engines.modal.retries`.
+- "3 tries": a call is spawned again only if Modal has certainly not accepted it. Each further try looks the class up again,
+  because it may have been deployed again.
 """
 
 import asyncio
-from collections.abc import Callable, Coroutine
-from contextlib import AbstractContextManager, suppress
-from typing import Any, Final, TypeAlias
+from collections.abc import Coroutine
+from contextlib import suppress
+from typing import Any, Final
 
 import modal
 from modal import exception
@@ -38,28 +38,25 @@ from flywheel_server.engines.base import (
     EngineOverloadedError,
     EngineUnavailableError,
 )
-from flywheel_server.engines.modal.errors import source_of
+from flywheel_server.engines.modal.errors import ErrorTranslator, source_of
 from flywheel_server.engines.modal.retries import RetryPolicy
 from flywheel_server.engines.modal.waits import modal_result
 
-Errors: TypeAlias = Callable[[], AbstractContextManager[None]]
-"""Makes a context that turns whatever comes from Modal into errors of `engines.base`."""
-
 POLL_TIMEOUT: Final = 15.0
-"""How long one look at whether a call has ended lasts at most.
+"""Maximum seconds that one poll waits for the call to end. Longer polls make fewer requests.
 
-A look is a request that Modal answers as soon as the call ends: longer ones make fewer requests.
+Modal answers a poll as soon as the call ends.
 """
 
 SILENCE_BEFORE_POLL_SECONDS: Final = 2.0
-"""How long nothing must have arrived from a call for it to be looked at."""
+"""Seconds without an event from a call after which the call is polled."""
 
 
 class CallRequestError(Exception):
-    """A request about a call has failed, which tells nothing of the call unless it lasts.
+    """A request about a call has failed. That does not mean that the call has failed.
 
     Attributes:
-        error: The error to raise if it lasts.
+        error: The error to raise if requests go on failing.
         gone: Whether Modal says that there is no such call.
     """
 
@@ -69,8 +66,8 @@ class CallRequestError(Exception):
         self.gone = gone
 
     @property
-    def passes(self) -> bool:
-        """Whether such an error passes by itself."""
+    def is_transient(self) -> bool:
+        """Whether the same request is likely to succeed later."""
         return not self.gone and isinstance(self.error, EngineUnavailableError | EngineOverloadedError)
 
 
@@ -78,68 +75,73 @@ class RemoteCall:
     """One call of a method on Modal.
 
     Arguments:
-        spawn: Spawns it; raises `EngineError`.
-        errors: Turns whatever comes from Modal or the class into errors of `engines.base`.
+        spawn: Spawns the call; raises `EngineError`.
+        errors: Translates errors of Modal and of the class.
         timeout: Seconds after which Modal ends the call.
+
+    Attributes:
+        ended: Whether the call needs no cancel: it has ended, is cancelled, or has nothing left to do.
     """
 
-    def __init__(self, spawn: Coroutine[Any, Any, modal.FunctionCall[Any]], errors: Errors, timeout: float) -> None:
+    def __init__(self, spawn: Coroutine[Any, Any, modal.FunctionCall[Any]], errors: ErrorTranslator, timeout: float) -> None:
         self._errors = errors
         self._timeout = timeout
-        # A task of its own: cancelled half way, it might leave a call behind that nobody knows.
+        # In a task of its own, which is never cancelled: otherwise, a call might run on Modal whose id nobody knows.
         self._spawning = asyncio.create_task(spawn)
-        self._spawning.add_done_callback(_look_at)
+        self._spawning.add_done_callback(_retrieve_error)
         self.ended = False
-        """Whether there is nothing left to cancel."""
-        self._silent_at = 0.0
-        self._doubt = RetryPolicy(timeout)
+        self._poll_at = 0.0
+        self._poll_policy = RetryPolicy(timeout)
 
-    def heard(self) -> None:
-        """Takes note that something has arrived from the call: it lives, and need not be looked at now."""
-        self._silent_at = asyncio.get_running_loop().time() + SILENCE_BEFORE_POLL_SECONDS
-        if self._doubt.failures:
-            self._doubt.dispel()
+    def note_events(self) -> None:
+        """Notes that events have arrived from the call. So it is alive, and polls are put off."""
+        self._poll_at = asyncio.get_running_loop().time() + SILENCE_BEFORE_POLL_SECONDS
+        if self._poll_policy.failures:
+            self._poll_policy.reset()
 
     async def accepted(self) -> modal.FunctionCall[Any]:
-        """Returns the call on Modal, once Modal has accepted it; raises `EngineError`."""
+        """Waits until Modal has accepted the call, and returns its handle; raises `EngineError`."""
         return await asyncio.shield(self._spawning)
 
-    async def result(self) -> Any:  # noqa: ANN401 - what has come is to be found out
-        """Returns what the method returned; raises what became of it as `EngineError`."""
+    async def result(self) -> Any:  # noqa: ANN401 - the caller validates it
+        """Waits for the end of the call, and returns its result; raises the call's `EngineError`."""
         call = await self.accepted()
-        doubt = RetryPolicy(self._timeout)
+        policy = RetryPolicy(self._timeout)
         while True:
             try:
-                return await self._outcome(call, None)
-            except CallRequestError as unanswered:
-                await asyncio.sleep(doubt.delay(unanswered.error, passes=unanswered.passes))
+                return await self._poll(call, None)
+            except CallRequestError as failure:
+                await asyncio.sleep(policy.delay(failure.error, is_transient=failure.is_transient))
 
-    async def watched(self, turns: asyncio.Semaphore) -> Any:  # noqa: ANN401 - as above
-        """Does what `result` does, with a look at a time, in turns with other calls.
+    async def polled_result(self, poll_slots: asyncio.Semaphore) -> Any:  # noqa: ANN401 - as above
+        """Does what `result` does, with short polls, each of which needs one of the slots that all calls share.
 
-        Each look is a request that waits. Modal may limit how many of them a client has, and the events must have their turn.
-        So a call is looked at only while nothing arrives from it, and one whose looks fail keeps its turn until the next.
+        A poll is a request that waits. Modal may limit how many requests a client has open, and events are requested too. So a
+        call is polled only if no events arrive from it, and after a failed poll it keeps its slot during the backoff.
         """
         call = await self.accepted()
         while True:
-            while (left := self._silent_at - asyncio.get_running_loop().time()) > 0:  # noqa: ASYNC110 - for the time
+            while (left := self._poll_at - asyncio.get_running_loop().time()) > 0:  # noqa: ASYNC110 - waits for a time
                 await asyncio.sleep(left)
-            async with turns:
+            async with poll_slots:
                 try:
-                    return await self._outcome(call, POLL_TIMEOUT)
+                    return await self._poll(call, POLL_TIMEOUT)
                 except TimeoutError:
-                    self._doubt.dispel()
-                except CallRequestError as unanswered:
-                    await asyncio.sleep(self._doubt.delay(unanswered.error, passes=unanswered.passes))
+                    self._poll_policy.reset()
+                except CallRequestError as failure:
+                    await asyncio.sleep(self._poll_policy.delay(failure.error, is_transient=failure.is_transient))
 
     async def has_ended(self) -> bool:
-        """Returns whether the call is known to have ended."""
+        """Returns whether the call has ended, as far as one poll tells."""
         with suppress(EngineError, TimeoutError, CallRequestError):
-            await self._outcome(await self.accepted(), 0)
+            await self._poll(await self.accepted(), 0)
         return self.ended
 
-    async def _outcome(self, call: modal.FunctionCall[Any], seconds: float | None) -> Any:  # noqa: ANN401 - as above
-        """Returns what the method returned; raises `EngineError`, TimeoutError if the call has not ended, or `CallRequestError`."""
+    async def _poll(self, call: modal.FunctionCall[Any], seconds: float | None) -> Any:  # noqa: ANN401 - as above
+        """Waits that many seconds for the end of the call, or without limit if that is None. Returns the call's result.
+
+        Raises the `EngineError` with which the call ended, TimeoutError if the call has not ended, and `CallRequestError`.
+        """
         try:
             result = await modal_result(call.get.aio(timeout=seconds))
         except (asyncio.CancelledError, GeneratorExit):
@@ -151,20 +153,20 @@ class RemoteCall:
                     raise
             if isinstance(error, TimeoutError):
                 raise TimeoutError from None
-            raise self._unanswered(error) from None
+            raise self._request_error(error) from None
         self.ended = True
         return result
 
     async def cancel(self) -> None:
-        """Cancels the call on Modal; raises `CallRequestError`, after which it may be tried again."""
+        """Cancels the call on Modal; raises `CallRequestError`, after which the caller may try again."""
         call = await self.accepted()
         try:
             await modal_result(call.cancel.aio())
-        except Exception as error:  # noqa: BLE001 - whatever it is
-            raise self._unanswered(error) from None
+        except Exception as error:  # noqa: BLE001 - translated
+            raise self._request_error(error) from None
         self.ended = True
 
-    def _unanswered(self, error: BaseException) -> CallRequestError:
+    def _request_error(self, error: BaseException) -> CallRequestError:
         if isinstance(error, exception.NotFoundError | exception.OutputExpiredError):
             return CallRequestError(EngineUnavailableError(f"the call is gone: {error}"), gone=True)
         try:
@@ -174,7 +176,7 @@ class RemoteCall:
             return CallRequestError(translated, gone=False)
 
 
-def _look_at(spawning: asyncio.Future[Any]) -> None:
-    """Asyncio complains of an error that nobody looks at, as when the caller has gone."""
+def _retrieve_error(spawning: asyncio.Future[Any]) -> None:
+    """Retrieves the task's error, if any: asyncio logs an error that nobody retrieves, for example if the caller has gone."""
     if not spawning.cancelled():
         spawning.exception()

@@ -1,29 +1,26 @@
-"""The class on Modal: found by its name, kept, and found anew when there is doubt about it.
+"""The class on Modal: looked up by its name, kept, and looked up again if it may have been deployed again.
 
-What becomes of a request that looks the class up (ClassGet, FunctionGet, FunctionBindParams), by the status that it fails with,
-once Modal's client has given up repeating it:
+What happens if a request that looks the class up (ClassGet, FunctionGet, FunctionBindParams) fails with a status, after the
+retries of Modal's own client:
 
-    status                              no class was found yet                 one was found before
-    NOT_FOUND, PERMISSION_DENIED,       3 tries, then FAILED_PRECONDITION      it is kept, and Modal's answer to the call
-    UNAUTHENTICATED, INVALID_ARGUMENT,                                         decides
+    status                              at the first look-up                   later
+    NOT_FOUND, PERMISSION_DENIED,       3 tries, then FAILED_PRECONDITION      the class is kept, and Modal's answer to the
+    UNAUTHENTICATED, INVALID_ARGUMENT,                                         call decides
     OUT_OF_RANGE, UNIMPLEMENTED
-    FAILED_PRECONDITION, ABORTED        3 tries, then UNAVAILABLE              it is kept
-    RESOURCE_EXHAUSTED                  RESOURCE_EXHAUSTED                     it is kept
-    CANCELLED, UNKNOWN,                 UNAVAILABLE                            it is kept
+    FAILED_PRECONDITION, ABORTED        3 tries, then UNAVAILABLE              the class is kept
+    RESOURCE_EXHAUSTED                  RESOURCE_EXHAUSTED                     the class is kept
+    CANCELLED, UNKNOWN,                 UNAVAILABLE                            the class is kept
     DEADLINE_EXCEEDED, INTERNAL,
     UNAVAILABLE, errors of the
     transport
-    ALREADY_EXISTS, DATA_LOSS           INTERNAL                               it is kept
+    ALREADY_EXISTS, DATA_LOSS           INTERNAL                               the class is kept
 
-And of one that asks how busy it is (FunctionGetCurrentStats): GetStats ends with the status that the same error has in
-`flywheel_server.errors`, and so if there is no answer within `STATS_TIMEOUT`. The class is then looked up anew, which tells
-whether it can be reached: see `RemoteClass.is_reachable`.
+If the request for how busy the class is (FunctionGetCurrentStats) fails, or has no answer within `STATS_TIMEOUT`, GetStats ends
+with the status that the same error has in `flywheel_server.errors`. The class is then looked up again in the background, to see
+whether it can be reached; see `RemoteClass.is_reachable`.
 """
 
 import asyncio
-import contextvars
-from collections.abc import Callable, Coroutine
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
@@ -31,7 +28,8 @@ import modal
 import structlog
 
 from flywheel_server.engines.base import EngineError, EngineOverloadedError, EngineStats, EngineUnavailableError
-from flywheel_server.engines.modal.errors import Target
+from flywheel_server.engines.modal.background import start_in_background
+from flywheel_server.engines.modal.errors import ErrorTranslator, Target
 from flywheel_server.engines.modal.reachability import Reachability
 from flywheel_server.engines.modal.remote_fields import further_fields, signature_of, unsupported
 from flywheel_server.engines.modal.retries import retry_refused
@@ -43,25 +41,31 @@ log = structlog.stdlib.get_logger(__name__)
 Method: TypeAlias = modal.Function[..., Any, Any]
 
 STATS_TIMEOUT: Final = 5.0
-"""Seconds that Modal has to say how busy the class is."""
+"""Seconds that Modal may take to tell how busy the class is."""
 
 PROBE_TIMEOUT: Final = 15.0
-"""Seconds that Modal has to find the class, when that is only done to see whether it can be reached."""
+"""Seconds that Modal may take to find the class in the background, to see whether the class can be reached."""
 
 LOOKUP_TIMEOUT: Final = 5.0
-"""Seconds that Modal has to find a class anew that was found before. Calls wait for it."""
+"""Seconds that Modal may take to look up the class again, while calls wait."""
 
 
 @dataclass(frozen=True, slots=True)
 class Methods:
-    """The methods of the class as it was found, as far as it has them, and the arguments of the one that generates."""
+    """The methods of the class as of its last look-up.
+
+    Attributes:
+        generate: Returns all samples.
+        generate_deltas: Streams events through a queue; None if the class has no such method.
+        signature: The arguments of `generate_deltas`, or of `generate` if there is no other; None if they are not known.
+    """
 
     generate: Method
     generate_deltas: Method | None
     signature: frozenset[str] | None
 
-    def refused(self, request: GenerationRequest) -> str | None:
-        """Returns a field that is set in the request and that the class is known not to take; None if there is none."""
+    def unknown_field(self, request: GenerationRequest) -> str | None:
+        """Returns a field that is set in the request and is not in the signature; None if there is none."""
         return next((name for name in further_fields(request) if self.signature and name not in self.signature), None)
 
 
@@ -69,43 +73,41 @@ class RemoteClass:
     """A class on Modal, which is looked up at the first call, and again if Modal refuses to call it.
 
     Arguments:
-        target: Its name.
-        options: Those for its containers; None for those of its deployment.
-        errors: Turns whatever comes from Modal into errors of `engines.base`.
+        target: The name of the class.
+        options: The options of its containers; None for those of its deployment.
+        errors: Translates errors of Modal.
     """
 
-    def __init__(
-        self, target: Target, options: dict[str, Any] | None, errors: Callable[[], AbstractContextManager[None]]
-    ) -> None:
+    def __init__(self, target: Target, options: dict[str, Any] | None, errors: ErrorTranslator) -> None:
         self._target = target
         self._options = options
         self._errors = errors
         self._methods: Methods | None = None
-        self._doubted = False
-        self._looking_up = asyncio.Lock()
-        self._reach = Reachability()
-        self._asking: asyncio.Task[EngineStats] | None = None
+        self._is_stale = False
+        self._lookup_lock = asyncio.Lock()
+        self._reachability = Reachability()
+        self._stats_request: asyncio.Task[EngineStats] | None = None
         self._probing: asyncio.Task[None] | None = None
 
     async def close(self) -> None:
-        """Ends what goes on in the background."""
-        tasks = [task for task in (self._asking, self._probing) if task is not None]
+        """Cancels the requests in the background."""
+        tasks = [task for task in (self._stats_request, self._probing) if task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def methods(self) -> Methods:
-        """Returns the methods of the class; raises `EngineError` if it cannot be found and was not found before."""
-        async with self._looking_up:
+        """Returns the methods of the class, which is looked up if necessary; raises `EngineError` if it was never found."""
+        async with self._lookup_lock:
             if self._methods is None:
                 try:
                     with self._errors():
                         self._methods = await retry_refused(self._look_up)
                 except EngineError:
-                    self._reach.failed()
+                    self._reachability.note_failure()
                     raise
-            elif self._doubted:
-                self._doubted = False
+            elif self._is_stale:
+                self._is_stale = False
                 try:
                     with self._errors():
                         async with asyncio.timeout(LOOKUP_TIMEOUT):
@@ -115,24 +117,24 @@ class RemoteClass:
             return self._methods
 
     async def methods_for(self, request: GenerationRequest) -> Methods:
-        """Returns the methods; raises `UnsupportedFieldError` if the class is known not to take a field of the request."""
+        """Does what `methods` does; raises `UnsupportedFieldError` if a field of the request is not in the signature."""
         methods = await self.methods()
-        if methods.refused(request):
-            # It may have been deployed anew since it was found.
-            self._doubt(methods)
+        if methods.unknown_field(request):
+            # The class may have been deployed again since its last look-up.
+            self._mark_stale(methods)
             methods = await self.methods()
-        if field := methods.refused(request):
+        if field := methods.unknown_field(request):
             raise unsupported(field)
         return methods
 
     async def spawn(self, method: str, arguments: dict[str, Any]) -> modal.FunctionCall[Any]:
-        """Calls the method of this name; raises `EngineError`."""
+        """Spawns a call of the method with this name; raises `EngineError`."""
         tried: Methods | None = None
 
-        async def once() -> modal.FunctionCall[Any]:
+        async def spawn_once() -> modal.FunctionCall[Any]:
             nonlocal tried
             if tried is not None:
-                self._doubt(tried)
+                self._mark_stale(tried)
             tried = await self.methods()
             function: Method | None = getattr(tried, method)
             if function is None:
@@ -140,24 +142,25 @@ class RemoteClass:
             return await modal_result(function.spawn.aio(**arguments))
 
         with self._errors():
-            call = await retry_refused(once)
-        self._reach.succeeded()
+            call = await retry_refused(spawn_once)
+        self._reachability.note_success()
         return call
 
     async def stats(self) -> EngineStats:
-        """Returns what Modal says of the class; raises `EngineError`."""
-        if self._asking is None:
-            self._asking = _background(self._ask())
-            self._asking.add_done_callback(self._asked)
-        return await asyncio.shield(self._asking)
+        """Returns how busy the class is, according to Modal; raises `EngineError`. Concurrent callers share one request."""
+        if self._stats_request is None:
+            self._stats_request = start_in_background(self._request_stats())
+            self._stats_request.add_done_callback(self._forget_stats_request)
+        return await asyncio.shield(self._stats_request)
 
     def is_reachable(self) -> bool:
-        """Returns whether calls can be made, as far as that is known."""
-        return bool(self._reach)
+        """Returns whether calls can be made, as far as the last requests tell; see `Reachability`."""
+        return bool(self._reachability)
 
-    def _doubt(self, methods: Methods) -> None:
+    def _mark_stale(self, methods: Methods) -> None:
+        """Has the class looked up again for the next call, unless that has been done since these methods were returned."""
         if methods is self._methods:
-            self._doubted = True
+            self._is_stale = True
 
     async def _look_up(self) -> Methods:
         environment = self._target.environment or None
@@ -168,14 +171,14 @@ class RemoteClass:
         instance = found()
         generate = await modal_result(instance.generate.hydrate.aio())
         try:
-            # No request any more: Modal has said which methods there are.
+            # This makes no further request: Modal has told which methods there are.
             generate_deltas = await modal_result(instance.generate_deltas.hydrate.aio())
         except modal.exception.NotFoundError:
             generate_deltas = None
-        self._reach.succeeded()
+        self._reachability.note_success()
         return Methods(generate, generate_deltas, await signature_of(generate_deltas or generate))
 
-    async def _ask(self) -> EngineStats:
+    async def _request_stats(self) -> EngineStats:
         methods = await self.methods()
         try:
             with self._errors():
@@ -183,28 +186,23 @@ class RemoteClass:
                     stats = await modal_result(methods.generate.get_current_stats.aio())
         except EngineError:
             if self._probing is None or self._probing.done():
-                self._probing = _background(self._probe())
+                self._probing = start_in_background(self._probe())
             raise
-        self._reach.succeeded()
+        self._reachability.note_success()
         return EngineStats(backlog=stats.backlog, num_total_runners=stats.num_total_runners)
 
-    def _asked(self, asking: asyncio.Task[EngineStats]) -> None:
-        self._asking = None
-        if not asking.cancelled():
-            asking.exception()  # for asyncio, if nobody waits for it any more
+    def _forget_stats_request(self, request: asyncio.Task[EngineStats]) -> None:
+        self._stats_request = None
+        if not request.cancelled():
+            request.exception()  # asyncio logs an error that nobody retrieves, for example if the caller has gone
 
     async def _probe(self) -> None:
-        """Looks the class up anew, to see whether it can be reached."""
+        """Looks the class up again, to see whether it can be reached."""
         try:
             with self._errors():
                 async with asyncio.timeout(PROBE_TIMEOUT):
                     self._methods = await self._look_up()
         except EngineOverloadedError:
-            pass  # Modal can be reached, and does not say more
+            pass  # Modal can be reached, but does not tell whether the class can be
         except EngineError:
-            self._reach.failed()
-
-
-def _background(work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-    """Starts work that is done in no call's context, so that what it logs is of none."""
-    return asyncio.create_task(work, context=contextvars.Context())
+            self._reachability.note_failure()

@@ -1,8 +1,8 @@
-"""Decides which fields of a request are sent to a class on Modal, and tells if the class does not take one.
+"""Decides which fields of a request are sent to a class on Modal, and detects a field that the class does not take.
 
-The gateway and the class may run different versions, and the class may be MK1's. So Flywheel's eleven are always sent, by name,
-and any other field only if it is set. The signature of the class tells whether it takes such a field: Modal keeps the signature
-beside the class, so that no container is woken. If the signature is not known, the error that the class raises tells.
+The gateway and the class may run different versions, and the class may be MK1's. So Flywheel's eleven fields are always sent,
+by name, and any other field only if it is set. The class's signature shows whether it takes such a field. Modal stores the
+signature, so no container has to start for it. If the signature is not known, the error that the class raises tells.
 """
 
 import re
@@ -35,7 +35,7 @@ SENDER_ARGUMENTS: Final = ("queue", "partition", "call")
 """The arguments of our own `generate_deltas` that come before the fields."""
 
 UNKNOWN_FIELD: Final = "Extra inputs are not permitted"
-"""What our own class says of a field that it does not know: pydantic's words, which classes deployed earlier say too."""
+"""pydantic's message for an unknown field. Our own class raises it; the text must match classes that are deployed already."""
 
 _UNEXPECTED_ARGUMENT: Final = re.compile(r"got an unexpected keyword argument '(\w+)'")
 
@@ -46,18 +46,18 @@ def further_fields(request: GenerationRequest) -> dict[str, Any]:
 
 
 def arguments_of(request: GenerationRequest) -> dict[str, Any]:
-    """Returns the request as keyword arguments of a class: Flywheel's eleven, and of the others those that are set."""
+    """Returns the request as keyword arguments for a class: Flywheel's eleven fields, and further fields that are set."""
     return request.model_dump(mode="json", include={*FLYWHEEL_FIELDS}) | further_fields(request)
 
 
 async def signature_of(method: modal.Function[..., Any, Any]) -> frozenset[str] | None:
-    """Returns the names of all arguments that the method takes; None if they are not known, as with `**fields`.
+    """Returns the names of all arguments that the method takes; None if they are not known, for example with `**fields`.
 
-    Modal tells the names of arguments, but not their kinds. An argument without a default that is neither Flywheel's nor ours
-    must be such as `**fields`, or else the class could not be called.
+    Modal tells the names of arguments, but not their kinds. So an argument that has no default, and is neither Flywheel's nor
+    ours, counts as `**fields`: if it were an ordinary argument, the class could not be called.
     """
     try:
-        schema = await modal_result(method._get_schema.aio())  # noqa: SLF001 - Modal has no public way
+        schema = await modal_result(method._get_schema.aio())  # noqa: SLF001 - Modal has no public method for it
     except AttributeError:
         return None
     ours = {*FLYWHEEL_FIELDS, *SENDER_ARGUMENTS}
@@ -76,8 +76,8 @@ def refusal(error: BaseException, sent: Collection[str]) -> UnsupportedFieldErro
     """Returns the error to raise if a class has failed because it does not take a field; otherwise None.
 
     Arguments:
-        error: What the class has raised. Python's `TypeError`, as from MK1's class, or the `ValueError` of our own says so.
-        sent: The names of the fields that were sent beyond Flywheel's eleven. Only these can be refused.
+        error: What the class has raised. MK1's class raises Python's `TypeError` for such a field; our own raises `ValueError`.
+        sent: The names of the fields that were sent beyond Flywheel's eleven. The class can refuse only these.
     """
     match error:
         case TypeError():

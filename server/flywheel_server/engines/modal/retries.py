@@ -1,6 +1,7 @@
-"""How often a request to Modal is made again, and how long an error is doubted before it is believed.
+"""When a request to Modal is made again, and when an error of Modal's ends the retries.
 
-Modal limits requests, deploys its own servers, and may answer from one that lags behind. So one reading is no verdict.
+Modal limits requests, redeploys its own servers, and may answer from a server that lags behind. So a single error decides
+nothing.
 """
 
 import asyncio
@@ -23,45 +24,49 @@ REFUSALS: Final = (
     exception.ConflictError,
     exception.UnimplementedError,
 )
-"""What a request raises that Modal has certainly not accepted, and may accept at the next try."""
+"""Errors of a request that Modal has certainly not carried out. The next try may succeed."""
 
 MAX_TRIES: Final = 3
-"""How often a request is made that Modal refuses."""
+"""How often a request is made if Modal refuses it."""
 
 FIRST_DELAY: Final = 0.25
-"""Seconds until the first further try, after those that Modal asks for. All delays vary by a quarter, to spread the tries."""
+"""Seconds of backoff before the first retry. Each delay varies by a quarter at random, to spread the retries of many calls."""
 
 MAX_DELAY: Final = 5.0
-"""Seconds that the delays, which double, grow to."""
+"""Maximum seconds of backoff. The backoff doubles with each retry."""
 
 MAX_RETRY_AFTER: Final = 30.0
-"""Seconds that Modal may ask for at most, before it is asked again all the same."""
+"""Maximum seconds that a retry waits because Modal asks for it."""
 
 CONFIRMATION_SECONDS: Final = 10.0
-"""How long an error must last that would not pass if it were true, such as that there is no such call."""
+"""How long an error that looks permanent, such as that there is no such call, must last before it is believed."""
 
 
 class Backoff:
-    """The delays between tries that go on failing, of `max_delay` seconds at most unless Modal asks for more."""
+    """Exponential backoff between tries that fail.
+
+    Arguments:
+        max_delay: Maximum seconds of backoff; `MAX_DELAY` if not given. A delay that Modal asks for is added.
+    """
 
     def __init__(self, max_delay: float | None = None) -> None:
         self._max_delay = MAX_DELAY if max_delay is None else max_delay
         self.failures = 0
 
     def reset(self) -> None:
-        """Begins anew, after a try that succeeded."""
+        """Starts again with the first delay, after a try that succeeded."""
         self.failures = 0
 
     def delay(self, error: BaseException) -> float:
-        """Returns the seconds until the next try, after one that failed with the error."""
-        asked = min(error.retry_delay, MAX_RETRY_AFTER) if isinstance(error, EngineOverloadedError) else 0.0
-        delay = min(FIRST_DELAY * 2.0 ** min(self.failures, 10), self._max_delay)
+        """Returns the seconds to wait after a try that failed with the error."""
+        retry_after = min(error.retry_delay, MAX_RETRY_AFTER) if isinstance(error, EngineOverloadedError) else 0.0
+        backoff = min(FIRST_DELAY * 2.0 ** min(self.failures, 10), self._max_delay)
         self.failures += 1
-        return asked + delay * random.uniform(0.75, 1.25)  # noqa: S311 - nothing is secret in it
+        return retry_after + backoff * random.uniform(0.75, 1.25)  # noqa: S311 - no secret depends on it
 
 
 async def retry_refused(request: Callable[[], Awaitable[T]]) -> T:
-    """Returns what the request returns, which is made `MAX_TRIES` times at most, until it raises none of `REFUSALS`."""
+    """Makes the request, and returns its result. If Modal refuses it (`REFUSALS`), makes it up to `MAX_TRIES` times."""
     backoff = Backoff()
     while True:
         try:
@@ -74,38 +79,39 @@ async def retry_refused(request: Callable[[], Awaitable[T]]) -> T:
 
 
 class RetryPolicy:
-    """Decides between two readings whether an error is believed, which ends the reading.
+    """Decides after each failed request about a call whether to make the request again.
 
     Arguments:
-        patience: Seconds that errors which pass by themselves may last. Any other is believed after `CONFIRMATION_SECONDS`.
+        timeout: Seconds for which requests may go on failing. An error that is not transient is believed after
+            `CONFIRMATION_SECONDS`.
     """
 
-    def __init__(self, patience: float) -> None:
-        self._patience = patience
+    def __init__(self, timeout: float) -> None:
+        self._timeout = timeout
         self._failing_since: float | None = None
-        self._doubted_since: float | None = None
+        self._permanent_since: float | None = None
         self._backoff = Backoff()
 
     @property
     def failures(self) -> int:
-        """How many readings in a row have failed."""
+        """How many requests in a row have failed."""
         return self._backoff.failures
 
-    def dispel(self) -> None:
-        """Forgets all errors, because a reading has succeeded."""
-        self._failing_since = self._doubted_since = None
+    def reset(self) -> None:
+        """Forgets all failures, because a request has succeeded."""
+        self._failing_since = self._permanent_since = None
         self._backoff = Backoff()
 
-    def delay(self, error: EngineError, *, passes: bool) -> float:
-        """Returns the seconds until the next reading, after one that failed; raises the error if it is believed."""
+    def delay(self, error: EngineError, *, is_transient: bool) -> float:
+        """Returns the seconds until the next try; raises the error if there shall be no further try."""
         now = running_time.now()
         if self._failing_since is None:
             self._failing_since = now
-        if passes:
-            self._doubted_since = None
-        elif self._doubted_since is None:
-            self._doubted_since = now
-        has_lasted = self._doubted_since is not None and now - self._doubted_since >= CONFIRMATION_SECONDS
-        if has_lasted or now - self._failing_since >= self._patience:
+        if is_transient:
+            self._permanent_since = None
+        elif self._permanent_since is None:
+            self._permanent_since = now
+        is_confirmed = self._permanent_since is not None and now - self._permanent_since >= CONFIRMATION_SECONDS
+        if is_confirmed or now - self._failing_since >= self._timeout:
             raise error
         return self._backoff.delay(error)

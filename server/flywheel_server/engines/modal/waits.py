@@ -1,8 +1,8 @@
 """How to wait for Modal's client, whose `.aio` methods may swallow a cancellation.
 
 Such a method runs on an event loop of Modal's own, in another thread. If the task that awaits it is cancelled just when the
-work there fails, the method may raise the error of the work instead of CancelledError. Then the caller's cancel, or its
-deadline, is lost, and a loop that tries again goes on. So nothing here awaits such a method directly.
+method fails, the method may raise its own error instead of CancelledError. The cancellation, which comes from the caller or its
+deadline, is then lost, and a loop of retries goes on. So no code here awaits such a method directly.
 """
 
 import asyncio
@@ -17,13 +17,13 @@ T = TypeVar("T")
 async def modal_result(work: Awaitable[T]) -> T:
     """Returns or raises what the work does. Raises CancelledError if, and only if, the awaiting task is cancelled.
 
-    The CancelledError comes at once. The work is cancelled then too, but ends in the background: Modal may have done it.
+    CancelledError is raised at once. The work is then cancelled in the background; Modal may have carried it out.
     """
     running = asyncio.ensure_future(_Outcome.of(work))
     try:
         await asyncio.wait({running})
     except asyncio.CancelledError:
-        _abandon(running)
+        _cancel_in_background(running)
         raise
     if running.cancelled():
         raise exception.ClientClosed("Modal's client gave up the work")
@@ -31,7 +31,7 @@ async def modal_result(work: Awaitable[T]) -> T:
 
 
 async def modal_items(items: AsyncIterable[T]) -> list[T]:
-    """Returns all items of an iterator of Modal's, which is waited for as by `modal_result`."""
+    """Returns all items of an iterator of Modal's client. Cancellation works as in `modal_result`."""
 
     async def collect() -> list[T]:
         return [item async for item in items]
@@ -40,7 +40,7 @@ async def modal_items(items: AsyncIterable[T]) -> list[T]:
 
 
 class _Outcome(Generic[T]):
-    """What came of some work, also if it raised a SystemExit, with which a task would end the event loop."""
+    """The result or the error of some work. If a task raised an error such as SystemExit, that would end the event loop."""
 
     def __init__(self, result: list[T], error: BaseException | None) -> None:
         self._result = result
@@ -52,7 +52,7 @@ class _Outcome(Generic[T]):
             return cls([await work], None)
         except asyncio.CancelledError:
             raise
-        except BaseException as error:  # noqa: BLE001 - it is raised where it is waited for
+        except BaseException as error:  # noqa: BLE001 - `unwrap` raises it
             return cls([], error)
 
     def unwrap(self) -> T:
@@ -61,11 +61,11 @@ class _Outcome(Generic[T]):
         return self._result[0]
 
 
-_abandoned: set[asyncio.Future[Any]] = set()
-"""The event loop keeps no reference to its tasks."""
+_cancelled: set[asyncio.Future[Any]] = set()
+"""Keeps the tasks alive until they end: the event loop has only weak references to them."""
 
 
-def _abandon(running: asyncio.Future[Any]) -> None:
+def _cancel_in_background(running: asyncio.Future[Any]) -> None:
     running.cancel()
-    _abandoned.add(running)
-    running.add_done_callback(_abandoned.discard)
+    _cancelled.add(running)
+    running.add_done_callback(_cancelled.discard)
