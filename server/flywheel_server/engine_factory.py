@@ -13,7 +13,8 @@ from flywheel_server.system.cores import usable_cores
 def create_engine(settings: Settings) -> Engine:
     """Returns the engine of the settings, not yet started.
 
-    Raises `EngineUnavailableError` if it has no model, or cannot be loaded, for example because its extra is not installed.
+    Raises `EngineUnavailableError` if there is no model, or if the engine cannot be imported, for example because an extra is
+    missing.
     """
     try:
         return _engine(settings)

@@ -11,12 +11,10 @@ import grpc.aio
 import pytest
 from flywheel_proto.v1 import generation_pb2 as pb
 from flywheel_server.deployment import outbox
-from flywheel_server.deployment.lease import MAX_UNCHANGED, Lease
 from flywheel_server.deployment.outbox import Outbox, Sender
 from flywheel_server.engines.base import EngineUnavailableError, Started, TextDelta
 from flywheel_server.engines.modal import inbox, queue_reader, received_events, stray_calls
 from flywheel_server.engines.modal.event_batch import EventBatch
-from flywheel_server.engines.modal.lease import lease_of, leased_partition
 from flywheel_server.engines.modal.received_events import ReceivedEvents
 from flywheel_server.engines.scripted import Script
 from google.rpc.error_details_pb2 import RetryInfo
@@ -298,55 +296,6 @@ async def test_a_call_that_modal_accepted_without_saying_so_is_cancelled(
         await until(lambda: {call.state for call in calm.calls[before:]} == {"cancelled"}, "nothing is left of it")
         assert (await anext(stream.messages)).text
         stream.call.cancel()
-
-
-class Partitions:
-    """A queue whose partitions are as long as they say."""
-
-    def __init__(self, **lengths: int) -> None:
-        self.lengths = lengths
-
-    @property
-    def len(self) -> Any:
-        class Method:
-            async def aio(_, partition: str) -> int:  # noqa: N805 - of another object
-                return self.lengths[partition]
-
-        return Method()
-
-
-@pytest.mark.parametrize(("read", "others"), [(True, 0), (True, 5), (False, 0), (False, 5)])
-async def test_a_gateway_that_reads_but_cannot_renew_is_not_lost(
-    monkeypatch: pytest.MonkeyPatch, *, read: bool, others: int
-) -> None:
-    """Even if other containers put so much that nobody sees the partition empty."""
-    monkeypatch.setattr("flywheel_server.deployment.lease.LOOK_INTERVAL", 0.0)
-    partition = leased_partition()
-    queue: Any = Partitions(**{partition: others, str(lease_of(partition)): 7})
-    lease = Lease(queue, partition)
-    for _ in range(3 * MAX_UNCHANGED):
-        lease.note_put(3)
-        if not read:
-            queue.lengths[partition] += 3 + others
-        await lease.look()
-    assert lease.has_expired is not read
-
-
-async def test_a_gateway_that_renews_no_lease_is_never_lost() -> None:
-    queue: Any = None  # which is not asked
-    lease = Lease(queue, "the-partition-of-an-older-gateway")
-    for _ in range(2 * MAX_UNCHANGED):
-        await lease.look()
-    assert not lease.has_expired
-
-
-def test_the_names_of_partitions_are_within_the_limit_of_modal() -> None:
-    partition = leased_partition()
-    lease = lease_of(partition)
-    assert lease is not None
-    assert lease != partition
-    assert max(len(partition), len(lease)) <= 64
-    assert lease_of("0" * 32) is None
 
 
 async def test_what_waits_for_a_put_is_joined_and_split_into_items_that_modal_takes() -> None:

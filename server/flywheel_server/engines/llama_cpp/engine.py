@@ -255,9 +255,9 @@ class EmbeddedEngine:
     async def _complete_all(
         self, request: GenerationRequest, prompt: Sequence[int], groups: Iterator[range], progress: Progress
     ) -> None:
-        """Runs completions one after the other, so that together they need no more context than admission counted.
+        """Runs completions one after the other, so that the request never holds more context than admission counted for it.
 
-        More completions at a time would wait for capacity, ahead of other requests that were admitted with theirs.
+        A further completion would wait for capacity, ahead of other requests for which admission has counted free capacity.
         """
         for indexes in groups:
             await self._complete(request, prompt, indexes, progress)
