@@ -15,12 +15,14 @@ from flywheel_server.messages import GenerationRequest
 CHUNK_CHARACTERS: Final = 2**15
 """Characters that are tokenized at a time. After each chunk, tokenizing ends if the prompt is too long or its call has ended.
 
-Chunks also save time: llama.cpp takes time in proportion to the square of the number of special tokens in a chunk.
+Chunks also save time, because llama.cpp's time grows with the square of the number of special tokens in a chunk.
 """
 
 MARGIN_CHARACTERS: Final = 2**10
-"""Characters that are tokenized before those that are kept. The first tokens of a cut text may differ from those in the whole
-text, so they must not be among the tokens that are kept."""
+"""Additional characters at the start of a cut text.
+
+The first tokens of a cut text may differ from those of the whole text, so they must not be among the tokens that are kept.
+"""
 
 
 class StoppedError(Exception):
@@ -42,8 +44,8 @@ class Tokenizer:
         self._vocabulary = vocabulary
         self._context_tokens = context_tokens
         self._template = template
-        self._prefix, self._suffix = _added_tokens(llama)
-        self._bos = llama.bos_token() if self._prefix else ""
+        self._leading_tokens, self._trailing_tokens = _added_tokens(llama)
+        self._bos = llama.bos_token() if self._leading_tokens else ""
         bos = re.escape(self._bos)
         self._leading_bos = re.compile(rf"(?:\s|{bos})*{bos}") if bos else None
         words = [BETWEEN_WORDS.pattern] if vocabulary.can_be_cut else []
@@ -91,12 +93,12 @@ class Tokenizer:
             if is_stopped():
                 raise StoppedError
             tokens += self._llama.tokenize(texts, parse_special=parse_special)
-            if number == 1 and tokens[: len(self._prefix)] != self._prefix:
-                tokens[:0] = self._prefix
+            if number == 1 and tokens[: len(self._leading_tokens)] != self._leading_tokens:
+                tokens[:0] = self._leading_tokens
             characters += sum(map(len, texts))
             is_all = number == len(chunks)
             if is_all:
-                tokens += self._suffix
+                tokens += self._trailing_tokens
             is_checked = (is_all or characters >= CHUNK_CHARACTERS) and not self._truncates_to_fit(request)
             if is_checked and len(tokens) > self._max_prompt_tokens(request):
                 counted = None if is_all else len(tokens)
@@ -125,7 +127,7 @@ class Tokenizer:
         return prompt
 
     def _tail(self, prompt: Sequence[Fragment], tokens: int) -> Sequence[Fragment]:
-        """Returns an end of the prompt whose last `tokens` tokens are those of the whole prompt.
+        """Returns a suffix of the prompt that has the same last `tokens` tokens as the whole prompt.
 
         Returns the whole prompt if it is short, or if it cannot be cut anywhere.
         """
@@ -136,12 +138,12 @@ class Tokenizer:
         for fragment in reversed(prompt):
             if characters <= 0:
                 break
-            kept.append(Fragment(self._end_of(fragment, characters), fragment.parse_special))
+            kept.append(Fragment(self._suffix_of(fragment, characters), fragment.parse_special))
             characters -= len(fragment.text)
         return kept[::-1]
 
-    def _end_of(self, fragment: Fragment, characters: int) -> str:
-        """Returns an end of the fragment with at least that many characters, or the whole fragment if it cannot be cut."""
+    def _suffix_of(self, fragment: Fragment, characters: int) -> str:
+        """Returns a suffix of the fragment with at least that many characters; the whole fragment if it cannot be cut."""
         end = len(fragment.text) - characters
         window = CHUNK_CHARACTERS
         while end > 0 and (cuts := self._tail_cuts[fragment.parse_special]):

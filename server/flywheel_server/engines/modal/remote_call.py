@@ -18,8 +18,8 @@ What happens if a request to Modal fails with a status, after the retries of Mod
     UNIMPLEMENTED
     ALREADY_EXISTS, DATA_LOSS           INTERNAL            confirm, then INTERNAL   retry
 
-- "retry": tries again with backoff, until requests have failed for `FLYWHEEL_MODAL_TIMEOUT` seconds. By then, Modal has ended
-  the call.
+- "retry": tries again with backoff, until requests have failed for `FLYWHEEL_MODAL_TIMEOUT` seconds; by then, Modal has ended
+  the call. Polls also end if the caller goes.
 - "confirm": tries again until the error has lasted for `CONFIRMATION_SECONDS`; see `engines.modal.retries`.
 - "3 tries": a call is spawned again only if Modal has certainly not accepted it. Each further try looks the class up again,
   because it may have been deployed again.
