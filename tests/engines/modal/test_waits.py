@@ -3,19 +3,19 @@
 import ast
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from flywheel_server.engines.modal.waits import modal_items, modal_result
+from flywheel_server.engines.modal.waits import modal_result
 from modal import exception
 from modal._utils.async_utils import synchronize_api
 
 ROOT = Path(__file__).parent.parent.parent.parent
+WAIT = "modal_result"
 SOURCES = sorted((ROOT / "server").rglob("*.py"))
 """The client waits for whole readings of a directory, and may not import this helper; see `flywheel_client._modal`."""
-WAITS = {"modal_result", "modal_items"}
 
 
 class Race:
@@ -116,34 +116,17 @@ async def test_a_cancel_of_modals_own_is_none_of_the_callers() -> None:
         await modal_result(work())
 
 
-async def test_items_come_through_and_a_cancel_ends_them() -> None:
-    going_on = asyncio.Event()
-
-    async def items(*, endless: bool) -> AsyncIterator[int]:
-        yield 1
-        going_on.set()
-        if endless:
-            await asyncio.Event().wait()
-        yield 2
-
-    assert await modal_items(items(endless=False)) == [1, 2]
-    going_on.clear()
-    waiting = asyncio.ensure_future(modal_items(items(endless=True)))
-    await going_on.wait()
-    waiting.cancel()
-    await asyncio.wait({waiting}, timeout=5)
-    assert waiting.cancelled()
-
-
 def bare_waits(source: str) -> list[int]:
-    """Returns the lines on which a method of Modal's is called outside the argument of one of `WAITS`.
+    """Returns the lines on which a method of Modal's is called outside the argument of `modal_result`.
 
     That may also be a function of the same module which is only called in such an argument.
     """
     tree = ast.parse(source)
     nodes: list[Any] = list(ast.walk(tree))
     calls = [node for node in nodes if isinstance(node, ast.Call)]
-    guarded = [call.args[0] for call in calls if isinstance(call.func, ast.Name) and call.func.id in WAITS and call.args]
+    guarded = [
+        call.args[0] for call in calls if isinstance(call.func, ast.Name) and call.func.id == "modal_result" and call.args
+    ]
     uses = [node.id for node in nodes if isinstance(node, ast.Name)]
     waited_for = [node.func.id for node in guarded if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
     functions = [
@@ -177,7 +160,6 @@ def test_the_walk_finds_a_bare_wait(line: str) -> None:
     "line",
     [
         "await modal_result(f.aio())",
-        "await modal_items(d.items.aio())",
         "await modal_result(items())\nasync def items(): return [x async for x in d.items.aio()]",
     ],
 )

@@ -15,14 +15,7 @@ from typing import Any, Final, Self
 from modal.config import config
 from pydantic import ValidationError
 
-from flywheel_server.engines.base import (
-    EngineFailedError,
-    EngineModel,
-    EngineStats,
-    PreparedRequest,
-    Sink,
-    Started,
-)
+from flywheel_server.engines.base import EngineFailedError, EngineModel, EngineStats, PreparedRequest, Sink, Started
 from flywheel_server.engines.modal.cancellations import Cancellations
 from flywheel_server.engines.modal.errors import Target, as_engine_errors
 from flywheel_server.engines.modal.inbox import Inbox

@@ -98,10 +98,7 @@ _UNREACHABLE: Final = (
 )
 
 
-_MODAL_STATUSES: Final = (
-    api_pb2.GenericResult.GENERIC_STATUS_TIMEOUT,
-    api_pb2.GenericResult.GENERIC_STATUS_INTERNAL_FAILURE,
-)
+_MODAL_STATUSES: Final = (api_pb2.GenericResult.GENERIC_STATUS_TIMEOUT, api_pb2.GenericResult.GENERIC_STATUS_INTERNAL_FAILURE)
 """The statuses of results that come from Modal itself and not from the class."""
 
 DEFAULT_RETRY_DELAY: Final = 1.0

@@ -120,12 +120,7 @@ def _packed(event: Event) -> dict[str, Any]:
         case Started():
             return {"event": "started", "prompt_tokens": event.prompt_tokens}
         case TextDelta():
-            return {
-                "event": "delta",
-                "index": event.index,
-                "text": event.text,
-                "generated_tokens": event.generated_tokens,
-            }
+            return {"event": "delta", "index": event.index, "text": event.text, "generated_tokens": event.generated_tokens}
         case GenerationResponseSample():
             return {"event": "sample", "sample": event.model_dump()}
 

@@ -33,11 +33,7 @@ from typing import Any, Final
 import modal
 from modal import exception
 
-from flywheel_server.engines.base import (
-    EngineError,
-    EngineOverloadedError,
-    EngineUnavailableError,
-)
+from flywheel_server.engines.base import EngineError, EngineOverloadedError, EngineUnavailableError
 from flywheel_server.engines.modal.errors import ErrorTranslator, source_of
 from flywheel_server.engines.modal.retries import RetryPolicy
 from flywheel_server.engines.modal.waits import modal_result

@@ -6,8 +6,8 @@ deadline, is then lost, and a loop of retries goes on. So no code here awaits su
 """
 
 import asyncio
-from collections.abc import AsyncIterable, Awaitable
-from typing import Any, Generic, TypeVar
+from collections.abc import Awaitable
+from typing import Any, TypeVar
 
 from modal import exception
 
@@ -19,7 +19,7 @@ async def modal_result(work: Awaitable[T]) -> T:
 
     CancelledError is raised at once. The work is then cancelled in the background; Modal may have carried it out.
     """
-    running = asyncio.ensure_future(_Outcome.of(work))
+    running = asyncio.ensure_future(_outcome_of(work))
     try:
         await asyncio.wait({running})
     except asyncio.CancelledError:
@@ -27,38 +27,20 @@ async def modal_result(work: Awaitable[T]) -> T:
         raise
     if running.cancelled():
         raise exception.ClientClosed("Modal's client gave up the work")
-    return running.result().unwrap()
+    results, error = running.result()
+    if error is not None:
+        raise error
+    return results[0]
 
 
-async def modal_items(items: AsyncIterable[T]) -> list[T]:
-    """Returns all items of an iterator of Modal's client. Cancellation works as in `modal_result`."""
-
-    async def collect() -> list[T]:
-        return [item async for item in items]
-
-    return await modal_result(collect())
-
-
-class _Outcome(Generic[T]):
-    """The result or the error of some work. If a task raised an error such as SystemExit, that would end the event loop."""
-
-    def __init__(self, result: list[T], error: BaseException | None) -> None:
-        self._result = result
-        self._error = error
-
-    @classmethod
-    async def of(cls, work: Awaitable[T]) -> "_Outcome[T]":
-        try:
-            return cls([await work], None)
-        except asyncio.CancelledError:
-            raise
-        except BaseException as error:  # noqa: BLE001 - `unwrap` raises it
-            return cls([], error)
-
-    def unwrap(self) -> T:
-        if self._error is not None:
-            raise self._error
-        return self._result[0]
+async def _outcome_of(work: Awaitable[T]) -> tuple[list[T], BaseException | None]:
+    """Returns the only result of the work, or its error. If a task raised SystemExit, that would end the event loop."""
+    try:
+        return [await work], None
+    except asyncio.CancelledError:
+        raise
+    except BaseException as error:  # noqa: BLE001 - `modal_result` raises it
+        return [], error
 
 
 _cancelled: set[asyncio.Future[Any]] = set()
