@@ -1,4 +1,4 @@
-"""Creates the engine that the settings name. Only that engine is imported, because others may not be installed."""
+"""Creates the engine that the settings name. Only that engine is imported: others may need an extra that is missing."""
 
 from pathlib import Path
 from typing import assert_never

@@ -128,7 +128,7 @@ class FlywheelEngine:
         return await self._class.stats()
 
     def is_reachable(self) -> bool:
-        """Returns whether recent requests could look up or call the class; see `Engine.is_reachable`."""
+        """Returns whether recent requests could reach the class; see `Engine.is_reachable`."""
         return self._class.is_reachable()
 
     def model(self) -> EngineModel:

@@ -7,8 +7,8 @@ from flywheel_server.engines.modal.retries import CONFIRMATION_SECONDS
 class Reachability:
     """Concludes from requests to Modal whether the class can be reached. It is True or False.
 
-    Only requests that look up or call the class count. The class is reachable from the first success on. It becomes
-    unreachable if two requests or more have failed since the last success, the first of them `CONFIRMATION_SECONDS` ago.
+    The class is reachable once a request about it has succeeded. It becomes unreachable if two look-ups or more have failed
+    since the last success, the first of them `CONFIRMATION_SECONDS` ago.
     """
 
     def __init__(self) -> None:
@@ -23,7 +23,7 @@ class Reachability:
         return self._failures < 2 or seconds < CONFIRMATION_SECONDS  # noqa: PLR2004 - one failure decides nothing
 
     def note_success(self) -> None:
-        """Notes that the class was looked up or called."""
+        """Notes that a request about the class has succeeded: a look-up, a call, or a request for its stats."""
         self._has_succeeded = True
         self._failing_since = None
         self._failures = 0

@@ -45,7 +45,7 @@ class StrayCalls:
         self._recent[call] = asyncio.get_running_loop().time()
 
     def cancel(self, batch: EventBatch) -> None:
-        """Cancels the call of the batch, which no caller waits for. Does nothing within `STRAY_CANCEL_DELAY`."""
+        """Cancels the call of the batch, which no caller waits for; see `STRAY_CANCEL_DELAY` for what delays that."""
         self._forget_old()
         if {batch.call, batch.function_call} & self._recent.keys() or len(self._cancelling) >= MAX_CONCURRENT_STRAY_CANCELS:
             return
