@@ -3,58 +3,60 @@
 isort:skip_file
 The contract of Flywheel gRPC: text generation by a large language model.
 
-GenerationRequest and GenerationResponseSample begin with the fields of MK1 Flywheel's `Model.generate` in their
-order, so that a caller of Flywheel finds every argument under its own name. This file is the API reference: each
-element states its range, unit, default and failure.
+GenerationRequest and GenerationResponseSample begin with the fields of MK1 Flywheel's `Model.generate`, with the same
+names and in the same order. This file is the API reference: each element states its range, unit, default and failure.
 
 Conventions
-  - Presence: a field is `optional` exactly if its default is not zero. Of such a field, an explicit 0 is 0, and unset
-    is the default. For all other fields, unset and zero mean the same.
+  - Presence: a field is `optional` if and only if its default is not zero. In an `optional` field, an explicit 0 means
+    0, and an unset field means the default. In all other fields, unset and zero mean the same.
   - Times are seconds since the Unix epoch as a double, with fractions, on the clock of the machine that generates.
-  - Tokens are the model's own tokens. `GetModel` tells which model that is.
-  - Metadata: the caller may send `x-request-id` (1 to 128 visible ASCII characters, no spaces); the initial metadata of
-    every response has it, or a new one if the caller sent none or one that is not like that. The initial metadata are
-    sent when the engine begins. A call that fails has the id in its trailing metadata too. A call that is refused before
-    the engine begins has it only there, because gRPC's own retries repeat no call that has received initial metadata.
+  - Tokens are the model's own tokens. `GetModel` returns the name of the model.
+  - Request id: the caller may send one as metadata `x-request-id` (1 to 128 visible ASCII characters, no spaces). If the
+    caller sends no valid id, the server makes a new one. The server returns the id in the initial metadata, which it
+    sends when the engine starts on the request. If the call fails, the trailing metadata have the id too. If the call is
+    refused before the engine starts, only the trailing metadata have it: gRPC's own retries do not repeat a call that
+    has received initial metadata.
 
 Errors follow google.rpc (AIP-193): the status code, a brief message, and details in `grpc-status-details-bin`. The
 domain of every ErrorInfo is `flywheel.v1`.
   INVALID_ARGUMENT    One or more fields are out of range: BadRequest with every violation at once. Prompt and max_tokens
-                      together exceed the model's context: BadRequest with both numbers, or with "at least" if that is
-                      clear before all tokens of the prompt are counted. A field that the engine cannot honour:
-                      BadRequest and ErrorInfo `UNSUPPORTED_FIELD`. Not a valid message: ErrorInfo `MALFORMED_REQUEST`.
-                      Repeating the call unchanged fails again.
+                      together exceed the model's context: BadRequest with both numbers; the number of prompt tokens
+                      follows "at least" if the server could stop counting early. The engine does not support a field:
+                      BadRequest and ErrorInfo `UNSUPPORTED_FIELD`. The bytes are not a valid message: ErrorInfo
+                      `MALFORMED_REQUEST`. The same call fails again.
   RESOURCE_EXHAUSTED  The server is full: RetryInfo and ErrorInfo `OVERLOADED`. A quota of the caller is used up:
-                      QuotaFailure, ErrorInfo `QUOTA_EXCEEDED`, and RetryInfo unless the call alone exceeds it. The
-                      stream is not read in time: ErrorInfo `SLOW_READER`. The request is over the size limit after
-                      decompression: ErrorInfo `REQUEST_TOO_LARGE`. The request as it is sent, or its metadata, is over
-                      the size limit of the transport: refused before it is read, without details and without a request
-                      id. Metadata of a client that has not yet acknowledged the HTTP/2 settings of the server: ErrorInfo
-                      `METADATA_TOO_LARGE`. Try again only if there is RetryInfo.
-  DEADLINE_EXCEEDED   The caller's deadline passed: ErrorInfo `IN_QUEUE` (nothing was generated yet; at once if the wait is
-                      going to be longer than the deadline) or `IN_GENERATION`. A caller's own timer may fire first; then
-                      there are no details. The generation took longer than the deployment allows: ErrorInfo
-                      `ENGINE_TIMEOUT`, whose metadata has the `timeout_seconds`. The request did not arrive in time:
-                      ErrorInfo `REQUEST_INCOMPLETE`.
-  UNAUTHENTICATED     The server wants an API key, as metadata `authorization: Bearer KEY`: ErrorInfo `API_KEY_MISSING`,
+                      QuotaFailure, ErrorInfo `QUOTA_EXCEEDED`, and RetryInfo unless the call alone exceeds the quota. The
+                      caller reads the stream too slowly: ErrorInfo `SLOW_READER`. The request exceeds the size limit
+                      after decompression: ErrorInfo `REQUEST_TOO_LARGE`. The request as it is sent, or its metadata,
+                      exceeds the size limit of the transport: the call is refused before the server reads it, without
+                      details and without a request id. But if the client has not yet acknowledged the server's HTTP/2
+                      settings, metadata that are too large give ErrorInfo `METADATA_TOO_LARGE`. Try again only if there
+                      is RetryInfo.
+  DEADLINE_EXCEEDED   The caller's deadline passed: ErrorInfo `IN_QUEUE` if nothing was generated yet, else
+                      `IN_GENERATION`. If the expected wait in the queue exceeds the deadline, the call fails at once.
+                      There are no details if the caller's own timer fires first. The generation took longer than the
+                      deployment allows: ErrorInfo `ENGINE_TIMEOUT` with `timeout_seconds` in its metadata. The request
+                      did not arrive in time: ErrorInfo `REQUEST_INCOMPLETE`.
+  UNAUTHENTICATED     The server requires an API key, as metadata `authorization: Bearer KEY`: ErrorInfo `API_KEY_MISSING`,
                       `API_KEY_INVALID`, `API_KEY_EXPIRED`, or `API_KEY_REVOKED` if the key is revoked while the
-                      request arrives or the call runs. Or the client's certificate has a name that cannot be relied
-                      on: ErrorInfo `CERTIFICATE_INVALID`, whatever key the call has. Health checks need none.
-  FAILED_PRECONDITION The engine is not where the server's settings say, or refuses the server: ErrorInfo
-                      `ENGINE_NOT_SET_UP`, whose metadata names what was looked for and the `setting` to look at.
-                      Trying again helps only after the deployment was changed.
+                      request arrives or the call runs. Health checks need no key. The client's certificate has a name
+                      that cannot be trusted: ErrorInfo `CERTIFICATE_INVALID`, whether or not the call has a key.
+  FAILED_PRECONDITION The engine is missing at the place that the server's settings name, or refuses the server: ErrorInfo
+                      `ENGINE_NOT_SET_UP`. Its metadata has what the server looked for, and the `setting` to check.
+                      Try again only after the deployment was changed.
   UNAVAILABLE         The engine is starting or cannot be reached, or the server is stopping: RetryInfo and ErrorInfo
-                      `ENGINE_UNAVAILABLE`. The server has run out of descriptors, memory, threads or disk space:
-                      RetryInfo and ErrorInfo `OUT_OF_RESOURCES`. If there is no server, there are no details.
+                      `ENGINE_UNAVAILABLE`. The server has run out of file descriptors, memory, threads or disk space:
+                      RetryInfo and ErrorInfo `OUT_OF_RESOURCES`. There is no server: no details.
   INTERNAL            The engine failed: ErrorInfo `ENGINE_FAILED` with the request id. The cause is in the server's log.
 
-Without details, a status does not come from the service. CANCELLED that the caller has not asked for is how gRPC ends a call
-that reaches a server in the moment when it stops, and nothing has been done for it. INTERNAL and UNKNOWN are how gRPC and
-proxies end a call whose connection has broken. Treat these three as UNAVAILABLE.
+A status without details does not come from the service. gRPC ends a call with CANCELLED, which the caller has not asked for,
+if the call reaches a server at the moment when the server stops; the server has done nothing for the call. gRPC and proxies
+end a call with INTERNAL or UNKNOWN if its connection breaks. Treat these three as UNAVAILABLE.
 
-Trying again: UNAVAILABLE, and whatever has RetryInfo, may be repeated as long as no initial metadata have arrived, because
-they are sent when the engine begins. The delay in RetryInfo is also in the trailing metadata `grpc-retry-pushback-ms`
-(gRFC A6). `generation_grpc_service_config.json`, beside this file, has gRPC's own retries heed it.
+Retries: a call that ends with UNAVAILABLE, or with RetryInfo, may be repeated if it has received no initial metadata, which
+are sent when the engine starts on the request. The delay of RetryInfo is also in the trailing metadata
+`grpc-retry-pushback-ms` (gRFC A6). With `generation_grpc_service_config.json`, beside this file, gRPC's own retries wait
+for that delay.
 """
 
 from collections import abc as _abc
@@ -90,54 +92,57 @@ class GenerationRequest(_message.Message):
     PRESENCE_PENALTY_FIELD_NUMBER: _builtins.int
     FREQUENCY_PENALTY_FIELD_NUMBER: _builtins.int
     text: _builtins.str
-    """The prompt. `Model.prompt_format` tells whether the model reads it as it is ("raw") or as the message of a user in its
-    chat template ("chat"). A text that begins as the template itself begins, such as with `<|im_start|>user` or `[INST]`,
-    brings a template of its own, and is read as it is too. (Leading spaces and the token that begins a text, such as `<s>`,
-    make no difference.) In a text that is read as it is, the model's special tokens are recognised, wherever they are. In a
-    text that is put into the template they are plain text, so that it cannot act as a part of the template. The token that
-    begins a text is there once if the model wants it, however often the text begins with it. Required: not empty, and at
-    most `Limits.max_text_bytes` in UTF-8.
+    """The prompt. Required: not empty, and at most `Limits.max_text_bytes` in UTF-8. `Model.prompt_format` says how the model
+    reads it: unchanged ("raw"), or as the message of a user in the model's chat template ("chat").
+
+    A text that begins as the chat template itself begins, for example with `<|im_start|>user` or `[INST]`, has a template of
+    its own, so the model reads it unchanged too. Leading spaces, and a leading token that begins a text, such as `<s>`, make
+    no difference to this rule.
+
+    In a text that is read unchanged, the model's special tokens are recognised everywhere. In a text that is put into the
+    template, special tokens are plain text, so that the text cannot act as a part of the template. If the model expects a
+    token that begins a text, the model reads that token exactly once, however often the text begins with it.
     """
     max_tokens: _builtins.int
-    """The most tokens to generate for each sample. Required: 1 to `Model.context_tokens`. Prompt (after max_input_tokens)
-    and max_tokens together must not exceed `Model.context_tokens`.
+    """The maximum number of tokens to generate for each sample. Required: 1 to `Model.context_tokens`. The tokens of the prompt
+    (after max_input_tokens) and max_tokens together must not exceed `Model.context_tokens`.
     """
     max_input_tokens: _builtins.int
-    """The most prompt tokens to read: of a longer prompt, as the model reads it, only the last max_input_tokens tokens are
-    kept. At least 0. Default: 0, which keeps the whole prompt.
+    """The maximum number of prompt tokens to read. If the prompt, as the model reads it, is longer, only its last
+    max_input_tokens tokens are kept. At least 0. Default: 0, which keeps the whole prompt.
     """
     num_samples: _builtins.int
     """How many independent samples to generate from the prompt. 1 to `Limits.max_num_samples`. Default: 1."""
     temperature: _builtins.float
-    """Divides the logits before sampling: below 1 makes likely tokens likelier, above 1 less so. Finite and at least 0,
-    where 0 always takes the likeliest token. Default: 1.0.
+    """Divides the logits before sampling. A value below 1 makes likely tokens likelier, a value above 1 makes them less
+    likely. Finite and at least 0; 0 always takes the likeliest token. Default: 1.0.
     """
     top_k: _builtins.int
-    """Samples only from the top_k likeliest tokens. At least 0, where 0 does not restrict. Default: 50."""
+    """Samples only from the top_k likeliest tokens. At least 0; 0 does not restrict. Default: 50."""
     top_p: _builtins.float
     """Samples only from the likeliest tokens whose probabilities, after top_k and temperature, add up to top_p. Greater
-    than 0 and at most 1, where 1 does not restrict. Default: 1.0.
+    than 0 and at most 1; 1 does not restrict. Default: 1.0.
     """
     presence_penalty: _builtins.float
-    """What is subtracted from the logit of every token that occurs in the text so far. -2 to 2. Default: 0.0.
-    `Model.penalizes_prompt` tells whether the prompt is part of the text so far.
+    """Is subtracted from the logit of every token that occurs in the text so far. -2 to 2. Default: 0.0.
+    `Model.penalizes_prompt` says whether the prompt is part of the text so far.
     """
     frequency_penalty: _builtins.float
-    """What is subtracted from the logit of every token, once for each time that it occurs in the text so far. -2 to 2. Default:
-    0.0. `Model.penalizes_prompt` tells whether the prompt is part of the text so far.
+    """Is subtracted from the logit of every token, once for each time that the token occurs in the text so far. -2 to 2.
+    Default: 0.0. `Model.penalizes_prompt` says whether the prompt is part of the text so far.
     """
     @_builtins.property
     def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Token ids that end a sample, besides the model's own end-of-generation tokens. The text of the token is not part of
-        the sample. A token that is only a part of a character may go unnoticed. Default: none. Each at least 0; at most
-        `Limits.max_eos_token_ids` of them.
+        the sample. A token that is only a part of a character may not be noticed. Each id is at least 0; at most
+        `Limits.max_eos_token_ids` ids. Default: none.
         """
 
     @_builtins.property
     def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Stop sequences: the first of them to appear in a sample's text ends the sample. Neither it nor anything after it is
-        part of the text. Default: none. Each not empty and at most `Limits.max_stop_bytes` in UTF-8; at most
-        `Limits.max_stop_sequences` of them.
+        """Stop sequences. The first stop sequence that appears in a sample's text ends the sample. The text contains neither the
+        stop sequence nor anything after it. Each is not empty and has at most `Limits.max_stop_bytes` in UTF-8; at most
+        `Limits.max_stop_sequences` stop sequences. Default: none.
         """
 
     def __init__(
@@ -194,22 +199,22 @@ class GenerationResponseSample(_message.Message):
     text: _builtins.str
     """The generated text, without the prompt. May be empty."""
     generated_tokens: _builtins.int
-    """How many tokens were generated, including the one that ended the sample: an end-of-generation token, or the last
+    """How many tokens were generated, including the token that ended the sample: an end-of-generation token, or the last
     token of a stop sequence.
     """
     finished: _builtins.float
-    """When the sample was finished, in seconds since the epoch."""
+    """When the sample finished, in seconds since the epoch."""
     finish_reason: _builtins.str
     """Why the sample ended. "stop": an end-of-generation token, one of eos_token_ids, or a stop sequence. "length":
-    max_tokens were generated. An engine may have others; take a value that you do not know as an end like any other.
+    max_tokens were generated. An engine may have other values; treat an unknown value as an end like any other.
     """
     index: _builtins.int
     """Which sample this is: 0 to num_samples - 1."""
     prompt_tokens: _builtins.int
     """How many tokens of the prompt the model read, after max_input_tokens."""
     stop_sequence: _builtins.str
-    """The stop sequence that ended the sample, as it was written in the request. Empty if none did, or if the engine does
-    not tell which.
+    """The stop sequence that ended the sample, as it is in the request. Empty if no stop sequence ended the sample, or if the
+    engine does not say which one did.
     """
     def __init__(
         self,
@@ -245,7 +250,7 @@ class GenerationResponse(_message.Message):
     created: _builtins.float
     """When the request was accepted, in seconds since the epoch."""
     finished: _builtins.float
-    """When the last sample was finished, in seconds since the epoch."""
+    """When the last sample finished, in seconds since the epoch."""
     num_samples: _builtins.int
     """How many samples there are: the num_samples of the request."""
     prompt: _builtins.str
@@ -290,18 +295,18 @@ class GenerationDelta(_message.Message):
     index: _builtins.int
     """Which sample this continues: 0 to num_samples - 1."""
     text: _builtins.str
-    """The text that follows this sample's earlier deltas: whole characters. Empty only in a sample's last delta."""
+    """The text that follows this sample's earlier deltas, in whole characters. May be empty only in the sample's last delta."""
     generated_tokens: _builtins.int
     """How many tokens of this sample have been generated so far."""
     finished: _builtins.float
-    """When the sample was finished, in seconds since the epoch. Only in the sample's last delta; 0 before."""
+    """When the sample finished, in seconds since the epoch. Set only in the sample's last delta, else 0."""
     finish_reason: _builtins.str
-    """Why the sample ended, as in GenerationResponseSample. Only in the sample's last delta; empty before."""
+    """Why the sample ended, as in GenerationResponseSample. Set only in the sample's last delta, else empty."""
     prompt_tokens: _builtins.int
-    """How many tokens of the prompt the model read, after max_input_tokens. Only in the sample's last delta; 0 before."""
+    """How many tokens of the prompt the model read, after max_input_tokens. Set only in the sample's last delta, else 0."""
     stop_sequence: _builtins.str
-    """The stop sequence that ended the sample. Only in the sample's last delta, and empty if none did, or if the engine does
-    not tell which.
+    """The stop sequence that ended the sample. Set only in the sample's last delta, else empty. Also empty if no stop sequence
+    ended the sample, or if the engine does not say which one did.
     """
     def __init__(
         self,
@@ -341,7 +346,7 @@ Global___GetModelRequest: _TypeAlias = GetModelRequest  # noqa: Y015
 
 @_typing.final
 class Model(_message.Message):
-    """What is served."""
+    """The model that the service runs."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -355,15 +360,16 @@ class Model(_message.Message):
     name: _builtins.str
     """The model's name, for example "SmolLM2-135M-Instruct.Q4_1"."""
     engine: _builtins.str
-    """The engine that runs the model, for example "embedded". The set grows; take a value that you do not know as any other."""
+    """The engine that runs the model, for example "embedded". Later versions may add values; accept unknown values."""
     context_tokens: _builtins.int
-    """The most tokens of prompt and generated text together."""
+    """The maximum number of tokens of prompt and generated text together."""
     penalizes_prompt: _builtins.bool
     """Whether presence_penalty and frequency_penalty also count the tokens of the prompt."""
     prompt_format: _builtins.str
-    """How the model reads the text of a request. "raw": as it is, which is how a model without a chat template reads it unless
-    the server is told otherwise. "chat": as the message of a user in the model's chat template, which may add to it, unless
-    it begins as the template does; see `GenerationRequest.text`. The set grows; take a value that you do not know as "raw".
+    """How the model reads the text of a request. "raw": unchanged; this is the format of a model without a chat template unless
+    the server has another setting. "chat": as the message of a user in the model's chat template, which may add text of its
+    own. A text that begins as the template does is read unchanged; see `GenerationRequest.text`. Later versions may add
+    values; treat an unknown value as "raw".
     """
     @_builtins.property
     def limits(self) -> Global___Limits:
@@ -371,7 +377,7 @@ class Model(_message.Message):
 
     @_builtins.property
     def defaults(self) -> Global___Defaults:
-        """The values that unset fields take."""
+        """The values of unset fields."""
 
     def __init__(
         self,
@@ -394,7 +400,7 @@ Global___Model: _TypeAlias = Model  # noqa: Y015
 
 @_typing.final
 class Limits(_message.Message):
-    """The limits of a request that a deployment or the contract sets."""
+    """The limits of a request, set by the deployment or by the contract."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -404,15 +410,15 @@ class Limits(_message.Message):
     MAX_STOP_SEQUENCES_FIELD_NUMBER: _builtins.int
     MAX_STOP_BYTES_FIELD_NUMBER: _builtins.int
     max_text_bytes: _builtins.int
-    """The longest text, in bytes of UTF-8."""
+    """The maximum length of `text`, in bytes of UTF-8."""
     max_num_samples: _builtins.int
-    """The highest num_samples."""
+    """The maximum of num_samples."""
     max_eos_token_ids: _builtins.int
-    """How many eos_token_ids a request may have."""
+    """The maximum number of eos_token_ids in a request."""
     max_stop_sequences: _builtins.int
-    """How many stop sequences a request may have."""
+    """The maximum number of stop sequences in a request."""
     max_stop_bytes: _builtins.int
-    """The longest stop sequence, in bytes of UTF-8."""
+    """The maximum length of a stop sequence, in bytes of UTF-8."""
     def __init__(
         self,
         *,
@@ -432,7 +438,7 @@ Global___Limits: _TypeAlias = Limits  # noqa: Y015
 
 @_typing.final
 class Defaults(_message.Message):
-    """The values that the unset fields of a GenerationRequest take, as far as these are not zero."""
+    """The values of unset fields of a GenerationRequest, for each field whose default is not zero."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -492,15 +498,15 @@ class Stats(_message.Message):
     ACTIVE_FIELD_NUMBER: _builtins.int
     QUEUED_FIELD_NUMBER: _builtins.int
     backlog: _builtins.int
-    """How many requests, or parts of requests, wait in the engine, from all its callers. Those that wait in this server for
-    room in the engine are `queued`.
+    """How many requests, or parts of requests, wait in the engine, from all callers of the engine. Requests that wait in this
+    server for room in the engine count as `queued` instead.
     """
     num_total_runners: _builtins.int
-    """How many runners the engine has: containers, or 1 for an engine within the server."""
+    """How many runners the engine has: the number of containers, or 1 for an engine inside the server."""
     active: _builtins.int
     """How many generation calls of this server the engine is working on."""
     queued: _builtins.int
-    """How many generation calls of this server wait to be worked on."""
+    """How many generation calls of this server wait for the engine."""
     def __init__(
         self,
         *,

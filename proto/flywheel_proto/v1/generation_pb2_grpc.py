@@ -28,20 +28,21 @@ if _version_not_supported:
 class GenerationServiceStub(object):
     """Generates text from a prompt.
 
-    Promises, whatever the engine behind the service:
+    The service keeps these promises, whichever engine it uses:
     1. A call that ends with OK has delivered exactly one finished sample for each index from 0 to num_samples - 1.
     2. The deltas of an index, joined, are the text of that sample. Every delta is whole UTF-8 characters.
-    3. No part of a stop sequence that ended a sample is ever sent. Only text that may still become a stop sequence is
-    held back, nothing else.
-    4. Text is sent as soon as it exists. Deltas are merged only while the reader is behind, or the server is. A server that
-    has text for more streams than it can write to at once writes to one after the other, mostly to those without a message
-    yet first. What has come for a stream until its turn leaves as one message for each sample. If the text comes through
-    Modal, the first text of a call is sent at once, and what follows may be merged for a quarter of a second.
-    5. Cancelling the call, its deadline, or a broken connection stops the work in the engine, be it queued, reading the
-    prompt, or generating.
+    3. No part of a stop sequence that ended a sample is ever sent. The service holds back only text that may still become
+    a stop sequence.
+    4. Text is sent as soon as it exists. Deltas are merged only while the reader or the server is behind. A server that has
+    text for more streams than it can write to at once writes to one stream after the other, and mostly begins with
+    streams that have not had a message yet. It sends the text that has come for a stream as one message for each sample.
+    If the text comes through Modal, the first text of a call is sent at once, and later text may be merged for up to a
+    quarter of a second.
+    5. If the call is cancelled, its deadline passes, or its connection breaks, the work in the engine stops, whether the
+    request is queued, the prompt is being read, or text is being generated.
     6. The initial metadata of the response have `x-request-id`.
-    7. A call whose reader is slow holds no more than the text of its samples: the engine waits for the reader, if it can,
-    or the call ends, as the deployment is set up.
+    7. A call whose reader is slow holds no more than the text of its samples. The deployment decides what happens then:
+    the engine waits for the reader, if it can, or the call ends.
     """
 
     def __init__(self, channel):
@@ -80,33 +81,33 @@ class GenerationServiceStub(object):
 class GenerationServiceServicer(object):
     """Generates text from a prompt.
 
-    Promises, whatever the engine behind the service:
+    The service keeps these promises, whichever engine it uses:
     1. A call that ends with OK has delivered exactly one finished sample for each index from 0 to num_samples - 1.
     2. The deltas of an index, joined, are the text of that sample. Every delta is whole UTF-8 characters.
-    3. No part of a stop sequence that ended a sample is ever sent. Only text that may still become a stop sequence is
-    held back, nothing else.
-    4. Text is sent as soon as it exists. Deltas are merged only while the reader is behind, or the server is. A server that
-    has text for more streams than it can write to at once writes to one after the other, mostly to those without a message
-    yet first. What has come for a stream until its turn leaves as one message for each sample. If the text comes through
-    Modal, the first text of a call is sent at once, and what follows may be merged for a quarter of a second.
-    5. Cancelling the call, its deadline, or a broken connection stops the work in the engine, be it queued, reading the
-    prompt, or generating.
+    3. No part of a stop sequence that ended a sample is ever sent. The service holds back only text that may still become
+    a stop sequence.
+    4. Text is sent as soon as it exists. Deltas are merged only while the reader or the server is behind. A server that has
+    text for more streams than it can write to at once writes to one stream after the other, and mostly begins with
+    streams that have not had a message yet. It sends the text that has come for a stream as one message for each sample.
+    If the text comes through Modal, the first text of a call is sent at once, and later text may be merged for up to a
+    quarter of a second.
+    5. If the call is cancelled, its deadline passes, or its connection breaks, the work in the engine stops, whether the
+    request is queued, the prompt is being read, or text is being generated.
     6. The initial metadata of the response have `x-request-id`.
-    7. A call whose reader is slow holds no more than the text of its samples: the engine waits for the reader, if it can,
-    or the call ends, as the deployment is set up.
+    7. A call whose reader is slow holds no more than the text of its samples. The deployment decides what happens then:
+    the engine waits for the reader, if it can, or the call ends.
     """
 
     def Generate(self, request, context):
-        """Streams each sample, whole, as soon as it has finished. The order is the order of finishing; `index` tells which one
-        it is.
+        """Streams each sample, whole, as soon as it has finished, in the order of finishing. `index` identifies the sample.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GenerateDeltas(self, request, context):
-        """Streams the text of all samples while it is made. The deltas of different samples are interleaved; `index` tells them
-        apart. The last delta of a sample has a `finish_reason`.
+        """Streams the text of all samples while it is generated. The deltas of the samples are interleaved; `index` identifies the
+        sample. The last delta of a sample has a `finish_reason`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -120,8 +121,8 @@ class GenerationServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GetModel(self, request, context):
-        """Returns what is served: the model, its engine, the limits of a request and the defaults of unset fields. Answers
-        UNAVAILABLE until the engine has started.
+        """Returns the model, its engine, the limits of a request and the defaults of unset fields. Fails with UNAVAILABLE until
+        the engine has started.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -173,20 +174,21 @@ def add_GenerationServiceServicer_to_server(servicer, server):
 class GenerationService(object):
     """Generates text from a prompt.
 
-    Promises, whatever the engine behind the service:
+    The service keeps these promises, whichever engine it uses:
     1. A call that ends with OK has delivered exactly one finished sample for each index from 0 to num_samples - 1.
     2. The deltas of an index, joined, are the text of that sample. Every delta is whole UTF-8 characters.
-    3. No part of a stop sequence that ended a sample is ever sent. Only text that may still become a stop sequence is
-    held back, nothing else.
-    4. Text is sent as soon as it exists. Deltas are merged only while the reader is behind, or the server is. A server that
-    has text for more streams than it can write to at once writes to one after the other, mostly to those without a message
-    yet first. What has come for a stream until its turn leaves as one message for each sample. If the text comes through
-    Modal, the first text of a call is sent at once, and what follows may be merged for a quarter of a second.
-    5. Cancelling the call, its deadline, or a broken connection stops the work in the engine, be it queued, reading the
-    prompt, or generating.
+    3. No part of a stop sequence that ended a sample is ever sent. The service holds back only text that may still become
+    a stop sequence.
+    4. Text is sent as soon as it exists. Deltas are merged only while the reader or the server is behind. A server that has
+    text for more streams than it can write to at once writes to one stream after the other, and mostly begins with
+    streams that have not had a message yet. It sends the text that has come for a stream as one message for each sample.
+    If the text comes through Modal, the first text of a call is sent at once, and later text may be merged for up to a
+    quarter of a second.
+    5. If the call is cancelled, its deadline passes, or its connection breaks, the work in the engine stops, whether the
+    request is queued, the prompt is being read, or text is being generated.
     6. The initial metadata of the response have `x-request-id`.
-    7. A call whose reader is slow holds no more than the text of its samples: the engine waits for the reader, if it can,
-    or the call ends, as the deployment is set up.
+    7. A call whose reader is slow holds no more than the text of its samples. The deployment decides what happens then:
+    the engine waits for the reader, if it can, or the call ends.
     """
 
     @staticmethod

@@ -3,58 +3,60 @@
 isort:skip_file
 The contract of Flywheel gRPC: text generation by a large language model.
 
-GenerationRequest and GenerationResponseSample begin with the fields of MK1 Flywheel's `Model.generate` in their
-order, so that a caller of Flywheel finds every argument under its own name. This file is the API reference: each
-element states its range, unit, default and failure.
+GenerationRequest and GenerationResponseSample begin with the fields of MK1 Flywheel's `Model.generate`, with the same
+names and in the same order. This file is the API reference: each element states its range, unit, default and failure.
 
 Conventions
-  - Presence: a field is `optional` exactly if its default is not zero. Of such a field, an explicit 0 is 0, and unset
-    is the default. For all other fields, unset and zero mean the same.
+  - Presence: a field is `optional` if and only if its default is not zero. In an `optional` field, an explicit 0 means
+    0, and an unset field means the default. In all other fields, unset and zero mean the same.
   - Times are seconds since the Unix epoch as a double, with fractions, on the clock of the machine that generates.
-  - Tokens are the model's own tokens. `GetModel` tells which model that is.
-  - Metadata: the caller may send `x-request-id` (1 to 128 visible ASCII characters, no spaces); the initial metadata of
-    every response has it, or a new one if the caller sent none or one that is not like that. The initial metadata are
-    sent when the engine begins. A call that fails has the id in its trailing metadata too. A call that is refused before
-    the engine begins has it only there, because gRPC's own retries repeat no call that has received initial metadata.
+  - Tokens are the model's own tokens. `GetModel` returns the name of the model.
+  - Request id: the caller may send one as metadata `x-request-id` (1 to 128 visible ASCII characters, no spaces). If the
+    caller sends no valid id, the server makes a new one. The server returns the id in the initial metadata, which it
+    sends when the engine starts on the request. If the call fails, the trailing metadata have the id too. If the call is
+    refused before the engine starts, only the trailing metadata have it: gRPC's own retries do not repeat a call that
+    has received initial metadata.
 
 Errors follow google.rpc (AIP-193): the status code, a brief message, and details in `grpc-status-details-bin`. The
 domain of every ErrorInfo is `flywheel.v1`.
   INVALID_ARGUMENT    One or more fields are out of range: BadRequest with every violation at once. Prompt and max_tokens
-                      together exceed the model's context: BadRequest with both numbers, or with "at least" if that is
-                      clear before all tokens of the prompt are counted. A field that the engine cannot honour:
-                      BadRequest and ErrorInfo `UNSUPPORTED_FIELD`. Not a valid message: ErrorInfo `MALFORMED_REQUEST`.
-                      Repeating the call unchanged fails again.
+                      together exceed the model's context: BadRequest with both numbers; the number of prompt tokens
+                      follows "at least" if the server could stop counting early. The engine does not support a field:
+                      BadRequest and ErrorInfo `UNSUPPORTED_FIELD`. The bytes are not a valid message: ErrorInfo
+                      `MALFORMED_REQUEST`. The same call fails again.
   RESOURCE_EXHAUSTED  The server is full: RetryInfo and ErrorInfo `OVERLOADED`. A quota of the caller is used up:
-                      QuotaFailure, ErrorInfo `QUOTA_EXCEEDED`, and RetryInfo unless the call alone exceeds it. The
-                      stream is not read in time: ErrorInfo `SLOW_READER`. The request is over the size limit after
-                      decompression: ErrorInfo `REQUEST_TOO_LARGE`. The request as it is sent, or its metadata, is over
-                      the size limit of the transport: refused before it is read, without details and without a request
-                      id. Metadata of a client that has not yet acknowledged the HTTP/2 settings of the server: ErrorInfo
-                      `METADATA_TOO_LARGE`. Try again only if there is RetryInfo.
-  DEADLINE_EXCEEDED   The caller's deadline passed: ErrorInfo `IN_QUEUE` (nothing was generated yet; at once if the wait is
-                      going to be longer than the deadline) or `IN_GENERATION`. A caller's own timer may fire first; then
-                      there are no details. The generation took longer than the deployment allows: ErrorInfo
-                      `ENGINE_TIMEOUT`, whose metadata has the `timeout_seconds`. The request did not arrive in time:
-                      ErrorInfo `REQUEST_INCOMPLETE`.
-  UNAUTHENTICATED     The server wants an API key, as metadata `authorization: Bearer KEY`: ErrorInfo `API_KEY_MISSING`,
+                      QuotaFailure, ErrorInfo `QUOTA_EXCEEDED`, and RetryInfo unless the call alone exceeds the quota. The
+                      caller reads the stream too slowly: ErrorInfo `SLOW_READER`. The request exceeds the size limit
+                      after decompression: ErrorInfo `REQUEST_TOO_LARGE`. The request as it is sent, or its metadata,
+                      exceeds the size limit of the transport: the call is refused before the server reads it, without
+                      details and without a request id. But if the client has not yet acknowledged the server's HTTP/2
+                      settings, metadata that are too large give ErrorInfo `METADATA_TOO_LARGE`. Try again only if there
+                      is RetryInfo.
+  DEADLINE_EXCEEDED   The caller's deadline passed: ErrorInfo `IN_QUEUE` if nothing was generated yet, else
+                      `IN_GENERATION`. If the expected wait in the queue exceeds the deadline, the call fails at once.
+                      There are no details if the caller's own timer fires first. The generation took longer than the
+                      deployment allows: ErrorInfo `ENGINE_TIMEOUT` with `timeout_seconds` in its metadata. The request
+                      did not arrive in time: ErrorInfo `REQUEST_INCOMPLETE`.
+  UNAUTHENTICATED     The server requires an API key, as metadata `authorization: Bearer KEY`: ErrorInfo `API_KEY_MISSING`,
                       `API_KEY_INVALID`, `API_KEY_EXPIRED`, or `API_KEY_REVOKED` if the key is revoked while the
-                      request arrives or the call runs. Or the client's certificate has a name that cannot be relied
-                      on: ErrorInfo `CERTIFICATE_INVALID`, whatever key the call has. Health checks need none.
-  FAILED_PRECONDITION The engine is not where the server's settings say, or refuses the server: ErrorInfo
-                      `ENGINE_NOT_SET_UP`, whose metadata names what was looked for and the `setting` to look at.
-                      Trying again helps only after the deployment was changed.
+                      request arrives or the call runs. Health checks need no key. The client's certificate has a name
+                      that cannot be trusted: ErrorInfo `CERTIFICATE_INVALID`, whether or not the call has a key.
+  FAILED_PRECONDITION The engine is missing at the place that the server's settings name, or refuses the server: ErrorInfo
+                      `ENGINE_NOT_SET_UP`. Its metadata has what the server looked for, and the `setting` to check.
+                      Try again only after the deployment was changed.
   UNAVAILABLE         The engine is starting or cannot be reached, or the server is stopping: RetryInfo and ErrorInfo
-                      `ENGINE_UNAVAILABLE`. The server has run out of descriptors, memory, threads or disk space:
-                      RetryInfo and ErrorInfo `OUT_OF_RESOURCES`. If there is no server, there are no details.
+                      `ENGINE_UNAVAILABLE`. The server has run out of file descriptors, memory, threads or disk space:
+                      RetryInfo and ErrorInfo `OUT_OF_RESOURCES`. There is no server: no details.
   INTERNAL            The engine failed: ErrorInfo `ENGINE_FAILED` with the request id. The cause is in the server's log.
 
-Without details, a status does not come from the service. CANCELLED that the caller has not asked for is how gRPC ends a call
-that reaches a server in the moment when it stops, and nothing has been done for it. INTERNAL and UNKNOWN are how gRPC and
-proxies end a call whose connection has broken. Treat these three as UNAVAILABLE.
+A status without details does not come from the service. gRPC ends a call with CANCELLED, which the caller has not asked for,
+if the call reaches a server at the moment when the server stops; the server has done nothing for the call. gRPC and proxies
+end a call with INTERNAL or UNKNOWN if its connection breaks. Treat these three as UNAVAILABLE.
 
-Trying again: UNAVAILABLE, and whatever has RetryInfo, may be repeated as long as no initial metadata have arrived, because
-they are sent when the engine begins. The delay in RetryInfo is also in the trailing metadata `grpc-retry-pushback-ms`
-(gRFC A6). `generation_grpc_service_config.json`, beside this file, has gRPC's own retries heed it.
+Retries: a call that ends with UNAVAILABLE, or with RetryInfo, may be repeated if it has received no initial metadata, which
+are sent when the engine starts on the request. The delay of RetryInfo is also in the trailing metadata
+`grpc-retry-pushback-ms` (gRFC A6). With `generation_grpc_service_config.json`, beside this file, gRPC's own retries wait
+for that delay.
 """
 
 from collections import abc as _abc
@@ -83,20 +85,21 @@ GRPC_VERSION: str
 class GenerationServiceStub:
     """Generates text from a prompt.
 
-    Promises, whatever the engine behind the service:
+    The service keeps these promises, whichever engine it uses:
       1. A call that ends with OK has delivered exactly one finished sample for each index from 0 to num_samples - 1.
       2. The deltas of an index, joined, are the text of that sample. Every delta is whole UTF-8 characters.
-      3. No part of a stop sequence that ended a sample is ever sent. Only text that may still become a stop sequence is
-         held back, nothing else.
-      4. Text is sent as soon as it exists. Deltas are merged only while the reader is behind, or the server is. A server that
-         has text for more streams than it can write to at once writes to one after the other, mostly to those without a message
-         yet first. What has come for a stream until its turn leaves as one message for each sample. If the text comes through
-         Modal, the first text of a call is sent at once, and what follows may be merged for a quarter of a second.
-      5. Cancelling the call, its deadline, or a broken connection stops the work in the engine, be it queued, reading the
-         prompt, or generating.
+      3. No part of a stop sequence that ended a sample is ever sent. The service holds back only text that may still become
+         a stop sequence.
+      4. Text is sent as soon as it exists. Deltas are merged only while the reader or the server is behind. A server that has
+         text for more streams than it can write to at once writes to one stream after the other, and mostly begins with
+         streams that have not had a message yet. It sends the text that has come for a stream as one message for each sample.
+         If the text comes through Modal, the first text of a call is sent at once, and later text may be merged for up to a
+         quarter of a second.
+      5. If the call is cancelled, its deadline passes, or its connection breaks, the work in the engine stops, whether the
+         request is queued, the prompt is being read, or text is being generated.
       6. The initial metadata of the response have `x-request-id`.
-      7. A call whose reader is slow holds no more than the text of its samples: the engine waits for the reader, if it can,
-         or the call ends, as the deployment is set up.
+      7. A call whose reader is slow holds no more than the text of its samples. The deployment decides what happens then:
+         the engine waits for the reader, if it can, or the call ends.
     """
 
     @_typing.overload
@@ -104,18 +107,16 @@ class GenerationServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> GenerationServiceAsyncStub: ...
     Generate: _grpc.UnaryStreamMultiCallable[_generation_pb2.GenerationRequest, _generation_pb2.GenerationResponseSample]
-    """Streams each sample, whole, as soon as it has finished. The order is the order of finishing; `index` tells which one
-    it is.
-    """
+    """Streams each sample, whole, as soon as it has finished, in the order of finishing. `index` identifies the sample."""
     GenerateDeltas: _grpc.UnaryStreamMultiCallable[_generation_pb2.GenerationRequest, _generation_pb2.GenerationDelta]
-    """Streams the text of all samples while it is made. The deltas of different samples are interleaved; `index` tells them
-    apart. The last delta of a sample has a `finish_reason`.
+    """Streams the text of all samples while it is generated. The deltas of the samples are interleaved; `index` identifies the
+    sample. The last delta of a sample has a `finish_reason`.
     """
     GenerateAll: _grpc.UnaryUnaryMultiCallable[_generation_pb2.GenerationRequest, _generation_pb2.GenerationResponse]
     """Returns all samples at once, in the order of their index, after the last one has finished."""
     GetModel: _grpc.UnaryUnaryMultiCallable[_generation_pb2.GetModelRequest, _generation_pb2.Model]
-    """Returns what is served: the model, its engine, the limits of a request and the defaults of unset fields. Answers
-    UNAVAILABLE until the engine has started.
+    """Returns the model, its engine, the limits of a request and the defaults of unset fields. Fails with UNAVAILABLE until
+    the engine has started.
     """
     GetStats: _grpc.UnaryUnaryMultiCallable[_generation_pb2.GetStatsRequest, _generation_pb2.Stats]
     """Returns how busy the service is at this moment."""
@@ -124,36 +125,35 @@ class GenerationServiceStub:
 class GenerationServiceAsyncStub(GenerationServiceStub):
     """Generates text from a prompt.
 
-    Promises, whatever the engine behind the service:
+    The service keeps these promises, whichever engine it uses:
       1. A call that ends with OK has delivered exactly one finished sample for each index from 0 to num_samples - 1.
       2. The deltas of an index, joined, are the text of that sample. Every delta is whole UTF-8 characters.
-      3. No part of a stop sequence that ended a sample is ever sent. Only text that may still become a stop sequence is
-         held back, nothing else.
-      4. Text is sent as soon as it exists. Deltas are merged only while the reader is behind, or the server is. A server that
-         has text for more streams than it can write to at once writes to one after the other, mostly to those without a message
-         yet first. What has come for a stream until its turn leaves as one message for each sample. If the text comes through
-         Modal, the first text of a call is sent at once, and what follows may be merged for a quarter of a second.
-      5. Cancelling the call, its deadline, or a broken connection stops the work in the engine, be it queued, reading the
-         prompt, or generating.
+      3. No part of a stop sequence that ended a sample is ever sent. The service holds back only text that may still become
+         a stop sequence.
+      4. Text is sent as soon as it exists. Deltas are merged only while the reader or the server is behind. A server that has
+         text for more streams than it can write to at once writes to one stream after the other, and mostly begins with
+         streams that have not had a message yet. It sends the text that has come for a stream as one message for each sample.
+         If the text comes through Modal, the first text of a call is sent at once, and later text may be merged for up to a
+         quarter of a second.
+      5. If the call is cancelled, its deadline passes, or its connection breaks, the work in the engine stops, whether the
+         request is queued, the prompt is being read, or text is being generated.
       6. The initial metadata of the response have `x-request-id`.
-      7. A call whose reader is slow holds no more than the text of its samples: the engine waits for the reader, if it can,
-         or the call ends, as the deployment is set up.
+      7. A call whose reader is slow holds no more than the text of its samples. The deployment decides what happens then:
+         the engine waits for the reader, if it can, or the call ends.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryStreamMultiCallable[_generation_pb2.GenerationRequest, _generation_pb2.GenerationResponseSample]  # type: ignore[assignment]
-    """Streams each sample, whole, as soon as it has finished. The order is the order of finishing; `index` tells which one
-    it is.
-    """
+    """Streams each sample, whole, as soon as it has finished, in the order of finishing. `index` identifies the sample."""
     GenerateDeltas: _aio.UnaryStreamMultiCallable[_generation_pb2.GenerationRequest, _generation_pb2.GenerationDelta]  # type: ignore[assignment]
-    """Streams the text of all samples while it is made. The deltas of different samples are interleaved; `index` tells them
-    apart. The last delta of a sample has a `finish_reason`.
+    """Streams the text of all samples while it is generated. The deltas of the samples are interleaved; `index` identifies the
+    sample. The last delta of a sample has a `finish_reason`.
     """
     GenerateAll: _aio.UnaryUnaryMultiCallable[_generation_pb2.GenerationRequest, _generation_pb2.GenerationResponse]  # type: ignore[assignment]
     """Returns all samples at once, in the order of their index, after the last one has finished."""
     GetModel: _aio.UnaryUnaryMultiCallable[_generation_pb2.GetModelRequest, _generation_pb2.Model]  # type: ignore[assignment]
-    """Returns what is served: the model, its engine, the limits of a request and the defaults of unset fields. Answers
-    UNAVAILABLE until the engine has started.
+    """Returns the model, its engine, the limits of a request and the defaults of unset fields. Fails with UNAVAILABLE until
+    the engine has started.
     """
     GetStats: _aio.UnaryUnaryMultiCallable[_generation_pb2.GetStatsRequest, _generation_pb2.Stats]  # type: ignore[assignment]
     """Returns how busy the service is at this moment."""
@@ -161,20 +161,21 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
 class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
     """Generates text from a prompt.
 
-    Promises, whatever the engine behind the service:
+    The service keeps these promises, whichever engine it uses:
       1. A call that ends with OK has delivered exactly one finished sample for each index from 0 to num_samples - 1.
       2. The deltas of an index, joined, are the text of that sample. Every delta is whole UTF-8 characters.
-      3. No part of a stop sequence that ended a sample is ever sent. Only text that may still become a stop sequence is
-         held back, nothing else.
-      4. Text is sent as soon as it exists. Deltas are merged only while the reader is behind, or the server is. A server that
-         has text for more streams than it can write to at once writes to one after the other, mostly to those without a message
-         yet first. What has come for a stream until its turn leaves as one message for each sample. If the text comes through
-         Modal, the first text of a call is sent at once, and what follows may be merged for a quarter of a second.
-      5. Cancelling the call, its deadline, or a broken connection stops the work in the engine, be it queued, reading the
-         prompt, or generating.
+      3. No part of a stop sequence that ended a sample is ever sent. The service holds back only text that may still become
+         a stop sequence.
+      4. Text is sent as soon as it exists. Deltas are merged only while the reader or the server is behind. A server that has
+         text for more streams than it can write to at once writes to one stream after the other, and mostly begins with
+         streams that have not had a message yet. It sends the text that has come for a stream as one message for each sample.
+         If the text comes through Modal, the first text of a call is sent at once, and later text may be merged for up to a
+         quarter of a second.
+      5. If the call is cancelled, its deadline passes, or its connection breaks, the work in the engine stops, whether the
+         request is queued, the prompt is being read, or text is being generated.
       6. The initial metadata of the response have `x-request-id`.
-      7. A call whose reader is slow holds no more than the text of its samples: the engine waits for the reader, if it can,
-         or the call ends, as the deployment is set up.
+      7. A call whose reader is slow holds no more than the text of its samples. The deployment decides what happens then:
+         the engine waits for the reader, if it can, or the call ends.
     """
 
     @_abc_1.abstractmethod
@@ -183,9 +184,7 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _generation_pb2.GenerationRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_generation_pb2.GenerationResponseSample], _abc.AsyncIterator[_generation_pb2.GenerationResponseSample]]:
-        """Streams each sample, whole, as soon as it has finished. The order is the order of finishing; `index` tells which one
-        it is.
-        """
+        """Streams each sample, whole, as soon as it has finished, in the order of finishing. `index` identifies the sample."""
 
     @_abc_1.abstractmethod
     def GenerateDeltas(
@@ -193,8 +192,8 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _generation_pb2.GenerationRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_generation_pb2.GenerationDelta], _abc.AsyncIterator[_generation_pb2.GenerationDelta]]:
-        """Streams the text of all samples while it is made. The deltas of different samples are interleaved; `index` tells them
-        apart. The last delta of a sample has a `finish_reason`.
+        """Streams the text of all samples while it is generated. The deltas of the samples are interleaved; `index` identifies the
+        sample. The last delta of a sample has a `finish_reason`.
         """
 
     @_abc_1.abstractmethod
@@ -211,8 +210,8 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _generation_pb2.GetModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_generation_pb2.Model, _abc.Awaitable[_generation_pb2.Model]]:
-        """Returns what is served: the model, its engine, the limits of a request and the defaults of unset fields. Answers
-        UNAVAILABLE until the engine has started.
+        """Returns the model, its engine, the limits of a request and the defaults of unset fields. Fails with UNAVAILABLE until
+        the engine has started.
         """
 
     @_abc_1.abstractmethod
