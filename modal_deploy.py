@@ -1,12 +1,12 @@
-"""The service on Modal: `modal deploy modal_deploy.py`. docs/modal.md goes through it step by step.
+"""Deploys the service on Modal: `modal deploy modal_deploy.py`. docs/modal.md explains it step by step.
 
     Gateway         the gRPC server in a container, behind a tunnel of its own
-    GatewayServer   the same behind one stable address, which Modal balances and scales
-    endpoints       a public HTTPS page that says where the gateways are
+    GatewayServer   the gRPC server behind one stable address, which Modal balances and scales
+    endpoints       a public HTTPS page with the addresses of the gateways
     Model           llama.cpp on a GPU, with the methods of MK1 Flywheel's class
-    fetch_weights   puts the weights of the Model into its volume: `modal run modal_deploy.py::fetch_weights`
+    fetch_weights   downloads the weights of the Model into its volume: `modal run modal_deploy.py::fetch_weights`
 
-What can be set is in `flywheel_server.deployment.settings`: variables of the environment in which this is deployed.
+The settings are environment variables of this command; `flywheel_server.deployment.settings` defines them.
 """
 
 import os
@@ -19,9 +19,16 @@ from flywheel_proto._extras import loading
 from modal.config import config
 
 with loading("modal_deploy.py"):
-    from flywheel_server.deployment.gateway_settings import KEYS_SECRET, KEYS_VARIABLE, create_secret, gateway_settings
-    from flywheel_server.deployment.redeployment import APP, IN_ANY_CASE, refusal, tags, unknown_app, unsaid_changes
-    from flywheel_server.deployment.settings import configured, given
+    from flywheel_server.deployment.gateway_settings import KEYS_SECRET, KEYS_VARIABLE, create_secret_commands, gateway_settings
+    from flywheel_server.deployment.redeployment import (
+        ALWAYS_TAGGED,
+        APP_VARIABLE,
+        refusal_message,
+        tags,
+        unconfirmed_changes,
+        unknown_app_message,
+    )
+    from flywheel_server.deployment.settings import configured, relevant_variables
     from flywheel_server.deployment.signature import takes_fields
     from flywheel_server.deployment.weights import find_gpu
 
@@ -34,12 +41,12 @@ VOLUME = "flywheel-grpc-weights"
 PYTHON = "3.12"
 CUDA_IMAGE = "nvidia/cuda:12.8.1-devel-ubuntu22.04"
 SOURCES = ("flywheel_proto", "flywheel_server", "flywheel_client")
-# By itself, Modal takes only Python files: the service config would not be there.
-LEFT_OUT = ~modal.FilePatternMatcher("**/*.py", "**/*.json")
+# By default Modal copies only Python files, but the gRPC service config is JSON.
+IGNORED_FILES = ~modal.FilePatternMatcher("**/*.py", "**/*.json")
 LOCKS = Path(__file__).parent / "requirements"
 
 try:
-    # In a container, the environment holds what was configured when it was deployed.
+    # In a container, the environment has the configuration of the deployment.
     configuration = configured(os.environ)
 except ValueError as error:
     sys.exit(str(error))
@@ -51,7 +58,7 @@ app = modal.App(deployment.app, tags=tags(configuration, os.environ))
 
 
 def check_secret() -> None:
-    """Exits with a message if there is no secret with keys."""
+    """Exits with a message if there is no secret with API keys."""
     try:
         keys.hydrate()
     except modal.exception.NotFoundError as error:
@@ -59,12 +66,12 @@ def check_secret() -> None:
         sys.exit(
             f'There is no modal.Secret "{KEYS_SECRET}" with {KEYS_VARIABLE} in it, so nothing was done. ({error})\n'
             "The gateway's address is on the open Internet: it lets in only callers with a key. Make one, and note it for your "
-            f"callers:\n\n{create_secret(environment, replace=has_secret_without_keys())}"
+            f"callers:\n\n{create_secret_commands(environment, replace=has_secret_without_keys())}"
         )
 
 
 def has_secret_without_keys() -> bool:
-    """Returns whether there is a secret of that name, which has to be replaced."""
+    """Returns whether there is a secret of that name, whatever it contains."""
     try:
         modal.Secret.from_name(KEYS_SECRET).hydrate()
     except modal.exception.NotFoundError:
@@ -73,18 +80,18 @@ def has_secret_without_keys() -> bool:
 
 
 def check_command(verb: str, options: list[str]) -> None:
-    """Exits with a message if the command would start gateways that are not those of the deployed app."""
+    """Exits with a message if the command would start further gateways, or deploy under a name that gateways do not know."""
     if verb == "serve" or (verb == "run" and not any(option.endswith("::fetch_weights") for option in options)):
         sys.exit(
             f"modal {verb} would start a second gateway, whose address clients of the app {deployment.app} would find. Use "
-            f"`modal deploy`, with another {APP} to try something out, or `modal run modal_deploy.py::fetch_weights`."
+            f"`modal deploy`, with another {APP_VARIABLE} to try something out, or `modal run modal_deploy.py::fetch_weights`."
         )
     if verb == "deploy" and any(option.partition("=")[0] == "--name" for option in options):
-        sys.exit(f"The gateway would not know a name that is given with --name. Use {APP}=NAME instead. Nothing was deployed.")
+        sys.exit(f"The gateway would not know a name given with --name. Use {APP_VARIABLE}=NAME instead. Nothing was deployed.")
 
 
 def check_class() -> None:
-    """Exits with a message if the gateway would call a class of another app which is not there."""
+    """Exits with a message if the gateway would call a class of another app, and that class does not exist."""
     environment = settings.modal_environment or config.get("environment") or ""
     try:
         modal.Cls.from_name(settings.modal_app, settings.modal_class, environment_name=environment or None).hydrate()
@@ -97,19 +104,19 @@ def check_class() -> None:
 
 
 def check_redeployment(command: list[str]) -> None:
-    """Exits with a message if the app runs with settings that the command would change, and nobody has said so."""
+    """Exits with a message if the command would change settings of the app whose variables are not set."""
     try:
         running = modal.App.lookup(deployment.app).get_tags()
     except modal.exception.NotFoundError:
         return
     except modal.exception.Error as error:
         sys.exit(f"Modal does not say with which settings the app {deployment.app} runs, so nothing was done: {error}")
-    changes = unsaid_changes(running, os.environ)
-    if "run" in command[1:2] and IN_ANY_CASE[0] not in {change.variable for change in changes}:
-        return  # the same weights
+    changes = unconfirmed_changes(running, os.environ)
+    if "run" in command[1:2] and ALWAYS_TAGGED[0] not in {change.variable for change in changes}:
+        return  # fetch_weights, with the same weights
     if changes:
-        sys.exit(refusal(deployment.app, changes, command, os.environ))
-    if not given(running) and (message := unknown_app(deployment.app, configuration, command, os.environ)):
+        sys.exit(refusal_message(deployment.app, changes, command, os.environ))
+    if not relevant_variables(running) and (message := unknown_app_message(deployment.app, configuration, command, os.environ)):
         sys.exit(message)
 
 
@@ -122,37 +129,41 @@ if modal.is_local() and sys.argv[1:2] and sys.argv[1] in {"deploy", "run", "serv
     except modal.exception.ConnectionError as error:
         sys.exit(f"{error} Nothing was done.")  # Modal's client has tried for a minute
     except modal.exception.Error:
-        pass  # what follows meets it again, and says it better
+        pass  # the following requests fail too, with better messages
     check_redeployment([sys.argv[0] if Path(sys.argv[0]).name == "modal" else "modal", *sys.argv[1:]])
 
 
 def locked(image: modal.Image, lock: str, options: str = "--only-binary :all:") -> modal.Image:
-    """Returns the image with the packages of a lock, each in its version and with one of its hashes."""
+    """Returns the image with the packages of a lock file, in the locked versions, with their hashes checked."""
     return image.pip_install_from_requirements(str(LOCKS / lock), extra_options=f"--no-deps --require-hashes {options}")
 
 
 slim_image = modal.Image.debian_slim(PYTHON)
 gateway_packages = locked(slim_image, "modal-gateway.txt")
-page_image = gateway_packages.add_local_python_source(*SOURCES, ignore=LEFT_OUT)
+page_image = gateway_packages.add_local_python_source(*SOURCES, ignore=IGNORED_FILES)
 gateway_image = (
-    gateway_packages.add_local_python_source(*SOURCES, copy=True, ignore=LEFT_OUT)
+    gateway_packages.add_local_python_source(*SOURCES, copy=True, ignore=IGNORED_FILES)
     .workdir("/root")
     .run_commands(
         "python -m flywheel_server.deployment.gateway_settings",
         env={**environment, "MODAL_ENVIRONMENT": config.get("environment") or ""},
         secrets=[keys],
-        force_build=True,  # Modal does not build an image anew because a secret has changed
+        force_build=True,  # Modal does not rebuild an image when a secret changes
     )
 )
 
 
 class Serving:
-    """What a container of a gateway does, however it is reached."""
+    """Starts and stops the server of a gateway; base class of both gateway classes."""
 
     gateway: "GatewayThread"
 
     def serve(self, tunnelled_app: str | None) -> None:
-        """Starts the server, and returns when it can be reached."""
+        """Starts the server, and returns when it can be reached.
+
+        Arguments:
+            tunnelled_app: The app for which to publish a tunnel; None if Modal itself forwards the port.
+        """
         from flywheel_server.deployment.gateway import GatewayThread
 
         self.gateway = GatewayThread(gateway_settings(), tunnelled_app, deployment.tunnel_interval)
@@ -164,7 +175,7 @@ class Serving:
         self.gateway.stop()
 
 
-if deployment.tunnelled:
+if deployment.has_tunnels:
 
     @app.cls(
         image=gateway_image,
@@ -181,15 +192,15 @@ if deployment.tunnelled:
 
         @modal.enter()
         def start(self) -> None:
-            """Serves, and publishes the address of the tunnel."""
+            """Starts the server, and publishes the address of its tunnel."""
             self.serve(deployment.app)
 
         @modal.method()
         def ping(self) -> None:
-            """Does nothing: a class without a method cannot be called, and perhaps not be kept warm."""
+            """Does nothing. Without a method, Modal might not keep containers of the class warm."""
 
 
-if deployment.served:
+if deployment.has_server:
 
     @app.server(
         image=gateway_image,
@@ -202,7 +213,7 @@ if deployment.served:
         target_concurrency=deployment.gateway_concurrency,
         port=settings.port,
         h2_enabled=True,
-        unauthenticated=True,  # by Modal: clients of gRPC send a key of ours instead
+        unauthenticated=True,  # at Modal's proxy: gRPC clients send an API key instead
         exit_grace_period=30,
         startup_timeout=120,
         routing_region=deployment.routing_region,
@@ -212,7 +223,7 @@ if deployment.served:
 
         @modal.enter()
         def start(self) -> None:
-            """Serves."""
+            """Starts the server."""
             self.serve(None)
 
 
@@ -220,11 +231,11 @@ if deployment.served:
 @modal.concurrent(max_inputs=100)
 @modal.asgi_app()
 def endpoints() -> Any:  # noqa: ANN401 - an ASGI application
-    """Says where the gateways are, to everybody: `{"endpoints": [{"address": "HOST:PORT", …}]}`."""
+    """Returns the addresses of the gateways, without authentication: `{"endpoints": [{"address": "HOST:PORT", …}]}`."""
     from flywheel_client import ModalDirectory
     from flywheel_server.deployment.page import json_page
 
-    # It remembers what it has read, and so sees which records still change.
+    # One directory for all requests: it compares each read with earlier ones, to see which records still change.
     return json_page(ModalDirectory(deployment.app).endpoints)
 
 
@@ -233,30 +244,30 @@ if configuration.weights is not None:
     volume = modal.Volume.from_name(VOLUME, create_if_missing=True)
     volumes: dict[str | PurePosixPath, modal.Volume | modal.CloudBucketMount] = {deployment.weights_path: volume}
     if settings.modal_gpu:
-        # There is no wheel with CUDA on PyPI, so it is built, from the sources of the same release.
+        # PyPI has no wheel of xllamacpp with CUDA, so the image builds it from the sources of the same release.
         cuda_image = (
             modal.Image.from_registry(CUDA_IMAGE, add_python=PYTHON)
-            .entrypoint([])  # NVIDIA's prints a banner
+            .entrypoint([])  # NVIDIA's entry point prints a banner
             .apt_install("build-essential", "cmake")
             .env(
                 {
-                    "CC": "gcc",  # rather than the compiler that the added Python was made with
+                    "CC": "gcc",  # not the compiler with which the added Python was built
                     "CXX": "g++",
                     "XLLAMACPP_BUILD_CUDA": "1",
-                    "XLLAMACPP_RELEASE": "1",  # the machine that builds is not the one that runs
+                    "XLLAMACPP_RELEASE": "1",  # the build machine may have another CPU than the container
                     "CUDA_ARCHITECTURES": str(find_gpu(settings.modal_gpu)[0].architecture),
-                    # Rust, BoringSSL and a web page, which the build would fetch in some version, for what is not used here.
+                    # Leaves out features that are not used here, and for which the build would download unpinned sources.
                     "CMAKE_ARGS": "-DLLAMA_LLGUIDANCE=OFF -DLLAMA_BUILD_BORINGSSL=OFF -DLLAMA_USE_PREBUILT_UI=OFF "
                     "-DGGML_CUDA_NCCL=OFF",
                 }
             )
         )
-        # By itself, pip would fetch what builds a package in the newest version, and without a hash.
+        # By default pip downloads build tools in their newest versions, without hashes.
         build_image = locked(cuda_image, "modal-build.txt")
         model_image = locked(build_image, "modal-model.txt", "--no-binary xllamacpp --no-build-isolation")
     else:
         model_image = locked(slim_image, "modal-model.txt")
-    model_image = model_image.add_local_python_source(*SOURCES, ignore=LEFT_OUT)
+    model_image = model_image.add_local_python_source(*SOURCES, ignore=IGNORED_FILES)
 
     @app.cls(
         image=model_image,
@@ -273,59 +284,59 @@ if configuration.weights is not None:
     )
     @modal.concurrent(max_inputs=deployment.model_concurrency)
     class Model:
-        """Generates on a GPU. `generate` takes and returns what that of MK1 Flywheel does."""
+        """Generates on a GPU. `generate` has the arguments and the result of MK1 Flywheel's `generate`."""
 
         engine: "SupervisedEngine"
         remote: "RemoteModel"
 
         @modal.enter()
         async def load(self) -> None:
-            """Loads the weights into the GPU's memory, and generates a token."""
-            from flywheel_server.deployment.model import RemoteModel, started
+            """Loads the weights into the GPU's memory, and generates a first token."""
+            from flywheel_server.deployment.model import RemoteModel, start_engine
 
-            self.engine = await started(weights, deployment, settings)
+            self.engine = await start_engine(weights, deployment, settings)
             self.remote = RemoteModel(self.engine)
 
         @modal.exit()
         async def unload(self) -> None:
-            """Ends what is still running, and tells the gateways so."""
+            """Ends the running calls, tells their gateways, and stops the engine."""
             await self.remote.leave()
             await self.engine.__aexit__()
 
         @modal.method()
         @takes_fields()
-        async def generate(self, /, **fields: Any) -> dict[str, Any]:  # noqa: ANN401 - checked where it is used
-            """Returns the samples of a request, whose eleven fields are keyword arguments."""
+        async def generate(self, /, **fields: Any) -> dict[str, Any]:  # noqa: ANN401 - RemoteModel checks them
+            """Returns the samples of a request. The keyword arguments are the fields of `GenerationRequest`."""
             return await self.remote.generate(**fields)
 
         @modal.method()
         @takes_fields("queue", "partition", "call")
         async def generate_deltas(self, /, **arguments: Any) -> dict[str, Any]:  # noqa: ANN401 - as above
-            """Sends the samples of a request to a queue while they are made."""
+            """Sends the samples of a request to a queue while they are generated."""
             return await self.remote.generate_deltas(**arguments)
 
-    # The token of the Hugging Face hub, for weights that are not for everybody.
+    # The token of the Hugging Face hub, for gated or private weights.
     hub_token = [modal.Secret.from_dict({"HF_TOKEN": os.environ["HF_TOKEN"]})] if os.environ.get("HF_TOKEN") else []
     hub_image = (
         locked(slim_image, "modal-hub.txt")
         .env(
             {
                 "HF_XET_HIGH_PERFORMANCE": "1",
-                # By itself, it takes a share of the machine's memory, of which the container has a small part.
+                # By default the buffer is a share of the machine's memory, of which the container has only a small part.
                 "HF_XET_RECONSTRUCTION_DOWNLOAD_BUFFER_SIZE": "3gb",
                 "HF_XET_RECONSTRUCTION_DOWNLOAD_BUFFER_LIMIT": "4gb",
             }
         )
-        .add_local_python_source(*SOURCES, ignore=LEFT_OUT)
+        .add_local_python_source(*SOURCES, ignore=IGNORED_FILES)
     )
-    # An app of its own: running it starts no gateway.
+    # A separate app, because `modal run` on the main app would start gateways.
     weights_app = modal.App(f"{deployment.app}-weights")
 
     @weights_app.function(
         image=hub_image, env=environment, secrets=hub_token, volumes=volumes, cpu=4, memory=6144, timeout=4 * 3600
     )
     def fetch_weights() -> None:
-        """Downloads the weights of the Model into its volume, unless they are there."""
+        """Downloads the weights of the Model into its volume, unless the volume has them."""
         from flywheel_server.deployment.download import fetch
 
         fetch(weights, Path(deployment.weights_path), print)

@@ -9,7 +9,7 @@ from typing import Any
 import modal
 import pytest
 from flywheel_server.deployment import directory
-from flywheel_server.deployment.directory import MAX_UNCHANGED_LOOKS, dict_name, published
+from flywheel_server.deployment.directory import MAX_UNCHANGED_READS, dict_name, published
 from grpclib import Status
 from grpclib.exceptions import StreamTerminatedError
 
@@ -129,7 +129,7 @@ async def test_no_error_of_the_transport_ends_the_refreshing(monkeypatch: pytest
 
 
 async def test_a_withdrawal_is_tried_until_modal_lets_it(cloud: ModalCloud, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(directory, "WITHDRAW_INTERVAL", 0.05)
+    monkeypatch.setattr(directory, "WITHDRAW_RETRY_INTERVAL", 0.05)
     async with published(APP, "localhost:1234"):
         refused = cloud.disturb("DictPop", status=Status.RESOURCE_EXHAUSTED, times=3)
         slow = cloud.disturb("DictPop", delay=0.5, times=1)
@@ -161,14 +161,14 @@ async def test_cancelling_at_any_moment_ends_the_refreshing(monkeypatch: pytest.
         publishing.cancel()
         with pytest.raises(asyncio.CancelledError):
             await publishing
-        assert not [task for task in asyncio.all_tasks() if "_keep_fresh" in repr(task)]
+        assert not [task for task in asyncio.all_tasks() if "_refresh_regularly" in repr(task)]
         assert await record() is None
 
 
 @pytest.mark.parametrize("refreshes", [1, 2])
 async def test_a_refresh_that_comes_late_leaves_nothing(monkeypatch: pytest.MonkeyPatch, refreshes: int) -> None:
     """Modal may do what its client has given up, after what the client asked for then. Also with the first one."""
-    found_or_made = directory._Record._found_or_made
+    found_or_made = directory._Record._open_dict
     landed = 0
     background: list[asyncio.Future[None]] = []
     late = asyncio.Event()
@@ -190,7 +190,7 @@ async def test_a_refresh_that_comes_late_leaves_nothing(monkeypatch: pytest.Monk
 
         return SimpleNamespace(put=SimpleNamespace(aio=put), pop=real.pop, items=real.items)
 
-    monkeypatch.setattr(directory._Record, "_found_or_made", with_late_puts)
+    monkeypatch.setattr(directory._Record, "_open_dict", with_late_puts)
 
     async def publish() -> None:
         async with published(APP, "localhost:1234"):
@@ -240,7 +240,7 @@ async def test_what_cannot_be_read_does_not_keep_the_dead(cloud: ModalCloud, fir
     async with published(APP, "localhost:1234"):
         before = cloud.rpcs["DictContents"]
         await until(lambda: cloud.rpcs["DictContents"] > before + 2, "it looks")
-        await until(lambda: refreshed_after(MAX_UNCHANGED_LOOKS + 3), "it goes on")
+        await until(lambda: refreshed_after(MAX_UNCHANGED_READS + 3), "it goes on")
         if first == "value":
             assert not await records().contains.aio("ta-killed")
 
@@ -251,7 +251,7 @@ async def test_nobody_is_removed_for_a_time_in_which_nobody_could_refresh(cloud:
         await until(lambda: refreshed_after(2), "it looks")
         cloud.disturb("DictUpdate", status=Status.RESOURCE_EXHAUSTED)
         tried = cloud.rpcs["DictUpdate"]
-        await until(lambda: cloud.rpcs["DictUpdate"] > tried + MAX_UNCHANGED_LOOKS + 3, "it cannot refresh")
+        await until(lambda: cloud.rpcs["DictUpdate"] > tried + MAX_UNCHANGED_READS + 3, "it cannot refresh")
         cloud.calm()
         before = await record()
         assert before is not None

@@ -11,7 +11,7 @@ import pytest
 from flywheel_proto.v1 import generation_pb2 as pb
 from flywheel_server import stopping
 from flywheel_server.deployment import gateway
-from flywheel_server.deployment.settings import MAX_STOP_TIME
+from flywheel_server.deployment.settings import MAX_STOP_SECONDS
 from flywheel_server.engines.modal import engine as modal_engine
 from flywheel_server.engines.scripted import Script
 
@@ -21,13 +21,17 @@ from tests.serving import drained, until
 from tests.thorough import further
 
 DRAIN = 1.0
-AFTER_THE_DRAIN = gateway.GRACE - MAX_STOP_TIME
+AFTER_THE_DRAIN = gateway.MODAL_GRACE_SECONDS - MAX_STOP_SECONDS
 """Seconds that a container has left after the longest drain that the settings allow."""
 ENDLESS = pb.GenerationRequest(text="hello", max_tokens=8000)
 
 
 def test_what_a_container_does_at_its_end_fits_into_what_modal_grants() -> None:
-    assert MAX_STOP_TIME + modal_engine.STOP_GRACE + stopping.LAST_WORDS + gateway.FLUSH <= gateway.STOP_LIMIT < gateway.GRACE
+    assert (
+        MAX_STOP_SECONDS + modal_engine.STOP_GRACE + stopping.STATUS_GRACE + gateway.FLUSH_SECONDS
+        <= gateway.STOP_TIMEOUT
+        < gateway.MODAL_GRACE_SECONDS
+    )
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +144,7 @@ async def test_the_last_bytes_of_a_server_have_time_to_get_through(endless: Moda
         assert (await call).num_samples == 1
         ended = time.monotonic()
     assert await asyncio.to_thread(container.wait) == 0
-    assert time.monotonic() - ended > gateway.FLUSH
+    assert time.monotonic() - ended > gateway.FLUSH_SECONDS
 
 
 @pytest.fixture(scope="module")

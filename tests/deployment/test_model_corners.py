@@ -13,12 +13,12 @@ from flywheel_server.engines.llama_cpp.default_model import default_model
 CONTAINER = """
 import asyncio, os
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-from flywheel_server.deployment.model import started
+from flywheel_server.deployment.model import start_engine
 from flywheel_server.deployment.settings import configured
 
 async def main():
     found = configured(os.environ)
-    engine = await started(found.weights, found.deployment, found.server)
+    engine = await start_engine(found.weights, found.deployment, found.server)
     await engine.__aexit__()
 
 asyncio.run(main())

@@ -44,7 +44,7 @@ async def test_it_says_what_is_read_and_reads_once_for_many(monkeypatch: pytest.
         assert (status, json.loads(body)) == (200, {"endpoints": [{"address": "host:1"}]})
     assert await ask(application, "HEAD") == (200, b"")
     monkeypatch.setattr(page, "CACHE_SECONDS", -1.0)
-    monkeypatch.setattr(page, "MAX_AGE", -1.0)
+    monkeypatch.setattr(page, "MAX_AGE_SECONDS", -1.0)
     application = json_page(read)
     await ask(application)
     assert json.loads((await ask(application))[1]) == {"endpoints": [{"address": "host:3"}]}

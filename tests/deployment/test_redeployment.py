@@ -7,8 +7,14 @@ import time
 from pathlib import Path
 
 import pytest
-from flywheel_server.deployment.redeployment import MAX_TAG, refusal, tags, unknown_app, unsaid_changes
-from flywheel_server.deployment.settings import DEPLOY_PREFIX, NOT_FROM_THE_SHELL, Deployment, configured, given
+from flywheel_server.deployment.redeployment import (
+    MAX_TAG_CHARACTERS,
+    refusal_message,
+    tags,
+    unconfirmed_changes,
+    unknown_app_message,
+)
+from flywheel_server.deployment.settings import DEPLOY_PREFIX, EXCLUDED_SETTINGS, Deployment, configured, relevant_variables
 from flywheel_server.settings import PREFIX, Settings
 from grpclib import Status
 from hypothesis import given as given_any
@@ -27,7 +33,7 @@ OF_ANOTHER_APP = ("modal_class", "modal_environment")
 
 VARIABLES = [
     *(f"{DEPLOY_PREFIX}{name.upper()}" for name in Deployment.model_fields if name != "app"),
-    *(f"{PREFIX}{name.upper()}" for name in Settings.model_fields if name not in (*NOT_FROM_THE_SHELL, *OF_ANOTHER_APP)),
+    *(f"{PREFIX}{name.upper()}" for name in Settings.model_fields if name not in (*EXCLUDED_SETTINGS, *OF_ANOTHER_APP)),
 ]
 VALUES = (
     *("true", "false", "2", "0", "3", "7", "2000", "5.5", "0.25", "/some/dir", "1.2.3.4:5"),
@@ -65,31 +71,31 @@ def commands(message: str) -> list[dict[str, str]]:
 def test_each_setting_is_asked_for_that_is_no_longer_set(variable: str) -> None:
     environment = {variable: another_value(variable)}
     running = tags(configured(environment), environment)
-    changes = unsaid_changes(running, {})
+    changes = unconfirmed_changes(running, {})
     assert variable in {change.variable for change in changes}
-    keep, replace = commands(refusal("flywheel-grpc", changes, COMMAND, {}))
+    keep, replace = commands(refusal_message("flywheel-grpc", changes, COMMAND, {}))
     assert configuration(keep) == configuration(environment)
     assert configuration(replace) == configuration({})
     for answer in (keep, replace):
-        assert unsaid_changes(running, answer) == []
+        assert unconfirmed_changes(running, answer) == []
 
 
 def test_what_is_said_or_makes_no_difference_is_not_asked_for() -> None:
     running = tags(configured(TRIAL), TRIAL)
-    assert unsaid_changes(running, MIXTRAL) == []
-    assert unsaid_changes(running, {**TRIAL, "FLYWHEEL_LOG_LEVEL": "debug"}) == []
-    assert unsaid_changes(tags(configured(MIXTRAL), MIXTRAL), {}) == []
-    assert unsaid_changes(tags(configured({}), {}), {}) == []
-    assert unsaid_changes({}, TRIAL) == []
-    assert unsaid_changes(running, {"FLYWHEEL_MODAL_APP": "another", "FLYWHEEL_MODAL_GPU": "none"}) == []
-    assert unsaid_changes({"team": "llamas", "FLYWHEEL_OF_ANOTHER_VERSION": "1"}, {}) == []
+    assert unconfirmed_changes(running, MIXTRAL) == []
+    assert unconfirmed_changes(running, {**TRIAL, "FLYWHEEL_LOG_LEVEL": "debug"}) == []
+    assert unconfirmed_changes(tags(configured(MIXTRAL), MIXTRAL), {}) == []
+    assert unconfirmed_changes(tags(configured({}), {}), {}) == []
+    assert unconfirmed_changes({}, TRIAL) == []
+    assert unconfirmed_changes(running, {"FLYWHEEL_MODAL_APP": "another", "FLYWHEEL_MODAL_GPU": "none"}) == []
+    assert unconfirmed_changes({"team": "llamas", "FLYWHEEL_OF_ANOTHER_VERSION": "1"}, {}) == []
 
 
 def test_an_app_that_was_deployed_with_an_empty_gpu_has_none() -> None:
-    (change,) = unsaid_changes({"FLYWHEEL_MODAL_GPU": "_"}, {})
+    (change,) = unconfirmed_changes({"FLYWHEEL_MODAL_GPU": "_"}, {})
     assert (change.running, change.new) == ("none", "A10G")
     assert (
-        unsaid_changes(
+        unconfirmed_changes(
             {"FLYWHEEL_MODAL_GPU": "_", "FLYWHEEL_DEPLOY_GATEWAY_MAX_CONTAINERS": "_"}, {"FLYWHEEL_MODAL_GPU": "none"}
         )
         == []
@@ -99,8 +105,8 @@ def test_an_app_that_was_deployed_with_an_empty_gpu_has_none() -> None:
 @pytest.mark.parametrize("empty", ["", " "])
 def test_an_empty_variable_does_not_say_what_is_to_run(empty: str) -> None:
     running = tags(configured(TRIAL), TRIAL)
-    assert {change.variable for change in unsaid_changes(running, dict.fromkeys(TRIAL, empty))} == set(TRIAL)
-    assert unknown_app("some", configured({}), COMMAND, dict.fromkeys(TRIAL, empty))
+    assert {change.variable for change in unconfirmed_changes(running, dict.fromkeys(TRIAL, empty))} == set(TRIAL)
+    assert unknown_app_message("some", configured({}), COMMAND, dict.fromkeys(TRIAL, empty))
 
 
 def test_what_runs_is_remembered_although_nobody_has_set_it() -> None:
@@ -115,9 +121,9 @@ def test_any_value_survives_in_a_tag(value: str) -> None:
     found = tags(configured(environment), environment)
     for tag in found.values():
         assert re.fullmatch(r"[A-Za-z0-9._-]+", tag), tag
-        assert len(tag) <= MAX_TAG
+        assert len(tag) <= MAX_TAG_CHARACTERS
     if "FLYWHEEL_MODAL_ENVIRONMENT" in found and value.strip().lower() != "none":
-        (change,) = unsaid_changes(found, another)
+        (change,) = unconfirmed_changes(found, another)
         assert (change.running, change.new) == (value, "none")
 
 
@@ -126,7 +132,7 @@ def test_nothing_replaces_the_trial_by_accident(prepared: ModalCloud) -> None:
     """The trial of the documentation, then a deployment from a shell that no longer has its variables."""
     assert deploy(prepared, "trial", **TRIAL, **IDLE).returncode == 0
     before = prepared.tags("trial")
-    assert given(before) == before
+    assert relevant_variables(before) == before
     forgetful = deploy(prepared, "trial", **dict.fromkeys(TRIAL), **IDLE)
     assert forgetful.returncode == 1
     assert "Traceback" not in forgetful.stderr
@@ -156,7 +162,7 @@ def test_the_commands_of_a_refusal_are_about_the_same_app_account_and_settings()
         "FLYWHEEL_API_KEY": "0123456789abcdef",
         "MODAL_TOKEN_SECRET": "as-0123456789abcdef",
     }
-    said = refusal("second", unsaid_changes(tags(configured(TRIAL), TRIAL), shell), COMMAND, shell)
+    said = refusal_message("second", unconfirmed_changes(tags(configured(TRIAL), TRIAL), shell), COMMAND, shell)
     kept = {name: value for name, value in shell.items() if "0123456789abcdef" not in value}
     assert commands(said) == [{**kept, **TRIAL}, {**kept, **MIXTRAL}]
     assert "0123456789abcdef" not in said
@@ -245,6 +251,6 @@ def test_an_app_that_was_stopped_is_no_longer_remembered(prepared: ModalCloud) -
 
 
 def test_the_refusal_in_the_documentation_is_what_is_said() -> None:
-    changes = unsaid_changes(tags(configured(TRIAL), TRIAL), {})
-    said = refusal("flywheel-grpc", changes, [".venv/bin/modal", "deploy", "modal_deploy.py"], {})
+    changes = unconfirmed_changes(tags(configured(TRIAL), TRIAL), {})
+    said = refusal_message("flywheel-grpc", changes, [".venv/bin/modal", "deploy", "modal_deploy.py"], {})
     assert f"```\n{said}\n```" in (ROOT / "docs" / "modal.md").read_text()

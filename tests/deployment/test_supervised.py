@@ -240,7 +240,7 @@ async def test_a_call_that_is_cancelled_leaves_nothing_in_the_engine() -> None:
 
 
 async def test_a_call_that_fails_by_itself_is_told_so_although_a_check_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervised, "VERDICT_TIMEOUT", 0.05)
+    monkeypatch.setattr(supervised, "LIVENESS_TIMEOUT", 0.05)
 
     class BusyEngine(MortalEngine):
         async def check(self) -> None:

@@ -85,8 +85,8 @@ async def test_when_a_tunnel_counts_as_dead(monkeypatch: pytest.MonkeyPatch, see
         return look == "+" if from_outside else look == "-"
 
     monkeypatch.setattr(tunnel, "_answers", answers)
-    monkeypatch.setattr(tunnel, "_outside", {"tunnel.example:1": None}.get)
-    looking = asyncio.create_task(tunnel.Looks("127.0.0.1:1", 0.001).until_dead("tunnel.example:1"))
+    monkeypatch.setattr(tunnel, "_tunnel_channel", {"tunnel.example:1": None}.get)
+    looking = asyncio.create_task(tunnel.TunnelProbe("127.0.0.1:1", 0.001).until_dead("tunnel.example:1"))
     ended = asyncio.create_task(all_seen.wait())
     await asyncio.wait({looking, ended}, return_when=asyncio.FIRST_COMPLETED, timeout=10)
     assert (looking.done(), next(looks, "")) == (dead, "")
@@ -97,16 +97,16 @@ async def test_when_a_tunnel_counts_as_dead(monkeypatch: pytest.MonkeyPatch, see
 
 
 async def test_a_silent_tunnel_is_dead_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tunnel, "LOOK_TIMEOUT", 0.3)
-    monkeypatch.setattr(tunnel, "_outside", grpc.aio.insecure_channel)
+    monkeypatch.setattr(tunnel, "PROBE_TIMEOUT", 0.3)
+    monkeypatch.setattr(tunnel, "_tunnel_channel", grpc.aio.insecure_channel)
     async with serving(ScriptedEngine()) as target, through_a_cable(target.address) as cable:
-        looks = tunnel.Looks(target.address, 0.01)
-        looking = asyncio.create_task(looks.until_dead(cable.address))
-        await until(lambda: looks._can_see, "it answers")
+        probe = tunnel.TunnelProbe(target.address, 0.01)
+        looking = asyncio.create_task(probe.until_dead(cable.address))
+        await until(lambda: probe._has_succeeded, "it answers")
         cable.unplug()
         await asyncio.wait_for(looking, 10)
 
 
 async def test_a_gateway_that_does_not_look_waits_for_ever() -> None:
     with pytest.raises(TimeoutError):
-        await asyncio.wait_for(tunnel.Looks("127.0.0.1:1", 0).until_dead("127.0.0.1:1"), 0.05)
+        await asyncio.wait_for(tunnel.TunnelProbe("127.0.0.1:1", 0).until_dead("127.0.0.1:1"), 0.05)

@@ -5,9 +5,9 @@ import re
 import pytest
 from flywheel_server.deployment.weights import (
     ALIASES,
-    ALLOWANCE_BYTES,
-    DEFAULT,
+    DEFAULT_WEIGHTS,
     GIB,
+    GPU_OVERHEAD_BYTES,
     GPUS,
     WEIGHTS,
     DoesNotFitError,
@@ -19,11 +19,13 @@ from flywheel_server.deployment.weights import (
 
 
 def test_the_default_weights_fit_the_gpu_of_the_example_with_the_default_context() -> None:
-    fit = check_fit(find(DEFAULT), "A10G", 8192)
+    fit = check_fit(find(DEFAULT_WEIGHTS), "A10G", 8192)
     assert fit.kv_bytes == GIB  # 128 KiB a token
-    assert fit.left_bytes == int(21.9 * GIB) - 20_434_000_000 - GIB - ALLOWANCE_BYTES
+    assert fit.free_bytes == int(21.9 * GIB) - 20_434_000_000 - GIB - GPU_OVERHEAD_BYTES
     assert fit.max_context_tokens == 15313
-    assert check_fit(find(DEFAULT), "A10G", fit.max_context_tokens).left_bytes < find(DEFAULT).kv_bytes_per_token
+    assert (
+        check_fit(find(DEFAULT_WEIGHTS), "A10G", fit.max_context_tokens).free_bytes < find(DEFAULT_WEIGHTS).kv_bytes_per_token
+    )
 
 
 @pytest.mark.parametrize(
@@ -55,22 +57,22 @@ def test_what_does_not_fit_is_refused_with_the_arithmetic_and_with_what_would_fi
 
 def test_where_only_the_context_is_too_long_it_says_how_long_it_may_be() -> None:
     with pytest.raises(DoesNotFitError, match="A10G fits it with at most 15313 tokens") as refusal:
-        check_fit(find(DEFAULT), "A10G", 15314)
+        check_fit(find(DEFAULT_WEIGHTS), "A10G", 15314)
     assert "missing" in str(refusal.value)
-    assert check_fit(find(DEFAULT), "A10G", 15313)
+    assert check_fit(find(DEFAULT_WEIGHTS), "A10G", 15313)
 
 
 def test_where_no_gpu_is_large_enough_it_says_so() -> None:
     with pytest.raises(DoesNotFitError, match="It fits no single GPU"):
-        check_fit(find(DEFAULT), "B200", 2_000_000)
+        check_fit(find(DEFAULT_WEIGHTS), "B200", 2_000_000)
 
 
 def test_several_gpus_have_the_memory_and_the_buffers_of_each() -> None:
     one, two = (check_fit(find("smollm2-135m-instruct-q8_0"), gpu, 1000) for gpu in ("T4", "T4:2"))
-    assert (two.memory_bytes, two.allowance_bytes) == (2 * one.memory_bytes, 2 * one.allowance_bytes)
+    assert (two.memory_bytes, two.overhead_bytes) == (2 * one.memory_bytes, 2 * one.overhead_bytes)
     with pytest.raises(DoesNotFitError):
-        check_fit(find(DEFAULT), "T4", 8192)
-    assert check_fit(find(DEFAULT), "T4:2", 8192).left_bytes > 0
+        check_fit(find(DEFAULT_WEIGHTS), "T4", 8192)
+    assert check_fit(find(DEFAULT_WEIGHTS), "T4:2", 8192).free_bytes > 0
 
 
 @pytest.mark.parametrize("cpu", [None, ""])
@@ -88,7 +90,7 @@ def test_the_names_of_gpus_are_read_as_modal_reads_them() -> None:
 @pytest.mark.parametrize("gpu", ["A9", ":2", "A10:", "A10:0", "A10:-1", "A10:two", "A10:2:2"])
 def test_an_unknown_gpu_is_answered_with_those_that_are_known(gpu: str) -> None:
     with pytest.raises(ValueError, match=rf"Unknown GPU '{gpu}'. Known: T4, L4, .*A10G, .*NAME:COUNT"):
-        check_fit(find(DEFAULT), gpu, 8192)
+        check_fit(find(DEFAULT_WEIGHTS), gpu, 8192)
 
 
 def test_unknown_weights_are_answered_with_those_that_are_known() -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from flywheel_server.deployment.gateway_settings import gateway_settings
-from flywheel_server.deployment.settings import DEPLOY_PREFIX, NOT_FROM_THE_SHELL, Deployment, configured
+from flywheel_server.deployment.settings import DEPLOY_PREFIX, EXCLUDED_SETTINGS, Deployment, configured
 from flywheel_server.setting_texts import NONE, choices
 from flywheel_server.settings import PREFIX, Settings, default_text, flag, parse
 
@@ -175,7 +175,7 @@ def test_a_word_asks_for_no_value(word: str, monkeypatch: pytest.MonkeyPatch) ->
 
 OF_DEPLOYMENT: dict[str, tuple[type[Settings] | type[Deployment], str]] = {
     **{f"{DEPLOY_PREFIX}{name.upper()}": (Deployment, name) for name in Deployment.model_fields},
-    **{variable(name): (Settings, name) for name in Settings.model_fields if name not in NOT_FROM_THE_SHELL},
+    **{variable(name): (Settings, name) for name in Settings.model_fields if name not in EXCLUDED_SETTINGS},
 }
 
 
@@ -185,7 +185,7 @@ def test_empty_variables_count_as_not_set_for_a_deployment(blank: str) -> None:
     for name in OF_DEPLOYMENT:
         found = configured({name: blank})
         assert found == expected, name
-    assert configured(dict.fromkeys([*OF_DEPLOYMENT, *map(variable, NOT_FROM_THE_SHELL)], blank)) == expected
+    assert configured(dict.fromkeys([*OF_DEPLOYMENT, *map(variable, EXCLUDED_SETTINGS)], blank)) == expected
 
 
 @pytest.mark.parametrize("name", OF_DEPLOYMENT)

@@ -1,15 +1,15 @@
-"""Tells callers where the gateways of an app are: one record for each container, in a `modal.Dict` of the app.
+"""Publishes the addresses of an app's gateways to callers: one record for each container, in a `modal.Dict` of the app.
 
 The key is the id of the container's task. The record, which `flywheel_client` reads, is plain data:
 
     app        the name of the app
-    address    host:port of the tunnel, which is TLS
-    started    when the container published it first, in seconds since the epoch
-    refreshed  when the container did so last
-    refreshes  how often it has done so
+    address    HOST:PORT of the tunnel, with TLS
+    started    when the container first published the record, in seconds since the epoch
+    refreshed  when the container last published the record, in seconds since the epoch
+    refreshes  how often the container has published the record
 
-The two times are for people to read. Whether a container still refreshes its record is judged by whether the record changes
-from one reading to the next, because the clocks of two machines may differ.
+The two times are for people to read. Readers compare no clocks, because the clocks of two machines may differ: a container
+still refreshes its record if the record changes from one read to the next.
 """
 
 import asyncio
@@ -27,28 +27,28 @@ from flywheel_server.engines.modal.waits import modal_result
 log = structlog.stdlib.get_logger(__name__)
 
 REFRESH_INTERVAL: Final = 20.0
-"""Seconds between two refreshes, after each of which the gateway looks at the records of the others."""
+"""Seconds between two refreshes. After each refresh the gateway reads the records of the other gateways."""
 
-MAX_UNCHANGED_LOOKS: Final = 9
-"""Looks in a row that find another record unchanged before it is removed: its container was killed before it could withdraw it.
+MAX_UNCHANGED_READS: Final = 9
+"""Reads in a row after which an unchanged record is removed: its container was killed before it could withdraw it.
 
-Looks are counted rather than seconds, because nobody can refresh a record while Modal cannot be reached.
+Reads are counted instead of seconds, because no gateway can refresh its record while Modal cannot be reached.
 """
 
 MAX_RECORDS: Final = 1000
-"""Records of one Dict that are looked at."""
+"""Maximum number of records that are read from one Dict."""
 
-TRY_TIMEOUT: Final = 20.0
-"""Seconds that one try to refresh the record, to look at the others, or to withdraw it may take."""
+ATTEMPT_TIMEOUT: Final = 20.0
+"""Seconds that one attempt to refresh the record, to read the other records, or to withdraw the record may take."""
 
 WITHDRAW_TIMEOUT: Final = 28.0
-"""Seconds for the withdrawal, beside which all else goes on: see `flywheel_server.deployment.gateway`.
+"""Seconds for the withdrawal, while the server stops; see `flywheel_server.deployment.gateway`.
 
-After that, the record is left to the other gateways, which find it unchanged.
+If it takes longer, other gateways remove the record, because it no longer changes.
 """
 
-WITHDRAW_INTERVAL: Final = 0.5
-"""Seconds between two tries to withdraw."""
+WITHDRAW_RETRY_INTERVAL: Final = 0.5
+"""Seconds between two attempts to withdraw the record."""
 
 
 def dict_name(app: str) -> str:
@@ -58,9 +58,9 @@ def dict_name(app: str) -> str:
 
 @asynccontextmanager
 async def published(app: str, address: str) -> AsyncIterator[None]:
-    """Publishes the address for the length of the context, and keeps it fresh; raises `modal.exception.Error` or TimeoutError.
+    """Publishes the address for the length of the context, and refreshes it. Raises `modal.exception.Error` or `TimeoutError`.
 
-    Leaving the context takes as long as Modal does to withdraw the address, up to `WITHDRAW_TIMEOUT`.
+    On leaving the context, waits until Modal has withdrawn the address, for at most `WITHDRAW_TIMEOUT`.
     """
     record = _Record(app, os.environ["MODAL_TASK_ID"], address)
     try:
@@ -68,7 +68,7 @@ async def published(app: str, address: str) -> AsyncIterator[None]:
     except asyncio.CancelledError:
         await _withdraw(record)
         raise
-    refreshing = asyncio.create_task(_keep_fresh(record))
+    refreshing = asyncio.create_task(_refresh_regularly(record))
     try:
         yield
     finally:
@@ -78,7 +78,7 @@ async def published(app: str, address: str) -> AsyncIterator[None]:
 
 
 class _Record:
-    """The record of this container, and those of the others beside it."""
+    """The record of this container, and what this container has read of the others."""
 
     def __init__(self, app: str, task: str, address: str) -> None:
         self._name = dict_name(app)
@@ -86,22 +86,22 @@ class _Record:
         self._record = {"app": app, "address": address, "started": time.time()}
         self._refreshes = 0
         self._putting: asyncio.Task[None] | None = None
-        self._dict = self._found_or_made()
+        self._dict = self._open_dict()
         self._others: dict[str, tuple[tuple[str, ...], int]] = {}
-        """How far each of the others was at the last look, and how many looks in a row have found it no further."""
+        """By container: its progress at the last read, and for how many reads in a row the progress has been unchanged."""
 
     async def refresh(self) -> None:
-        """Publishes the record anew. Cancelling it does not end that: `refreshed` waits for it."""
+        """Publishes the record. Publishing goes on if this is cancelled; `refreshed` waits for its end."""
         self._putting = asyncio.create_task(self._put())
         await asyncio.shield(self._putting)
 
     @property
     def is_refreshing(self) -> bool:
-        """Whether the record is being published anew."""
+        """Whether the record is being published."""
         return self._putting is not None and not self._putting.done()
 
     async def refreshed(self) -> None:
-        """Returns when the record is not being published anew."""
+        """Returns when the record is not being published."""
         if self._putting is not None:
             await asyncio.wait({self._putting})
 
@@ -109,11 +109,11 @@ class _Record:
         """Stores the record, in a new Dict if the old one was deleted."""
         self._refreshes += 1
         record = {**self._record, "refreshed": time.time(), "refreshes": self._refreshes}
-        async with asyncio.timeout(TRY_TIMEOUT):
+        async with asyncio.timeout(ATTEMPT_TIMEOUT):
             try:
                 await modal_result(self._dict.put.aio(self._task, record))
             except modal.exception.NotFoundError:
-                self._dict = self._found_or_made()
+                self._dict = self._open_dict()
                 await modal_result(self._dict.put.aio(self._task, record))
 
     async def withdraw(self) -> None:
@@ -121,33 +121,33 @@ class _Record:
         with suppress(modal.exception.NotFoundError):
             await modal_result(self._dict.pop.aio(self._task, None))
 
-    async def forget_the_dead(self) -> None:
-        """Looks at the other records, and removes those that have not changed for many looks."""
+    async def remove_stale(self) -> None:
+        """Reads the other records, and removes each that has not changed for `MAX_UNCHANGED_READS`."""
         others = {}
-        for task, record in await modal_result(_records(self._dict)):
+        for task, record in await modal_result(_read_records(self._dict)):
             progress = _progress(record)
-            before, looks = self._others.get(task, (None, 0))
-            others[task] = progress, looks + 1 if progress == before else 0
+            before, unchanged = self._others.get(task, (None, 0))
+            others[task] = progress, unchanged + 1 if progress == before else 0
         others.pop(self._task, None)
         self._others = others
-        for task, (_, looks) in others.items():
-            if looks >= MAX_UNCHANGED_LOOKS:
+        for task, (_, unchanged) in others.items():
+            if unchanged >= MAX_UNCHANGED_READS:
                 await modal_result(self._dict.pop.aio(task, None))
                 log.info("removed the record of a container that has ended", container=task)
 
-    def _found_or_made(self) -> modal.Dict:
+    def _open_dict(self) -> modal.Dict:
         return modal.Dict.from_name(self._name, create_if_missing=True)
 
 
-async def _keep_fresh(record: _Record) -> None:
+async def _refresh_regularly(record: _Record) -> None:
     while True:
         await asyncio.sleep(REFRESH_INTERVAL)
         if await _succeeds("address not refreshed", record.refresh()):
-            await _succeeds("other addresses not looked at", record.forget_the_dead())
+            await _succeeds("other addresses not looked at", record.remove_stale())
 
 
 async def _withdraw(record: _Record) -> None:
-    """Withdraws the record at once, and again if a refresh was on its way, which may have come after that."""
+    """Withdraws the record, and withdraws it again if a refresh was running, which may have stored the record after that."""
     with suppress(TimeoutError):
         async with asyncio.timeout(WITHDRAW_TIMEOUT):
             was_refreshing = record.is_refreshing
@@ -158,39 +158,42 @@ async def _withdraw(record: _Record) -> None:
 
 
 async def _withdraw_once(record: _Record) -> None:
-    while not await _succeeds("address not withdrawn", record.withdraw()):  # noqa: ASYNC110 - nothing tells when
-        await asyncio.sleep(WITHDRAW_INTERVAL)
+    while not await _succeeds("address not withdrawn", record.withdraw()):  # noqa: ASYNC110 - there is no event to wait for
+        await asyncio.sleep(WITHDRAW_RETRY_INTERVAL)
 
 
 async def _succeeds(failure: str, work: Coroutine[Any, Any, None]) -> bool:
-    """Returns whether the work ends well in time, and logs what went wrong: the next try may work, and the server goes on."""
+    """Returns whether the work succeeds within `ATTEMPT_TIMEOUT`. Logs a failure, after which the server goes on."""
     try:
-        async with asyncio.timeout(TRY_TIMEOUT):
+        async with asyncio.timeout(ATTEMPT_TIMEOUT):
             await work
-    except Exception as error:  # noqa: BLE001 - whatever it is
+    except Exception as error:  # noqa: BLE001 - a later attempt may succeed
         log.warning(failure, error=type(error).__name__)
         return False
     return True
 
 
-async def _records(directory: modal.Dict) -> list[tuple[str, Any]]:
-    """Returns the records by task; one that cannot be read is None. It would end `items`, so then each is read by itself."""
+async def _read_records(directory: modal.Dict) -> list[tuple[str, Any]]:
+    """Returns the records with their tasks. A record that cannot be unpickled is None.
+
+    Such a record makes `items` fail. In this case each record is read by itself.
+    """
     try:
         found = [item async for item in directory.items.aio()]
     except modal.exception.DeserializationError:
         tasks = [task async for task in directory.keys.aio()]
-        found = [(task, await _get(directory, task)) for task in tasks[:MAX_RECORDS]]
+        found = [(task, await _read_record(directory, task)) for task in tasks[:MAX_RECORDS]]
     return [(task, record) for task, record in found[:MAX_RECORDS] if isinstance(task, str)]
 
 
-async def _get(directory: modal.Dict, task: str) -> Any:  # noqa: ANN401 - anything can be stored
+async def _read_record(directory: modal.Dict, task: str) -> Any:  # noqa: ANN401 - a record may be anything
     with suppress(modal.exception.DeserializationError):
         return await modal_result(directory.get.aio(task))
     return None
 
 
 def _progress(record: Any) -> tuple[str, ...]:  # noqa: ANN401 - as above
-    """Returns what changes with each refresh."""
+    """Returns the fields of a record that change with each refresh."""
     known = record if type(record) is dict else {}
     values = (known.get("refreshed"), known.get("refreshes"))
     return tuple(str(value) for value in values if isinstance(value, int | float))

@@ -1,4 +1,4 @@
-"""Fetches weights from the Hugging Face hub, once, into a directory that outlives the process."""
+"""Downloads weights from the Hugging Face hub into a directory that outlives the process, unless they are there."""
 
 import errno
 import hashlib
@@ -23,30 +23,30 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 from flywheel_server.deployment.weights import Weights
 
 REPORT_INTERVAL: Final = 5.0
-"""Seconds between two lines on the progress of a download."""
+"""Seconds between two lines about the progress of a download."""
 
 SHA256_DIGITS: Final = 64
-NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_SPACE_ERRNOS: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class DownloadError(RuntimeError):
-    """The weights could not be fetched. The message says why, and what to do."""
+    """The weights could not be downloaded. The message says why, and what to do."""
 
 
 def fetch(weights: Weights, directory: Path, report: Callable[[str], None]) -> Path:
-    """Returns the file of the weights, after downloading it where the directory does not have it yet.
+    """Returns the path of the weights' file, which is downloaded if the directory does not have it.
 
-    The file is put in place when its size and, where the hub has one, its SHA-256 were right, so that one which is there is
-    neither downloaded nor checked again. A connection that stalls or breaks is resumed, as far as huggingface_hub does it. A
-    download that fails leaves nothing behind. Several at a time do not disturb each other.
+    The file moves to its path only after its size and, if the hub has one, its SHA-256 have been checked. So an existing file
+    is neither downloaded nor checked again. huggingface_hub resumes connections that stall or break, within its limits. A
+    failed download leaves no files behind. Concurrent downloads of the same file do not interfere.
 
     Arguments:
-        weights: What to fetch.
-        directory: Where to; made where it is missing.
-        report: Is given a line of text about the progress, every few seconds.
+        weights: What to download.
+        directory: The directory, which is created if it does not exist.
+        report: Receives a line of text about the progress, every few seconds.
 
     Raises:
-        DownloadError: It is not to be had, its size or content is not the expected one, or there is no room for it.
+        DownloadError: The hub does not give the file, its size or content is wrong, or the disk is full.
     """
     path = weights.path(directory)
     if path.exists():
@@ -69,7 +69,7 @@ def _download(weights: Weights, path: Path, report: Callable[[str], None]) -> No
     disable_progress_bars()
     with TemporaryDirectory(prefix=".incoming-", dir=path.parent) as incoming:
         with _progress(weights, Path(incoming), metadata.size or weights.size_bytes, report):
-            # Of the commit that was looked at: the newest may be another one by now.
+            # The commit of the metadata: the newest commit may be another one by now.
             arrived = Path(hf_hub_download(weights.repository, weights.file, revision=metadata.commit_hash, local_dir=incoming))
         _check_size(weights, arrived.stat().st_size)
         if metadata.etag and len(metadata.etag) == SHA256_DIGITS:
@@ -91,20 +91,20 @@ def _check_size(weights: Weights, size: int) -> None:
 
 @contextmanager
 def _progress(weights: Weights, incoming: Path, total: int, report: Callable[[str], None]) -> Iterator[None]:
-    """Reports how the download goes while the context is open.
+    """Reports the progress of the download until the context ends.
 
-    It looks at the disk, because huggingface_hub takes a progress bar only in its later versions, and counts something else
-    there for each way of downloading.
+    Measures it on the disk, because only later versions of huggingface_hub take a progress bar, and what they count differs
+    between its download methods.
     """
     started = time.monotonic()
     done = threading.Event()
 
     def watch() -> None:
         while not done.wait(REPORT_INTERVAL):
-            here = _on_disk(incoming)
-            speed = here / (time.monotonic() - started)
-            left = f"{(total - here) / speed:.0f} s left" if speed else "waiting"
-            report(f"{weights.name}: {here / 1e9:.2f} of {_gb(total)}, {speed / 1e6:.0f} MB/s, {left}")
+            arrived = _bytes_on_disk(incoming)
+            speed = arrived / (time.monotonic() - started)
+            left = f"{(total - arrived) / speed:.0f} s left" if speed else "waiting"
+            report(f"{weights.name}: {arrived / 1e9:.2f} of {_gb(total)}, {speed / 1e6:.0f} MB/s, {left}")
 
     report(f"{weights.name}: downloading {_gb(total)}")
     watcher = threading.Thread(target=watch, name="download-progress", daemon=True)
@@ -117,32 +117,32 @@ def _progress(weights: Weights, incoming: Path, total: int, report: Callable[[st
     report(f"{weights.name}: downloaded in {time.monotonic() - started:.0f} s")
 
 
-def _on_disk(directory: Path) -> int:
-    """Returns the bytes that have arrived of the file which is downloaded into the directory."""
+def _bytes_on_disk(directory: Path) -> int:
+    """Returns the bytes on the disk of the file that is being downloaded into the directory."""
     for path in directory.rglob("*.incomplete"):
-        with suppress(FileNotFoundError):  # it was moved into place just now
+        with suppress(FileNotFoundError):  # it was moved to its path just now
             stat = path.stat()
-            # Where it is written in several places at a time, it has its full length early, and holes.
+            # If it is written in several places at a time, its length is full early, but it has holes.
             return min(stat.st_size, stat.st_blocks * 512) or stat.st_size
     return 0
 
 
 def _reason(error: Exception, weights: Weights, directory: Path) -> str:
-    said = " ".join(str(error).split())
-    if isinstance(error, OSError) and error.errno in NO_ROOM:
-        return f"no room in {directory} for {_gb(weights.size_bytes)}. ({said})"
-    where = f"{weights.repository}, revision {weights.revision or 'main'}"
-    # The first that matches counts: a gated repository is a kind of missing one, and each is an HTTP error.
+    details = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.errno in NO_SPACE_ERRNOS:
+        return f"no room in {directory} for {_gb(weights.size_bytes)}. ({details})"
+    revision = f"{weights.repository}, revision {weights.revision or 'main'}"
+    # The first match counts: GatedRepoError is a RepositoryNotFoundError, and all of them but the last are HfHubHTTPError.
     reasons: tuple[tuple[type[Exception], str], ...] = (
         (GatedRepoError, f"{weights.repository} is gated. Accept its terms on the hub, and set HF_TOKEN to a token of yours."),
         (RepositoryNotFoundError, f"the hub has no {weights.repository}, or hides it. If it is private, set HF_TOKEN."),
-        (RevisionNotFoundError, f"the hub has no {where}."),
-        (RemoteEntryNotFoundError, f"the hub has no {weights.file} in {where}."),
+        (RevisionNotFoundError, f"the hub has no {revision}."),
+        (RemoteEntryNotFoundError, f"the hub has no {weights.file} in {revision}."),
         (
             HfHubHTTPError,
-            f"the hub answered with an error. If it is 401 or 403, see to HF_TOKEN; else try again later. ({said})",
+            f"the hub answered with an error. If it is 401 or 403, see to HF_TOKEN; else try again later. ({details})",
         ),
-        (Exception, f"the hub cannot be reached, or was lost. Run it again. ({type(error).__name__}: {said})"),
+        (Exception, f"the hub cannot be reached, or was lost. Run it again. ({type(error).__name__}: {details})"),
     )
     return next(reason for kind, reason in reasons if isinstance(error, kind))
 

@@ -1,12 +1,12 @@
-"""The server inside a container on Modal: on a thread of its own, beside Modal's event loop.
+"""Runs the server inside a container on Modal, on a thread of its own, beside Modal's event loop.
 
-Modal grants a container 30 s (`GRACE`) from the signal that ends it. This is what it does with them; all times are at most:
+Modal grants a container 30 s (`MODAL_GRACE_SECONDS`) from the signal that ends it. The container uses them so, at the latest:
 
-     0 s    the address is withdrawn; whatever that takes, the server does not wait for it
-     0 s    the server reports that it stops; for `withdraw_window` it takes calls, for `drain_timeout` more they may finish
-    22 s    (`MAX_STOP_TIME`) calls that still run are cancelled on Modal, all side by side (`STOP_GRACE`)
-    28 s    the last connections end (`STATUS_GRACE`), and their last bytes get through Modal's relay (`FLUSH`)
-    29.5 s  (`STOP_LIMIT`) the container ends, whatever is still under way
+     0 s    withdraws the address; the server does not wait for that
+     0 s    reports NOT_SERVING; still accepts calls for `withdraw_window`, then lets calls finish for `drain_timeout`
+    22 s    (`MAX_STOP_SECONDS`) cancels the remaining calls on Modal, concurrently
+    28 s    closes the last connections, and waits until their last bytes are through Modal's relay (`FLUSH_SECONDS`)
+    29.5 s  (`STOP_TIMEOUT`) ends, even if something is still running
 """
 
 import asyncio
@@ -22,7 +22,7 @@ import structlog
 from uvloop import new_event_loop
 
 from flywheel_server import logs
-from flywheel_server.deployment.tunnel import reachable
+from flywheel_server.deployment.tunnel import published_tunnel
 from flywheel_server.engine_factory import create_engine
 from flywheel_server.server import serve
 from flywheel_server.settings import Settings
@@ -30,25 +30,25 @@ from flywheel_server.system import descriptors, heap
 
 log = structlog.stdlib.get_logger(__name__)
 
-GRACE: Final = 30.0
+MODAL_GRACE_SECONDS: Final = 30.0
 """Seconds that Modal grants a container to end."""
 
-FLUSH: Final = 1.0
-"""Seconds for the last bytes of the last calls to get through Modal's relay; the server hands them over and does not wait."""
+FLUSH_SECONDS: Final = 1.0
+"""Seconds for the last bytes of the last calls to pass Modal's relay, after the server has handed them over."""
 
-STOP_LIMIT: Final = 29.5
-"""Seconds after which the exit hook returns, whatever is still under way."""
+STOP_TIMEOUT: Final = 29.5
+"""Seconds after which the exit hook returns, even if something is still running."""
 
 
 class GatewayThread:
-    """Runs the server beside Modal's own loop, which stands still between the inputs of a container.
+    """Runs the server on a thread with an event loop of its own, because Modal's event loop stops between a container's inputs.
 
     If the server ends by itself, for whatever reason, the container ends too, so that Modal starts another one.
 
     Arguments:
-        settings: Those of the server. Without an API key it does not start: its address is on the open Internet.
-        tunnelled_app: The app under whose name to publish a tunnel to the server. None if Modal forwards its port by itself.
-        tunnel_interval: Seconds between two looks at the tunnel from outside. 0 for none.
+        settings: The settings of the server. An API key is required, because the address is on the open Internet.
+        tunnelled_app: The app for which to publish a tunnel to the server. None if Modal itself forwards the port.
+        tunnel_interval: Seconds between two probes of the tunnel from outside. 0: no probes.
     """
 
     def __init__(self, settings: Settings, tunnelled_app: str | None, tunnel_interval: float) -> None:
@@ -66,7 +66,7 @@ class GatewayThread:
         self._ended = threading.Event()
 
     def start(self) -> None:
-        """Returns when the server can be reached; raises what keeps it from that."""
+        """Starts the server, and returns when it can be reached. Raises the error if it cannot start."""
         heap.limit_heaps()
         descriptors.raise_limit()
         logs.configure(self._settings.log_level, self._settings.log_format)
@@ -74,19 +74,19 @@ class GatewayThread:
         try:
             self._ready.result()
         except BaseException:
-            # Modal runs no exit hook of a container that it ends while it starts.
+            # Modal runs no exit hooks in a container that ends during its start.
             self.stop()
             raise
 
     def stop(self) -> None:
-        """Withdraws the address, lets running calls finish within the drain timeout, and returns when all is closed.
+        """Withdraws the address, lets running calls finish within the drain timeout, and closes the server.
 
-        Returns after `STOP_LIMIT` seconds at the latest.
+        Returns after `STOP_TIMEOUT` seconds at the latest.
         """
         self._told_to_stop = True
         with suppress(RuntimeError):  # the loop is closed if the server has ended by itself
             self._loop.call_soon_threadsafe(self._stop.set)
-        if not self._ended.wait(STOP_LIMIT):
+        if not self._ended.wait(STOP_TIMEOUT):
             log.error("the gateway has not ended in time")
 
     def _run(self) -> None:
@@ -94,7 +94,7 @@ class GatewayThread:
             with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
                 runner.run(self._serve())
         except BaseException as error:
-            # Whatever it is: the container would go on without a server.
+            # Every exception counts: otherwise the container would go on without a server.
             if not self._ready.done():
                 self._ready.set_exception(error)
                 return
@@ -111,20 +111,20 @@ class GatewayThread:
             if self._tunnelled_app is not None:
                 server = f"{self._settings.address.rpartition(':')[0]}:{port}"
                 withdraw = await outlasting.enter_async_context(
-                    reachable(self._tunnelled_app, server, self._tunnel_interval, self._stop.set)
+                    published_tunnel(self._tunnelled_app, server, self._tunnel_interval, self._stop.set)
                 )
-            outlasting.push_async_callback(asyncio.sleep, FLUSH)
+            outlasting.push_async_callback(asyncio.sleep, FLUSH_SECONDS)
             self._ready.set_result(None)
             try:
                 await self._stop.wait()
             finally:
-                # The server stops meanwhile: however slow Modal is, no new call is taken.
+                # Not awaited: even if Modal is slow, the server stops accepting calls at once.
                 if withdraw is not None:
                     withdraw()
 
 
 def _end_container() -> None:
-    """Ends this process as Modal itself would, so that the exit hooks run; without them if that does not help."""
+    """Ends this process as Modal does, so that the exit hooks run. If it goes on, exits without them."""
     os.kill(os.getpid(), signal.SIGINT)
-    time.sleep(GRACE)
+    time.sleep(MODAL_GRACE_SECONDS)
     os._exit(1)

@@ -1,7 +1,7 @@
-"""The settings of a gateway, read from the environment of its container, in which Modal puts the keys of callers.
+"""Reads the settings of a gateway from the environment of its container, to which Modal adds the API keys of the secret.
 
-Modal tells nobody the values of a secret. So `python -m flywheel_server.deployment.gateway_settings` is a step of the build of
-the gateway's image, which is given the secret: with keys that a gateway would refuse, nothing is deployed.
+`modal deploy` cannot read the values of a secret. So the build of the gateway's image, which has the secret, runs
+`python -m flywheel_server.deployment.gateway_settings`. If a gateway would refuse the keys, the deployment fails.
 """
 
 import os
@@ -19,7 +19,7 @@ KEYS_VARIABLE: Final = f"{PREFIX}API_KEYS"
 
 
 def gateway_settings() -> Settings:
-    """Returns the settings of the environment; raises `ValueError`, which says how to mend them, if they are wrong."""
+    """Returns the settings of the environment. Raises `ValueError`, which says how to correct them, if they are wrong."""
     try:
         settings = Settings()
     except ValidationError as error:
@@ -32,7 +32,7 @@ def gateway_settings() -> Settings:
     raise ValueError(
         f'A gateway does not start with these settings, of which {KEYS_VARIABLE} is from the modal.Secret "{KEYS_SECRET}":\n\n'
         f"{rows}\n\nTo make the secret anew, note the key for your callers, and deploy again:\n\n"
-        f"{create_secret(os.environ.get('MODAL_ENVIRONMENT', ''), replace=True)}"
+        f"{create_secret_commands(os.environ.get('MODAL_ENVIRONMENT', ''), replace=True)}"
     )
 
 
@@ -40,8 +40,13 @@ def _place(location: tuple[int | str, ...]) -> str:
     return " ".join([f"{PREFIX}{location[0]}".upper(), *places(location[1:])])
 
 
-def create_secret(environment: str, *, replace: bool = False) -> str:
-    """Returns the commands that make the secret with a new key, in this environment of Modal's or in the default one."""
+def create_secret_commands(environment: str, *, replace: bool = False) -> str:
+    """Returns the shell commands that create the secret with a new key.
+
+    Arguments:
+        environment: The environment on Modal; empty for the default one.
+        replace: Whether to replace an existing secret.
+    """
     options = [*(["-e", shlex.quote(environment)] if environment else []), *(["--force"] if replace else [])]
     create = " ".join(["modal secret create", *options, KEYS_SECRET, f"{KEYS_VARIABLE}=$KEY"])
     return f'  KEY=$(openssl rand -hex 32)\n  {create}\n  echo "$KEY"\n'

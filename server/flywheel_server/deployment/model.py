@@ -1,4 +1,4 @@
-"""What the class `Model` on Modal offers to callers: Flywheel's `generate`, and the same streamed through a queue."""
+"""The methods of the class `Model` on Modal: Flywheel's `generate`, and a variant that streams through a queue."""
 
 import asyncio
 import functools
@@ -36,24 +36,27 @@ log = structlog.stdlib.get_logger(__name__)
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
-ERRORS: Final = frozenset(kind for kind in vars(base).values() if isinstance(kind, type) and issubclass(kind, EngineError))
-"""The errors that callers know."""
+KNOWN_ERRORS: Final = frozenset(
+    kind for kind in vars(base).values() if isinstance(kind, type) and issubclass(kind, EngineError)
+)
+"""The errors that a caller in another container can unpickle."""
 
 GPU_BATCH_TOKENS: Final = 512
-"""Tokens that a GPU computes in one step: with fewer it idles, and still a step takes well under a second."""
+"""Tokens that a GPU computes in one step. With fewer it idles; with this many a step still takes well under a second."""
 
-MAX_OUTBOXES: Final = 64
-"""How many gateways are remembered that have no call here now."""
+MAX_IDLE_OUTBOXES: Final = 64
+"""Maximum number of outboxes that are kept for gateways without calls."""
 
 
 class _WrongFieldsError(ValueError):
-    """The fields of a call are no request."""
+    """The fields of a call are not a valid request."""
 
 
 def _translating_errors(method: Callable[Arguments, Awaitable[Result]]) -> Callable[Arguments, Awaitable[Result]]:
-    """Returns the method, which raises only `ValueError` if the fields of a call are wrong, and the errors of `engines.base`.
+    """Makes a method raise only `ValueError` (for wrong fields of a call) and the errors of `engines.base`.
 
-    What else it raises, the caller could perhaps not unpickle, or would take it for an error of Modal's client. The log has it.
+    Other errors are logged, and become `EngineFailedError`: the caller might be unable to unpickle them, or might take them for
+    errors of Modal's client.
     """
 
     @functools.wraps(method)
@@ -67,7 +70,7 @@ def _translating_errors(method: Callable[Arguments, Awaitable[Result]]) -> Calla
         except BaseException as error:
             if isinstance(error, asyncio.CancelledError) and (task := asyncio.current_task()) and task.cancelling():
                 raise
-            if type(error) in ERRORS:
+            if type(error) in KNOWN_ERRORS:
                 raise
             log.exception("call failed", call=modal.current_function_call_id())
             raise EngineFailedError(f"the engine raised {type(error).__name__}") from None
@@ -76,8 +79,8 @@ def _translating_errors(method: Callable[Arguments, Awaitable[Result]]) -> Calla
 
 
 @_translating_errors
-async def started(weights: Weights, deployment: Deployment, settings: Settings) -> SupervisedEngine:
-    """Returns the engine that runs the weights in the volume, once it has produced a token; raises `EngineError`."""
+async def start_engine(weights: Weights, deployment: Deployment, settings: Settings) -> SupervisedEngine:
+    """Starts an engine with the weights in the volume, and returns it after its first token. Raises `EngineError`."""
     heap.limit_heaps()
     logs.configure(settings.log_level, settings.log_format)
     path = weights.path(Path(deployment.weights_path))
@@ -93,7 +96,7 @@ async def started(weights: Weights, deployment: Deployment, settings: Settings) 
         threads=min(deployment.model_threads, usable_cores()),
         batch_tokens=GPU_BATCH_TOKENS if settings.modal_gpu else settings.embedded_batch,
         prompt_format=settings.modal_prompt,
-        # What goes to a GPU is read faster than it is mapped, page by page, out of a volume.
+        # For a GPU, reading the file from the volume is faster than mapping it page by page.
         memory_map=not settings.modal_gpu,
     )
     supervised = SupervisedEngine(
@@ -103,7 +106,7 @@ async def started(weights: Weights, deployment: Deployment, settings: Settings) 
 
 
 def _fetch_command(weights: Weights, settings: Settings) -> str:
-    """Returns the command that fetches these weights from any shell, whichever variables are set there."""
+    """Returns the command that fetches these weights, whichever variables the shell has."""
     environment = os.environ.get("MODAL_ENVIRONMENT")
     options = f"-e {environment} " if environment else ""
     return (
@@ -116,29 +119,30 @@ def _request(fields: dict[str, Any]) -> GenerationRequest:
     try:
         return GenerationRequest(**fields)
     except ValidationError as error:
-        # One that the caller can unpickle without this package, or pydantic; and without the values, which may be prompts.
+        # An error that the caller can unpickle without pydantic, and without the values, which may be prompts.
         problems = error.errors(include_url=False, include_input=False, include_context=False)
-        raise _WrongFieldsError("; ".join(f"{problem['loc'][0]}: {_said(problem)}" for problem in problems)) from None
+        raise _WrongFieldsError("; ".join(f"{problem['loc'][0]}: {_message_of(problem)}" for problem in problems)) from None
 
 
-def _said(problem: ErrorDetails) -> str:
+def _message_of(problem: ErrorDetails) -> str:
     return UNKNOWN_FIELD if problem["type"] == "extra_forbidden" else problem["msg"]
 
 
 class RemoteModel:
-    """The methods of the class, over an engine that has started."""
+    """Implements the methods of the class with an engine that has started."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._container = uuid.uuid4().hex
-        # One for each gateway. They outlive their calls: a gateway that was killed may have many more of them waiting.
+        # By partition, one for each gateway. An outbox outlives its calls, so that further calls of a gateway that was killed
+        # fail at once.
         self._outboxes: dict[str, Outbox] = {}
 
     @_translating_errors
     async def generate(self, **fields: Any) -> dict[str, Any]:  # noqa: ANN401 - checked at once
-        """Returns the samples as Flywheel does: a dictionary in the shape of `GenerationResponse`.
+        """Returns the samples as Flywheel does: as a dictionary with the fields of `GenerationResponse`.
 
-        Raises `ValueError` for fields that are wrong, and `EngineError`.
+        Raises `ValueError` if fields are wrong, and `EngineError`.
         """
         created = time.time()
         request = _request(fields)
@@ -149,10 +153,16 @@ class RemoteModel:
 
     @_translating_errors
     async def generate_deltas(self, queue: modal.Queue, partition: str, call: str, **fields: Any) -> dict[str, Any]:  # noqa: ANN401 - as above
-        """Sends the events of the generation to a partition of the queue, and returns a receipt when all are there.
+        """Sends the events of the generation to a partition of the queue, and returns a receipt when the queue has them all.
 
-        Piles and receipt are those of `engines.modal.event_batch`, the piles under the id that the caller gave the call. Raises
-        what `generate` does, and `EngineUnavailableError` if nobody reads the queue.
+        `engines.modal.event_batch` defines the batches of events and the receipt. Raises the errors of `generate`, and
+        `EngineUnavailableError` if the gateway is gone.
+
+        Arguments:
+            queue: The queue.
+            partition: The gateway's partition for events.
+            call: The caller's id of the call, which each batch has.
+            fields: The fields of the request.
         """
         request = _request(fields)
         async with self._outbox(queue, partition).sending(call) as sender:
@@ -161,9 +171,9 @@ class RemoteModel:
             return Receipt(attempt=sender.attempt, piles=await sender.stored()).model_dump()
 
     async def leave(self) -> None:
-        """Ends the streams, and tells their gateways so: to be called when the container ends, before the engine does.
+        """Ends the streams, and tells their gateways. Call it when the container ends, before the engine ends.
 
-        Returns within 8 s, whether or not Modal can be reached.
+        Returns within 8 s, even if Modal cannot be reached.
         """
         await asyncio.gather(*(outbox.leave() for outbox in self._outboxes.values()))
 
@@ -171,7 +181,7 @@ class RemoteModel:
         outbox = self._outboxes.get(partition)
         if outbox is None:
             idle = [known for known, other in self._outboxes.items() if other.is_idle]
-            for known in idle[:-MAX_OUTBOXES]:
+            for known in idle[:-MAX_IDLE_OUTBOXES]:
                 del self._outboxes[known]
             outbox = self._outboxes[partition] = Outbox(queue, partition, self._container)
         return outbox

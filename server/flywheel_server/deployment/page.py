@@ -1,4 +1,4 @@
-"""A page that says where the gateways are, for callers without an account on Modal: JSON over HTTPS, as an ASGI application."""
+"""Publishes the addresses of the gateways as JSON, in an ASGI application, for callers without an account on Modal."""
 
 import asyncio
 import dataclasses
@@ -14,10 +14,10 @@ import structlog
 log = structlog.stdlib.get_logger(__name__)
 
 CACHE_SECONDS: Final = 5.0
-"""Seconds for which an answer is not looked for anew: many callers cost one look at the directory."""
+"""Seconds for which an answer is reused, so that many callers cost one read of the directory."""
 
-MAX_AGE: Final = 15.0
-"""How old an answer may be, in seconds, while the next is on its way: Modal may take 8 s."""
+MAX_AGE_SECONDS: Final = 15.0
+"""Maximum age of an answer that callers get while the directory is being read, which may take 8 s."""
 
 Asgi = Callable[
     [MutableMapping[str, Any], Callable[[], Awaitable[Any]], Callable[[MutableMapping[str, Any]], Awaitable[None]]],
@@ -26,37 +26,38 @@ Asgi = Callable[
 
 
 def json_page(read: Callable[[], Awaitable[Iterable[Any]]]) -> Asgi:
-    """Returns an application that answers every GET with `{"endpoints": […]}`: the dataclasses that `read` returns.
+    """Returns an application that answers every GET with `{"endpoints": […]}`.
 
-    Where `read` fails, the answer is 503.
+    Arguments:
+        read: Returns the endpoints, as dataclasses. If it fails, the answer is 503.
     """
     reading: asyncio.Task[None] | None = None
-    known: tuple[int, bytes] = (503, b"")
-    known_at = -inf
+    cached: tuple[int, bytes] = (503, b"")
+    cached_at = -inf
 
-    async def read_anew() -> None:
-        nonlocal known, known_at
+    async def refresh() -> None:
+        nonlocal cached, cached_at
         try:
             endpoints = [dataclasses.asdict(endpoint) for endpoint in await read()]
-            known = 200, json.dumps({"endpoints": endpoints}).encode()
-        except Exception as error:  # noqa: BLE001 - the page has no other words for it
+            cached = 200, json.dumps({"endpoints": endpoints}).encode()
+        except Exception as error:  # noqa: BLE001 - whatever fails, the page answers 503
             log.warning("addresses not read", error=str(error))
-            known = 503, b'{"error": "Modal does not say where the gateways are. Try again later."}'
-        known_at = time.monotonic()
+            cached = 503, b'{"error": "Modal does not say where the gateways are. Try again later."}'
+        cached_at = time.monotonic()
 
     async def answer() -> tuple[int, bytes]:
         nonlocal reading
-        age = time.monotonic() - known_at
+        age = time.monotonic() - cached_at
         if age > CACHE_SECONDS:
             if reading is None or reading.done():
-                reading = asyncio.create_task(read_anew())
-            if known[0] != HTTPStatus.OK or age > MAX_AGE:
-                await asyncio.shield(reading)  # which other callers wait for too
-        return known
+                reading = asyncio.create_task(refresh())
+            if cached[0] != HTTPStatus.OK or age > MAX_AGE_SECONDS:
+                await asyncio.shield(reading)  # other callers may wait for the same task
+        return cached
 
     async def application(
         scope: MutableMapping[str, Any],
-        receive: Callable[[], Awaitable[Any]],  # noqa: ARG001 - as ASGI calls it
+        receive: Callable[[], Awaitable[Any]],  # noqa: ARG001 - ASGI passes it
         send: Callable[[MutableMapping[str, Any]], Awaitable[None]],
     ) -> None:
         if scope["type"] != "http":

@@ -1,6 +1,6 @@
-"""Keeps a deployment from changing what an app runs only because a variable is not set in today's shell.
+"""Refuses a deployment that would change an app's settings only because a variable is not set in the current shell.
 
-The settings with which an app was deployed are tags of the app on Modal, which the next deployment reads.
+A deployment stores its settings as tags of the app on Modal, which the next deployment reads.
 """
 
 import re
@@ -10,34 +10,34 @@ from dataclasses import dataclass
 from typing import Final
 from urllib.parse import unquote_to_bytes
 
-from flywheel_server.deployment.settings import DEPLOY_PREFIX, Configuration, Deployment, configured, given
+from flywheel_server.deployment.settings import DEPLOY_PREFIX, Configuration, Deployment, configured, relevant_variables
 from flywheel_server.setting_texts import NONE, is_blank
 from flywheel_server.settings import PREFIX, Settings
 
-MAX_TAG: Final = 63
+MAX_TAG_CHARACTERS: Final = 63
 """Modal's limit for the characters of a tag."""
 
-APP: Final = f"{DEPLOY_PREFIX}APP"
-"""The variable that says which app is deployed: with another value it is about another app."""
+APP_VARIABLE: Final = f"{DEPLOY_PREFIX}APP_VARIABLE"
+"""The variable with the name of the app. It is not a tag: with another value, another app is deployed."""
 
-IN_ANY_CASE: Final = (f"{DEPLOY_PREFIX}WEIGHTS", f"{PREFIX}MODAL_GPU")
-"""What is remembered of a Model, also if it is the default: another version may have another default."""
+ALWAYS_TAGGED: Final = (f"{DEPLOY_PREFIX}WEIGHTS", f"{PREFIX}MODAL_GPU")
+"""Variables of a Model whose values become tags even if they are defaults: another version may have other defaults."""
 
-OF_MODAL: Final = ("MODAL_PROFILE", "MODAL_ENVIRONMENT")
-"""Variables of the `modal` command that say which account and environment it deploys to."""
+MODAL_VARIABLES: Final = ("MODAL_PROFILE", "MODAL_ENVIRONMENT")
+"""Variables of the `modal` command that select the account and the environment."""
 
-OF_THE_MODEL: Final = (f"{DEPLOY_PREFIX}MODEL_", f"{DEPLOY_PREFIX}WEIGHTS")
-"""How the variables begin that make no difference if the class of another app generates."""
+MODEL_VARIABLE_PREFIXES: Final = (f"{DEPLOY_PREFIX}MODEL_", f"{DEPLOY_PREFIX}WEIGHTS")
+"""Prefixes of the variables that have no effect if the class of another app generates."""
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A setting that a deployment would change, although nothing in its environment says so.
+    """A setting that a deployment would change although its variable is not set.
 
     Attributes:
-        variable: The variable of the environment.
+        variable: The environment variable.
         running: The value with which the app runs.
-        new: The value with which it would run.
+        new: The value with which the app would run.
     """
 
     variable: str
@@ -46,40 +46,42 @@ class Change:
 
 
 def tags(configuration: Configuration, environment: Mapping[str, str]) -> dict[str, str]:
-    """Returns the tags of an app that is deployed so: the variables that were set, and in any case what runs on which GPU.
+    """Returns the tags for an app: the variables that are set, and always `ALWAYS_TAGGED` if it has a Model.
 
-    A value that is too long for a tag is left out.
+    Values that are too long for a tag are left out.
     """
-    settings = given(environment)
+    settings = relevant_variables(environment)
     if configuration.weights is not None:
-        for variable in IN_ANY_CASE:
+        for variable in ALWAYS_TAGGED:
             settings[variable] = _value(configuration, variable)
-    settings.pop(APP, None)
-    encoded = {variable: _encoded(value) for variable, value in settings.items()}
-    return {variable: tag for variable, tag in encoded.items() if len(tag) <= MAX_TAG}
+    settings.pop(APP_VARIABLE, None)
+    encoded = {variable: _encode_tag(value) for variable, value in settings.items()}
+    return {variable: tag for variable, tag in encoded.items() if len(tag) <= MAX_TAG_CHARACTERS}
 
 
-def unsaid_changes(running: Mapping[str, str], environment: Mapping[str, str]) -> list[Change]:
-    """Returns what a deployment from the environment would change of an app with these tags, without being told to."""
+def unconfirmed_changes(running: Mapping[str, str], environment: Mapping[str, str]) -> list[Change]:
+    """Returns what a deployment would change of an app with these tags, for variables that the environment does not set."""
     configuration = configured(environment)
     changes = []
-    for variable, tag in given(running).items():
-        if not is_blank(environment.get(variable)) or (configuration.weights is None and variable.startswith(OF_THE_MODEL)):
+    for variable, tag in relevant_variables(running).items():
+        if not is_blank(environment.get(variable)) or (
+            configuration.weights is None and variable.startswith(MODEL_VARIABLE_PREFIXES)
+        ):
             continue
-        value = _decoded(tag)
+        value = _decode_tag(tag)
         try:
-            as_it_runs = configured({**environment, variable: value})
-        except ValueError:  # as it runs, it does not fit what else has changed
-            as_it_runs = None
-        if as_it_runs is None or _settings(as_it_runs) != _settings(configuration):
+            kept = configured({**environment, variable: value})
+        except ValueError:  # the value does not fit other settings, which have changed
+            kept = None
+        if kept is None or _settings(kept) != _settings(configuration):
             changes.append(Change(variable, value, _value(configuration, variable)))
     return changes
 
 
-def refusal(app: str, changes: Sequence[Change], command: Sequence[str], environment: Mapping[str, str]) -> str:
-    """Returns the message for a command that would make the changes, with the two commands that say what is wanted.
+def refusal_message(app: str, changes: Sequence[Change], command: Sequence[str], environment: Mapping[str, str]) -> str:
+    """Returns the message for a command that would make the changes, with two commands: one keeps the settings, one does not.
 
-    Those set all variables of the environment that count, because nobody knows which of them the next shell has too.
+    Both set all relevant variables of the environment, because the next shell may not have them.
     """
     rows = [f"  {change.variable}: the app has {change.running}, this command would use {change.new}" for change in changes]
     keep = {change.variable: change.running for change in changes}
@@ -92,30 +94,32 @@ def refusal(app: str, changes: Sequence[Change], command: Sequence[str], environ
             "",
             "So nothing was done. To keep the settings of the app:",
             "",
-            f"  {_typed(command, environment, keep)}",
+            f"  {_command_line(command, environment, keep)}",
             "",
             "To change them:",
             "",
-            f"  {_typed(command, environment, replace)}",
+            f"  {_command_line(command, environment, replace)}",
         ]
     )
 
 
-def unknown_app(app: str, configuration: Configuration, command: Sequence[str], environment: Mapping[str, str]) -> str | None:
-    """Returns the message for a command that would replace an app without tags of ours, unless it is said what is to run."""
-    if not any(is_blank(environment.get(variable)) for variable in IN_ANY_CASE):
+def unknown_app_message(
+    app: str, configuration: Configuration, command: Sequence[str], environment: Mapping[str, str]
+) -> str | None:
+    """Returns the message for a command that would replace an app without tags; None if it sets all `ALWAYS_TAGGED`."""
+    if not any(is_blank(environment.get(variable)) for variable in ALWAYS_TAGGED):
         return None
-    said = {variable: _value(configuration, variable) for variable in IN_ANY_CASE}
+    said = {variable: _value(configuration, variable) for variable in ALWAYS_TAGGED}
     return (
         f"There is an app {app}, and it does not say with which settings it runs: an older version deployed it, or it is "
         f"another program, which this command would replace. So nothing was done. If it is to be replaced, say what is to "
-        f"run:\n\n  {_typed(command, environment, said)}"
+        f"run:\n\n  {_command_line(command, environment, said)}"
     )
 
 
-def _typed(command: Sequence[str], environment: Mapping[str, str], answer: Mapping[str, str]) -> str:
-    where = {name: environment[name] for name in OF_MODAL if environment.get(name)}
-    variables = {**where, **given(environment), **answer}
+def _command_line(command: Sequence[str], environment: Mapping[str, str], answer: Mapping[str, str]) -> str:
+    where = {name: environment[name] for name in MODAL_VARIABLES if environment.get(name)}
+    variables = {**where, **relevant_variables(environment), **answer}
     return " ".join([*(f"{name}={shlex.quote(value)}" for name, value in variables.items()), shlex.join(command)])
 
 
@@ -126,21 +130,21 @@ def _settings(configuration: Configuration) -> tuple[Deployment, Settings]:
 def _value(configuration: Configuration, variable: str) -> str:
     if variable in configuration.environment:
         return configuration.environment[variable]
-    is_deployments = variable.startswith(DEPLOY_PREFIX)
-    settings = configuration.deployment if is_deployments else configuration.server
-    value = getattr(settings, variable.removeprefix(DEPLOY_PREFIX if is_deployments else PREFIX).lower())
+    of_deployment = variable.startswith(DEPLOY_PREFIX)
+    settings = configuration.deployment if of_deployment else configuration.server
+    value = getattr(settings, variable.removeprefix(DEPLOY_PREFIX if of_deployment else PREFIX).lower())
     return NONE if value in {None, ""} else str(value)
 
 
-def _encoded(value: str) -> str:
-    """Returns the value in the characters that a tag may have."""
+def _encode_tag(value: str) -> str:
+    """Escapes the characters that a tag may not have: `_` as `__`, any other byte as `_` and two hexadecimal digits."""
     special = re.compile(rb"[^A-Za-z0-9.-]")
     return special.sub(lambda found: b"__" if found[0] == b"_" else b"_%02X" % ord(found[0]), value.encode()).decode()
 
 
-def _decoded(tag: str) -> str:
+def _decode_tag(tag: str) -> str:
     if tag == "_":
-        # An app that was deployed when an empty value asked for none.
+        # From a version in which an empty value meant none.
         return NONE
     return unquote_to_bytes(re.sub("_(_|[0-9A-F]{2})", lambda found: "%5F" if found[1] == "_" else f"%{found[1]}", tag)).decode(
         errors="replace"

@@ -1,4 +1,4 @@
-"""The signature of a method with `**fields`, so that gateways see which fields of a request it takes."""
+"""Gives a method with `**fields` the signature that tells gateways which fields of a request it accepts."""
 
 import inspect
 from collections.abc import Callable
@@ -9,15 +9,15 @@ from flywheel_server.messages import GenerationRequest
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
-def takes_fields(*before: str) -> Callable[[Method], Method]:
-    """Returns a decorator that gives a method the signature `(self, *before, text, max_tokens, …)`.
+def takes_fields(*positional: str) -> Callable[[Method], Method]:
+    """Returns a decorator that gives a method the signature `(self, *positional, text, max_tokens, …)`.
 
-    Modal keeps the signature of a method when the class is deployed, and tells it to whoever looks the class up. So a gateway
-    of another version knows without waking a container which fields this one takes.
+    Modal stores the signatures of a class when it is deployed, and returns them to clients that look up the class. So a gateway
+    of another version knows which fields this version accepts, without starting a container.
     """
 
     def decorate(method: Method) -> Method:
-        names = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("self", *before)]
+        names = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("self", *positional)]
         fields = [
             inspect.Parameter(
                 name,

@@ -1,4 +1,4 @@
-"""The engine within a container on Modal: started again when it dies, and the container is replaced if that fails."""
+"""Supervises the engine in a container on Modal: restarts it if it dies, and replaces the container if that fails."""
 
 import asyncio
 import os
@@ -32,27 +32,28 @@ log = structlog.stdlib.get_logger(__name__)
 
 T = TypeVar("T")
 
-VERDICT_TIMEOUT: Final = 10.0
-"""Seconds that a failed call waits to be told whether the engine is dead. A check of one that has much to do takes its time."""
+LIVENESS_TIMEOUT: Final = 10.0
+"""Seconds that a failed call waits for a check of whether the engine is dead. The check of a busy engine takes longer."""
 
-ABANDON_TIMEOUT: Final = 1.0
-"""Seconds that a dead engine has to let go of a call."""
+CANCEL_TIMEOUT: Final = 1.0
+"""Seconds that a dead engine has to end a cancelled call."""
 
-END_TIMEOUT: Final = 25.0
-"""Seconds that the container has to answer its calls and end, before it is ended from within."""
+EXIT_TIMEOUT: Final = 25.0
+"""Seconds that the container has to answer its calls and end, before its process exits."""
 
 
 class SupervisedEngine:
-    """Gives calls to an engine for as long as it lives, and starts it again when it is dead.
+    """Passes calls on to an engine, and restarts the engine if it dies.
 
-    The calls of an engine that dies end with `EngineUnavailableError` unless it has sent text for them, and so do those that
-    arrive until it has started again.
+    If the engine dies, a call that has no text yet ends with `EngineUnavailableError`. So does a call that arrives before the
+    engine has started again.
 
     Arguments:
         engine: The engine, not yet started.
-        give_up: Called when the engine is dead, and does not start again or is not to.
-        timeout: Seconds of silence after which it is checked, and then for its answer; see `Supervisor`.
-        restarts: Whether a dead engine is started again.
+        give_up: Called if the engine is dead and cannot, or must not, be restarted.
+        timeout: Seconds without a sign of life after which the engine is checked, and seconds that the check may take; see
+            `Supervisor`.
+        restarts: Whether a dead engine is restarted.
     """
 
     def __init__(
@@ -60,11 +61,11 @@ class SupervisedEngine:
     ) -> None:
         self._engine = engine
         self._activity = Activity()
-        self._supervisor = Supervisor(engine, self._activity, self._serving, timeout=timeout, restarts=restarts)
+        self._supervisor = Supervisor(engine, self._activity, self._mark_up, timeout=timeout, restarts=restarts)
         self._give_up = give_up
         self._stopping = asyncio.Event()
         self._running: asyncio.Task[None] | None = None
-        # Done while the engine is down.
+        # Pending while the engine is up, done while it is down.
         self._down: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._down.set_result(None)
 
@@ -93,7 +94,7 @@ class SupervisedEngine:
                 await self._give_up()
 
     @asynccontextmanager
-    async def _serving(self) -> AsyncIterator[None]:
+    async def _mark_up(self) -> AsyncIterator[None]:
         self._down = asyncio.get_running_loop().create_future()
         try:
             yield
@@ -101,7 +102,7 @@ class SupervisedEngine:
             self._down.set_result(None)
 
     async def prepare(self, request: GenerationRequest) -> PreparedRequest:
-        """Returns the request as the engine takes it; see `Engine.prepare`."""
+        """See `Engine.prepare`."""
         try:
             with self._activity.within_engine():
                 return await self._while_up(lambda: self._engine.prepare(request))
@@ -110,8 +111,8 @@ class SupervisedEngine:
             raise
 
     async def generate(self, prepared: PreparedRequest, sink: Sink) -> None:
-        """Emits the events of the request; see `Engine.generate`."""
-        watched = _Watched(sink, self._activity)
+        """See `Engine.generate`."""
+        watched = _WatchedSink(sink, self._activity)
         try:
             with self._activity.within_engine():
                 await self._while_up(lambda: self._engine.generate(prepared, watched))
@@ -123,10 +124,10 @@ class SupervisedEngine:
             watched.close()
 
     async def _while_up(self, work: Callable[[], Awaitable[T]]) -> T:
-        """Returns or raises what the work does; raises `EngineUnavailableError` if the engine is down or goes down."""
+        """Returns the result of the work, or raises its error. Raises `EngineUnavailableError` if the engine is down."""
         down = self._down
-        # A task of its own, because a dead engine may never let go of it.
-        task = asyncio.create_task(_contained(work))
+        # A task of its own, because a dead engine may never end it.
+        task = asyncio.create_task(_without_system_exit(work))
         try:
             await asyncio.wait((task, down), return_when=asyncio.FIRST_COMPLETED)
             if not task.done():
@@ -137,35 +138,35 @@ class SupervisedEngine:
                 task.cancel()
                 task.add_done_callback(lambda done: done.cancelled() or done.exception())
                 await asyncio.wait((task, down), return_when=asyncio.FIRST_COMPLETED)
-                await running_time.wait((task,), ABANDON_TIMEOUT)
+                await running_time.wait((task,), CANCEL_TIMEOUT)
 
     async def _raise_if_dead(self, error: Exception) -> None:
-        """Raises `EngineUnavailableError` if the call has failed because the engine is dead, for which it waits to be known."""
+        """Raises `EngineUnavailableError` if the call has failed because the engine is dead. Waits for a check to find out."""
         if isinstance(error, EngineError) and not isinstance(error, EngineFailedError):
             return
         with suppress(TimeoutError):
-            async with running_time.timeout(VERDICT_TIMEOUT):
+            async with running_time.timeout(LIVENESS_TIMEOUT):
                 await self._while_up(self._activity.confirmed_alive)
 
     async def check(self) -> None:
-        """Generates a token; see `Engine.check`."""
+        """See `Engine.check`."""
         await self._while_up(self._engine.check)
 
     async def stats(self) -> EngineStats:
-        """Returns how busy the engine is; see `Engine.stats`."""
+        """See `Engine.stats`."""
         return await self._engine.stats()
 
     def is_reachable(self) -> bool:
-        """Returns whether calls can be made; see `Engine.is_reachable`."""
+        """See `Engine.is_reachable`."""
         return self._engine.is_reachable()
 
     def model(self) -> EngineModel:
-        """Returns what the engine runs; see `Engine.model`."""
+        """See `Engine.model`."""
         return self._engine.model()
 
 
-class _Watched:
-    """Passes the events of the engine on, and notes what they show of its condition."""
+class _WatchedSink:
+    """Passes the engine's events on, and reports each as a sign of life of the engine."""
 
     def __init__(self, sink: Sink, activity: Activity) -> None:
         self.has_text = False
@@ -186,26 +187,26 @@ class _Watched:
         self._sink.emit(event)
 
     def close(self) -> None:
-        """Passes nothing on any more: a dead engine may go on."""
+        """Drops further events, which a dead engine may still emit."""
         self._closed = True
 
 
-async def _contained(work: Callable[[], Awaitable[T]]) -> T:
+async def _without_system_exit(work: Callable[[], Awaitable[T]]) -> T:
     try:
         return await work()
     except SystemExit as error:
-        # In a task of its own it would end the event loop, and with it the container.
+        # In a task, SystemExit would end the event loop, and with it the container.
         raise EngineFailedError("the engine raised SystemExit") from error
 
 
 async def end_container() -> None:
-    """Has Modal give this container no more calls, and end it when those in it have been answered.
+    """Asks Modal to send this container no more calls, and to end it after its calls have been answered.
 
-    Modal starts another one for the next call. If the container does not end by itself, which a thread of a dead engine may
-    keep it from, its process is ended.
+    Modal starts another container for the next call. If the container does not end, because a thread of the dead engine
+    blocks, the process exits after `EXIT_TIMEOUT`.
     """
     log.error("the container ends, so that another one takes its place")
-    watchdog = threading.Timer(END_TIMEOUT, os._exit, (1,))
+    watchdog = threading.Timer(EXIT_TIMEOUT, os._exit, (1,))
     watchdog.daemon = True
     watchdog.start()
     try:

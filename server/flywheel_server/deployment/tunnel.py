@@ -1,4 +1,4 @@
-"""How a gateway is reached from the Internet: through a tunnel, which is published, looked at from outside, and replaced."""
+"""Connects a gateway to the Internet through a tunnel: publishes its address, probes it from outside, and replaces it."""
 
 import asyncio
 import random
@@ -18,40 +18,41 @@ from flywheel_server.engines.modal.waits import modal_result
 log = structlog.stdlib.get_logger(__name__)
 
 MAX_TUNNELS: Final = 3
-"""Tunnels that a container opens, one after another. If the last does not answer either, the fault is not the tunnel's."""
+"""Tunnels that a container opens, one after another. If the last does not answer either, the tunnels are not the cause."""
 
-MAX_FAILURES: Final = 3
-"""Looks in a row without an answer after which a tunnel counts as dead."""
+MAX_FAILED_PROBES: Final = 3
+"""Failed probes in a row after which a tunnel counts as dead."""
 
 RETRY_INTERVAL: Final = 5.0
-"""Seconds between a look without an answer and the next look, or the interval of the looks if that is shorter."""
+"""Seconds between a failed probe and the next probe, or the normal interval if that is shorter."""
 
-LOOK_TIMEOUT: Final = 10.0
-"""Seconds that the server has to answer a look."""
+PROBE_TIMEOUT: Final = 10.0
+"""Seconds that the server has to answer a probe."""
 
 OPEN_TIMEOUT: Final = 30.0
 """Seconds for Modal to open a tunnel."""
 
 CLOSE_TIMEOUT: Final = 1.0
-"""Seconds to tell Modal that tunnels are no longer needed."""
+"""Seconds to tell Modal to close the tunnels."""
 
 
 @asynccontextmanager
-async def reachable(app: str, server: str, interval: float, lost: Callable[[], None]) -> AsyncIterator[Callable[[], None]]:
+async def published_tunnel(
+    app: str, server: str, interval: float, on_lost: Callable[[], None]
+) -> AsyncIterator[Callable[[], None]]:
     """Opens a tunnel to the server, and publishes its address for the length of the context.
 
-    The context gets a function that begins to withdraw the address and returns at once. The tunnel itself stays open until the
-    context ends: the last calls need it. A tunnel that no longer answers is replaced, and stays open too, for the calls that
-    still run through it.
+    Gives a function that starts to withdraw the address, and returns at once. The tunnel stays open until the context ends,
+    because running calls need it. A tunnel that stops answering is replaced; it stays open too, for its running calls.
 
     Arguments:
-        app: The app under whose name to publish the address.
+        app: The app for which to publish the address.
         server: HOST:PORT of the server within the container.
-        interval: Seconds between two looks at the tunnel from outside. 0 for none.
-        lost: Called if the tunnel does not answer and cannot be replaced.
+        interval: Seconds between two probes of the tunnel from outside. 0: no probes.
+        on_lost: Called if the tunnel does not answer and cannot be replaced.
 
     Raises:
-        modal.exception.Error: Modal does not open the tunnel, or does not take the address.
+        modal.exception.Error: Modal does not open the tunnel, or does not store the address.
         TimeoutError: Modal does not answer.
     """
     reached: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -66,7 +67,7 @@ async def reachable(app: str, server: str, interval: float, lost: Callable[[], N
             reached.set_exception(error)
             return
         log.error("the tunnel does not answer, and cannot be replaced", error=repr(error) if error else None)
-        lost()
+        on_lost()
 
     def withdraw() -> None:
         if not keeping.cancelling():  # a second time would cut the withdrawal short
@@ -79,7 +80,7 @@ async def reachable(app: str, server: str, interval: float, lost: Callable[[], N
     finally:
         withdraw()
         await asyncio.wait({keeping})
-        # They end with the container anyway.
+        # Modal closes the tunnels with the container anyway.
         with suppress(modal.exception.Error, OSError):
             async with asyncio.timeout(CLOSE_TIMEOUT):
                 await modal_result(tunnels.aclose())
@@ -88,8 +89,8 @@ async def reachable(app: str, server: str, interval: float, lost: Callable[[], N
 async def _keep_reachable(
     tunnels: AsyncExitStack, app: str, server: str, interval: float, reached: "asyncio.Future[None]"
 ) -> None:
-    """Publishes one tunnel after another; returns when the last one does not answer. Cancelling it withdraws the address."""
-    looks = Looks(server, interval)
+    """Publishes one tunnel after another, and returns when the last one is dead. Cancelling it withdraws the address."""
+    probe = TunnelProbe(server, interval)
     port = _host_and_port(server)[1]
     for _ in range(MAX_TUNNELS):
         async with asyncio.timeout(OPEN_TIMEOUT):
@@ -99,28 +100,28 @@ async def _keep_reachable(
             log.info("reachable", address=address)
             if not reached.done():
                 reached.set_result(None)
-            await looks.until_dead(address)
+            await probe.until_dead(address)
         log.warning("the tunnel does not answer", address=address)
         # Modal forwards a port only once, and the old tunnel stays open.
-        port = await _another_port(server)
+        port = await _open_relay(server)
 
 
-async def _another_port(server: str) -> int:
-    """Listens on a further port, which leads to that of the server, and returns it."""
+async def _open_relay(server: str) -> int:
+    """Opens another port that forwards to the server, and returns it."""
     host, port = _host_and_port(server)
 
     async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with closing(writer), suppress(OSError):
             onward_reader, onward_writer = await asyncio.open_connection(host, port)
             with closing(onward_writer):
-                await asyncio.gather(_pump(reader, onward_writer), _pump(onward_reader, writer))
+                await asyncio.gather(_copy(reader, onward_writer), _copy(onward_reader, writer))
 
     listener = await asyncio.start_server(relay, host, 0)
     return int(listener.sockets[0].getsockname()[1])
 
 
-async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Passes on what is read until there is no more."""
+async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Copies bytes until the end of the stream."""
     with closing(writer):
         while data := await reader.read(2**16):
             writer.write(data)
@@ -132,59 +133,59 @@ def _host_and_port(address: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-class Looks:
-    """Looks at tunnels from outside now and then, as a caller does: DNS, TLS, gRPC, and an answer of the server.
+class TunnelProbe:
+    """Probes tunnels from outside, as a caller does: with DNS, TLS, gRPC, and a health check of the server.
 
     Arguments:
         server: HOST:PORT of the server within the container.
-        interval: Seconds between two looks. 0 for none.
+        interval: Seconds between two probes. 0: no probes.
     """
 
     def __init__(self, server: str, interval: float) -> None:
         self._server = server
         self._interval = interval
-        self._can_see = False
-        """Whether a look has ever had an answer: a network may keep a container from reaching its own tunnel."""
+        self._has_succeeded = False
+        """Whether any probe has succeeded: the network may keep a container from reaching its own tunnel."""
 
     async def until_dead(self, address: str) -> None:
-        """Returns when the address does not answer although the server does."""
+        """Returns when the tunnel has stopped answering although the server still answers locally."""
         failures = 0
         while self._interval:
-            if await _answers(_outside(address)):
-                failures, self._can_see = 0, True
-            elif await _answers(grpc.aio.insecure_channel(self._server, _WITHIN)):
+            if await _answers(_tunnel_channel(address)):
+                failures, self._has_succeeded = 0, True
+            elif await _answers(grpc.aio.insecure_channel(self._server, _LOCAL_OPTIONS)):
                 failures += 1
-            if failures == MAX_FAILURES and self._can_see:
+            if failures == MAX_FAILED_PROBES and self._has_succeeded:
                 return
-            if failures == MAX_FAILURES:
+            if failures == MAX_FAILED_PROBES:
                 log.warning("the tunnel cannot be looked at from its own container", address=address)
                 failures = 0
-            await asyncio.sleep(min(RETRY_INTERVAL, self._interval) if failures else self._interval * _spread())
+            await asyncio.sleep(min(RETRY_INTERVAL, self._interval) if failures else self._interval * _jitter())
         await asyncio.Event().wait()
 
 
-def _spread() -> float:
-    """Returns a factor that keeps gateways which were started together from looking together."""
+def _jitter() -> float:
+    """Returns a random factor for the interval, so that gateways that started together do not probe together."""
     return random.uniform(0.8, 1.2)  # noqa: S311 - nothing secret
 
 
-_OWN_CONNECTION: Final = [("grpc.use_local_subchannel_pool", 1)]
-"""A channel of its own has a connection of its own: one that gRPC keeps from an earlier look would prove nothing."""
+_NEW_CONNECTION: Final = [("grpc.use_local_subchannel_pool", 1)]
+"""Gives a channel a new connection: a connection that gRPC keeps from an earlier probe would prove nothing."""
 
-_WITHIN: Final = [*_OWN_CONNECTION, ("grpc.enable_http_proxy", 0)]
-"""The proxy of the environment (`http_proxy`) is for what is outside of the container."""
+_LOCAL_OPTIONS: Final = [*_NEW_CONNECTION, ("grpc.enable_http_proxy", 0)]
+"""The proxy of the environment (`http_proxy`) is only for addresses outside the container."""
 
 
-def _outside(address: str) -> grpc.aio.Channel:
-    return grpc.aio.secure_channel(address, grpc.ssl_channel_credentials(), _OWN_CONNECTION)
+def _tunnel_channel(address: str) -> grpc.aio.Channel:
+    return grpc.aio.secure_channel(address, grpc.ssl_channel_credentials(), _NEW_CONNECTION)
 
 
 async def _answers(channel: grpc.aio.Channel) -> bool:
-    """Returns whether the server at the other end answers, whatever it says of its health. Closes the channel."""
+    """Returns whether the server at the other end answers, whatever its health. Closes the channel."""
     async with channel:
         try:
-            await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=LOOK_TIMEOUT)
+            await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=PROBE_TIMEOUT)
         except grpc.aio.AioRpcError as error:
-            # A server that has too many calls is there.
+            # A server that is too busy still answers.
             return error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     return True

@@ -1,6 +1,6 @@
-"""The weights that a deployment can serve, the GPUs that it can ask for, and whether one fits the other.
+"""Lists the weights and the GPUs that a deployment can use, and checks whether weights fit a GPU.
 
-Sizes are bytes, of the file and of the memory that the weights take alike: llama.cpp keeps them as they are in the file.
+Sizes are in bytes. Weights take as many bytes of memory as their file has, because llama.cpp keeps them unchanged.
 """
 
 import re
@@ -11,12 +11,12 @@ from typing import Final
 
 GIB: Final = 2**30
 
-ALLOWANCE_BYTES: Final = GIB
-"""Memory of a GPU that is neither weights nor KV cache.
+GPU_OVERHEAD_BYTES: Final = GIB
+"""Memory of a GPU that is needed for neither weights nor KV cache.
 
-An estimate: some 0.4 GiB for the CUDA context with the kernels of llama.cpp and cuBLAS; 0.2 GiB for the buffers of a step of
-512 tokens of Mixtral, most of it what its experts give; the rest for llama.cpp's pool of temporary memory, and because a card
-may offer less than another. 1 GiB is also the margin that llama.cpp keeps when it fits a model by itself.
+An estimate: about 0.4 GiB for the CUDA context with the kernels of llama.cpp and cuBLAS; 0.2 GiB for the buffers of a step of
+512 tokens of Mixtral, mostly outputs of its experts; the rest for llama.cpp's pool of temporary memory, and for differences
+between cards. 1 GiB is also the margin that llama.cpp itself keeps when it fits a model to a GPU.
 """
 
 
@@ -25,11 +25,11 @@ class Weights:
     """A GGUF file on the Hugging Face hub.
 
     Attributes:
-        name: What it is called here.
+        name: The name in this catalogue.
         repository: The repository on the hub.
         file: The file in it.
-        revision: The commit, or None for the newest: then nobody recorded the file's size with its commit.
-        size_bytes: At most so many bytes: exactly so many where there is a revision, else the model card's number rounded up.
+        revision: The commit; None for the newest, if the exact size at a commit is not known.
+        size_bytes: The maximum size of the file: exact if there is a revision, else the model card's number rounded up.
         layers: Layers that have a KV cache.
         kv_heads: Heads of keys and values in a layer.
         head_dim: Numbers in a key, and in a value, of one head.
@@ -50,11 +50,11 @@ class Weights:
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Bytes of KV cache that a token takes: a key and a value in each layer, of fp16, which is llama.cpp's default."""
+        """Bytes of KV cache for a token: a key and a value in each layer, in fp16, which is llama.cpp's default."""
         return self.layers * self.kv_heads * self.head_dim * 2 * 2
 
     def path(self, directory: Path) -> Path:
-        """Returns where the file is in a directory of weights: each revision has a path of its own."""
+        """Returns the path of the file in a directory of weights. Each revision has a path of its own."""
         return directory / self.repository / (self.revision or "main") / self.file
 
 
@@ -65,7 +65,7 @@ class Gpu:
     Attributes:
         name: Modal's name for it.
         memory_gib: GiB that CUDA offers a process.
-        architecture: The number of CUDA's that its kernels are compiled for.
+        architecture: CUDA's number of the architecture that kernels are compiled for, such as 86.
     """
 
     name: str
@@ -73,9 +73,9 @@ class Gpu:
     architecture: int
 
 
-# Mixtral's experts must be one tensor a layer. The files of TheBloke, whose Q3_K_M is the well-known one of 20.36 GB, have one
-# for each expert, which llama.cpp has refused since November 2024 (its issue 10244). Made again, Q3_K_M is 22.55 GB, too much
-# for 24 GB cards, and Q3_K_S is 20.43 GB.
+# Mixtral's experts must be one tensor per layer. The well-known files of TheBloke (Q3_K_M: 20.36 GB) have one tensor per
+# expert, which llama.cpp has refused since November 2024 (its issue 10244). In the supported format, Q3_K_M has 22.55 GB,
+# too much for 24 GB cards, and Q3_K_S has 20.43 GB.
 WEIGHTS: Final[Mapping[str, Weights]] = {
     weights.name: weights
     for weights in (
@@ -130,11 +130,11 @@ WEIGHTS: Final[Mapping[str, Weights]] = {
     )
 }
 
-DEFAULT: Final = "mixtral-8x7b-instruct-q3_k_s"
+DEFAULT_WEIGHTS: Final = "mixtral-8x7b-instruct-q3_k_s"
 
-# The cheapest first. Memory is what CUDA programs have reported as their GPU's total ("GPU 0 has a total capacity of …"), the
-# least of it, rounded down. That is less than nvidia-smi counts, and much less than the name on the card: the A10 of 24 GB has
-# 23028 MiB on Modal (pull request 2797 of modal-client), of which CUDA offers 22.06 GiB there, and 21.99 on other machines.
+# The cheapest first. The memory is the smallest total that CUDA programs have reported for the GPU ("GPU 0 has a total capacity
+# of …"), rounded down. It is less than nvidia-smi reports, and much less than the card's nominal size: the A10 of 24 GB has
+# 23028 MiB on Modal (pull request 2797 of modal-client). CUDA offers 22.06 GiB of it there, and 21.99 GiB on other machines.
 GPUS: Final[Mapping[str, Gpu]] = {
     gpu.name: gpu
     for gpu in (
@@ -151,31 +151,31 @@ GPUS: Final[Mapping[str, Gpu]] = {
     )
 }
 
-# Where a name allows Modal to give a larger GPU (A100, H100, B200+), the smallest that it may give counts.
+# For names with which Modal may assign one of several GPUs (A100, H100, B200+), the smallest of them counts.
 ALIASES: Final[Mapping[str, str]] = {"A10G": "A10", "A100": "A100-40GB", "H100!": "H100", "B200+": "B200"}
 
 
 class DoesNotFitError(ValueError):
-    """Weights and context that need more memory than a GPU has. The message has the arithmetic, and what would fit."""
+    """Weights and context need more memory than the GPU has. The message has the calculation, and says what would fit."""
 
 
 @dataclass(frozen=True, slots=True)
-class Fit:
-    """What becomes of a GPU's memory. As a string, it is a table of that.
+class MemoryPlan:
+    """How the memory of a GPU is used. `str` returns it as a table.
 
     Attributes:
         weights: The weights that are loaded.
-        gpu: Modal's name of the GPU with ":n" for several, or None where the CPU computes, which has the memory one asks for.
+        gpu: Modal's name of the GPU, with ":n" for n of them; None for the CPU, whose memory the deployment chooses.
         context_tokens: Tokens of context that all samples share.
-        memory_bytes: The memory that CUDA offers, of all GPUs together; 0 without one.
-        allowance_bytes: What is left aside for buffers and for CUDA itself.
+        memory_bytes: The memory that CUDA offers on all GPUs together; 0 without a GPU.
+        overhead_bytes: Memory reserved for buffers and for CUDA itself.
     """
 
     weights: Weights
     gpu: str | None
     context_tokens: int
     memory_bytes: int
-    allowance_bytes: int
+    overhead_bytes: int
 
     @property
     def kv_bytes(self) -> int:
@@ -183,14 +183,14 @@ class Fit:
         return self.context_tokens * self.weights.kv_bytes_per_token
 
     @property
-    def left_bytes(self) -> int:
-        """Bytes that nothing needs, or that are missing if it is negative."""
-        return self.memory_bytes - self.weights.size_bytes - self.kv_bytes - self.allowance_bytes
+    def free_bytes(self) -> int:
+        """Bytes that stay free; negative if bytes are missing."""
+        return self.memory_bytes - self.weights.size_bytes - self.kv_bytes - self.overhead_bytes
 
     @property
     def max_context_tokens(self) -> int:
-        """The largest context that would fit, in tokens; 0 if the weights alone do not."""
-        return max(0, self.context_tokens + self.left_bytes // self.weights.kv_bytes_per_token)
+        """The largest context that fits, in tokens; 0 if the weights alone do not fit."""
+        return max(0, self.context_tokens + self.free_bytes // self.weights.kv_bytes_per_token)
 
     def __str__(self) -> str:
         weights = self.weights
@@ -201,15 +201,15 @@ class Fit:
             (f"memory of {self.gpu}", self.memory_bytes, ""),
             ("weights", -weights.size_bytes, weights.name),
             ("KV cache", -self.kv_bytes, f"{self.context_tokens} tokens x {per_token:g} KiB"),
-            ("buffers and CUDA", -self.allowance_bytes, ""),
-            ("left" if self.left_bytes >= 0 else "missing", abs(self.left_bytes), ""),
+            ("buffers and CUDA", -self.overhead_bytes, ""),
+            ("left" if self.free_bytes >= 0 else "missing", abs(self.free_bytes), ""),
         )
         width = max(len(what) for what, *_ in rows)
         return "\n".join(f"  {what:{width}} {size / GIB:8.2f} GiB  {note}".rstrip() for what, size, note in rows)
 
 
 def find(name: str) -> Weights:
-    """Returns the weights of that name. ValueError with the known names if there are none."""
+    """Returns the weights of that name. Raises `ValueError` with the known names if there are none."""
     try:
         return WEIGHTS[name]
     except KeyError:
@@ -217,7 +217,7 @@ def find(name: str) -> Weights:
 
 
 def find_gpu(gpu: str) -> tuple[Gpu, int]:
-    """Returns the GPU that Modal gives for "name" or "name:count", and how many of it. ValueError if it is unknown."""
+    """Returns the GPU that Modal assigns for "name" or "name:count", and the count. Raises `ValueError` if it is unknown."""
     name, colon, count = gpu.upper().partition(":")
     known = GPUS.get(ALIASES.get(name, name))
     if known is None or (colon and not re.fullmatch("[1-9][0-9]*", count)):
@@ -225,27 +225,27 @@ def find_gpu(gpu: str) -> tuple[Gpu, int]:
     return known, int(count or 1)
 
 
-def check_fit(weights: Weights, gpu: str | None, context_tokens: int) -> Fit:
-    """Returns how the memory of the GPU is used; raises if it is not enough.
+def check_fit(weights: Weights, gpu: str | None, context_tokens: int) -> MemoryPlan:
+    """Returns how the memory of the GPU is used. Raises an error if the memory is not enough.
 
-    The memory of several GPUs is added up. llama.cpp gives each of them whole layers, so with several it is wise to leave the
-    size of a layer.
+    The memory of several GPUs is added up. llama.cpp puts whole layers on each GPU, so with several GPUs leave the size of a
+    layer free.
 
     Arguments:
-        weights: The weights that are to be served.
-        gpu: As Modal takes it, "A10G" or "A10G:2"; None or "" for the CPU, where everything fits.
+        weights: The weights to serve.
+        gpu: Modal's name of the GPU, such as "A10G" or "A10G:2". None or "" for the CPU, on which everything fits.
         context_tokens: Tokens of context that all samples share.
 
     Raises:
-        DoesNotFitError: It is too much for the GPU.
+        DoesNotFitError: The weights and the context need more memory than the GPU has.
         ValueError: The GPU is unknown.
     """
     if not gpu:
-        return Fit(weights, None, context_tokens, 0, 0)
-    fit = _fit(weights, gpu, context_tokens)
-    if fit.left_bytes >= 0:
+        return MemoryPlan(weights, None, context_tokens, 0, 0)
+    fit = _plan(weights, gpu, context_tokens)
+    if fit.free_bytes >= 0:
         return fit
-    fitting = [name for name in GPUS if _fit(weights, name, context_tokens).left_bytes >= 0]
+    fitting = [name for name in GPUS if _plan(weights, name, context_tokens).free_bytes >= 0]
     raise DoesNotFitError(
         f"{weights.name} with {context_tokens} tokens of context does not fit {gpu}:\n{fit}\n"
         f"It fits {', '.join(fitting) if fitting else 'no single GPU'}"
@@ -253,6 +253,6 @@ def check_fit(weights: Weights, gpu: str | None, context_tokens: int) -> Fit:
     )
 
 
-def _fit(weights: Weights, name: str, context_tokens: int) -> Fit:
+def _plan(weights: Weights, name: str, context_tokens: int) -> MemoryPlan:
     gpu, count = find_gpu(name)
-    return Fit(weights, name, context_tokens, count * int(gpu.memory_gib * GIB), count * ALLOWANCE_BYTES)
+    return MemoryPlan(weights, name, context_tokens, count * int(gpu.memory_gib * GIB), count * GPU_OVERHEAD_BYTES)

@@ -16,7 +16,7 @@ from flywheel_server.grpc_types import GrpcContext
 from flywheel_server.interceptors.metadata import CallMetadata
 
 _BEARER: Final = re.compile(r"bearer +(.*)", re.IGNORECASE | re.DOTALL)
-_VISIBLE: Final = re.compile(r"[\x21-\x7e]+")
+_VISIBLE_ASCII: Final = re.compile(r"[\x21-\x7e]+")
 
 
 class Credentials(NamedTuple):
@@ -87,6 +87,6 @@ def _key(sent: tuple[str | bytes, ...]) -> str | None:
     bearer = _BEARER.fullmatch(sent[0]) if sent and isinstance(sent[0], str) else None
     if bearer is None or not bearer[1]:
         return None
-    if not _VISIBLE.fullmatch(bearer[1]):
+    if not _VISIBLE_ASCII.fullmatch(bearer[1]):
         raise UnauthenticatedError("API_KEY_INVALID")
     return bearer[1]

@@ -11,7 +11,7 @@ from flywheel_server.operations import Operation
 
 REQUEST_ID: Final = "x-request-id"
 
-SENDING_TIMEOUT: Final = 1.0
+SEND_TIMEOUT: Final = 1.0
 """Seconds that metadata or a status may take to be sent. A caller that reads nothing could hold the call for ever."""
 
 
@@ -25,14 +25,14 @@ class CallContext:
     def __init__(self, context: GrpcContext, request_id: str) -> None:
         self.request_id = request_id
         self._context = context
-        self._beginning: Operation[None] | None = None
+        self._sending_metadata: Operation[None] | None = None
 
     def begin(self) -> None:
         """Sends the initial metadata, which hold the request id: the work has begun. Does not wait for them to be sent.
 
         Not before that: a call that is refused without any is one that gRPC's own retries, and those of proxies, may repeat.
         """
-        self._beginning = Operation(self._context.send_initial_metadata(((REQUEST_ID, self.request_id),)))
+        self._sending_metadata = Operation(self._context.send_initial_metadata(((REQUEST_ID, self.request_id),)))
 
     async def send_initial_metadata(self) -> None:
         """Sends the initial metadata, and returns when they have been sent."""
@@ -41,7 +41,7 @@ class CallContext:
 
     async def write(self, message: Any) -> None:  # noqa: ANN401 - any method's answer
         """Sends a message, and returns when the caller has room for it."""
-        if self._beginning is not None:
+        if self._sending_metadata is not None:
             await self._has_sent_metadata()
         await self._context.write(message)
 
@@ -52,10 +52,10 @@ class CallContext:
             AbortError: The status has been sent.
             TimeoutError: The caller reads nothing, and gets the status when it does.
         """
-        async with asyncio.timeout(SENDING_TIMEOUT):
-            if self._beginning is not None:
+        async with asyncio.timeout(SEND_TIMEOUT):
+            if self._sending_metadata is not None:
                 # grpc notes only then that they are sent. A status before that would send them again, and get lost.
-                await asyncio.wait((self._beginning.end(),))
+                await asyncio.wait((self._sending_metadata.end(),))
             # Here too: a call that is refused before it begins has no initial metadata.
             await Operation(self._context.abort(code, message, (*metadata, (REQUEST_ID, self.request_id)))).result
 
@@ -64,6 +64,6 @@ class CallContext:
         return self._context.time_remaining()
 
     async def _has_sent_metadata(self) -> None:
-        if self._beginning is not None:
-            await self._beginning.result
-            self._beginning = None
+        if self._sending_metadata is not None:
+            await self._sending_metadata.result
+            self._sending_metadata = None

@@ -10,10 +10,10 @@ from flywheel_server.interceptors.context import REQUEST_ID
 
 AUTHORIZATION: Final = "authorization"
 
-ENTRY_OVERHEAD: Final = 32
+ENTRY_OVERHEAD_BYTES: Final = 32
 """Bytes that HTTP/2 counts for each entry beside its name and value (RFC 9113, section 6.5.2)."""
 
-_ACCEPTED: Final = re.compile(r"[\x21-\x7e]{1,128}")
+_VALID_REQUEST_ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
 
 
 class CallMetadata(NamedTuple):
@@ -36,12 +36,12 @@ class CallMetadata(NamedTuple):
         sent_id: str | bytes | None = None
         authorization: tuple[str | bytes, ...] = ()
         for name, value in context.invocation_metadata() or ():
-            size += len(name) + len(value) + ENTRY_OVERHEAD
+            size += len(name) + len(value) + ENTRY_OVERHEAD_BYTES
             if name == AUTHORIZATION:
                 authorization += (value,)
             elif name == REQUEST_ID and sent_id is None:
                 sent_id = value
-        own_id = sent_id if isinstance(sent_id, str) and _ACCEPTED.fullmatch(sent_id) else secrets.token_hex(16)
+        own_id = sent_id if isinstance(sent_id, str) and _VALID_REQUEST_ID.fullmatch(sent_id) else secrets.token_hex(16)
         return cls(own_id, authorization, size)
 
     def check_size(self, limit: int) -> None:

@@ -25,13 +25,13 @@ from flywheel_server.public_limits import (
 )
 from flywheel_server.reflection import V1, V1ALPHA
 
-SERVICES: Final = frozenset({health.SERVICE_NAME, V1, V1ALPHA})
+PUBLIC_SERVICES: Final = frozenset({health.SERVICE_NAME, V1, V1ALPHA})
 """The services that need no authentication. All others do."""
 
 
 def is_public(method: str) -> bool:
     """Returns whether anybody may call the method, such as `/package.Service/Method`."""
-    return method.removeprefix("/").partition("/")[0] in SERVICES
+    return method.removeprefix("/").partition("/")[0] in PUBLIC_SERVICES
 
 
 class PublicMethods:
@@ -72,7 +72,7 @@ class PublicMethods:
 
     async def _answer(self, method: Method, context: GrpcContext) -> None:
         async with self._turn(context):
-            await method.answer(await self._request(method, context), _Answers(context, self._unread))
+            await method.answer(await self._request(method, context), _PublicCall(context, self._unread))
 
     async def _answer_each(self, method: Method, context: GrpcContext) -> None:
         await self._answer(method, context)
@@ -84,7 +84,7 @@ class PublicMethods:
                     if request is None:
                         return
                     arrived = True
-                    await method.answer(request, _Answers(context, self._unread))
+                    await method.answer(request, _PublicCall(context, self._unread))
             except (IncompleteRequestError, ServerFullError):
                 if arrived:
                     raise
@@ -94,7 +94,7 @@ class PublicMethods:
         async with self._turn(context):
             request = await self._request(method, context)
         async with self._streams.call(context.peer()):
-            await method.answer(request, _Answers(context, self._unread))
+            await method.answer(request, _PublicCall(context, self._unread))
 
     async def _request(self, method: Method, context: GrpcContext) -> Any:  # noqa: ANN401 - any method's request
         request = await self._receive(method, context)
@@ -106,7 +106,7 @@ class PublicMethods:
         return await method.receive(context, MAX_REQUEST_BYTES, self._waits)
 
 
-class _Answers:
+class _PublicCall:
     """What a public method sees of its call. Counts the answers that the caller leaves unread, by connection."""
 
     def __init__(self, context: GrpcContext, unread: Counter[str]) -> None:

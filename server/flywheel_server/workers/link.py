@@ -18,7 +18,7 @@ from flywheel_server.health import Health
 from flywheel_server.workers.shared_admission import SharedAdmissionControl
 from flywheel_server.workers.wire import Connection, Line
 
-SECOND_STOP: Final = 0.05
+SECOND_STOP_DELAY: Final = 0.05
 """Seconds between two stops of a worker whose parent is gone: two at once would cancel its task only once."""
 
 ORPHAN_TIMEOUT: Final = 15.0
@@ -36,20 +36,20 @@ class Link:
     def __init__(self) -> None:
         self.health = Health(self._report)
         handlers: dict[str, Callable[..., None]] = {
-            "health": self._take_health,
-            "count": self._take_count,
-            "total": self._take_total,
+            "health": self._receive_health,
+            "count": self._receive_count,
+            "total": self._receive_total,
             "stop": self._stop,
         }
         self._connection = Connection(handlers, self._end)
         self.admission = SharedAdmissionControl(self._connection)
         handlers |= {"admitted": self.admission.admit, "refused": self.admission.refuse}
         self._own_counts: Callable[[], Awaitable[Line]] | None = None
-        self._asked: dict[int, asyncio.Future[tuple[int, int, int, int]]] = {}
+        self._pending: dict[int, asyncio.Future[tuple[int, int, int, int]]] = {}
         self._questions = itertools.count()
         self._answering: set[asyncio.Task[None]] = set()
         self._serves = False
-        self._all = (False, False)
+        self._overall = (False, False)
         self._stops = 0
         self._on_stop: Callable[[], None] | None = None
 
@@ -58,7 +58,7 @@ class Link:
         """Returns the link over one end of a pair of sockets."""
         link = cls()
         watched = os.dup(pair.fileno())
-        threading.Thread(target=_end_with_parent, args=(watched,), name="parent", daemon=True).start()
+        threading.Thread(target=_exit_after_parent, args=(watched,), name="parent", daemon=True).start()
         await asyncio.get_running_loop().create_connection(lambda: link._connection, sock=pair)
         link._connection.send("hello")
         return link
@@ -108,17 +108,17 @@ class Link:
         self._connection.send("failed", why)
         await self._connection.close()
 
-    def _take_health(self, serving: bool, runners: bool) -> None:
-        self._all = (serving, runners)
+    def _receive_health(self, serving: bool, runners: bool) -> None:
+        self._overall = (serving, runners)
         self._show()
 
-    def _take_count(self, question: int) -> None:
+    def _receive_count(self, question: int) -> None:
         answering = asyncio.create_task(self._answer(question))
         self._answering.add(answering)
         answering.add_done_callback(self._answering.discard)
 
-    def _take_total(self, question: int, counts: tuple[int, int, int, int]) -> None:
-        if (asked := self._asked.get(question)) and not asked.done():
+    def _receive_total(self, question: int, counts: tuple[int, int, int, int]) -> None:
+        if (asked := self._pending.get(question)) and not asked.done():
             asked.set_result(counts)
 
     def _stop(self) -> None:
@@ -128,11 +128,11 @@ class Link:
 
     def _end(self) -> None:
         self.admission.end(_gone)
-        for asked in self._asked.values():
+        for asked in self._pending.values():
             if not asked.done():
                 asked.set_exception(_gone())
         self._stop()
-        asyncio.get_running_loop().call_later(SECOND_STOP, self._stop)
+        asyncio.get_running_loop().call_later(SECOND_STOP_DELAY, self._stop)
 
     def _report(self, *, serving: bool, runners: bool) -> None:
         self._serves = serving
@@ -141,7 +141,7 @@ class Link:
 
     def _show(self) -> None:
         """Says how all workers are, but never that they serve if this one does not."""
-        serving, runners = self._all
+        serving, runners = self._overall
         self.health.show(serving=serving and self._serves, runners=runners and self._serves)
 
     async def _answer(self, question: int) -> None:
@@ -152,19 +152,19 @@ class Link:
     async def _total(self) -> tuple[int, int, int, int]:
         question = next(self._questions)
         asked: asyncio.Future[tuple[int, int, int, int]] = asyncio.get_running_loop().create_future()
-        self._asked[question] = asked
+        self._pending[question] = asked
         try:
             self._connection.send("total", question)
             return await asked
         finally:
-            del self._asked[question]
+            del self._pending[question]
 
 
 def _gone() -> EngineUnavailableError:
     return EngineUnavailableError("the parent of this worker is gone")
 
 
-def _end_with_parent(descriptor: int) -> None:
+def _exit_after_parent(descriptor: int) -> None:
     """Ends the process some time after the other end of the pair was closed, whatever the event loop does."""
     watching = select.poll()
     # POLLHUP is always reported, and nothing else is.

@@ -35,13 +35,13 @@ CHECK_INTERVAL: Final = 5.0
 MAX_SILENCE: Final = 30.0
 """Seconds of running time in which a worker that serves must answer; otherwise its event loop hangs, and it is killed."""
 
-STABLE_AFTER: Final = 10.0
+STABLE_SECONDS: Final = 10.0
 """Seconds of serving after which the death of a worker counts as the first one in a row."""
 
 MAX_DEATHS: Final = 5
 """Deaths in a row of a worker and of those in its place, with which the server gives up."""
 
-FIRST_DELAY: Final = 0.5
+RESTART_DELAY: Final = 0.5
 """Seconds before the place of a worker is filled again after its second death in a row. Each further one doubles them."""
 
 
@@ -72,11 +72,11 @@ class Worker:
         handlers: dict[str, Callable[..., None]] = {
             "hello": self._begin,
             "capacity": parent.admission.set_capacity,
-            "health": self._take_health,
+            "health": self._receive_health,
             "ready": self._be_ready,
             "failed": self._fail,
             "total": lambda question: parent.answer_total(self, question),
-            "counts": self._take_counts,
+            "counts": self._receive_counts,
         }
         self.connection = Connection(handlers, self._closed.set)
         self.calls = SharedCalls(parent.quotas, parent.admission, self.connection)
@@ -143,11 +143,11 @@ class Worker:
         """Takes no answer any more."""
         self._counts.pop(question).cancel()
 
-    def _take_counts(self, question: int, counts: Line) -> None:
+    def _receive_counts(self, question: int, counts: Line) -> None:
         if (asked := self._counts.get(question)) and not asked.done():
             asked.set_result(counts)
 
-    def _take_health(self, serving: bool, runners: bool) -> None:
+    def _receive_health(self, serving: bool, runners: bool) -> None:
         self.health = (serving, runners)
         self._parent.publish_health()
 
@@ -239,14 +239,14 @@ class Parent:
             deaths = 1 if was_stable else deaths + 1
             if deaths == MAX_DEATHS:
                 raise WorkersError(f"a worker has died {deaths} times in a row: {why}")
-            await self._pause(FIRST_DELAY * 2 ** (deaths - 2) if deaths > 1 else 0)
+            await self._pause(RESTART_DELAY * 2 ** (deaths - 2) if deaths > 1 else 0)
             if self._stopping.is_set():
                 return
 
     async def _run_one(self, number: int) -> tuple[bool, str]:
         """Runs a worker until it has ended, and returns whether it had served for a while, and why it has ended."""
         try:
-            worker = self._workers[number] = Worker(number, COMMAND, self, self._on_output)
+            worker = self._workers[number] = Worker(number, WORKER_COMMAND, self, self._on_output)
         except (OSError, RuntimeError) as error:
             # Processes, threads, memory or descriptors are short. They may be there again when the next worker is started.
             log.error("worker not started", number=number, error=str(error))  # noqa: TRY400 - the message says it
@@ -261,7 +261,7 @@ class Parent:
         why = worker.why or f"worker {number} ended with {exit_code}"
         if self._up.is_set() and not self._stopping.is_set():
             log.error("worker died", number=number, pid=worker.process.pid, exit_code=exit_code, why=why)
-        was_stable = worker.ready_at is not None and running_time.now() - worker.ready_at >= STABLE_AFTER
+        was_stable = worker.ready_at is not None and running_time.now() - worker.ready_at >= STABLE_SECONDS
         return was_stable, why
 
     async def _kill_if_silent(self, worker: Worker) -> None:
@@ -354,7 +354,7 @@ class Parent:
 
 
 # -P keeps the folder in which the server is started from what can be imported, as with the command itself.
-COMMAND: Final = (sys.executable, "-P", "-m", "flywheel_server.worker")
+WORKER_COMMAND: Final = (sys.executable, "-P", "-m", "flywheel_server.worker")
 
 
 @asynccontextmanager

@@ -18,7 +18,7 @@ class SharedAdmissionControl:
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
-        self.undecided: dict[int, SharedPlace] = {}
+        self.pending: dict[int, SharedPlace] = {}
         """Calls that the parent has neither let in nor refused."""
         self.prepares_at_once = False
         """Whether it takes no time to prepare a prompt."""
@@ -38,19 +38,19 @@ class SharedAdmissionControl:
 
     def admit(self, number: int) -> None:
         """Lets a call in, unless it has gone."""
-        if place := self.undecided.pop(number, None):
+        if place := self.pending.pop(number, None):
             place.let_in()
 
     def refuse(self, number: int, error: Line) -> None:
         """Ends the wait of a call, unless it has gone."""
-        if place := self.undecided.pop(number, None):
+        if place := self.pending.pop(number, None):
             place.lose(wire.to_error(error))
 
     def end(self, error: Callable[[], Exception]) -> None:
         """Ends all calls that wait, and those to come, with an error: nobody lets them in any more."""
         self._end = error
-        while self.undecided:
-            self.undecided.popitem()[1].lose(error())
+        while self.pending:
+            self.pending.popitem()[1].lose(error())
 
 
 class SharedPlace:
@@ -76,7 +76,7 @@ class SharedPlace:
         self._usage = Usage()
         self._lost: Exception | None = None
         self._on_lost: Callable[[Exception], None] | None = None
-        self._turn: asyncio.Future[None] | None = None
+        self._admission_result: asyncio.Future[None] | None = None
 
     async def __aenter__(self) -> tuple[Usage, Self]:
         if not self._admission.prepares_at_once:
@@ -87,7 +87,7 @@ class SharedPlace:
     async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if not self._has_entered:
             return
-        self._admission.undecided.pop(self._number, None)
+        self._admission.pending.pop(self._number, None)
         if self._usage.is_final:
             self._send("leave", self._number, kind is None, self._usage.tokens)
         else:
@@ -98,13 +98,13 @@ class SharedPlace:
         """See `admission_control.Place.admitted`."""
         if self._lost is not None:
             raise self._lost
-        self._turn = asyncio.get_running_loop().create_future()
+        self._admission_result = asyncio.get_running_loop().create_future()
         if self._has_entered:
             self._send("admit", self._number, context_tokens, time_remaining)
         else:
             self._enter()
             self._send("enter", self._number, *self._entry, context_tokens)
-        await self._turn
+        await self._admission_result
 
     def call_if_evicted(self, callback: Callable[[Exception], None]) -> None:
         """See `admission_control.Place.call_if_evicted`."""
@@ -112,17 +112,17 @@ class SharedPlace:
 
     def let_in(self) -> None:
         """Ends the wait in `admitted`."""
-        if self._turn is not None and not self._turn.done():
-            self._turn.set_result(None)
+        if self._admission_result is not None and not self._admission_result.done():
+            self._admission_result.set_result(None)
 
     def lose(self, error: Exception) -> None:
         """Ends the call, whatever it waits for."""
         self._lost = error
-        if self._turn is not None and not self._turn.done():
-            self._turn.set_exception(error)
+        if self._admission_result is not None and not self._admission_result.done():
+            self._admission_result.set_exception(error)
         if self._on_lost is not None:
             self._on_lost(error)
 
     def _enter(self) -> None:
         self._has_entered = True
-        self._admission.undecided[self._number] = self
+        self._admission.pending[self._number] = self

@@ -56,7 +56,7 @@ class Connection(asyncio.Protocol):
     def __init__(self, handlers: Mapping[str, Callable[..., None]], on_end: Callable[[], None]) -> None:
         self._handlers = handlers
         self._on_end = on_end
-        self._rest = b""
+        self._incomplete_line = b""
         self._transport: asyncio.WriteTransport | None = None
         self._ended = asyncio.Event()
 
@@ -77,7 +77,7 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Passes on the lines that are whole."""
-        *lines, self._rest = (self._rest + data).split(b"\n")
+        *lines, self._incomplete_line = (self._incomplete_line + data).split(b"\n")
         for line in lines:
             kind, *arguments = from_json(line)
             self._handlers[kind](*arguments)

@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from flywheel_server.deployment.lease import MAX_UNCHANGED, Lease
+from flywheel_server.deployment.lease import MAX_MISSED_RENEWALS, Lease
 from flywheel_server.engines.modal.lease import lease_of, leased_partition
 
 
@@ -27,23 +27,23 @@ async def test_a_gateway_that_reads_but_cannot_renew_is_not_lost(
     monkeypatch: pytest.MonkeyPatch, *, read: bool, others: int
 ) -> None:
     """Even if other containers put so much that nobody sees the partition empty."""
-    monkeypatch.setattr("flywheel_server.deployment.lease.LOOK_INTERVAL", 0.0)
+    monkeypatch.setattr("flywheel_server.deployment.lease.CHECK_INTERVAL", 0.0)
     partition = leased_partition()
     queue: Any = Partitions(**{partition: others, str(lease_of(partition)): 7})
     lease = Lease(queue, partition)
-    for _ in range(3 * MAX_UNCHANGED):
+    for _ in range(3 * MAX_MISSED_RENEWALS):
         lease.note_put(3)
         if not read:
             queue.lengths[partition] += 3 + others
-        await lease.look()
+        await lease.check()
     assert lease.has_expired is not read
 
 
 async def test_a_gateway_that_renews_no_lease_is_never_lost() -> None:
     queue: Any = None  # which is not asked
     lease = Lease(queue, "the-partition-of-an-older-gateway")
-    for _ in range(2 * MAX_UNCHANGED):
-        await lease.look()
+    for _ in range(2 * MAX_MISSED_RENEWALS):
+        await lease.check()
     assert not lease.has_expired
 
 

@@ -156,20 +156,20 @@ async def test_a_slow_control_plane_ends_no_stream(calm: ModalCloud) -> None:
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("fault", [{"delay": outbox.ANSWER_SECONDS, "times": 1}, {"status": Status.RESOURCE_EXHAUSTED}])
+@pytest.mark.parametrize("fault", [{"delay": outbox.PUT_ATTEMPT_TIMEOUT, "times": 1}, {"status": Status.RESOURCE_EXHAUSTED}])
 async def test_twenty_seconds_without_a_put_end_no_stream(calm: ModalCloud, fault: dict[str, Any]) -> None:
     """One put that Modal does not answer, or a limit of them all, for which the containers are silent."""
     async with serving(scripted.engine(APP)) as target:
         streams = [asyncio.create_task(text_of(target, max_tokens=1400)) for _ in range(3)]
         await asyncio.sleep(1)
         calm.disturb("QueuePut", side="containers", **fault)
-        await asyncio.sleep(outbox.ANSWER_SECONDS)
+        await asyncio.sleep(outbox.PUT_ATTEMPT_TIMEOUT)
         calm.calm()
         assert await asyncio.gather(*streams) == [expected(1400)] * 3
 
 
 def test_a_put_without_an_answer_does_not_make_a_container_silent() -> None:
-    assert outbox.ANSWER_SECONDS + outbox.SIGN_INTERVAL + outbox.MAX_RETRY_DELAY < received_events.MAX_SILENCE
+    assert outbox.PUT_ATTEMPT_TIMEOUT + outbox.HEARTBEAT_INTERVAL + outbox.MAX_RETRY_DELAY < received_events.MAX_SILENCE
 
 
 async def test_a_queue_that_is_gone_ends_its_calls_and_is_made_anew(
