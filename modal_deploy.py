@@ -87,7 +87,10 @@ def check_command(verb: str, options: list[str]) -> None:
             f"`modal deploy`, with another {APP_VARIABLE} to try something out, or `modal run modal_deploy.py::fetch_weights`."
         )
     if verb == "deploy" and any(option.partition("=")[0] == "--name" for option in options):
-        sys.exit(f"The gateway would not know a name given with --name. Use {APP_VARIABLE}=NAME instead. Nothing was deployed.")
+        sys.exit(
+            "The gateway would not know a name that is given with --name. "
+            f"Use {APP_VARIABLE}=NAME instead. Nothing was deployed."
+        )
 
 
 def check_class() -> None:

@@ -1,7 +1,7 @@
-"""A process of callers: `python -m chaos.callers LOAD`, with a `Load` as JSON.
+"""Makes calls from a process of its own: `python -m chaos.callers LOAD`, with a `Load` as JSON.
 
-It finds the gateways as every client does, and prints an `Outcome` as a line of JSON for each call that has ended. No further
-calls begin when stdin is closed, or the time or the number of calls of the load is used up; it ends when all have ended.
+It finds the gateways as every client does. It prints the `Outcome` of each call as a line of JSON when the call has ended. No
+new calls begin after stdin is closed, or after the load's time or number of calls is used up. Then it waits for running calls.
 """
 
 import asyncio
@@ -19,27 +19,27 @@ from flywheel_client import AsyncClient, Client, FlywheelError
 
 from chaos.load import Load, Outcome, Plan, Received, plans
 
-FIRST: Final = "{}"
-"""What is printed when the first calls have begun to answer."""
+FIRST_ANSWER: Final = "{}"
+"""The line that is printed when the first answer arrives."""
 
-PAUSE: Final = 0.2
-"""Seconds until a stream goes on after a call that did not end as planned."""
+FAILURE_PAUSE_SECONDS: Final = 0.2
+"""Seconds until a stream's next call after a call that did not end as planned."""
 
 
 class Callers:
-    """All streams of the process."""
+    """Makes the calls of all streams."""
 
     def __init__(self, load: Load) -> None:
         self._load = load
         self._credentials = grpc.ssl_channel_credentials(Path(load.authority).read_bytes())
-        self._until = time.monotonic() + load.seconds
-        self._left = load.calls
+        self._end_at = time.monotonic() + load.seconds
+        self._calls_left = load.calls
         self._closed = threading.Event()
-        self._printing = threading.Lock()
+        self._lock = threading.Lock()
         self._answered = False
 
     def run(self) -> None:
-        """Returns when all calls have ended."""
+        """Makes the calls, and returns when all have ended."""
         threading.Thread(target=self._watch_stdin, daemon=True).start()
         asyncio.run(self._run())
 
@@ -60,35 +60,35 @@ class Callers:
                     *(self._async_stream(async_client, number) for number in streams if not number % 2),
                 )
 
-    def _next(self) -> bool:
-        """Returns whether another call is to begin, which then counts."""
-        if self._closed.is_set() or time.monotonic() >= self._until:
+    def _may_begin(self) -> bool:
+        """Returns whether another call may begin, and counts it."""
+        if self._closed.is_set() or time.monotonic() >= self._end_at:
             return False
-        with self._printing:
-            self._left -= 1
-            return self._left >= 0
+        with self._lock:
+            self._calls_left -= 1
+            return self._calls_left >= 0
 
     def _stream(self, client: Client, number: int) -> None:
         for plan in plans(self._load, number):
             if plan.kind == "generate_all" and plan.end == "cancel":
-                continue  # a thread that waits for it cannot cancel it
-            if not self._next():
+                continue  # the blocking generate_all cannot be cancelled
+            if not self._may_begin():
                 return
-            if not self._one(client, plan):
-                time.sleep(PAUSE)
+            if not self._call(client, plan):
+                time.sleep(FAILURE_PAUSE_SECONDS)
 
-    def _one(self, client: Client, plan: Plan) -> bool:
+    def _call(self, client: Client, plan: Plan) -> bool:
         """Makes the call, and returns whether it ended as planned."""
         received, begun = Received(plan), time.monotonic()
         try:
             if plan.kind == "generate_all":
-                self._whole(received, client.generate_all(**plan.fields))
+                self._check_samples(received, client.generate_all(**plan.fields))
             else:
                 with getattr(client, plan.kind)(**plan.fields) as stream:
                     if plan.end == "cancel":
                         threading.Timer(plan.after, stream.cancel).start()
-                    for piece in stream:
-                        self._piece(received, piece)
+                    for answer in stream:
+                        self._check(received, answer)
             received.end()
         except FlywheelError as error:
             return self._report(plan, "threads", received, begun, error)
@@ -96,15 +96,15 @@ class Callers:
 
     async def _async_stream(self, client: AsyncClient, number: int) -> None:
         for plan in plans(self._load, number):
-            if not self._next():
+            if not self._may_begin():
                 return
-            if not await self._async_one(client, plan):
-                await asyncio.sleep(PAUSE)
+            if not await self._async_call(client, plan):
+                await asyncio.sleep(FAILURE_PAUSE_SECONDS)
 
-    async def _async_one(self, client: AsyncClient, plan: Plan) -> bool:
+    async def _async_call(self, client: AsyncClient, plan: Plan) -> bool:
         """Makes the call, and returns whether it ended as planned."""
         received, begun = Received(plan), time.monotonic()
-        call = asyncio.create_task(self._async_call(client, plan, received))
+        call = asyncio.create_task(self._async_read(client, plan, received))
         if plan.end == "cancel":
             asyncio.get_running_loop().call_later(plan.after, call.cancel)
         (error,) = await asyncio.gather(call, return_exceptions=True)
@@ -112,24 +112,24 @@ class Callers:
             raise error
         return self._report(plan, "asyncio", received, begun, error)
 
-    async def _async_call(self, client: AsyncClient, plan: Plan, received: Received) -> None:
+    async def _async_read(self, client: AsyncClient, plan: Plan, received: Received) -> None:
         if plan.kind == "generate_all":
-            self._whole(received, await client.generate_all(**plan.fields))
+            self._check_samples(received, await client.generate_all(**plan.fields))
         else:
             async with getattr(client, plan.kind)(**plan.fields) as stream:
-                async for piece in stream:
-                    self._piece(received, piece)
+                async for answer in stream:
+                    self._check(received, answer)
         received.end()
 
-    def _whole(self, received: Received, response: Any) -> None:  # noqa: ANN401 - of either client
+    def _check_samples(self, received: Received, response: Any) -> None:  # noqa: ANN401 - from either client
         for sample in response.responses:
-            self._piece(received, sample)
+            self._check(received, sample)
 
-    def _piece(self, received: Received, piece: Any) -> None:  # noqa: ANN401 - a sample or a delta
-        received.delta(piece.index, piece.text, piece.generated_tokens, piece.finish_reason)
+    def _check(self, received: Received, answer: Any) -> None:  # noqa: ANN401 - a sample or a delta
+        received.delta(answer.index, answer.text, answer.generated_tokens, answer.finish_reason)
         if not self._answered:
             self._answered = True
-            self._print(FIRST)
+            self._print(FIRST_ANSWER)
 
     def _report(self, plan: Plan, client: str, received: Received, begun: float, error: BaseException | None) -> bool:
         failed = error if isinstance(error, FlywheelError) else None
@@ -150,12 +150,12 @@ class Callers:
         return outcome.as_planned
 
     def _print(self, line: str) -> None:
-        with self._printing:
+        with self._lock:
             print(line, flush=True)
 
 
 def main() -> None:
-    """Calls, and prints what comes of it."""
+    """Makes the calls of the load in the first argument."""
     Callers(Load(**json.loads(sys.argv[1]))).run()
 
 

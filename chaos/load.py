@@ -1,6 +1,6 @@
-"""The calls that are made while something fails: what each asks for, and what came of it.
+"""Plans the calls that are made during a disruption, and checks and records their outcomes.
 
-The engine says the prompt over and over, and each call has a prompt of its own, so that every character of every text is known.
+The engine repeats the prompt, and each call has a prompt of its own, so every character of every text is known.
 """
 
 import codecs
@@ -17,27 +17,27 @@ BYTES_PER_TOKEN: Final = 4
 TOKEN_DELAY: Final = 0.1
 """Seconds before each token."""
 MAX_TOKENS: Final = 40
-"""Tokens of a call that may finish: it takes up to 4 s."""
+"""Maximum tokens of a call that is planned to finish: it takes up to 4 s."""
 ENDLESS_TOKENS: Final = 3000
-"""Tokens of a call that is cancelled or cut short: if nobody stops it, the engine works on it for 5 minutes."""
+"""Tokens of a call that is planned to be cancelled or to reach its deadline: without that, it takes 5 minutes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What a process of callers does.
+    """The calls that a process of callers makes.
 
     Attributes:
         app: The app of the gateways.
         key: The API key.
-        authority: The file with the certificate (PEM) that the tunnels' certificates are signed with.
-        streams: How many calls are made at a time; one half by `Client`, the other by `AsyncClient`.
-        seconds: How long calls begin, unless stdin is closed before.
-        calls: How many calls begin at most.
-        cancelled: Which part of the calls is cancelled.
-        cut_short: Which part of the calls has a short deadline.
-        soon: Within how many seconds a call is cancelled or cut short.
-        deadline: The seconds that every other call may take.
-        seed: What chance begins with.
+        authority: The path of the CA certificate (PEM) that signs the tunnels' certificates.
+        streams: Concurrent calls, half by `Client` and half by `AsyncClient`.
+        seconds: Seconds during which new calls begin, unless stdin is closed before.
+        calls: Maximum number of calls.
+        cancelled: Fraction of the calls that are cancelled.
+        cut_short: Fraction of the calls with a short deadline.
+        soon: Maximum seconds until a call is cancelled, or reaches its short deadline.
+        deadline: Seconds until the deadline of all other calls.
+        seed: Seed of the random numbers.
     """
 
     app: str
@@ -55,7 +55,7 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One call: `after` is the seconds until it is cancelled, and `timeout` until its deadline."""
+    """One planned call. `after` is the seconds until it is cancelled; `timeout` is the seconds until its deadline."""
 
     kind: Kind
     prompt: str
@@ -67,7 +67,7 @@ class Plan:
 
     @property
     def fields(self) -> dict[str, Any]:
-        """The arguments of the method of either client."""
+        """The arguments of the client's method."""
         return {
             "text": self.prompt,
             "max_tokens": self.max_tokens,
@@ -95,16 +95,16 @@ def plans(load: Load, stream: int) -> Iterator[Plan]:
 
 
 def text_of(plan: Plan) -> str:
-    """Returns the whole text of each of its samples."""
+    """Returns the complete text of each sample of a call."""
     encoded = plan.prompt.encode()
-    # Tokens begin anew with each repetition, whose last may be shorter.
+    # Each repetition of the prompt starts with a new token, so its last token may be shorter.
     tokens = [encoded[start : start + BYTES_PER_TOKEN] for start in range(0, len(encoded), BYTES_PER_TOKEN)]
     played = b"".join(tokens[number % len(tokens)] for number in range(plan.max_tokens))
     return codecs.getincrementaldecoder("utf-8")().decode(played)
 
 
 class Received:
-    """What has come of one call so far, and what is wrong with it."""
+    """Checks the answers of one call as they arrive."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
@@ -113,10 +113,10 @@ class Received:
         self._tokens: dict[int, int] = {}
         self._finished: set[int] = set()
         self.wrong = ""
-        """What is wrong with it: empty if nothing is."""
+        """The first problem of the answers; empty if there is none."""
 
     def delta(self, index: int, text: str, generated_tokens: int, finish_reason: str) -> None:
-        """Takes a piece of a sample, or all of it."""
+        """Checks a delta, or a whole sample."""
         if index in self._finished:
             self._note(f"sample {index} goes on after its end")
         if generated_tokens < self._tokens.get(index, 0):
@@ -129,32 +129,32 @@ class Received:
             self._finished.add(index)
 
     def end(self) -> None:
-        """Takes the end of a call that ended with OK."""
+        """Checks that a call that ended with OK has all of its text."""
         if self._finished != set(range(self._plan.num_samples)):
             self._note(f"samples {sorted(self._finished)} of {self._plan.num_samples} have finished")
         for index, text in self._texts.items():
             if (text, self._tokens[index]) != (self._whole, self._plan.max_tokens):
-                self._note(f"sample {index} is not whole: {self._tokens[index]} of {self._plan.max_tokens} tokens")
+                self._note(f"sample {index} is not complete: {self._tokens[index]} of {self._plan.max_tokens} tokens")
 
-    def _note(self, what: str) -> None:
-        self.wrong = self.wrong or what
+    def _note(self, problem: str) -> None:
+        self.wrong = self.wrong or problem
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of a call. Times are seconds of the monotonic clock, which all processes of a machine share.
+    """The outcome of a call. Times are seconds of the monotonic clock, which all processes of a machine share.
 
     Attributes:
-        client: Which client made it.
+        client: The kind of client: "threads" or "asyncio".
         kind: The method.
-        end: How it was planned to end.
-        status: The name of the status that it ended with.
-        reason: The reason of the status, as `ErrorInfo` has it.
-        message: What the status says.
-        begun: When it began.
-        ended: When it ended.
-        due: When it should have ended at the latest.
-        wrong: What is wrong with its text; empty if nothing is.
+        end: The planned end.
+        status: The name of the call's status.
+        reason: The reason in the `ErrorInfo` of the status.
+        message: The message of the status.
+        begun: When the call began.
+        ended: When the call ended.
+        due: When the call should have ended at the latest.
+        wrong: The problem of the call's text; empty if there is none.
     """
 
     client: str
@@ -170,5 +170,5 @@ class Outcome:
 
     @property
     def as_planned(self) -> bool:
-        """Whether it ended as it was planned to."""
+        """Whether the call ended with the status of its planned end."""
         return self.status == {"finish": "OK", "cancel": "CANCELLED", "deadline": "DEADLINE_EXCEEDED"}[self.end]

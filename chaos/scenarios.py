@@ -1,4 +1,4 @@
-"""What befalls the deployment while it is called, and what that may cost."""
+"""Lists the scenarios: each disrupts the deployment while calls run, and states which calls may fail."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -8,7 +8,7 @@ from typing import Any, Final
 from grpclib import Status
 
 from chaos.stage import APP, Stage, wait_for
-from chaos.verdict import Cost, Times, broken
+from chaos.verdict import Cost, Times, broken_promises
 from tests.modal_cloud import Container, Fault
 
 UNAVAILABLE: Final = frozenset({"UNAVAILABLE"})
@@ -22,10 +22,10 @@ REFUSALS: Final = (
     Status.INTERNAL,
 )
 
-# What gateways, the Model and clients ask of Modal. If it refuses a call as such, the caller may have to repeat that call.
-# Whatever else it refuses should cost no call.
-OF_EACH_CALL: Final = ("FunctionMap",)
-OF_ALL_CALLS: Final = (
+# The RPCs that gateways, the Model and clients send to Modal. Each call needs one of the first group, so that RPC's failure may
+# make a call fail. The failure of any other RPC must not make a call fail.
+RPCS_OF_EACH_CALL: Final = ("FunctionMap",)
+RPCS_OF_ALL_CALLS: Final = (
     "DictContents",
     "DictGetOrCreate",
     "DictUpdate",
@@ -37,8 +37,8 @@ OF_ALL_CALLS: Final = (
     "QueueLen",
     "QueuePut",
 )
-# What it is asked once, when a gateway or a client begins.
-OF_THE_START: Final = (
+# The RPCs that a gateway or a client sends once, when it starts.
+RPCS_AT_START: Final = (
     "ClassGet",
     "ClientHello",
     "DictGetOrCreate",
@@ -54,26 +54,26 @@ OF_THE_START: Final = (
 
 
 def _nothing(stage: Stage) -> None:
-    """Lets it run undisturbed."""
+    """Does nothing."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """One thing that befalls the deployment.
+    """A disruption of the deployment.
 
     Attributes:
-        name: By which it is chosen.
-        befall: What it does while calls are made; it returns when that is over.
-        cost: What it may cost.
-        prepare: What it does before calls are made.
-        calm_after: The seconds for which calls go on after it is over.
-        clock: By how many seconds the callers' clock is wrong.
-        rebuild: Whether the deployment is put up anew after it.
-        load: What is different about the calls, as attributes of `Load`; with `calls`, it lasts until they are made.
+        name: The name on the command line.
+        disrupt: Disrupts the deployment while calls run, and returns when the disruption is over.
+        cost: The calls that may fail.
+        prepare: Called before calls begin.
+        calm_after: Seconds for which calls go on after the disruption.
+        clock: Seconds by which the callers' clock is wrong.
+        rebuild: Whether all containers are replaced afterwards.
+        load: Attributes of `Load` that differ from the default. If `calls` is one, the scenario lasts until they are made.
     """
 
     name: str
-    befall: Callable[[Stage], None] = _nothing
+    disrupt: Callable[[Stage], None] = _nothing
     cost: Cost = field(default_factory=Cost)
     prepare: Callable[[Stage], None] = _nothing
     calm_after: float = 2.0
@@ -82,12 +82,12 @@ class Scenario:
     load: Mapping[str, Any] = field(default_factory=dict)
 
 
-def _any_model(stage: Stage) -> Container:
+def _busy_model(stage: Stage) -> Container:
     wait_for(lambda: any(model.inputs for model in stage.models()), "the Model works")
     return next(model for model in stage.models() if model.inputs)
 
 
-def _new_model(stage: Stage, before: Container) -> None:
+def _wait_for_new_model(stage: Stage, before: Container) -> None:
     def replaced() -> bool:
         return any(model.ready and model.inputs for model in stage.models() if model is not before)
 
@@ -95,43 +95,43 @@ def _new_model(stage: Stage, before: Container) -> None:
 
 
 def preempt_a_gateway(stage: Stage) -> None:
-    """Lets a gateway end itself, as at preemption."""
+    """Preempts a gateway, which ends itself."""
     gateway = stage.gateways()[0]
     gateway.interrupt()
     gateway.wait(40)
-    stage.wait_until_whole()
+    stage.wait_until_healthy()
 
 
 def kill_a_gateway(stage: Stage) -> None:
-    """Ends a gateway without a warning."""
+    """Kills a gateway."""
     gateway = stage.gateways()[0]
     gateway.kill()
     gateway.wait()
-    stage.wait_until_whole()
+    stage.wait_until_healthy()
 
 
 def kill_all_gateways(stage: Stage) -> None:
-    """Ends all gateways without a warning."""
+    """Kills all gateways."""
     for gateway in stage.gateways():
         gateway.kill()
         gateway.wait()
-    stage.wait_until_whole()
+    stage.wait_until_healthy()
 
 
 def preempt_the_model(stage: Stage) -> None:
-    """Lets the Model end itself; Modal runs its calls again in another container."""
-    model = _any_model(stage)
+    """Preempts the Model, which ends itself. Modal runs its calls again in another container."""
+    model = _busy_model(stage)
     model.interrupt()
     model.wait(40)
-    _new_model(stage, model)
+    _wait_for_new_model(stage, model)
 
 
 def kill_the_model(stage: Stage) -> None:
-    """Ends the Model without a warning; Modal runs its calls again in another container."""
-    model = _any_model(stage)
+    """Kills the Model. Modal runs its calls again in another container."""
+    model = _busy_model(stage)
     model.kill()
     model.wait()
-    _new_model(stage, model)
+    _wait_for_new_model(stage, model)
 
 
 def redeploy(stage: Stage) -> None:
@@ -140,7 +140,7 @@ def redeploy(stage: Stage) -> None:
     stage.deploy_engine()
     stage.deploy_gateways()
     wait_for(lambda: not any(container.alive for container in old), "the old containers have ended", 45)
-    stage.wait_until_whole()
+    stage.wait_until_healthy()
 
 
 def control_plane_down(stage: Stage) -> None:
@@ -151,93 +151,95 @@ def control_plane_down(stage: Stage) -> None:
 
 
 def slow(seconds: float, lasting: float) -> Callable[[Stage], None]:
-    """Returns what lets each RPC take so many seconds longer."""
+    """Returns a disruption that delays each RPC by `seconds`, for `lasting` seconds."""
 
-    def befall(stage: Stage) -> None:
-        fault = stage.disturb(delay=seconds)
+    def disrupt(stage: Stage) -> None:
+        fault = stage.inject(delay=seconds)
         time.sleep(lasting)
         stage.check_serving()
         fault.end()
 
-    return befall
+    return disrupt
 
 
 def throttled(rpc: str, *, serving: bool) -> Callable[[Stage], None]:
-    """Returns what limits an RPC to nothing for some seconds, without and with a time after which to repeat it.
+    """Returns a disruption that throttles every request of an RPC for some seconds, without and then with a retry delay.
 
-    The gateways should be `serving` meanwhile if they can make calls without it.
+    Arguments:
+        rpc: The RPC.
+        serving: Whether gateways must stay SERVING, because they can make calls without this RPC.
     """
 
-    def befall(stage: Stage) -> None:
+    def disrupt(stage: Stage) -> None:
         for retry_after in (None, 0.5):
-            limit = stage.disturb(rpc, status=Status.RESOURCE_EXHAUSTED, retry_after=retry_after)
-            _wait_until_struck([limit])
+            limit = stage.inject(rpc, status=Status.RESOURCE_EXHAUSTED, retry_after=retry_after)
+            _wait_until_affected([limit])
             time.sleep(3)
             if serving:
                 stage.check_serving()
             limit.end()
 
-    return befall
+    return disrupt
 
 
 def refused(rpc: str) -> Callable[[Stage], None]:
-    """Returns what lets an RPC fail once with each status."""
+    """Returns a disruption that makes an RPC fail once with each status."""
 
-    def befall(stage: Stage) -> None:
-        faults = [stage.disturb(rpc, status=status, times=1) for status in REFUSALS]
-        _wait_until_struck(faults)
+    def disrupt(stage: Stage) -> None:
+        faults = [stage.inject(rpc, status=status, times=1) for status in REFUSALS]
+        _wait_until_affected(faults)
         time.sleep(1)
         for fault in faults:
             fault.end()
 
-    return befall
+    return disrupt
 
 
 def throttled_and_refused(rpc: str) -> Callable[[Stage], None]:
-    """Returns what limits an RPC, and lets it fail with each status afterwards."""
+    """Returns a disruption that throttles an RPC, and then makes it fail once with each status."""
 
-    def befall(stage: Stage) -> None:
+    def disrupt(stage: Stage) -> None:
         throttled(rpc, serving=True)(stage)
         refused(rpc)(stage)
 
-    return befall
+    return disrupt
 
 
-def _wait_until_struck(faults: Sequence[Fault]) -> None:
-    """Returns when each has struck, or after a while: some RPCs are made only now and then."""
+def _wait_until_affected(faults: Sequence[Fault]) -> None:
+    """Waits until each fault has affected an RPC, for at most 12 s: some RPCs are rare."""
     until = time.monotonic() + 12
     while time.monotonic() < until and not all(fault.befallen for fault in faults):
         time.sleep(0.02)
 
 
 def limited_at_the_start(stage: Stage) -> None:
-    """Puts a new gateway in the place of one that was killed, whose first RPC of each kind is limited."""
-    for rpc in OF_THE_START:
-        stage.disturb(rpc, status=Status.RESOURCE_EXHAUSTED, times=1)
+    """Kills a gateway, and throttles the first RPC of each kind of its replacement."""
+    for rpc in RPCS_AT_START:
+        stage.inject(rpc, status=Status.RESOURCE_EXHAUSTED, times=1)
     kill_a_gateway(stage)
 
 
 def wrong_clocks(seconds: float) -> Callable[[Stage], None]:
-    """Returns what puts gateways in the place of the old ones whose clocks are wrong: one is ahead, the other behind."""
+    """Returns a function that replaces the gateways by two whose clocks are wrong: one is ahead, the other behind."""
 
     def prepare(stage: Stage) -> None:
         for gateway, offset in zip(stage.gateways(), (seconds, -seconds), strict=True):
             stage.cloud.set_clock(APP, offset)
             gateway.interrupt()
             gateway.wait(40)
-            stage.wait_until_whole()
+            stage.wait_until_healthy()
 
     return prepare
 
 
 def both_are_called(stage: Stage) -> None:
-    """Waits until each gateway has had a call, wherever callers think that it is to be found."""
+    """Waits until each gateway has a call."""
     for gateway in stage.gateways():
         wait_for(lambda gateway=gateway: stage.active(gateway) > 0, "each gateway has calls", 8)  # type: ignore[misc]
 
 
 def delete_the_directory(stage: Stage) -> None:
-    """Deletes the Dict of the addresses, with the command that the documentation names."""
+    """Deletes the Dict with the addresses, with the command in the documentation."""
     for name in stage.directories():
         done = stage.cloud.cli("dict", "delete", "--yes", name)
         assert done.returncode == 0, done.stderr
@@ -245,42 +247,42 @@ def delete_the_directory(stage: Stage) -> None:
 
 
 def expire_the_queue(stage: Stage) -> None:
-    """Removes what is ephemeral, as if no heartbeat had come for too long."""
+    """Removes ephemeral objects, as Modal does if their heartbeats stop."""
     stage.cloud.expire_ephemeral()
 
 
 def silence_a_tunnel(stage: Stage) -> None:
-    """Lets no byte through to a gateway that is published, which callers that are new then should hardly notice."""
+    """Blocks all bytes to a published gateway. New callers must not have failed calls."""
     tunnel = stage.tunnel(stage.gateways()[0])
     tunnel.silence()
     now = time.monotonic()
     with stage.callers(replace(stage.load(), streams=8, deadline=10.0)) as callers:
         callers.wait_for_answers(10)
         time.sleep(3)
-        promises = broken(callers.finish(20), Times(now, time.monotonic()), Cost())
-    assert not promises, f"of new callers: {promises}"
+        promises = broken_promises(callers.finish(20), Times(now, time.monotonic()), Cost())
+    assert not promises, f"new callers: {promises}"
     tunnel.restore()
 
 
 def limit_cancels(stage: Stage) -> None:
-    """Limits cancels to nothing for some seconds."""
-    limit = stage.disturb("FunctionCallCancel", status=Status.RESOURCE_EXHAUSTED)
+    """Throttles all cancellations for some seconds."""
+    limit = stage.inject("FunctionCallCancel", status=Status.RESOURCE_EXHAUSTED)
     time.sleep(5)
     limit.end()
 
 
 def lasting(seconds: float) -> Callable[[Stage], None]:
-    """Returns what lets so much time pass."""
+    """Returns a disruption that only waits for so many seconds."""
     return lambda _: time.sleep(seconds)
 
 
 def scenarios(cancels: int) -> list[Scenario]:
-    """Returns all, in the order in which they run; one of them cancels so many calls."""
-    lost = Cost(under_way=UNAVAILABLE)
-    absent = Cost(under_way=UNAVAILABLE, meanwhile=UNAVAILABLE)
-    several = Cost(meanwhile=UNAVAILABLE | {"RESOURCE_EXHAUSTED", "FAILED_PRECONDITION"}, most=len(REFUSALS))
-    silent = Cost(meanwhile=UNAVAILABLE | {"DEADLINE_EXCEEDED"})
-    limited = Cost(meanwhile=UNAVAILABLE | {"RESOURCE_EXHAUSTED"})
+    """Returns all scenarios, in the order in which they run. One of them cancels `cancels` calls."""
+    lost = Cost(running=UNAVAILABLE)
+    absent = Cost(running=UNAVAILABLE, during=UNAVAILABLE)
+    several = Cost(during=UNAVAILABLE | {"RESOURCE_EXHAUSTED", "FAILED_PRECONDITION"}, max_calls=len(REFUSALS))
+    silent = Cost(during=UNAVAILABLE | {"DEADLINE_EXCEEDED"})
+    limited = Cost(during=UNAVAILABLE | {"RESOURCE_EXHAUSTED"})
     return [
         Scenario("calm", lasting(6)),
         Scenario("gateway-preempted", preempt_a_gateway),
@@ -292,9 +294,9 @@ def scenarios(cancels: int) -> list[Scenario]:
         Scenario("control-plane-down", control_plane_down, absent),
         Scenario("slow-1s", slow(1, 6)),
         Scenario("slow-5s", slow(5, 12)),
-        *(Scenario(f"throttled-{rpc}", throttled(rpc, serving=False), limited) for rpc in OF_EACH_CALL),
-        *(Scenario(f"refused-{rpc}", refused(rpc), several) for rpc in OF_EACH_CALL),
-        *(Scenario(f"rpc-{rpc}", throttled_and_refused(rpc)) for rpc in OF_ALL_CALLS),
+        *(Scenario(f"throttled-{rpc}", throttled(rpc, serving=False), limited) for rpc in RPCS_OF_EACH_CALL),
+        *(Scenario(f"refused-{rpc}", refused(rpc), several) for rpc in RPCS_OF_EACH_CALL),
+        *(Scenario(f"rpc-{rpc}", throttled_and_refused(rpc)) for rpc in RPCS_OF_ALL_CALLS),
         Scenario("throttled-at-the-start", limited_at_the_start, lost),
         *(
             Scenario(f"gateway-clocks-{offset}s", both_are_called, prepare=wrong_clocks(offset), rebuild=True)

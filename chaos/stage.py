@@ -1,4 +1,4 @@
-"""A deployment on the stand-in of Modal's cloud: two gateways, a Model that plays a script, and callers in another process."""
+"""Runs a deployment on the stand-in of Modal's cloud: two gateways and a scripted Model, with callers in another process."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from flywheel_server.engines.scripted import Script
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpclib import Status
 
-from chaos.callers import FIRST
+from chaos.callers import FIRST_ANSWER
 from chaos.load import BYTES_PER_TOKEN, TOKEN_DELAY, Load, Outcome
 from tests.deployment.conftest import AUTHORIZATION, KEY, ROOT, deploy
 from tests.modal_cloud import Container, Fault, ModalCloud, Tunnel, scripted, with_clock
@@ -36,11 +36,11 @@ SETTINGS: Final = {
 
 
 class NotInTimeError(Exception):
-    """Something that should have come about did not."""
+    """A condition did not become true in time."""
 
 
 def wait_for(condition: Callable[[], bool], what: str, within: float = 30.0) -> None:
-    """Returns when the condition holds; raises `NotInTimeError`."""
+    """Waits until the condition holds. Raises `NotInTimeError` after `within` seconds."""
     until = time.monotonic() + within
     while not condition():
         if time.monotonic() >= until:
@@ -49,7 +49,7 @@ def wait_for(condition: Callable[[], bool], what: str, within: float = 30.0) -> 
 
 
 class Stage:
-    """The deployment, and what can befall it."""
+    """A deployment, and the means to disrupt it."""
 
     def __init__(self, cloud: ModalCloud) -> None:
         self.cloud = cloud
@@ -58,10 +58,10 @@ class Stage:
         self._authority.write_bytes(cloud.ca_certificate)
         self._credentials = grpc.ssl_channel_credentials(cloud.ca_certificate)
 
-    # What there is
+    # The deployment
 
     def deploy_gateways(self) -> None:
-        """Deploys the gateways with the real command; raises `NotInTimeError` where that fails."""
+        """Deploys the gateways with the real command. Raises `NotInTimeError` if that fails."""
         done = deploy(self.cloud, APP, **SETTINGS)
         if done.returncode:
             raise NotInTimeError(done.stdout + done.stderr)
@@ -71,7 +71,7 @@ class Stage:
         scripted.deploy(self.cloud, ENGINE, SCRIPT)
 
     def gateways(self) -> list[Container]:
-        """Returns the containers of gateways that have been published and have not been told to end."""
+        """Returns the gateways' containers that have been published and have not been told to end."""
         published = [each for each in self.cloud.containers(f"{APP}/Gateway") if each.ready and each.alive]
         return [each for each in published if not each.ending and not each.stopping]
 
@@ -84,7 +84,7 @@ class Stage:
         return next(tunnel for tunnel in self.cloud.tunnels if tunnel.task_id == gateway.task_id and tunnel.open)
 
     def active(self, gateway: Container) -> int:
-        """Returns how many calls the gateway works on, as it says itself."""
+        """Returns how many calls the gateway works on, from its GetStats."""
         with self._channel(gateway) as channel:
             stub = generation_pb2_grpc.GenerationServiceStub(channel)
             return int(stub.GetStats(generation_pb2.GetStatsRequest(), metadata=AUTHORIZATION, timeout=5).active)
@@ -97,21 +97,21 @@ class Stage:
         """Returns the names of the Dicts in which gateways publish their addresses."""
         return [name for name in self.cloud.dicts if name.endswith("-endpoints")]
 
-    def left(self) -> int:
-        """Returns how many calls Modal still has: in containers, or waiting for one."""
+    def remaining_calls(self) -> int:
+        """Returns how many calls Modal still has, in containers or waiting for a container."""
         running = sum(len(model.inputs) for model in self.models())
         return running + sum(call.state == "pending" for call in self.cloud.calls)
 
-    # What is expected of it
+    # Expectations
 
     def check_serving(self) -> None:
-        """Raises `NotInTimeError` unless all gateways are SERVING, as they should be while calls can be made."""
+        """Raises `NotInTimeError` unless all gateways are SERVING."""
         for gateway in self.gateways():
             if not self._serving(gateway):
                 raise NotInTimeError("a gateway is not SERVING, while calls can be made")
 
-    def wait_until_whole(self, within: float = 30.0) -> None:
-        """Returns when there are as many gateways as there should be, and all are SERVING; raises `NotInTimeError`."""
+    def wait_until_healthy(self, within: float = 30.0) -> None:
+        """Waits until all gateways run and are SERVING. Raises `NotInTimeError`."""
         until = time.monotonic() + within
         wait_for(lambda: len(self.gateways()) == GATEWAYS, "two gateways", within)
         for gateway in self.gateways():
@@ -126,11 +126,11 @@ class Stage:
                 return False
             return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
-    def wait_until_nothing_is_left(self, within: float) -> None:
-        """Returns when Modal has no call any more; raises `NotInTimeError`."""
-        wait_for(lambda: self.left() == 0, "no call left on Modal", within)
+    def wait_until_no_calls(self, within: float) -> None:
+        """Waits until Modal has no calls. Raises `NotInTimeError`."""
+        wait_for(lambda: self.remaining_calls() == 0, "no call left on Modal", within)
 
-    def disturb(
+    def inject(
         self,
         *rpcs: str,
         status: Status | None = None,
@@ -138,16 +138,16 @@ class Stage:
         times: int | None = None,
         retry_after: float | None = None,
     ) -> Fault:
-        """Has something befall the named RPCs, or all if none is named, of clients and containers; see `Fault`."""
+        """Injects a fault into the named RPCs of clients and containers, or into all RPCs if none is named; see `Fault`."""
         fault = self.cloud.disturb(
             *rpcs, side="both", status=status, message="chaos", delay=delay, times=times, retry_after=retry_after
         )
         self._faults.append(fault)
         return fault
 
-    def calm(self) -> int:
-        """Ends whatever disturbs it, and returns how many RPCs that has struck."""
-        struck = sum(fault.befallen for fault in self._faults)
+    def end_disruptions(self) -> int:
+        """Ends all faults and other disruptions, and returns how many RPCs the faults have affected."""
+        affected = sum(fault.befallen for fault in self._faults)
         self._faults.clear()
         self.cloud.calm()
         self.cloud.up()
@@ -155,11 +155,11 @@ class Stage:
         for tunnel in self.cloud.tunnels:
             if tunnel.open:
                 tunnel.restore()
-        return struck
+        return affected
 
     def rebuild(self) -> None:
-        """Puts new containers in the place of all, whatever state they are in."""
-        self.calm()
+        """Replaces all containers, whatever their state."""
+        self.end_disruptions()
         for gateway in self.gateways():
             gateway.kill()
             gateway.wait()
@@ -168,7 +168,7 @@ class Stage:
             self._end_all_calls()
         finally:
             self.cloud.reschedules_inputs = True
-        self.wait_until_whole(60)
+        self.wait_until_healthy(60)
 
     def _end_all_calls(self) -> None:
         def ended() -> bool:
@@ -176,7 +176,7 @@ class Stage:
                 if model.inputs:
                     model.kill()
                     model.wait()
-            return self.left() == 0
+            return self.remaining_calls() == 0
 
         wait_for(ended, "no call left", 30)
 
@@ -184,9 +184,14 @@ class Stage:
 
     @contextmanager
     def callers(self, load: Load, clock: float = 0.0) -> Iterator["Callers"]:
-        """Lets callers call, whose clock is wrong by so many seconds, and waits for their first answer."""
+        """Runs callers for the length of the context.
+
+        Arguments:
+            load: The calls that they make.
+            clock: Seconds by which their clock is wrong.
+        """
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("MODAL_", "FLYWHEEL_"))}
-        quiet = {"MODAL_LOGLEVEL": "ERROR"}  # it would tell of each RPC that it tries again
+        quiet = {"MODAL_LOGLEVEL": "ERROR"}  # otherwise Modal's client logs each retry
         callers = Callers(load, with_clock(kept | self.cloud.environ | quiet, clock))
         try:
             yield callers
@@ -194,16 +199,16 @@ class Stage:
             callers.kill()
 
     def load(self) -> Load:
-        """Returns calls to the gateways."""
+        """Returns the default load for the gateways."""
         return Load(app=APP, key=KEY, authority=str(self._authority))
 
 
 class Callers:
-    """A process of callers, and what has come of its calls so far."""
+    """A process of callers, and the outcomes of its calls so far."""
 
     def __init__(self, load: Load, environ: dict[str, str]) -> None:
         self.outcomes: list[Outcome] = []
-        self._first = threading.Event()
+        self._answered = threading.Event()
         self._process = subprocess.Popen(
             [sys.executable, "-m", "chaos.callers", json.dumps(asdict(load))],
             cwd=ROOT,
@@ -218,23 +223,23 @@ class Callers:
     def _read(self) -> None:
         assert self._process.stdout is not None
         for line in self._process.stdout:
-            if line.strip() == FIRST:
-                self._first.set()
+            if line.strip() == FIRST_ANSWER:
+                self._answered.set()
             else:
                 self.outcomes.append(Outcome(**json.loads(line)))
 
     def wait_for_answers(self, within: float = 20.0) -> None:
-        """Returns when a call has begun to answer; raises `NotInTimeError`."""
-        wait_for(lambda: self._first.is_set() or self._process.poll() is not None, "a first answer", within)
+        """Waits for the first answer of any call. Raises `NotInTimeError`."""
+        wait_for(lambda: self._answered.is_set() or self._process.poll() is not None, "a first answer", within)
 
     def finish(self, within: float) -> list[Outcome]:
-        """Returns what came of all calls, once those have ended that have begun; raises `NotInTimeError`."""
+        """Lets no new calls begin, and returns the outcomes after all calls have ended. Raises `NotInTimeError`."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         return self.wait(within)
 
     def wait(self, within: float) -> list[Outcome]:
-        """Returns what came of all calls, once it has made as many as it should; raises `NotInTimeError`."""
+        """Waits until all calls of the load have ended, and returns the outcomes. Raises `NotInTimeError`."""
         wait_for(lambda: self._process.poll() is not None, "all calls have ended", within)
         self._reading.join()
         if self._process.returncode:
@@ -242,7 +247,7 @@ class Callers:
         return self.outcomes
 
     def kill(self) -> None:
-        """Ends the process, unless it has ended."""
+        """Kills the process, unless it has ended."""
         self._process.kill()
         self._process.wait()
         self._reading.join()
@@ -253,11 +258,11 @@ class Callers:
 
 @contextmanager
 def stage(directory: Path) -> Iterator[Stage]:
-    """Gives a deployment that is ready for calls."""
+    """Runs a deployment for the length of the context, which begins when the deployment is ready for calls."""
     with ModalCloud(directory) as cloud:
         cloud.create_secret("flywheel-grpc-keys", {"FLYWHEEL_API_KEYS": KEY})
-        made = Stage(cloud)
-        made.deploy_engine()
-        made.deploy_gateways()
-        made.wait_until_whole(60)
-        yield made
+        deployment = Stage(cloud)
+        deployment.deploy_engine()
+        deployment.deploy_gateways()
+        deployment.wait_until_healthy(60)
+        yield deployment

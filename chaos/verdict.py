@@ -1,72 +1,73 @@
-"""What is promised whatever fails, and what a scenario may cost callers."""
+"""Checks the outcomes of calls against the promises that hold whatever fails, and against a scenario's cost."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from chaos.load import Outcome
 
-PROMPTLY: Final = 3.0
-"""Seconds beyond its deadline, or its cancellation, within which a call has ended, on a loaded machine."""
-AT_ONCE: Final = 0.5
-"""Seconds by which what befalls containers and what callers see of it may be apart."""
+MAX_OVERDUE_SECONDS: Final = 3.0
+"""Seconds after its deadline or its cancellation within which a call must have ended, even on a loaded machine."""
+REACTION_SECONDS: Final = 0.5
+"""Maximum seconds between a failure in a container and the moment when callers see it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """How calls may end that were not cancelled and had time enough, other than with OK.
+    """The calls that a scenario may make fail.
 
     Attributes:
-        under_way: The statuses of those that had begun when it began.
-        meanwhile: The statuses of those that began before it was over.
-        most: How many such calls there may be; None for any number.
+        running: The statuses with which calls may fail that were running when the disruption began.
+        during: The statuses with which calls may fail that began before the disruption was over.
+        max_calls: Maximum number of failed calls; None for any number.
     """
 
-    under_way: frozenset[str] = frozenset()
-    meanwhile: frozenset[str] = frozenset()
-    most: int | None = None
+    running: frozenset[str] = frozenset()
+    during: frozenset[str] = frozenset()
+    max_calls: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """When what befell the deployment began and was over, in seconds of the monotonic clock."""
+    """When the disruption of the deployment began and was over, in seconds of the monotonic clock."""
 
     begun: float
     over: float
 
 
-def broken(outcomes: Sequence[Outcome], times: Times, cost: Cost) -> list[str]:
+def broken_promises(outcomes: Sequence[Outcome], times: Times, cost: Cost) -> list[str]:
     """Returns the promises that were broken, each with an example."""
+    overdue = [each for each in outcomes if each.ended > each.due + MAX_OVERDUE_SECONDS]
     found = [
-        _told("a text is not that of its prompt, or not whole", [each for each in outcomes if each.wrong]),
-        _told("a call ended long after it was due", [each for each in outcomes if each.ended > each.due + PROMPTLY]),
-        _told("a call ended for no reason", [each for each in outcomes if not _allowed(each, times, cost)]),
+        _described("a text is wrong, or not complete", [each for each in outcomes if each.wrong]),
+        _described("a call ended long after it was due", overdue),
+        _described("a call failed without a reason", [each for each in outcomes if not _is_allowed(each, times, cost)]),
     ]
-    paid = [each for each in outcomes if not each.as_planned]
-    if cost.most is not None and len(paid) > cost.most:
-        found.append(_told(f"more than {cost.most} calls paid for it", paid))
+    failed = [each for each in outcomes if not each.as_planned]
+    if cost.max_calls is not None and len(failed) > cost.max_calls:
+        found.append(_described(f"more than {cost.max_calls} calls failed", failed))
     if not outcomes:
         found.append("no call was made")
     return [each for each in found if each]
 
 
-def _allowed(outcome: Outcome, times: Times, cost: Cost) -> bool:
+def _is_allowed(outcome: Outcome, times: Times, cost: Cost) -> bool:
     if outcome.as_planned:
         return True
     if outcome.ended < times.begun:
         return False
-    if outcome.begun < times.begun + AT_ONCE:
-        return outcome.status in cost.under_way | cost.meanwhile
-    return outcome.begun <= times.over and outcome.status in cost.meanwhile
+    if outcome.begun < times.begun + REACTION_SECONDS:
+        return outcome.status in cost.running | cost.during
+    return outcome.begun <= times.over and outcome.status in cost.during
 
 
-def _told(what: str, outcomes: Iterable[Outcome]) -> str:
-    those = list(outcomes)
-    if not those:
+def _described(problem: str, outcomes: Sequence[Outcome]) -> str:
+    """Returns the problem with the number of its outcomes and an example; empty if there are no outcomes."""
+    if not outcomes:
         return ""
-    first = those[0]
+    first = outcomes[0]
     example = (
         f"{first.client} {first.kind}, to {first.end}: {first.status} {first.reason} after "
         f"{first.ended - first.begun:.1f} s. {first.message} {first.wrong}"
     )
-    return f"{what} ({len(those)} of them): {example.strip()}"
+    return f"{problem} ({len(outcomes)} calls): {example.strip()}"

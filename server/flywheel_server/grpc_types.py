@@ -1,4 +1,4 @@
-"""Names for types of grpc's that have none, or long ones."""
+"""Short names for types of grpc."""
 
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeAlias

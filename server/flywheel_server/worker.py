@@ -1,7 +1,7 @@
 """The program that a worker runs: `python -m flywheel_server.worker DESCRIPTOR NUMBER PORT SETTING…`.
 
-The descriptor is that of the socket which leads to the parent. The settings are those of the parent's command line; the
-environment is the parent's too.
+DESCRIPTOR is the file descriptor of the socket to the parent. SETTING… are the parent's command-line flags. The worker also has
+the parent's environment.
 """
 
 import socket
@@ -11,7 +11,7 @@ from flywheel_server.system import signals
 
 
 def main() -> None:
-    """Serves until the parent says otherwise, or is gone. Exits with 1 if it cannot serve, or if the engine has died."""
+    """Serves until the parent stops it, or is gone. Exits with 1 if it cannot serve, or if the engine has died."""
     signals.leave_stopping_to_parent()
     descriptor, number, port, *arguments = sys.argv[1:]
     from flywheel_server import launch

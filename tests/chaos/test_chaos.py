@@ -10,9 +10,9 @@ from flywheel_server.engines.scripted import ScriptedEngine
 
 from chaos.__main__ import main, play
 from chaos.load import Outcome, Plan, Received, text_of
-from chaos.scenarios import OF_ALL_CALLS, OF_EACH_CALL, OF_THE_START, lasting, scenarios
+from chaos.scenarios import RPCS_AT_START, RPCS_OF_ALL_CALLS, RPCS_OF_EACH_CALL, lasting, scenarios
 from chaos.stage import SCRIPT, Stage, stage
-from chaos.verdict import Cost, Times, broken
+from chaos.verdict import Cost, Times, broken_promises
 from tests.modal_cloud.control_plane import OF_THE_WORKER
 from tests.serving import serving
 
@@ -44,8 +44,8 @@ WHOLE = text_of(PLAN)
         ([(0, WHOLE[:5], 2, ""), (0, WHOLE[6:], 9, "length")], "not the text of its prompt"),
         ([(0, WHOLE[:5], 2, ""), (0, WHOLE[5:], 1, "")], "fewer tokens than before"),
         ([(0, WHOLE, 9, "length"), (0, "", 9, "length")], "goes on after its end"),
-        ([(0, WHOLE[:5], 2, "length")], "not whole"),
-        ([(0, WHOLE, 8, "length")], "not whole"),
+        ([(0, WHOLE[:5], 2, "length")], "not complete"),
+        ([(0, WHOLE, 8, "length")], "not complete"),
         ([(0, WHOLE, 9, "")], "have finished"),
         ([], "have finished"),
         ([(0, WHOLE, 9, "length"), (1, WHOLE, 9, "length")], "have finished"),
@@ -59,8 +59,8 @@ def test_a_text_that_is_doubled_mixed_or_lost_is_noticed(pieces: list[tuple[int,
     assert (wrong in received.wrong, bool(received.wrong)) == (True, bool(wrong))
 
 
-UNDER_WAY = Cost(under_way=frozenset({"UNAVAILABLE"}))
-MEANWHILE = Cost(meanwhile=frozenset({"UNAVAILABLE"}))
+RUNNING = Cost(running=frozenset({"UNAVAILABLE"}))
+DURING = Cost(during=frozenset({"UNAVAILABLE"}))
 
 
 @pytest.mark.parametrize(
@@ -69,27 +69,27 @@ MEANWHILE = Cost(meanwhile=frozenset({"UNAVAILABLE"}))
         (outcome("finish", "OK", 90), Cost(), ""),
         (outcome("cancel", "CANCELLED", 90), Cost(), ""),
         (outcome("deadline", "DEADLINE_EXCEEDED", 90), Cost(), ""),
-        (outcome("finish", "OK", 90, wrong="doubled"), UNDER_WAY, "not that of its prompt"),
-        (outcome("finish", "OK", 90, took=34), UNDER_WAY, "long after it was due"),
-        (outcome("finish", "UNAVAILABLE", 99.5), Cost(), "for no reason"),
-        (outcome("finish", "UNAVAILABLE", 99.5), UNDER_WAY, ""),
-        (outcome("finish", "INTERNAL", 99.5), UNDER_WAY, "for no reason"),
-        (outcome("finish", "UNAVAILABLE", 98), UNDER_WAY, "for no reason"),
-        (outcome("finish", "UNAVAILABLE", 105), UNDER_WAY, "for no reason"),
-        (outcome("cancel", "UNAVAILABLE", 105), MEANWHILE, ""),
-        (outcome("finish", "UNAVAILABLE", 111), MEANWHILE, "for no reason"),
-        (outcome("finish", "CANCELLED", 105), MEANWHILE, "for no reason"),
-        (outcome("finish", "UNAVAILABLE", 105), replace(MEANWHILE, most=0), "more than 0 calls"),
+        (outcome("finish", "OK", 90, wrong="doubled"), RUNNING, "a text is wrong"),
+        (outcome("finish", "OK", 90, took=34), RUNNING, "long after it was due"),
+        (outcome("finish", "UNAVAILABLE", 99.5), Cost(), "without a reason"),
+        (outcome("finish", "UNAVAILABLE", 99.5), RUNNING, ""),
+        (outcome("finish", "INTERNAL", 99.5), RUNNING, "without a reason"),
+        (outcome("finish", "UNAVAILABLE", 98), RUNNING, "without a reason"),
+        (outcome("finish", "UNAVAILABLE", 105), RUNNING, "without a reason"),
+        (outcome("cancel", "UNAVAILABLE", 105), DURING, ""),
+        (outcome("finish", "UNAVAILABLE", 111), DURING, "without a reason"),
+        (outcome("finish", "CANCELLED", 105), DURING, "without a reason"),
+        (outcome("finish", "UNAVAILABLE", 105), replace(DURING, max_calls=0), "more than 0 calls"),
     ],
 )
 def test_a_broken_promise_is_told(ended: Outcome, cost: Cost, promise: str) -> None:
-    told = broken([ended], TIMES, cost)
+    told = broken_promises([ended], TIMES, cost)
     assert len(told) == bool(promise)
     assert promise in "".join(told)
 
 
 def test_without_calls_nothing_is_shown() -> None:
-    assert broken([], TIMES, Cost()) == ["no call was made"]
+    assert broken_promises([], TIMES, Cost()) == ["no call was made"]
 
 
 def test_scenarios_are_chosen_by_their_names(capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,17 +113,17 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
 async def test_calls_go_on_undisturbed_and_each_rpc_of_theirs_has_its_scenarios(deployment: Stage) -> None:
     before = deployment.cloud.rpcs.copy()
     (calm,) = [scenario for scenario in scenarios(1) if scenario.name == "calm"]
-    row = await asyncio.to_thread(play, deployment, replace(calm, befall=lasting(1), calm_after=0, load=MIXED), 8)
-    assert not row.broken
-    assert (row.left, {each.status for each in row.outcomes}) == (0, {"OK", "CANCELLED", "DEADLINE_EXCEEDED"})
+    row = await asyncio.to_thread(play, deployment, replace(calm, disrupt=lasting(1), calm_after=0, load=MIXED), 8)
+    assert not row.broken_promises
+    assert (row.remaining_calls, {each.status for each in row.outcomes}) == (0, {"OK", "CANCELLED", "DEADLINE_EXCEEDED"})
     assert {each.client for each in row.outcomes} == {"threads", "asyncio"}
     asked = {rpc for rpc in deployment.cloud.rpcs - before if not rpc.startswith(OF_THE_WORKER)}
-    assert asked <= {*OF_EACH_CALL, *OF_ALL_CALLS, *OF_THE_START}
+    assert asked <= {*RPCS_OF_EACH_CALL, *RPCS_OF_ALL_CALLS, *RPCS_AT_START}
 
 
 @pytest.mark.thorough
 async def test_the_model_may_be_lost_and_nothing_is_left(deployment: Stage) -> None:
     (killed,) = [scenario for scenario in scenarios(1) if scenario.name == "model-killed"]
     row = await asyncio.to_thread(play, deployment, replace(killed, calm_after=0), 8)
-    assert not row.broken
-    assert row.left == deployment.left() == 0
+    assert not row.broken_promises
+    assert row.remaining_calls == deployment.remaining_calls() == 0

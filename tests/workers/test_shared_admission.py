@@ -63,7 +63,7 @@ class Parent:
         finally:
             await worker_end.close()
             await parent_end.close()
-            calls.give_back_all()
+            calls.release_all()
 
 
 def request(max_tokens: int = 10, num_samples: int = 1) -> GenerationRequest:

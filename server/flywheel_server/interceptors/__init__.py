@@ -1,1 +1,1 @@
-"""What happens around every call of the service, whichever method it is."""
+"""Runs around every call: metadata, authentication, the request, and the final status."""

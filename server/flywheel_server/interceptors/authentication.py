@@ -1,6 +1,6 @@
-"""Finds out who calls, and lets only those through who may.
+"""Authenticates the caller of each call, by API key or by client certificate.
 
-A key is sent as `authorization: Bearer KEY` (RFC 6750). A certificate is that of the client in mutual TLS.
+A key is sent as `authorization: Bearer KEY` (RFC 6750). A client shows a certificate in mutual TLS.
 """
 
 import re
@@ -20,20 +20,20 @@ _VISIBLE_ASCII: Final = re.compile(r"[\x21-\x7e]+")
 
 
 class Credentials(NamedTuple):
-    """What a caller shows of itself: the names in its certificate, and its key if it sent one."""
+    """What a caller sends to authenticate itself: the names in its certificate, and its key, or None without a key."""
 
     identities: tuple[str, ...]
     key: HashedKey | None
 
 
 class Authentication:
-    """Raises `UnauthenticatedError` for a call that has neither a key nor a certificate of the ring.
+    """Refuses calls with `UnauthenticatedError` unless the key ring knows their key or their certificate.
 
-    Where the ring is not required, everybody may call: mutual TLS has turned away who has no certificate.
+    If the key ring is not required, everybody may call. In mutual TLS, TLS itself refuses clients without a certificate.
 
     Arguments:
-        keys: The ring.
-        certificates: Whether clients show certificates, which is so in mutual TLS only.
+        keys: The key ring.
+        certificates: Whether clients show certificates, as in mutual TLS.
     """
 
     def __init__(self, keys: KeyRing, *, certificates: bool) -> None:
@@ -41,8 +41,8 @@ class Authentication:
         self._certificates = certificates
 
     def identify(self, context: GrpcContext, metadata: CallMetadata) -> Credentials:
-        """Makes the call its caller's, and returns what the caller was identified by."""
-        # First of all: one that is not what it seems is refused, whatever else the call has.
+        """Sets the caller of the call, and returns its credentials. Raises `UnauthenticatedError`."""
+        # First, because an invalid certificate is refused even if the call has a valid key.
         identities = identities_of(context.auth_context()) if self._certificates else ()
         key = _key(metadata.authorization) if self._keys.is_required else None
         credentials = Credentials(identities, HashedKey.of(key) if key is not None else None)
@@ -50,7 +50,7 @@ class Authentication:
         return credentials
 
     def confirm(self, credentials: Credentials) -> None:
-        """Looks the caller of a running call up again. Raises `UnauthenticatedError` if that caller may no longer call."""
+        """Authenticates a running call again. Raises `UnauthenticatedError` if its key or certificate is no longer accepted."""
         try:
             self._set_caller(credentials)
         except UnauthenticatedError as error:
@@ -59,13 +59,13 @@ class Authentication:
             raise UnauthenticatedError("API_KEY_REVOKED") from error
 
     def _set_caller(self, credentials: Credentials) -> None:
-        who = self._caller_of(credentials)
-        if who is caller.get():
+        found = self._caller_of(credentials)
+        if found is caller.get():
             return
-        caller.set(who)
-        if who.name:
-            # Until the call has ended, which is a task of its own: the line that says how it ended names the caller too.
-            structlog.contextvars.bind_contextvars(caller=who.name)
+        caller.set(found)
+        if found.name:
+            # For all log lines of this call, whose task has a context of its own.
+            structlog.contextvars.bind_contextvars(caller=found.name)
 
     def _caller_of(self, credentials: Credentials) -> Caller:
         identities, key = credentials.identities, credentials.key
@@ -80,9 +80,9 @@ class Authentication:
 
 
 def _key(sent: tuple[str | bytes, ...]) -> str | None:
-    """Returns the key of the call; None where it has none; raises `UnauthenticatedError` for what cannot be one."""
+    """Returns the key in the `authorization` values, or None. Raises `UnauthenticatedError` if a value cannot be a key."""
     if len(sent) > 1:
-        # Which of them counts is for nobody to guess: proxies and servers may guess differently.
+        # A proxy might check one of them, and this server another.
         raise UnauthenticatedError("API_KEY_INVALID")
     bearer = _BEARER.fullmatch(sent[0]) if sent and isinstance(sent[0], str) else None
     if bearer is None or not bearer[1]:

@@ -1,4 +1,4 @@
-"""What happens around every call, whichever method it is: one step after the other, each in a module of its own."""
+"""Runs every call through the same steps. Each step is a module of this package."""
 
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -18,16 +18,16 @@ from flywheel_server.interceptors.reading import RequestReader
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
-    """Runs each call: its metadata, its caller, its request, its method, and the status that it ends with.
+    """Runs each call: checks its metadata, authenticates its caller, receives its request, runs its method, sets its status.
 
-    To gRPC, all methods are of streams: such a call runs before its request has come. This server reads the request itself, and
-    a caller who may not call so has nothing received from it. On the wire there is no difference.
+    For gRPC, all methods are stream_stream, because gRPC runs the handler of such a method before the request has arrived. So
+    this server receives no request of a caller that is refused. On the wire there is no difference.
 
     Arguments:
-        max_metadata_bytes: The most metadata that a call may have.
-        authentication: Finds out who calls.
-        requests: Receives the requests of known callers.
-        public: Runs the methods that anybody may call.
+        max_metadata_bytes: Maximum size of a call's metadata.
+        authentication: Authenticates callers.
+        requests: Receives the requests of authenticated callers.
+        public: Runs the methods that need no authentication.
     """
 
     def __init__(
@@ -40,26 +40,26 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self._handlers: dict[str, Handler] = {}
 
     async def intercept_service(self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails) -> Handler:
-        """Returns the handler of the method, with what happens around each call. It is made once for each method."""
+        """Returns the handler that runs the method's calls. It is made once for each method."""
         method = handler_call_details.method
         if (known := self._handlers.get(method)) is not None:
             return known
         handler = await continuation(handler_call_details)
         if handler is None:
-            # Nothing is kept: strangers may name any number of methods that there are not.
+            # Not cached: strangers could fill the memory with names of methods that do not exist.
             return None  # type: ignore[return-value] # means that there is no such method
         make: Any = grpc.stream_stream_rpc_method_handler
-        made: Handler = make(self._around(method, handler), None, handler.response_serializer)
+        made: Handler = make(self._handle(method, handler), None, handler.response_serializer)
         self._handlers[method] = made
         return made
 
-    def _around(self, name: str, handler: Handler) -> Callable[[Any, GrpcContext], Awaitable[None]]:
-        run = self._public.runner(handler) if is_public(name) else self._for_known_callers(Method(handler))
+    def _handle(self, name: str, handler: Handler) -> Callable[[Any, GrpcContext], Awaitable[None]]:
+        run = self._public.runner(handler) if is_public(name) else self._authenticated(Method(handler))
 
         async def call(_: object, context: GrpcContext) -> None:
             metadata = CallMetadata.of(context)
             call_context = CallContext(context, metadata.request_id)
-            # Until the call has ended, which is a task of its own.
+            # For all log lines of this call, whose task has a context of its own.
             structlog.contextvars.bind_contextvars(request_id=metadata.request_id)
             try:
                 metadata.check_size(self._max_metadata_bytes)
@@ -71,10 +71,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
         return call
 
-    def _for_known_callers(self, method: Method) -> Callable[[GrpcContext, CallMetadata, CallContext], Awaitable[None]]:
+    def _authenticated(self, method: Method) -> Callable[[GrpcContext, CallMetadata, CallContext], Awaitable[None]]:
         async def run(context: GrpcContext, metadata: CallMetadata, call_context: CallContext) -> None:
             credentials = self._authentication.identify(context, metadata)
-            # The request is in no variable here, because it may be large, and this frame lasts as long as the method runs.
+            # No variable holds the request here: it may be large, and would stay in memory while the method runs.
             await method.answer(await self._requests.receive(method, context, credentials), call_context)
 
         return run

@@ -1,4 +1,4 @@
-"""What a method sees of its call."""
+"""The context that a method of the servicer gets."""
 
 import asyncio
 from typing import Any, Final
@@ -12,11 +12,11 @@ from flywheel_server.operations import Operation
 REQUEST_ID: Final = "x-request-id"
 
 SEND_TIMEOUT: Final = 1.0
-"""Seconds that metadata or a status may take to be sent. A caller that reads nothing could hold the call for ever."""
+"""Seconds to send the status of a failed call. Without a limit, a caller that does not read could block the call for ever."""
 
 
 class CallContext:
-    """The means to answer a call: initial metadata when the work begins, messages, and a status if the call fails.
+    """Answers a call: with initial metadata when the work begins, with messages, and with a status if the call fails.
 
     Attributes:
         request_id: The request id of the call.
@@ -28,14 +28,14 @@ class CallContext:
         self._sending_metadata: Operation[None] | None = None
 
     def begin(self) -> None:
-        """Sends the initial metadata, which hold the request id: the work has begun. Does not wait for them to be sent.
+        """Starts to send the initial metadata, which have the request id, and returns at once.
 
-        Not before that: a call that is refused without any is one that gRPC's own retries, and those of proxies, may repeat.
+        Call it when the work begins, not earlier: gRPC and proxies may retry a call only if it fails without initial metadata.
         """
         self._sending_metadata = Operation(self._context.send_initial_metadata(((REQUEST_ID, self.request_id),)))
 
     async def send_initial_metadata(self) -> None:
-        """Sends the initial metadata, and returns when they have been sent."""
+        """Sends the initial metadata, and returns after they have been sent."""
         self.begin()
         await self._has_sent_metadata()
 
@@ -46,17 +46,17 @@ class CallContext:
         await self._context.write(message)
 
     async def abort(self, code: grpc.StatusCode, message: str, metadata: tuple[tuple[str, str | bytes], ...] = ()) -> None:
-        """Ends the call with a status; always raises.
+        """Ends the call with a status. Always raises an error.
 
         Raises:
             AbortError: The status has been sent.
-            TimeoutError: The caller reads nothing, and gets the status when it does.
+            TimeoutError: The caller does not read. It gets the status when it reads.
         """
         async with asyncio.timeout(SEND_TIMEOUT):
             if self._sending_metadata is not None:
-                # grpc notes only then that they are sent. A status before that would send them again, and get lost.
+                # Until this ends, grpc does not know that the metadata are sent: a status would send them again, and get lost.
                 await asyncio.wait((self._sending_metadata.end(),))
-            # Here too: a call that is refused before it begins has no initial metadata.
+            # The trailing metadata have the request id too, because a refused call has no initial metadata.
             await Operation(self._context.abort(code, message, (*metadata, (REQUEST_ID, self.request_id)))).result
 
     def time_remaining(self) -> float | None:

@@ -1,4 +1,4 @@
-"""Ends calls with a status that their callers can act on: whatever goes wrong, by the table in `flywheel_server.errors`."""
+"""Ends a failed call with the status that the table in `flywheel_server.errors` has for its error."""
 
 import asyncio
 import traceback
@@ -17,7 +17,7 @@ log = structlog.stdlib.get_logger(__name__)
 
 
 def _cause(error: Exception) -> dict[str, str]:
-    """Returns what the log may say of an error: nothing that has the text of a prompt."""
+    """Returns the log fields for the cause of an error. They never contain the text of a prompt."""
     if shortage := shortage_in(error):
         return {"cause": str(shortage) or type(shortage).__name__}
     match error:
@@ -32,9 +32,10 @@ def _cause(error: Exception) -> dict[str, str]:
 
 
 def _clear_frames(error: BaseException) -> None:
-    """Lets go of the local variables of the frames that raised an error, and those that led to it.
+    """Clears the local variables of the frames in the tracebacks of an error and of its causes.
 
-    One of them is the request. It would otherwise be kept until the next garbage collection: strangers could fill the memory.
+    One of these variables is the request. It would stay in memory until the next garbage collection, so that strangers could
+    fill the memory.
     """
     seen: set[int] = set()
     link: BaseException | None = error
@@ -45,10 +46,10 @@ def _clear_frames(error: BaseException) -> None:
 
 
 async def end_with_status(context: CallContext, error: Exception) -> None:
-    """Ends the call with the status of the error, and logs it; raises what ends the handler of a call that has its status.
+    """Ends the call with the status of the error, and logs the error. Always raises `AbortError` or `CancelledError`.
 
-    The log follows the status: a call that gRPC has ended meanwhile, because its caller is gone or its message is refused, has
-    another status, and often it is only this end that the error comes from. A fault of the server's own is logged in any case.
+    If gRPC has already ended the call, because the caller is gone or gRPC refused a message, the call has another status, and
+    the error is often only a consequence. So the error is logged only if its status is sent, or if the server itself failed.
     """
     status = status_of(error, context.request_id)
     _clear_frames(error)
@@ -59,10 +60,10 @@ async def end_with_status(context: CallContext, error: Exception) -> None:
     except grpc.aio.AbortError:
         raise
     except TimeoutError as unread:
-        # The caller reads nothing, and gets the status when it does.
+        # The caller does not read. It gets the status when it reads.
         raise asyncio.CancelledError from unread
     except Exception as unsent:
-        # What grpc raises if the call has ended, it would log as if it were a fault of ours.
+        # The call has ended already. grpc would log its own error as a fault of the server.
         is_sent = False
         log.debug("status not sent", error=type(unsent).__name__)
         raise asyncio.CancelledError from unsent

@@ -11,18 +11,18 @@ from flywheel_server.interceptors.context import REQUEST_ID
 AUTHORIZATION: Final = "authorization"
 
 ENTRY_OVERHEAD_BYTES: Final = 32
-"""Bytes that HTTP/2 counts for each entry beside its name and value (RFC 9113, section 6.5.2)."""
+"""Bytes that HTTP/2 counts for each entry in addition to its name and value (RFC 9113, section 6.5.2)."""
 
 _VALID_REQUEST_ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
 
 
 class CallMetadata(NamedTuple):
-    """What this server reads of the metadata of a call.
+    """The metadata of a call that this server uses.
 
     Attributes:
-        request_id: The caller's `x-request-id`, or a new one.
-        authorization: The values that were sent as `authorization`.
-        size: Bytes of all metadata, as HTTP/2 counts them. What gRPC keeps to itself, such as the path, is not counted.
+        request_id: The caller's `x-request-id` if it is valid, else a new one.
+        authorization: The values of all `authorization` entries.
+        size: Bytes of all metadata, as HTTP/2 counts them, without entries that gRPC does not pass on, such as the path.
     """
 
     request_id: str
@@ -41,14 +41,14 @@ class CallMetadata(NamedTuple):
                 authorization += (value,)
             elif name == REQUEST_ID and sent_id is None:
                 sent_id = value
-        own_id = sent_id if isinstance(sent_id, str) and _VALID_REQUEST_ID.fullmatch(sent_id) else secrets.token_hex(16)
-        return cls(own_id, authorization, size)
+        request_id = sent_id if isinstance(sent_id, str) and _VALID_REQUEST_ID.fullmatch(sent_id) else secrets.token_hex(16)
+        return cls(request_id, authorization, size)
 
     def check_size(self, limit: int) -> None:
-        """Raises `MetadataTooLargeError` if there are more than `limit` bytes.
+        """Raises `MetadataTooLargeError` if the metadata have more than `limit` bytes.
 
-        gRPC holds a client to its limit only from when that client has acknowledged the server's HTTP/2 settings, which an
-        attacker need not do. Until then gRPC takes in up to 16 MiB of metadata for each call, and keeps it until the call ends.
+        gRPC enforces its own limit only after the client has acknowledged the server's HTTP/2 settings, which an attacker may
+        never do. Until then gRPC accepts up to 16 MiB of metadata for each call, and keeps them until the call ends.
         """
         if self.size > limit:
             raise MetadataTooLargeError(limit)

@@ -1,4 +1,4 @@
-"""Receives the requests of a call, and runs the method of the servicer on them."""
+"""Receives the requests of a call, and passes them to the servicer's method."""
 
 from collections.abc import Awaitable, Callable
 from types import CoroutineType
@@ -13,13 +13,13 @@ from flywheel_server.operations import Operation, OperationWaiter
 
 
 class MethodError(TypeError):
-    """A method of a servicer does not work as this server's methods do."""
+    """A servicer's method returns or yields its answers instead of writing them to the context."""
 
 
 class Method:
-    """A method of a servicer: it gets a message, writes its answers to the context, and returns nothing.
+    """A servicer's method, which gets a message, writes its answers to the context, and returns nothing.
 
-    A method with a stream of requests gets them one by one.
+    A method with a stream of requests is called once for each request.
     """
 
     def __init__(self, handler: Handler) -> None:
@@ -29,11 +29,11 @@ class Method:
         self._parse: Any = handler.request_deserializer
 
     async def receive(self, context: GrpcContext, limit: int, waits: OperationWaiter) -> Any:  # noqa: ANN401 - any method's request
-        """Returns the next request; None after the last one. Waits for it as one of `waits`, and raises what these raise.
+        """Returns the next request, or None after the last one. Waits as long as `waits` allows, and raises its errors.
 
         Raises:
-            RequestTooLargeError: It has more than `limit` bytes after decompression.
-            MalformedRequestError: It is not a message of its type.
+            RequestTooLargeError: The request has more than `limit` bytes after decompression.
+            MalformedRequestError: The request is not a message of the method's type.
         """
         data: Any = await waits.wait(Operation(context.read()))
         if data is grpc.aio.EOF:
@@ -41,12 +41,12 @@ class Method:
         message = await decompressed(data, limit)
         try:
             return self._parse(message)
-        except Exception as error:  # protobuf's implementations raise what they like; none may reach the caller
+        except Exception as error:  # protobuf's implementations raise different errors
             raise MalformedRequestError from error
 
     def answer(self, request: Any, context: Any) -> Awaitable[None]:  # noqa: ANN401 - any method's request
         """Runs the method. Raises `MethodError` if the method returns or yields its answers instead of writing them."""
-        # Not a coroutine: its frame would hold the request, which may be large, for as long as the method runs.
+        # Not `async def`: the frame would keep the request, which may be large, in memory while the method runs.
         return self._checked(self._function(request, context))
 
     async def _checked(self, running: Any) -> None:  # noqa: ANN401 - whatever a method may return
@@ -55,6 +55,6 @@ class Method:
         if returned is not None or not is_coroutine:
             name = getattr(self._function, "__qualname__", repr(self._function))
             raise MethodError(
-                f"{name} returned or yielded an answer ({type(returned).__name__}), which nobody sends. Make it `async def`, "
+                f"{name} returned or yielded an answer ({type(returned).__name__}), which is not sent. Make it `async def`, "
                 "write each answer with `await context.write(answer)`, and return nothing."
             )

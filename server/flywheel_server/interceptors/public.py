@@ -1,4 +1,4 @@
-"""Holds the methods that anybody may call to small limits: everything that answers before authentication comes through here."""
+"""Runs the methods that need no authentication, within small limits."""
 
 import asyncio
 from collections import Counter
@@ -26,22 +26,23 @@ from flywheel_server.public_limits import (
 from flywheel_server.reflection import V1, V1ALPHA
 
 PUBLIC_SERVICES: Final = frozenset({health.SERVICE_NAME, V1, V1ALPHA})
-"""The services that need no authentication. All others do."""
+"""The services that need no authentication. All other services need it."""
 
 
 def is_public(method: str) -> bool:
-    """Returns whether anybody may call the method, such as `/package.Service/Method`."""
+    """Returns whether a method, such as `/package.Service/Method`, needs no authentication."""
     return method.removeprefix("/").partition("/")[0] in PUBLIC_SERVICES
 
 
 class PublicMethods:
-    """Runs the public methods: they get the message, and write their own.
+    """Runs the calls of public methods.
 
-    A call has a turn while its request is received and answered. Of a method with a stream of requests, each of them has. A
-    method with a stream of answers to one request has the turn only until the request has arrived, and then a place.
+    `public_limits` says what a turn and a place are. A unary call holds a turn while its request is received and answered. In
+    a stream of requests, each request holds a turn of its own. A method that streams answers to one request holds a turn only
+    until the request has arrived, and then a place.
 
     Arguments:
-        max_streams: Calls that may stream answers at a time.
+        max_streams: Maximum number of calls that stream answers at a time.
         waits: Ends the wait for a request that does not arrive in time.
     """
 
@@ -53,7 +54,7 @@ class PublicMethods:
         self._unread: Counter[str] = Counter()
 
     def runner(self, handler: Handler) -> Callable[[GrpcContext, CallMetadata, CallContext], Awaitable[None]]:
-        """Returns what runs a call of the method."""
+        """Returns the function that runs calls of the method."""
         method = Method(handler)
         if handler.request_streaming:
             return lambda context, *_: self._answer_each(method, context)
@@ -63,7 +64,7 @@ class PublicMethods:
 
     @asynccontextmanager
     async def _turn(self, context: GrpcContext) -> AsyncIterator[None]:
-        """Waits for a turn, and has it for the length of the context. Raises `ServerFullError` if there is none."""
+        """Waits for a turn, and holds it for the length of the context. Raises `ServerFullError` if no turn comes."""
         connection = context.peer()
         async with self._short_calls.call(connection), self._slots.slot(connection):
             if self._unread[connection] >= MAX_UNREAD_ANSWERS:
@@ -88,7 +89,7 @@ class PublicMethods:
             except (IncompleteRequestError, ServerFullError):
                 if arrived:
                     raise
-                return  # everything that was asked is answered
+                return  # every request that arrived has its answer
 
     async def _stream(self, method: Method, context: GrpcContext) -> None:
         async with self._turn(context):
@@ -107,7 +108,7 @@ class PublicMethods:
 
 
 class _PublicCall:
-    """What a public method sees of its call. Counts the answers that the caller leaves unread, by connection."""
+    """The context that a public method gets. Counts, for each connection, the answers that the caller does not read."""
 
     def __init__(self, context: GrpcContext, unread: Counter[str]) -> None:
         self._context = context
@@ -120,17 +121,17 @@ class _PublicCall:
         try:
             await writing.result
         except grpc.aio.InternalError as error:
-            # The caller has gone in this moment, which grpc would log as if it were a fault of ours.
+            # The caller has just gone. grpc would log its own error as a fault of the server.
             raise asyncio.CancelledError from error
         finally:
             if not writing.is_over:
-                self._count(writing, self._context.peer())
+                self._count_unread(writing, self._context.peer())
 
-    def _count(self, writing: Operation[None], connection: str) -> None:
-        def ended(_: object) -> None:
+    def _count_unread(self, writing: Operation[None], connection: str) -> None:
+        def on_end(_: object) -> None:
             self._unread[connection] -= 1
             if not self._unread[connection]:
                 del self._unread[connection]
 
         self._unread[connection] += 1
-        writing.end().add_done_callback(ended)
+        writing.end().add_done_callback(on_end)

@@ -1,7 +1,7 @@
-"""Reads the request of a call and makes a message of it: after authentication, in bounded time, and with errors of ours.
+"""Receives and parses the request of a call after authentication, within a timeout.
 
-grpc itself would receive and parse it before any interceptor runs, be the caller known or not, would wait for the rest of it
-for ever, and would end a call whose bytes are no message with INTERNAL and without details.
+grpc itself would receive and parse the request before any interceptor runs, even from an unknown caller. It would wait without
+a limit for the rest of a request, and would end a call with malformed bytes with INTERNAL and without details.
 """
 
 from typing import Any, Final
@@ -13,17 +13,16 @@ from flywheel_server.interceptors.methods import Method
 from flywheel_server.operations import OperationWaiter
 
 REQUEST_TIMEOUT: Final = 30.0
-"""Seconds of running time in which a request must have arrived."""
+"""Seconds of running time within which a request must arrive."""
 
 
 class RequestReader:
-    """Receives the requests of known callers.
+    """Receives the requests of authenticated callers.
 
     Arguments:
-        max_message_bytes: The largest request, after decompression.
+        max_message_bytes: Maximum size of a request, after decompression.
         waits: Ends the wait for a request that does not arrive in time.
-        authentication: Confirms, once the request has arrived, that the caller may still call. The method begins right after
-            that, without anything else in between.
+        authentication: Authenticates the caller again when the request has arrived, immediately before the method starts.
     """
 
     def __init__(self, max_message_bytes: int, waits: OperationWaiter, authentication: Authentication) -> None:
@@ -37,9 +36,9 @@ class RequestReader:
         Raises:
             IncompleteRequestError: The request has not arrived in time.
             RequestTooLargeError: The request is too large.
-            MalformedRequestError: There is no request, or it is not a message of its type.
+            MalformedRequestError: There is no request, or it is not a message of the method's type.
             EngineUnavailableError: The server stops.
-            UnauthenticatedError: The caller may no longer call.
+            UnauthenticatedError: The caller's key or certificate is no longer accepted.
         """
         request = await method.receive(context, self._max_message_bytes, self._waits)
         if request is None:

@@ -1,14 +1,15 @@
-"""A server of several processes on one port, for engines that live elsewhere.
+"""Serves from several processes on one port, with an engine outside these processes.
 
-The process that the user has started is the parent. It makes no object of gRPC. It reserves the port, starts the workers, and
-replaces those that die. Each worker is a whole server with an engine of its own. The parent has the one admission and
-the one health of all.
+The process that the user has started is the parent. It uses no gRPC itself. It reserves the port, starts the workers, and
+replaces workers that die. Each worker is a complete server with an engine client of its own. All workers share the admission
+control, the quotas and the health in the parent.
 
-    port          reserves the port that the workers share
-    wire          the lines that parent and workers send one another
-    parent        starts the workers, replaces them, and stops them
-    shared_calls  what one worker's calls hold of the admission of all, in the parent
-    link          the worker's end: an admission control, health and counts that ask the parent
+    port              reserves the port that the workers share
+    wire              the messages between parent and workers
+    parent            in the parent: starts, replaces and stops the workers
+    shared_calls      in the parent: the places in the queue and the quotas that the calls of one worker hold
+    link              in a worker: the connection to the parent
+    shared_admission  in a worker: an admission control that asks the parent
 
 The program that a worker runs is `flywheel_server.worker`, because it loads a whole server.
 """

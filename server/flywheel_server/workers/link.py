@@ -1,4 +1,4 @@
-"""A worker's link to the parent, which has the admission, the health and the counts of all workers."""
+"""Connects a worker to the parent, which has the admission, the health and the counts of all workers."""
 
 import asyncio
 import itertools
@@ -19,18 +19,18 @@ from flywheel_server.workers.shared_admission import SharedAdmissionControl
 from flywheel_server.workers.wire import Connection, Line
 
 SECOND_STOP_DELAY: Final = 0.05
-"""Seconds between two stops of a worker whose parent is gone: two at once would cancel its task only once."""
+"""Seconds between the two stops of a worker whose parent is gone: two at once would cancel its task only once."""
 
 ORPHAN_TIMEOUT: Final = 15.0
-"""Seconds that a worker whose parent is gone has to end by itself, as after a second signal. Its event loop may hang."""
+"""Seconds that a worker has to end after its parent is gone. Then it exits, even if its event loop hangs."""
 
 
 class Link:
-    """What a worker shares with the others, through the parent.
+    """A worker's connection to the parent.
 
     Attributes:
-        admission: The admission control of all workers.
-        health: The health of all workers.
+        admission: An admission control that all workers share.
+        health: The health of all workers together.
     """
 
     def __init__(self) -> None:
@@ -55,25 +55,25 @@ class Link:
 
     @classmethod
     async def over(cls, pair: socket.socket) -> Self:
-        """Returns the link over one end of a pair of sockets."""
+        """Connects over one end of a socket pair, and returns the link."""
         link = cls()
-        watched = os.dup(pair.fileno())
-        threading.Thread(target=_exit_after_parent, args=(watched,), name="parent", daemon=True).start()
+        descriptor = os.dup(pair.fileno())
+        threading.Thread(target=_exit_after_parent, args=(descriptor,), name="parent", daemon=True).start()
         await asyncio.get_running_loop().create_connection(lambda: link._connection, sock=pair)
         link._connection.send("hello")
         return link
 
     def counting(self, engine: Engine, generations: Generations, *, in_process: bool) -> GetCounts:
-        """Returns what counts the calls of all workers.
+        """Returns a function that counts the calls of all workers.
 
         Arguments:
             engine: The engine of this worker.
             generations: The calls of this worker.
-            in_process: Whether each worker has an engine of its own, so that what all engines say is added up. An engine
-                elsewhere is the same for all.
+            in_process: Whether each worker runs an engine of its own, whose statistics are added up. An engine elsewhere is
+                the same for all workers.
         """
 
-        async def own() -> Line:
+        async def count_own() -> Line:
             stats = await engine.stats() if in_process else EngineStats(0, 0)
             return (generations.active, generations.queued, stats.backlog, stats.num_total_runners)
 
@@ -82,14 +82,14 @@ class Link:
             active, queued, backlog, runners = await self._total()
             return Counts(active, queued, EngineStats(backlog, runners) if in_process else stats)
 
-        self._own_counts = own
+        self._own_counts = count_own
         return count_all
 
     @contextmanager
     def calling(self, act: Callable[[], None]) -> Iterator[None]:
-        """Calls `act` whenever the parent has the worker stop, for the length of the context, and for what came before.
+        """Calls `act` each time the parent stops the worker, during the context, and once for each earlier stop.
 
-        If the parent is gone, it does so twice: there is nothing to drain for.
+        If the parent is gone, calls `act` twice, so that the worker does not drain.
         """
         self._on_stop = act
         for _ in range(self._stops):
@@ -100,11 +100,11 @@ class Link:
             self._on_stop = None
 
     def ready(self) -> None:
-        """Tells the parent that the worker serves."""
+        """Tells the parent that the worker has begun to serve."""
         self._connection.send("ready")
 
     async def fail(self, why: str) -> None:
-        """Tells the parent why the worker does not serve, and returns when that has been sent."""
+        """Tells the parent why the worker cannot serve, and returns after that has been sent."""
         self._connection.send("failed", why)
         await self._connection.close()
 
@@ -140,12 +140,12 @@ class Link:
         self._show()
 
     def _show(self) -> None:
-        """Says how all workers are, but never that they serve if this one does not."""
+        """Shows the health of all workers, but never serving if this worker does not serve."""
         serving, runners = self._overall
         self.health.show(serving=serving and self._serves, runners=runners and self._serves)
 
     async def _answer(self, question: int) -> None:
-        # The parent asks only those that serve.
+        # The parent asks only workers that serve.
         if self._own_counts:
             self._connection.send("counts", question, await self._own_counts())
 
@@ -165,10 +165,10 @@ def _gone() -> EngineUnavailableError:
 
 
 def _exit_after_parent(descriptor: int) -> None:
-    """Ends the process some time after the other end of the pair was closed, whatever the event loop does."""
-    watching = select.poll()
-    # POLLHUP is always reported, and nothing else is.
-    watching.register(descriptor, 0)
-    watching.poll()
+    """Exits `ORPHAN_TIMEOUT` after the parent has closed its end of the socket pair. Runs on a thread of its own."""
+    poller = select.poll()
+    # Without events to watch, only POLLHUP is reported.
+    poller.register(descriptor, 0)
+    poller.poll()
     time.sleep(ORPHAN_TIMEOUT)
     os._exit(1)

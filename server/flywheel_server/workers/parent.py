@@ -1,4 +1,4 @@
-"""The parent of the workers: starts them, replaces those that die, and has what holds for all of them together."""
+"""Starts, replaces and stops the workers, and keeps their common admission, quotas and health."""
 
 import asyncio
 import os
@@ -24,41 +24,41 @@ from flywheel_server.workers.wire import Connection, Line
 log = structlog.stdlib.get_logger(__name__)
 
 END_TIMEOUT: Final = 15.0
-"""Seconds that a worker has to end after its drain: what its engine and its connections may take, and a little more."""
+"""Seconds that a worker has to end after its drain: its engine and its connections take less."""
 
 COUNT_TIMEOUT: Final = 1.0
-"""Seconds that a worker has to tell how many calls it has. One that is stopped does not, and is left out."""
+"""Seconds that a worker has to answer with its counts. A worker that does not answer is left out."""
 
 CHECK_INTERVAL: Final = 5.0
-"""Seconds between two checks of whether a worker still answers."""
+"""Seconds between two checks of whether a worker answers."""
 
 MAX_SILENCE: Final = 30.0
-"""Seconds of running time in which a worker that serves must answer; otherwise its event loop hangs, and it is killed."""
+"""Seconds of running time within which a serving worker must answer a check. Otherwise its event loop hangs: it is killed."""
 
 STABLE_SECONDS: Final = 10.0
-"""Seconds of serving after which the death of a worker counts as the first one in a row."""
+"""Seconds of serving after which a worker counts as stable: if it dies then, the count of deaths in a row starts again."""
 
 MAX_DEATHS: Final = 5
-"""Deaths in a row of a worker and of those in its place, with which the server gives up."""
+"""Deaths in a row of a worker and its replacements after which the server gives up."""
 
 RESTART_DELAY: Final = 0.5
-"""Seconds before the place of a worker is filled again after its second death in a row. Each further one doubles them."""
+"""Seconds before a worker is replaced after its second death in a row. Each further death doubles them."""
 
 
 class WorkersError(Exception):
-    """The workers do not start, or die again and again."""
+    """A worker does not start, or has died too often."""
 
 
 class Worker:
-    """A process that serves, as the parent sees it.
+    """A worker process, in the parent.
 
     Attributes:
-        number: Which one it is, from 1. One that replaces another has the same number.
-        connection: The parent's end of the pair of sockets.
-        ready_at: When it began to serve, in running time; None before that.
-        health: Whether it serves, and whether its engine has runners; None before it says so.
-        why: Why it cannot serve, if it has said so.
-        has_begun: Whether it has taken up the connection, and so can be told to stop.
+        number: The number of the worker, from 1. A replacement has the number of the worker that it replaces.
+        connection: The parent's end of the socket pair.
+        ready_at: When the worker began to serve, in running time; None before that.
+        health: Whether the worker serves, and whether its engine has runners; None before its first report.
+        why: Why the worker cannot serve; empty if it has not reported a reason.
+        has_connected: Whether the worker uses the connection, so that it can be told to stop.
     """
 
     def __init__(self, number: int, command: Sequence[str], parent: "Parent", on_output: Callable[[bytes], None]) -> None:
@@ -66,11 +66,11 @@ class Worker:
         self.ready_at: float | None = None
         self.health: tuple[bool, bool] | None = None
         self.why = ""
-        self.has_begun = False
+        self.has_connected = False
         self._parent = parent
         self._closed = asyncio.Event()
         handlers: dict[str, Callable[..., None]] = {
-            "hello": self._begin,
+            "hello": self._connect,
             "capacity": parent.admission.set_capacity,
             "health": self._receive_health,
             "ready": self._be_ready,
@@ -104,14 +104,14 @@ class Worker:
 
     @property
     def has_closed(self) -> bool:
-        """Whether it has closed the connection, as it does when it ends."""
+        """Whether the connection is closed, as it is when the worker ends."""
         return self._closed.is_set()
 
     async def ended(self) -> int:
-        """Returns the exit code of the process, or the negative number of the signal that ended it, when it has ended."""
+        """Waits for the end of the process, and returns its exit code, or the negative number of the signal that ended it."""
         loop = asyncio.get_running_loop()
         await loop.create_connection(lambda: self.connection, sock=self._pair)
-        # Whatever the worker had to say comes before this.
+        # All messages of the worker arrive before this.
         await self._closed.wait()
         for asked in self._counts.values():
             asked.cancel()
@@ -127,20 +127,20 @@ class Worker:
         return self.process.wait()
 
     def stop(self) -> None:
-        """Has it drain and end, or end its drain."""
-        if self.has_begun:
+        """Makes the worker drain and end. A second call ends the drain."""
+        if self.has_connected:
             self.connection.send("stop")
         else:
             self.process.kill()
 
     def count(self, question: int) -> asyncio.Future[Line]:
-        """Returns what the worker answers when it is asked for its counts."""
+        """Asks the worker for its counts, and returns a future of the answer."""
         asked = self._counts[question] = asyncio.get_running_loop().create_future()
         self.connection.send("count", question)
         return asked
 
     def forget(self, question: int) -> None:
-        """Takes no answer any more."""
+        """Ignores a later answer to the question."""
         self._counts.pop(question).cancel()
 
     def _receive_counts(self, question: int, counts: Line) -> None:
@@ -151,9 +151,9 @@ class Worker:
         self.health = (serving, runners)
         self._parent.publish_health()
 
-    def _begin(self) -> None:
-        self.has_begun = True
-        self._parent.on_begun(self)
+    def _connect(self) -> None:
+        self.has_connected = True
+        self._parent.on_connected(self)
 
     def _be_ready(self) -> None:
         self.ready_at = running_time.now()
@@ -167,13 +167,13 @@ class Parent:
     """Keeps the workers running.
 
     Arguments:
-        settings: Those of the server.
-        arguments: What each worker gets after its descriptor and its number: the port and the flags of the settings.
-        on_output: Gets what the workers write to standard error, and must not wait.
+        settings: The settings of the server.
+        arguments: Each worker's arguments after its descriptor and its number: the port and the flags of the settings.
+        on_output: Receives what the workers write to standard output and standard error. It must not block.
 
     Attributes:
-        admission: The admission of all workers.
-        quotas: The quotas of all workers.
+        admission: The admission that all workers share.
+        quotas: The quotas that all workers share.
     """
 
     def __init__(self, settings: Settings, arguments: Sequence[str], on_output: Callable[[bytes], None]) -> None:
@@ -188,17 +188,17 @@ class Parent:
         self._stopping = asyncio.Event()
         self._questions = 0
         self._asking: list[tuple[Worker, int]] = []
-        """The questions for the counts of all workers that wait, and who has asked them."""
+        """Waiting questions for the counts of all workers, each with the worker that asks."""
         self._answering: asyncio.Task[None] | None = None
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Has the workers serve for the length of the context, which is cancelled if they die again and again.
+        """Runs the workers for the length of the context, which starts when all of them serve.
 
-        It is entered when all of them serve. On leaving, they drain; cancelling that ends the drain.
+        The context is cancelled if a worker dies too often. On leaving it, the workers drain; cancelling that ends the drain.
 
         Raises:
-            WorkersError: One of them does not start, or one died too often.
+            WorkersError: A worker does not start, or has died too often.
         """
         keeping = [asyncio.create_task(self._keep(number)) for number in range(1, self._settings.workers + 1)]
         failing = asyncio.gather(*keeping)
@@ -212,7 +212,7 @@ class Parent:
         try:
             await self._up.wait()
             if not failing.done():
-                # What a worker is told comes to it in order: one that has answered has heard that all serve.
+                # Messages arrive in order: a worker that answers this has received the message that all workers serve.
                 await self._count_all()
                 failing.add_done_callback(interrupt)
                 yield
@@ -228,7 +228,7 @@ class Parent:
                 raise error
 
     async def _keep(self, number: int) -> None:
-        """Has a worker of this number run until the server stops."""
+        """Runs a worker with this number, and its replacements, until the server stops."""
         deaths = 0
         while True:
             was_stable, why = await self._run_one(number)
@@ -244,11 +244,11 @@ class Parent:
                 return
 
     async def _run_one(self, number: int) -> tuple[bool, str]:
-        """Runs a worker until it has ended, and returns whether it had served for a while, and why it has ended."""
+        """Runs a worker until it ends. Returns whether it was stable, and why it has ended."""
         try:
             worker = self._workers[number] = Worker(number, WORKER_COMMAND, self, self._on_output)
         except (OSError, RuntimeError) as error:
-            # Processes, threads, memory or descriptors are short. They may be there again when the next worker is started.
+            # Processes, threads, memory or descriptors are exhausted, perhaps only for a while.
             log.error("worker not started", number=number, error=str(error))  # noqa: TRY400 - the message says it
             return False, f"worker {number} cannot be started: {error}"
         log.info("worker started", number=number, pid=worker.process.pid)
@@ -256,7 +256,7 @@ class Parent:
         exit_code = await worker.ended()
         checking.cancel()
         del self._workers[number]
-        worker.calls.give_back_all()
+        worker.calls.release_all()
         self.publish_health()
         why = worker.why or f"worker {number} ended with {exit_code}"
         if self._up.is_set() and not self._stopping.is_set():
@@ -265,7 +265,7 @@ class Parent:
         return was_stable, why
 
     async def _kill_if_silent(self, worker: Worker) -> None:
-        """Kills a worker that serves but does not answer any more: its callers would wait for ever."""
+        """Kills a serving worker that stops answering, because its callers would wait for ever."""
         while not worker.has_closed:
             await running_time.sleep(CHECK_INTERVAL)
             if worker.ready_at is not None and not await self._ask([worker], MAX_SILENCE) and not worker.has_closed:
@@ -274,7 +274,7 @@ class Parent:
                 return
 
     async def _pause(self, seconds: float) -> None:
-        """Returns after so many seconds, or when the server stops."""
+        """Waits for so many seconds, or until the server stops."""
         with suppress(TimeoutError):
             async with running_time.timeout(seconds):
                 await self._stopping.wait()
@@ -292,17 +292,17 @@ class Parent:
                 worker.process.kill()
             await asyncio.wait(keeping)
 
-    async def _end_workers(self, keeping: Sequence[asyncio.Task[None]], timeout: float) -> None:  # noqa: ASYNC109 - of others
+    async def _end_workers(self, keeping: Sequence[asyncio.Task[None]], timeout: float) -> None:  # noqa: ASYNC109 - for the workers, not for this call
         for worker in self._workers.values():
             worker.stop()
         await running_time.wait(keeping, timeout)
 
-    def on_begun(self, worker: Worker) -> None:
-        """Tells a worker that has taken up its connection how the server is."""
+    def on_connected(self, worker: Worker) -> None:
+        """Sends the common health to a worker that has connected."""
         worker.connection.send("health", *self._health)
 
     def on_ready(self) -> None:
-        """Takes note that a worker serves; says so for the server once all of them do."""
+        """Marks the server as up, and publishes its health, if all workers serve. Called when a worker begins to serve."""
         if len(self._workers) == self._settings.workers and all(
             worker.ready_at is not None for worker in self._workers.values()
         ):
@@ -310,9 +310,9 @@ class Parent:
             self.publish_health()
 
     def publish_health(self) -> None:
-        """Tells all workers how they are together: they serve if each of them does that is there.
+        """Sends the common health to all workers: serving if every worker that runs serves.
 
-        At the start all have to be there. Later a worker that is being replaced does not count, because it gets no calls.
+        At the start, all workers must run. Later a worker that is being replaced does not count, because it gets no calls.
         """
         known = [worker.health for worker in self._workers.values() if worker.health]
         serving = self._up.is_set() and bool(known) and all(serving for serving, _ in known)
@@ -323,7 +323,7 @@ class Parent:
                 worker.connection.send("health", *health)
 
     def answer_total(self, asking: Worker, question: int) -> None:
-        """Sends a worker the counts of all workers, now or with the next ones if some are being collected."""
+        """Sends a worker the counts of all workers. If counts are being collected, the question waits for the next ones."""
         self._asking.append((asking, question))
         if self._answering is None or self._answering.done():
             self._answering = asyncio.create_task(self._answer_totals())
@@ -336,13 +336,13 @@ class Parent:
                 worker.connection.send("total", question, counts)
 
     async def _count_all(self) -> Line:
-        """Returns the sums of what the workers answer when they are asked for their counts."""
+        """Returns the sums of the counts of all serving workers."""
         serving = [worker for worker in self._workers.values() if worker.ready_at is not None]
         answers = await self._ask(serving, COUNT_TIMEOUT)
         return [sum(column) for column in zip(*answers, strict=True)] or [0, 0, 0, 0]
 
-    async def _ask(self, workers: Sequence[Worker], timeout: float) -> list[Line]:  # noqa: ASYNC109 - of others
-        """Returns the counts of those workers that tell them within so many seconds."""
+    async def _ask(self, workers: Sequence[Worker], timeout: float) -> list[Line]:  # noqa: ASYNC109 - for the workers, not for this call
+        """Returns the counts of the workers that answer within `timeout` seconds."""
         self._questions += 1
         question = self._questions
         asked = [worker.count(question) for worker in workers]
@@ -353,7 +353,7 @@ class Parent:
         return [each.result() for each in asked if not each.cancelled()]
 
 
-# -P keeps the folder in which the server is started from what can be imported, as with the command itself.
+# -P keeps the current folder out of sys.path, as with the command flywheel-server.
 WORKER_COMMAND: Final = (sys.executable, "-P", "-m", "flywheel_server.worker")
 
 
@@ -361,18 +361,18 @@ WORKER_COMMAND: Final = (sys.executable, "-P", "-m", "flywheel_server.worker")
 async def serve_in_workers(
     settings: Settings, arguments: Sequence[str], on_output: Callable[[bytes], None]
 ) -> AsyncIterator[int]:
-    """Has `settings.workers` processes serve for the length of the context, which gets the port that they listen on.
+    """Serves in `settings.workers` processes for the length of the context, and gives the port that they listen on.
 
-    On leaving, it stops them as `server.serve` stops.
+    On leaving the context, the workers stop as `server.serve` does.
 
     Arguments:
-        settings: The settings.
-        arguments: The command line that the settings come from, besides the environment.
-        on_output: Gets the lines that the workers write to standard error. It must not wait.
+        settings: The settings of the server.
+        arguments: The command line from which the settings come, in addition to the environment.
+        on_output: Receives what the workers write to standard output and standard error. It must not block.
 
     Raises:
-        OSError: The port is taken, or a worker cannot be started.
-        WorkersError: The workers do not start, or die again and again. This cancels the context.
+        OSError: The port is taken, or the host is not an address of this machine.
+        WorkersError: A worker does not start, or has died too often. The latter cancels the context.
     """
     host = settings.address.rpartition(":")[0]
     with reserved(host, settings.port) as port:

@@ -1,4 +1,4 @@
-"""The port that all workers listen on."""
+"""Reserves the port that all workers listen on."""
 
 import socket
 from collections.abc import Iterator
@@ -7,16 +7,16 @@ from contextlib import ExitStack, contextmanager
 
 @contextmanager
 def reserved(host: str, port: int) -> Iterator[int]:
-    """Reserves the port for the length of the context, for this process and those that it starts, and gives its number.
+    """Reserves the port for this process and its children for the length of the context, and gives its number.
 
-    Sockets with SO_REUSEPORT may share a port if one user has made them all, and Linux spreads connections over those that
-    listen. The sockets here never listen. They keep the port while no worker is there, and away from other servers: they are
-    bound without SO_REUSEPORT, which fails if anybody else has the port, and get it afterwards. A server of the same user
-    that asks for SO_REUSEPORT when it binds is the only one that can join.
+    With SO_REUSEPORT, sockets of one user may share a port, and Linux spreads connections over the sockets that listen. The
+    sockets here never listen. They hold the port while no worker runs, and keep other servers from taking it: they are bound
+    without SO_REUSEPORT, which fails if the port is taken, and get SO_REUSEPORT afterwards. Only a server of the same user
+    that binds with SO_REUSEPORT can still join.
 
     Arguments:
-        host: A name or an address, in brackets or not.
-        port: The port; 0 is any free one.
+        host: A name or an address, with or without brackets.
+        port: The port; 0 for any free port.
 
     Raises:
         OSError: The port is taken, or the host is not an address of this machine.
@@ -29,9 +29,9 @@ def reserved(host: str, port: int) -> Iterator[int]:
                 holder = sockets.enter_context(socket.socket(family, kind, protocol))
                 if family == socket.AF_INET6:
                     holder.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-                # Connections that the last server has closed would keep the port for a minute.
+                # Otherwise closed connections of the previous server would block the port for a minute.
                 holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                # All addresses of a name get the port that the first one got.
+                # If port is 0, the other addresses of the host get the port of the first one.
                 holder.bind((place[0], port, *place[2:]))
                 port = holder.getsockname()[1]
                 holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)

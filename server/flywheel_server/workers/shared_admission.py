@@ -1,4 +1,4 @@
-"""The admission control of a worker, which asks the parent."""
+"""The admission control of a worker, which forwards to the admission of all workers in the parent."""
 
 import asyncio
 import itertools
@@ -19,9 +19,9 @@ class SharedAdmissionControl:
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
         self.pending: dict[int, SharedPlace] = {}
-        """Calls that the parent has neither let in nor refused."""
+        """Calls that the parent has neither admitted nor refused, by number."""
         self.prepares_at_once = False
-        """Whether it takes no time to prepare a prompt."""
+        """Whether the engine prepares a prompt without delay, because it counts no tokens."""
         self._numbers = itertools.count()
         self._end: Callable[[], Exception] | None = None
 
@@ -31,33 +31,33 @@ class SharedAdmissionControl:
         self.connection.send("capacity", model.slots, model.shared_context_tokens)
 
     def acquire(self, request: GenerationRequest, caller: Caller, time_remaining: float | None) -> "SharedPlace":
-        """See `AdmissionControl.acquire`. Raises its errors from `Place.admitted`, and others at the end."""
+        """See `AdmissionControl.acquire`; `SharedPlace.admitted` raises its errors. Raises here only if the parent is gone."""
         if self._end:
             raise self._end()
         return SharedPlace(self, next(self._numbers), request, caller, time_remaining)
 
     def admit(self, number: int) -> None:
-        """Lets a call in, unless it has gone."""
+        """Admits a call, unless it has ended."""
         if place := self.pending.pop(number, None):
             place.let_in()
 
     def refuse(self, number: int, error: Line) -> None:
-        """Ends the wait of a call, unless it has gone."""
+        """Refuses a call, unless it has ended."""
         if place := self.pending.pop(number, None):
             place.lose(wire.to_error(error))
 
     def end(self, error: Callable[[], Exception]) -> None:
-        """Ends all calls that wait, and those to come, with an error: nobody lets them in any more."""
+        """Ends all waiting calls and all later calls with an error. Called when the parent is gone."""
         self._end = error
         while self.pending:
             self.pending.popitem()[1].lose(error())
 
 
 class SharedPlace:
-    """What a call holds of the admission of all workers, for the length of the context.
+    """A call's share of the quotas and place in the queue of all workers, for the length of the context.
 
-    A call does not wait for the answer to its entry. If it takes time to prepare its prompt, that goes on until the parent
-    refuses the call; and if it takes none, the call asks for both, the entry and the room, when its prompt is ready.
+    A call does not wait for the answer to its entry. If preparing the prompt takes time, the call prepares until the parent
+    refuses it. If it takes none, the call asks for entry and room with one message, when its prompt is ready.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class SharedPlace:
             self._admission_result.set_result(None)
 
     def lose(self, error: Exception) -> None:
-        """Ends the call, whatever it waits for."""
+        """Ends the call with an error, whatever it waits for."""
         self._lost = error
         if self._admission_result is not None and not self._admission_result.done():
             self._admission_result.set_exception(error)

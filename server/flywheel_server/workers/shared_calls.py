@@ -1,4 +1,4 @@
-"""What the calls of one worker hold of the admission of all."""
+"""Handles one worker's messages about its calls, in the parent."""
 
 import asyncio
 from functools import partial
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class SharedCalls:
-    """Does for a worker's calls what the worker asks, and gives back what they hold when the worker is gone.
+    """Takes and releases places and quota shares for a worker's calls. Releases them all when the worker is gone.
 
     Arguments:
         quotas: The quotas of all workers.
@@ -22,7 +22,7 @@ class SharedCalls:
         worker: The connection to the worker, which gets the answers.
 
     Attributes:
-        handlers: What to call for each line of the worker that is about a call.
+        handlers: The function to call for each kind of message about a call.
     """
 
     def __init__(self, quotas: Quotas, admission: Admission, worker: Connection) -> None:
@@ -31,9 +31,9 @@ class SharedCalls:
         self._worker = worker
         self._places: dict[int, Place] = {}
         self._shares: dict[int, Callable[[int], None]] = {}
-        """For each call that has a share of the quotas, what gives back the share, except for so many tokens."""
+        """For each call with a share of the quotas: the function that releases the share, except for the tokens used."""
         self._entries: dict[int, asyncio.Handle] = {}
-        """For each call that has arrived and has not entered yet, what has it enter."""
+        """For each call that has arrived and not yet entered: the scheduled `_enter`."""
         self.handlers: Final[dict[str, Callable[..., None]]] = {
             "enter": self.enter,
             "admit": self.admit,
@@ -42,10 +42,10 @@ class SharedCalls:
         }
 
     def enter(self, number: int, *entry: Any) -> None:  # noqa: ANN401 - the arguments of `_enter`, as they come over the wire
-        """Takes a share of the quotas and a place in the queue for a new call, which waits for room if its prompt is ready.
+        """Schedules `_enter`, to run after all messages that have arrived by now.
 
-        It does so when all lines have been read that have arrived by now. A caller whose call on another worker has ended may
-        have begun this one, and the event loop may read the line of this one first.
+        The caller may have started this call because its call on another worker ended. The event loop may read the message
+        about the new call before the message about the call that ended.
         """
         self._entries[number] = asyncio.get_running_loop().call_soon(self._enter, number, *entry)
 
@@ -58,6 +58,7 @@ class SharedCalls:
         time_remaining: float | None,
         context_tokens: int | None = None,
     ) -> None:
+        """Takes a quota share and a place in the queue for a new call. The call waits for room if its prompt is ready."""
         del self._entries[number]
         caller = wire.to_caller(caller_line)
         try:
@@ -74,8 +75,7 @@ class SharedCalls:
             self._admit(number, context_tokens, time_remaining)
 
     def admit(self, number: int, context_tokens: int, time_remaining: float | None) -> None:
-        """Has a call wait for room, unless it was refused meanwhile."""
-        # After `_enter`.
+        """Makes a call wait for room, unless it has been refused. Scheduled, so that it runs after `_enter`."""
         asyncio.get_running_loop().call_soon(self._admit, number, context_tokens, time_remaining)
 
     def _admit(self, number: int, context_tokens: int, time_remaining: float | None) -> None:
@@ -86,7 +86,7 @@ class SharedCalls:
                 self._refuse(number, error)
 
     def leave(self, number: int, finished: bool, used_tokens: int | None) -> None:
-        """Gives up the place or the room of a call, and its share of the quotas if it is known what the call has used."""
+        """Releases the place or the room of a call, and its quota share if the number of used tokens is known."""
         if entry := self._entries.pop(number, None):
             entry.cancel()
         if place := self._places.pop(number, None):
@@ -95,22 +95,22 @@ class SharedCalls:
             self.settle(number, used_tokens)
 
     def settle(self, number: int, used_tokens: int) -> None:
-        """Gives back a call's share of the quotas."""
-        if give_back := self._shares.pop(number, None):
-            give_back(used_tokens)
+        """Releases a call's quota share, except for the tokens used."""
+        if release := self._shares.pop(number, None):
+            release(used_tokens)
 
-    def give_back_all(self) -> None:
-        """Gives back what all calls hold. What they have used is not known, and does not count, as after a restart."""
+    def release_all(self) -> None:
+        """Releases everything that the calls hold. Their used tokens are unknown, and do not count, as after a restart."""
         for number in [*self._entries, *self._places]:
             self.leave(number, False, None)
         for number in list(self._shares):
             self.settle(number, 0)
 
     def _lose(self, number: int, error: Exception) -> None:
-        # Later: the admission is in the midst of giving the place to another call.
+        # Scheduled, because the admission is just now giving the place to another call.
         asyncio.get_running_loop().call_soon(self._refuse, number, error)
 
     def _refuse(self, number: int, error: Exception) -> None:
-        # The share stays until the worker says what the call has used: its prompt may have been read.
+        # The quota share stays until the worker reports the tokens used: the prompt may have been read.
         self.leave(number, False, None)
         self._worker.send("refused", number, wire.from_error(error))

@@ -1,15 +1,15 @@
-"""What parent and workers send one another: arrays of JSON, one a line, over a pair of sockets that nobody else can open.
+"""The messages between parent and workers: JSON arrays, one per line, over a socket pair that no other process can open.
 
 From a worker:
 
-    enter     call, caller, samples, tokens, time_remaining     takes a share of the quotas and a place in the queue; with
-              [, context_tokens]                                context_tokens, which are known, waits for room as well
-    admit     call, context_tokens, time_remaining              waits for room
-    leave     call, finished, used_tokens                       gives up the place or the room, and the share of the quotas
-                                                                unless used_tokens is null
-    settle    call, used_tokens                                 gives back the share of the quotas
-    capacity  slots, context_tokens                             what the engine works on at a time
-    health    serving, runners                                  how the worker and its engine are
+    enter     call, caller, samples, tokens, time_remaining     take a quota share and a place in the queue; if
+              [, context_tokens]                                context_tokens are known, wait for room too
+    admit     call, context_tokens, time_remaining              wait for room
+    leave     call, finished, used_tokens                       release the place or the room, and the quota share unless
+                                                                used_tokens is null
+    settle    call, used_tokens                                 release the quota share, except for used_tokens
+    capacity  slots, context_tokens                             the engine's capacity
+    health    serving, runners                                  the health of the worker and its engine
     hello                                                       the worker can be told to stop
     ready                                                       the worker has begun to serve
     failed    why                                               the worker cannot start
@@ -18,14 +18,14 @@ From a worker:
 
 From the parent:
 
-    admitted  call
-    refused   call, error                                       ends the call, which then holds nothing any more
-    health    serving, runners                                  how all workers are, together
+    admitted  call                                              the call has room
+    refused   call, error                                       ends the call, which has lost its place or its room
+    health    serving, runners                                  the health of all workers together
     count     question                                          asks for the counts of this worker
     total     question, counts                                  answers `total`
-    stop                                                        drain; a second one ends the drain
+    stop                                                        drain; a second stop ends the drain
 
-A call costs one exchange, before its engine begins, and one line at its end.
+A call costs one exchange before its generation starts, and one line at its end.
 """
 
 import asyncio
@@ -46,11 +46,11 @@ _BY_NAME: Final[dict[str, Callable[..., Exception]]] = {error.__name__: error fo
 
 
 class Connection(asyncio.Protocol):
-    """One end of the pair.
+    """One end of the socket pair.
 
     Arguments:
-        handlers: What to call for the lines that arrive, by their first word, with the rest.
-        on_end: Is called when the other process has ended, or has closed its end.
+        handlers: The functions to call for messages, by the first element of the line, with the other elements.
+        on_end: Called when the other process has ended, or has closed its end.
     """
 
     def __init__(self, handlers: Mapping[str, Callable[..., None]], on_end: Callable[[], None]) -> None:
@@ -60,51 +60,51 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.WriteTransport | None = None
         self._ended = asyncio.Event()
 
-    def send(self, *line: Any) -> None:  # noqa: ANN401 - whatever JSON can hold
-        """Sends a line, without waiting; does nothing once the connection has ended."""
+    def send(self, *line: Any) -> None:  # noqa: ANN401 - any JSON
+        """Sends a line, without waiting. Does nothing if the connection has ended."""
         if self._transport is not None and not self._transport.is_closing():
             self._transport.write(to_json(line) + b"\n")
 
     async def close(self) -> None:
-        """Closes this end, and returns when all lines have been sent, or the other end is closed."""
+        """Closes this end, and returns after all lines have been sent, or the other end is closed."""
         if self._transport is not None:
             self._transport.close()
             await self._ended.wait()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Begins."""
+        """Stores the transport."""
         self._transport = cast("asyncio.WriteTransport", transport)
 
     def data_received(self, data: bytes) -> None:
-        """Passes on the lines that are whole."""
+        """Calls the handlers of complete lines."""
         *lines, self._incomplete_line = (self._incomplete_line + data).split(b"\n")
         for line in lines:
             kind, *arguments = from_json(line)
             self._handlers[kind](*arguments)
 
     def connection_lost(self, _: Exception | None) -> None:
-        """Ends."""
+        """Reports the end of the connection."""
         self._transport = None
         self._ended.set()
         self._on_end()
 
 
 def from_caller(caller: Caller) -> Line:
-    """Returns a caller as JSON can hold it."""
+    """Returns a caller as a JSON array."""
     return (caller.name, caller.priority, caller.max_concurrent, caller.tokens_per_minute)
 
 
 def to_caller(line: Line) -> Caller:
-    """Returns the caller that `from_caller` made this of."""
+    """Returns the caller of a `from_caller` array."""
     return Caller(*line)
 
 
 def from_error(error: Exception) -> Line:
-    """Returns a refusal as JSON can hold it."""
+    """Returns a refusal as a JSON array."""
     return (type(error).__name__, *error.args)
 
 
 def to_error(line: Line) -> Exception:
-    """Returns the refusal that `from_error` made this of."""
+    """Returns the refusal of a `from_error` array."""
     name, *arguments = line
     return _BY_NAME[name](*arguments)
