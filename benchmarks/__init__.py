@@ -1,1 +1,1 @@
-"""What we measure, as ratios side by side in one run: the machines are shared, and their absolute speed means little."""
+"""Measures speed, mostly as ratios within one run, because the machines are shared and absolute speed means little."""

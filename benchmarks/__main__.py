@@ -1,4 +1,4 @@
-"""Measures our server beside others: `python -m benchmarks`, or `make bench`."""
+"""Compares our server with others: `python -m benchmarks`, or `make bench`."""
 
 import argparse
 import resource
@@ -9,42 +9,42 @@ from typing import Final
 
 from benchmarks import building, peers, report
 from benchmarks.peers import Peer
-from benchmarks.runner import take_turns
+from benchmarks.runner import run_rounds
 from benchmarks.scenarios import SCENARIOS
 
-RESULTS: Final = building.ROOT / "benchmarks" / "results"
-"""Where the results of whole runs go, to be committed."""
+RESULTS_FOLDER: Final = building.ROOT / "benchmarks" / "results"
+"""The results of complete runs, which are committed."""
 
-PARTIAL: Final = building.BUILD / "results"
-"""Where those of all other runs go."""
+PARTIAL_FOLDER: Final = building.BUILD_FOLDER / "results"
+"""The results of all other runs."""
 
-RUNS: Final = building.BUILD / "runs.jsonl"
-"""Where each run is noted as it ends."""
+RUNS_FILE: Final = building.BUILD_FOLDER / "runs.jsonl"
+"""The runs, one JSON line each."""
 
 
 def main() -> None:
-    """Builds, measures, and writes the tables and plots."""
+    """Builds the programs, measures, and writes the tables and plots."""
     arguments = _parse()
     _prepare_process()
     building.build()
     present = [peer for peer in arguments.peers if _is_present(peer)]
     scenarios = [scenario for scenario in SCENARIOS if scenario.name in arguments.scenarios]
     runs = []
-    folder = arguments.output or PARTIAL
+    folder = arguments.output or PARTIAL_FOLDER
     try:
-        with RUNS.open("w") as file:
-            for run in take_turns(present, scenarios, rounds=arguments.rounds, seconds=arguments.seconds):
+        with RUNS_FILE.open("w") as file:
+            for run in run_rounds(present, scenarios, rounds=arguments.rounds, seconds=arguments.seconds):
                 runs.append(run)
                 print(run.as_json(), file=file, flush=True)
-                print(f"round {run.round + 1} of {arguments.rounds}, {report.in_short(run)}", flush=True)
+                print(f"round {run.round + 1} of {arguments.rounds}, {report.summary(run)}", flush=True)
         if not sys.argv[1:]:
-            folder = RESULTS
+            folder = RESULTS_FOLDER
     finally:
-        # Of a run that was interrupted, too.
+        # After an interruption too.
         if runs:
             folder.mkdir(parents=True, exist_ok=True)
             print(report.write(runs, present, scenarios, folder))
-            print(f"These tables and the plots are in {folder}, and what they are made of is in {RUNS}.")
+            print(f"These tables and the plots are in {folder}, their data is in {RUNS_FILE}.")
 
 
 def _is_present(peer: Peer) -> bool:
@@ -58,8 +58,8 @@ def _is_present(peer: Peer) -> bool:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     names = {"peers": list(peers.peers()), "scenarios": [scenario.name for scenario in SCENARIOS]}
-    parser.add_argument("--rounds", type=int, default=5, help="how often each scenario runs on each peer; default: 5")
-    parser.add_argument("--seconds", type=float, default=1.5, help="seconds that are measured of a run; default: 1.5")
+    parser.add_argument("--rounds", type=int, default=5, help="runs of each scenario on each peer; default: 5")
+    parser.add_argument("--seconds", type=float, default=1.5, help="measured seconds of a run; default: 1.5")
     parser.add_argument(
         "--peers",
         type=lambda text: [_peer(name) for name in text.split(",")],
@@ -72,11 +72,11 @@ def _parse() -> argparse.Namespace:
         default=names["scenarios"],
         help=f"some of {','.join(names['scenarios'])}; default: all",
     )
-    whole, partial = (folder.relative_to(building.ROOT) for folder in (RESULTS, PARTIAL))
+    whole, partial = (folder.relative_to(building.ROOT) for folder in (RESULTS_FOLDER, PARTIAL_FOLDER))
     parser.add_argument(
         "--output",
         type=Path,
-        help=f"the folder for the tables; default: {whole} if there are no other options and the run is not interrupted, "
+        help=f"the folder for the tables; default: {whole} if there are no options and the run is not interrupted, "
         f"else {partial}",
     )
     return parser.parse_args()
@@ -96,7 +96,7 @@ def _scenario(name: str) -> str:
 
 
 def _prepare_process() -> None:
-    """Has SIGTERM end the servers too, and lets this process and those that it starts open as many connections as they may."""
+    """Makes SIGTERM end the servers too, and raises the limit of open files for this process and its children."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,11 +1,12 @@
-"""What busy cores leave of the embedded engine's speed: tokens/s beside busy processes, with several ways to wait.
+"""Measures the speed of the embedded engine beside busy processes, with several settings of its threads.
 
     python -m benchmarks.busy [--seconds 2] [--rounds 2]
 
-Threads that compute wait for one another some hundred times for each token. A setting is THREADS:SPINS: how many threads, and
-how often one looks before it sleeps (GOMP_SPINCOUNT). THREADS alone leaves that to libgomp; "default" is the server as it
-starts by itself. Each setting is a server of its own, because libgomp reads the variable when it is loaded. All settings take
-turns with the same clients and the same number of busy processes; the others sleep. Figures are medians over the rounds.
+For each token, the threads of the engine wait for one another some hundred times. A setting is THREADS:SPINS: the number of
+threads, and how often a thread spins before it sleeps (GOMP_SPINCOUNT). THREADS alone means libgomp's own default of SPINS.
+"default" is the server without these settings. Each setting has a server of its own, because libgomp reads the variable when it
+is loaded. The settings are measured in turn, with the same clients and the same number of busy processes, while the other
+servers are idle. Figures are medians over the rounds.
 """
 
 import argparse
@@ -30,12 +31,12 @@ DEFAULT: Final = "default"
 CLIENTS: Final = (1, 4)
 SPINS: Final = (300, 1000, 10_000)
 MAX_TOKENS: Final = 512
-# The model does not end this before MAX_TOKENS.
 PROMPT: Final = "<|im_start|>Series {}: 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12,"
+"""A prompt that the model continues for MAX_TOKENS."""
 MAX_BUSY_SECONDS: Final = 60
-"""After these a busy process ends by itself, whatever becomes of this program."""
+"""Seconds after which a busy process ends, even if this program has been killed."""
 LIBGOMP_SPINS: Final = 300_000
-"""What libgomp does without the variable."""
+"""The default of GOMP_SPINCOUNT in libgomp."""
 
 
 def main() -> None:
@@ -43,9 +44,11 @@ def main() -> None:
     cores = usable_cores()
     fixed = ["1", *(f"{cores}{spins}" for spins in ("", *(f":{spins}" for spins in SPINS)))]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.busy")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement")
+    parser.add_argument("--seconds", type=float, default=2.0, help="seconds of each measurement; default: 2")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--settings", nargs="+", default=fixed, metavar="THREADS[:SPINS]", help="beside the default")
+    parser.add_argument(
+        "--settings", nargs="+", default=fixed, metavar="THREADS[:SPINS]", help="settings to compare with the default"
+    )
     parser.add_argument("--busy", nargs="+", type=int, default=[0, (cores + 1) // 2, cores, 2 * cores], metavar="PROCESSES")
     options = parser.parse_args()
     settings = [DEFAULT, *options.settings]
@@ -71,7 +74,7 @@ def row(busy: int, clients: int, speeds: dict[str, float]) -> str:
 
 @contextmanager
 def server(setting: str) -> Iterator[str]:
-    """Runs a server with that setting, and gives its address."""
+    """Runs a server with a setting for the length of the context, and gives its address."""
     variables = {name: value for name, value in os.environ.items() if name not in USER_VARIABLES}
     if setting == DEFAULT:
         arguments = []
@@ -85,7 +88,7 @@ def server(setting: str) -> Iterator[str]:
 
 @contextmanager
 def busy_processes(count: int) -> Iterator[None]:
-    """Keeps so many processes busy."""
+    """Runs `count` busy processes for the length of the context."""
     code = f"import time\nend = time.monotonic() + {MAX_BUSY_SECONDS}\nwhile time.monotonic() < end: pass"
     with ExitStack() as stack:
         for _ in range(count):
@@ -95,7 +98,7 @@ def busy_processes(count: int) -> Iterator[None]:
 
 
 async def speed(address: str, busy: int, clients: int, seconds: float) -> float:
-    """Returns the tokens/s of so many clients together beside so many busy processes."""
+    """Returns the tokens/s of all clients together beside `busy` busy processes."""
     tokens = [0] * clients
 
     async def read(client: AsyncClient, index: int) -> None:
@@ -108,7 +111,7 @@ async def speed(address: str, busy: int, clients: int, seconds: float) -> float:
             before = tokens[index]
 
     async with AsyncClient(address) as client:
-        # Loads what the first call loads.
+        # The first call is slower, because it loads code and data.
         await client.generate_all(PROMPT, max_tokens=1)
         with busy_processes(busy):
             start = time.perf_counter()
@@ -116,7 +119,7 @@ async def speed(address: str, busy: int, clients: int, seconds: float) -> float:
                 async with asyncio.timeout(seconds):
                     await asyncio.gather(*(read(client, index) for index in range(clients)))
             found = sum(tokens) / (time.perf_counter() - start)
-        # Until it is answered, llama.cpp may still be in a step of the cancelled calls.
+        # Before this is answered, llama.cpp may still be in a step of the cancelled calls.
         await client.generate_all(PROMPT, max_tokens=1)
         return found
 

@@ -1,7 +1,7 @@
-"""What a delta costs in the Python clients: `python -m benchmarks.client`.
+"""Measures the CPU time of a delta in the Python clients: `python -m benchmarks.client`.
 
-The CPU time of the process that reads a stream of GenerateDeltas, for each delta: with `Client` and `AsyncClient`, and with the
-generated stubs on a bare channel of the same kind, which give the messages as they are. The server is a process of its own.
+A process reads a stream of GenerateDeltas with `Client` or `AsyncClient`, and with the generated stub on a plain channel of the
+same kind, which returns the messages unchanged. The server is a separate process.
 """
 
 import argparse
@@ -26,25 +26,25 @@ DELTAS: Final = 10_000
 
 
 def request(max_tokens: int) -> generation_pb2.GenerationRequest:
-    """Returns the request that the stubs send."""
+    """Returns the request of the stubs."""
     return generation_pb2.GenerationRequest(text=PROMPT, max_tokens=max_tokens)
 
 
 def stub(address: str) -> float:
-    """Returns the cost with the stub for threads."""
+    """Returns the µs of CPU time for each delta with the synchronous stub."""
     with grpc.insecure_channel(address) as channel:
         generate_deltas = generation_pb2_grpc.GenerationServiceStub(channel).GenerateDeltas
         return cost(lambda count: sum(1 for _ in generate_deltas(request(count))))
 
 
 def client(address: str) -> float:
-    """Returns the cost with `Client`."""
+    """Returns the µs of CPU time for each delta with `Client`."""
     with Client(address) as client:
         return cost(lambda count: sum(1 for _ in client.generate_deltas(PROMPT, max_tokens=count)))
 
 
 def aio_stub(address: str) -> float:
-    """Returns the cost with the stub for asyncio."""
+    """Returns the µs of CPU time for each delta with the asyncio stub."""
 
     async def run() -> float:
         async with grpc.aio.insecure_channel(address) as channel:
@@ -55,7 +55,7 @@ def aio_stub(address: str) -> float:
 
 
 def async_client(address: str) -> float:
-    """Returns the cost with `AsyncClient`."""
+    """Returns the µs of CPU time for each delta with `AsyncClient`."""
 
     async def run() -> float:
         async with AsyncClient(address) as client:
@@ -71,14 +71,14 @@ PAIRS: Final[dict[str, tuple[Callable[[str], float], Callable[[str], float]]]] =
 
 
 def cost(read: Callable[[int], int]) -> float:
-    """Returns the microseconds of CPU time for each delta; `read` reads a stream of so many and returns how many came."""
+    """Returns the µs of CPU time for each delta. `read` reads a stream of the given number of deltas, and counts them."""
     read(1)  # connects
     begun = time.process_time()
     return per_delta(read(DELTAS), begun)
 
 
 async def async_cost(open_stream: Callable[[int], AsyncIterable[object]]) -> float:
-    """The same for asyncio, where `open_stream` opens the stream."""
+    """Returns the µs of CPU time for each delta, for asyncio. `open_stream` opens a stream of the given number of deltas."""
     async for _ in open_stream(1):
         pass
     begun = time.process_time()
@@ -86,7 +86,7 @@ async def async_cost(open_stream: Callable[[int], AsyncIterable[object]]) -> flo
 
 
 def per_delta(count: int, begun: float) -> float:
-    """Returns the microseconds for each delta of a stream that began at this time of the process."""
+    """Returns the µs of CPU time for each delta of a stream that began at the process time `begun`."""
     if count != DELTAS:
         raise RuntimeError(f"{count} deltas have come, not {DELTAS}")
     return (time.process_time() - begun) / DELTAS * 1e6

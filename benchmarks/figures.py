@@ -1,4 +1,4 @@
-"""What runs say: their figures, medians and spreads, and the ratios of two peers. Pure functions."""
+"""Computes the figures of runs: medians with ranges, and ratios of two peers. Pure functions."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ Figure = Callable[[Run], float | None]
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """The median of some values, the least and the most of them."""
+    """The median, the minimum and the maximum of some values."""
 
     median: float
     least: float
@@ -31,24 +31,24 @@ def select(runs: Sequence[Run], scenario: str, peer: str) -> list[Run]:
 
 
 def spread(runs: Sequence[Run], figure: Figure) -> Spread | None:
-    """Returns how a figure is spread over runs."""
+    """Returns the median and the range of a figure over runs; None if no run has the figure."""
     return Spread.of([value for run in runs if (value := figure(run)) is not None])
 
 
 def ratio(over: Sequence[Run], under: Sequence[Run], figure: Figure) -> Spread | None:
-    """Returns how the ratio of a figure is spread. It is taken within each round, whose runs follow each other."""
+    """Returns the median and the range of the ratio of a figure, which is computed within each round."""
     by_round = {run.round: figure(run) for run in under}
     pairs = [(figure(run), by_round.get(run.round)) for run in over]
     return Spread.of([first / second for first, second in pairs if first is not None and second])
 
 
 def cpu(run: Run) -> float | None:
-    """Returns the microseconds of the server's CPU for each token; for each call if calls have one token."""
+    """Returns the µs of the server's CPU time for each token, or for each call if calls have one token."""
     return 1e6 * run.cpu_seconds / run.load["tokens"] if run.load["tokens"] else None
 
 
 def client_cpu(run: Run) -> float | None:
-    """Returns the microseconds of the load client's CPU for each token."""
+    """Returns the µs of the load client's CPU time for each token."""
     return 1e6 * run.load["client_cpu_seconds"] / run.load["tokens"] if run.load["tokens"] else None
 
 
@@ -58,12 +58,12 @@ def tokens_per_second(run: Run) -> float:
 
 
 def tokens_per_message(run: Run) -> float | None:
-    """Returns how many tokens a message brought: more than 1 if tokens were merged."""
+    """Returns the tokens per message: more than 1 if deltas were merged."""
     return run.load["tokens"] / run.load["messages"] if run.load["messages"] else None
 
 
 def memory(run: Run, streams: int) -> float:
-    """Returns the KiB by which the server grew for each open stream."""
+    """Returns the KiB by which the server's memory grew for each open stream."""
     return (run.peak_bytes - run.base_bytes) / streams / 1024
 
 
@@ -73,24 +73,24 @@ def start_seconds(run: Run) -> float:
 
 
 def prompt_seconds(run: Run) -> float | None:
-    """Returns how long the caller of the long prompt waited."""
+    """Returns the seconds that the caller of the long prompt waited for its first token."""
     return run.interruption.prompt_seconds if run.interruption else None
 
 
 def kept(run: Run) -> float | None:
-    """Returns the share of its speed that a stream kept while the long prompt was read: the median of the streams."""
+    """Returns the share of its speed that a stream kept while the long prompt was read, as the median over the streams."""
     return statistics.median(run.interruption.kept) if run.interruption and run.interruption.kept else None
 
 
 def failures(run: Run) -> int:
-    """Returns how many calls did not end with OK and all of their text and tokens."""
+    """Returns the number of calls that did not end with OK, or whose text or number of tokens is wrong."""
     load = run.load
     wrong = int(load["calls"]) - int(load["statuses"].get("OK", 0))
     return wrong + int(load["wrong_texts"]) + int(load["wrong_counts"])
 
 
 def failed_share(run: Run) -> float:
-    """Returns the share of calls that did not end with OK and all of their text and tokens."""
+    """Returns the share of calls that failed; see `failures`."""
     return failures(run) / int(run.load["calls"])
 
 

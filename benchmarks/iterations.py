@@ -1,8 +1,8 @@
-"""What a call and a delta take of the event loop: `python -m benchmarks.iterations`.
+"""Counts what a call and a delta cost the event loop: `python -m benchmarks.iterations`.
 
-Counts the iterations of the event loop, the callbacks that it runs (timers and sockets included), and the tasks that begin: of
-our server with the scripted engine and an API key, and of a bare grpc.aio server. Calls follow each other, so that no two share
-an iteration. Nothing can be counted in uvloop; asyncio's own loop takes the same steps.
+Counts the iterations of the event loop, the callbacks that it runs (including timers and sockets), and the tasks that it
+starts. The servers are ours, with the scripted engine and an API key, and a bare grpc.aio server. Calls run one after the
+other, so that no two calls share an iteration. uvloop offers no way to count; asyncio's own loop takes the same steps.
 """
 
 import asyncio
@@ -30,18 +30,18 @@ from pydantic import SecretStr
 
 from benchmarks.peers import bare
 
-DELAY: Final = 0.005
-"""Seconds before each token: long enough for the loop to have nothing else to do."""
+TOKEN_DELAY: Final = 0.005
+"""Seconds before each token: long enough for the loop to finish all other work."""
 
 CALLS: Final = 200
 TOKENS: Final = 500
 
-COUNTS: Final[Counter[str]] = Counter()
-"""What the event loop has done so far."""
+EVENT_COUNTS: Final[Counter[str]] = Counter()
+"""Counts of iterations, callbacks and tasks so far."""
 
 
 class CountingLoop(asyncio.SelectorEventLoop):
-    """An event loop that counts what it does. It overrides what is not public, as there is no public way to count."""
+    """An event loop that counts. It overrides private methods, because there is no public way to count."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class CountingLoop(asyncio.SelectorEventLoop):
         run_callback = asyncio.Handle._run  # noqa: SLF001
 
         def counted_callback(handle: asyncio.Handle) -> None:
-            COUNTS["callbacks"] += 1
+            EVENT_COUNTS["callbacks"] += 1
             run_callback(handle)
 
         self._counting = patch.object(asyncio.Handle, "_run", counted_callback)
@@ -61,27 +61,27 @@ class CountingLoop(asyncio.SelectorEventLoop):
         super().close()
 
     def _run_once(self) -> None:
-        COUNTS["iterations"] += 1
+        EVENT_COUNTS["iterations"] += 1
         super()._run_once()  # type: ignore[misc]
 
 
 def _counted_task(loop: asyncio.AbstractEventLoop, steps: Any, **options: Any) -> asyncio.Task[Any]:  # noqa: ANN401 - any task
-    COUNTS["tasks"] += 1
+    EVENT_COUNTS["tasks"] += 1
     return asyncio.Task(steps, loop=loop, **options)
 
 
 @asynccontextmanager
 async def ours() -> AsyncIterator[int]:
-    """Runs our server for the length of the context, which gets its port."""
+    """Runs our server for the length of the context, and gives its port."""
     settings = Settings(address="127.0.0.1:0", engine="scripted", api_keys=[SecretStr(KEY)], withdraw_window=0)
-    async with serve(ScriptedEngine(Script(text=TEXT, token_delay=DELAY)), settings) as port:
+    async with serve(ScriptedEngine(Script(text=TEXT, token_delay=TOKEN_DELAY)), settings) as port:
         yield port
 
 
 @asynccontextmanager
 async def bare_server() -> AsyncIterator[int]:
-    """Runs the bare server for the length of the context, which gets its port."""
-    server, port = await bare.start(bare.BareService(TEXT, DELAY))  # type: ignore[abstract] # gRPC answers the other methods
+    """Runs the bare server for the length of the context, and gives its port."""
+    server, port = await bare.start(bare.BareService(TEXT, TOKEN_DELAY))  # type: ignore[abstract] # gRPC answers the other methods
     try:
         yield port
     finally:
@@ -89,13 +89,13 @@ async def bare_server() -> AsyncIterator[int]:
 
 
 async def counted(port: int) -> dict[str, dict[str, float]]:
-    """Returns what each kind of load takes: for each call, or for each delta."""
+    """Returns the average counts of each kind of load, for each call or for each delta."""
 
     async def average(load: Callable[[], None], times: int) -> dict[str, float]:
-        before = COUNTS.copy()
-        # The client has threads of its own, and takes nothing of this loop.
+        before = EVENT_COUNTS.copy()
+        # The client runs on threads of its own, so it does not use this loop.
         await asyncio.to_thread(load)
-        return {kind: (COUNTS[kind] - before[kind]) / times for kind in ("iterations", "callbacks", "tasks")}
+        return {kind: (EVENT_COUNTS[kind] - before[kind]) / times for kind in ("iterations", "callbacks", "tasks")}
 
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
         stub = generation_pb2_grpc.GenerationServiceStub(channel)
@@ -120,7 +120,7 @@ async def counted(port: int) -> dict[str, dict[str, float]]:
 
 
 async def measured(server: Callable[[], Any]) -> dict[str, dict[str, float]]:
-    """Returns what a server takes."""
+    """Runs a server, and returns its average counts."""
     async with server() as port:
         return await counted(port)
 

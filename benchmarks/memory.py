@@ -1,8 +1,8 @@
-"""What an open stream costs in memory: `python -m benchmarks.memory`. Linux only.
+"""Measures the memory of an open stream: `python -m benchmarks.memory`. Linux only.
 
-The resident memory of a server with 0, 500, 1,000 and 2,000 open streams of GenerateDeltas over ten connections, while each of
-them gets a delta now and then: of `flywheel-server` with the scripted engine and an API key, and of a bare grpc.aio server that
-streams the same messages. The difference is what our server adds to grpc's own.
+Measures the resident memory of a server with 0, 500, 1,000 and 2,000 open streams of GenerateDeltas over ten connections, while
+each stream gets a delta every two seconds. The servers are `flywheel-server`, with the scripted engine and an API key, and a
+bare grpc.aio server with the same kind of messages. The difference is what our server adds to grpc's own memory.
 """
 
 import argparse
@@ -27,12 +27,12 @@ TOKEN_DELAY: Final = 2.0
 
 CONNECTIONS: Final = 10
 KEY: Final = "benchmarks-memory"
-SETTLING: Final = 2 * TOKEN_DELAY
-"""Seconds from the first delta of the last stream until memory is read: every stream has had a delta meanwhile."""
+SETTLE_SECONDS: Final = 2 * TOKEN_DELAY
+"""Seconds from the first delta of the last stream until memory is read, so that every stream gets another delta before."""
 
 
 def ours(streams: int) -> tuple[list[str], dict[str, str]]:
-    """Returns the command of our server, and its variables besides those of this process."""
+    """Returns the command of our server for `streams` streams, and its additional environment variables."""
     script = {"token_delay": TOKEN_DELAY, "slots": streams}
     options = {"address": "127.0.0.1:0", "engine": "scripted", "log-level": "warning", "max-concurrent": str(streams)}
     flags = [text for name, value in options.items() for text in (f"--{name}", value)]
@@ -40,13 +40,13 @@ def ours(streams: int) -> tuple[list[str], dict[str, str]]:
 
 
 async def measured(address: str, process: int, counts: list[int]) -> list[float]:
-    """Returns the resident memory in KiB with no stream, and with each of these numbers of streams."""
+    """Returns the resident memory in KiB without streams, and with each of these numbers of streams."""
     options = [("grpc.use_local_subchannel_pool", 1)]
     channels = [grpc.aio.insecure_channel(address, options) for _ in range(CONNECTIONS)]
     stubs: list[Any] = [generation_pb2_grpc.GenerationServiceStub(channel) for channel in channels]
     metadata = (("authorization", f"Bearer {KEY}"),)
     request = generation_pb2.GenerationRequest(text="Once upon a time", max_tokens=4)
-    # Whatever is loaded or set up by the first call is not memory of a stream.
+    # What the first call loads or sets up is not the memory of a stream.
     await asyncio.gather(*(read(stub.GenerateDeltas(request, metadata=metadata), asyncio.Event()) for stub in stubs))
     found = [resident_bytes(process) / 1024]
     request.max_tokens = 1000
@@ -58,7 +58,7 @@ async def measured(address: str, process: int, counts: list[int]) -> list[float]
                 readers.create_task(read(stub.GenerateDeltas(request, metadata=metadata), first)) for stub, first in new
             ]
             await asyncio.gather(*(first.wait() for _, first in new))
-            await asyncio.sleep(SETTLING)
+            await asyncio.sleep(SETTLE_SECONDS)
             if any(stream.done() for stream in open_streams):
                 raise RuntimeError("a stream ended early")
             found.append(resident_bytes(process) / 1024)
@@ -68,7 +68,7 @@ async def measured(address: str, process: int, counts: list[int]) -> list[float]
 
 
 async def read(call: AsyncIterable[object], first: asyncio.Event) -> None:
-    """Reads a stream to its end, and notes the arrival of the first message."""
+    """Reads a stream to its end, and sets `first` when the first message arrives."""
     async for _ in call:
         first.set()
 

@@ -1,10 +1,10 @@
-"""What the gateway adds to a call on Modal: over gRPC, against `Model.generate` called with the modal client directly.
+"""Measures what the gateway adds to a call on Modal, compared with a direct call of `Model.generate` by Modal's client.
 
     python -m benchmarks.modal
 
-Both sides call the same container, which plays a script without delays, so that what is left is the way there and back. Modal
-itself is the stand-in of the tests, in a process of its own on this machine: its share of a call is that of loopback and of
-Python. On the real Modal it is many times larger, and what the gateway adds by itself stays.
+Both call the same container, which plays a script without delays, so that only the time of the transport is left. Modal is the
+stand-in of the tests, in a process of its own on this machine, so its share of a call is small: loopback and Python. On the
+real Modal that share is many times larger, but what the gateway adds is the same.
 """
 
 import asyncio
@@ -49,13 +49,13 @@ async def _compare(address: str) -> None:
         async def direct() -> None:
             await model.generate.remote.aio(**FIELDS)
 
-        ways = {"direct": direct, "GenerateAll": unary, "GenerateDeltas": deltas}
+        methods = {"direct": direct, "GenerateAll": unary, "GenerateDeltas": deltas}
         print(f"{'at a time':>10} {'call':>15} {'ms/call':>8} {'added ms':>9} {'ratio':>6}   (ratio of each round)")
         for concurrency in CONCURRENCY:
-            for call in ways.values():
+            for call in methods.values():
                 await _milliseconds(call, concurrency)
-            rounds = [{name: await _milliseconds(call, concurrency) for name, call in ways.items()} for _ in range(ROUNDS)]
-            for name in ways:
+            rounds = [{name: await _milliseconds(call, concurrency) for name, call in methods.items()} for _ in range(ROUNDS)]
+            for name in methods:
                 times = [measured[name] for measured in rounds]
                 added = [measured[name] - measured["direct"] for measured in rounds]
                 ratios = [measured[name] / measured["direct"] for measured in rounds]
@@ -66,7 +66,7 @@ async def _compare(address: str) -> None:
 
 
 async def _milliseconds(call: Callable[[], Awaitable[None]], concurrency: int) -> float:
-    """Returns the milliseconds that a call takes on average, with so many at a time."""
+    """Returns the average milliseconds of a call, with `concurrency` concurrent calls."""
     taken: list[float] = []
 
     async def caller() -> None:

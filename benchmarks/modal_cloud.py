@@ -1,4 +1,4 @@
-"""The stand-in of Modal's cloud from the tests, in a process of its own, for the benchmarks of the flywheel engine."""
+"""Runs the stand-in of Modal's cloud, which the tests define, in a process of its own."""
 
 import multiprocessing
 import tempfile
@@ -18,14 +18,14 @@ class CloudProcess:
     """The process of the stand-in.
 
     Attributes:
-        environ: What a client process needs to find it.
+        environ: The environment variables with which a client process finds the stand-in.
     """
 
     environ: dict[str, str]
     _pipe: Connection
 
     def requests(self) -> Counter[str]:
-        """Returns how many requests to the control plane there have been, by RPC."""
+        """Returns the number of requests to the control plane so far, by RPC."""
         self._pipe.send("requests")
         counted: Counter[str] = self._pipe.recv()
         return counted
@@ -33,7 +33,7 @@ class CloudProcess:
 
 @contextmanager
 def modal_cloud(**script: Any) -> Iterator[CloudProcess]:  # noqa: ANN401 - the fields of a `Script`
-    """Runs the stand-in with a class in it that plays the script, as the app `APP`."""
+    """Runs the stand-in for the length of the context. The app `APP` has a class that plays the script."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_run, args=(theirs, script))

@@ -1,9 +1,9 @@
-"""How many requests to Modal's control plane the flywheel engine makes, and what its queue adds to the first token.
+"""Measures the flywheel engine: its requests to Modal's control plane, and the delay of the first token through its queue.
 
     python -m benchmarks.modal_requests
 
-A gateway streams from a class that makes 50 tokens/s. Modal is the stand-in of the tests, which counts the requests of the
-gateway and of the class, except those that Modal's own container runtime makes for itself.
+A gateway streams from a class that generates 50 tokens/s. Modal is the stand-in of the tests, which counts the requests of the
+gateway and of the class. Requests that Modal's container runtime makes for itself do not count.
 """
 
 import asyncio
@@ -21,8 +21,8 @@ from benchmarks.serving import flywheel_server
 
 TOKEN_DELAY: Final = 0.02
 IDLE_SECONDS: Final = 60
-FIRST_TOKENS: Final = 40
-OF_THE_RUNTIME: Final = (
+FIRST_TOKEN_CALLS: Final = 40
+RUNTIME_RPC_PREFIXES: Final = (
     "Container",
     "Task",
     "FunctionGetInputs",
@@ -57,7 +57,7 @@ async def _measure(address: str, cloud: CloudProcess) -> None:
 
         async def first_tokens() -> list[float]:
             taken = []
-            for _ in range(FIRST_TOKENS):
+            for _ in range(FIRST_TOKEN_CALLS):
                 taken.append(await stream(2))
                 await asyncio.sleep(0.5)
             return taken
@@ -78,7 +78,9 @@ async def _measure(address: str, cloud: CloudProcess) -> None:
 async def _count(what: str, cloud: CloudProcess, tokens: int | None, work: Callable[[], Awaitable[None]]) -> None:
     before, begun = cloud.requests(), time.monotonic()
     await work()
-    made = Counter({name: count for name, count in (cloud.requests() - before).items() if not name.startswith(OF_THE_RUNTIME)})
+    made = Counter(
+        {name: count for name, count in (cloud.requests() - before).items() if not name.startswith(RUNTIME_RPC_PREFIXES)}
+    )
     per_token = f"{made.total() / tokens:.3f}" if tokens else ""
     by_rpc = ", ".join(f"{name} {count}" for name, count in made.most_common())
     print(f"{what:>28} {per_token:>15} {made.total() / (time.monotonic() - begun):>11.1f}   {by_rpc}", flush=True)

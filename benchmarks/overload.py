@@ -1,11 +1,12 @@
-"""What callers see of a server that gets four times the calls it can serve, against the same server at its capacity.
+"""Compares a server that gets four times as many calls as it can serve with the same server at its capacity.
 
     python -m benchmarks.overload
 
-The server has a process of its own, with the scripted engine, and its callers do not try again. At capacity as many callers as
-it serves at a time make one call after the other. In overload, calls come at random times, four times as many as were served at
-capacity. Both take turns, on the same server. Exits with 1 where, in the median of the rounds, served calls take more than 1.5
-times as long as at capacity or refused ones more than 50 ms, or where one is refused without the time to try again.
+The server is a separate process with the scripted engine. Its callers do not retry. At capacity, as many callers as the server
+serves at a time make one call after the other. In overload, calls come at random times, four times as many per second as were
+served at capacity. Each round measures both. Exits with 1 if, in the median of the rounds, the median or the p99 of served
+calls is more than 1.5 times that at capacity, or the p99 of refused calls is more than 50 ms. Exits with 1 also if a refused
+call has no RetryInfo, or if a call is refused at capacity.
 """
 
 import asyncio
@@ -30,25 +31,33 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from benchmarks.serving import flywheel_server
 from tests.serving import as_dict
 
-CONCURRENT: Final = 48
-QUEUED: Final = CONCURRENT // 4
-"""The share that the defaults of the settings have."""
-OVERLOAD: Final = 4
+MAX_CONCURRENT: Final = 48
+MAX_QUEUED: Final = MAX_CONCURRENT // 4
+"""The same ratio to MAX_CONCURRENT as in the default settings."""
+OVERLOAD_FACTOR: Final = 4
 ROUNDS: Final = 5
-SECONDS: Final = 10.0
-"""How long a round has calls; those of the first second, in which it comes into swing, do not count."""
-SWING: Final = 1.0
+ROUND_SECONDS: Final = 10.0
+"""Seconds in which calls begin, at capacity and in overload."""
+RAMP_UP_SECONDS: Final = 1.0
+"""Seconds at the beginning whose calls do not count."""
 SCRIPT: Final = {"prompt_delay": 0.1, "token_delay": 0.05}
-TOKENS: Final = (4, 16)
-"""The least and the most of a call. Calls of one length would all end at once, and those that wait would wait for as long."""
+TOKENS_RANGE: Final = (4, 16)
+"""Minimum and maximum tokens of a call. Calls of one length would all end together, and delay waiting calls by that length."""
 
-MAX_RATIO: Final = 1.5
-MAX_REFUSAL: Final = 0.05
+MAX_SERVED_RATIO: Final = 1.5
+MAX_REFUSAL_SECONDS: Final = 0.05
 
 
 @dataclass
 class Round:
-    """What callers saw: the seconds of their calls, by how they ended."""
+    """The results of a round, from the view of the callers.
+
+    Attributes:
+        served: Seconds of each served call.
+        refused: Seconds of each refused call.
+        health: Seconds of each health check.
+        without_retry_info: Number of refused calls without RetryInfo.
+    """
 
     served: list[float] = field(default_factory=list)
     refused: list[float] = field(default_factory=list)
@@ -58,20 +67,25 @@ class Round:
 
 def main() -> None:
     """Measures, and prints a table."""
-    settings = {"--engine": "scripted", "--script": json.dumps(SCRIPT), "--max-concurrent": CONCURRENT, "--max-queued": QUEUED}
+    settings = {
+        "--engine": "scripted",
+        "--script": json.dumps(SCRIPT),
+        "--max-concurrent": MAX_CONCURRENT,
+        "--max-queued": MAX_QUEUED,
+    }
     with flywheel_server(*(str(part) for setting in settings.items() for part in setting)) as address:
-        rounds = uvloop.run(_take_turns(address))
+        rounds = uvloop.run(_run_rounds(address))
     sys.exit(not _report(rounds))
 
 
-async def _take_turns(address: str) -> list[tuple[Round, Round]]:
+async def _run_rounds(address: str) -> list[tuple[Round, Round]]:
     channels = [grpc.aio.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)]) for _ in range(4)]
     await asyncio.gather(*(channel.channel_ready() for channel in channels))
     rounds = []
     for number in range(ROUNDS):
-        random = Random(number)  # noqa: S311 - the same calls each time
+        random = Random(number)  # noqa: S311 - the same calls in each run
         at_capacity = await _at_capacity(channels, random)
-        rate = OVERLOAD * CONCURRENT / statistics.mean(at_capacity.served)
+        rate = OVERLOAD_FACTOR * MAX_CONCURRENT / statistics.mean(at_capacity.served)
         rounds.append((at_capacity, await _in_overload(channels, rate, random)))
     for channel in channels:
         await channel.close()
@@ -83,12 +97,12 @@ async def _at_capacity(channels: Sequence[grpc.aio.Channel], random: Random) -> 
     start = time.perf_counter()
 
     async def caller(number: int) -> None:
-        await asyncio.sleep(SWING * number / CONCURRENT)
-        while time.perf_counter() < start + SECONDS:
-            counts = time.perf_counter() > start + SWING
+        await asyncio.sleep(RAMP_UP_SECONDS * number / MAX_CONCURRENT)
+        while time.perf_counter() < start + ROUND_SECONDS:
+            counts = time.perf_counter() > start + RAMP_UP_SECONDS
             await _generate(channels[number % len(channels)], random, seen if counts else Round())
 
-    await asyncio.gather(*(caller(number) for number in range(CONCURRENT)), _check_health(channels, seen))
+    await asyncio.gather(*(caller(number) for number in range(MAX_CONCURRENT)), _check_health(channels, seen))
     return seen
 
 
@@ -97,16 +111,16 @@ async def _in_overload(channels: Sequence[grpc.aio.Channel], rate: float, random
     due = start = time.perf_counter()
     async with asyncio.TaskGroup() as group:
         group.create_task(_check_health(channels, seen))
-        while due < start + SECONDS:
+        while due < start + ROUND_SECONDS:
             await asyncio.sleep(due - time.perf_counter())
-            group.create_task(_generate(random.choice(channels), random, seen if due > start + SWING else Round()))
+            group.create_task(_generate(random.choice(channels), random, seen if due > start + RAMP_UP_SECONDS else Round()))
             due += random.expovariate(rate)
     return seen
 
 
 async def _generate(channel: grpc.aio.Channel, random: Random, seen: Round) -> None:
     stub: Any = generation_pb2_grpc.GenerationServiceStub(channel)
-    request = pb.GenerationRequest(text="Tell me of the llama.", max_tokens=random.randint(*TOKENS))
+    request = pb.GenerationRequest(text="Tell me of the llama.", max_tokens=random.randint(*TOKENS_RANGE))
     start = time.perf_counter()
     try:
         async for _ in stub.GenerateDeltas(request):
@@ -122,7 +136,7 @@ async def _generate(channel: grpc.aio.Channel, random: Random, seen: Round) -> N
 
 async def _check_health(channels: Sequence[grpc.aio.Channel], seen: Round) -> None:
     stub: Any = health_pb2_grpc.HealthStub(channels[0])
-    end = time.perf_counter() + SECONDS
+    end = time.perf_counter() + ROUND_SECONDS
     while (start := time.perf_counter()) < end:
         await stub.Check(health_pb2.HealthCheckRequest())
         seen.health.append(time.perf_counter() - start)
@@ -135,7 +149,7 @@ def _has_retry_info(error: grpc.aio.AioRpcError) -> bool:
 
 
 def _report(rounds: Sequence[tuple[Round, Round]]) -> bool:
-    """Prints what was seen, and returns whether it is as it must be."""
+    """Prints the results, and returns whether they meet the limits."""
     columns = (
         "served at capacity",
         "median ms",
@@ -167,13 +181,11 @@ def _report(rounds: Sequence[tuple[Round, Round]]) -> bool:
     needless = sum(len(at_capacity.refused) for at_capacity, _ in rounds)
     print()
     print(
-        f"Served calls take {of_medians:.2f} times as long as at capacity (p99: {of_p99:.2f}); at most {MAX_RATIO} is wanted."
+        f"Served calls take {of_medians:.2f} times as long as at capacity (p99: {of_p99:.2f}); the limit is {MAX_SERVED_RATIO}."
     )
-    print(
-        f"99 % of the refused ones are refused within {1000 * refusal:.1f} ms; at most {1000 * MAX_REFUSAL:.0f} ms is wanted."
-    )
-    print(f"{without} of them do not have the time to try again. At capacity, {needless} were refused.")
-    return max(of_medians, of_p99) <= MAX_RATIO and refusal <= MAX_REFUSAL and not without and not needless
+    print(f"99 % of the refusals come within {1000 * refusal:.1f} ms; the limit is {1000 * MAX_REFUSAL_SECONDS:.0f} ms.")
+    print(f"{without} refused calls have no RetryInfo. At capacity, {needless} calls were refused.")
+    return max(of_medians, of_p99) <= MAX_SERVED_RATIO and refusal <= MAX_REFUSAL_SECONDS and not without and not needless
 
 
 def _times(seconds: Sequence[float]) -> str:

@@ -1,4 +1,4 @@
-"""Writes what was measured: tables in Markdown, and plots."""
+"""Writes the results as tables in Markdown, and as plots."""
 
 import os
 import platform
@@ -15,20 +15,20 @@ from benchmarks.runs import Run
 from benchmarks.scenarios import Scenario
 from benchmarks.targets import TARGETS
 
-MANY_STREAMS: Final = 64
-"""From so many streams on, memory per stream means something: a process grows by itself too."""
+MIN_STREAMS_FOR_MEMORY: Final = 64
+"""Minimum number of streams for which memory per stream is reported: with fewer, the growth of the process itself dominates."""
 
-MEASURED: Final = ("grpcio", "uvloop", "fastapi", "uvicorn", "xllamacpp")
-"""The packages whose versions make a difference."""
+REPORTED_PACKAGES: Final = ("grpcio", "uvloop", "fastapi", "uvicorn", "xllamacpp")
+"""The packages whose versions are reported, because they influence the results."""
 
 INTRODUCTION: Final = """\
-A cell has the median of the rounds, and in brackets the least and the most. A ratio divides the first server of a table by the
-server of the row. It is taken within each round, in which both ran shortly after each other. CPU is the server's own, all of
-its processes together, and includes what calls cost to begin and to end. Times are what the load client saw. For paced streams
-the time to the first message includes that of the engine: the delay of a token, and for our engine, which makes a step for all
-streams at once, what is left of the step that is under way when a call comes. Servers and load client share the cores, so CPU
-says more than speed. A call failed if it did not end with OK, if it was cut short because it took more than 1.5 times as
-long as it should, or if its text or its count of tokens is not what the engine made.
+A cell has the median of the rounds, with the minimum and the maximum in brackets. A ratio divides the first server of a table
+by the server of the row. It is taken within each round, in which both ran one shortly after the other. CPU is the CPU time of
+all processes of the server, and includes the start and the end of calls. The load client measures the times. For paced streams,
+the time to the first message includes the engine's: the delay of a token, and with our engine, which makes one step for all
+streams at once, also the rest of the step that runs when the call arrives. Servers and load client share the cores, so CPU says
+more than speed. A call failed if it did not end with OK, if it was ended because it took more than 1.5 times as long as it
+should, or if its text or its number of tokens is wrong.
 """
 
 Row = tuple[Peer, Sequence[Run]]
@@ -58,8 +58,8 @@ def write(runs: Sequence[Run], peers: Sequence[Peer], scenarios: Sequence[Scenar
     return text
 
 
-def in_short(run: Run) -> str:
-    """Returns a line that says what a run showed."""
+def summary(run: Run) -> str:
+    """Returns one line with the main figures of a run."""
     first = figures.FIRST_P50(run)
     return (
         f"{run.scenario}, {run.peer}: {figures.cpu(run) or 0:.0f} µs of CPU, {figures.tokens_per_second(run):,.0f} tokens/s, "
@@ -96,7 +96,7 @@ def _scripted_table(scenario: Scenario, rows: Sequence[Row]) -> tuple[list[str],
             *_times(runs),
             median(figures.spread(runs, figures.tokens_per_message)),
             median(figures.spread(runs, lambda run: figures.memory(run, scenario.streams)))
-            if scenario.streams >= MANY_STREAMS
+            if scenario.streams >= MIN_STREAMS_FOR_MEMORY
             else "",
             median(figures.spread(runs, figures.client_cpu)),
             _failed(runs),
@@ -142,19 +142,19 @@ def _failed(runs: Sequence[Run]) -> str:
 
 
 def _targets(runs: Sequence[Run]) -> list[str]:
-    """Returns the lines of the table of what is to be reached, as far as it was measured."""
+    """Returns the lines of the table of targets, for all that were measured."""
     cells = [
         [
             target.title,
             target.scenario,
-            f"at {'least' if target.is_least else 'most'} {target.limit:g}",
+            f"at {'least' if target.is_minimum else 'most'} {target.limit:g}",
             with_range(reached),
             "yes" if target.is_met(reached) else "**no**",
         ]
         for target in TARGETS
         if (reached := target.reached(runs))
     ]
-    return ["## What is wanted", "", *_markdown(["figure", "scenario", "wanted", "reached", "met"], cells), ""] if cells else []
+    return ["## Targets", "", *_markdown(["figure", "scenario", "target", "measured", "met"], cells), ""] if cells else []
 
 
 def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -166,7 +166,7 @@ def _rows(runs: Sequence[Run], peers: Sequence[Peer], scenario: Scenario) -> lis
 
 
 def _described(scenario: Scenario) -> str:
-    """Returns what happens in a scenario."""
+    """Returns a description of a scenario."""
     many = f"{scenario.streams:,} {'caller' if scenario.kind == 'unary' else 'stream'}{'s' if scenario.streams > 1 else ''}"
     if scenario.interrupted:
         return f"{many} of a model, while another caller's long prompt is read"
@@ -184,7 +184,7 @@ def _when_and_where(runs: Sequence[Run]) -> str:
     return (
         f"{began[0]} to {began[-1]} UTC, {rounds} round{'s' if rounds > 1 else ''}. {os.cpu_count()} cores, "
         f"load average {os.getloadavg()[2]:.1f} in the last quarter of an hour. {platform.system()} {platform.release()}, "
-        f"Python {platform.python_version()}, {', '.join(filter(None, map(_version, MEASURED)))}."
+        f"Python {platform.python_version()}, {', '.join(filter(None, map(_version, REPORTED_PACKAGES)))}."
     )
 
 
@@ -218,7 +218,7 @@ def _bars(rows: Sequence[Row], figure: Figure) -> list[Bar]:
 
 
 def with_range(spread: Spread | None) -> str:
-    """Returns a median with the least and the most, each with about three digits; only the median if they are the same."""
+    """Returns a median with its range, each with about three digits; only the median if the range is empty."""
     if spread is None or spread.least == spread.most:
         return median(spread)
     return f"{digits(spread.median)} ({digits(spread.least)} to {digits(spread.most)})"
@@ -231,5 +231,5 @@ def median(spread: Spread | None) -> str:
 
 def digits(value: float) -> str:
     """Returns a number with about three digits, and a comma between thousands."""
-    decimals = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2  # noqa: PLR2004 - the digits before the point
+    decimals = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2  # noqa: PLR2004 - three digits minus those before the point
     return f"{value:,.{decimals}f}"

@@ -1,4 +1,4 @@
-"""Runs scenarios on peers in turns: one server at a time, each in a process of its own, measured from outside."""
+"""Runs scenarios on peers: one server at a time, each in a process of its own, measured from outside."""
 
 import json
 import subprocess
@@ -10,34 +10,34 @@ from datetime import datetime
 from os import environ
 from typing import Any, Final
 
-from benchmarks.building import CLIENT
+from benchmarks.building import LOAD_CLIENT
 from benchmarks.peers import KEY, Peer
 from benchmarks.processes import PeakMemory, cpu_seconds, resident_bytes
 from benchmarks.runs import Interruption, Run, interruption
-from benchmarks.scenarios import LONG_PROMPT, SONG, TEXT, Scenario
+from benchmarks.scenarios import LONG_PROMPT, REPEATING_PROMPT, TEXT, Scenario
 from benchmarks.serving import started
 
 CONNECTIONS: Final = 8
-"""HTTP/2 connections that the streams share. Over HTTP/1.1 each stream has one of its own."""
+"""HTTP/2 connections that the streams share. With HTTP/1.1, each stream has a connection of its own."""
 
-MODEL_DEADLINE: Final = 20.0
+MODEL_CALL_TIMEOUT: Final = 20.0
 """Seconds that a call to a model may take."""
 
-UNDISTURBED: Final = 3.0
-"""Seconds that streams run before a long prompt interrupts them."""
+UNDISTURBED_SECONDS: Final = 3.0
+"""Seconds for which streams run before a long prompt interrupts them."""
 
 Arguments = dict[str, Any]
 """Flags of the load client and their values."""
 
-Begin = Callable[[], dict[str, Any]]
-"""Lets a load client begin, and returns what it saw when it has ended."""
+BeginLoad = Callable[[], dict[str, Any]]
+"""Starts the load of a load client, waits for its end, and returns its report."""
 
 
-def take_turns(peers: Sequence[Peer], scenarios: Sequence[Scenario], *, rounds: int, seconds: float) -> Iterator[Run]:
-    """Runs every scenario on every peer once in each round, and yields each run as it ends.
+def run_rounds(peers: Sequence[Peer], scenarios: Sequence[Scenario], *, rounds: int, seconds: float) -> Iterator[Run]:
+    """Runs every scenario on every peer once in each round, and yields each run when it ends.
 
-    The peers of a scenario follow each other, so that a slow minute of the machine meets all of them. Each round begins with
-    another peer.
+    The peers of a scenario run one after the other, so that a slow minute of the machine affects all of them. Each round begins
+    with another peer.
     """
     for number in range(rounds):
         for scenario in scenarios:
@@ -46,13 +46,13 @@ def take_turns(peers: Sequence[Peer], scenarios: Sequence[Scenario], *, rounds: 
 
 
 def rotated(peers: Sequence[Peer], number: int) -> list[Peer]:
-    """Returns the peers in the order of a round."""
+    """Returns the peers in the order of round `number`."""
     start = number % max(len(peers), 1)
     return [*peers[start:], *peers[:start]]
 
 
 def run_once(peer: Peer, scenario: Scenario, number: int, seconds: float) -> Run:
-    """Starts the peer, loads it, and stops it again."""
+    """Starts the peer, runs the load, and stops the peer."""
     start = time.monotonic()
     with started(peer.start_command(scenario), {**environ, **peer.environment}) as (pid, address):
         arguments = _arguments(peer, scenario, address, seconds)
@@ -82,21 +82,21 @@ def _arguments(peer: Peer, scenario: Scenario, address: str, seconds: float) -> 
         "seconds": end,
         "stagger": scenario.stagger,
         "max-tokens": scenario.tokens(seconds),
-        # Calls of a server that is much too slow are cut short.
+        # Ends the calls of a server that is much too slow.
         "deadline": 2 + 1.5 * end,
         "trace": json.dumps(scenario.interrupted),
     }
     if scenario.kind == "model":
-        return arguments | {"prompt": SONG, "temperature": 0, "deadline": MODEL_DEADLINE}
+        return arguments | {"prompt": REPEATING_PROMPT, "temperature": 0, "deadline": MODEL_CALL_TIMEOUT}
     return arguments | {"text": TEXT}
 
 
-def _interrupted(begin: Begin, arguments: Arguments) -> tuple[dict[str, Any], Interruption | None]:
-    """Runs the load, and has one more caller send a long prompt meanwhile, which may fail."""
-    one_more = {"streams": 1, "calls": 1, "max-tokens": 1, "prompt": LONG_PROMPT, "stagger": 0, "trace": "false"}
-    with load_client(arguments | one_more) as begin_prompt, ThreadPoolExecutor() as executor:
+def _interrupted(begin: BeginLoad, arguments: Arguments) -> tuple[dict[str, Any], Interruption | None]:
+    """Runs the load while one more caller sends a long prompt. The interruption is None if that call fails."""
+    prompt_arguments = {"streams": 1, "calls": 1, "max-tokens": 1, "prompt": LONG_PROMPT, "stagger": 0, "trace": "false"}
+    with load_client(arguments | prompt_arguments) as begin_prompt, ThreadPoolExecutor() as executor:
         streams = executor.submit(begin)
-        time.sleep(UNDISTURBED)
+        time.sleep(UNDISTURBED_SECONDS)
         prompt = begin_prompt()
         load = streams.result()
     arrivals = load.pop("streams")
@@ -104,14 +104,14 @@ def _interrupted(begin: Begin, arguments: Arguments) -> tuple[dict[str, Any], In
         return load, None
     sent = datetime.fromisoformat(prompt["began"]).timestamp()
     read = sent + prompt["first_message_ms"]["p50"] / 1000
-    # Not from the very beginning, when the prompts of the streams themselves are read.
-    return load, interruption(arrivals, sent - UNDISTURBED / 2, sent, read)
+    # Without the very beginning, in which the prompts of the streams themselves are read.
+    return load, interruption(arrivals, sent - UNDISTURBED_SECONDS / 2, sent, read)
 
 
 @contextmanager
-def load_client(arguments: Arguments) -> Iterator[Begin]:
-    """Connects a load client for the length of the context, which gets what lets it begin."""
-    command = [str(CLIENT), *(f"-{name}={value}" for name, value in arguments.items())]
+def load_client(arguments: Arguments) -> Iterator[BeginLoad]:
+    """Connects a load client for the length of the context, and gives the function that starts its load."""
+    command = [str(LOAD_CLIENT), *(f"-{name}={value}" for name, value in arguments.items())]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None  # noqa: S101 - for the type checker
         assert process.stdout is not None  # noqa: S101

@@ -1,4 +1,4 @@
-"""What was seen of a server in one round of a scenario."""
+"""The measurements of a server in one round of a scenario."""
 
 import json
 from collections.abc import Sequence
@@ -8,11 +8,11 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Interruption:
-    """What a long prompt does to the streams that run while it is read.
+    """The effect of a long prompt on the streams that run while it is read.
 
     Attributes:
-        prompt_seconds: How long the caller of the long prompt waited for its first token.
-        kept: Of each stream that had tokens before, its tokens/s meanwhile as a share of those before.
+        prompt_seconds: Seconds from the call with the long prompt to its first token.
+        kept: For each stream that had tokens before, its tokens/s while the prompt is read, as a share of its tokens/s before.
     """
 
     prompt_seconds: float
@@ -26,13 +26,13 @@ class Run:
     Attributes:
         peer: The name of the peer.
         scenario: The name of the scenario.
-        round: Which round it was, from 0 on.
-        load: What the load client saw; `report` in load/client/record.go has its fields.
-        start_seconds: From the start of the process to the first answer.
+        round: The number of the round, from 0.
+        load: The report of the load client; `report` in load/client/record.go has its fields.
+        start_seconds: Seconds from the start of the process to the first answer.
         cpu_seconds: CPU time of the server during the load.
-        base_bytes: Resident memory of the server once it had answered a call on each connection.
-        peak_bytes: The most resident memory that it had during the load.
-        interruption: Of a scenario that is interrupted.
+        base_bytes: Resident memory of the server after a call on each connection, before the load.
+        peak_bytes: Maximum resident memory of the server during the load.
+        interruption: The effect of the long prompt, if the scenario has one.
     """
 
     peer: str
@@ -46,20 +46,20 @@ class Run:
     interruption: Interruption | None = None
 
     def as_json(self) -> str:
-        """Returns it as one line."""
+        """Returns the run as one line of JSON."""
         return json.dumps(asdict(self))
 
 
 def interruption(streams: Sequence[Sequence[dict[str, float]]], before: float, start: float, end: float) -> Interruption:
-    """Returns what a prompt that was read from `start` to `end` did to the streams, which ran undisturbed from `before` on.
+    """Returns the effect of a long prompt on the streams.
 
     Arguments:
-        streams: The messages of each stream: when each arrived (`at`), and how many tokens it had (`tokens`).
-        before: When to begin, in seconds since the epoch, as all times.
+        streams: The messages of each stream: its arrival time (`at`) and its number of tokens (`tokens`).
+        before: The beginning of the time for the comparison. All times are seconds since the epoch.
         start: When the prompt was sent.
-        end: When its first token arrived.
+        end: When the prompt's first token arrived.
     """
-    # Streams that end sooner than the prompt say nothing about the time after that.
+    # After the end of the last stream there is nothing to compare.
     last = max((message["at"] for stream in streams for message in stream), default=start)
     if last <= start:
         return Interruption(end - start, [])

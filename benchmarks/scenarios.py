@@ -1,16 +1,16 @@
-"""What a load client does to a server: how many calls at a time, of which kind, and how fast the engine is."""
+"""The kinds of load on a server: the number of concurrent calls, their method, and the speed of the engine."""
 
 from dataclasses import dataclass
 from typing import Final, Literal
 
 TEXT: Final = "The llama is a domesticated South American camelid, it hums."
-"""What the scripted engine says over and over: whole tokens of four characters, so that each token is a delta."""
+"""The text that the scripted engine repeats: whole tokens of four characters, so that each token is a delta."""
 
 UNLIMITED: Final = 100_000
-"""More calls at a time than any scenario has."""
+"""More concurrent calls than any scenario has."""
 
-SONG: Final = "<|im_start|>Song %d:" + " la" * 40
-"""A prompt that a model, if it is greedy, goes on with until max_tokens, so that all servers do the same work."""
+REPEATING_PROMPT: Final = "<|im_start|>Song %d:" + " la" * 40
+"""A prompt that a model with temperature 0 continues until max_tokens, so that all servers do the same work."""
 
 LONG_PROMPT: Final = "<|im_start|>" + " ".join(
     f"{number} llamas hum, and {number + 1} alpacas listen." for number in range(120)
@@ -23,16 +23,16 @@ class Scenario:
     """One kind of load.
 
     Attributes:
-        name: What `--scenarios` calls it.
-        kind: "paced" streams get a token after each delay, and each stream makes one call. "unpaced" streams get tokens as fast
-            as the server can send them, and make call after call. "unary" callers ask for the whole answer, call after call.
-            "model" streams are unpaced ones of a model.
-        streams: Calls at a time.
+        name: The name for `--scenarios`.
+        kind: In "paced" streams, tokens come at a fixed rate, and each stream makes one call. In "unpaced" streams, tokens come
+            as fast as the server can send them, and each stream makes one call after the other. "unary" callers make one
+            GenerateAll call after the other. "model" streams are unpaced, and a model generates.
+        streams: Number of concurrent calls.
         rate: Tokens per second of a paced stream.
         max_tokens: Tokens of a call that is not paced.
-        stagger: Seconds over which the first calls of the streams begin, evenly.
+        stagger: Seconds over which the first calls of the streams begin, evenly spread.
         interrupted: Whether one more caller sends `LONG_PROMPT` while the streams run.
-        longer: How many times as long as others it is measured.
+        longer: Factor for the measured seconds.
     """
 
     name: str
@@ -50,12 +50,12 @@ class Scenario:
         return 1 / self.rate if self.rate else 0.0
 
     def tokens(self, seconds: float) -> int:
-        """Returns the tokens of a call in a round that is measured for so many seconds, which begin after the stagger."""
+        """Returns the tokens of a call if the round is measured for `seconds` after the stagger."""
         return self.max_tokens or max(1, round((self.stagger + seconds) * self.rate))
 
     @property
     def unit(self) -> str:
-        """What a server does in it over and over."""
+        """The unit of work of a server: "call", "token" or "delta"."""
         return {"unary": "call", "model": "token"}.get(self.kind, "delta")
 
 

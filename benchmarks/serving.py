@@ -1,4 +1,4 @@
-"""The servers under measurement: real commands, each in a process of its own."""
+"""Runs the measured servers: real commands, each in a process of its own."""
 
 import re
 import subprocess
@@ -11,16 +11,16 @@ from typing import IO, Final
 from benchmarks.building import ROOT
 
 STOP_TIMEOUT: Final = 10.0
-"""Seconds that a server may take to end when it is told to."""
+"""Seconds that a server may take to end after SIGTERM. Then it is killed."""
 
 
 @contextmanager
 def started(command: Sequence[str], environment: Mapping[str, str] | None = None) -> Iterator[tuple[int, str]]:
-    """Runs a server for the length of the context, which gets its process id and its address.
+    """Runs a server for the length of the context, and gives its process id and its address.
 
     Arguments:
-        command: The command line. It must print a line with the address once the server is ready.
-        environment: All variables of the server. Default: those of this process.
+        command: The command line. The server must print a line with its address when it is ready.
+        environment: All environment variables of the server. Default: the variables of this process.
 
     Raises:
         RuntimeError: The server does not start.
@@ -49,11 +49,11 @@ def _address(output: IO[str] | None, errors: IO[str]) -> str:
 
 @contextmanager
 def flywheel_server(*arguments: str, environment: Mapping[str, str] | None = None) -> Iterator[str]:
-    """Runs `flywheel-server` with these arguments on a free port, and gives its address once it is ready.
+    """Runs `flywheel-server` on a free port for the length of the context, and gives its address when it is ready.
 
     Arguments:
         arguments: Flags of the server.
-        environment: All its variables. Default: those of this process.
+        environment: All environment variables of the server. Default: the variables of this process.
     """
     command = [sys.executable, "-m", "flywheel_server", "--address", "127.0.0.1:0", "--log-level", "warning", *arguments]
     with started(command, environment) as (_, address):

@@ -1,9 +1,9 @@
-"""Whether the server holds on to anything: calls of all kinds for ten minutes, a fifth of them cancelled, a twentieth failing.
+"""Looks for leaks in the server: makes calls of all kinds for ten minutes, a fifth cancelled and a twentieth failing.
 
     python -m benchmarks.soak [--seconds 600] [--calls 100000] [--output benchmarks]
 
-The server has a process of its own, with the scripted engine. Each call has one status that it must end with. Writes `soak.md`
-and `soak.svg` into the folder, and exits with 1 where something is lost, left over, or grows. Linux only.
+The server is a separate process with the scripted engine. Each call must end with one known status. Writes `soak.md` and
+`soak.svg` into the folder, and exits with 1 if a call is lost, or if something leaks. Linux only.
 """
 
 import argparse
@@ -49,30 +49,32 @@ SETTINGS: Final = {
     "--script": json.dumps(SCRIPT),
     "--address": "127.0.0.1:0",
     "--max-message-bytes": str(soak_calls.MAX_MESSAGE_BYTES),
-    # Few enough that calls also wait, and none is turned away.
+    # Calls also wait in the queue, and none is refused.
     "--max-concurrent": "40",
     "--max-queued": "100000",
-    # Connections are exchanged all the time.
+    # Connections are replaced all the time.
     "--max-connection-age": "30",
     "--log-format": "json",
 }
 SAMPLES: Final = 200
+"""Number of measurements during the calls."""
 WINDOWS: Final = 20
-"""Into so many parts the time is divided; the first two are not looked at, which is a minute of ten."""
+"""Number of equal parts of the time, for each of which the median memory is computed."""
 WARM_UP_WINDOWS: Final = 2
-GROWTH: Final = 1.05
-"""How much resident memory may be, as a multiple of that after the first minute."""
+"""Number of windows at the beginning that are ignored: a minute of ten."""
+MAX_GROWTH: Final = 1.05
+"""Maximum resident memory, as a multiple of the resident memory after the first minute."""
 WARM_UP_CALLS: Final = 1000
-SETTLING: Final = 5.0
-"""Seconds to come to rest after the calls of the warm-up."""
-PATIENCE: Final = 60.0
-"""Seconds after which a call counts as lost, and what is left over as a leak."""
+SETTLE_SECONDS: Final = 5.0
+"""Seconds after the warm-up calls before the first measurement."""
+LOST_CALL_TIMEOUT: Final = 60.0
+"""Seconds after which a call counts as lost. After the calls, the server has as many seconds to release its resources."""
 MIB: Final = 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What the server held at a time."""
+    """The resources of the server at a time: `resident` in bytes, the others as numbers."""
 
     second: float
     resident: int
@@ -83,15 +85,16 @@ class Figures:
 
 @dataclass
 class Result:
-    """What came of the soak.
+    """The result of the soak.
 
     Attributes:
-        statuses: How many calls of each kind ended with which status; None where a call had none.
-        figures: What the server held during the calls.
-        before: What it held at rest before them, and `after` after them.
-        stats: What GetStats told in the end.
-        unexpected: Lines of the server's log, warnings or worse, that no call explains.
-        seconds: How long the calls took.
+        statuses: The number of calls by kind and status. The status is None if the call was lost.
+        figures: The resources during the calls.
+        before: The resources at rest before the calls.
+        after: The resources at rest after the calls.
+        stats: The answer of GetStats after the calls.
+        unexpected: Warnings and errors in the server's log that no call explains.
+        seconds: Seconds that the calls took.
     """
 
     statuses: Counter[tuple[Kind, StatusCode | None]] = field(default_factory=Counter)
@@ -105,10 +108,12 @@ class Result:
 
 def main() -> None:
     """Runs the soak, and prints and writes its report."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description="Looks for what the server holds on to.")
-    parser.add_argument("--seconds", type=float, default=600, help="how long to call; default: 600")
-    parser.add_argument("--calls", type=int, default=100_000, help="how many calls to make; default: 100000")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks"), help="the folder of the report; default: benchmarks")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description="Looks for leaks in the server.")
+    parser.add_argument("--seconds", type=float, default=600, help="seconds in which calls begin; default: 600")
+    parser.add_argument("--calls", type=int, default=100_000, help="number of calls; default: 100000")
+    parser.add_argument(
+        "--output", type=Path, default=Path("benchmarks"), help="the folder for the report; default: benchmarks"
+    )
     arguments = parser.parse_args()
     result = uvloop.run(_soak(arguments.calls, arguments.seconds))
     criteria = _criteria(result)
@@ -121,7 +126,7 @@ def main() -> None:
 
 
 class _Server:
-    """The server under measurement, in a process of its own."""
+    """The measured server, in a process of its own."""
 
     def __init__(self, process: asyncio.subprocess.Process, address: str) -> None:
         self.address = address
@@ -129,7 +134,7 @@ class _Server:
         self._start = time.monotonic()
 
     async def figures(self) -> Figures:
-        """Returns what it holds now."""
+        """Returns the current resources."""
         if self._process.stdin is None or self._process.stdout is None:
             raise RuntimeError("the server has no pipes")
         self._process.stdin.write(b"\n")
@@ -137,8 +142,8 @@ class _Server:
         return Figures(time.monotonic() - self._start, **answer)
 
     async def at_rest(self, before: Figures) -> Figures:
-        """Returns what it holds once that is no more than before, or after a while that it should need at most."""
-        deadline = time.monotonic() + PATIENCE
+        """Waits until the resources are no more than before, for at most `LOST_CALL_TIMEOUT`, and returns them."""
+        deadline = time.monotonic() + LOST_CALL_TIMEOUT
         while True:
             figures = await self.figures()
             is_back = figures.descriptors <= before.descriptors and figures.tasks <= before.tasks
@@ -169,11 +174,11 @@ async def _server(log: TextIO) -> AsyncIterator[_Server]:
 
 async def _soak(calls: int, seconds: float) -> Result:
     result = Result()
-    random = Random(1)  # noqa: S311 - the same calls each time
+    random = Random(1)  # noqa: S311 - the same calls in each run
     with tempfile.TemporaryFile("w+") as log:
         async with _server(log) as server:
             await _call(server.address, WARM_UP_CALLS, WARM_UP_CALLS / 100, random)
-            await asyncio.sleep(SETTLING)
+            await asyncio.sleep(SETTLE_SECONDS)
             result.before = await server.figures()
             start = time.monotonic()
             calling = asyncio.create_task(_call(server.address, calls, seconds, random))
@@ -192,12 +197,12 @@ async def _soak(calls: int, seconds: float) -> Result:
 
 
 async def _call(address: str, number: int, seconds: float, random: Random) -> Counter[tuple[Kind, StatusCode | None]]:
-    """Makes so many calls, at random times, and returns how many of each kind ended with which status."""
+    """Makes `number` calls at random times, and returns the number of calls by kind and status."""
     statuses: Counter[tuple[Kind, StatusCode | None]] = Counter()
     calls = Calls(address, API_KEY, random)
 
     async def call(kind: Kind) -> None:
-        done, lost = await asyncio.wait((asyncio.ensure_future(kind.call(calls)),), timeout=PATIENCE)
+        done, lost = await asyncio.wait((asyncio.ensure_future(kind.call(calls)),), timeout=LOST_CALL_TIMEOUT)
         statuses[kind, None if lost else done.pop().result()] += 1
         for task in lost:
             task.cancel()
@@ -223,7 +228,7 @@ def _is_unexpected(line: str) -> bool:
 
 
 def _windows(result: Result) -> list[float]:
-    """Returns the median of the resident memory in each window after the warm-up, in MiB."""
+    """Returns the median resident memory in MiB of each window after the warm-up."""
     length = result.seconds / WINDOWS
     windows: list[list[float]] = [[] for _ in range(WINDOWS)]
     start = result.figures[0].second
@@ -233,16 +238,16 @@ def _windows(result: Result) -> list[float]:
 
 
 def _criteria(result: Result) -> list[tuple[str, str, bool]]:
-    """Returns what must hold, what was seen, and whether it holds."""
+    """Returns the criteria: each with its text, the measured values, and whether it is met."""
     wrong = sum(count for (kind, status), count in result.statuses.items() if status is not kind.status)
     first, highest = (windows := _windows(result))[0], max(windows)
     before, after, stats = result.before, result.after, result.stats
     return [
-        ("every call ends with the status that it must have", f"{wrong} of {result.statuses.total()} did not", not wrong),
+        ("every call ends with its expected status", f"{wrong} of {result.statuses.total()} did not", not wrong),
         (
-            f"resident memory stays within {GROWTH - 1:.0%} of that after the first tenth of the time",
+            f"resident memory stays within {MAX_GROWTH - 1:.0%} of that after the first tenth of the time",
             f"{first:.1f} MiB, then at most {highest:.1f} MiB ({highest / first - 1:+.1%})",
-            highest <= first * GROWTH,
+            highest <= first * MAX_GROWTH,
         ),
         (
             "no more file descriptors at rest after the calls than before them",
@@ -252,7 +257,7 @@ def _criteria(result: Result) -> list[tuple[str, str, bool]]:
         ("no more tasks", f"{before.tasks} before, {after.tasks} after", after.tasks <= before.tasks),
         ("no generation under way", f"{stats.active} active, {stats.queued} queued", not stats.active and not stats.queued),
         (
-            "no warning or error in the log but those of the calls that fail",
+            "no warning or error in the log except for the calls that fail",
             f"{len(result.unexpected)} others",
             not result.unexpected,
         ),
@@ -272,11 +277,11 @@ def _report(result: Result, criteria: Sequence[tuple[str, str, bool]]) -> str:
         "",
         "![Resident memory, file descriptors and tasks over the time](soak.svg)",
         "",
-        "| what must hold | seen | |",
+        "| criterion | measured | met |",
         "|---|---|---|",
         *(f"| {what} | {seen} | {'yes' if holds else '**no**'} |" for what, seen, holds in criteria),
         "",
-        "| calls | of all | must end with | ended so | otherwise |",
+        "| calls | share | expected status | as expected | other |",
         "|---|---|---|---|---|",
     ]
     for kind in KINDS:
@@ -293,13 +298,13 @@ def _plot(result: Result) -> str:
         seconds,
         (
             Panel(
-                "Resident memory, MiB, and what it may be from the first tenth of the time on",
+                "Resident memory, MiB, and its limit after the first tenth of the time",
                 [figures.resident / MIB for figures in result.figures],
-                GROWTH * _windows(result)[0],
+                MAX_GROWTH * _windows(result)[0],
             ),
             Panel("File descriptors", [figures.descriptors for figures in result.figures]),
             Panel("Threads", [figures.threads for figures in result.figures]),
-            Panel("Tasks of asyncio", [figures.tasks for figures in result.figures]),
+            Panel("asyncio tasks", [figures.tasks for figures in result.figures]),
         ),
     )
 

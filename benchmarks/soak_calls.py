@@ -1,4 +1,4 @@
-"""The calls of the soak: of every method and with every ending, each with the one status that it must end with."""
+"""The calls of the soak: every method, every way to end a call, and the expected status of each."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -18,16 +18,16 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from tests.serving import drained, through_a_cable
 
 FAIL_ON: Final = "Fail, please."
-"""What the prompts of the calls that are to fail have in them."""
+"""The text in a prompt that makes the engine fail."""
 FAIL_AFTER: Final = 3
-"""Tokens after which they do."""
+"""Tokens after which the engine fails."""
 PROMPT_DELAY: Final = 0.05
 TOKEN_DELAY: Final = 0.01
 MAX_MESSAGE_BYTES: Final = 2**16
 
 _METHODS: Final = ("Generate", "GenerateDeltas", "GenerateAll")
 _SERVICE: Final = pb.DESCRIPTOR.services_by_name["GenerationService"].full_name
-# So long that every other end comes before its own.
+# So long that the call always ends in another way first.
 _ENDLESS: Final = pb.GenerationRequest(text="Tell me of the llama.", max_tokens=6000)
 _INVALID: Final = (
     pb.GenerationRequest(),
@@ -38,7 +38,7 @@ _INVALID: Final = (
 
 
 class Calls:
-    """Makes calls to a server, over a few connections that stay and many that do not. Each method returns the call's status."""
+    """Makes calls to a server, over a few lasting connections and many short ones. Each method returns the call's status."""
 
     def __init__(self, address: str, key: str, random: Random) -> None:
         self._address = address
@@ -47,7 +47,7 @@ class Calls:
         self._channels = [_channel(address) for _ in range(4)]
 
     async def close(self) -> None:
-        """Closes the connections that stay."""
+        """Closes the lasting connections."""
         for channel in self._channels:
             await channel.close()
 
@@ -63,7 +63,7 @@ class Calls:
         return await _read(self._generate(self._any(), request))
 
     async def cancelled_before_a_message(self) -> StatusCode:
-        """A generation that is cancelled before it has come to its first token, and mostly while the prompt is read."""
+        """A generation that is cancelled before its first token, mostly while the prompt is read."""
         call = self._generate(self._any())
         await asyncio.sleep(self._random.uniform(0, PROMPT_DELAY))
         return await _cancel(call)
@@ -76,11 +76,11 @@ class Calls:
         return await _cancel(call)
 
     async def cancelled_by_deadline(self) -> StatusCode:
-        """A generation whose deadline comes first."""
+        """A generation whose deadline passes."""
         return await _read(self._generate(self._any(), timeout=self._random.uniform(0.01, 0.4)))
 
     async def cancelled_by_closing(self) -> StatusCode:
-        """A generation whose client closes its connection in order."""
+        """A generation whose client closes its connection normally."""
         async with _channel(self._address) as channel:
             call = self._generate(channel)
             await asyncio.sleep(self._random.uniform(0, 0.3))
@@ -96,7 +96,7 @@ class Calls:
             return await _status(call)
 
     async def watched(self) -> StatusCode:
-        """A watch of the health, which has no end but that the caller sets."""
+        """A health watch, which the caller cancels."""
         call = health_pb2_grpc.HealthStub(self._any()).Watch(health_pb2.HealthCheckRequest(service=_SERVICE))
         await call.read()
         await asyncio.sleep(self._random.uniform(0, 0.5))
@@ -115,7 +115,7 @@ class Calls:
         return await _read(self._stub(self._any()).GetStats(pb.GetStatsRequest(), metadata=self._key))
 
     async def reflected(self) -> StatusCode:
-        """A question to the reflection."""
+        """A reflection request."""
         question = reflection_pb2.ServerReflectionRequest(file_containing_symbol=_SERVICE)
         stub = reflection_pb2_grpc.ServerReflectionStub(self._any())
         return await _read(stub.ServerReflectionInfo(iter((question,))))
@@ -125,22 +125,22 @@ class Calls:
         return await _read(self._generate(self._any(), self._random.choice(_INVALID)))
 
     async def malformed(self) -> StatusCode:
-        """Bytes that are no message."""
+        """Bytes that are not a valid message."""
         return await _read(self._send("GenerateAll", b"\xff\xff"))
 
     async def too_large(self) -> StatusCode:
-        """A message over the server's limit."""
+        """A message that exceeds the server's limit."""
         request = pb.GenerationRequest(text="x" * (MAX_MESSAGE_BYTES + 1), max_tokens=1)
-        # grpcio 1.85.1 takes up to a second to refuse it, and does not where the connection reaches its age meanwhile.
+        # grpcio 1.85.1 takes up to a second to refuse it, and never does if the connection reaches its maximum age first.
         async with _channel(self._address) as channel:
             return await _read(self._generate(channel, request))
 
     async def unknown(self) -> StatusCode:
-        """A method that there is not."""
+        """A method that does not exist."""
         return await _read(self._send("Nothing", b""))
 
     async def without_a_key(self) -> StatusCode:
-        """A generation by a caller who has no key, or a wrong one."""
+        """A generation without a key, or with a wrong key."""
         wrong = (("authorization", "Bearer not-the-key-of-this-server"),)
         return await _read(self._generate(self._any(), metadata=self._random.choice(((), wrong))))
 
@@ -167,7 +167,7 @@ class Calls:
         start = getattr(self._stub(channel), method or self._random.choice(_METHODS))
         return start(request, timeout=timeout, metadata=self._key if metadata is None else metadata)
 
-    def _send(self, method: str, data: bytes) -> Any:  # noqa: ANN401 - without a serializer it takes bytes, says no type
+    def _send(self, method: str, data: bytes) -> Any:  # noqa: ANN401 - types do not know calls without a serializer
         call: Any = self._any().unary_unary(f"/{_SERVICE}/{method}")
         return call(data, metadata=self._key)
 
@@ -177,7 +177,7 @@ class Calls:
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A kind of calls: so many of a thousand are of it, and each of them must end with that status."""
+    """A kind of calls: its share of 1000 calls, the expected status, and the method that makes a call."""
 
     per_thousand: int
     status: StatusCode
@@ -185,7 +185,7 @@ class Kind:
 
     @property
     def name(self) -> str:
-        """What such a call is."""
+        """The description of the kind."""
         return str(self.call.__doc__).rstrip(".")
 
 
@@ -211,7 +211,7 @@ KINDS: Final = (
 
 
 def _channel(address: str) -> grpc.aio.Channel:
-    # With a connection of its own: channels share those that lead to the same address.
+    # With a connection of its own: otherwise channels to the same address share one.
     return grpc.aio.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)])
 
 

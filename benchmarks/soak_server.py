@@ -1,13 +1,13 @@
-"""The server of the soak: `flywheel-server` with its arguments, which tells what it holds. Linux only.
+"""The server of the soak: takes the arguments of `flywheel-server`, and reports its resources. Linux only.
 
-It prints its address, and then its figures for each line that it reads, until its standard input ends.
+It prints its address. Then it prints its resources as JSON for each line that it reads, until the end of its standard input.
 """
 
 import asyncio
 import json
 import sys
 
-import flywheel_server.serve_command  # noqa: F401 - sets what grpc reads from the environment when it is imported
+import flywheel_server.serve_command  # noqa: F401 - sets environment variables that grpc reads when it is imported
 import psutil
 import uvloop
 from flywheel_server import logs
@@ -33,7 +33,7 @@ async def _serve() -> None:
 
 
 def _figures() -> dict[str, int]:
-    """Returns what this process holds: bytes of resident memory, file descriptors, threads, and asyncio's tasks."""
+    """Returns the resources of this process: bytes of resident memory, file descriptors, threads, and asyncio tasks."""
     this = psutil.Process()
     return {
         "resident": this.memory_info().rss,

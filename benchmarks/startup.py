@@ -1,7 +1,8 @@
-"""How long the programs take to start: `python -m benchmarks.startup`.
+"""Measures how long the programs take to start: `python -m benchmarks.startup`.
 
-Each program runs by itself, in turn with `import grpc` alone. The ratios are those of CPU time, which stands a shared machine.
-Afterwards, the seconds from the start of `flywheel-server` until its health is SERVING, with each engine that runs here.
+In each round, each program runs once, and so does `import grpc` alone. The ratios compare CPU time, which depends little on
+other load of the machine. Then measures the seconds from the start of `flywheel-server` until its health is SERVING, with each
+local engine.
 """
 
 import argparse
@@ -23,7 +24,7 @@ PORT: Final = 50977
 
 
 def programs(keys: Path) -> dict[str, list[str]]:
-    """Returns the commands by their names, `GRPC` first."""
+    """Returns the commands by name, `GRPC` first. `keys` is the path of a keys file."""
     flywheel, server = (str(Path(sys.executable).with_name(name)) for name in ("flywheel", "flywheel-server"))
     code = [GRPC, "import flywheel_client", "from flywheel_client import Client"]
     client = ["--version", "--help", "generate --help", "health --address localhost:1"]
@@ -37,14 +38,14 @@ def programs(keys: Path) -> dict[str, list[str]]:
 
 
 def duration(command: list[str]) -> tuple[float, float]:
-    """Returns the milliseconds that a command takes, whatever it exits with: of time, and of CPU time."""
+    """Returns the milliseconds of time and of CPU time that a command takes, whatever its exit code."""
     begun, used = time.perf_counter(), cpu_time_of_children()
     subprocess.run(command, capture_output=True, check=False)
     return (time.perf_counter() - begun) * 1000, (cpu_time_of_children() - used) * 1000
 
 
 def cpu_time_of_children() -> float:
-    """Returns the seconds of CPU time of the processes that have ended."""
+    """Returns the seconds of CPU time of all child processes that have ended."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
 
@@ -64,7 +65,7 @@ async def until_serving(engine: str) -> float:
                     if await client.health(wait_for_ready=True, timeout=30) == "SERVING":
                         return time.perf_counter() - begun
                 except UnavailableError:
-                    pass  # it listens, but its connections begin only now
+                    pass  # it listens, but does not accept connections yet
                 await asyncio.sleep(0.01)
     finally:
         server.terminate()
@@ -81,7 +82,7 @@ def main() -> None:
         keys.write_text('{"keys": []}')
         commands = programs(keys)
         for command in commands.values():
-            duration(command)  # writes the bytecode
+            duration(command)  # compiles the bytecode
         rounds = [{name: duration(command) for name, command in commands.items()} for _ in range(given.rounds)]
     print(f"| program | ms | CPU ms | CPU ÷ `{GRPC}`, median | least, most |\n|---|---|---|---|---|")
     for name in commands:

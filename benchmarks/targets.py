@@ -1,4 +1,4 @@
-"""What our server is to reach beside the others, and whether it does."""
+"""The performance targets of our server, most of them relative to other servers."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,40 +11,40 @@ from benchmarks.runs import Run
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A limit for the median of a figure of our server, or of its ratio to that of another.
+    """A limit for the median of a figure of our server, or for the median ratio of this figure to another server's.
 
     Attributes:
-        title: What is limited, with the unit.
-        scenario: The scenario that shows it.
+        title: The name of the figure, with the unit.
+        scenario: The scenario in which it is measured.
         figure: The figure.
-        limit: What it must not exceed.
-        is_least: Whether the limit is the least that is wanted instead.
-        peer: Which of our servers.
-        against: The peer to divide by; empty if the figure itself is limited.
+        limit: The maximum, or the minimum if `is_minimum`.
+        is_minimum: Whether the limit is a minimum.
+        peer: The name of our server.
+        against: The name of the peer to divide by; empty for no ratio.
     """
 
     title: str
     scenario: str
     figure: Figure
     limit: float
-    is_least: bool = False
+    is_minimum: bool = False
     peer: str = "ours"
     against: str = ""
 
     def reached(self, runs: Sequence[Run]) -> Spread | None:
-        """Returns what was reached; None if the scenario was not run."""
+        """Returns the measured figure or ratio; None if the scenario was not run."""
         ours = figures.select(runs, self.scenario, self.peer)
         if not self.against:
             return figures.spread(ours, self.figure)
         return figures.ratio(ours, figures.select(runs, self.scenario, self.against), self.figure)
 
     def is_met(self, reached: Spread) -> bool:
-        """Returns whether what was reached is within the limit."""
-        return reached.median >= self.limit if self.is_least else reached.median <= self.limit
+        """Returns whether the measured median is within the limit."""
+        return reached.median >= self.limit if self.is_minimum else reached.median <= self.limit
 
 
 def _share_of(wanted: float) -> Callable[[Run], float]:
-    """Returns the figure that says which share of the wanted tokens per second arrived."""
+    """Returns a figure: the tokens per second that arrived, as a share of the wanted ones."""
     return lambda run: figures.tokens_per_second(run) / wanted
 
 
@@ -54,16 +54,16 @@ TARGETS: Final = (
         for streams in (16, 64, 256)
     ),
     *(Target("CPU per delta ÷ FastAPI", f"paced-{streams}", figures.cpu, 1.0, against="fastapi") for streams in (64, 256, 512)),
-    Target("deltas/s ÷ bare grpc.aio", "unpaced-64", figures.tokens_per_second, 4.0, is_least=True, against="bare"),
+    Target("deltas/s ÷ bare grpc.aio", "unpaced-64", figures.tokens_per_second, 4.0, is_minimum=True, against="bare"),
     *(
         Target("time to first message, p50 ÷ bare grpc.aio", scenario, figures.FIRST_P50, 2.0, against="bare")
         for scenario in ("paced-256", "unpaced-64")
     ),
     *(Target("CPU per call ÷ bare grpc.aio", f"unary-{callers}", figures.cpu, 1.6, against="bare") for callers in (1, 64, 512)),
-    Target("share of the 25,600 deltas/s", "paced-512", _share_of(25_600), 0.99, is_least=True),
+    Target("share of the 25,600 deltas/s", "paced-512", _share_of(25_600), 0.99, is_minimum=True),
     Target("gap between messages, p99 ms", "paced-512", figures.GAP_P99, 100),
     Target("share of calls that failed", "paced-512", figures.failed_share, 0),
-    Target("share of the 20,000 deltas/s, 2 workers", "paced-2000x10", _share_of(20_000), 0.99, is_least=True, peer="ours-2"),
+    Target("share of the 20,000 deltas/s, 2 workers", "paced-2000x10", _share_of(20_000), 0.99, is_minimum=True, peer="ours-2"),
     Target("share of calls that failed, 2 workers", "paced-2000x10", figures.failed_share, 0, peer="ours-2"),
     *(
         Target("calls/s of 2 workers ÷ 1", f"unary-{callers}", figures.tokens_per_second, 1.8, True, "ours-2", "ours")
@@ -77,4 +77,4 @@ TARGETS: Final = (
     Target("speed kept while a long prompt is read", "model-long-prompt", figures.kept, 0.8, True, "embedded"),
     Target("seconds to the first answer", "model-1", figures.start_seconds, 2.0, peer="embedded"),
 )
-"""`ours` and the others are names of peers."""
+"""`benchmarks.peers` defines the names of the peers."""

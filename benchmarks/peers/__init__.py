@@ -1,4 +1,4 @@
-"""The servers that are measured. Each is a program that prints `ready: HOST:PORT`."""
+"""The peers: the measured servers. Each is a program that prints a line with its address when it is ready."""
 
 import json
 import subprocess
@@ -8,32 +8,33 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal
 
-from benchmarks.building import BUILD
+from benchmarks.building import BUILD_FOLDER
 from benchmarks.scenarios import TEXT, UNLIMITED, Scenario
 
 KEY: Final = "benchmark-key-0123456789"
-"""The API key that every client sends. Only our server looks at it."""
+"""The API key that every client sends. Only our server checks it."""
 
 ONE_POLLER: Final = {"GRPC_EXPERIMENTS": "-event_engine_listener"}
-"""Has a server of gRPC in Python read connections as `flywheel-server` does."""
+"""Environment variables that make a gRPC server in Python read connections as `flywheel-server` does."""
 
-_LIMITS: Final = ("paced-64", "paced-512", "paced-2000", "unpaced-64", "unary-64")
-_BATCHES: Final = ("model-8", "model-long-prompt")
-_WORKERS: Final = ("paced-512", "paced-2000", "paced-2000x10", "unpaced-64", "unary-64", "unary-512")
+_BOUND_SCENARIOS: Final = ("paced-64", "paced-512", "paced-2000", "unpaced-64", "unary-64")
+_BATCH_SCENARIOS: Final = ("model-8", "model-long-prompt")
+_WORKER_SCENARIOS: Final = ("paced-512", "paced-2000", "paced-2000x10", "unpaced-64", "unary-64", "unary-512")
 
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """A server that takes part.
+    """A measured server.
 
     Attributes:
-        name: What `--peers` calls it.
-        title: What the tables call it.
-        command: The command line that starts it, before what belongs to a scenario.
-        protocol: What the load client speaks to it; see load/client.
-        script: How it is told what to play: by flags of the peers, or by that of `flywheel-server`. None runs a model.
-        environment: Variables besides those of this process.
-        only: The scenarios that it takes part in; empty for all with its kind of engine.
+        name: The name for `--peers`.
+        title: The name in the tables.
+        command: The command line, without the arguments of a scenario.
+        protocol: The protocol between load client and server; see load/client.
+        script: The flags that set the script: those of our own peers, or `--script` of `flywheel-server`. None: the server runs
+            a model.
+        environment: Additional environment variables.
+        only: The scenarios in which the server takes part; empty for all scenarios of its kind of engine.
     """
 
     name: str
@@ -45,11 +46,11 @@ class Peer:
     only: Sequence[str] = ()
 
     def takes_part(self, scenario: Scenario) -> bool:
-        """Returns whether it takes part in a scenario."""
+        """Returns whether the server takes part in a scenario."""
         return (scenario.kind == "model") == (self.script is None) and (not self.only or scenario.name in self.only)
 
     def start_command(self, scenario: Scenario) -> list[str]:
-        """Returns the command line that starts it for a scenario."""
+        """Returns the command line for a scenario."""
         if self.script == "peer":
             return [*self.command, "--text", TEXT, "--delay", f"{scenario.delay:g}"]
         if self.script == "flywheel-server":
@@ -58,7 +59,7 @@ class Peer:
         return list(self.command)
 
     def problem(self) -> str:
-        """Returns why it cannot take part; empty if it can."""
+        """Returns why the server cannot take part; empty if it can."""
         program = Path(self.command[0])
         if not program.exists():
             return f"there is no {program}"
@@ -70,7 +71,7 @@ class Peer:
 
 
 def peers(checkout: str = "") -> dict[str, Peer]:
-    """Returns all peers by name; if a checkout is given, with what is ours from that folder, run by its .venv."""
+    """Returns all peers by name. If a checkout is given, our own servers run from that folder, with its .venv."""
     python = str(Path(checkout).absolute() / ".venv" / "bin" / "python") if checkout else sys.executable
     at = f"@{checkout}" if checkout else ""
     ours = (python, "-m", "flywheel_server", "--address", "127.0.0.1:0", "--log-level", "warning", "--withdraw-window", "0")
@@ -81,7 +82,14 @@ def peers(checkout: str = "") -> dict[str, Peer]:
     own_batch = (*llama, "--own-batch")
     found = (
         Peer(f"ours{at}", f"ours{at}", scripted, script="flywheel-server", environment=with_key),
-        Peer(f"ours-2{at}", f"ours{at}, 2 workers", two_workers, script="flywheel-server", environment=with_key, only=_WORKERS),
+        Peer(
+            f"ours-2{at}",
+            f"ours{at}, 2 workers",
+            two_workers,
+            script="flywheel-server",
+            environment=with_key,
+            only=_WORKER_SCENARIOS,
+        ),
         Peer(f"bare{at}", f"bare grpc.aio{at}", (python, "-m", "benchmarks.peers.bare"), environment=ONE_POLLER),
         Peer(
             f"bare-engine{at}",
@@ -90,9 +98,9 @@ def peers(checkout: str = "") -> dict[str, Peer]:
             environment=ONE_POLLER,
         ),
         Peer("fastapi", "FastAPI", (sys.executable, "-m", "benchmarks.peers.fastapi_server"), protocol="http"),
-        Peer("cpp", "gRPC in C++", (str(BUILD / "server-cpp"),), only=_LIMITS),
-        Peer("go", "gRPC in Go", (str(BUILD / "server-go"),), only=_LIMITS),
-        # The prompts as they are, as llama.cpp's own server takes them.
+        Peer("cpp", "gRPC in C++", (str(BUILD_FOLDER / "server-cpp"),), only=_BOUND_SCENARIOS),
+        Peer("go", "gRPC in Go", (str(BUILD_FOLDER / "server-go"),), only=_BOUND_SCENARIOS),
+        # With raw prompts, as llama.cpp's own server takes them.
         Peer(
             f"embedded{at}",
             f"ours, embedded{at}",
@@ -101,7 +109,7 @@ def peers(checkout: str = "") -> dict[str, Peer]:
             environment=with_key,
         ),
         Peer(f"llama{at}", "llama.cpp, our batch", llama, protocol="llama", script=None),
-        Peer(f"llama-default{at}", "llama.cpp, its batch", own_batch, protocol="llama", script=None, only=_BATCHES),
+        Peer(f"llama-default{at}", "llama.cpp, its batch", own_batch, protocol="llama", script=None, only=_BATCH_SCENARIOS),
     )
     return {each.name.partition("@")[0]: each for each in found}
 

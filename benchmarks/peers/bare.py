@@ -1,4 +1,4 @@
-"""The least that a grpc.aio server can do: no interceptors, no checks, a handler that sleeps and yields.
+"""A minimal grpc.aio server: no interceptors, no checks, and a handler that sleeps and yields.
 
 python -m benchmarks.peers.bare --text TEXT --delay SECONDS
 """
@@ -17,7 +17,7 @@ TOKEN_CHARACTERS = 4
 
 
 class BareService(generation_pb2_grpc.GenerationServiceServicer):
-    """Plays the text, a token of four characters after each delay, and checks nothing."""
+    """Streams the text in tokens of four characters, each after a delay of `delay` seconds."""
 
     def __init__(self, text: str, delay: float) -> None:
         self._tokens = [text[at : at + TOKEN_CHARACTERS] for at in range(0, len(text), TOKEN_CHARACTERS)]
@@ -44,7 +44,7 @@ class BareService(generation_pb2_grpc.GenerationServiceServicer):
 
 
 async def start(service: generation_pb2_grpc.GenerationServiceServicer) -> tuple[grpc.aio.Server, int]:
-    """Returns a server of the service that has started, and its port."""
+    """Starts a server with the service, and returns the server and its port."""
     server = grpc.aio.server()
     generation_pb2_grpc.add_GenerationServiceServicer_to_server(service, server)
     port = server.add_insecure_port("127.0.0.1:0")
@@ -53,16 +53,16 @@ async def start(service: generation_pb2_grpc.GenerationServiceServicer) -> tuple
 
 
 async def serve(service: generation_pb2_grpc.GenerationServiceServicer) -> None:
-    """Serves on a free port, which it prints, until the process ends."""
+    """Serves on a free port until the process ends, and prints the address."""
     server, port = await start(service)
     print(f"ready: 127.0.0.1:{port}", flush=True)
     await server.wait_for_termination()
 
 
 def arguments() -> argparse.Namespace:
-    """Returns the text and the delay of the command line."""
+    """Parses the command line: text and delay."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--text", required=True, help="what every answer says over and over, 4 bytes a token")
+    parser.add_argument("--text", required=True, help="the text that every answer repeats; 4 characters are a token")
     parser.add_argument("--delay", type=float, default=0.0, help="seconds before each token")
     return parser.parse_args()
 

@@ -1,4 +1,4 @@
-"""The bare grpc.aio server with our scripted engine behind it: what the engine costs without the rest of our server.
+"""A bare grpc.aio server with our scripted engine. It shows what the engine costs without the rest of our server.
 
 python -m benchmarks.peers.bare_engine --text TEXT --delay SECONDS
 """
@@ -18,33 +18,33 @@ from benchmarks.peers import bare
 from benchmarks.scenarios import UNLIMITED
 
 MAX_WAITING: Final = 64
-"""Events that may wait for a stream before the engine pauses."""
+"""Maximum number of events that wait for a stream. Then the engine pauses."""
 
 
 class QueueSink:
-    """A queue of the events of one generation, which ends with None."""
+    """A sink that puts the events of one generation into a queue, with None at the end."""
 
     def __init__(self) -> None:
         self.events: asyncio.Queue[Event | None] = asyncio.Queue()
 
     @property
     def is_full(self) -> bool:
-        """Whether the engine is far ahead of the stream."""
+        """Whether `MAX_WAITING` events wait."""
         return self.events.qsize() >= MAX_WAITING
 
     def emit(self, event: Event) -> None:
-        """Puts the next event into the queue."""
+        """Puts an event into the queue."""
         self.events.put_nowait(event)
 
 
 class EngineService(generation_pb2_grpc.GenerationServiceServicer):
-    """Makes a message of each event of the engine."""
+    """A servicer that turns each event of the engine into a message."""
 
     def __init__(self, engine: ScriptedEngine) -> None:
         self._engine = engine
 
     async def GenerateDeltas(self, request: pb.GenerationRequest, context: Any) -> AsyncIterator[pb.GenerationDelta]:
-        """Yields a delta for each token, and one more for the end."""
+        """Yields a delta for each token, and a last one."""
         async for event in self._events(request):
             if isinstance(event, TextDelta):
                 yield pb.GenerationDelta(text=event.text, generated_tokens=event.generated_tokens)

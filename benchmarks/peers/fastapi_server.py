@@ -1,4 +1,4 @@
-"""The design of the published example: FastAPI on uvicorn, JSON for a whole answer and server-sent events for a stream.
+"""A server with FastAPI on uvicorn, designed as Flywheel's published example: JSON for a whole answer, SSE for a stream.
 
 python -m benchmarks.peers.fastapi_server --text TEXT --delay SECONDS
 """
@@ -25,7 +25,7 @@ class Request(BaseModel):
 
 
 class Sample(BaseModel):
-    """A finished text."""
+    """A finished sample."""
 
     text: str
     generated_tokens: int
@@ -44,7 +44,7 @@ class Response(BaseModel):
 
 
 def application(text: str, delay: float) -> FastAPI:
-    """Returns the application, which plays the text: a token of four characters after each delay."""
+    """Returns the application, which streams the text in tokens of four characters, each after `delay` seconds."""
     tokens = [text[at : at + bare.TOKEN_CHARACTERS] for at in range(0, len(text), bare.TOKEN_CHARACTERS)]
 
     async def generate(request: Request) -> Response:
@@ -73,7 +73,7 @@ def application(text: str, delay: float) -> FastAPI:
 
 
 def main() -> None:
-    """Serves on a free port, which it prints, until the process ends."""
+    """Serves on a free port until the process ends, and prints the address."""
     chosen = bare.arguments()
     listener = socket.create_server(("127.0.0.1", 0), backlog=4096)
     config = uvicorn.Config(

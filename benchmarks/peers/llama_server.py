@@ -1,4 +1,4 @@
-"""llama.cpp's own HTTP server, with the model and the settings that the embedded engine has by default.
+"""llama.cpp's own HTTP server, with the embedded engine's default model and settings.
 
 python -m benchmarks.peers.llama_server [--own-batch]
 """
@@ -13,9 +13,9 @@ from flywheel_server.system.cores import usable_cores
 
 
 def main() -> None:
-    """Serves on a free port, which it prints, until the process ends."""
+    """Serves on a free port until the process ends, and prints the address."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--own-batch", action="store_true", help="compute as many tokens in a step as llama.cpp by default")
+    parser.add_argument("--own-batch", action="store_true", help="use llama.cpp's default number of tokens in a step")
     has_own_batch = parser.parse_args().own_batch
     settings = Settings()
     params = xllamacpp.CommonParams()

@@ -67,10 +67,10 @@ def test_memory_is_what_the_server_grew_by_for_each_stream() -> None:
 
 
 @pytest.mark.parametrize(
-    ("limit", "is_least", "is_met"), [(2.0, False, True), (1.9, False, False), (2.0, True, True), (2.1, True, False)]
+    ("limit", "is_minimum", "is_met"), [(2.0, False, True), (1.9, False, False), (2.0, True, True), (2.1, True, False)]
 )
-def test_a_target_is_met_by_the_median_of_the_ratios(limit: float, is_least: bool, is_met: bool) -> None:
-    target = Target("CPU", PACED.name, figures.cpu, limit, is_least, against="bare")
+def test_a_target_is_met_by_the_median_of_the_ratios(limit: float, is_minimum: bool, is_met: bool) -> None:
+    target = Target("CPU", PACED.name, figures.cpu, limit, is_minimum, against="bare")
     reached = target.reached([*OURS, *BARE])
     assert reached == figures.Spread(2, 0.5, 3)
     assert target.is_met(reached) is is_met
@@ -118,10 +118,10 @@ def test_only_a_whole_run_replaces_the_committed_results(
 
     monkeypatch.setattr(building, "build", lambda: None)
     monkeypatch.setattr(building, "ROOT", tmp_path)
-    monkeypatch.setattr(command, "take_turns", runs)
-    monkeypatch.setattr(command, "RUNS", tmp_path / "runs.jsonl")
-    monkeypatch.setattr(command, "RESULTS", tmp_path / "whole")
-    monkeypatch.setattr(command, "PARTIAL", tmp_path / "partial")
+    monkeypatch.setattr(command, "run_rounds", runs)
+    monkeypatch.setattr(command, "RUNS_FILE", tmp_path / "runs.jsonl")
+    monkeypatch.setattr(command, "RESULTS_FOLDER", tmp_path / "whole")
+    monkeypatch.setattr(command, "PARTIAL_FOLDER", tmp_path / "partial")
     monkeypatch.setattr(command, "_is_present", lambda _: True)
     monkeypatch.setattr(command, "_prepare_process", lambda: None)
     monkeypatch.setattr(sys, "argv", ["benchmarks", *options.format(asked=tmp_path / "asked").split()])

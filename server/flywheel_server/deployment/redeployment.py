@@ -17,7 +17,7 @@ from flywheel_server.settings import PREFIX, Settings
 MAX_TAG_CHARACTERS: Final = 63
 """Modal's limit for the characters of a tag."""
 
-APP_VARIABLE: Final = f"{DEPLOY_PREFIX}APP_VARIABLE"
+APP_VARIABLE: Final = f"{DEPLOY_PREFIX}APP"
 """The variable with the name of the app. It is not a tag: with another value, another app is deployed."""
 
 ALWAYS_TAGGED: Final = (f"{DEPLOY_PREFIX}WEIGHTS", f"{PREFIX}MODAL_GPU")
