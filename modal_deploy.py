@@ -65,8 +65,8 @@ def check_secret() -> None:
         environment = config.get("environment") or ""
         sys.exit(
             f'There is no modal.Secret "{KEYS_SECRET}" with {KEYS_VARIABLE} in it, so nothing was done. ({error})\n'
-            "The gateway's address is on the open Internet: it lets in only callers with a key. Make one, and note it for your "
-            f"callers:\n\n{create_secret_commands(environment, replace=has_secret_without_keys())}"
+            "The gateway's address is on the open Internet, so it accepts only callers with a key. Make one, and note it for "
+            f"your callers:\n\n{create_secret_commands(environment, replace=has_secret_without_keys())}"
         )
 
 
@@ -83,7 +83,7 @@ def check_command(verb: str, options: list[str]) -> None:
     """Exits with a message if the command would start further gateways, or deploy under a name that gateways do not know."""
     if verb == "serve" or (verb == "run" and not any(option.endswith("::fetch_weights") for option in options)):
         sys.exit(
-            f"modal {verb} would start a second gateway, whose address clients of the app {deployment.app} would find. Use "
+            f"modal {verb} would start a second gateway, and clients of the app {deployment.app} would find its address. Use "
             f"`modal deploy`, with another {APP_VARIABLE} to try something out, or `modal run modal_deploy.py::fetch_weights`."
         )
     if verb == "deploy" and any(option.partition("=")[0] == "--name" for option in options):

@@ -1,1 +1,1 @@
-"""What a deployment knows about its machines: which weights there are, where they fit, and how they get there."""
+"""The deployment on Modal: its settings and weights, and the code that runs in the containers of gateways and of the Model."""

@@ -91,7 +91,7 @@ class _Record:
         """By container: its progress at the last read, and for how many reads in a row the progress has been unchanged."""
 
     async def refresh(self) -> None:
-        """Publishes the record. Publishing goes on if this is cancelled; `refreshed` waits for its end."""
+        """Publishes the record. Publishing goes on if this is cancelled; `wait_for_refresh` waits for its end."""
         self._putting = asyncio.create_task(self._put())
         await asyncio.shield(self._putting)
 
@@ -100,7 +100,7 @@ class _Record:
         """Whether the record is being published."""
         return self._putting is not None and not self._putting.done()
 
-    async def refreshed(self) -> None:
+    async def wait_for_refresh(self) -> None:
         """Returns when the record is not being published."""
         if self._putting is not None:
             await asyncio.wait({self._putting})
@@ -121,7 +121,7 @@ class _Record:
         with suppress(modal.exception.NotFoundError):
             await modal_result(self._dict.pop.aio(self._task, None))
 
-    async def remove_stale(self) -> None:
+    async def remove_stale_records(self) -> None:
         """Reads the other records, and removes each that has not changed for `MAX_UNCHANGED_READS`."""
         others = {}
         for task, record in await modal_result(_read_records(self._dict)):
@@ -143,7 +143,7 @@ async def _refresh_regularly(record: _Record) -> None:
     while True:
         await asyncio.sleep(REFRESH_INTERVAL)
         if await _succeeds("address not refreshed", record.refresh()):
-            await _succeeds("other addresses not looked at", record.remove_stale())
+            await _succeeds("other addresses not looked at", record.remove_stale_records())
 
 
 async def _withdraw(record: _Record) -> None:
@@ -153,7 +153,7 @@ async def _withdraw(record: _Record) -> None:
             was_refreshing = record.is_refreshing
             await _withdraw_once(record)
             if was_refreshing:
-                await record.refreshed()
+                await record.wait_for_refresh()
                 await _withdraw_once(record)
 
 
@@ -174,10 +174,7 @@ async def _succeeds(failure: str, work: Coroutine[Any, Any, None]) -> bool:
 
 
 async def _read_records(directory: modal.Dict) -> list[tuple[str, Any]]:
-    """Returns the records with their tasks. A record that cannot be unpickled is None.
-
-    Such a record makes `items` fail. In this case each record is read by itself.
-    """
+    """Returns the records by task. If one cannot be unpickled, which makes `items` fail, each is read by itself, or is None."""
     try:
         found = [item async for item in directory.items.aio()]
     except modal.exception.DeserializationError:

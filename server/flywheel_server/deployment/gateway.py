@@ -53,7 +53,7 @@ class GatewayThread:
 
     def __init__(self, settings: Settings, tunnelled_app: str | None, tunnel_interval: float) -> None:
         if not settings.api_keys:
-            raise ValueError("the gateway does not start without FLYWHEEL_API_KEYS, which belong into its modal.Secret")
+            raise ValueError("the gateway does not start without FLYWHEEL_API_KEYS, which belong in its modal.Secret")
         if settings.workers > 1:
             raise ValueError("the gateway is one process: leave out FLYWHEEL_WORKERS, and let Modal run more containers")
         self._settings = settings

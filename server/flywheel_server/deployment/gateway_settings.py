@@ -30,8 +30,8 @@ def gateway_settings() -> Settings:
         problems = [f"{KEYS_VARIABLE}: must hold a key"]
     rows = "\n".join(f"  {problem}" for problem in problems)
     raise ValueError(
-        f'A gateway does not start with these settings, of which {KEYS_VARIABLE} is from the modal.Secret "{KEYS_SECRET}":\n\n'
-        f"{rows}\n\nTo make the secret anew, note the key for your callers, and deploy again:\n\n"
+        f'A gateway cannot start with these settings ({KEYS_VARIABLE} comes from the modal.Secret "{KEYS_SECRET}"):\n\n'
+        f"{rows}\n\nTo replace the secret, run these commands, note the key for your callers, and deploy again:\n\n"
         f"{create_secret_commands(os.environ.get('MODAL_ENVIRONMENT', ''), replace=True)}"
     )
 
@@ -41,12 +41,7 @@ def _place(location: tuple[int | str, ...]) -> str:
 
 
 def create_secret_commands(environment: str, *, replace: bool = False) -> str:
-    """Returns the shell commands that create the secret with a new key.
-
-    Arguments:
-        environment: The environment on Modal; empty for the default one.
-        replace: Whether to replace an existing secret.
-    """
+    """Returns the shell commands that create the secret with a new key in an environment of Modal; "" is the default one."""
     options = [*(["-e", shlex.quote(environment)] if environment else []), *(["--force"] if replace else [])]
     create = " ".join(["modal secret create", *options, KEYS_SECRET, f"{KEYS_VARIABLE}=$KEY"])
     return f'  KEY=$(openssl rand -hex 32)\n  {create}\n  echo "$KEY"\n'

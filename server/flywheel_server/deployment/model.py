@@ -134,8 +134,7 @@ class RemoteModel:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._container = uuid.uuid4().hex
-        # By partition, one for each gateway. An outbox outlives its calls, so that further calls of a gateway that was killed
-        # fail at once.
+        # One for each gateway, kept after its calls, so that waiting calls of a gateway that was killed end at once.
         self._outboxes: dict[str, Outbox] = {}
 
     @_translating_errors
@@ -155,14 +154,8 @@ class RemoteModel:
     async def generate_deltas(self, queue: modal.Queue, partition: str, call: str, **fields: Any) -> dict[str, Any]:  # noqa: ANN401 - as above
         """Sends the events of the generation to a partition of the queue, and returns a receipt when the queue has them all.
 
-        `engines.modal.event_batch` defines the batches of events and the receipt. Raises the errors of `generate`, and
-        `EngineUnavailableError` if the gateway is gone.
-
-        Arguments:
-            queue: The queue.
-            partition: The gateway's partition for events.
-            call: The caller's id of the call, which each batch has.
-            fields: The fields of the request.
+        Each batch of events has the caller's id `call`. Raises the errors of `generate`, and `EngineUnavailableError` if the
+        gateway is gone.
         """
         request = _request(fields)
         async with self._outbox(queue, partition).sending(call) as sender:

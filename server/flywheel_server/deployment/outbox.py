@@ -35,7 +35,7 @@ from flywheel_server.messages import GenerationResponseSample
 log = structlog.stdlib.get_logger(__name__)
 
 PARTITION_TTL: Final = 3600
-"""Seconds after which Modal deletes unread events, whose gateway has gone."""
+"""Seconds after which Modal deletes events that nobody has read, because their gateway is gone."""
 
 PUT_INTERVAL: Final = 0.25
 """Seconds between two puts, unless an event is urgent: the first text of a call, or a finished sample."""
@@ -136,7 +136,7 @@ class Sender:
 
     @property
     def has_events(self) -> bool:
-        """Whether something waits for the next put."""
+        """Whether an event, or the end of the attempt, waits for the next put."""
         return bool(self._started or self._texts or self._samples or self._has_failed)
 
     def take(self) -> list[EventBatch]:
@@ -159,10 +159,7 @@ class Sender:
 class Outbox:
     """Puts the events of one gateway's calls into its partition of the queue, and ends the calls if the gateway is gone.
 
-    Arguments:
-        queue: The queue.
-        partition: The gateway's partition for events.
-        container: The id of this container, which is sent with each batch.
+    Each batch has the id of this container, `container`.
     """
 
     def __init__(self, queue: modal.Queue, partition: str, container: str) -> None:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Final
 from urllib.parse import unquote_to_bytes
 
-from flywheel_server.deployment.settings import DEPLOY_PREFIX, Configuration, Deployment, configured, relevant_variables
+from flywheel_server.deployment.settings import DEPLOY_PREFIX, Configuration, configured, relevant_variables
 from flywheel_server.setting_texts import NONE, is_blank
-from flywheel_server.settings import PREFIX, Settings
+from flywheel_server.settings import PREFIX
 
 MAX_TAG_CHARACTERS: Final = 63
 """Modal's limit for the characters of a tag."""
@@ -73,7 +73,7 @@ def unconfirmed_changes(running: Mapping[str, str], environment: Mapping[str, st
             kept = configured({**environment, variable: value})
         except ValueError:  # the value does not fit other settings, which have changed
             kept = None
-        if kept is None or _settings(kept) != _settings(configuration):
+        if kept is None or (kept.deployment, kept.server) != (configuration.deployment, configuration.server):
             changes.append(Change(variable, value, _value(configuration, variable)))
     return changes
 
@@ -109,22 +109,19 @@ def unknown_app_message(
     """Returns the message for a command that would replace an app without tags; None if it sets all `ALWAYS_TAGGED`."""
     if not any(is_blank(environment.get(variable)) for variable in ALWAYS_TAGGED):
         return None
-    said = {variable: _value(configuration, variable) for variable in ALWAYS_TAGGED}
+    values = {variable: _value(configuration, variable) for variable in ALWAYS_TAGGED}
     return (
-        f"There is an app {app}, and it does not say with which settings it runs: an older version deployed it, or it is "
-        f"another program, which this command would replace. So nothing was done. If it is to be replaced, say what is to "
-        f"run:\n\n  {_command_line(command, environment, said)}"
+        f"There is an app {app} whose settings are unknown: an older version deployed it, or it is another program, which this "
+        "command would replace. So nothing was done. To replace it, say what is to run:\n\n"
+        f"  {_command_line(command, environment, values)}"
     )
 
 
-def _command_line(command: Sequence[str], environment: Mapping[str, str], answer: Mapping[str, str]) -> str:
-    where = {name: environment[name] for name in MODAL_VARIABLES if environment.get(name)}
-    variables = {**where, **relevant_variables(environment), **answer}
+def _command_line(command: Sequence[str], environment: Mapping[str, str], changed: Mapping[str, str]) -> str:
+    """Returns the command for a shell, with all relevant variables of the environment, and with the changed ones."""
+    target = {name: environment[name] for name in MODAL_VARIABLES if environment.get(name)}
+    variables = {**target, **relevant_variables(environment), **changed}
     return " ".join([*(f"{name}={shlex.quote(value)}" for name, value in variables.items()), shlex.join(command)])
-
-
-def _settings(configuration: Configuration) -> tuple[Deployment, Settings]:
-    return configuration.deployment, configuration.server
 
 
 def _value(configuration: Configuration, variable: str) -> str:

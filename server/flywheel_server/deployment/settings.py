@@ -83,18 +83,12 @@ class Deployment(BaseModel):
         "balances and scales) or both.",
     )
     address: Address = _option("0.0.0.0:50051", "HOST:PORT that a gateway listens on in its container.")
-    routing_region: Annotated[str, Field(min_length=1)] = _option(
-        "us-east", "The region in which Modal receives the calls of the server."
-    )
-    gateway_min_containers: Count = _option(
-        1, "Minimum number of gateways. A call through a tunnel starts no gateway, so keep at least 1."
-    )
+    routing_region: Annotated[str, Field(min_length=1)] = _option("us-east", "The region in which Modal receives calls.")
+    gateway_min_containers: Count = _option(1, "Minimum number of gateways. A tunnel starts no gateway: keep at least 1.")
     gateway_max_containers: Annotated[Positive | None, NoneWord] = _option(
         None, f"Maximum number of gateways. Default, or {NONE}: no limit."
     )
-    gateway_concurrency: Positive = _option(
-        256, "Calls at a time on one gateway of the server above which Modal starts another."
-    )
+    gateway_concurrency: Positive = _option(256, "Concurrent calls on a gateway above which the server starts another.")
     gateway_cpu: Cores = _option(0.5, "Cores reserved for one gateway; it may use more if they are free.")
     gateway_memory: MiB = _option(512, "MiB of memory reserved for one gateway; it may use more if it is free.")
     tunnel_interval: Annotated[float, Field(ge=0, le=86400, allow_inf_nan=False)] = _option(
@@ -106,15 +100,11 @@ class Deployment(BaseModel):
     weights_path: Annotated[str, AfterValidator(_mount_point)] = _option(
         "/weights", "The path at which the Model's containers mount the volume with the weights."
     )
-    model_slots: Annotated[int, Field(ge=1, le=256)] = _option(
-        8, "Samples that one container of the Model generates at a time."
-    )
-    model_concurrency: Positive = _option(
-        16, "Calls that one container of the Model accepts at a time. Calls beyond its slots wait in the container."
-    )
+    model_slots: Annotated[int, Field(ge=1, le=256)] = _option(8, "Samples that one container generates at a time.")
+    model_concurrency: Positive = _option(16, "Calls that one container accepts at a time. Calls beyond its slots wait in it.")
     model_min_containers: Count = _option(0, "Minimum number of containers of the Model. 0: all stop when there are no calls.")
     model_max_containers: Positive = _option(
-        1, "Maximum number of containers of the Model, which are billed. Further calls wait."
+        1, "Maximum number of containers of the Model, which are billed. Other calls wait."
     )
     model_scaledown: Annotated[int, Field(ge=2, le=3600)] = _option(
         300, "Seconds without a call after which a container of the Model stops."

@@ -1,7 +1,7 @@
-"""Serves from several processes on one port, with an engine outside these processes.
+"""Serves from several processes on one port. This helps if the engine runs outside these processes.
 
 The process that the user has started is the parent. It uses no gRPC itself. It reserves the port, starts the workers, and
-replaces workers that die. Each worker is a complete server with an engine client of its own. All workers share the admission
+replaces workers that die. Each worker is a complete server with an `Engine` of its own. All workers share the admission
 control, the quotas and the health in the parent.
 
     port              reserves the port that the workers share

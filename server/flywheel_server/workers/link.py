@@ -41,7 +41,7 @@ class Link:
             "total": self._receive_total,
             "stop": self._stop,
         }
-        self._connection = Connection(handlers, self._end)
+        self._connection = Connection(handlers, self._on_parent_gone)
         self.admission = SharedAdmissionControl(self._connection)
         handlers |= {"admitted": self.admission.admit, "refused": self.admission.refuse}
         self._own_counts: Callable[[], Awaitable[Line]] | None = None
@@ -79,7 +79,7 @@ class Link:
 
         async def count_all() -> Counts:
             stats = await engine.stats()
-            active, queued, backlog, runners = await self._total()
+            active, queued, backlog, runners = await self._ask_total()
             return Counts(active, queued, EngineStats(backlog, runners) if in_process else stats)
 
         self._own_counts = count_own
@@ -118,19 +118,19 @@ class Link:
         answering.add_done_callback(self._answering.discard)
 
     def _receive_total(self, question: int, counts: tuple[int, int, int, int]) -> None:
-        if (asked := self._pending.get(question)) and not asked.done():
-            asked.set_result(counts)
+        if (answer := self._pending.get(question)) and not answer.done():
+            answer.set_result(counts)
 
     def _stop(self) -> None:
         self._stops += 1
         if self._on_stop:
             self._on_stop()
 
-    def _end(self) -> None:
-        self.admission.end(_gone)
-        for asked in self._pending.values():
-            if not asked.done():
-                asked.set_exception(_gone())
+    def _on_parent_gone(self) -> None:
+        self.admission.end(_parent_gone)
+        for answer in self._pending.values():
+            if not answer.done():
+                answer.set_exception(_parent_gone())
         self._stop()
         asyncio.get_running_loop().call_later(SECOND_STOP_DELAY, self._stop)
 
@@ -149,18 +149,18 @@ class Link:
         if self._own_counts:
             self._connection.send("counts", question, await self._own_counts())
 
-    async def _total(self) -> tuple[int, int, int, int]:
+    async def _ask_total(self) -> tuple[int, int, int, int]:
         question = next(self._questions)
-        asked: asyncio.Future[tuple[int, int, int, int]] = asyncio.get_running_loop().create_future()
-        self._pending[question] = asked
+        answer: asyncio.Future[tuple[int, int, int, int]] = asyncio.get_running_loop().create_future()
+        self._pending[question] = answer
         try:
             self._connection.send("total", question)
-            return await asked
+            return await answer
         finally:
             del self._pending[question]
 
 
-def _gone() -> EngineUnavailableError:
+def _parent_gone() -> EngineUnavailableError:
     return EngineUnavailableError("the parent of this worker is gone")
 
 

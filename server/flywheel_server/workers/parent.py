@@ -70,11 +70,11 @@ class Worker:
         self._parent = parent
         self._closed = asyncio.Event()
         handlers: dict[str, Callable[..., None]] = {
-            "hello": self._connect,
+            "hello": self._on_hello,
             "capacity": parent.admission.set_capacity,
             "health": self._receive_health,
-            "ready": self._be_ready,
-            "failed": self._fail,
+            "ready": self._on_ready,
+            "failed": self._on_failed,
             "total": lambda question: parent.answer_total(self, question),
             "counts": self._receive_counts,
         }
@@ -82,7 +82,7 @@ class Worker:
         self.calls = SharedCalls(parent.quotas, parent.admission, self.connection)
         handlers |= self.calls.handlers
         self._counts: dict[int, asyncio.Future[Line]] = {}
-        self._pair, theirs = socket.socketpair()
+        self._socket, worker_socket = socket.socketpair()
         reading, writing = os.pipe()
         self._output = threading.Thread(target=forward, args=(reading, on_output), name=f"worker {number}", daemon=True)
         try:
@@ -92,14 +92,14 @@ class Worker:
                 os.close(reading)
                 raise
             self.process = subprocess.Popen(  # noqa: S603 - this very program
-                [*command, str(theirs.fileno()), str(number), *parent.arguments],
+                [*command, str(worker_socket.fileno()), str(number), *parent.arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=writing,
                 stderr=writing,
-                pass_fds=[theirs.fileno()],
+                pass_fds=[worker_socket.fileno()],
             )
         finally:
-            theirs.close()
+            worker_socket.close()
             os.close(writing)
 
     @property
@@ -107,19 +107,19 @@ class Worker:
         """Whether the connection is closed, as it is when the worker ends."""
         return self._closed.is_set()
 
-    async def ended(self) -> int:
+    async def wait(self) -> int:
         """Waits for the end of the process, and returns its exit code, or the negative number of the signal that ended it."""
         loop = asyncio.get_running_loop()
-        await loop.create_connection(lambda: self.connection, sock=self._pair)
+        await loop.create_connection(lambda: self.connection, sock=self._socket)
         # All messages of the worker arrive before this.
         await self._closed.wait()
-        for asked in self._counts.values():
-            asked.cancel()
-        gone = asyncio.Event()
+        for answer in self._counts.values():
+            answer.cancel()
+        has_exited = asyncio.Event()
         handle = os.pidfd_open(self.process.pid)
         try:
-            loop.add_reader(handle, gone.set)
-            await gone.wait()
+            loop.add_reader(handle, has_exited.set)
+            await has_exited.wait()
             loop.remove_reader(handle)
         finally:
             os.close(handle)
@@ -135,31 +135,31 @@ class Worker:
 
     def count(self, question: int) -> asyncio.Future[Line]:
         """Asks the worker for its counts, and returns a future of the answer."""
-        asked = self._counts[question] = asyncio.get_running_loop().create_future()
+        answer = self._counts[question] = asyncio.get_running_loop().create_future()
         self.connection.send("count", question)
-        return asked
+        return answer
 
     def forget(self, question: int) -> None:
         """Ignores a later answer to the question."""
         self._counts.pop(question).cancel()
 
     def _receive_counts(self, question: int, counts: Line) -> None:
-        if (asked := self._counts.get(question)) and not asked.done():
-            asked.set_result(counts)
+        if (answer := self._counts.get(question)) and not answer.done():
+            answer.set_result(counts)
 
     def _receive_health(self, serving: bool, runners: bool) -> None:
         self.health = (serving, runners)
         self._parent.publish_health()
 
-    def _connect(self) -> None:
+    def _on_hello(self) -> None:
         self.has_connected = True
         self._parent.on_connected(self)
 
-    def _be_ready(self) -> None:
+    def _on_ready(self) -> None:
         self.ready_at = running_time.now()
         self._parent.on_ready()
 
-    def _fail(self, why: str) -> None:
+    def _on_failed(self, why: str) -> None:
         self.why = why
 
 
@@ -184,10 +184,10 @@ class Parent:
         self._on_output = on_output
         self._workers: dict[int, Worker] = {}
         self._health = (False, False)
-        self._up = asyncio.Event()
+        self._is_up = asyncio.Event()
         self._stopping = asyncio.Event()
         self._questions = 0
-        self._asking: list[tuple[Worker, int]] = []
+        self._waiting_questions: list[tuple[Worker, int]] = []
         """Waiting questions for the counts of all workers, each with the worker that asks."""
         self._answering: asyncio.Task[None] | None = None
 
@@ -200,9 +200,9 @@ class Parent:
         Raises:
             WorkersError: A worker does not start, or has died too often.
         """
-        keeping = [asyncio.create_task(self._keep(number)) for number in range(1, self._settings.workers + 1)]
-        failing = asyncio.gather(*keeping)
-        failing.add_done_callback(lambda _: self._up.set())
+        keepers = [asyncio.create_task(self._keep_running(number)) for number in range(1, self._settings.workers + 1)]
+        failing = asyncio.gather(*keepers)
+        failing.add_done_callback(lambda _: self._is_up.set())
         body = asyncio.current_task()
 
         def interrupt(_: asyncio.Future[list[None]]) -> None:
@@ -210,7 +210,7 @@ class Parent:
                 body.cancel()
 
         try:
-            await self._up.wait()
+            await self._is_up.wait()
             if not failing.done():
                 # Messages arrive in order: a worker that answers this has received the message that all workers serve.
                 await self._count_all()
@@ -223,18 +223,18 @@ class Parent:
                 raise
         finally:
             failing.remove_done_callback(interrupt)
-            await self._stop(keeping)
+            await self._stop(keepers)
             if error := failing.exception():
                 raise error
 
-    async def _keep(self, number: int) -> None:
+    async def _keep_running(self, number: int) -> None:
         """Runs a worker with this number, and its replacements, until the server stops."""
         deaths = 0
         while True:
             was_stable, why = await self._run_one(number)
             if self._stopping.is_set():
                 return
-            if not self._up.is_set():
+            if not self._is_up.is_set():
                 raise WorkersError(why)
             deaths = 1 if was_stable else deaths + 1
             if deaths == MAX_DEATHS:
@@ -253,13 +253,13 @@ class Parent:
             return False, f"worker {number} cannot be started: {error}"
         log.info("worker started", number=number, pid=worker.process.pid)
         checking = asyncio.create_task(self._kill_if_silent(worker))
-        exit_code = await worker.ended()
+        exit_code = await worker.wait()
         checking.cancel()
         del self._workers[number]
         worker.calls.release_all()
         self.publish_health()
         why = worker.why or f"worker {number} ended with {exit_code}"
-        if self._up.is_set() and not self._stopping.is_set():
+        if self._is_up.is_set() and not self._stopping.is_set():
             log.error("worker died", number=number, pid=worker.process.pid, exit_code=exit_code, why=why)
         was_stable = worker.ready_at is not None and running_time.now() - worker.ready_at >= STABLE_SECONDS
         return was_stable, why
@@ -279,23 +279,23 @@ class Parent:
             async with running_time.timeout(seconds):
                 await self._stopping.wait()
 
-    async def _stop(self, keeping: Sequence[asyncio.Task[None]]) -> None:
+    async def _stop(self, keepers: Sequence[asyncio.Task[None]]) -> None:
         self._stopping.set()
         try:
             drain = self._settings.withdraw_window + self._settings.drain_timeout
-            await self._end_workers(keeping, drain + END_TIMEOUT)
+            await self._end_workers(keepers, drain + END_TIMEOUT)
         except asyncio.CancelledError:
-            await self._end_workers(keeping, END_TIMEOUT)
+            await self._end_workers(keepers, END_TIMEOUT)
             raise
         finally:
             for worker in self._workers.values():
                 worker.process.kill()
-            await asyncio.wait(keeping)
+            await asyncio.wait(keepers)
 
-    async def _end_workers(self, keeping: Sequence[asyncio.Task[None]], timeout: float) -> None:  # noqa: ASYNC109 - for the workers, not for this call
+    async def _end_workers(self, keepers: Sequence[asyncio.Task[None]], timeout: float) -> None:  # noqa: ASYNC109 - for the workers, not for this call
         for worker in self._workers.values():
             worker.stop()
-        await running_time.wait(keeping, timeout)
+        await running_time.wait(keepers, timeout)
 
     def on_connected(self, worker: Worker) -> None:
         """Sends the common health to a worker that has connected."""
@@ -306,7 +306,7 @@ class Parent:
         if len(self._workers) == self._settings.workers and all(
             worker.ready_at is not None for worker in self._workers.values()
         ):
-            self._up.set()
+            self._is_up.set()
             self.publish_health()
 
     def publish_health(self) -> None:
@@ -315,7 +315,7 @@ class Parent:
         At the start, all workers must run. Later a worker that is being replaced does not count, because it gets no calls.
         """
         known = [worker.health for worker in self._workers.values() if worker.health]
-        serving = self._up.is_set() and bool(known) and all(serving for serving, _ in known)
+        serving = self._is_up.is_set() and bool(known) and all(serving for serving, _ in known)
         health = (serving, serving and any(runners for _, runners in known))
         if health != self._health:
             self._health = health
@@ -324,13 +324,13 @@ class Parent:
 
     def answer_total(self, asking: Worker, question: int) -> None:
         """Sends a worker the counts of all workers. If counts are being collected, the question waits for the next ones."""
-        self._asking.append((asking, question))
+        self._waiting_questions.append((asking, question))
         if self._answering is None or self._answering.done():
             self._answering = asyncio.create_task(self._answer_totals())
 
     async def _answer_totals(self) -> None:
-        while self._asking:
-            asking, self._asking = self._asking, []
+        while self._waiting_questions:
+            asking, self._waiting_questions = self._waiting_questions, []
             counts = await self._count_all()
             for worker, question in asking:
                 worker.connection.send("total", question, counts)
@@ -345,12 +345,12 @@ class Parent:
         """Returns the counts of the workers that answer within `timeout` seconds."""
         self._questions += 1
         question = self._questions
-        asked = [worker.count(question) for worker in workers]
-        if asked:
-            await running_time.wait(asked, timeout)
+        answers = [worker.count(question) for worker in workers]
+        if answers:
+            await running_time.wait(answers, timeout)
         for worker in workers:
             worker.forget(question)
-        return [each.result() for each in asked if not each.cancelled()]
+        return [answer.result() for answer in answers if not answer.cancelled()]
 
 
 # -P keeps the current folder out of sys.path, as with the command flywheel-server.
