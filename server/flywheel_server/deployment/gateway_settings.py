@@ -30,7 +30,7 @@ def gateway_settings() -> Settings:
         problems = [f"{KEYS_VARIABLE}: must hold a key"]
     rows = "\n".join(f"  {problem}" for problem in problems)
     raise ValueError(
-        f'A gateway cannot start with these settings ({KEYS_VARIABLE} comes from the modal.Secret "{KEYS_SECRET}"):\n\n'
+        f'A gateway does not start with these settings ({KEYS_VARIABLE} comes from the modal.Secret "{KEYS_SECRET}"):\n\n'
         f"{rows}\n\nTo replace the secret, run these commands, note the key for your callers, and deploy again:\n\n"
         f"{create_secret_commands(os.environ.get('MODAL_ENVIRONMENT', ''), replace=True)}"
     )
