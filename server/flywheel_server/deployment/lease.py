@@ -25,7 +25,7 @@ class Lease:
         self._seen: int | None = None
         self._unchanged = 0
         self._put = 0
-        """How many items this container has put into the partition for events since the lease was last being renewed."""
+        """Items that this container has put into the partition for events since renewals seem to have stopped."""
         self._checked_at = float("-inf")
 
     @property

@@ -284,7 +284,7 @@ class Outbox:
         return is_silent or any(sender.has_events for sender in self._senders)
 
     async def _wait_for_rate_limit(self) -> None:
-        """Returns when the next put may be made: after `PUT_INTERVAL`, or at once for urgent events within the rate limit."""
+        """Waits for `PUT_INTERVAL` after the last put, or only for an urgent event, and then for the rate limit."""
         loop = asyncio.get_running_loop()
         with suppress(TimeoutError):
             async with asyncio.timeout_at(self._put_at + PUT_INTERVAL):

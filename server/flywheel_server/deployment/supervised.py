@@ -45,8 +45,8 @@ EXIT_TIMEOUT: Final = 25.0
 class SupervisedEngine:
     """Passes calls on to an engine, and restarts the engine if it dies.
 
-    If the engine dies, a call that has no text yet ends with `EngineUnavailableError`. So does a call that arrives before the
-    engine has started again.
+    If the engine dies, its calls end with `EngineUnavailableError`; a call that already has text may end with the engine's own
+    error instead. Calls that arrive before the engine has started again end with `EngineUnavailableError` too.
 
     Arguments:
         engine: The engine, not yet started.

@@ -49,7 +49,7 @@ async def end_with_status(context: CallContext, error: Exception) -> None:
     """Ends the call with the status of the error, and logs the error. Always raises `AbortError` or `CancelledError`.
 
     If gRPC has already ended the call, because the caller is gone or gRPC refused a message, the call has another status, and
-    the error is often only a consequence. So the error is logged only if its status is sent, or if the server itself failed.
+    the error is often only a consequence. So the error is logged only if the caller gets its status, or if the server failed.
     """
     status = status_of(error, context.request_id)
     _clear_frames(error)
