@@ -65,8 +65,8 @@ def check_secret() -> None:
         environment = config.get("environment") or ""
         sys.exit(
             f'There is no modal.Secret "{KEYS_SECRET}" with {KEYS_VARIABLE} in it, so nothing was done. ({error})\n'
-            "The gateway's address is on the open Internet, so it accepts only callers with a key. Make one, and note it for "
-            f"your callers:\n\n{create_secret_commands(environment, replace=has_secret_without_keys())}"
+            "The gateway is on the open Internet, so it accepts only callers with a key. Make a key, and note it for your "
+            f"callers:\n\n{create_secret_commands(environment, replace=has_secret_without_keys())}"
         )
 
 
