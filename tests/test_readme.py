@@ -4,25 +4,26 @@
 """
 
 import asyncio
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from flywheel_proto.v1 import generation_pb2
 from flywheel_server.deployment.settings import DEPLOY_PREFIX, Deployment
 from flywheel_server.deployment.weights import DoesNotFitError, check_fit, find
 from flywheel_server.engines.scripted import ScriptedEngine
 from flywheel_server.settings import PREFIX, Settings, default_text, flag
+from google.protobuf import json_format
 
+from tests.contract import ROOT
 from tests.serving import serving
 
-README = Path(__file__).parent.parent / "README.md"
-MODAL = README.parent / "docs" / "modal.md"
-DOCUMENTS = [
-    *(README.parent / name for name in ("README.md", "CHANGELOG.md", "benchmarks/README.md")),
-    *sorted(MODAL.parent.glob("*.md")),
-]
+README = ROOT / "README.md"
+PYTHON, SETTINGS, MODAL = (ROOT / "docs" / name for name in ("python.md", "settings.md", "modal.md"))
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), ROOT / "benchmarks" / "README.md", *sorted(MODAL.parent.glob("*.md"))]
 TABLE = re.compile(r"(?<=<!-- settings: written by `python -m tests.test_readme` -->\n).*?(?=<!-- /settings -->)", re.DOTALL)
 
 
@@ -43,7 +44,7 @@ def deployment_table() -> str:
     return "\n".join(rows) + "\n"
 
 
-TABLES = {README: table, MODAL: deployment_table}
+TABLES = {SETTINGS: table, MODAL: deployment_table}
 
 
 @pytest.mark.parametrize("document", TABLES, ids=lambda document: document.name)
@@ -56,13 +57,18 @@ def prose(document: Path) -> str:
     return re.sub(r"^ *```.*?^ *```$", "", document.read_text(), flags=re.MULTILINE | re.DOTALL)
 
 
+def blocks(document: Path, language: str) -> list[str]:
+    """Returns the code blocks of a document in that language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", document.read_text(), re.MULTILINE | re.DOTALL)
+
+
 def anchors(document: Path) -> set[str]:
     """Returns the anchors that GitHub gives the headings of a document."""
     headings = re.findall(r"^#+ (.+)$", prose(document), re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: str(document.relative_to(README.parent)))
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: str(document.relative_to(ROOT)))
 def test_links_lead_somewhere(document: Path) -> None:
     links = re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", prose(document))
     for path, anchor in links:
@@ -77,16 +83,30 @@ def test_the_refusal_in_the_documentation_is_what_is_said() -> None:
     assert str(refused.value) in MODAL.read_text()
 
 
-async def test_the_python_of_the_readme_runs() -> None:
-    examples = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    (example,) = [example for example in examples if "localhost:50051" in example]
+@pytest.mark.parametrize(
+    ("document", "printed"),
+    [(README, ["llama"]), (PYTHON, ["llama", "max_tokens must be", "top_p must be"])],
+    ids=["README", "python"],
+)
+async def test_the_python_runs(document: Path, printed: list[str]) -> None:
+    (example,) = [block for block in blocks(document, "python") if "localhost:50051" in block]
     async with serving(ScriptedEngine()) as target:
         program = example.replace("localhost:50051", target.address)
         process = await asyncio.create_subprocess_exec(sys.executable, "-c", program, stdout=subprocess.PIPE)
         out, _ = await process.communicate()
     assert process.returncode == 0
-    for expected in ("llama", "max_tokens must be", "top_p must be"):
+    for expected in printed:
         assert expected in out.decode()
+
+
+def test_the_request_for_grpcurl_is_one() -> None:
+    (request,) = re.findall(r"-d '(\{.*?\})'", README.read_text(), re.DOTALL)
+    json_format.ParseDict(json.loads(request), generation_pb2.GenerationRequest())
+
+
+def test_the_readme_leads_to_every_document() -> None:
+    names = {str(document.relative_to(ROOT)) for document in DOCUMENTS if document != README}
+    assert {name for name in names if f"]({name})" not in README.read_text()} == set()
 
 
 if __name__ == "__main__":
