@@ -5,7 +5,7 @@ PYTHON ?= python3
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-thorough test-floor check format generate descriptor bench soak fuzz chaos lock baseline clean
+.PHONY: help install serve test test-thorough test-floor check format generate descriptor bench soak fuzz chaos lock picture baseline clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -85,9 +85,12 @@ lock: .venv/.installed ## Bring requirements/*.txt in line with pyproject.toml
 	$(compile) $(ARGS) --constraint requirements/dev.txt --extra embedded pyproject.toml --output-file requirements/modal-model.txt
 	$(compile) $(ARGS) --constraint requirements/dev.txt --extra server --extra hub pyproject.toml --output-file requirements/modal-hub.txt
 
+picture: .venv/.installed ## Draw docs/generate.svg anew, which shows what `flywheel generate` prints
+	.venv/bin/python -m docs.picture
+
 clean: ## Remove environments, caches and builds
 	rm -rf $(ENVIRONMENTS) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	find client proto server tests benchmarks chaos examples fuzz -name __pycache__ -prune -exec rm -rf {} +
+	find client proto server tests benchmarks chaos docs examples fuzz -name __pycache__ -prune -exec rm -rf {} +
 
 # Environments. Each is made anew from its locks. The stamp is written last, so that an interrupted one is begun again, and
 # holds the folder's path, as the environment itself does: one that was moved or copied is made anew too.

@@ -20,7 +20,7 @@ from rich.text import Text
 from benchmarks.serving import flywheel_server
 
 PICTURE: Final = Path(__file__).parent / "generate.svg"
-COMMAND: Final = ("flywheel", "generate", "Describe a llama in one sentence.", "--samples", "3")
+COMMAND: Final = ("flywheel", "generate", "Write one line about the sea.", "--samples", "3")
 COLUMNS: Final = 88
 
 
@@ -49,7 +49,8 @@ def draw(printed: str) -> str:
     console.print(Text.from_ansi(f"\x1b[1m$\x1b[0m {shlex.join(COMMAND)}\n{printed}"))
     drawn = console.export_svg(title="flywheel", unique_id="terminal")
     # It would have viewers fetch a font from another host. Their own monospaced font does as well.
-    return re.sub(r"@font-face \{.*?\}\s*", "", drawn, flags=re.DOTALL)
+    without_fonts = re.sub(r"@font-face \{.*?\}\s*", "", drawn, flags=re.DOTALL)
+    return re.sub(r"[ \t]+$", "", without_fonts, flags=re.MULTILINE)
 
 
 def main() -> None:
