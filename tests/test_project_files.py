@@ -79,7 +79,7 @@ def test_each_path_that_a_document_names_exists(document: str) -> None:
     named = {
         word
         for each in code(document)
-        for word in re.findall(r"(?<![\w/.:-])\.?[\w-]+(?:/[\w.-]*|\.(?:py|md|proto|txtpb|toml|svg))+", each)
+        for word in re.findall(r"(?<![\w/.:-])(?!\.venv/)\.?[\w-]+(?:/[\w.-]*|\.(?:py|md|proto|txtpb|toml|svg))+", each)
     }
     missing = {path for path in named if not any((ROOT / package / path).exists() for package in PACKAGES)}
     assert missing == set()
