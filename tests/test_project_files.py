@@ -85,6 +85,15 @@ def test_each_path_that_a_document_names_exists(document: str) -> None:
     assert missing == set()
 
 
+@pytest.mark.parametrize("document", PROSE)
+def test_each_class_that_a_document_names_exists(document: str) -> None:
+    named = {each for each in code(document) if re.fullmatch(r"([A-Z][a-z]+){2,}", each)}
+    sources = [path.read_text() for package in PACKAGES[1:] for path in (ROOT / package).rglob("*.py")]
+    sources.append((ROOT / "proto" / "flywheel" / "v1" / "generation.proto").read_text())
+    known = {name for source in sources for name in re.findall(r"^ *(?:class|message|rpc) (\w+)", source, re.MULTILINE)}
+    assert named <= known
+
+
 def test_files_are_as_the_editorconfig_says() -> None:
     assert "trim_trailing_whitespace = true" in (ROOT / ".editorconfig").read_text()
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False).stdout  # noqa: S607
