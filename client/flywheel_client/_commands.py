@@ -24,7 +24,7 @@ from flywheel_client._retry import NO_CONNECTION_MESSAGES, Retry
 from flywheel_client._waiting import ReadyServer, was_begun
 
 if TYPE_CHECKING:
-    from flywheel_client._cli import RequestOptions, Server
+    from flywheel_client._options import RequestOptions, Server
 
 EXIT_FAILURE: Final = 1
 EXIT_USAGE: Final = 2
