@@ -51,7 +51,9 @@ def test_its_contract_is_that_of_the_generated_code(files: FileDescriptorSet) ->
     generation_pb2.DESCRIPTOR.CopyToProto(generated := FileDescriptorProto())
     (contract,) = [file for file in files.file if file.name == generated.name]
     comments = [location.leading_comments for location in contract.source_code_info.location]
-    assert any("The most tokens to generate for each sample." in comment for comment in comments), "tools show them"
+    assert any("The maximum number of tokens to generate for each sample." in comment for comment in comments), (
+        "tools show them"
+    )
     contract = FileDescriptorProto.FromString(contract.SerializeToString())
     contract.ClearField("source_code_info")
     for described in contract.message_type:

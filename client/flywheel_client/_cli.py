@@ -158,6 +158,7 @@ def model(server: Server, **options: Any) -> None:  # noqa: ANN401 - options hav
 @click.option(
     "--environment", metavar="NAME", help="The Modal environment of the app.", show_default="default of the modal command"
 )
+@click.option("--first", is_flag=True, help="Print only the first address, for scripts: ADDRESS=$(flywheel endpoints --first).")
 @CACERT("cacert", Path | None)
 @JSON
 @_subcommand

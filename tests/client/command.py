@@ -36,12 +36,11 @@ def environment(fake: FakeService) -> dict[str, str]:
     return os.environ | {"FLYWHEEL_ADDRESS": fake.address, "COLUMNS": "80"}
 
 
-def on_terminal(fake: FakeService, *arguments: str) -> bytes:
-    """Returns what the command writes to a terminal that is both its stdout and its stderr."""
+def on_terminal(fake: FakeService, *arguments: str, **variables: str) -> bytes:
+    """Returns what the command writes to a terminal that is both its stdout and its stderr, and can show colours."""
     controller, terminal = pty.openpty()
-    with subprocess.Popen(
-        [*FLYWHEEL, *arguments], stdin=subprocess.DEVNULL, stdout=terminal, stderr=terminal, env=environment(fake)
-    ):
+    environ = environment(fake) | {"TERM": "xterm", "NO_COLOR": ""} | variables
+    with subprocess.Popen([*FLYWHEEL, *arguments], stdin=subprocess.DEVNULL, stdout=terminal, stderr=terminal, env=environ):
         os.close(terminal)
         written = b""
         try:

@@ -33,13 +33,9 @@ def test_headings_on_a_terminal_are_bold(fake: FakeService) -> None:
 
 
 @pytest.mark.parametrize("variables", [{"NO_COLOR": "1"}, *further([{"TERM": "dumb"}])])
-def test_a_terminal_gets_no_escape_sequence_if_none_is_wanted(
-    fake: FakeService, variables: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
+def test_a_terminal_gets_no_escape_sequence_if_none_is_wanted(fake: FakeService, variables: dict[str, str]) -> None:
     fake.deltas = [delta(0, "A", 1, "stop"), delta(1, "B", 1, "stop")]
-    written = on_terminal(fake, "generate", "p", "-n", "2").decode()
+    written = on_terminal(fake, "generate", "p", "-n", "2", **variables).decode()
     assert written.startswith("── sample 0 ──\nA\n\n── sample 1 ──\nB\nsample 0: 1 tokens")
     assert "\x1b" not in written
 
