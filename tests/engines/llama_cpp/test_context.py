@@ -3,7 +3,7 @@
 import asyncio
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from typing import Any
 
@@ -15,8 +15,15 @@ from flywheel_server.engines.llama_cpp.llama import Chunk
 from flywheel_server.engines.samples import SampleCollector
 from flywheel_server.messages import GenerationRequest
 
-from tests.engines.llama_cpp.conftest import COUNTING, engine_of, samples_of
-from tests.serving import Target, until
+from tests.engines.llama_cpp.conftest import COUNTING, SLOTS, engine_of, samples_of
+from tests.serving import until
+
+
+@pytest.fixture(scope="module")
+async def unserved() -> AsyncIterator[EmbeddedEngine]:
+    """An engine that no supervisor checks meanwhile, which would take a place among the prompts of a test."""
+    async with engine_of(default_model(), slots=SLOTS, context_tokens=4096) as engine:
+        yield engine
 
 
 @pytest.mark.thorough
@@ -53,7 +60,7 @@ async def test_what_is_admitted_fits_whatever_the_slots_have_kept(num_samples: i
 
 
 async def test_a_second_cancel_does_not_free_the_room_before_llama_has_let_go(
-    embedded: EmbeddedEngine, embedded_target: Target, monkeypatch: pytest.MonkeyPatch
+    unserved: EmbeddedEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     entered, leave = threading.Event(), threading.Event()
 
@@ -62,23 +69,23 @@ async def test_a_second_cancel_does_not_free_the_room_before_llama_has_let_go(
         leave.wait(30)
         on_chunk({})
 
-    monkeypatch.setattr(embedded._llama, "complete", slow_step)
-    running = asyncio.ensure_future(samples_of(embedded, GenerationRequest(text="x", max_tokens=4000)))
+    monkeypatch.setattr(unserved._llama, "complete", slow_step)
+    running = asyncio.ensure_future(samples_of(unserved, GenerationRequest(text="x", max_tokens=4000)))
     await asyncio.to_thread(entered.wait)
-    for task in [running, *embedded._tasks, *embedded._tasks]:
+    for task in [running, *unserved._tasks, *unserved._tasks]:
         task.cancel()
         await asyncio.sleep(0)
     await asyncio.wait([running])
-    waiting = asyncio.ensure_future(samples_of(embedded, GenerationRequest(text="x", max_tokens=4000)))
-    await until(lambda: embedded._capacity.waiting == 1, "the next one waits for the room")
+    waiting = asyncio.ensure_future(samples_of(unserved, GenerationRequest(text="x", max_tokens=4000)))
+    await until(lambda: unserved._capacity.waiting == 1, "the next one waits for the room")
     leave.set()
-    await until(lambda: embedded._capacity.waiting == 0, "the room is free")
+    await until(lambda: unserved._capacity.waiting == 0, "the room is free")
     with pytest.raises(EngineFailedError):
         await waiting  # the fake finishes no sample
 
 
 async def test_what_waits_of_a_call_does_not_stand_before_others(
-    embedded: EmbeddedEngine, embedded_target: Target, monkeypatch: pytest.MonkeyPatch
+    unserved: EmbeddedEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     at_work: list[tuple[int, int]] = []
     leave = threading.Event()
@@ -90,11 +97,11 @@ async def test_what_waits_of_a_call_does_not_stand_before_others(
         leave.wait(30)
         on_chunk({})
 
-    monkeypatch.setattr(embedded._llama, "complete", slow_step)
+    monkeypatch.setattr(unserved._llama, "complete", slow_step)
     # Three samples at a time fit the context, and the fourth has to wait for them; for a small call there is room.
-    large = asyncio.ensure_future(samples_of(embedded, GenerationRequest(text="x", max_tokens=1100, num_samples=4)))
+    large = asyncio.ensure_future(samples_of(unserved, GenerationRequest(text="x", max_tokens=1100, num_samples=4)))
     await until(lambda: at_work == [(3, 1100)], "as much as fits is in work")
-    small = asyncio.ensure_future(samples_of(embedded, GenerationRequest(text="x", max_tokens=2)))
+    small = asyncio.ensure_future(samples_of(unserved, GenerationRequest(text="x", max_tokens=2)))
     try:
         await until(lambda: at_work == [(3, 1100), (1, 2)], "so is the small one", within=10)
     finally:
@@ -122,14 +129,14 @@ class FakeReading:
 
 
 async def test_prompts_that_one_step_reads_are_given_to_llama_together(
-    embedded: EmbeddedEngine, embedded_target: Target, monkeypatch: pytest.MonkeyPatch
+    unserved: EmbeddedEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake = FakeReading()
-    monkeypatch.setattr(embedded._llama, "complete", fake.complete)
+    monkeypatch.setattr(unserved._llama, "complete", fake.complete)
     # Tokens of the prompts. A step has room for 12, as it computes 16, of which 4 may be those of samples.
     requests = [GenerationRequest(text=" a" * tokens, max_tokens=1) for tokens in (5, 7, 30, 3)]
     calls = [
-        asyncio.ensure_future(embedded.generate(await embedded.prepare(request), SampleCollector())) for request in requests
+        asyncio.ensure_future(unserved.generate(await unserved.prepare(request), SampleCollector())) for request in requests
     ]
     try:
         await until(lambda: set(fake.given) == {5, 7}, "the two that fit are given")
