@@ -14,9 +14,11 @@ structlog.configure(processors=[structlog.processors.format_exc_info, structlog.
 # As `flywheel-server` has it; grpc reads it when it is imported.
 os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_listener")
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    # A shell starts what runs in the background so, and the servers and containers of tests would inherit it.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A shell starts what runs in the background with SIGINT ignored, and `nohup` what it runs with SIGHUP ignored. The servers and
+# containers of tests would inherit that.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 if TYPE_CHECKING:
     from tests.modal_cloud import ModalCloud

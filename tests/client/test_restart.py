@@ -24,6 +24,7 @@ from flywheel_server.settings import Settings
 from tests.client.conftest import Caller
 from tests.draining import HeldEngine
 from tests.serving import free_ports, serving, through_a_cable, until
+from tests.thorough import further
 
 if TYPE_CHECKING:
     from asyncio.subprocess import Process
@@ -75,7 +76,7 @@ async def servers(*addresses: str, script: str = SCRIPT) -> AsyncIterator[dict[s
             await process.communicate()
 
 
-@pytest.mark.parametrize("kind", [Client, AsyncClient], ids=["threads", "asyncio"])
+@pytest.mark.parametrize("kind", [Client, *further([AsyncClient])], ids=["threads", "asyncio"])
 async def test_no_call_fails_while_one_server_after_the_other_restarts(kind: Any) -> None:
     addresses = [f"127.0.0.1:{port}" for port in free_ports(2)]
     outcomes: Counter[str] = Counter()

@@ -11,6 +11,7 @@ import pytest
 from flywheel_proto.v1 import generation_pb2 as pb
 
 from tests.serving import Target, as_dict, drained, until
+from tests.thorough import further
 
 # With a special token, so that no chat template is put around it, and a model of any size is sure of how it goes on.
 LIST = "<|im_start|>1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13,"
@@ -23,7 +24,7 @@ async def samples_of(call: AsyncIterable[pb.GenerationResponseSample]) -> list[p
     return [sample async for sample in call]
 
 
-@pytest.mark.parametrize("num_samples", [1, 3, 10])
+@pytest.mark.parametrize("num_samples", [3, *further([1, 10])])
 async def test_each_index_finishes_exactly_once(target: Target, num_samples: int) -> None:
     request = pb.GenerationRequest(text=LIST, max_tokens=8, num_samples=num_samples)
     samples = await samples_of(target.stub.Generate(request))

@@ -240,7 +240,7 @@ async def test_weights_that_were_not_fetched_are_named(prepared: ModalCloud) -> 
         assert f"FLYWHEEL_DEPLOY_WEIGHTS=mistral-7b-instruct-q8_0 {fetch}" in str(caught.value.details())
 
 
-@pytest.mark.parametrize(("gpu", "is_mapped"), [("A10G", False), ("none", True)])
+@pytest.mark.parametrize(("gpu", "is_mapped"), [("A10G", False), pytest.param("none", True, marks=pytest.mark.thorough)])
 async def test_weights_for_a_gpu_are_read_rather_than_mapped(prepared: ModalCloud, gpu: str, is_mapped: bool) -> None:
     app = f"mapped-{gpu}".lower()
     await deployed(
