@@ -23,7 +23,7 @@ class Activity:
         self._progress_seen_at = 0.0
         """When `silence` last found progress, in running time."""
         self._confirmation: asyncio.Future[None] | None = None
-        """Done when a check finds the engine alive; None if the engine has not failed since the last such check."""
+        """While the engine is suspected: done when a check finds the engine alive. Otherwise None."""
         self._within_engine = _WithinEngine(self)
         self._noticing = _Noticing(self)
 

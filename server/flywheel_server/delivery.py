@@ -32,7 +32,8 @@ class ReaderPolicy:
 
     Attributes:
         max_bytes: Text that may wait for the reader, in bytes of UTF-8. The last event may exceed it.
-        when_full: What happens at that limit: the engine pauses the generation, if it can, or the stream ends.
+        when_full: What happens at that limit: the stream ends, or the engine pauses the generation. An engine that cannot pause
+            generates on, so the text of all samples may wait.
         timeout: Seconds of running time in which the reader must take a message.
     """
 

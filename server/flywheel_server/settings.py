@@ -265,7 +265,10 @@ class Settings(BaseSettings):
         "Admission", 2**18, "Text that may wait for the reader of a stream, in bytes of UTF-8."
     )
     slow_reader: Literal["wait", "end"] = _option(
-        "Admission", "wait", "What happens at that limit: wait for the reader, or end the stream with RESOURCE_EXHAUSTED."
+        "Admission",
+        "wait",
+        "What happens at that limit: wait (an engine that can pause does; embedded and flywheel generate on to the end of the "
+        "samples), or end the stream with RESOURCE_EXHAUSTED.",
     )
     slow_reader_timeout: Annotated[Seconds, Field(gt=0)] = _option(
         "Admission", 30.0, "Seconds after which a stream ends in any case if its reader does not take a message."

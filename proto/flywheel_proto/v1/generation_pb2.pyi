@@ -32,7 +32,7 @@ domain of every ErrorInfo is `flywheel.v1`.
                       details and without a request id. But if the client has not yet acknowledged the server's HTTP/2
                       settings, metadata that are too large give ErrorInfo `METADATA_TOO_LARGE`. Try again only if there
                       is RetryInfo.
-  DEADLINE_EXCEEDED   The caller's deadline passed: ErrorInfo `IN_QUEUE` if nothing was generated yet, else
+  DEADLINE_EXCEEDED   The caller's deadline passed: ErrorInfo `IN_QUEUE` if the engine had not begun, else
                       `IN_GENERATION`. If the expected wait in the queue exceeds the deadline, the call fails at once.
                       There are no details if the caller's own timer fires first. The generation took longer than the
                       deployment allows: ErrorInfo `ENGINE_TIMEOUT` with `timeout_seconds` in its metadata. The request

@@ -73,7 +73,7 @@ class Quotas:
     """Enforces the quotas of all callers.
 
     A call reserves all the tokens that it may generate, up to one minute's quota, and returns the unused ones when it ends. So
-    concurrent calls together exceed the quota by their prompts at most.
+    concurrent calls together exceed the quota only by their prompts, and by what each generates beyond one minute's quota.
 
     Arguments:
         service_time: Returns the service time of the caller with this name, in seconds.
