@@ -70,9 +70,10 @@ class AsyncFailoverChannel(AsyncRetryingChannel):
                 reading = self._read()
                 while not reading.done():
                     await self._wait(call, inf)
+                # After an endpoint has failed, one new reading is enough for a round.
                 call.tries.may_reread = not call.tries.failed
                 continue
-            call.tries.error = call.tries.error or self._pool.refusal
+            call.tries.error = call.tries.error or self._pool.probe_error
             raise call.tries.error or (reading and reading.exception()) or self._directory.no_endpoint()
 
     def _pick(self, call: AsyncCall, now: float) -> Member[grpc.aio.Channel] | None:
@@ -125,8 +126,8 @@ class AsyncFailoverChannel(AsyncRetryingChannel):
                 task.add_done_callback(self._probes.discard)
 
     async def _probe_one(self, member: Member[grpc.aio.Channel]) -> None:
-        no_answer, refuses = await probe(member.channel)
-        self._close_soon(self._pool.record_probe(member, no_answer, time.monotonic(), refuses=refuses))
+        no_answer, not_serving = await probe(member.channel)
+        self._close_soon(self._pool.record_probe(member, no_answer, time.monotonic(), not_serving=not_serving))
         self._notify()
         self._probe()
 

@@ -82,9 +82,10 @@ class FailoverChannel(RetryingChannel):
                     reading = self._read()
                     while not reading.finished:
                         self._wait(call, inf)
+                    # After an endpoint has failed, one new reading is enough for a round.
                     call.tries.may_reread = not call.tries.failed
                     continue
-                call.tries.error = call.tries.error or self._pool.refusal
+                call.tries.error = call.tries.error or self._pool.probe_error
                 raise call.tries.error or (reading and reading.error) or self._directory.no_endpoint()
 
     def _wait(self, call: Call, seconds: float) -> None:
@@ -132,9 +133,9 @@ class FailoverChannel(RetryingChannel):
         timer.cancel()
         code = probe.code()
         reason = PROBE_TIMED_OUT if probe.cancelled() else no_answer(code, probe.details())
-        refuses = code is grpc.StatusCode.OK and is_not_serving(probe.result())
+        not_serving = code is grpc.StatusCode.OK and is_not_serving(probe.result())
         with self._changed:
-            unneeded = self._pool.record_probe(member, reason, time.monotonic(), refuses=refuses)
+            unneeded = self._pool.record_probe(member, reason, time.monotonic(), not_serving=not_serving)
             self._changed.notify_all()
         self._close_soon(unneeded)
         self._probe()

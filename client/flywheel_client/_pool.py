@@ -85,7 +85,7 @@ class Pool(Generic[ChannelT]):
         self._read_began_at = -inf
         self._warmup_ends = -inf
         self._picks = 0
-        self.refusal: FlywheelError | None = None
+        self.probe_error: FlywheelError | None = None
         """The error of the last endpoint that was dropped because it did not answer; None after each reading."""
 
     def needs_refresh(self, now: float) -> bool:
@@ -141,7 +141,7 @@ class Pool(Generic[ChannelT]):
             return False
         member.answers = False
         member.failed_at = now
-        self._read_at = min(self._read_at, now - REFRESH_AFTER_SECONDS)
+        self._read_at = min(self._read_at, now - REFRESH_AFTER_SECONDS)  # the directory is to be read again
         tries.error = error
         tries.failed.add(member.address)
         return True
@@ -160,7 +160,7 @@ class Pool(Generic[ChannelT]):
             for member in self._members.values():
                 member.answers = False
         self._read_at = now
-        self.refusal = None
+        self.probe_error = None
         listed = dict.fromkeys(addresses)
         for member in self._members.values():
             member.listed = member.address in listed
@@ -188,7 +188,7 @@ class Pool(Generic[ChannelT]):
         no_answer: str | None,
         now: float,
         *,
-        refuses: bool,
+        not_serving: bool,
     ) -> list[ChannelT]:
         """Records the result of a probe, and returns the channels to close.
 
@@ -196,19 +196,19 @@ class Pool(Generic[ChannelT]):
             member: The endpoint.
             no_answer: Why the endpoint does not answer; None if it does.
             now: The current time in seconds of `time.monotonic()`.
-            refuses: Whether the endpoint answers that it will refuse calls.
+            not_serving: Whether the endpoint answers that it refuses calls.
         """
         member.probing = False
         if self._members.get(member.address) is not member:
             return []
         if no_answer is not None:
-            self.refusal = no_connection(member.address, no_answer)
+            self.probe_error = no_connection(member.address, no_answer)
             return self._drop([member])
         if not any(other.answers for other in self._members.values()):
             self._warmup_ends = now + WARMUP_SECONDS
         member.answers = True
-        if refuses:
-            member.failed_at = now
+        if not_serving:
+            member.failed_at = now  # as after a failed call, others are preferred for a while
         return self._drop_unlisted()
 
     def channels(self) -> list[ChannelT]:

@@ -123,10 +123,11 @@ class Tries:
             self._count()
         if to_blame and self._may_go_on():
             return 0.0
-        tried = tried or self.error is not None
-        if tried and not self.counted:
+        tried_in_round = tried or self.error is not None
+        if tried_in_round and not self.counted:
             self._count()
-        if not (self._may_go_on() if tried else self.wait_for_ready) or not is_retryable(error):
+        may_wait = self._may_go_on() if tried_in_round else self.wait_for_ready
+        if not may_wait or not is_retryable(error):
             return None
         retry = self.retry or DEFAULT_RETRY
         backoff = min(self.backoff * retry.multiplier or retry.initial_backoff, retry.max_backoff)

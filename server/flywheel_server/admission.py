@@ -59,7 +59,7 @@ class Admission:
 
     The engine has two resources: slots, of which each sample needs one, and tokens of context that all samples share. A call
     waits until there is enough of both. Waiters are served by priority, highest first, and FIFO within a priority. A small call
-    never overtakes a large one, but every call overtakes one whose prompt has not been read yet. A call that needs more than
+    never overtakes a large one, but every call overtakes one whose prompt has not been tokenized. A call that needs more than
     the engine has runs alone. If the queue is full, a new call evicts the last waiter of the lowest priority, if that is lower
     than its own.
 
@@ -152,11 +152,11 @@ class Admission:
         if time_remaining is None:
             return
         ahead = list(self._ahead_of(waiter))
-        samples = self.active + sum(other.samples for other in ahead) + waiter.samples - self._max_concurrent
-        wait = samples / self._max_concurrent
+        missing_slots = self.active + sum(other.samples for other in ahead) + waiter.samples - self._max_concurrent
+        wait = missing_slots / self._max_concurrent  # in service times
         if self._max_tokens is not None:
-            tokens = self._active_tokens + sum(other.tokens for other in ahead) + waiter.tokens - self._max_tokens
-            wait = max(wait, tokens / self._max_tokens)
+            missing_tokens = self._active_tokens + sum(other.tokens for other in ahead) + waiter.tokens - self._max_tokens
+            wait = max(wait, missing_tokens / self._max_tokens)
         # If no service time is known, only a deadline that has passed already is refused.
         if wait > 0 and wait * self._mean_service_time(0.0) > time_remaining:
             raise DeadlineExceededError("IN_QUEUE")
@@ -275,7 +275,7 @@ class Place:
         self.samples = samples
         self.tokens = 0
         self.is_ready = False
-        """Whether the prompt has been read, so that the call can start as soon as it fits."""
+        """Whether the prompt has been tokenized, so that the call can start as soon as it fits."""
         self.is_admitted = False
         self.eviction: ServerFullError | None = None
         """The error of the call, if a call of a higher priority has evicted it."""

@@ -93,7 +93,7 @@ class Delivery:
         try:
             while not generating.done() or stream.has_news:
                 await stream.may_write()
-                if stream.is_starting:
+                if stream.has_started:
                     await begin()
                 for message in stream.take():
                     writes.start(source)
@@ -123,7 +123,7 @@ class _Stream:
     def __init__(self, source: Source, buffer: Buffer, policy: ReaderPolicy, scheduler: WriteScheduler) -> None:
         self.is_full = False
         """Whether the engine should pause; see `Sink.is_full`."""
-        self.is_starting = False
+        self.has_started = False
         """Whether the engine has started since the last `take`."""
         self.has_news = False
         """Whether the engine has started, or there is something to write, since the last `take`."""
@@ -133,8 +133,8 @@ class _Stream:
         self._scheduler = scheduler
         # Kept, because `get_running_loop` makes a system call.
         self._loop = asyncio.get_running_loop()
-        self._idle: asyncio.Future[None] | None = None
-        """The future that the writer awaits while there is nothing to write."""
+        self._unrequested: asyncio.Future[None] | None = None
+        """The permission that the writer awaits, and that is not requested while there is nothing to write."""
         self._is_first = True
         self._over = False
 
@@ -143,40 +143,41 @@ class _Stream:
         buffer = self._buffer
         before = buffer.size
         if isinstance(event, Started):
-            self.is_starting = True
+            self.has_started = True
         elif not buffer.add(event):
             return
         self.has_news = True
-        if self._idle is not None:
-            self._request(self._idle)
+        if self._unrequested is not None:
+            self._request(self._unrequested)
         if buffer.size > self._policy.max_bytes:
             if self._policy.when_full == "wait":
                 self.is_full = True
-            elif before:
+            elif before:  # else the reader is not behind: this event alone exceeds the limit
                 self._source.end(SlowReaderError())
 
     def wake(self, generating: asyncio.Task[None]) -> None:
         """Wakes the writer, because there are no further events."""
         # asyncio logs an exception that is never retrieved, and a stream that ends early does not retrieve it.
-        generating.cancelled() or generating.exception()
+        if not generating.cancelled():
+            generating.exception()
         self._over = True
-        if self._idle is not None:
-            self._request(self._idle)
+        if self._unrequested is not None:
+            self._request(self._unrequested)
 
     def may_write(self) -> asyncio.Future[None]:
         """Returns a future that is done once it is the stream's turn to write, and it has news or the generation is over."""
-        permission = self._idle = self._loop.create_future()
+        permission = self._unrequested = self._loop.create_future()
         if self.has_news or self._over:
             self._request(permission)
         return permission
 
     def _request(self, permission: asyncio.Future[None]) -> None:
-        self._idle = None
+        self._unrequested = None
         self._scheduler.request(permission, is_first=self._is_first)
 
     def take(self) -> Sequence[Any]:
         """Returns the messages to write."""
-        self.is_starting = self.has_news = self.is_full = False
+        self.has_started = self.has_news = self.is_full = False
         messages = self._buffer.take()
         if messages:
             self._is_first = False

@@ -77,6 +77,7 @@ class Supervisor:
         supervising.add_done_callback(lambda _: up.set())
         body = asyncio.current_task()
 
+        # Cancels the task that is within the context. Below, that cancellation gives way to the error of the supervision.
         def interrupt(_: asyncio.Task[None]) -> None:
             if body:
                 body.cancel()

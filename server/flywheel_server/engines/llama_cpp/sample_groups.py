@@ -35,7 +35,7 @@ def _group_size(request: GenerationRequest, prompt_tokens: int, slots: int, cont
 
     llama.cpp does not know about our stop sequences and `eos_token_ids`: it continues a sample that ended for one of these
     reasons until the whole completion ends. If the request has any of them, its samples share a completion only if reading the
-    prompt again would cost more than that.
+    prompt once more costs more than a sample that goes on in vain.
     """
     if (request.stop or request.eos_token_ids) and prompt_tokens < request.max_tokens:
         return 1
