@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Final
 
 from grpc_health.v1 import health_pb2
-from grpc_health.v1.health import HealthServicer
 
-from tests.client.conftest import SERVICE, FakeService, serving_fake
+from tests.client.conftest import SERVICE, FakeService, serving_fake, watchable
 from tests.serving import free_ports
 
 WAIT: Final = 60.0
@@ -126,7 +125,7 @@ def expected(command: Command, stream: str, state: str) -> tuple[int, str]:
 @contextmanager
 def serving_text() -> Iterator[FakeService]:
     """Serves text that is not ASCII."""
-    health = HealthServicer()
+    health = watchable()
     for name in ("", SERVICE):
         health.set(name, health_pb2.HealthCheckResponse.SERVING)
     with serving_fake(health) as fake:

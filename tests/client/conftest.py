@@ -187,10 +187,19 @@ class FakeService(generation_pb2_grpc.GenerationServiceServicer):
 @pytest.fixture
 def health() -> HealthServicer:
     """The health service of `fake`."""
-    servicer = HealthServicer()
+    servicer = watchable()
     for name in ("", SERVICE):
         servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
     return servicer
+
+
+def watchable() -> HealthServicer:
+    """Returns a health servicer that uses a thread for each Watch.
+
+    By default, it sends answers of a Watch while it holds a lock that the server needs when the stream ends. Then both may wait
+    for each other for ever.
+    """
+    return HealthServicer(experimental_non_blocking=False)
 
 
 @contextmanager

@@ -14,13 +14,14 @@ import pytest
 from flywheel_client import SERVICE_CONFIG, Retry, UnavailableError
 from flywheel_proto.v1 import generation_pb2, generation_pb2_grpc
 from grpc_health.v1 import health_pb2
-from grpc_health.v1.health import HealthServicer
 
-from tests.client.conftest import SERVICE, WAIT, serving_fake, unavailable
+from tests.client.conftest import SERVICE, WAIT, serving_fake, unavailable, watchable
 from tests.serving import until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from grpc_health.v1.health import HealthServicer
 
     from tests.client.conftest import Caller, FakeService
 
@@ -31,7 +32,7 @@ NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 @pytest.fixture
 def healths() -> list[HealthServicer]:
     """The health services of `healthy`."""
-    return [HealthServicer(), HealthServicer()]
+    return [watchable(), watchable()]
 
 
 @pytest.fixture
