@@ -331,7 +331,7 @@ class Place:
     def call_if_evicted(self, callback: Callable[[Exception], None]) -> None:
         """Calls back with a `ServerFullError` if a call of a higher priority evicts this one.
 
-        So a call whose prompt is still being read can end at once.
+        So a call whose prompt is still being tokenized can end at once.
         """
         self._on_evicted = callback
 
