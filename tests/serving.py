@@ -49,6 +49,7 @@ class Cable:
         self._onward = onward
         self._whole = asyncio.Event()
         self._whole.set()
+        self._closed = False
         self._writers: list[asyncio.StreamWriter] = []
         self._pumps: list[asyncio.Task[None]] = []
 
@@ -63,18 +64,23 @@ class Cable:
 
     async def connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Takes in a connection."""
+        self._writers.append(writer)
         host, _, port = self._onward.rpartition(":")
         try:
             onward_reader, onward_writer = await asyncio.open_connection(host, int(port))
         except ConnectionRefusedError:
             writer.transport.abort()
             return
-        self._writers.extend((writer, onward_writer))
+        self._writers.append(onward_writer)
+        if self._closed:  # while this connection was made
+            self.cut()
+            return
         ends = ((reader, onward_writer), (onward_reader, writer))
         self._pumps.extend(asyncio.create_task(self._pump(*each)) for each in ends)
 
     async def close(self) -> None:
         """Ends everything."""
+        self._closed = True
         self.cut()
         for pump in self._pumps:
             pump.cancel()
@@ -98,8 +104,8 @@ async def through_a_cable(address: str, delay: float = 0) -> AsyncIterator[Cable
     try:
         yield cable
     finally:
-        await cable.close()
         listening.close()
+        await cable.close()
 
 
 def as_dict(metadata: Any) -> dict[str, Any]:
