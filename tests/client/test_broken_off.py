@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
@@ -55,6 +56,10 @@ class Breaker:
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serves a connection."""
+        with contextlib.closing(writer), contextlib.suppress(ConnectionError):
+            await self._serve(reader, writer)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         http2 = H2Connection(H2Configuration(client_side=False))
         http2.initiate_connection()
         writer.write(http2.data_to_send())
@@ -74,7 +79,6 @@ class Breaker:
                     await self.may_end.wait()
                 self._end(http2, event.stream_id)
             writer.write(http2.data_to_send())
-        writer.close()
 
 
 @asynccontextmanager
