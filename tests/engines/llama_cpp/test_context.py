@@ -109,6 +109,8 @@ async def test_what_waits_of_a_call_does_not_stand_before_others(
     for call in (large, small):
         with pytest.raises(EngineFailedError):
             await call  # the fake finishes no sample
+    await until(lambda: not unserved._tasks, "the work on the calls has ended")
+    assert at_work == [(3, 1100), (1, 2)], "nothing is begun for a call that has failed"
 
 
 class FakeReading:

@@ -260,6 +260,8 @@ class EmbeddedEngine:
         A further completion would wait for capacity, ahead of other requests for which admission has counted free capacity.
         """
         for indexes in groups:
+            if progress.finished.done():
+                return  # the request has failed, or its caller has left
             await self._complete(request, prompt, indexes, progress)
 
     async def _complete(self, request: GenerationRequest, prompt: Sequence[int], indexes: range, progress: Progress) -> None:
