@@ -306,7 +306,8 @@ async def test_a_peer_that_takes_nothing_does_not_keep_the_server_from_stopping(
             channel = await client.enter_async_context(grpc.aio.insecure_channel(cable.address, options=options))
             stub: Any = generation_pb2_grpc.GenerationServiceStub(channel)
             calls = [stub.GenerateDeltas(pb.GenerationRequest(text="x", max_tokens=4000)) for _ in range(3)]
-            await calls[0].read()
+            for call in calls:
+                await call.read()
             cable.unplug()
             taken = -1
             while taken != engine.taken:
