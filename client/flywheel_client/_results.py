@@ -3,9 +3,14 @@
 `flywheel/v1/generation.proto` defines each field. Times are seconds since the epoch, by the server's clock.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from operator import attrgetter
+from typing import Any, Final, TypeVar
 
 from flywheel_proto.v1 import generation_pb2
+
+ResultT = TypeVar("ResultT")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,30 +99,17 @@ class Stats:
     queued: int
 
 
-def sample_from(message: generation_pb2.GenerationResponseSample) -> Sample:
-    """Returns the sample that a message holds."""
-    return Sample(
-        text=message.text,
-        generated_tokens=message.generated_tokens,
-        finished=message.finished,
-        finish_reason=message.finish_reason,
-        index=message.index,
-        prompt_tokens=message.prompt_tokens,
-        stop_sequence=message.stop_sequence,
-    )
+def _result_reader(kind: type[ResultT]) -> Callable[[Any], ResultT]:
+    """Returns a function that makes a result from a message by copying the fields."""
+    values = attrgetter(*(each.name for each in fields(kind)))  # type: ignore[arg-type]
+    return lambda message: kind(*values(message))
 
 
-def delta_from(message: generation_pb2.GenerationDelta) -> Delta:
-    """Returns the delta that a message holds."""
-    return Delta(
-        index=message.index,
-        text=message.text,
-        generated_tokens=message.generated_tokens,
-        finished=message.finished,
-        finish_reason=message.finish_reason,
-        prompt_tokens=message.prompt_tokens,
-        stop_sequence=message.stop_sequence,
-    )
+sample_from: Final[Callable[[generation_pb2.GenerationResponseSample], Sample]] = _result_reader(Sample)
+delta_from: Final[Callable[[generation_pb2.GenerationDelta], Delta]] = _result_reader(Delta)
+stats_from: Final[Callable[[generation_pb2.Stats], Stats]] = _result_reader(Stats)
+_limits_from: Final[Callable[[generation_pb2.Limits], Limits]] = _result_reader(Limits)
+_defaults_from: Final[Callable[[generation_pb2.Defaults], Defaults]] = _result_reader(Defaults)
 
 
 def response_from(message: generation_pb2.GenerationResponse) -> Response:
@@ -138,29 +130,8 @@ def model_from(message: generation_pb2.Model) -> Model:
         name=message.name,
         engine=message.engine,
         context_tokens=message.context_tokens,
-        limits=Limits(
-            max_text_bytes=message.limits.max_text_bytes,
-            max_num_samples=message.limits.max_num_samples,
-            max_eos_token_ids=message.limits.max_eos_token_ids,
-            max_stop_sequences=message.limits.max_stop_sequences,
-            max_stop_bytes=message.limits.max_stop_bytes,
-        ),
-        defaults=Defaults(
-            num_samples=message.defaults.num_samples,
-            temperature=message.defaults.temperature,
-            top_k=message.defaults.top_k,
-            top_p=message.defaults.top_p,
-        ),
+        limits=_limits_from(message.limits),
+        defaults=_defaults_from(message.defaults),
         penalizes_prompt=message.penalizes_prompt,
         prompt_format=message.prompt_format,
-    )
-
-
-def stats_from(message: generation_pb2.Stats) -> Stats:
-    """Returns the statistics that a message holds."""
-    return Stats(
-        backlog=message.backlog,
-        num_total_runners=message.num_total_runners,
-        active=message.active,
-        queued=message.queued,
     )
