@@ -133,17 +133,7 @@ class AsyncClient(BaseClient):
     ) -> AsyncStream[Sample]:
         """Generates samples, and streams each finished sample as a whole, in the order in which they finish.
 
-        Args:
-            text: The prompt. `Model.prompt_format` tells how the model reads the prompt.
-            timeout: The seconds that the call may take; None sets no deadline. Default: the client's timeout.
-            request_id: The name of the call in the server's log: 1 to 128 visible ASCII characters. Default: a new id.
-            wait_for_ready: Whether the call waits for a server that is ready. Default: the client's `wait_for_ready`.
-            **fields: The other fields of the request, as in `GenerationFields`. `max_tokens` is required.
-
-        Raises:
-            TypeError: A field has the wrong type or is unknown, max_tokens is missing, or the timeout is not a number.
-            ValueError: A value does not fit into its field, or the timeout is negative or NaN.
-            FlywheelError: The call failed. Iterating over the stream raises this error.
+        The arguments and errors are the same as for `Client.generate`.
         """
         request = generation_request(text, **fields)
         options = self._connection.call_options(timeout, request_id, wait_for_ready)
@@ -160,7 +150,7 @@ class AsyncClient(BaseClient):
     ) -> AsyncStream[Delta]:
         """Generates samples, and streams their text as it is generated. `Delta.index` tells the samples apart.
 
-        The arguments and errors are the same as for `generate`.
+        The arguments and errors are the same as for `Client.generate`.
         """
         request = generation_request(text, **fields)
         options = self._connection.call_options(timeout, request_id, wait_for_ready)
@@ -177,7 +167,7 @@ class AsyncClient(BaseClient):
     ) -> Response:
         """Generates samples, and returns all of them, in the order of their index, when the last one has finished.
 
-        The arguments and errors are the same as for `generate`, but this method itself raises `FlywheelError`.
+        The arguments and errors are the same as for `Client.generate`, but this method itself raises `FlywheelError`.
         """
         request = generation_request(text, **fields)
         options = self._connection.call_options(timeout, request_id, wait_for_ready)
@@ -200,13 +190,7 @@ class AsyncClient(BaseClient):
     async def health(self, service: str = "", *, timeout: Timeout = CLIENT_TIMEOUT, wait_for_ready: bool | None = None) -> str:
         """Returns the serving status of grpc.health.v1: `SERVING`, `NOT_SERVING` or `UNKNOWN`.
 
-        Args:
-            service: The full name of a service of the server. Default: the server as a whole.
-            timeout: The seconds that the call may take; None sets no deadline. Default: the client's timeout.
-            wait_for_ready: Whether the call waits for a server that can be reached. Default: the client's `wait_for_ready`.
-
-        Raises:
-            FlywheelError: The server cannot be reached, or does not know the service (code NOT_FOUND).
+        The arguments and errors are the same as for `Client.health`.
         """
         options = self._connection.call_options(timeout, wait_for_ready=wait_for_ready)
         check = self._channel(any_health=True).unary_unary(HEALTH_CHECK, health_request, health_response)

@@ -1,16 +1,5 @@
 """The exceptions of the client: one for each status that callers handle differently.
 
-    FlywheelError                the base, and every status without a class of its own
-      InvalidArgumentError       fields of the request are out of range; has the violations
-      UnauthenticatedError       no key, or a wrong one
-      FailedPreconditionError    the deployment is not set up for this call
-      ResourceExhaustedError     the server is full, a quota is used up, or a message is too large
-      DeadlineExceededError      the deadline of the call passed
-      UnavailableError           the server or its engine cannot be reached now, the connection broke, something between
-                                 client and server ended the call, or no endpoint of a Modal app is live
-      CallCancelledError         the call was cancelled, by `cancel()`, by closing the client, or by the server
-      InternalError              the engine failed, or the answer was not a message of the contract
-
 `flywheel/v1/generation.proto` defines the codes and their details, which follow google.rpc (AIP-193). The server always gives a
 reason if it ends a call with INTERNAL or UNKNOWN. Proxies and gRPC itself use these two codes, without a reason, if a
 connection broke. So INTERNAL and UNKNOWN without a reason become `UnavailableError`, whose `code` is the one that arrived.
@@ -18,7 +7,7 @@ connection broke. So INTERNAL and UNKNOWN without a reason become `UnavailableEr
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypedDict, Unpack
 
 import grpc
 from google.protobuf.message import DecodeError, Message
@@ -44,8 +33,16 @@ class QuotaViolation:
     description: str
 
 
+class _Details(TypedDict, total=False):
+    """The details that every error may have, as keyword arguments."""
+
+    reason: str
+    request_id: str
+    retry_delay: float | None
+
+
 class FlywheelError(Exception):
-    """A call that did not end with OK.
+    """A call that did not end with OK. The class itself is for statuses without a class of their own.
 
     Attributes:
         code: The status code.
@@ -56,13 +53,7 @@ class FlywheelError(Exception):
     """
 
     def __init__(
-        self,
-        code: grpc.StatusCode,
-        message: str,
-        *,
-        reason: str = "",
-        request_id: str = "",
-        retry_delay: float | None = None,
+        self, code: grpc.StatusCode, message: str, *, reason: str = "", request_id: str = "", retry_delay: float | None = None
     ) -> None:
         super().__init__(code, message)
         self.code = code
@@ -82,19 +73,10 @@ class InvalidArgumentError(FlywheelError):
         violations: Every field that is out of range; empty if the server names none.
     """
 
-    violations: list[FieldViolation]
-
     def __init__(
-        self,
-        code: grpc.StatusCode,
-        message: str,
-        *,
-        violations: Iterable[FieldViolation] = (),
-        reason: str = "",
-        request_id: str = "",
-        retry_delay: float | None = None,
+        self, code: grpc.StatusCode, message: str, *, violations: Iterable[FieldViolation] = (), **details: Unpack[_Details]
     ) -> None:
-        super().__init__(code, message, reason=reason, request_id=request_id, retry_delay=retry_delay)
+        super().__init__(code, message, **details)
         self.violations = list(violations)
 
 
@@ -113,19 +95,15 @@ class ResourceExhaustedError(FlywheelError):
         quota_violations: The quotas that are used up; empty if the server names none.
     """
 
-    quota_violations: list[QuotaViolation]
-
     def __init__(
         self,
         code: grpc.StatusCode,
         message: str,
         *,
         quota_violations: Iterable[QuotaViolation] = (),
-        reason: str = "",
-        request_id: str = "",
-        retry_delay: float | None = None,
+        **details: Unpack[_Details],
     ) -> None:
-        super().__init__(code, message, reason=reason, request_id=request_id, retry_delay=retry_delay)
+        super().__init__(code, message, **details)
         self.quota_violations = list(quota_violations)
 
 
@@ -135,6 +113,8 @@ class DeadlineExceededError(FlywheelError):
 
 class UnavailableError(FlywheelError):
     """The server cannot be reached or is stopping, its engine is starting or cannot be reached, or the call broke off.
+
+    For a client of a Modal app, this also means that no endpoint of the app is live.
 
     Attributes:
         code: UNAVAILABLE; or INTERNAL, UNKNOWN or CANCELLED if the call broke off between client and server, for example if a
