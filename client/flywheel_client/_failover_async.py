@@ -59,22 +59,21 @@ class AsyncFailoverChannel(AsyncRetryingChannel):
         while True:
             self.raise_if_closed(call)
             now = time.monotonic()
-            if reading is not None or self._pool.is_usable(now):
-                if member := self._pick(call, now):
-                    return member
-                wait = self._pool.seconds_to_wait(call.tries, now)
-                if wait is not None:
-                    await self._wait(call, wait)
-                    continue
-            if reading is None and call.tries.may_reread:
+            # After its own reading, the call uses the pool even if that reading failed.
+            pool_is_usable = reading is not None or self._pool.is_usable(now)
+            if pool_is_usable and (member := self._pick(call, now)):
+                return member
+            if pool_is_usable and (seconds := self._pool.seconds_to_wait(call.tries, now)) is not None:
+                await self._wait(call, seconds)
+            elif reading is None and call.tries.may_reread:
                 reading = self._read()
                 while not reading.done():
                     await self._wait(call, inf)
                 # After an endpoint has failed, one new reading is enough for a round.
                 call.tries.may_reread = not call.tries.failed
-                continue
-            call.tries.error = call.tries.error or self._pool.probe_error
-            raise call.tries.error or (reading and reading.exception()) or self._directory.no_endpoint()
+            else:
+                call.tries.error = call.tries.error or self._pool.probe_error
+                raise call.tries.error or (reading and reading.exception()) or self._directory.no_endpoint()
 
     def _pick(self, call: AsyncCall, now: float) -> Member[grpc.aio.Channel] | None:
         member = self._pool.pick(call.tries, now)

@@ -68,25 +68,23 @@ class FailoverChannel(RetryingChannel):
             while True:
                 self.raise_if_cancelled(call)
                 now = time.monotonic()
-                if reading is not None or self._pool.is_usable(now):
-                    member = self._pool.pick(call.tries, now)
-                    if member is not None:
-                        if self._pool.needs_refresh(now):
-                            self._read()
-                        return member
-                    wait = self._pool.seconds_to_wait(call.tries, now)
-                    if wait is not None:
-                        self._wait(call, wait)
-                        continue
-                if reading is None and call.tries.may_reread:
+                # After its own reading, the call uses the pool even if that reading failed.
+                pool_is_usable = reading is not None or self._pool.is_usable(now)
+                if pool_is_usable and (member := self._pool.pick(call.tries, now)):
+                    if self._pool.needs_refresh(now):
+                        self._read()
+                    return member
+                if pool_is_usable and (seconds := self._pool.seconds_to_wait(call.tries, now)) is not None:
+                    self._wait(call, seconds)
+                elif reading is None and call.tries.may_reread:
                     reading = self._read()
                     while not reading.finished:
                         self._wait(call, inf)
                     # After an endpoint has failed, one new reading is enough for a round.
                     call.tries.may_reread = not call.tries.failed
-                    continue
-                call.tries.error = call.tries.error or self._pool.probe_error
-                raise call.tries.error or (reading and reading.error) or self._directory.no_endpoint()
+                else:
+                    call.tries.error = call.tries.error or self._pool.probe_error
+                    raise call.tries.error or (reading and reading.error) or self._directory.no_endpoint()
 
     def _wait(self, call: Call, seconds: float) -> None:
         """Waits for a change of the pool, at most so many seconds; raises if the call ends meanwhile."""

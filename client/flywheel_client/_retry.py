@@ -94,6 +94,7 @@ class Tries:
     failed: set[str] = field(default_factory=set)
     """The addresses that have failed, and are not tried again, in this round."""
     error: Exception | None = None
+    """Why the last try of this round failed, or why no endpoint answered."""
     may_reread: bool = True
     """Whether the directory may be read again in this round."""
 
@@ -120,38 +121,42 @@ class Tries:
             to_blame: Whether the endpoint has failed, and not the call, so that another endpoint may be tried at once.
         """
         if tried and was_sent(error):
-            self._count()
-        if to_blame and self._may_go_on():
-            return 0.0
-        tried_in_round = tried or self.error is not None
-        if tried_in_round and not self.counted:
-            self._count()
-        may_wait = self._may_go_on() if tried_in_round else self.wait_for_ready
-        if not may_wait or not is_retryable(error):
-            return None
-        retry = self.retry or DEFAULT_RETRY
-        backoff = min(self.backoff * retry.multiplier or retry.initial_backoff, retry.max_backoff)
-        if error.retry_delay is None:
-            delay = backoff * (1 - BACKOFF_JITTER + 2 * BACKOFF_JITTER * jitter)
-        elif error.retry_delay <= retry.max_delay:
-            delay = max(error.retry_delay, 0.0) + backoff * jitter
+            self._count_attempt()
+        if to_blame and self._has_attempts_left():
+            return 0.0  # another endpoint may be tried in the same round
+        if tried or self.error is not None:
+            if not self.counted:
+                self._count_attempt()  # no try was sent, so all tries of the round are one attempt
+            may_go_on = self._has_attempts_left()
         else:
+            may_go_on = self.wait_for_ready  # the round had no endpoint to try
+        if not may_go_on or not is_retryable(error):
             return None
+        delay = self._delay_between_rounds(error, jitter)
         # An infinite backoff may make the delay NaN. The call gives up then too.
         if not now + delay < self.deadline:
             return None
-        self.backoff = backoff
         self.counted = False
         self.failed.clear()
         self.error = None
         self.may_reread = True
         return delay
 
-    def _count(self) -> None:
+    def _delay_between_rounds(self, error: FlywheelError, jitter: float) -> float:
+        """Returns the seconds to wait; infinity if the server asks for more than `max_delay`."""
+        retry = self.retry or DEFAULT_RETRY
+        self.backoff = min(self.backoff * retry.multiplier or retry.initial_backoff, retry.max_backoff)
+        if error.retry_delay is None:
+            return self.backoff * (1 - BACKOFF_JITTER + 2 * BACKOFF_JITTER * jitter)
+        if error.retry_delay <= retry.max_delay:
+            return max(error.retry_delay, 0.0) + self.backoff * jitter
+        return inf
+
+    def _count_attempt(self) -> None:
         self.attempts += 1
         self.counted = True
 
-    def _may_go_on(self) -> bool:
+    def _has_attempts_left(self) -> bool:
         return self.retry is not None and self.attempts < self.retry.max_attempts
 
 
