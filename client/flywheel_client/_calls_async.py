@@ -1,58 +1,36 @@
 """The counterpart of `_calls_sync` for asyncio. A channel belongs to one event loop."""
 
-# ruff: noqa: ASYNC109 - each timeout becomes the deadline of a call, which the server obeys too
-
 import asyncio
-import random
-import time
-from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+import functools
+from abc import abstractmethod
+from collections.abc import AsyncIterator, Callable
+from typing import Any
 from weakref import WeakSet
 
 import grpc.aio
 
-from flywheel_client._answers import marking_unreadable, require_message
-from flywheel_client._errors import FlywheelError, call_cancelled, error_from_call, has_begun, request_id_in, unknown_status
+from flywheel_client._calls import BaseCall, BaseChannel, Metadata, require_message
+from flywheel_client._errors import FlywheelError, call_cancelled, unknown_status
 from flywheel_client._pool import Member
-from flywheel_client._retry import Retry, Tries
-
-Metadata = Sequence[tuple[str, str | bytes]]
+from flywheel_client._retry import Retry
 
 
-class AsyncRetryingChannel(ABC):
+class AsyncRetryingChannel(BaseChannel[grpc.aio.Channel]):
     """The part of `grpc.aio.Channel` that the clients and the generated stubs use, with retries."""
 
-    grpc_waits: ClassVar[bool]
-    """Whether grpc itself waits for a ready server. It can, if a server always comes back at the same address."""
-
     def __init__(self, retry: Retry | None) -> None:
-        self.retry = retry
+        super().__init__(retry)
         self._closed = asyncio.get_running_loop().create_future()
         self._streams: WeakSet[_StreamCall] = WeakSet()
 
-    def unary_unary(
-        self,
-        method: str,
-        request_serializer: Callable[[Any], bytes],
-        response_deserializer: Callable[[bytes], Any],
-        **options: Any,  # noqa: ANN401 - the options of `grpc.aio.Channel`
-    ) -> Callable[..., Coroutine[Any, Any, Any]]:
-        """Returns a method whose answer is one message."""
-        arguments = method, request_serializer, marking_unreadable(response_deserializer)
-        return _Method(self, lambda channel: channel.unary_unary(*arguments, **options)).call
+    def _unary(self, bind: Callable[[grpc.aio.Channel], Any]) -> Callable[..., Any]:
+        async def answer(request: object, **options: Any) -> Any:  # noqa: ANN401 - the options of `BaseCall`
+            return await _UnaryCall(self, bind, request, **options).answer()
 
-    def unary_stream(
-        self,
-        method: str,
-        request_serializer: Callable[[Any], bytes],
-        response_deserializer: Callable[[bytes], Any],
-        **options: Any,  # noqa: ANN401 - the options of `grpc.aio.Channel`
-    ) -> "Callable[..., _StreamCall]":
-        """Returns a method whose answer is a stream."""
-        arguments = method, request_serializer, marking_unreadable(response_deserializer)
-        return _Method(self, lambda channel: channel.unary_stream(*arguments, **options)).stream
+        return answer
+
+    def _stream(self, bind: Callable[[grpc.aio.Channel], Any]) -> Callable[..., Any]:
+        return functools.partial(_StreamCall, self, bind)
 
     def add_stream(self, call: "_StreamCall") -> None:
         """Makes `close` cancel the call, if the call still exists then."""
@@ -60,17 +38,14 @@ class AsyncRetryingChannel(ABC):
 
     async def close(self) -> None:
         """Closes all channels, which cancels running calls and calls that wait for their next try."""
-        if not self._closed.done():
+        if not self.is_closed:
+            self.is_closed = True
             self._closed.set_result(None)
         # Older versions of grpcio, such as 1.73, do not end streams when their channel is closed.
         for stream in list(self._streams):
             stream.cancel()
         for channel in self._channels():
             await channel.close()
-
-    @abstractmethod
-    def _channels(self) -> Collection[grpc.aio.Channel]:
-        """Returns all open channels."""
 
     @abstractmethod
     def pick_now(self, call: "AsyncCall") -> Member[grpc.aio.Channel] | None:
@@ -83,44 +58,11 @@ class AsyncRetryingChannel(ABC):
         Raises the call's error if there is no endpoint to try.
         """
 
-    def release(self, member: Member[grpc.aio.Channel]) -> None:  # noqa: B027 - one target needs no record
-        """Records the end of a try."""
-
-    def record_failure(
-        self,
-        member: Member[grpc.aio.Channel],  # noqa: ARG002 - for directories
-        call: "AsyncCall",  # noqa: ARG002
-        error: grpc.aio.AioRpcError | FlywheelError,  # noqa: ARG002
-    ) -> bool:
-        """Records a failed try. Returns whether the endpoint is to blame, so that another one may be tried at once."""
-        return False
-
-    def delay(self, call: "AsyncCall", error: grpc.aio.AioRpcError | FlywheelError) -> float | None:
-        """Returns the seconds until the next try of a failed call; None to give up and raise the error."""
-        self.raise_if_closed(call)
-        member = call.member
-        to_blame = member is not None and self.record_failure(member, call, error)
-        if has_begun(error):
-            return None
-        jitter = random.random()  # noqa: S311 - this is not a secret
-        failure = error_from_call(error, call.request_id)
-        return call.tries.delay(failure, time.monotonic(), jitter, tried=member is not None, to_blame=to_blame)
-
     async def pause(self, call: "AsyncCall", seconds: float) -> None:
         """Waits, or raises `CallCancelledError` as soon as the channel is closed."""
         if seconds:
             await asyncio.wait({self._closed}, timeout=seconds)
-        self.raise_if_closed(call)
-
-    def raise_if_closed(self, call: "AsyncCall") -> None:
-        """Raises `CallCancelledError` if the channel was closed."""
-        if self.is_closed:
-            raise call_cancelled(call.request_id)
-
-    @property
-    def is_closed(self) -> bool:
-        """Whether the channel was closed, which cancels its calls."""
-        return self._closed.done()
+        self.raise_if_cancelled(call)
 
 
 class AsyncTargetChannel(AsyncRetryingChannel):
@@ -134,33 +76,23 @@ class AsyncTargetChannel(AsyncRetryingChannel):
 
     def pick_now(self, call: "AsyncCall") -> Member[grpc.aio.Channel]:
         """Returns the target."""
-        self.raise_if_closed(call)
+        self.raise_if_cancelled(call)
         return self._member
 
     async def pick(self, call: "AsyncCall") -> Member[grpc.aio.Channel]:
         """Returns the target."""
         return self.pick_now(call)
 
-    def _channels(self) -> Collection[grpc.aio.Channel]:
+    def _channels(self) -> list[grpc.aio.Channel]:
         return [self._member.channel]
 
 
-class AsyncCall:
+class AsyncCall(BaseCall[grpc.aio.Channel]):
     """A call through all its tries."""
 
-    def __init__(
-        self, method: "_Method", request: object, timeout: float | None, metadata: Metadata, wait_for_ready: bool | None
-    ) -> None:
-        self._channel = method.channel
-        self._bind = method.bind
-        self._request = request
-        self._metadata = metadata
-        self._wait_for_ready = bool(wait_for_ready) and self._channel.grpc_waits
-        waits = bool(wait_for_ready) and not self._channel.grpc_waits
-        self.tries = Tries.begin(self._channel.retry, timeout, time.monotonic(), wait_for_ready=waits)
-        self.request_id = request_id_in(metadata, "")
-        self.member: Member[grpc.aio.Channel] | None = None
-        """The endpoint of the current try; None if no endpoint was found."""
+    def __init__(self, channel: AsyncRetryingChannel, *arguments: Any, **options: Any) -> None:  # noqa: ANN401 - the arguments of `BaseCall`
+        super().__init__(channel, *arguments, **options)
+        self._channel = channel
 
     async def _next_try(self, delay: float) -> Any:  # noqa: ANN401 - a call of grpc
         self.member = None
@@ -170,12 +102,7 @@ class AsyncCall:
     def _begin(self, member: Member[grpc.aio.Channel]) -> Any:  # noqa: ANN401 - a call of grpc
         self.member = member
         try:
-            current = self._bind(member.channel)(
-                self._request,
-                timeout=self.tries.remaining(time.monotonic()),
-                metadata=self._metadata,
-                wait_for_ready=self._wait_for_ready,
-            )
+            current = self._send(member.channel)
         except BaseException:
             self._channel.release(member)
             raise
@@ -211,13 +138,10 @@ class _UnaryCall(AsyncCall):
 class _StreamCall(AsyncCall):
     """A call whose answer is a stream."""
 
-    def __init__(
-        self, method: "_Method", request: object, timeout: float | None, metadata: Metadata, wait_for_ready: bool | None
-    ) -> None:
-        super().__init__(method, request, timeout, metadata, wait_for_ready)
+    def __init__(self, *arguments: Any, **options: Any) -> None:  # noqa: ANN401 - the arguments of `BaseCall`
+        super().__init__(*arguments, **options)
         self._current: Any = None
         self._beginning: asyncio.Task[None] | None = None
-        self._cancelled = False
         self._channel.add_stream(self)
         # As in grpc, a call begins at once, and not at the first iteration.
         if member := self._channel.pick_now(self):
@@ -231,7 +155,7 @@ class _StreamCall(AsyncCall):
         delivered = False
         try:
             while True:
-                self.raise_if_cancelled()
+                self._channel.raise_if_cancelled(self)
                 cancellations = _cancellations()
                 try:
                     if messages is None:
@@ -241,13 +165,12 @@ class _StreamCall(AsyncCall):
                     return
                 except asyncio.CancelledError:
                     if _cancellations() == cancellations:
-                        self.raise_if_cancelled()
+                        self._channel.raise_if_cancelled(self)
                     raise
                 except (grpc.aio.AioRpcError, FlywheelError) as error:
                     delay = self._channel.delay(self, error)
                     if delay is None or delivered:
                         raise
-                    self.raise_if_cancelled()
                     messages = None
                     self._begin_soon(delay)
                 except KeyError as error:
@@ -263,11 +186,6 @@ class _StreamCall(AsyncCall):
             await self._beginning
         return aiter(self._current)
 
-    def raise_if_cancelled(self) -> None:
-        """Raises `CallCancelledError` if the call was cancelled, or the channel closed."""
-        if self._cancelled or self._channel.is_closed:
-            raise call_cancelled(self.request_id) from None
-
     async def initial_metadata(self) -> Metadata | None:
         """Returns the initial metadata of the endpoint. Call this after the first message has arrived."""
         metadata: Metadata | None = await self._current.initial_metadata()
@@ -275,7 +193,7 @@ class _StreamCall(AsyncCall):
 
     def cancel(self) -> None:
         """Ends the call: on its endpoint, between two tries, or while it waits for the directory."""
-        self._cancelled = True
+        self.cancelled = True
         if self._beginning is not None:
             self._beginning.cancel()
         if self._current is not None:
@@ -287,24 +205,6 @@ class _StreamCall(AsyncCall):
 
         self._beginning = asyncio.get_running_loop().create_task(begin())
         self._beginning.add_done_callback(retrieve)
-
-
-@dataclass(frozen=True, slots=True)
-class _Method:
-    """A method of the service. `bind` returns grpc's own method on the channel of an endpoint."""
-
-    channel: AsyncRetryingChannel
-    bind: Callable[[grpc.aio.Channel], Callable[..., Any]]
-
-    async def call(self, request: object, timeout: float | None, metadata: Metadata, wait_for_ready: bool | None = None) -> Any:  # noqa: ANN401 - a message of the method
-        """Makes a call, and returns its answer."""
-        return await _UnaryCall(self, request, timeout, metadata, wait_for_ready).answer()
-
-    def stream(
-        self, request: object, timeout: float | None, metadata: Metadata, wait_for_ready: bool | None = None
-    ) -> _StreamCall:
-        """Begins a call whose answer is a stream."""
-        return _StreamCall(self, request, timeout, metadata, wait_for_ready)
 
 
 def _cancellations() -> int:

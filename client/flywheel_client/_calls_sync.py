@@ -1,28 +1,22 @@
-"""Calls for threads. The client retries a call within its deadline if the engine has not begun on the call.
+"""Calls for threads."""
 
-`_retry` decides whether and when. A call that has delivered a message is never repeated: the caller may have used the message.
-"""
-
-import random
 import sys
 import threading
-import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from abc import abstractmethod
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import grpc
 
-from flywheel_client._answers import marking_unreadable, require_message
-from flywheel_client._errors import FlywheelError, call_cancelled, error_from_call, has_begun, request_id_in
+from flywheel_client._calls import BaseCall, BaseChannel, Metadata, require_message
+from flywheel_client._errors import FlywheelError
 from flywheel_client._janitor import Janitor
 from flywheel_client._pool import Member
-from flywheel_client._retry import Retry, Tries
+from flywheel_client._retry import Retry
 
 T = TypeVar("T")
-Metadata = Sequence[tuple[str, str | bytes]]
 
 CLOSE_TIMEOUT: Final = 1.0
 """Seconds that `close` waits. Without a limit, a finalizer in grpc's own thread would wait for itself forever."""
@@ -38,44 +32,24 @@ class _Thread(threading.local):
 _thread: Final = _Thread()
 
 
-class RetryingChannel(ABC):
+class RetryingChannel(BaseChannel[grpc.Channel]):
     """The part of `grpc.Channel` that the clients and the generated stubs use, with retries.
 
     This class never calls grpc while it holds its own lock: grpc has locks too, and calls back. Signal handlers and finalizers
     may cancel calls and close the channel at any time: that only sets flags, and the janitor's thread does the rest.
     """
 
-    grpc_waits: ClassVar[bool]
-    """Whether grpc itself waits for a ready server. It can, if a server always comes back at the same address."""
-
     def __init__(self, retry: Retry | None) -> None:
-        self.retry = retry
+        super().__init__(retry)
         self._changed = threading.Condition()
-        self._closed = False
         self._close_done = threading.Event()
         self.janitor = Janitor()
 
-    def unary_unary(
-        self,
-        method: str,
-        request_serializer: Callable[[Any], bytes],
-        response_deserializer: Callable[[bytes], Any],
-        **options: Any,  # noqa: ANN401 - the options of `grpc.Channel`
-    ) -> "_Method":
-        """Returns a method whose answer is one message."""
-        arguments = method, request_serializer, marking_unreadable(response_deserializer)
-        return _Method(self, lambda channel: channel.unary_unary(*arguments, **options).future)
+    def _unary(self, bind: Callable[[grpc.Channel], Any]) -> Callable[..., Any]:
+        return _Method(self, lambda channel: bind(channel).future)
 
-    def unary_stream(
-        self,
-        method: str,
-        request_serializer: Callable[[Any], bytes],
-        response_deserializer: Callable[[bytes], Any],
-        **options: Any,  # noqa: ANN401 - the options of `grpc.Channel`
-    ) -> "_Method":
-        """Returns a method whose answer is a stream."""
-        arguments = method, request_serializer, marking_unreadable(response_deserializer)
-        return _Method(self, lambda channel: channel.unary_stream(*arguments, **options))
+    def _stream(self, bind: Callable[[grpc.Channel], Any]) -> Callable[..., Any]:
+        return _Method(self, bind)
 
     def close(self) -> None:
         """Closes all channels, which cancels running calls and calls that wait for their next try.
@@ -83,7 +57,7 @@ class RetryingChannel(ABC):
         Returns when the channels are closed. In a signal handler or finalizer that interrupted a call, returns at once: closing
         waits for the interrupted call, which continues only after this method has returned.
         """
-        self._closed = True
+        self.is_closed = True
         self.janitor.run_soon(self._close)
         self.janitor.end()
         if not _thread.in_call and not sys.is_finalizing():
@@ -100,45 +74,18 @@ class RetryingChannel(ABC):
                 closing.callback(channel.close)
 
     @abstractmethod
-    def _channels(self) -> Collection[grpc.Channel]:
-        """Returns all open channels."""
-
-    @abstractmethod
     def pick(self, call: "Call") -> Member[grpc.Channel]:
         """Returns the endpoint for the next try, which counts as in use until `release`.
 
         Raises the call's error if there is no endpoint to try.
         """
 
-    def release(self, member: Member[grpc.Channel]) -> None:  # noqa: B027 - one target needs no record
-        """Records the end of a try."""
-
-    def record_failure(self, member: Member[grpc.Channel], call: "Call", error: grpc.RpcError | FlywheelError) -> bool:  # noqa: ARG002 - for directories
-        """Records a failed try. Returns whether the endpoint is to blame, so that another one may be tried at once."""
-        return False
-
-    def delay(self, call: "Call", error: grpc.RpcError | FlywheelError) -> float | None:
-        """Returns the seconds until the next try of a failed call; None to give up and raise the error."""
-        self.raise_if_cancelled(call)
-        member = call.member
-        to_blame = member is not None and self.record_failure(member, call, error)
-        if has_begun(error):
-            return None
-        jitter = random.random()  # noqa: S311 - this is not a secret
-        failure = error_from_call(error, call.request_id)
-        return call.tries.delay(failure, time.monotonic(), jitter, tried=member is not None, to_blame=to_blame)
-
     def pause(self, call: "Call", seconds: float) -> None:
         """Waits, or raises `CallCancelledError` as soon as the call is cancelled or the channel closed."""
         with self._changed:
             seconds = min(seconds, threading.TIMEOUT_MAX)
-            self._changed.wait_for(lambda: call.cancelled or self._closed, seconds)
+            self._changed.wait_for(lambda: call.cancelled or self.is_closed, seconds)
             self.raise_if_cancelled(call)
-
-    def raise_if_cancelled(self, call: "Call") -> None:
-        """Raises `CallCancelledError` if the call was cancelled, or the channel closed."""
-        if call.cancelled or self._closed:
-            raise call_cancelled(call.request_id)
 
     def wake(self) -> None:
         """Wakes waiting calls, so that they see that they were cancelled."""
@@ -160,7 +107,7 @@ class TargetChannel(RetryingChannel):
         self.raise_if_cancelled(call)
         return self._member
 
-    def _channels(self) -> Collection[grpc.Channel]:
+    def _channels(self) -> list[grpc.Channel]:
         return [self._member.channel]
 
 
@@ -171,34 +118,21 @@ class _Method:
     channel: RetryingChannel
     bind: Callable[[grpc.Channel], Callable[..., Any]]
 
-    def __call__(
-        self, request: object, timeout: float | None, metadata: Metadata, wait_for_ready: bool | None = None
-    ) -> "Call":
-        return Call(self, request, timeout, metadata, wait_for_ready)
+    def __call__(self, request: object, **options: Any) -> "Call":  # noqa: ANN401 - the options of `BaseCall`
+        return Call(self.channel, self.bind, request, **options)
 
     future = __call__
 
 
-class Call:
+class Call(BaseCall[grpc.Channel]):
     """A call through all its tries. Its answer is one message or a stream."""
 
     _current: Any = None
     _ended = False
 
-    def __init__(
-        self, method: _Method, request: object, timeout: float | None, metadata: Metadata, wait_for_ready: bool | None
-    ) -> None:
-        self._channel = method.channel
-        self._bind = method.bind
-        self._request = request
-        self._metadata = metadata
-        self._wait_for_ready = bool(wait_for_ready) and self._channel.grpc_waits
-        waits = bool(wait_for_ready) and not self._channel.grpc_waits
-        self.tries = Tries.begin(self._channel.retry, timeout, time.monotonic(), wait_for_ready=waits)
-        self.request_id = request_id_in(metadata, "")
-        self.cancelled = False
-        self.member: Member[grpc.Channel] | None = None
-        """The endpoint of the current try; None if no endpoint was found."""
+    def __init__(self, channel: RetryingChannel, *arguments: Any, **options: Any) -> None:  # noqa: ANN401 - the arguments of `BaseCall`
+        super().__init__(channel, *arguments, **options)
+        self._channel = channel
         self._delivered = False
         self._error: Exception | None = None
         self._in_call(self._begin)
@@ -283,12 +217,7 @@ class Call:
     def _try(self) -> None:
         self.member = member = self._channel.pick(self)
         try:
-            current = self._bind(member.channel)(
-                self._request,
-                timeout=self.tries.remaining(time.monotonic()),
-                metadata=self._metadata,
-                wait_for_ready=self._wait_for_ready,
-            )
+            current = self._send(member.channel)
         except BaseException:
             self._channel.release(member)
             # grpc raises a ValueError if the channel was closed after `pick`.

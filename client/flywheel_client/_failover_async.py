@@ -12,7 +12,7 @@ from flywheel_client._calls_async import AsyncCall, AsyncRetryingChannel, retrie
 from flywheel_client._errors import FlywheelError, deadline_exceeded
 from flywheel_client._health import probe
 from flywheel_client._pool import Directory, Member, Pool
-from flywheel_client._retry import Retry
+from flywheel_client._retry import Retry, Tries
 
 
 class AsyncFailoverChannel(AsyncRetryingChannel):
@@ -46,7 +46,7 @@ class AsyncFailoverChannel(AsyncRetryingChannel):
 
     def pick_now(self, call: AsyncCall) -> Member[grpc.aio.Channel] | None:
         """Returns the endpoint for the next try, which counts as in use until `release`; None if finding it has to wait."""
-        self.raise_if_closed(call)
+        self.raise_if_cancelled(call)
         now = time.monotonic()
         return self._pick(call, now) if self._pool.is_usable(now) else None
 
@@ -57,7 +57,7 @@ class AsyncFailoverChannel(AsyncRetryingChannel):
         """
         reading: asyncio.Task[None] | None = None
         while True:
-            self.raise_if_closed(call)
+            self.raise_if_cancelled(call)
             now = time.monotonic()
             # After its own reading, the call uses the pool even if that reading failed.
             pool_is_usable = reading is not None or self._pool.is_usable(now)
@@ -91,17 +91,15 @@ class AsyncFailoverChannel(AsyncRetryingChannel):
         with suppress(TimeoutError):
             async with asyncio.timeout(None if limit == inf else limit):
                 await changed.wait()
-        self.raise_if_closed(call)
+        self.raise_if_cancelled(call)
 
     def _notify(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    def record_failure(
-        self, member: Member[grpc.aio.Channel], call: AsyncCall, error: grpc.aio.AioRpcError | FlywheelError
-    ) -> bool:
+    def record_failure(self, member: Member[grpc.aio.Channel], tries: Tries, error: grpc.RpcError | FlywheelError) -> bool:
         """Records a failed try. Returns whether the endpoint is to blame, so that another one may be tried at once."""
-        to_blame = self._pool.record_failure(call.tries, member, error, time.monotonic())
+        to_blame = self._pool.record_failure(tries, member, error, time.monotonic())
         self._probe()
         return to_blame
 
@@ -118,7 +116,7 @@ class AsyncFailoverChannel(AsyncRetryingChannel):
 
     def _probe(self) -> None:
         """Starts probes of the endpoints that need one, up to the limit of concurrent probes."""
-        if not self._closed.done():
+        if not self.is_closed:
             for member in self._pool.begin_probes():
                 task = asyncio.get_running_loop().create_task(self._probe_one(member))
                 self._probes.add(task)
@@ -148,7 +146,7 @@ class AsyncFailoverChannel(AsyncRetryingChannel):
         except Exception:
             self._pool.record_unreadable(time.monotonic())
             raise
-        if self._closed.done():
+        if self.is_closed:
             return
         self._close_soon(self._pool.update(addresses, time.monotonic()))
         self._probe()

@@ -30,7 +30,7 @@ from flywheel_client._health import (
     no_answer,
 )
 from flywheel_client._pool import Directory, Member, Pool
-from flywheel_client._retry import Retry
+from flywheel_client._retry import Retry, Tries
 
 CLOSE_POLL_SECONDS: Final = 0.05
 """Seconds between two checks, during a reading of the directory, whether the client was closed."""
@@ -94,10 +94,10 @@ class FailoverChannel(RetryingChannel):
         self._changed.wait(min(seconds, threading.TIMEOUT_MAX, inf if remaining is None else remaining))
         self.raise_if_cancelled(call)
 
-    def record_failure(self, member: Member[grpc.Channel], call: Call, error: grpc.RpcError | FlywheelError) -> bool:
+    def record_failure(self, member: Member[grpc.Channel], tries: Tries, error: grpc.RpcError | FlywheelError) -> bool:
         """Records a failed try. Returns whether the endpoint is to blame, so that another one may be tried at once."""
         with self._changed:
-            to_blame = self._pool.record_failure(call.tries, member, error, time.monotonic())
+            to_blame = self._pool.record_failure(tries, member, error, time.monotonic())
         self._probe()
         return to_blame
 
@@ -116,7 +116,7 @@ class FailoverChannel(RetryingChannel):
     def _probe(self) -> None:
         """Starts probes of the endpoints that need one, up to the limit of concurrent probes."""
         with self._changed:
-            members = [] if self._closed else self._pool.begin_probes()
+            members = [] if self.is_closed else self._pool.begin_probes()
         for member in members:
             check = member.channel.unary_unary(HEALTH_CHECK, health_request, health_response)
             with suppress(ValueError):  # the channel was closed meanwhile
@@ -151,7 +151,7 @@ class FailoverChannel(RetryingChannel):
         reading = asyncio.ensure_future(self._read_in_turn())
         while not reading.done():
             await asyncio.wait({reading}, timeout=CLOSE_POLL_SECONDS)
-            if self._closed:
+            if self.is_closed:
                 reading.cancel()
         return reading.result()
 
@@ -166,7 +166,7 @@ class FailoverChannel(RetryingChannel):
         try:
             addresses = asyncio.run(self._read_unless_closed())
             with self._changed:
-                if not self._closed:
+                if not self.is_closed:
                     unneeded = self._pool.update(addresses, time.monotonic())
         except BaseException as error:  # noqa: BLE001 - `pick` raises it in the calls that wait
             reading.error = error
