@@ -19,7 +19,7 @@ WAIT = 20.0
 FLYWHEEL = [sys.executable, "-m", "flywheel_client"]
 
 HIDDEN = "a\u202eb\U000e0041"
-"""Text in another order than it seems, with text that is not seen."""
+"""Text with characters that change its order on a terminal, or are not shown at all."""
 
 
 def delta(index: int, text: str, tokens: int, finish_reason: str = "") -> GenerationDelta:

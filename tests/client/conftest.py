@@ -21,7 +21,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import HealthServicer
 
 WAIT = 20.0
-"""Seconds after which something that a test waits for is taken as not happening."""
+"""Seconds that a test waits for an event before the test fails."""
 
 SERVICE = "flywheel.v1.GenerationService"
 
@@ -52,31 +52,31 @@ def sample(text: str, index: int = 0) -> generation_pb2.GenerationResponseSample
 
 @dataclass
 class FakeService(generation_pb2_grpc.GenerationServiceServicer):
-    """Answers every call with what the test has put here, and notes what it was asked."""
+    """Answers every call with what the test has set, and records the requests."""
 
     address: str = ""
     deltas: list[generation_pb2.GenerationDelta] = field(default_factory=lambda: [delta("ab"), delta("c", 0, 2, "stop")])
     samples: list[generation_pb2.GenerationResponseSample] = field(default_factory=lambda: [sample("abc")])
     model_name: str = "SmolLM2-135M"
     holds: bool = False
-    """Before its initial metadata a generation waits until it is cancelled."""
+    """Whether a generation waits, before it sends its initial metadata, until it is cancelled."""
     hangs: bool = False
-    """After its messages a generation waits until it is cancelled."""
+    """Whether a generation waits, after its messages, until it is cancelled."""
     request_id: str | None = None
-    """Is answered instead of the caller's."""
+    """The id that calls get instead of the id that the caller sent."""
     refuses: bool = False
-    """The failure comes before any message, and with no initial metadata."""
+    """Whether the failure comes before any message, and without initial metadata."""
     recovers_after: int | None = None
     """How many generations fail; the default is all."""
     failure: tuple[grpc.StatusCode, str, tuple[tuple[str, bytes], ...]] | None = None
-    """After its messages a call ends with this status, message and trailing metadata."""
+    """The status, message and trailing metadata with which a call ends after its messages."""
 
     stop: Callable[[], object] = lambda: None
     """Stops the server at once."""
 
     requests: list[generation_pb2.GenerationRequest] = field(default_factory=list)
     arrivals: list[float] = field(default_factory=list)
-    """When they arrived, on the monotonic clock."""
+    """The times at which the requests arrived, in seconds of `time.monotonic()`."""
     peers: set[str] = field(default_factory=set)
     """The connections of all calls."""
     metadata: list[dict[str, str | bytes]] = field(default_factory=list)
@@ -155,7 +155,7 @@ class FakeService(generation_pb2_grpc.GenerationServiceServicer):
         self.seconds_remaining.append(context.time_remaining())
         self._answering = True
         self._ended = threading.Event()
-        # Not after the wait in _end: grpc abandons a handler that yields to a caller who is gone.
+        # Not after the wait in _end: if the caller is gone, grpc abandons the handler at its next yield.
         context.add_callback(self._note_end)
         own_id = self.request_id or str(metadata.get("x-request-id", "new"))
         self.called.set()
@@ -234,13 +234,13 @@ def fake(health: HealthServicer) -> Iterator[FakeService]:
 
 @pytest.fixture
 def fakes() -> Iterator[list[FakeService]]:
-    """Three of them."""
+    """Three fake services, each with a server of its own."""
     with ExitStack() as stack:
         yield [stack.enter_context(serving_fake()) for _ in range(3)]
 
 
 class Caller:
-    """Either client, as a test on an event loop uses it."""
+    """A client of either kind, with the same coroutines for both kinds."""
 
     def __init__(self, kind: type, target: AnyType, **arguments: AnyType) -> None:
         self.client: AnyType = kind(target, **arguments)
@@ -294,13 +294,13 @@ class Caller:
 
 @pytest.fixture(autouse=True)
 def hurried_readings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets clients ask their directory more often than a real one would like."""
+    """Lets clients read their directory more often than they should read a real one."""
     monkeypatch.setattr(_pool, "MIN_READ_INTERVAL_SECONDS", 0.05)
 
 
 @pytest.fixture(params=(Client, AsyncClient), ids=["threads", "asyncio"])
 async def caller(request: AnyType) -> AsyncIterator[Callable[..., Caller]]:
-    """Makes clients of the one kind and then of the other, and closes them."""
+    """Makes clients of one kind, and closes them. A test runs once with each kind."""
     async with AsyncExitStack() as stack:
 
         def make(*arguments: AnyType, **keywords: AnyType) -> Caller:
@@ -316,6 +316,6 @@ async def happened(event: threading.Event) -> None:
 
 
 def unavailable(fake: FakeService, reason: str = "ENGINE_UNAVAILABLE") -> None:
-    """Has the server answer as one that is draining."""
+    """Makes the server refuse every generation, as a draining server does."""
     fake.refuses = True
     fake.fail(grpc.StatusCode.UNAVAILABLE, "stopping", ErrorInfo(reason=reason, domain="flywheel.v1"))

@@ -1,4 +1,4 @@
-"""A directory of servers, as a test fills it."""
+"""A directory of servers whose addresses the test sets."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class FakeDirectory:
-    """Lists what the test has put here."""
+    """Lists the addresses that the test has set."""
 
     def __init__(self, *addresses: str) -> None:
         self.addresses = list(addresses)

@@ -58,24 +58,24 @@ def trailers(*fields: tuple[str, str | bytes]) -> Headers:
 
 
 def answer(*messages: bytes, ends: tuple[tuple[str, str | bytes], ...] = OK) -> list[Step]:
-    """Returns what a server sends whose call has these messages, and then this status."""
+    """Returns what a server sends for a call with these messages and then this status."""
     return [Headers(HEADERS), *map(prefixed, messages), trailers(*ends)]
 
 
 class HostileServer:
-    """Speaks HTTP/2 as it should, and on top of it whatever `answers` says."""
+    """Speaks correct HTTP/2, and sends in it whatever `answers` says."""
 
     def __init__(self) -> None:
         self.answers: Answer = lambda _: answer()
         self.resets = threading.Semaphore(0)
-        """Is released for each call that its client took back."""
+        """Released for each call that its client has cancelled."""
         self._listening = socket.create_server(("127.0.0.1", 0))
         self._open: list[socket.socket] = []
         self._threads = [threading.Thread(target=self._accept)]
 
     @property
     def address(self) -> str:
-        """Leads here."""
+        """The address of this server."""
         return "{}:{}".format(*self._listening.getsockname())
 
     @contextmanager

@@ -21,7 +21,7 @@ LIMIT: Final = 100.0
 """Seconds after which the program counts as hanging."""
 
 LONGEST_DELAY: Final = 0.004
-"""Seconds to an interruption at most: about as long as a call takes."""
+"""The most seconds until an interruption: about as long as a call takes."""
 
 
 @contextmanager
@@ -101,12 +101,12 @@ class Garbage:
 
 
 def by_signal(_: Program) -> None:
-    """Lets a signal come soon."""
+    """Makes a signal arrive soon."""
     signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-5, LONGEST_DELAY))
 
 
 def by_finalizer(program: Program) -> None:
-    """Lets a garbage collection come soon, in whichever thread makes the next objects."""
+    """Makes a garbage collection run soon, in the thread that makes the next objects."""
     gc.set_threshold(random.randint(1, 1000), 1, 1)
     Garbage(program)
 

@@ -125,7 +125,7 @@ BLANK = ("option", " ")
 
 @pytest.mark.parametrize("given", [GIVEN[0], *further([*GIVEN[1:], BLANK])], ids=" ".join)
 @pytest.mark.parametrize("command", [("stats",), *further([("generate", "p"), ("model",), ("health",)])], ids=str)
-def test_the_command_says_so_too(command: tuple[str, ...], given: tuple[str, str]) -> None:
+def test_the_command_refuses_the_same_addresses(command: tuple[str, ...], given: tuple[str, str]) -> None:
     where, address = given
     variable = {"FLYWHEEL_ADDRESS": address} if where == "variable" else {}
     option = ["--address", address] if where == "option" else []
@@ -139,7 +139,7 @@ def test_the_command_says_so_too(command: tuple[str, ...], given: tuple[str, str
 
 
 class Proxy:
-    """A proxy that notes what it is asked for, and connects to that port of this machine."""
+    """A proxy that records which targets it is asked for, and connects to the same port of this machine."""
 
     def __init__(self) -> None:
         self.asked: list[str] = []

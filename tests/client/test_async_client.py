@@ -29,7 +29,7 @@ async def client(fake: FakeService) -> AsyncIterator[AsyncClient]:
 
 
 def run(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Runs a coroutine with `asyncio.run`, in another thread: in this one it would take away the loop of the tests."""
+    """Runs a coroutine with `asyncio.run`, in another thread: in this one, it would take away the event loop of the tests."""
     with ThreadPoolExecutor(1) as executor:
         return executor.submit(asyncio.run, coroutine).result()
 
@@ -264,7 +264,7 @@ async def test_an_unreachable_server(client: AsyncClient) -> None:
 
 
 async def swallow_a_cancellation() -> None:
-    """Leaves the running task with a cancellation that it has caught, and nobody has taken back."""
+    """Leaves the running task with a cancellation that it has caught, without calling `uncancel`."""
     task = asyncio.current_task()
     assert task is not None
     task.cancel()
@@ -274,7 +274,7 @@ async def swallow_a_cancellation() -> None:
 
 
 async def ended_by(cause: str, fake: FakeService, client: AsyncClient, *, swallows: bool, unary: bool) -> BaseException:
-    """Returns what a task gets that waits for an answer when this happens."""
+    """Returns the exception of a task that waits for an answer when the cause happens."""
     fake.hangs = True
     fake.deltas = []
     streams: list[AsyncStream[Delta]] = []

@@ -37,9 +37,9 @@ if TYPE_CHECKING:
 METHODS = ("generate", "generate_deltas", "generate_all")
 RPCS = ("Generate", "GenerateDeltas", "GenerateAll")
 RETRIES = {1: None, 2: Retry(max_attempts=2, initial_backoff=0.01), 5: Retry(initial_backoff=0.01)}
-"""How a client retries, by how often a call may then be sent."""
+"""The retries of a client, by the number of times that they allow it to send a call."""
 OWN_CONNECTIONS = [("grpc.use_local_subchannel_pool", 1)]
-"""Otherwise a client may get the connection of one before it, which is just ending."""
+"""Without this, a client may share the connection of an earlier client, which is just ending."""
 TARGETS: dict[str, Callable[[list[str]], Any]] = {
     "one address": lambda addresses: addresses[0],
     "two addresses": lambda addresses: "ipv4:" + ",".join(addresses[:2]),
@@ -48,16 +48,16 @@ TARGETS: dict[str, Callable[[list[str]], Any]] = {
 
 
 class CountingEngine(PulledEngine):
-    """Counts how often it begins, and tells the lines of a `Fleet` when they are to fail."""
+    """Counts how often it begins on a request, and tells the lines of a `Fleet` when to fail."""
 
     begun = 0
 
     def __init__(self, script: Script) -> None:
         super().__init__(script)
         self.on_start: Callable[[], None] = lambda: None
-        """Called when it begins, before the headers are sent."""
+        """Called when the engine begins, before the headers are sent."""
         self.on_delta: dict[int, Callable[[], object]] = {}
-        """Called when so many deltas have been made. The headers have been sent before the first is."""
+        """Called when the engine has made this number of deltas. The headers are sent before the first delta."""
         self.headers_sent = 0
 
     async def events(self, prepared: PreparedRequest) -> Any:
@@ -76,7 +76,7 @@ class CountingEngine(PulledEngine):
 
 
 class Line:
-    """Carries connections to a server: what either end sends, in order, and then its end."""
+    """Carries connections to a server: what either end sends, in order, and then the end of the connection."""
 
     def __init__(self, onward: str) -> None:
         self._onward = onward
@@ -191,7 +191,7 @@ FAILURES: dict[str, tuple[Script, Callable[[Fleet], object]]] = {
     "the engine is gone later": (Script(fail_after=3, failure="unavailable"), lambda _: None),
     "the engine is full": (Script(fail_after=0, failure="overloaded"), lambda _: None),
 }
-"""What happens to calls after their headers have been sent, and would be a reason to try them again before that."""
+"""What happens to calls after their headers have been sent. Before the headers, it would be a reason for another try."""
 AT_ONCE = ("the connection ends", "the engine is gone", "the engine is full")
 
 
@@ -201,13 +201,13 @@ async def call(one: Caller, method: str) -> None:
     if method == "generate_all":
         await one.ask(function)
     else:
-        # The servers and what leads to them are on this event loop, which must go on while a thread looks for one that answers.
+        # A call may wait for a server that answers. The servers run on this event loop, so the call begins in a thread.
         await one.rest(function() if one.is_async else await asyncio.to_thread(function))
 
 
 @pytest.mark.parametrize("target", ["a directory of three", *further(["one address", "two addresses"])])
 @pytest.mark.parametrize("failure", FAILURES)
-async def test_what_has_begun_begins_once(caller: Callable[..., Caller], target: str, failure: str) -> None:
+async def test_a_call_that_has_begun_begins_once(caller: Callable[..., Caller], target: str, failure: str) -> None:
     script, prepare = FAILURES[failure]
     async with fleet(script) as servers:
         prepare(servers)
@@ -234,7 +234,7 @@ async def test_a_call_whose_headers_are_lost_begins_as_often_as_it_may_be_sent(
             before = servers.engine.begun
             with pytest.raises(UnavailableError):
                 await call(one, method)
-            # A try may also meet a connection to another address whose end has not been noticed, and is lost.
+            # A try is also lost if it meets a connection to another address that has ended without being noticed.
             least = attempts if target == "one address" else 1
             assert least <= servers.begun_since(before) <= attempts, method
             await one.close()
@@ -242,7 +242,7 @@ async def test_a_call_whose_headers_are_lost_begins_as_often_as_it_may_be_sent(
 
 async def test_a_reset_after_the_headers_ends_the_call(caller: Callable[..., Caller]) -> None:
     async with fleet(HANGS) as servers:
-        # Long enough for the client to have read the headers, of which it says nothing: a reset may take them along.
+        # Long enough for the client to have read the headers, which nothing reports: a reset would discard unread headers.
         loop = asyncio.get_running_loop()
         servers.engine.on_delta[0] = lambda: loop.call_later(0.5, servers.cut)
         one = caller(FakeDirectory(*servers.addresses))
@@ -276,12 +276,12 @@ async def test_addresses_where_nothing_listens_are_passed_over(caller: Callable[
         await call(caller(directory, retry=None), "generate_all")
 
 
-async def test_a_directory_of_nothing_but_dead_addresses_is_gone_round_once_an_attempt(caller: Callable[..., Caller]) -> None:
+async def test_a_directory_of_dead_addresses_is_tried_once_per_attempt(caller: Callable[..., Caller]) -> None:
     directory = FakeDirectory(*dead_addresses(3))
     one = caller(directory, retry=Retry(max_attempts=3, initial_backoff=0.01))
     with pytest.raises(UnavailableError, match="failed to connect"):
         await call(one, "generate_all")
-    # Once more in a round at most, if the call itself was the one to find out about the last address.
+    # A round has a second reading if the call itself, and not a probe, finds that the last address is dead.
     assert 3 <= directory.readings <= 6
 
 

@@ -41,7 +41,7 @@ ENGINE_FAILED = ErrorInfo(reason="ENGINE_FAILED", domain="flywheel.v1")
 
 
 class Breaker:
-    """A server, or a proxy that has lost its own, whose calls all end in one way."""
+    """A server, or a proxy that has lost its server, whose calls all end in one way."""
 
     def __init__(self, end: Callable[[H2Connection, int], object], *, begins: bool) -> None:
         self._begins = begins
@@ -188,7 +188,7 @@ async def test_after_the_engine_has_begun(caller: Callable[..., Caller], name: s
         async with breaking(end, begins=True) as breaker:
             one = caller(breaker.address, retry=TWICE)
             if one.is_async and method != "generate_all":
-                # grpc.aio may lose the headers of a stream that ends just after them: this one ends after a result.
+                # grpc.aio may lose the headers of a stream that ends just after them, so this stream ends after a result.
                 breaker.may_end.clear()
                 stream = getattr(one.client, method)("p", max_tokens=1)
                 await anext(stream)

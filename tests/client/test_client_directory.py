@@ -20,9 +20,7 @@ if TYPE_CHECKING:
     from tests.client.conftest import FakeService
 
 
-async def test_an_endpoint_that_the_reading_again_finds_is_tried(
-    caller: Callable[..., Caller], fakes: list[FakeService]
-) -> None:
+async def test_an_endpoint_that_a_new_reading_finds_is_tried(caller: Callable[..., Caller], fakes: list[FakeService]) -> None:
     directory = directory_of(fakes[:1])
     one = caller(directory)
     await one.call()

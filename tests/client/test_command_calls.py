@@ -1,4 +1,4 @@
-"""How the command `flywheel` reaches a server, and what it says of one: health, stats and model; keys and TLS."""
+"""How the command `flywheel` reaches a server, and what it says about the server: health, stats and model; keys and TLS."""
 
 from __future__ import annotations
 

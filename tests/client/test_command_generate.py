@@ -168,7 +168,7 @@ def test_several_samples_follow_one_another(fake: FakeService) -> None:
     ]
 
 
-def test_no_text_is_lost_where_a_call_fails(fake: FakeService) -> None:
+def test_no_text_is_lost_if_a_call_fails(fake: FakeService) -> None:
     fake.deltas = [delta(0, "A1", 1), delta(1, "B1", 1), delta(2, "C1", 1)]
     fake.fail(grpc.StatusCode.INTERNAL, "the engine failed", ErrorInfo(reason="ENGINE_FAILED", domain="flywheel.v1"))
     process = flywheel(fake, "generate", "p", "-n", "3")

@@ -1,4 +1,4 @@
-"""Interrupts, and readers that leave: the command `flywheel` ends its call, itself, and says no more than it must."""
+"""Interrupts, and readers that leave: the command `flywheel` ends its call and itself, and says no more than it must."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def test_a_terminal_gets_nothing_invisible_of_servers_and_arguments(fake: FakeSe
     if arguments == ["stats"]:
         fake.fail(grpc.StatusCode.INTERNAL, HIDDEN)
     written = on_terminal(fake, *arguments).decode()
-    # Some versions of click quote an option that there is not.
+    # Some versions of click quote an unknown option.
     assert "a\ufffdb\ufffd" in written or ascii(HIDDEN)[1:-1] in written
     assert not set(HIDDEN) & set(written) - set("ab")
 

@@ -65,7 +65,7 @@ async def test_what_a_draining_server_refuses_goes_elsewhere(caller: Callable[..
     assert await one.call(request_id="same") == "p"
     assert await one.next(await one.stream()) == "ab"
     assert [fake.metadata[0]["x-request-id"] for fake in fakes] == ["same"] * 3
-    # The two are the last choice for a while.
+    # The two endpoints that refused the calls are the last choice for a while.
     for _ in range(4):
         await one.call()
     assert [len(fake.requests) for fake in fakes] == [1, 1, 6]
@@ -109,7 +109,7 @@ async def test_one_endpoint_alone_is_tried_again_after_a_cut(caller: Callable[..
         await one.close()
 
 
-async def test_what_has_delivered_is_not_repeated(caller: Callable[..., Caller], fakes: list[FakeService]) -> None:
+async def test_a_call_that_has_delivered_is_not_repeated(caller: Callable[..., Caller], fakes: list[FakeService]) -> None:
     for fake in fakes[:2]:
         fake.hangs = True
     async with behind_cables(fakes[:2]) as cables:
@@ -183,7 +183,7 @@ async def test_one_deadline_holds_for_all_tries(caller: Callable[..., Caller], f
     first, second = fakes[0].seconds_remaining[0], fakes[1].seconds_remaining[-1]
     assert first is not None
     assert second is not None
-    # Not `second < first`: gRPC rounds what it sends, by more than may be between the two tries.
+    # Not `second < first`: gRPC rounds the deadline that it sends, by more than the time between the two tries.
     assert max(first, second) < 0.35
     fakes[1].deltas = []
     with pytest.raises(DeadlineExceededError):

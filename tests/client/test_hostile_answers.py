@@ -1,4 +1,4 @@
-"""Both clients say the same of what a server sends that breaks the rules."""
+"""Both clients raise the same error if the answer of a server breaks the rules."""
 
 import asyncio
 import resource
@@ -126,7 +126,7 @@ NONE: dict[str, list[Step]] = {
 
 
 @pytest.mark.parametrize("steps", NONE.values(), ids=NONE)
-async def test_no_answer_is_an_error_but_for_a_stream(steps: list[Step]) -> None:
+async def test_a_missing_answer_is_an_error_except_for_a_stream(steps: list[Step]) -> None:
     with serving(steps) as server:
         for method in METHODS:
             found, _, text = await outcomes(server.address, method)
@@ -177,7 +177,7 @@ def large(path: str) -> Iterable[Step]:
 
 
 def bombs() -> Answer:
-    """Returns answers of 100 MiB, which are much less on the wire."""
+    """Returns answers of 100 MiB, which compression makes much smaller on the wire."""
     bomb = zlib.compress(bytes(LARGE), level=1, wbits=31)
 
     def answers(path: str) -> Iterable[Step]:

@@ -17,7 +17,7 @@ class BrokenError(Exception):
 
 
 class Channel:
-    """Stands for one of grpc that may fail to close."""
+    """Stands for a channel of grpc that may fail to close."""
 
     def __init__(self, *, breaks: bool) -> None:
         self.breaks = breaks

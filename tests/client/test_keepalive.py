@@ -1,4 +1,4 @@
-"""Long silent calls outlive what servers take for too many pings. All times are a 200th of the real ones."""
+"""Long silent calls survive the limits that servers set for pings. All times are a 200th of the real times."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ async def pinging(address: str, seconds: int) -> AsyncIterator[AsyncClient]:
 async def a_call_to_a_server_that_enforces_the_default(keepalive_time: int, outcome: type[Exception], match: str) -> None:
     options = [
         ("grpc.http2.min_ping_interval_without_data_ms", DEFAULT_ENFORCEMENT * MILLISECONDS),
-        # One less than by default, so that the third ping tells.
+        # One less than by default, so that a third ping that is too early ends the connection.
         ("grpc.http2.max_ping_strikes", 1),
     ]
     server = grpc.server(futures.ThreadPoolExecutor(max_workers=4), options=options)
@@ -54,7 +54,7 @@ async def a_call_to_a_server_that_enforces_the_default(keepalive_time: int, outc
 
 async def a_call_to_our_server() -> None:
     slow = ScriptedEngine(Script(prompt_delay=SILENCE))
-    # No ping of the client is ever late enough for this one, so that its own pings have to do.
+    # To this server, each ping of the client is too early, so only the pings of the server keep the connection alive.
     async with (
         serving(slow, keepalive_time=1.0, min_ping_interval=60.0) as target,
         pinging(target.address, 270) as client,

@@ -113,7 +113,7 @@ async def test_no_call_fails_while_one_server_after_the_other_restarts(kind: Any
 
 
 class Stubs:
-    """Stubs with the service config, as a test has a client."""
+    """Stubs with the service config, with the methods of a client that the tests use."""
 
     def __init__(self, target: str) -> None:
         self._channel = grpc.aio.insecure_channel(target, options=[("grpc.service_config", SERVICE_CONFIG)])
@@ -136,7 +136,7 @@ async def test_no_call_fails_that_is_on_its_way_when_the_server_stops(make: Call
     async with AsyncExitStack() as stack:
         other = await stack.enter_async_context(serving(ScriptedEngine()))
         async with serve(engine, settings) as port:
-            # No server can tell callers at once that it stops.
+            # Over a real network, a server cannot tell its callers at once that it stops.
             far = await stack.enter_async_context(through_a_cable(f"127.0.0.1:{port}", delay=0.02))
             one = make(f"ipv4:{far.address},{other.address}")
             stack.push_async_callback(one.close)

@@ -71,7 +71,7 @@ def test_a_server_that_asks_for_too_long_a_wait_gets_no_second_attempt() -> None
     assert tries.delay(later(60.1), 0.0, 0.0) is None
 
 
-def test_no_attempt_is_waited_for_that_the_deadline_forbids() -> None:
+def test_no_delay_goes_beyond_the_deadline() -> None:
     tries = Tries.begin(Retry(), 10.0, now=100.0)
     assert tries.delay(later(9.0), 101.0, 0.0) is None
     assert tries.attempts == 1
@@ -104,7 +104,7 @@ def test_endpoints_share_the_attempts_of_a_call() -> None:
 
 
 @pytest.mark.parametrize("code", grpc.StatusCode, ids=lambda code: code.name)
-def test_what_may_end_better_the_next_time(code: grpc.StatusCode) -> None:
+def test_which_errors_are_retryable(code: grpc.StatusCode) -> None:
     bare, delayed, explained = (FlywheelError(code, "", **fields) for fields in ({}, {"retry_delay": 1.0}, {"reason": "WHY"}))
     expected = {
         grpc.StatusCode.UNAVAILABLE: (True, True, True),
@@ -119,7 +119,7 @@ def test_what_may_end_better_the_next_time(code: grpc.StatusCode) -> None:
     [{"max_attempts": 0}, {"initial_backoff": -1.0}, {"max_backoff": -1.0}, {"max_delay": -1.0}, {"multiplier": 0.5}],
     ids=str,
 )
-def test_what_makes_no_sense_is_refused(wrong: dict[str, Any]) -> None:
+def test_invalid_settings_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="must be at least 1"):
         Retry(**wrong)
 
@@ -144,7 +144,7 @@ async def test_a_call_is_tried_again_under_its_id_and_deadline(
     assert third < first - 0.2
 
 
-async def test_a_server_sees_no_more_attempts_than_there_are_to_be(caller: Callable[..., Caller], fake: FakeService) -> None:
+async def test_a_server_sees_at_most_max_attempts(caller: Callable[..., Caller], fake: FakeService) -> None:
     unavailable(fake)
     error = await caller(fake.address, retry=QUICK).expect(UnavailableError, "stopping", request_id="r1")
     assert (error.reason, error.request_id) == ("ENGINE_UNAVAILABLE", "r1")
@@ -153,7 +153,7 @@ async def test_a_server_sees_no_more_attempts_than_there_are_to_be(caller: Calla
     assert len(fake.requests) == 2 * QUICK.max_attempts + 2
 
 
-async def test_the_server_says_when(caller: Callable[..., Caller], fake: FakeService) -> None:
+async def test_the_server_says_when_to_try_again(caller: Callable[..., Caller], fake: FakeService) -> None:
     refuse(fake, grpc.StatusCode.RESOURCE_EXHAUSTED, retry_delay=0.2)
     fake.recovers_after = 2
     assert await caller(fake.address, retry=QUICK).call() == "p"
@@ -196,7 +196,9 @@ async def test_a_stream_is_never_repeated_after_its_first_message(caller: Callab
     assert len(fake.requests) == 1
 
 
-async def test_nobody_waits_for_what_the_deadline_forbids(caller: Callable[..., Caller], fake: FakeService) -> None:
+async def test_a_call_fails_at_once_if_the_next_attempt_would_be_after_its_deadline(
+    caller: Callable[..., Caller], fake: FakeService
+) -> None:
     refuse(fake, grpc.StatusCode.UNAVAILABLE, retry_delay=30.0)
     begun = time.monotonic()
     error = await caller(fake.address).expect(UnavailableError, timeout=25.0)
@@ -218,7 +220,7 @@ async def test_one_deadline_ends_the_last_attempt(caller: Callable[..., Caller],
 
 @pytest.fixture
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The seconds of each wait between two attempts, from its beginning on."""
+    """The seconds of each wait between two attempts, added when the wait begins."""
     begun: list[float] = []
     for kind in (RetryingChannel, AsyncRetryingChannel):
 

@@ -23,7 +23,7 @@ SERVICES = {service.full_name: set(service.methods_by_name) for service in gener
 RETRY_POLICY = {"maxAttempts", "initialBackoff", "maxBackoff", "backoffMultiplier", "retryableStatusCodes"}
 DURATION = re.compile(r"\d+(\.\d{1,9})?s")
 MOST_ATTEMPTS = 5
-"""More are cut down to these by every implementation (gRFC A6)."""
+"""The most attempts that an implementation makes, even if the config asks for more (gRFC A6)."""
 
 
 def test_stubs_of_your_own_get_the_file() -> None:
@@ -48,9 +48,9 @@ def test_every_implementation_can_read_it() -> None:
     assert CONFIG["loadBalancingConfig"] == [{"round_robin": {}}], "the policy that looks at health in every language"
     assert CONFIG["healthCheckConfig"]["serviceName"] in SERVICES
     for method in CONFIG["methodConfig"]:
-        assert method.keys() == {"name", "retryPolicy"}, "a deadline is the caller's"
+        assert method.keys() == {"name", "retryPolicy"}, "the caller sets the deadline, and not the config"
         policy = method["retryPolicy"]
-        assert policy.keys() == RETRY_POLICY, "Java refuses a policy in which one of them is missing"
+        assert policy.keys() == RETRY_POLICY, "Java refuses a policy in which one of these fields is missing"
         assert 1 < policy["maxAttempts"] <= MOST_ATTEMPTS
         assert all(DURATION.fullmatch(policy[key]) for key in ("initialBackoff", "maxBackoff"))
         assert policy["backoffMultiplier"] > 0

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from tests.client.conftest import FakeService
 
 SOON = 2.0
-"""Seconds within which a call is answered although other endpoints are silent; a try of one of them takes 4."""
+"""Seconds within which a call is answered although other endpoints are silent; a try of a silent endpoint takes 4."""
 
 SETTINGS = bytes(3) + b"\x04" + bytes(5)
 """The frame that a server of HTTP/2 begins with."""
@@ -74,7 +74,7 @@ class Silent:
         self.address = f"localhost:{listening.getsockname()[1]}"
         self._server: asyncio.Server | None = None
         if self._kind == "drops packets":
-            # A full backlog drops what further connections begin with.
+            # With a full backlog, the system drops the first packets of further connections.
             listening.listen(0)
             for _ in range(3):
                 waiting = socket.socket()
@@ -146,7 +146,7 @@ async def silent(authority: trustme.CA) -> AsyncIterator[Callable[..., Any]]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_one_that_does_not_answer_holds_up_no_new_client(
+async def test_an_endpoint_that_does_not_answer_holds_up_no_new_client(
     caller: Callable[..., Caller], silent: Any, live: FakeService, credentials: grpc.ChannelCredentials, kind: str
 ) -> None:
     bad = await silent(kind)
@@ -159,10 +159,10 @@ async def test_one_that_does_not_answer_holds_up_no_new_client(
     assert len(live.requests) == 4
 
 
-async def test_many_that_do_not_answer_hold_up_no_new_client(
+async def test_many_endpoints_that_do_not_answer_hold_up_no_new_client(
     caller: Callable[..., Caller], silent: Any, live: FakeService, credentials: grpc.ChannelCredentials
 ) -> None:
-    """Of every kind at the same time, and all before the live one in the list."""
+    """The silent endpoints are of every kind, and all stand before the live one in the list."""
     bad = [(await silent(kind)).address for kind in KINDS[:7]]
     one = caller(FakeDirectory(*bad, live.address), credentials=credentials, timeout=10.0)
     begun = time.monotonic()
@@ -180,7 +180,7 @@ async def test_only_so_many_are_tried_at_the_same_time(
 ) -> None:
     for module in (_failover_sync, _health):
         monkeypatch.setattr(module, "PROBE_TIMEOUT", 0.4)
-    # One that counts, at many addresses.
+    # One server at many addresses, which counts its connections.
     bad = await silent("accepts and is silent")
     port = int(bad.address.rpartition(":")[2])
     hosts = [f"127.0.{number // 250}.{number % 250 + 1}" for number in range(3 * MAX_PROBES)]
@@ -189,7 +189,7 @@ async def test_only_so_many_are_tried_at_the_same_time(
     one = caller(directory, credentials=credentials, timeout=20.0)
     assert await one.call() == "p"
     assert bad.accepted >= len(hosts)
-    # grpc.aio closes some of those that have been given up only when it has something else to do.
+    # grpc.aio closes some abandoned connections only when it has something else to do.
     assert bad.most <= 2 * MAX_PROBES
     for listener in listeners:
         listener.close()
@@ -209,7 +209,7 @@ async def test_nothing_but_silence_ends_in_bounded_time(
     one = caller(FakeDirectory(*addresses), credentials=credentials, retry=None, channel_options=HURRY, timeout=5.0)
     begun = time.monotonic()
     if kind == "TLS, then HTTP/2 and silence":
-        # It has connected, so the call that was sent to the last one may be under way: it ends with its deadline.
+        # The last endpoint has connected, so the call may be under way there: then the call ends with its deadline.
         with pytest.raises(Exception, match=r"deadline|failed to connect"):
             await one.call(timeout=2.0)
     else:
@@ -233,7 +233,7 @@ async def test_an_endpoint_that_falls_silent_holds_up_a_running_client_once(
     assert [len(fake.requests) for fake in fakes] == [2, 10, 0]
 
 
-async def test_one_that_answers_later_is_used_as_soon_as_it_does(
+async def test_an_endpoint_that_answers_later_is_used_as_soon_as_it_does(
     caller: Callable[..., Caller], fakes: list[FakeService], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_pool, "REFRESH_AFTER_SECONDS", 0.0)
@@ -265,7 +265,7 @@ async def test_closing_a_client_while_it_probes(
     assert time.monotonic() - begun < SOON
 
 
-async def test_one_that_lives_among_fifty_is_found_within_the_time_of_one_probe(
+async def test_a_live_endpoint_among_fifty_is_found_within_the_time_of_one_probe(
     caller: Callable[..., Caller], silent: Any, fakes: list[FakeService]
 ) -> None:
     bad = await silent("accepts and is silent")
@@ -294,7 +294,7 @@ async def test_a_call_in_a_hurry_does_not_wait_for_further_endpoints(
 async def test_an_endpoint_whose_connection_falls_silent_costs_one_call(
     caller: Callable[..., Caller], fakes: list[FakeService]
 ) -> None:
-    """Nothing tells that a machine has lost its network, or hangs, but that a call has no answer by its deadline."""
+    """If a machine hangs or has lost its network, only a call without an answer by its deadline tells of it."""
     async with through_a_cable(fakes[0].address) as cable:
         one = caller(FakeDirectory(cable.address, fakes[1].address), timeout=0.5)
         for _ in range(4):

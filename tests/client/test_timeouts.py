@@ -46,7 +46,7 @@ TARGETS: dict[str, Callable[[str], Any]] = {
 
 
 class Seconds(float):
-    """A float of a type of its own, such as those of NumPy."""
+    """A float of a type of its own, as NumPy has."""
 
 
 async def finish(one: Caller, method: str, **arguments: Any) -> None:
@@ -63,14 +63,14 @@ async def finish(one: Caller, method: str, **arguments: Any) -> None:
 
 @pytest.mark.parametrize("retry", [None, Retry()], ids=["once", "again"])
 @pytest.mark.parametrize("target", ["an address", *further(["a list", "a directory"])])
-async def test_longer_than_grpc_can_count_is_no_deadline(
+async def test_a_timeout_longer_than_grpc_can_count_is_no_deadline(
     caller: Callable[..., Caller], fake: FakeService, target: str, retry: Retry | None
 ) -> None:
     one = caller(TARGETS[target](fake.address), retry=retry, timeout=1e-9)
     for timeout in NO_DEADLINE:
         for method in METHODS:
             await finish(one, method, timeout=timeout)
-        # That of a client holds for its calls.
+        # The timeout of a client is the timeout of its calls.
         other = caller(TARGETS[target](fake.address), retry=retry, timeout=timeout)
         await finish(other, "generate_all")
         await other.close()
@@ -134,7 +134,7 @@ def test_the_command_takes_any_timeout(fake: FakeService, text: str) -> None:
 
 @pytest.mark.parametrize("arguments", [("generate", "p"), *further([("stats",), ("model",), ("health",)])], ids=str)
 @pytest.mark.parametrize("text", ["nan", *further(["-inf", "-1", "0", "5s", ""])])
-def test_the_command_refuses_what_is_none(fake: FakeService, arguments: tuple[str, ...], text: str) -> None:
+def test_the_command_refuses_what_is_no_timeout(fake: FakeService, arguments: tuple[str, ...], text: str) -> None:
     process = flywheel(fake, *arguments, "--timeout", text)
     assert process.returncode == 2
     assert b"timeout" in process.stderr

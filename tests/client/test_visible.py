@@ -64,13 +64,13 @@ def test_what_a_script_or_an_emoji_is_written_with_remains(text: str) -> None:
 )
 def test_what_is_invisible_or_changes_the_order_of_text_is_shown(text: str) -> None:
     assert visible(f"a{text}b {text}") == "a\ufffdb \ufffd"
-    # After a character that may have one of these, a second one would be hidden.
+    # Some characters may be followed by one of these characters, but a second one would be hidden.
     assert visible(f"é{text}{text}{text}")[2:] == "\ufffd\ufffd"
 
 
 def test_every_format_character_is_shown_or_has_a_glyph() -> None:
     everything = map(chr, range(sys.maxunicode + 1))
     kept = {each for each in everything if unicodedata.category(each) in {"Cc", "Cf", "Zl", "Zp"} and visible(each) == each}
-    # Those of Arabic, Syriac, Kaithi and Egyptian are drawn around or under what follows.
+    # The format characters of Arabic, Syriac, Kaithi and Egyptian are drawn around or under the next characters.
     with_glyphs = {*range(0x600, 0x606), 0x6DD, 0x70F, 0x890, 0x891, 0x8E2, 0x110BD, 0x110CD, *range(0x13430, 0x13440)}
     assert kept <= {"\t", "\n", *map(chr, with_glyphs)}

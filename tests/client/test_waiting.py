@@ -1,4 +1,4 @@
-"""`flywheel` with a server that is starting, silent, or not there: it says what is so, and `generate` waits for an engine."""
+"""`flywheel` with a server that is starting, silent, or not there: it tells the user, and `generate` waits for an engine."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Generation:
 
 @pytest.fixture
 def noted(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Waits until the user has been told so; nobody has to wait long for that."""
+    """Waits until the user has been told this. The client tells the user sooner than usual."""
     notes: list[str] = []
     monkeypatch.setattr(_waiting, "SILENCE_TIMEOUT", 0.7)
     monkeypatch.setattr(_waiting, "POLL_INTERVAL", 0.02)
@@ -103,7 +103,9 @@ def test_an_engine_that_starts_is_waited_for(
     assert (generation.error, generation.texts) == (None, ["ab", "c"])
 
 
-def test_it_is_waited_for_until_the_deadline(fake: FakeService, health: HealthServicer, noted: Callable[[str], None]) -> None:
+def test_the_engine_is_waited_for_until_the_deadline(
+    fake: FakeService, health: HealthServicer, noted: Callable[[str], None]
+) -> None:
     becomes(health, "NOT_SERVING")
     begun = time.monotonic()
     generation = Generation(fake.address, timeout=1.5)
@@ -152,7 +154,7 @@ def test_the_user_learns_that_a_server_cannot_be_reached_if_it_is_waited_for(not
     assert isinstance(generation.error, DeadlineExceededError)
 
 
-def test_a_slow_generation_is_no_reason_for_a_word(fake: FakeService, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_generation_is_not_called_silent(fake: FakeService, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_waiting, "SILENCE_TIMEOUT", 1.0)
     notes: list[str] = []
     monkeypatch.setattr(_terminal, "show_aside", notes.extend)

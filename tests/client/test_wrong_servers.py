@@ -1,4 +1,4 @@
-"""What `flywheel` says where something else listens than the server that it was told to expect."""
+"""What `flywheel` says if it reaches something else than the server that its options describe."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def with_tls(authority: trustme.CA, name: str, *, wants_certificates: bool = Fal
 
 @contextmanager
 def saying(words: bytes) -> Iterator[str]:
-    """Gives the address of a server that says the same to everybody."""
+    """Gives the address of a server that says the same to every client."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
 
         def serve() -> None:
@@ -59,7 +59,7 @@ def saying(words: bytes) -> Iterator[str]:
                     client, _ = listening.accept()
                     with client, suppress(OSError):
                         client.sendall(words)
-                        # Until the other side hangs up: closing with something unread would take the words back.
+                        # Reads until the client hangs up: closing a socket with unread data would discard the words.
                         while client.recv(2**16):
                             pass
 

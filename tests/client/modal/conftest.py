@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture(autouse=True)
 def connected(cloud: ModalCloud) -> None:
-    """Has the Modal client library of this process use the cloud."""
+    """Makes the Modal library of this process use the stand-in of the cloud."""
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ async def records() -> AsyncIterator[modal.Dict]:
 
 @pytest.fixture(scope="module")
 def authority(tmp_path_factory: pytest.TempPathFactory) -> tuple[trustme.CA, Path]:
-    """Who signs the certificates of the servers, and the file that says so."""
+    """The authority that signs the certificates of the servers, and the file with its own certificate."""
     authority = trustme.CA()
     path = tmp_path_factory.mktemp("authority") / "ca.pem"
     authority.cert_pem.write_to_path(str(path))

@@ -1,4 +1,4 @@
-"""An app of which only the address is wanted: the test that deploys it serves on the port itself."""
+"""An app of which the test needs only the address: the test that deploys it serves on the port itself."""
 
 import os
 

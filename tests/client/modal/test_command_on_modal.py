@@ -41,7 +41,7 @@ async def test_the_command_lists_endpoints(
     addresses = [fake.address for fake in secured]
     await records.put.aio("ta-1", record(addresses[0], age=10.2))
     await records.put.aio("ta-22", record(addresses[1], age=3.2))
-    # Killed, and so far ahead that it is listed first.
+    # Its container was killed, and had a clock so far ahead that it is listed first.
     await records.put.aio("ta-3", record("localhost:1", age=-600.0))
     trust = ["--cacert", str(authority[1])]
     process = await asyncio.to_thread(flywheel, cloud, "endpoints", *trust)
@@ -93,7 +93,7 @@ async def test_the_command_calls_a_deployment(
 ) -> None:
     await records.put.aio("ta-1", record(secured[0].address))
     options = ["--modal-app", DEFAULT_APP, "--cacert", str(authority[1])]
-    # The address of the variable is not one that was asked for.
+    # The address in the variable is ignored, because --modal-app is on the command line.
     variables = {"FLYWHEEL_ADDRESS": "localhost:1", "FLYWHEEL_API_KEY": "key-2"}
     process = await asyncio.to_thread(flywheel, cloud, "generate", "p", *options, **variables)
     assert (process.returncode, process.stdout) == (0, "abc")

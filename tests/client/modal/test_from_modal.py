@@ -65,7 +65,7 @@ async def test_a_container_that_is_replaced(
         await client.generate_all("p", max_tokens=1)
         await records.put.aio("ta-2", record(secured[1].address))
         await asyncio.to_thread(secured[0].stop)
-        # Its record is still there, as that of a container that was lost.
+        # Its record is still there, like the record of a container that was killed.
         for _ in range(3):
             await client.generate_all("p", max_tokens=1)
     assert [len(fake.requests) for fake in secured] == [1, 3]
@@ -123,7 +123,7 @@ async def test_a_process_that_ends_while_the_addresses_are_read_again(
     process = await asyncio.to_thread(
         subprocess.run, [sys.executable, "-c", program, str(authority[1])], capture_output=True, text=True, check=False
     )
-    # Modal's client leaves a future behind if a request is cancelled just as it fails, of which asyncio says this.
+    # If a request is cancelled just as it fails, Modal's client leaves a future behind, and asyncio reports this future.
     assert process.stderr == "" or process.stderr.startswith("Future exception was never retrieved\n")
     assert not [complaint for complaint in ("Warning", "Task ", "Fatal", "Exception ignored") if complaint in process.stderr]
     assert process.returncode == 0

@@ -41,7 +41,7 @@ class Explosive:
 
 @pytest.fixture(autouse=True)
 async def clean(cloud: ModalCloud, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[None]:
-    monkeypatch.setattr(_pool, "REFRESH_AFTER_SECONDS", 0.0)  # each call has the records read again
+    monkeypatch.setattr(_pool, "REFRESH_AFTER_SECONDS", 0.0)  # each call reads the records again
     monkeypatch.setattr(_pool, "MIN_READ_INTERVAL_SECONDS", 0.0)
     await modal.Dict.objects.delete.aio(NAME, allow_missing=True)
     yield
@@ -68,7 +68,7 @@ async def publish(*fakes: FakeService) -> None:
 
 
 async def store(cloud: ModalCloud, key: bytes, value: bytes) -> None:
-    """Stores bytes as they are, before all that is there, so that they are read first."""
+    """Stores bytes as they are, before all other items, so that they are read first."""
     handle = records()
     await handle.hydrate.aio()
     stored = cloud._storage.dicts[handle.object_id]
@@ -78,7 +78,7 @@ async def store(cloud: ModalCloud, key: bytes, value: bytes) -> None:
 
 
 async def works(one: Caller, fakes: list[FakeService], calls: int = 7) -> None:
-    """Makes calls, each of which has the records read again, and at the end each endpoint is in use."""
+    """Makes calls, each of which reads the records again. At the end, the client must know each endpoint."""
     for _ in range(calls):
         begun = time.monotonic()
         assert await one.call() == "p"
@@ -194,7 +194,7 @@ OFFSETS = [-3600.0, -600.0, -100.0, -90.0, 0.0, 90.0, 100.0, 600.0, 3600.0]
 async def test_clients_and_gateways_with_other_clocks(
     plaintext: Callable[..., Caller], fakes: list[FakeService], monkeypatch: pytest.MonkeyPatch, offset: float, counts: bool
 ) -> None:
-    """The client has one offset, live gateways any, and one that was killed is ahead of them all."""
+    """Each clock has another offset: of the client, and of each live gateway. The clock of a killed gateway is ahead of all."""
     more = {"refreshes": 7} if counts else {}
     gateways = {f"ta-{number}": record(fake.address, age=OFFSETS[number], **more) for number, fake in enumerate(fakes)}
     await records().update.aio(gateways)

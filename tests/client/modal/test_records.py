@@ -49,7 +49,7 @@ def addresses(tracker: RecordTracker, now: float) -> list[str]:
 @pytest.mark.parametrize("offset", [-3600.0, -600.0, -100.0, 0.0, 100.0, 600.0, 3600.0])
 @pytest.mark.parametrize("counts", [True, False])
 def test_a_record_counts_for_as_long_as_it_changes(offset: float, counts: bool) -> None:
-    """By whatever clock it was written, one that counts its refreshes or an older one."""
+    """The clock of the writer does not matter. Gateways count their refreshes, but older ones do not."""
 
     def written(address: str, moment: float, clock: float) -> dict[str, object]:
         value = {**LIVE, "address": address, "refreshed": NOW + moment + clock, "refreshes": int(moment)}
@@ -74,7 +74,7 @@ def test_if_no_record_changes_all_count() -> None:
 
 
 @pytest.mark.parametrize("kind", GARBAGE)
-def test_what_cannot_be_understood_stands_for_what_it_was(kind: str) -> None:
+def test_an_invalid_item_stands_for_the_last_valid_record(kind: str) -> None:
     tracker = RecordTracker()
     tracker.update(Reading([("ta-1", LIVE), ("ta-2", {**LIVE, "address": "b:2"})]), DEFAULT_APP, 0.0)
     tracker.update(Reading([("ta-1", GARBAGE[kind]), ("ta-2", {**LIVE, "address": "b:2"})]), DEFAULT_APP, 10.0)
