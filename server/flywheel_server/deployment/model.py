@@ -24,7 +24,7 @@ from flywheel_server.engines.base import Engine, EngineError, EngineFailedError,
 from flywheel_server.engines.llama_cpp.engine import EmbeddedEngine
 from flywheel_server.engines.modal.event_batch import Receipt
 from flywheel_server.engines.modal.remote_fields import UNKNOWN_FIELD
-from flywheel_server.engines.samples import SampleCollector
+from flywheel_server.engines.samples import FinishedSamplesSink
 from flywheel_server.messages import GenerationRequest, GenerationResponse
 from flywheel_server.setting_texts import NONE
 from flywheel_server.settings import Settings
@@ -146,7 +146,7 @@ class RemoteModel:
         created = time.time()
         request = _request(fields)
         prepared = await self._engine.prepare(request)
-        samples = SampleCollector()
+        samples = FinishedSamplesSink()
         await self._engine.generate(prepared, samples)
         return GenerationResponse.of(request, created, samples.finished).model_dump(mode="json")
 

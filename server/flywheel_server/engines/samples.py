@@ -98,7 +98,7 @@ class GrowingSample:
         )
 
 
-class SampleCollector:
+class FinishedSamplesSink:
     """A sink that keeps the finished samples, and drops all other events."""
 
     is_full = False

@@ -9,7 +9,7 @@ import pytest
 import xllamacpp
 from flywheel_server.engines.llama_cpp.default_model import default_model
 from flywheel_server.engines.llama_cpp.engine import EmbeddedEngine
-from flywheel_server.engines.samples import SampleCollector
+from flywheel_server.engines.samples import FinishedSamplesSink
 from flywheel_server.messages import GenerationRequest, GenerationResponseSample
 
 from tests.serving import Target, serving
@@ -40,7 +40,7 @@ def engine_of(model: Path, slots: int = 1, context_tokens: int = 512) -> Embedde
 
 async def samples_of(engine: EmbeddedEngine, request: GenerationRequest) -> list[GenerationResponseSample]:
     prepared = await engine.prepare(request)
-    samples = SampleCollector()
+    samples = FinishedSamplesSink()
     await engine.generate(prepared, samples)
     return samples.finished
 

@@ -12,7 +12,7 @@ from flywheel_server.engines.base import EngineFailedError
 from flywheel_server.engines.llama_cpp.default_model import default_model
 from flywheel_server.engines.llama_cpp.engine import EmbeddedEngine
 from flywheel_server.engines.llama_cpp.llama import Chunk
-from flywheel_server.engines.samples import SampleCollector
+from flywheel_server.engines.samples import FinishedSamplesSink
 from flywheel_server.messages import GenerationRequest
 
 from tests.engines.llama_cpp.conftest import COUNTING, SLOTS, engine_of, samples_of
@@ -138,7 +138,7 @@ async def test_prompts_that_one_step_reads_are_given_to_llama_together(
     # Tokens of the prompts. A step has room for 12, as it computes 16, of which 4 may be those of samples.
     requests = [GenerationRequest(text=" a" * tokens, max_tokens=1) for tokens in (5, 7, 30, 3)]
     calls = [
-        asyncio.ensure_future(unserved.generate(await unserved.prepare(request), SampleCollector())) for request in requests
+        asyncio.ensure_future(unserved.generate(await unserved.prepare(request), FinishedSamplesSink())) for request in requests
     ]
     try:
         await until(lambda: set(fake.given) == {5, 7}, "the two that fit are given")

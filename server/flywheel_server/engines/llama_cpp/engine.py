@@ -36,7 +36,7 @@ from flywheel_server.engines.llama_cpp.progress import Progress
 from flywheel_server.engines.llama_cpp.prompt_queue import PromptQueue
 from flywheel_server.engines.llama_cpp.sample_groups import SampleGroups
 from flywheel_server.engines.llama_cpp.tokenizer import CHUNK_CHARACTERS, StoppedError, Tokenizer
-from flywheel_server.engines.samples import SampleCollector
+from flywheel_server.engines.samples import FinishedSamplesSink
 from flywheel_server.engines.uninterrupted import wait_until_done
 from flywheel_server.messages import GenerationRequest
 from flywheel_server.system import heap
@@ -316,7 +316,7 @@ class EmbeddedEngine:
     async def check(self) -> None:
         """Generates one token."""
         prepared = await self.prepare(CHECK_REQUEST)
-        await self.generate(prepared, SampleCollector())
+        await self.generate(prepared, FinishedSamplesSink())
 
     async def stats(self) -> EngineStats:
         """Returns how many completions wait for capacity."""
