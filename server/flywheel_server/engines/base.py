@@ -9,16 +9,7 @@ An engine of your own imports all of them from `flywheel_server`, and these help
 The service validates requests, keeps deadlines, limits concurrency and merges deltas. It cancels `generate` to stop the work.
 `pytest tests/conformance --address HOST:PORT` checks the promises of the contract on a server that runs your engine.
 
-An engine raises these errors. `flywheel_server.errors` has the gRPC status of each:
-
-    EngineError
-      EngineUnavailableError    the engine is starting, stopped, or out of reach; the caller may try again later
-      EngineOverloadedError     the engine cannot take more work; the caller may try again later
-      EngineFailedError         the engine broke while it worked on the request
-      EngineTimeoutError        the work took longer than the deployment allows
-      EngineSetupError          the engine is not where the settings say, or may not be used from here
-      PromptTooLongError        prompt and max_tokens exceed the context
-      UnsupportedFieldError     the engine cannot honour a field of this request
+An engine raises the subclasses of `EngineError`. `flywheel_server.errors` has the gRPC status of each.
 """
 
 from abc import abstractmethod
@@ -56,7 +47,6 @@ class PreparedRequest:
     """Holds a request that an engine is ready to work on.
 
     Attributes:
-        request: The request.
         prompt: The token ids of the prompt, as the model reads them; empty if the prompt is tokenized elsewhere or later.
         context_tokens: Tokens of the engine's shared context that the request holds while the engine works on it; see
             `EngineModel.shared_context_tokens`.
@@ -137,26 +127,23 @@ class EngineError(Exception):
     """
 
 
-class EngineUnavailableError(EngineError):
+class _RetryableError(EngineError):
+    """An error after which callers may try again in `retry_delay` seconds."""
+
+    def __init__(self, message: str, retry_delay: float = 1.0) -> None:
+        super().__init__(message, retry_delay)
+        self.retry_delay = retry_delay
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class EngineUnavailableError(_RetryableError):
     """The engine is starting, stopped, or out of reach. Callers may try again after `retry_delay` seconds."""
 
-    def __init__(self, message: str, retry_delay: float = 1.0) -> None:
-        super().__init__(message, retry_delay)
-        self.retry_delay = retry_delay
 
-    def __str__(self) -> str:
-        return str(self.args[0])
-
-
-class EngineOverloadedError(EngineError):
+class EngineOverloadedError(_RetryableError):
     """The engine cannot take more work. Callers may try again after `retry_delay` seconds."""
-
-    def __init__(self, message: str, retry_delay: float = 1.0) -> None:
-        super().__init__(message, retry_delay)
-        self.retry_delay = retry_delay
-
-    def __str__(self) -> str:
-        return str(self.args[0])
 
 
 class EngineFailedError(EngineError):
