@@ -12,7 +12,7 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from http import HTTPStatus
 from http.client import HTTPConnection
 from pathlib import Path
@@ -188,14 +188,15 @@ class Llama:
         return int(self._request("GET", "/v1/models")["data"][0]["meta"]["n_ctx_train"])
 
     def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:  # noqa: ANN401 - JSON
-        connection = _UnixConnection(self._socket)
-        try:
+        with closing(HTTPConnection("localhost")) as connection:
+            # By itself, HTTPConnection would connect to a port.
+            connection.sock = socket.socket(socket.AF_UNIX)
+            connection.sock.settimeout(HTTP_TIMEOUT)
+            connection.sock.connect(self._socket)
             headers = {"Authorization": f"Bearer {self._key}", "Content-Type": "application/json"}
             connection.request(method, path, json.dumps(body) if body else None, headers)
             response = connection.getresponse()
             answer = response.read()
-        finally:
-            connection.close()
         if response.status != HTTPStatus.OK:
             raise RefusedError(path, response.status, _message(answer))
         return json.loads(answer)
@@ -207,19 +208,6 @@ def _message(answer: bytes) -> str:
         return str(json.loads(answer)["error"]["message"])
     except (ValueError, KeyError, TypeError):
         return ""
-
-
-class _UnixConnection(HTTPConnection):
-    """HTTP over a Unix socket."""
-
-    def __init__(self, path: str) -> None:
-        super().__init__("localhost", timeout=HTTP_TIMEOUT)
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(self._path)
 
 
 def _computes_on_cpu() -> bool:

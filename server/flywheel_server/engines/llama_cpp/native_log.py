@@ -9,7 +9,7 @@ import re
 import threading
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from queue import SimpleQueue
 from typing import Final
 
@@ -75,8 +75,7 @@ def captured() -> Iterator[Errors]:
     # Logging has a thread of its own, because it may write to descriptor 2. That write may block until the pipe is read, so the
     # thread that reads the pipe must not log.
     writer = threading.Thread(target=_write, args=(records,), name="llama.cpp log", daemon=True)
-    others = Output(2)
-    try:
+    with closing(Output(2)) as others:
         writer.start()
         try:
             with output.captured(2, lambda line: _sort(line, records, others, errors)):
@@ -84,8 +83,6 @@ def captured() -> Iterator[Errors]:
         finally:
             records.put(None)
             writer.join(timeout=1)
-    finally:
-        others.close()
 
 
 def _sort(line: bytes, records: _Records, others: Output, errors: Errors) -> None:
