@@ -22,7 +22,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import Final
 
 from flywheel_client import AsyncClient
-from flywheel_server.engines.llama_cpp.openmp import USER_VARIABLES
+from flywheel_server.engines.llama_cpp.openmp import SPIN_VARIABLES
 from flywheel_server.system.cores import usable_cores
 
 from benchmarks.serving import flywheel_server
@@ -75,7 +75,7 @@ def row(busy: int, clients: int, speeds: dict[str, float]) -> str:
 @contextmanager
 def server(setting: str) -> Iterator[str]:
     """Runs a server with a setting for the length of the context, and gives its address."""
-    variables = {name: value for name, value in os.environ.items() if name not in USER_VARIABLES}
+    variables = {name: value for name, value in os.environ.items() if name not in SPIN_VARIABLES}
     if setting == DEFAULT:
         arguments = []
     else:

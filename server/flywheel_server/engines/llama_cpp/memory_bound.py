@@ -6,7 +6,6 @@ instead, llama.cpp reports that like any other reason why it cannot load a model
 
 import math
 import resource
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +27,7 @@ def bounded_memory(threads: int) -> Iterator[None]:
     Arguments:
         threads: How many threads start within the context. Their stacks are allowed on top, because threads hardly use them.
     """
-    max_bytes = _max_bytes() if sys.platform == "linux" else math.inf
+    max_bytes = _max_bytes()
     if max_bytes == math.inf:
         yield
         return
@@ -44,7 +43,7 @@ def bounded_memory(threads: int) -> Iterator[None]:
 
 
 def _max_bytes() -> float:
-    """Returns the bytes that the process has allocated plus those that are free; infinity if the kernel does not tell."""
+    """Returns the bytes that the process has allocated plus those that are free; infinity if the system does not tell."""
     try:
         machine = _kibibytes(MEMINFO)
         free = (machine["MemAvailable"] + machine["SwapFree"]) * 1024

@@ -19,11 +19,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
-USER_VARIABLES: Final = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
-"""Environment variables that say how long threads spin. If the user sets one of them, this module changes nothing."""
-
 SPIN_VARIABLES: Final = {"GOMP_SPINCOUNT": "300000", "OMP_WAIT_POLICY": "active"}
-"""The environment variables that libgomp is loaded with.
+"""The environment variables that libgomp is loaded with. If the user sets one of them, this module changes nothing.
 
 Threads then spin for some milliseconds, as they do by default; with more threads than cores, for 1,000 rounds (5 to 50 µs).
 """
@@ -43,23 +40,21 @@ _SEMAPHORE_BYTES: Final = 64
 
 @contextmanager
 def adjustable_spins() -> Iterator[None]:
-    """Applies `SPIN_VARIABLES` to a libgomp that is loaded within the context, unless the user has set `USER_VARIABLES`.
+    """Applies `SPIN_VARIABLES` to a libgomp that is loaded within the context, unless the user has set one of them.
 
     libgomp reads the environment once, when it is loaded. Child processes do not inherit the variables.
     """
     if sys.platform != "linux" or _is_set_by_user():
         yield
         return
-    before = {name: os.environ.get(name) for name in SPIN_VARIABLES}
+    before = {name: os.environ[name] for name in SPIN_VARIABLES if name in os.environ}
     os.environ.update(SPIN_VARIABLES)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        for name in SPIN_VARIABLES:
+            del os.environ[name]
+        os.environ.update(before)
 
 
 class SpinGuard:
@@ -168,7 +163,7 @@ def _cores() -> int:
 
 
 def _is_set_by_user() -> bool:
-    return any(os.environ.get(name) for name in USER_VARIABLES)
+    return any(os.environ.get(name) for name in SPIN_VARIABLES)
 
 
 def _used_by_others() -> float:
