@@ -29,9 +29,7 @@ class UnusableTemplateError(Exception):
 class Fragment:
     """A part of a prompt that has the same tokens by itself as within the whole.
 
-    Attributes:
-        text: The text.
-        parse_special: Whether special tokens such as `<|im_start|>` in the text are parsed. If not, they are plain text.
+    Special tokens in the text, such as `<|im_start|>`, are plain text unless `parse_special` is true.
     """
 
     text: str
@@ -41,8 +39,7 @@ class Fragment:
 class ChatTemplate:
     """The chat template of a loaded model. Its methods block, and may be called from several threads.
 
-    All of them, and the constructor, raise what `Llama.tokenize` does. `UnusableTemplateError` means that the template cannot
-    hold a message of a user.
+    All of them, and the constructor, raise what `Llama.tokenize` does. The constructor also raises `UnusableTemplateError`.
     """
 
     def __init__(self, llama: Llama, vocabulary: Vocabulary) -> None:
@@ -68,7 +65,7 @@ class ChatTemplate:
 
     def is_applied_to(self, text: str) -> bool:
         """Returns whether a text begins as the template does. Leading spaces and BOS make no difference."""
-        return bool(self._openings and self._openings.match(text))
+        return self._openings.match(text) is not None
 
     def prompt(self, text: str) -> list[Fragment]:
         """Returns the prompt with the text as a user's message.
@@ -137,7 +134,7 @@ class ChatTemplate:
         text = before + content + after
         start, end = len(before), len(before) + len(content)
         piece_start = at = 0
-        while self._always_parsed and (found := self._always_parsed.search(text, at)) and found.start() < end:
+        while (found := self._always_parsed.search(text, at)) and found.start() < end:
             if found.end() <= start:
                 at = found.end()
                 continue
@@ -148,15 +145,15 @@ class ChatTemplate:
             yield text[piece_start:]
 
 
-def _cut_after_last(tokens: re.Pattern[str] | None, text: str) -> tuple[str, str]:
+def _cut_after_last(tokens: re.Pattern[str], text: str) -> tuple[str, str]:
     """Returns the text up to and including the last of these tokens, and that token; both are empty if there is none."""
-    found = deque(tokens.finditer(text), maxlen=1) if tokens else ()
+    found = deque(tokens.finditer(text), maxlen=1)
     return (text[: found[0].end()], found[0][0]) if found else ("", "")
 
 
-def _cut_before_first(tokens: re.Pattern[str] | None, text: str) -> tuple[str, str]:
+def _cut_before_first(tokens: re.Pattern[str], text: str) -> tuple[str, str]:
     """Returns the text from the first of these tokens on, and that token; both are empty if there is none."""
-    first = tokens.search(text) if tokens else None
+    first = tokens.search(text)
     return (text[first.start() :], first[0]) if first else ("", "")
 
 

@@ -5,51 +5,47 @@ from collections.abc import Iterable, Sequence
 from itertools import takewhile
 from typing import Final
 
-_CONVERSATION_PIECES: Final = 5
-"""The number of pieces that a template writes around four messages: of the system, a user, the assistant, and the user."""
+NOTHING: Final = r"\0(?!)"
+"""A pattern that matches nothing. A search is fast, because it looks only at NUL characters."""
 
 
-def openings(
-    frame: tuple[str, str], conversation: Sequence[str], *, bos: str, special: re.Pattern[str] | None
-) -> re.Pattern[str] | None:
+def openings(frame: tuple[str, str], conversation: Sequence[str], *, bos: str, special: re.Pattern[str]) -> re.Pattern[str]:
     """Returns a pattern that matches texts which begin as the template does, with a message of the system or of a user.
 
-    Leading spaces make no difference, nor does BOS. Returns None if the template writes nothing before a message.
+    Leading spaces and BOS make no difference. The pattern matches nothing if the template writes nothing before a message.
 
     Arguments:
         frame: What the template writes before and after a single message of a user.
-        conversation: What the template writes before, between and after messages of the system, a user, the assistant and the
-            user; empty if it cannot have these messages.
+        conversation: The five pieces that the template writes before, between and after messages of the system, a user, the
+            assistant and the user; empty if it cannot have these messages.
         bos: The token with which a text begins (BOS); empty if there is none.
         special: A pattern that matches the special tokens that the template writes.
     """
     before, after = frame
+    message_start = ""
     if (_with(bos, before) + after).count(bos) > 1:
         # BOS begins each message, and not only the text.
         message_start, bos = bos, ""
-    else:
-        message_start = ""
     start = _with(message_start, before.removeprefix(bos))
     starts = [start]
     patterns: list[str] = []
-    if len(conversation) == _CONVERSATION_PIECES:
+    if conversation:
         system, to_user, to_assistant, to_next_user, _ = conversation
         system, to_user = _with(message_start, system.removeprefix(bos)), to_user.strip()
         starts += [system, _start_of_user_message(start, to_assistant, to_next_user, special)]
-        if bos and special and not system.strip() and special.match(to_user):
+        if bos and not system.strip() and special.match(to_user):
             # Nothing marks the system message itself, so the pattern looks for what comes before and after it.
             patterns.append(rf"{re.escape(bos)}(?s:.*?){re.escape(to_user)}")
     # If an opening ends with a word, that must be a whole word of the text.
     found = {_opening(each, special) for each in starts} - {""}
     patterns += [re.escape(opening) + (r"(?!\w)" if opening[-1].isalnum() else "") for opening in sorted(found)]
     ignored = rf"(?:\s|{re.escape(bos)})*" if bos else r"\s*"
-    return re.compile(f"{ignored}(?:{'|'.join(patterns)})") if patterns else None
+    return re.compile(f"{ignored}(?:{'|'.join(patterns) or NOTHING})")
 
 
-def any_of(texts: Iterable[str]) -> re.Pattern[str] | None:
-    """Returns a pattern that matches any of these texts, the longest first as in llama.cpp; None if there are none."""
-    joined = "|".join(map(re.escape, sorted(texts, key=len, reverse=True)))
-    return re.compile(joined) if joined else None
+def any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    """Returns a pattern that matches any of these texts, the longest first as in llama.cpp."""
+    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or NOTHING)
 
 
 def common_start(one: str, other: str) -> str:
@@ -66,20 +62,20 @@ def _with(prefix: str, text: str) -> str:
     return prefix + text.removeprefix(prefix)
 
 
-def _opening(start: str, special: re.Pattern[str] | None) -> str:
+def _opening(start: str, special: re.Pattern[str]) -> str:
     """Returns how a rendered prompt begins: its first special tokens and the role after them, or else its first line."""
     start = start.lstrip()
     at = 0
-    while special and (found := special.match(start, at)):
+    while found := special.match(start, at):
         at = found.end()
-    if at == 0 or special is None:
+    if at == 0:
         return start.partition("\n")[0].rstrip()
     # A role is a single word. Anything else is the text of a message, such as the template's own system message.
     role = re.match(rf"\w+(?:{special.pattern}|(?=\s|$))", start[at:])
     return start[:at] + (role[0] if role else "")
 
 
-def _start_of_user_message(start: str, to_assistant: str, to_user: str, special: re.Pattern[str] | None) -> str:
+def _start_of_user_message(start: str, to_assistant: str, to_user: str, special: re.Pattern[str]) -> str:
     """Returns what the template writes before each message of a user, whatever comes before that.
 
     Arguments:
@@ -90,13 +86,13 @@ def _start_of_user_message(start: str, to_assistant: str, to_user: str, special:
     """
     first, last = _units(start, special), _units(to_user, special)
     shared = last[len(last) - _common_length(first[::-1], last[::-1]) :]
-    if special and first and special.fullmatch(first[0]) and first[0] in shared:
+    if first and special.fullmatch(first[0]) and first[0] in shared:
         # Each message begins with the token that the first one begins with.
         return "".join(shared[len(shared) - 1 - shared[::-1].index(first[0]) :])
     # What ends the message before the user's also comes before other messages, so it is removed.
     return "".join(shared[_common_length(shared, _units(to_assistant, special)) :])
 
 
-def _units(text: str, special: re.Pattern[str] | None) -> list[str]:
+def _units(text: str, special: re.Pattern[str]) -> list[str]:
     """Returns the special tokens, the line breaks, and the texts between them, in order."""
-    return [unit for unit in re.split(f"({special.pattern}|\n)" if special else "(\n)", text) if unit]
+    return [unit for unit in re.split(f"({special.pattern}|\n)", text) if unit]

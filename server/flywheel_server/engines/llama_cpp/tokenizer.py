@@ -33,8 +33,6 @@ class Tokenizer:
     """Makes tokens of prompts. Its methods block, and may be called from several threads.
 
     Arguments:
-        llama: The model.
-        vocabulary: The model's vocabulary.
         context_tokens: Maximum number of tokens in the prompt and the generated text together.
         template: The chat template that texts are put into unless they are in it already; None reads texts as they are.
     """
@@ -48,14 +46,12 @@ class Tokenizer:
         self._bos = llama.bos_token() if self._leading_tokens else ""
         bos = re.escape(self._bos)
         self._leading_bos = re.compile(rf"(?:\s|{bos})*{bos}") if bos else None
-        words = [BETWEEN_WORDS.pattern] if vocabulary.can_be_cut else []
         # SentencePiece adds a space to the start of each text. Between two chunks, that would add a token to the prompt.
-        words_of_chunks = words if vocabulary.tokenizer == BPE else []
-        separators = [f"(?={re.escape(text)})" for text in vocabulary.separators]
-        user_defined = [f"(?={re.escape(text)})" for text in vocabulary.separators if text in vocabulary.user_defined_tokens]
+        cuts_chunks_between_words = vocabulary.can_be_cut and vocabulary.tokenizer == BPE
+        separators = {True: vocabulary.separators, False: vocabulary.user_defined_tokens.intersection(vocabulary.separators)}
         # Where a text can be cut, by `Fragment.parse_special`.
-        self._chunk_cuts = {True: _any_of([*words_of_chunks, *separators]), False: _any_of([*words_of_chunks, *user_defined])}
-        self._tail_cuts = {True: _any_of([*words, *separators]), False: _any_of([*words, *user_defined])}
+        self._chunk_cuts = {key: _cuts(texts, between_words=cuts_chunks_between_words) for key, texts in separators.items()}
+        self._tail_cuts = {key: _cuts(texts, between_words=vocabulary.can_be_cut) for key, texts in separators.items()}
 
     def check_length(self, request: GenerationRequest) -> None:
         """Raises `PromptTooLongError` if the text has so many bytes that no tokens could make it fit.
@@ -188,7 +184,8 @@ def _added_tokens(llama: Llama) -> tuple[list[int], list[int]]:
     return whole[:start], whole[start + len(bare) :]
 
 
-def _any_of(alternatives: Iterable[str]) -> re.Pattern[str] | None:
-    """Returns a pattern that matches any of these patterns; None if there are none."""
-    joined = "|".join(alternatives)
-    return re.compile(joined) if joined else None
+def _cuts(separators: Iterable[str], *, between_words: bool) -> re.Pattern[str] | None:
+    """Returns a pattern that matches where a text can be cut; None if it cannot be cut anywhere."""
+    places = [BETWEEN_WORDS.pattern] if between_words else []
+    places += [f"(?={re.escape(text)})" for text in separators]
+    return re.compile("|".join(places)) if places else None
