@@ -41,7 +41,6 @@ class ModelFile:
     """A GGUF file with a model that continues texts.
 
     Attributes:
-        vocabulary: The model's vocabulary.
         has_chat_template: Whether the file has a chat template that llama.cpp uses.
         named_templates: The names of the file's other chat templates.
         total_bytes: The size of the file, with all its parts.
@@ -63,27 +62,21 @@ class ModelFile:
             if not path.is_file():
                 raise UnusableModelError("is not a regular file")
             metadata, tensors = read_metadata(path)
-            _check(metadata, tensors)
-            parts = _parts(path, metadata)
-            total_bytes = sum(part.stat().st_size for part in parts)
+            _check_kind(metadata)
+            _check_architecture(metadata, _text(metadata, "general.architecture"))
+            _check_vocabulary(metadata)
+            if not tensors:
+                raise UnusableModelError("has a vocabulary but no weights")
+            total_bytes = sum(part.stat().st_size for part in _parts(path, metadata))
         except OSError as error:
             raise UnusableModelError(f"cannot be read: {error.strerror}") from error
         except NotGgufError as error:
             raise UnusableModelError(f"is not a GGUF model: {error}") from error
-        names = tuple(
-            name.removeprefix(f"{_TEMPLATE}.") for name, text in metadata.items() if name.startswith(f"{_TEMPLATE}.") and text
-        )
+        prefix = f"{_TEMPLATE}."
+        names = tuple(name.removeprefix(prefix) for name, text in metadata.items() if name.startswith(prefix) and text)
         # Without a default template, llama.cpp uses the template for tools.
         has_chat_template = bool(metadata.get(_TEMPLATE)) or "tool_use" in names
         return cls(Vocabulary.of(metadata), has_chat_template, names, total_bytes)
-
-
-def _check(metadata: Metadata, tensors: int) -> None:
-    _check_kind(metadata)
-    _check_architecture(metadata, _text(metadata, "general.architecture"))
-    _check_vocabulary(metadata)
-    if not tensors:
-        raise UnusableModelError("has a vocabulary but no weights")
 
 
 def _check_kind(metadata: Metadata) -> None:

@@ -3,28 +3,30 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
 
+@dataclass(eq=False, slots=True)
 class PendingPrompt:
     """A prompt that llama.cpp has been given to read.
 
     Attributes:
         unread: How many of its tokens no step has read yet.
-        has_begun: Whether a step has begun to read the prompt.
         is_alone: Whether no other prompt may be read at the same time.
+        changed: Set when `unread` or `has_begun` changes.
+        has_begun: Whether a step has begun to read the prompt.
     """
 
-    def __init__(self, tokens: int, changed: asyncio.Event, *, is_alone: bool) -> None:
-        self.unread = tokens
-        self.has_begun = False
-        self.is_alone = is_alone
-        self._changed = changed
+    unread: int
+    is_alone: bool
+    changed: asyncio.Event
+    has_begun: bool = False
 
     def note_progress(self, unread: int) -> None:
         """Notes that a step begins to read the prompt, or has read a part of it, and how many tokens are unread."""
         self.has_begun = True
         self.unread = unread
-        self._changed.set()
+        self.changed.set()
 
 
 class PromptQueue:
@@ -50,18 +52,16 @@ class PromptQueue:
 
     @asynccontextmanager
     async def admit(self, tokens: int, *, alone: bool = False) -> AsyncIterator[PendingPrompt]:
-        """Waits until llama.cpp may get the prompt. When the context ends, the prompt counts as read.
+        """Waits until llama.cpp may get a prompt of that many tokens. When the context ends, the prompt counts as read.
 
-        Arguments:
-            tokens: The length of the prompt.
-            alone: Whether no other prompt may be unread at the same time.
+        If it is to be read `alone`, no other prompt may be unread at the same time.
         """
         # asyncio.Lock wakes its waiters in order.
         async with self._queue:
             while not self._is_admissible(tokens, alone=alone):
                 self._changed.clear()
                 await self._changed.wait()
-            prompt = PendingPrompt(tokens, self._changed, is_alone=alone)
+            prompt = PendingPrompt(tokens, alone, self._changed)
             self._prompts.add(prompt)
         try:
             yield prompt

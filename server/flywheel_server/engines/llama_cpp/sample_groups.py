@@ -22,21 +22,14 @@ class SampleGroups:
     @classmethod
     def of(cls, request: GenerationRequest, prompt_tokens: int, *, slots: int, context_tokens: int) -> "SampleGroups":
         """Returns the groups for a prompt of that length, on an engine with these slots and tokens of context in all."""
-        size = _group_size(request, prompt_tokens, slots, context_tokens)
+        size = min(request.num_samples, slots, (context_tokens - prompt_tokens) // request.max_tokens)
+        # llama.cpp does not know our stop sequences and `eos_token_ids`: it continues a sample that one of them has ended until
+        # the whole completion ends. So samples that may end early share a completion only if reading the prompt once more costs
+        # more than a sample that goes on in vain.
+        if (request.stop or request.eos_token_ids) and prompt_tokens < request.max_tokens:
+            size = 1
         samples = range(request.num_samples)
         indexes = [samples[start : start + size] for start in range(0, len(samples), size)]
         context_of_group = prompt_tokens + size * request.max_tokens
         concurrency = min(len(indexes), slots // size, context_tokens // context_of_group)
         return cls(indexes, concurrency, concurrency * context_of_group)
-
-
-def _group_size(request: GenerationRequest, prompt_tokens: int, slots: int, context_tokens: int) -> int:
-    """Returns how many samples form a group.
-
-    llama.cpp does not know about our stop sequences and `eos_token_ids`: it continues a sample that ended for one of these
-    reasons until the whole completion ends. If the request has any of them, its samples share a completion only if reading the
-    prompt once more costs more than a sample that goes on in vain.
-    """
-    if (request.stop or request.eos_token_ids) and prompt_tokens < request.max_tokens:
-        return 1
-    return min(request.num_samples, slots, (context_tokens - prompt_tokens) // request.max_tokens)
