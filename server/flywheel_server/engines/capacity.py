@@ -26,7 +26,15 @@ class Capacity:
         If the waiting task is cancelled, its request leaves the queue.
         """
         if self.waiting or not self._has(slots, tokens):
-            await self._wait_for(slots, tokens)
+            self.waiting += 1
+            try:
+                # asyncio.Lock wakes its waiters in order, so a small request never overtakes a large one.
+                async with self._queue:
+                    while not self._has(slots, tokens):
+                        self._released.clear()
+                        await self._released.wait()
+            finally:
+                self.waiting -= 1
         self._free_slots -= slots
         self._free_tokens -= tokens
         try:
@@ -38,14 +46,3 @@ class Capacity:
 
     def _has(self, slots: int, tokens: int) -> bool:
         return self._free_slots >= slots and self._free_tokens >= tokens
-
-    async def _wait_for(self, slots: int, tokens: int) -> None:
-        self.waiting += 1
-        try:
-            # asyncio.Lock wakes its waiters in order, so a small request never overtakes a large one.
-            async with self._queue:
-                while not self._has(slots, tokens):
-                    self._released.clear()
-                    await self._released.wait()
-        finally:
-            self.waiting -= 1

@@ -27,6 +27,8 @@ class StopGate:
 
     def feed(self, text: str) -> str:
         """Takes the next piece of text; returns the text that may be sent now. Sets `matched` if it finds a stop sequence."""
+        if not self._stop:
+            return text
         text = self._held + text
         ends = [(start + len(stop), start, stop) for stop in self._stop if (start := text.find(stop)) >= 0]
         if ends:
@@ -59,23 +61,19 @@ class GrowingSample:
         self.finished = False
         self._index = index
         self._prompt_tokens = prompt_tokens
-        self._gate = StopGate(stop) if stop else None
+        self._gate = StopGate(stop)
         self._sent: list[str] = []
         self._emit = emit
 
     def add(self, text: str, generated_tokens: int) -> None:
         """Takes the next piece of text. Emits a delta if text may be sent, and the sample if a stop sequence ends it."""
-        if self._gate is None:
-            self._send(text, generated_tokens)
-            return
         self._send(self._gate.feed(text), generated_tokens)
         if self._gate.matched:
             self._finish("stop", generated_tokens)
 
     def end(self, finish_reason: str, generated_tokens: int) -> None:
         """Emits the text that is still held back, and the finished sample."""
-        if self._gate is not None:
-            self._send(self._gate.flush(), generated_tokens)
+        self._send(self._gate.flush(), generated_tokens)
         self._finish(finish_reason, generated_tokens)
 
     def _send(self, text: str, generated_tokens: int) -> None:
@@ -93,7 +91,7 @@ class GrowingSample:
                 finish_reason=finish_reason,
                 index=self._index,
                 prompt_tokens=self._prompt_tokens,
-                stop_sequence=self._gate.matched if self._gate is not None else "",
+                stop_sequence=self._gate.matched,
             )
         )
 

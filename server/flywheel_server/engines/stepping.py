@@ -56,13 +56,10 @@ class StepScheduler:
         try:
             await generation.done
         finally:
-            self._remove(generation)
-
-    def _remove(self, generation: SteppedGeneration) -> None:
-        self._generations.pop(generation, None)
-        if not self._generations and self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+            self._generations.pop(generation, None)
+            if not self._generations and self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
 
     def _steps_due(self, now: float) -> float:
         """Returns how many steps the schedule has until that time of the event loop's clock; a fraction is part of a step."""
@@ -107,8 +104,7 @@ class StepScheduler:
                 steps -= 1
                 if not steps or generation.is_paused:
                     return
-            del self._generations[generation]
         except Exception as error:  # noqa: BLE001 - an error ends its own generation and no other
-            del self._generations[generation]
             if not generation.done.done():
                 generation.done.set_exception(error)
+        del self._generations[generation]
