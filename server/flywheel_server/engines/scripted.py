@@ -11,6 +11,7 @@ from typing import Annotated, Final, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field
 
 from flywheel_server.engines.base import (
+    Engine,
     EngineError,
     EngineFailedError,
     EngineModel,
@@ -129,17 +130,15 @@ class _ScriptedGeneration:
     def _make_token(self) -> None:
         token_id = self._generated % len(self._pieces)
         self._generated += 1
-        has_ended = False
-        for index, sample in self._unfinished.items():
+        for index, sample in list(self._unfinished.items()):
             if token_id in self._request.eos_token_ids or self._ends(index):
                 sample.end("stop", self._generated)
             else:
                 sample.add(self._pieces[token_id], self._generated)
                 if self._generated == self._request.max_tokens and not sample.finished:
                     sample.end("length", self._generated)
-            has_ended = has_ended or sample.finished
-        if has_ended:
-            self._unfinished = {index: sample for index, sample in self._unfinished.items() if not sample.finished}
+            if sample.finished:
+                del self._unfinished[index]
 
     def _ends(self, index: int) -> bool:
         """Returns whether the script ends the sample with this token."""
@@ -151,7 +150,7 @@ class _ScriptedGeneration:
             raise self._script.error()
 
 
-class ScriptedEngine:
+class ScriptedEngine(Engine):
     """Plays a `Script` for every request: a step makes the next token of all samples of all requests."""
 
     def __init__(self, script: Script | None = None) -> None:
@@ -166,9 +165,6 @@ class ScriptedEngine:
     async def __aenter__(self) -> Self:
         self._calls = 0
         return self
-
-    async def __aexit__(self, *exception: object) -> None:
-        """Does nothing: when the calls are cancelled, nothing is left running."""
 
     async def prepare(self, request: GenerationRequest) -> PreparedRequest:
         """Returns the request with the tokens of its prompt; see `Engine.prepare`."""
@@ -210,10 +206,6 @@ class ScriptedEngine:
     async def stats(self) -> EngineStats:
         """Returns how many generations wait for a slot."""
         return EngineStats(backlog=self._capacity.waiting, num_total_runners=1)
-
-    def is_reachable(self) -> bool:
-        """Returns False: the engine runs in this process, so if `stats` cannot answer, calls cannot either."""
-        return False
 
     def model(self) -> EngineModel:
         """Returns the script's limits."""

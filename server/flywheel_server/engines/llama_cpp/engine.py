@@ -14,6 +14,7 @@ from typing import Final, Self
 import structlog
 
 from flywheel_server.engines.base import (
+    Engine,
     EngineError,
     EngineFailedError,
     EngineModel,
@@ -51,22 +52,19 @@ MAX_CONCURRENT_TOKENIZATIONS: Final = 2
 """Prompts of callers that are tokenized at the same time. One further thread keeps `check` from waiting for them."""
 
 
-class EmbeddedEngine:
+class EmbeddedEngine(Engine):
     """Runs a GGUF model.
 
     Arguments:
         model: The GGUF file.
         context_tokens: Tokens of context that all samples share. A single sample may use all of them, up to the context that
             the model was trained for.
-        slots: Samples that are generated at the same time; further samples wait.
-        threads: Threads that compute.
-        batch_tokens: Maximum number of tokens computed in one step; one for each slot if there are more slots. A cancel takes
-            effect after the step.
+        slots, threads, batch_tokens, memory_map: See `Llama`. Further samples wait for a slot. A cancel takes effect after a
+            step.
         prompt_format: "chat" puts a text into the model's chat template unless the text is in that template already; "raw"
             leaves it as it is. None means "chat" if the model has a template, and "raw" if not.
         prompt_cache: Whether a slot skips the tokens that a prompt begins with if its last prompt, from any caller, began with
             the same tokens.
-        memory_map: Whether the file is mapped into memory instead of read.
     """
 
     def __init__(
@@ -315,16 +313,11 @@ class EmbeddedEngine:
 
     async def check(self) -> None:
         """Generates one token."""
-        prepared = await self.prepare(CHECK_REQUEST)
-        await self.generate(prepared, FinishedSamplesSink())
+        await self.generate(await self.prepare(CHECK_REQUEST), FinishedSamplesSink())
 
     async def stats(self) -> EngineStats:
         """Returns how many completions wait for capacity."""
         return EngineStats(backlog=self._capacity.waiting, num_total_runners=1)
-
-    def is_reachable(self) -> bool:
-        """Returns False: the engine runs in this process, so if `stats` cannot answer, calls cannot either."""
-        return False
 
     def model(self) -> EngineModel:
         """Returns the loaded model."""
@@ -345,8 +338,7 @@ def _restore_signal_handlers() -> None:
     """Restores Python's signal handlers, which llama.cpp replaces while it loads."""
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
-            handler = signal.getsignal(number)
-            if handler is not None:
+            if (handler := signal.getsignal(number)) is not None:
                 signal.signal(number, handler)
                 # As the event loops do: a signal must not interrupt a system call.
                 signal.siginterrupt(number, False)
