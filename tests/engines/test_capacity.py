@@ -8,7 +8,7 @@ from flywheel_server.engines.capacity import Capacity
 from tests.serving import until
 
 
-async def test_nobody_overtakes_the_one_who_waits_for_much() -> None:
+async def test_a_small_request_never_overtakes_a_large_one() -> None:
     capacity = Capacity(slots=2, tokens=100)
     order: list[str] = []
     release = asyncio.Event()
@@ -20,16 +20,16 @@ async def test_nobody_overtakes_the_one_who_waits_for_much() -> None:
 
     first = asyncio.create_task(hold("first", 1, 90))
     await until(lambda: order == ["first"], "the first one runs")
-    much = asyncio.create_task(hold("much", 2, 100))
-    little = asyncio.create_task(hold("little", 1, 1))
+    large = asyncio.create_task(hold("large", 2, 100))
+    small = asyncio.create_task(hold("small", 1, 1))
     await until(lambda: capacity.waiting == 2, "both wait")
     assert order == ["first"]
     release.set()
-    await asyncio.gather(first, much, little)
-    assert order == ["first", "much", "little"]
+    await asyncio.gather(first, large, small)
+    assert order == ["first", "large", "small"]
 
 
-async def test_one_who_leaves_the_queue_lets_the_next_one_in() -> None:
+async def test_a_cancelled_request_leaves_the_queue_to_the_next_one() -> None:
     capacity = Capacity(slots=1, tokens=10)
     async with capacity.reserve(1, 1):
         waiting = asyncio.create_task(capacity.reserve(1, 1).__aenter__())

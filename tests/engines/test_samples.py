@@ -1,4 +1,4 @@
-"""Stop sequences: whatever the text and however it is cut, the same passes, and no more is held back than must be."""
+"""Stop sequences: the text that passes does not depend on how it is cut, and no more text is held back than necessary."""
 
 from itertools import pairwise
 
@@ -19,7 +19,7 @@ def pieces_of(text: str, cuts: list[int]) -> list[str]:
 
 
 def first_stop(text: str, stop: list[str]) -> tuple[str, str]:
-    """Says by trying one character after the other what must pass, and which stop sequence is found."""
+    """Returns the text that must pass, and the stop sequence that is found, by trying one character after the other."""
     for end in range(len(text) + 1):
         complete = [sequence for sequence in stop if text[:end].endswith(sequence)]
         if complete:
@@ -29,7 +29,7 @@ def first_stop(text: str, stop: list[str]) -> tuple[str, str]:
 
 
 @given(texts, stops, st.lists(st.integers(0, 40), max_size=8))
-def test_what_passes_does_not_depend_on_the_pieces(text: str, stop: list[str], cuts: list[int]) -> None:
+def test_the_text_that_passes_does_not_depend_on_the_pieces(text: str, stop: list[str], cuts: list[int]) -> None:
     gate = StopGate(stop)
     passed = ""
     for piece in pieces_of(text, cuts):
@@ -41,7 +41,7 @@ def test_what_passes_does_not_depend_on_the_pieces(text: str, stop: list[str], c
 
 
 @given(texts, stops)
-def test_only_what_may_still_become_a_stop_sequence_is_held_back(text: str, stop: list[str]) -> None:
+def test_only_text_that_may_still_become_a_stop_sequence_is_held_back(text: str, stop: list[str]) -> None:
     gate = StopGate(stop)
     passed, seen = "", ""
     for character in text:
@@ -53,7 +53,7 @@ def test_only_what_may_still_become_a_stop_sequence_is_held_back(text: str, stop
         assert seen == passed + held
         assert not held or any(sequence.startswith(held) for sequence in stop)
         longer_ends = (seen[start:] for start in range(len(passed)))
-        assert not any(sequence.startswith(end) for end in longer_ends for sequence in stop), "was held back too late"
+        assert not any(sequence.startswith(end) for end in longer_ends for sequence in stop), "too little was held back"
 
 
 def test_a_growing_sample_sends_each_character_once() -> None:

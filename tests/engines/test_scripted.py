@@ -1,4 +1,4 @@
-"""What the scripted engine can be told, beyond what the conformance suite plays with it."""
+"""Scripts that the conformance suite does not play."""
 
 import grpc
 import pytest
@@ -9,7 +9,7 @@ from tests.serving import serving
 
 
 @pytest.mark.parametrize("how", [{"fail_after": 1}, {"fail_in_queue": True}], ids=str)
-async def test_it_fails_only_on_the_prompts_that_it_is_told(how: dict[str, int]) -> None:
+async def test_it_fails_only_on_the_prompts_that_the_script_names(how: dict[str, int]) -> None:
     async with serving(ScriptedEngine(Script(fail_on="fail", **how))) as target:
         with pytest.raises(grpc.aio.AioRpcError) as raised:
             await target.stub.GenerateAll(pb.GenerationRequest(text="Please fail.", max_tokens=2))

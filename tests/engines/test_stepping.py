@@ -1,4 +1,4 @@
-"""Steps for all generations at once: on schedule, also after the event loop was busy, and each generation for itself."""
+"""Steps for all generations at once: on schedule, also after the event loop was busy. An error ends only one generation."""
 
 import asyncio
 import time
@@ -39,12 +39,12 @@ async def test_steps_come_at_their_times() -> None:
     assert all(at - began >= number * INTERVAL - 0.002 for number, at in enumerate(generation.times, start=1))
 
 
-async def test_what_a_busy_event_loop_is_late_for_is_made_up_at_once() -> None:
+async def test_overdue_steps_are_made_at_once_after_the_event_loop_was_busy() -> None:
     generation = Generation(1000)
     making = asyncio.create_task(StepScheduler(INTERVAL).run(generation))
     await asyncio.sleep(0)
     began = time.monotonic()
-    time.sleep(10 * INTERVAL)  # noqa: ASYNC251 - this is what it is about
+    time.sleep(10 * INTERVAL)  # noqa: ASYNC251 - keeps the event loop busy
     await until(lambda: generation.steps > 0, "it steps")
     elapsed = time.monotonic() - began
     assert 10 <= generation.steps <= elapsed / INTERVAL + 1
@@ -52,7 +52,7 @@ async def test_what_a_busy_event_loop_is_late_for_is_made_up_at_once() -> None:
     making.cancel()
 
 
-async def test_all_generations_are_in_one_step_from_the_next_one_on() -> None:
+async def test_a_new_generation_joins_the_steps_of_the_others() -> None:
     steps = StepScheduler(INTERVAL)
     first, second = Generation(4), Generation(2)
     making = asyncio.create_task(steps.run(first))
@@ -63,7 +63,7 @@ async def test_all_generations_are_in_one_step_from_the_next_one_on() -> None:
 
 
 @pytest.mark.parametrize("interval", [0.0, 0.001])
-async def test_a_generation_that_fails_ends_by_itself(interval: float) -> None:
+async def test_a_generation_that_fails_ends_alone(interval: float) -> None:
     steps = StepScheduler(interval)
     failing, other = Generation(10, fails_after=3), Generation(20)
     results = await asyncio.gather(steps.run(failing), steps.run(other), return_exceptions=True)
@@ -89,7 +89,7 @@ async def test_a_paused_generation_makes_no_steps_and_then_goes_on_at_the_same_p
 
 
 @pytest.mark.parametrize("interval", [0.0, 0.001])
-async def test_without_generations_no_time_is_kept(interval: float) -> None:
+async def test_the_timer_stops_when_the_last_generation_has_ended(interval: float) -> None:
     steps = StepScheduler(interval)
     await steps.run(Generation(2))
     making = asyncio.create_task(steps.run(Generation(10**9)))

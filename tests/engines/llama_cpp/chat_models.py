@@ -27,13 +27,13 @@ class ChatModel:
     """A model for tests.
 
     Attributes:
-        name: What it is called.
-        template: Its chat template; None for that of the default model.
-        is_sentencepiece: Whether it has the vocabulary of Phi-3, rather than that of the default model.
-        bos: The token that begins a text, which is added to each; empty for a model that adds none.
-        control: Special tokens that the vocabulary has besides.
-        user_defined: Tokens besides that are found in every text.
-        brings: Texts that bring its template.
+        name: The name of the model.
+        template: The chat template; None for the chat template of the default model.
+        is_sentencepiece: Whether the model has the vocabulary of Phi-3. If not, it has the vocabulary of the default model.
+        bos: The token that the model adds to the start of each text (BOS); empty if the model adds none.
+        control: Special tokens that are added to the vocabulary.
+        user_defined: Tokens that are added to the vocabulary, and that llama.cpp parses in every text.
+        brings: Texts that are in the chat template already.
     """
 
     name: str

@@ -56,7 +56,7 @@ def with_metrics(make: Callable[[], Any]) -> Callable[[], Any]:
 
 @dataclass(frozen=True)
 class Work:
-    """What llama.cpp says of itself: how many samples it works on, and how many steps it has computed so far."""
+    """The metrics of llama.cpp: how many samples it works on, and how many steps it has computed so far."""
 
     busy_slots: int
     steps: int

@@ -18,12 +18,12 @@ WIDTH = 32
 
 
 def text(value: str) -> bytes:
-    """Returns a text as GGUF has it."""
+    """Returns a text in the format of GGUF."""
     return struct.pack("<Q", len(value.encode())) + value.encode()
 
 
 def entry(name: str, value: object) -> bytes:
-    """Returns an entry of the metadata as GGUF has it; its value is a text, a number, or a list of them."""
+    """Returns an entry of the metadata in the format of GGUF. The value is a text, a number, or a list of them."""
     match value:
         case str():
             packed = struct.pack("<I", 8) + text(value)
@@ -77,7 +77,7 @@ def _with_changes(entries: Mapping[str, bytes], changes: Mapping[str, object]) -
 
 
 def write_model(file: Path, changes: Mapping[str, object]) -> None:
-    """Writes the default model with other metadata; None takes an entry out."""
+    """Writes the default model with other metadata. The value None removes an entry."""
     with _metadata_of(default_model()) as reader:
         data = reader._data
         entries = _entries(reader)
@@ -98,8 +98,8 @@ def write_small_model(file: Path, changes: Mapping[str, object], vocabulary: Pat
 
     Arguments:
         file: The file.
-        changes: Metadata that differ; None takes an entry out.
-        vocabulary: A GGUF file, by default that of the default model.
+        changes: Metadata that differ. The value None removes an entry.
+        vocabulary: The GGUF file with the vocabulary and the chat template; by default, the default model.
     """
     with _metadata_of(vocabulary or default_model()) as reader:
         entries = {name: packed for name, packed in _entries(reader).items() if name.startswith("tokenizer.")}
@@ -130,7 +130,7 @@ def write_small_model(file: Path, changes: Mapping[str, object], vocabulary: Pat
 
 
 def _numbers(count: int) -> bytes:
-    """Returns random weights, the same ones again and again; their bytes are a multiple of the alignment."""
+    """Returns random weights, which repeat. The number of bytes is a multiple of the alignment."""
     chance = random.Random(count)
     block = array("f", (chance.gauss(0, 0.1) for _ in range(WIDTH * 61))).tobytes()
     return (block * (-(-count * 4 // len(block))))[: count * 4]

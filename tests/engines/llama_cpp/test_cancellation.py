@@ -1,4 +1,4 @@
-"""A call that ends early gives back what it held in the engine: in the queue, while the prompt is read, and in decoding."""
+"""A call that ends early releases what it holds in the engine: in the queue, while the prompt is read, and in decoding."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -64,13 +64,14 @@ async def stats(target: Target) -> tuple[int, int, int]:
     return now.active, now.queued, now.backlog
 
 
-async def lets_go(engine: EmbeddedEngine) -> None:
-    """Waits until llama.cpp works on nothing any more, and asserts that it got there within a few steps, however slow they are.
+async def becomes_idle(engine: EmbeddedEngine) -> None:
+    """Waits until llama.cpp is idle, and asserts that it computes only a few steps before that, however slow the steps are.
 
-    The step under way, the one that it begins before it hears of the cancel, and those for which the cancel is on its way.
+    These are the current step, the next step if it begins before llama.cpp sees the cancel, and the steps that run while the
+    cancel is on its way from the caller.
     """
     before = Work.of(engine).steps
-    await until(lambda: Work.of(engine).busy_slots == 0, "llama.cpp lets go")
+    await until(lambda: Work.of(engine).busy_slots == 0, "llama.cpp is idle")
     assert Work.of(engine).steps - before <= 5
 
 
@@ -84,7 +85,7 @@ class TestEmbedded:
             await until(lambda: Work.of(embedded).busy_slots == SLOTS, "all samples decode")
 
         await ending(embedded_target, method, ENDLESS, decoding)
-        await lets_go(embedded)
+        await becomes_idle(embedded)
         assert await stats(embedded_target) == (0, 0, 0)
 
     async def test_while_it_reads_the_prompt(
@@ -94,7 +95,7 @@ class TestEmbedded:
             await until(lambda: Work.of(embedded).busy_slots == 1, "llama.cpp reads the prompt")
 
         await ending(embedded_target, method, LONG_PROMPT, reading)
-        await lets_go(embedded)
+        await becomes_idle(embedded)
         assert await stats(embedded_target) == (0, 0, 0)
 
     async def test_while_it_waits(self, embedded: EmbeddedEngine, embedded_target: Target, method: str, ending: Ending) -> None:
@@ -115,7 +116,7 @@ class TestEmbedded:
         await until(left, "the call has left the queue")
         assert Work.of(embedded).busy_slots > 0, "the other call goes on"
         first.cancel()
-        await lets_go(embedded)
+        await becomes_idle(embedded)
 
 
 SCRIPTS = {

@@ -48,6 +48,10 @@ NO_TEMPLATES: Final = (
     "",
 )
 
+# A list with all models begins with `WITH_BOS`, so that they have the same indexes in both lists. Pytest then loads each once.
+WITH_BOS: Final = [*(model for model in QUICK if model.bos), *further(model for model in THOROUGH if model.bos)]
+WITHOUT_BOS: Final = [*(model for model in QUICK if not model.bos), *further(model for model in THOROUGH if not model.bos)]
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -73,7 +77,7 @@ class Loaded:
         return {text: tokens.count(ids[0]) for text, ids in found.items() if len(ids) == 1 and not text.isspace()}
 
 
-@pytest.fixture(scope="module", params=[*QUICK, *further(THOROUGH)], ids=str)
+@pytest.fixture(scope="module", params=[*WITH_BOS, *WITHOUT_BOS], ids=str)
 def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loaded]:
     file = tmp_path_factory.mktemp("chat") / "model.gguf"
     request.param.write(file)
@@ -93,7 +97,7 @@ def rendered_by_jinja(template: str, text: str, bos: str, eos: str) -> str:
 
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)  # noqa: DTZ005 - as there
+    environment.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)  # noqa: DTZ005 - as in transformers
     return environment.from_string(template).render(
         messages=[{"role": "user", "content": text}], bos_token=bos, eos_token=eos, add_generation_prompt=True
     )
@@ -107,7 +111,7 @@ def test_the_rendering_is_that_of_the_hub(loaded: Loaded) -> None:
         assert loaded.rendered(text).removeprefix(bos) == expected.removeprefix(bos)
 
 
-def test_the_tokens_of_a_text_in_the_template_are_those_of_llamas_own_chat(loaded: Loaded) -> None:
+def test_a_prompt_has_the_tokens_that_llama_makes_of_the_rendered_template(loaded: Loaded) -> None:
     for text in ORDINARY:
         whole = loaded.llama.tokenize(loaded.rendered(text), add_special=True)
         assert loaded.tokens(text) == whole
@@ -133,12 +137,12 @@ def test_a_text_cannot_act_as_a_part_of_the_template(loaded: Loaded) -> None:
         assert not loaded.template.is_applied_to(text)
         tokens = loaded.tokens(text)
         assert {**loaded.counted(tokens), "<h1>": 0} == {**plain, "<h1>": 0}, text
-        # The text is there all the same.
+        # The tokens still make up the text.
         pieces = loaded.llama._request("POST", "/detokenize", {"tokens": tokens})["content"]
         assert "".join(text.split()) in "".join(pieces.split())
 
 
-def test_a_part_of_a_token_of_the_template_makes_no_token_with_what_is_beside_it(loaded: Loaded) -> None:
+def test_a_part_of_a_special_token_does_not_join_the_template_beside_it(loaded: Loaded) -> None:
     plain = loaded.counted(loaded.tokens("a b"))
     for token in (*loaded.model.control, *loaded.model.user_defined):
         if len(token) > 2:
@@ -146,9 +150,9 @@ def test_a_part_of_a_token_of_the_template_makes_no_token_with_what_is_beside_it
                 assert {**loaded.counted(loaded.tokens(text)), "<h1>": 0} == {**plain, "<h1>": 0}, text
 
 
-def test_the_token_that_begins_a_text_is_there_once(loaded: Loaded) -> None:
-    if not (bos := loaded.model.bos):
-        pytest.skip("adds none")
+@pytest.mark.parametrize("loaded", WITH_BOS, indirect=True, ids=str)
+def test_bos_begins_a_prompt_once(loaded: Loaded) -> None:
+    bos = loaded.model.bos
     (begin,) = loaded.llama.tokenize(bos)
     raw = Tokenizer(loaded.llama, loaded.tokenizer._vocabulary, 10**7)
     texts = ["Hi", bos, f"{bos}Hi", f" \n{bos}Hi", f"{bos}{bos}Hi", f"{bos} {bos}\n{bos}", f"{bos}{'word ' * 7_000}"]

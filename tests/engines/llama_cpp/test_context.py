@@ -1,4 +1,4 @@
-"""The context of the embedded engine: requests wait until there is room for them, and what is admitted fits."""
+"""The context of the embedded engine: requests wait until there is room for them, and admitted requests fit."""
 
 import asyncio
 import random
@@ -21,7 +21,7 @@ from tests.serving import until
 
 @pytest.fixture(scope="module")
 async def unserved() -> AsyncIterator[EmbeddedEngine]:
-    """An engine that no supervisor checks meanwhile, which would take a place among the prompts of a test."""
+    """An engine without a supervisor, whose checks would be prompts beside the prompts of a test."""
     async with engine_of(default_model(), slots=SLOTS, context_tokens=4096) as engine:
         yield engine
 
@@ -30,16 +30,16 @@ async def unserved() -> AsyncIterator[EmbeddedEngine]:
 async def test_prompt_and_max_tokens_may_fill_the_context() -> None:
     async with engine_of(default_model(), slots=2) as engine:
         request = GenerationRequest(text="word " * 512, max_input_tokens=504, max_tokens=8)
-        # Twice at a time, and again where the slots still hold the last prompts.
+        # Two requests at a time, and two more while the slots still hold the last prompts.
         for _ in range(2):
             for samples in await asyncio.gather(samples_of(engine, request), samples_of(engine, request)):
                 assert [(sample.prompt_tokens, sample.generated_tokens) for sample in samples] == [(504, 8)]
 
 
 @pytest.mark.thorough
-async def test_what_the_context_does_not_hold_at_a_time_is_done_one_after_the_other() -> None:
+async def test_requests_that_do_not_fit_the_context_together_run_one_after_the_other() -> None:
     async with engine_of(default_model(), slots=4, context_tokens=256) as engine:
-        # Two at a time fit.
+        # Two requests fit at a time.
         calls = (samples_of(engine, GenerationRequest(text=f"{COUNTING} {number}", max_tokens=60)) for number in range(5))
         assert [len(samples) for samples in await asyncio.gather(*calls)] == [1] * 5
         samples = await samples_of(engine, GenerationRequest(text=COUNTING, max_tokens=60, num_samples=5))
@@ -48,18 +48,18 @@ async def test_what_the_context_does_not_hold_at_a_time_is_done_one_after_the_ot
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("num_samples", [1, 4, 8])
-async def test_what_is_admitted_fits_whatever_the_slots_have_kept(num_samples: int) -> None:
+async def test_admitted_requests_fit_whatever_the_slots_have_kept(num_samples: int) -> None:
     large = GenerationRequest(text="zebra " * 120, max_tokens=8, num_samples=num_samples)
     async with engine_of(default_model(), slots=8, context_tokens=256) as engine:
         for _ in range(2):
-            # All slots keep prompts that have nothing in common, and then those of the large call.
+            # Before the large call, the slots keep small prompts that have nothing in common; after it, they keep its prompt.
             small = [GenerationRequest(text=f"{word} 1 2 3 4 5 6 7 8 9", max_tokens=8) for word in "abcdefgh"]
             for samples in await asyncio.gather(*(samples_of(engine, request) for request in small)):
                 assert len(samples) == 1
             assert len(await samples_of(engine, large)) == num_samples
 
 
-async def test_a_second_cancel_does_not_free_the_room_before_llama_has_let_go(
+async def test_a_second_cancel_does_not_free_the_context_before_llama_has_released_it(
     unserved: EmbeddedEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     entered, leave = threading.Event(), threading.Event()
@@ -77,14 +77,14 @@ async def test_a_second_cancel_does_not_free_the_room_before_llama_has_let_go(
         await asyncio.sleep(0)
     await asyncio.wait([running])
     waiting = asyncio.ensure_future(samples_of(unserved, GenerationRequest(text="x", max_tokens=4000)))
-    await until(lambda: unserved._capacity.waiting == 1, "the next one waits for the room")
+    await until(lambda: unserved._capacity.waiting == 1, "the next request waits for the context")
     leave.set()
-    await until(lambda: unserved._capacity.waiting == 0, "the room is free")
+    await until(lambda: unserved._capacity.waiting == 0, "the context is free")
     with pytest.raises(EngineFailedError):
         await waiting  # the fake finishes no sample
 
 
-async def test_what_waits_of_a_call_does_not_stand_before_others(
+async def test_waiting_samples_of_a_large_call_do_not_block_other_calls(
     unserved: EmbeddedEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     at_work: list[tuple[int, int]] = []
@@ -98,27 +98,27 @@ async def test_what_waits_of_a_call_does_not_stand_before_others(
         on_chunk({})
 
     monkeypatch.setattr(unserved._llama, "complete", slow_step)
-    # Three samples at a time fit the context, and the fourth has to wait for them; for a small call there is room.
+    # Three samples fit the context at a time, and the fourth has to wait for them. There is room for a small call.
     large = asyncio.ensure_future(samples_of(unserved, GenerationRequest(text="x", max_tokens=1100, num_samples=4)))
-    await until(lambda: at_work == [(3, 1100)], "as much as fits is in work")
+    await until(lambda: at_work == [(3, 1100)], "as many samples as fit are in work")
     small = asyncio.ensure_future(samples_of(unserved, GenerationRequest(text="x", max_tokens=2)))
     try:
-        await until(lambda: at_work == [(3, 1100), (1, 2)], "so is the small one", within=10)
+        await until(lambda: at_work == [(3, 1100), (1, 2)], "the small call is in work too", within=10)
     finally:
         leave.set()
     for call in (large, small):
         with pytest.raises(EngineFailedError):
             await call  # the fake finishes no sample
     await until(lambda: not unserved._tasks, "the work on the calls has ended")
-    assert at_work == [(3, 1100), (1, 2)], "nothing is begun for a call that has failed"
+    assert at_work == [(3, 1100), (1, 2)], "no completion begins for a call that has failed"
 
 
 class FakeReading:
-    """Stands in for `Llama.complete`: reads no prompt by itself, and tells of progress as a test says."""
+    """Stands in for `Llama.complete`: reads no prompt, and reports the progress that a test chooses."""
 
     def __init__(self) -> None:
         self.given: dict[int, Callable[[Chunk], bool]] = {}
-        """By the length of each prompt that was given to it, what it tells."""
+        """The callback of each prompt, by the prompt's length in tokens."""
         self.leave = threading.Event()
 
     def complete(self, body: Any, on_chunk: Callable[[Chunk], bool]) -> None:
@@ -135,22 +135,22 @@ async def test_prompts_that_one_step_reads_are_given_to_llama_together(
 ) -> None:
     fake = FakeReading()
     monkeypatch.setattr(unserved._llama, "complete", fake.complete)
-    # Tokens of the prompts. A step has room for 12, as it computes 16, of which 4 may be those of samples.
+    # A step computes 16 tokens, of which 4 may belong to samples, so it reads at most 12 tokens of these prompts.
     requests = [GenerationRequest(text=" a" * tokens, max_tokens=1) for tokens in (5, 7, 30, 3)]
     calls = [
         asyncio.ensure_future(unserved.generate(await unserved.prepare(request), FinishedSamplesSink())) for request in requests
     ]
     try:
-        await until(lambda: set(fake.given) == {5, 7}, "the two that fit are given")
+        await until(lambda: set(fake.given) == {5, 7}, "llama.cpp has the two prompts that fit")
         fake.progress(5, 5)
         fake.progress(7, 0)
-        await until(lambda: set(fake.given) == {5, 7, 30}, "so is the next one: it can begin when the step has ended")
+        await until(lambda: set(fake.given) == {5, 7, 30}, "it has the next prompt, which can begin when the step has ended")
         fake.progress(7, 7)
         fake.progress(30, 17)
         await asyncio.sleep(0.05)
-        assert 3 not in fake.given, "the next step has no room for the rest of the long one and more"
+        assert 3 not in fake.given, "the next step has no room for more than the rest of the long prompt"
         fake.progress(30, 18)
-        await until(lambda: 3 in fake.given, "the next step reads the rest")
+        await until(lambda: 3 in fake.given, "the next step has room for the rest and the last prompt")
     finally:
         fake.leave.set()
     for call in calls:
@@ -160,7 +160,7 @@ async def test_prompts_that_one_step_reads_are_given_to_llama_together(
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("seed", range(2))
-async def test_what_is_admitted_fits_in_whatever_order_prompts_come(seed: int) -> None:
+async def test_admitted_requests_fit_in_whatever_order_they_come(seed: int) -> None:
     chance = random.Random(seed)
     async with engine_of(default_model(), slots=6, context_tokens=256) as engine:
 

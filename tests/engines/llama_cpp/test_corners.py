@@ -1,6 +1,6 @@
 """The embedded engine at the ends of the ranges of its settings: it generates, or says which setting is wrong.
 
-Each case is a process of its own, because llama.cpp ends the process where it is asked for what it cannot do.
+Each case is a process of its own, because llama.cpp ends the process if it cannot do what it is asked for.
 """
 
 import itertools
@@ -23,7 +23,7 @@ REQUEST = pb.GenerationRequest(text="Hello", max_tokens=4, num_samples=SAMPLES, 
 
 
 def ends(name: str) -> tuple[str, ...]:
-    """Returns the values of a setting at the ends of its range, or all that it has."""
+    """Returns the values at the ends of a setting's range, or all of its values if it has no range."""
     field = Settings.model_fields[name]
     least, most = (
         next((getattr(each, end) for each in field.metadata if isinstance(each, kind)), None)

@@ -1,4 +1,4 @@
-"""The embedded engine: every parameter of the contract reaches the model, and llama.cpp is kept in its place."""
+"""The embedded engine: every parameter of the contract reaches the model, and llama.cpp does not disturb its process."""
 
 import asyncio
 import logging
@@ -29,10 +29,6 @@ from tests.thorough import further
 LLAMA = "<|im_start|>user\nTell me about llamas.<|im_end|>\n<|im_start|>assistant\n"
 
 
-def never() -> bool:
-    return False
-
-
 @pytest.fixture
 async def generate(embedded: EmbeddedEngine, embedded_target: Target) -> Any:
     async def run(text: str, **fields: Any) -> list[GenerationResponseSample]:
@@ -47,7 +43,7 @@ async def test_it_generates_what_the_model_says(generate: Any) -> None:
     assert sample.text.startswith(" 14, 15, 16")
 
 
-async def test_token_counts_are_those_of_the_tokenizer(embedded: EmbeddedEngine, generate: Any) -> None:
+async def test_token_counts_agree_with_the_tokenizer(embedded: EmbeddedEngine, generate: Any) -> None:
     (sample,) = await generate(COUNTING, max_tokens=9)
     assert sample.prompt_tokens == len(embedded._llama.tokenize(COUNTING))
     assert sample.generated_tokens == len(embedded._llama.tokenize(sample.text)) == 9
@@ -68,7 +64,7 @@ async def test_only_the_last_prompt_tokens_are_kept(embedded: EmbeddedEngine, ge
 
 async def test_an_extra_end_token_ends_each_sample(embedded: EmbeddedEngine, generate: Any) -> None:
     (comma,) = embedded._llama.tokenize(",")
-    # Alone, and sharing the reading of a prompt that is longer than what is generated.
+    # One sample; samples that each read the prompt; samples that share a prompt, because it is longer than their texts.
     for num_samples, max_tokens in [(1, 40), (3, 40), (3, 12)]:
         samples = await generate(COUNTING, eos_token_ids=[7, comma], num_samples=num_samples, max_tokens=max_tokens)
         assert [sample.text for sample in samples] == [" 14"] * num_samples
@@ -206,7 +202,9 @@ async def test_loading_leaves_the_signal_handlers_alone() -> None:
         loop.remove_signal_handler(signal.SIGTERM)
 
 
-async def test_the_native_log_becomes_ours(caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]) -> None:
+async def test_llamas_log_is_copied_into_the_servers_log(
+    caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
     with caplog.at_level(logging.DEBUG, "llama.cpp"), capfd.disabled(), native_log.captured():
         for line in (
             b"0.00.403.400 E srv    load_model: it broke\n",
@@ -232,14 +230,14 @@ async def test_the_lowest_temperature_is_greedy(generate: Any) -> None:
     assert lowest.text == greedy.text
 
 
-async def test_stopping_the_engine_ends_what_it_works_on() -> None:
+async def test_stopping_the_engine_ends_its_work() -> None:
     async with engine_of(default_model()) as engine:
         events = pulled(engine.generate, await engine.prepare(GenerationRequest(text=LLAMA, max_tokens=400, top_k=1)))
         async for event in events:
             if isinstance(event, TextDelta):
                 break
         waiting = asyncio.ensure_future(samples_of(engine, GenerationRequest(text=LLAMA, max_tokens=400)))
-        await until(lambda: engine._capacity.waiting == 1, "another one waits")
+        await until(lambda: engine._capacity.waiting == 1, "another request waits")
     with pytest.raises(EngineUnavailableError):
         async for _ in events:
             pass
@@ -266,10 +264,10 @@ async def test_it_runs_several_requests_at_a_time(embedded: EmbeddedEngine, embe
         embedded_target.stub.GenerateAll(pb.GenerationRequest(text=LLAMA + str(number), max_tokens=200))
         for number in range(SLOTS)
     ]
-    await until(lambda: Work.of(embedded).busy_slots == SLOTS, "all are in work at once")
+    await until(lambda: Work.of(embedded).busy_slots == SLOTS, "all requests are in work at once")
     for call in calls:
         call.cancel()
-    await until(lambda: Work.of(embedded).busy_slots == 0, "all are let go")
+    await until(lambda: Work.of(embedded).busy_slots == 0, "all slots are free")
 
 
 async def test_it_can_be_started_again_after_it_was_stopped() -> None:

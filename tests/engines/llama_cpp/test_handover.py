@@ -1,4 +1,4 @@
-"""What threads give reaches the event loop in order, and wakes it once for each step."""
+"""Events from threads reach the event loop in order, and wake the loop once for each step."""
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
@@ -40,7 +40,7 @@ async def test_a_step_wakes_the_loop_once(monkeypatch: pytest.MonkeyPatch) -> No
     with ThreadPoolExecutor(THREADS) as threads:
         for thread in range(THREADS):
             threads.submit(give, thread)
-        await until(lambda: len(taken) == THREADS, "all has come")
+        await until(lambda: len(taken) == THREADS, "all events have arrived")
     assert sorted(taken) == list(range(THREADS))
     assert loop.wakes == 1
 
@@ -53,5 +53,5 @@ async def test_one_thread_waits_for_no_other(monkeypatch: pytest.MonkeyPatch) ->
     with ThreadPoolExecutor(1) as threads:
         for number in range(100):
             threads.submit(given.call_soon, taken.append, number)
-        await until(lambda: len(taken) == 100, "all has come")
+        await until(lambda: len(taken) == 100, "all events have arrived")
     assert taken == list(range(100))

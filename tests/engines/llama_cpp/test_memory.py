@@ -1,4 +1,4 @@
-"""What a long prompt takes while it is tokenized, the server gives back."""
+"""The server returns the memory that it needs to tokenize a long prompt."""
 
 import sys
 
@@ -9,7 +9,7 @@ from fuzz.probe import flywheel_server
 from tests.serving import connected, until
 
 MIB = 2**20
-# Each of another shape: one token for each byte, many that look alike, one word, no words at all.
+# Texts of different shapes: one token for each byte, many short words, one long word, and no words.
 TEXTS = ["1" * MIB, "aA1!" * (MIB // 4), "a" * (MIB // 4), "\n\t " * (MIB // 12)]
 
 
@@ -25,5 +25,7 @@ async def test_long_prompts_leave_nothing_behind() -> None:
             before = server.resident()
             for text in TEXTS * 2:
                 await tokenized(text)
-            # llama.cpp lets go of a text a moment after its answer.
-            await until(lambda: server.resident() < before + 60, "less than half of what one prompt takes is kept", within=2)
+            # llama.cpp frees a text a moment after its answer.
+            await until(
+                lambda: server.resident() < before + 60, "the server keeps less than half of the memory of one prompt", within=2
+            )

@@ -13,7 +13,7 @@ MIB = 2**20
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such bound")
 
 
-def test_an_allocation_beyond_the_free_memory_fails_and_none_after(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_allocation_beyond_the_free_memory_fails_only_within_the_context(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_bound, "free_memory", lambda: 256 * MIB)
     before = resource.getrlimit(resource.RLIMIT_DATA)
     with bounded_memory(threads=1):

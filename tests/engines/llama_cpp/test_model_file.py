@@ -1,4 +1,4 @@
-"""Files that are no model which generates text: each is refused by what it is, and the process goes on."""
+"""Files that are no model which generates text: the error says what each file is, and the process goes on."""
 
 import errno
 import os
@@ -43,7 +43,7 @@ async def refusal(model: Path, prompt_format: PromptFormat | None = None) -> str
 
 
 def small(**changes: object) -> Callable[[Path], object]:
-    """Returns what writes a small model with other metadata, whose names have `__` for the dots."""
+    """Returns a function that writes a small model with other metadata. `__` in a name stands for a dot."""
     return lambda file: write_small_model(file, {name.replace("__", "."): value for name, value in changes.items()})
 
 
@@ -85,7 +85,7 @@ LISTS_IN_LISTS: Final = HEAD + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) *
 
 
 def endless(layout: str, *values: int) -> Callable[[Path], object]:
-    """Returns what writes a file whose only value fills it, and is far larger than the memory."""
+    """Returns a function that writes a file with a single value, which is far larger than the memory."""
 
     def write(file: Path) -> None:
         file.write_bytes(HEAD + struct.pack(f"<{layout}", *values))
@@ -183,7 +183,7 @@ WRONG: Final[dict[str, tuple[str, Callable[[Path], object], str]]] = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-async def test_a_file_that_cannot_be_used_is_refused_by_what_it_is(case: str, tmp_path: Path) -> None:
+async def test_the_error_says_why_a_file_cannot_be_used(case: str, tmp_path: Path) -> None:
     name, write, expected = WRONG[case]
     file = tmp_path / name
     write(file)
@@ -225,13 +225,13 @@ async def test_a_file_that_may_not_be_read_is_refused(tmp_path: Path, monkeypatc
         ([], "its log says more"),
     ],
 )
-def test_what_llama_says_of_a_failed_start_is_told(lines: list[str], expected: str) -> None:
+def test_the_error_has_the_reason_from_llamas_log(lines: list[str], expected: str) -> None:
     said = load_failure(Path("m.gguf"), lines)
     assert said.startswith("llama.cpp cannot load m.gguf: ")
     assert expected in said
 
 
-async def test_a_model_larger_than_the_memory_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_model_larger_than_the_memory_is_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "model.gguf"
     write_small_model(file, {})
     monkeypatch.setattr(embedded_module, "total_memory", lambda: 1000)
@@ -256,7 +256,7 @@ UNUSABLE: Final = {
 
 
 @pytest.mark.parametrize("case", ["syntax", "raises", *further(["no message", "upper case", "unknown filter", "no users"])])
-async def test_a_template_that_cannot_be_used_is_needed_for_chat_only(case: str, tmp_path: Path) -> None:
+async def test_an_unusable_template_is_an_error_for_chat_only(case: str, tmp_path: Path) -> None:
     template, reason = UNUSABLE[case]
     file = tmp_path / "model.gguf"
     write_small_model(file, {TEMPLATE: template})

@@ -1,4 +1,4 @@
-"""How OpenMP's threads wait for one another, as the library itself tells that it was told."""
+"""How long OpenMP's threads spin while they wait for one another, as the library itself reports it."""
 
 import errno
 import os
@@ -14,7 +14,7 @@ from flywheel_server.engines.llama_cpp.openmp import SAMPLE_INTERVAL, SPIN_VARIA
 
 from tests.serving import until
 
-# What the library was told, then what a child of the process would be told.
+# The library prints its own settings. This prints the variables that a child process would inherit.
 LOADED = """
 import os, flywheel_server.engines.llama_cpp.llama
 print({name: os.environ[name] for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY") if name in os.environ})
@@ -66,7 +66,7 @@ async def test_libgomp_has_more_threads_than_cores_while_others_are_busy() -> No
 
     looking = threads() + 1
     guard = SpinGuard(max(2, len(os.sched_getaffinity(0))), used)
-    # Also before the first look.
+    # Also before the first measurement.
     await until(lambda: threads() >= looking + 2, "sleeping threads")
     await until(lambda: threads() == looking, "no sleeping threads", within=20 * SAMPLE_INTERVAL)
     busy = 1.0

@@ -30,4 +30,4 @@ def test_a_call_holds_the_context_of_the_groups_that_run_at_the_same_time(
     more = groups.indexes[: len(at_a_time) + 1]
     if len(more) > len(at_a_time):
         needed = sum(prompt + len(group) * max_tokens for group in more)
-        assert sum(map(len, more)) > slots or needed > pool, "what has room runs"
+        assert sum(map(len, more)) > slots or needed > pool, "a group that has room runs"

@@ -1,4 +1,4 @@
-"""From text to tokens: the same ones whichever way the text is cut, and no more work than they need."""
+"""From text to tokens: the tokens do not depend on how the text is cut, and little more text is tokenized than is kept."""
 
 import asyncio
 import random
@@ -59,7 +59,7 @@ class Counting(Llama):
         return super().tokenize(text, add_special=add_special, parse_special=parse_special)
 
     def close(self) -> None:
-        """It is the other's to close."""
+        """Does nothing: the fixture closes the model."""
 
 
 def tokenizer_of(engine: EmbeddedEngine, llama: Llama | None = None, context_tokens: int = 10**6) -> Tokenizer:
@@ -152,7 +152,7 @@ def test_the_tokens_are_those_of_the_whole_text_with_any_tokenizer(
 
 
 def test_special_tokens_are_not_tokenized_all_at_once(engine: EmbeddedEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Of 80,000 at once, which are 1 MiB, llama.cpp has more than two minutes to do.
+    # For 80,000 special tokens at once, which are 1 MiB, llama.cpp needs more than two minutes.
     counting = Counting(engine._llama)
     tokenizer = tokenizer_of(engine, counting)
     monkeypatch.setattr(tokenizer_module, "CHUNK_CHARACTERS", 2**10)
@@ -165,7 +165,7 @@ def test_special_tokens_are_not_tokenized_all_at_once(engine: EmbeddedEngine, mo
     assert counting.characters < 3 * 81 + tokenizer_module.MARGIN_CHARACTERS + 30
 
 
-def test_of_a_long_text_only_an_end_is_tokenized_where_only_an_end_is_kept(engine: EmbeddedEngine) -> None:
+def test_only_the_end_of_a_long_text_is_tokenized_if_only_the_end_is_kept(engine: EmbeddedEngine) -> None:
     chance = random.Random(1)
     text = " ".join("".join(chance.choices("abcdefgh", k=chance.randrange(1, 9))) for _ in range(100_000))
     counting = Counting(engine._llama)
@@ -183,17 +183,17 @@ async def test_a_text_that_cannot_fit_is_refused_by_its_bytes(engine: EmbeddedEn
     longest = engine._file.vocabulary.max_token_bytes or 0
     room = CONTEXT - 24
     with monkeypatch.context() as patch:
-        # Of the class: older versions of pytest leave the method in the instance.
+        # Patches the class: older versions of pytest would leave the method in the instance.
         patch.setattr(Llama, "tokenize", unasked)
         with pytest.raises(PromptTooLongError) as caught:
             await engine.prepare(GenerationRequest(text="-" * (room * longest + 1), max_tokens=24))
         error = caught.value
         assert (error.prompt_tokens, error.is_exact, error.counted_tokens) == (room + 1, False, 0)
-        # Of more than may be read, no more is said than that.
+        # The error reports no more tokens than `max_input_tokens`.
         with pytest.raises(PromptTooLongError) as caught:
             await engine.prepare(GenerationRequest(text="-" * 200_000, max_tokens=24, max_input_tokens=room + 1))
         assert caught.value.prompt_tokens == room + 1
-    # Dashes come 64 in a token: what may fit by its bytes, and does.
+    # A token has up to 64 dashes. By its bytes, this text may fit, and it does.
     prepared = await engine.prepare(GenerationRequest(text="-" * (64 * room), max_tokens=24))
     assert len(prepared.prompt) == room
 
@@ -207,7 +207,7 @@ def test_a_text_of_words_that_does_not_fit_is_given_up_early(engine: EmbeddedEng
     assert not caught.value.is_exact
 
 
-def test_a_call_that_is_over_stops_after_a_piece(engine: EmbeddedEngine) -> None:
+def test_tokenizing_stops_after_a_chunk_if_the_call_has_ended(engine: EmbeddedEngine) -> None:
     counting = Counting(engine._llama)
     with pytest.raises(StoppedError):
         tokenizer_of(engine, counting).tokens(
@@ -250,14 +250,14 @@ async def test_stopping_the_engine_does_not_wait_for_whole_prompts(monkeypatch: 
             [2, 3, 1, 1],
             Vocabulary("llama", 6, ("<unk>", "</s>"), NONE, True, ("<unk>", "</s>")),
         ),
-        # Tokens that reach across the space or the line break between two words, of whichever script.
+        # Tokens that contain the space or the line break between two words, in several scripts.
         ("gpt2", ["a", "<|a b|>"], [1, 4], Vocabulary("gpt2", 7, ("<|a b|>",), frozenset({"<|a b|>"}), False, ("<|a b|>",))),
         ("gpt2", ["a", "ofĠthe"], [1, 1], Vocabulary("gpt2", 6, (), NONE, False, ())),
         ("gpt2", ["a", "éĊ"], [1, 1], Vocabulary("gpt2", 2, (), NONE, True, ())),
         ("gpt2", ["a", "Ã©Ċ"], [1, 1], Vocabulary("gpt2", 3, (), NONE, False, ())),
         ("llama", ["a", "▁of▁the"], [1, 1], Vocabulary("llama", 11, (), NONE, False, ())),
         ("llama", ["a", "f\n"], [1, 4], Vocabulary("llama", 2, ("f\n",), frozenset({"f\n"}), False, ("f\n",))),
-        # Only what neither overlaps another token nor is part of one: a text can be cut before the first and the last.
+        # Only the first and the last token are separators: the others overlap another token or are part of one.
         (
             "llama",
             ["<s>", "{ab", "bc}", "}}", "▁{", "[x]"],
@@ -271,7 +271,7 @@ async def test_stopping_the_engine_does_not_wait_for_whole_prompts(monkeypatch: 
                 ("<s>", "[x]"),
             ),
         ),
-        # One that maps unknown words to a token, however long they are.
+        # A tokenizer that makes one token of an unknown word, however long the word is.
         ("bert", ["[UNK]", "ab"], [2, 1], Vocabulary("bert", None, ("[UNK]",), NONE, False, ())),
     ],
 )
