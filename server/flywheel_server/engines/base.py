@@ -127,8 +127,8 @@ class EngineError(Exception):
     """
 
 
-class _RetryableError(EngineError):
-    """An error after which callers may try again in `retry_delay` seconds."""
+class EngineUnavailableError(EngineError):
+    """The engine is starting, stopped, or out of reach. Callers may try again after `retry_delay` seconds."""
 
     def __init__(self, message: str, retry_delay: float = 1.0) -> None:
         super().__init__(message, retry_delay)
@@ -138,12 +138,15 @@ class _RetryableError(EngineError):
         return str(self.args[0])
 
 
-class EngineUnavailableError(_RetryableError):
-    """The engine is starting, stopped, or out of reach. Callers may try again after `retry_delay` seconds."""
-
-
-class EngineOverloadedError(_RetryableError):
+class EngineOverloadedError(EngineError):
     """The engine cannot take more work. Callers may try again after `retry_delay` seconds."""
+
+    def __init__(self, message: str, retry_delay: float = 1.0) -> None:
+        super().__init__(message, retry_delay)
+        self.retry_delay = retry_delay
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class EngineFailedError(EngineError):
