@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
+from functools import partial
 from typing import Protocol
 
 from flywheel_server import admission
@@ -58,21 +59,21 @@ class LocalAdmissionControl:
         """See `AdmissionControl.acquire`."""
         return LocalAcquisition(
             self._quotas.reservation(caller, request),
-            self._queue.queue(request.num_samples, caller, time_remaining),
+            partial(self._queue.join, request.num_samples, caller, time_remaining),
         )
 
 
 class LocalAcquisition:
     """The context of one call: its reservation of quota, and its place in the queue."""
 
-    def __init__(self, reservation: Reservation, place: admission.Place) -> None:
+    def __init__(self, reservation: Reservation, join_queue: Callable[[], admission.Place]) -> None:
         self._reservation = reservation
-        self._place = place
+        self._join_queue = join_queue
 
     async def __aenter__(self) -> tuple[Usage, Place]:
         usage = self._reservation.__enter__()
         try:
-            self._place.join()
+            self._place = self._join_queue()
         except BaseException:
             self._reservation.__exit__()
             raise

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from flywheel_server.access.callers import Caller
-from flywheel_server.admission import Admission
+from flywheel_server.admission import Admission, Place
 
 from tests.serving import settled
 
@@ -18,6 +18,20 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
+
+
+@asynccontextmanager
+async def queued(
+    admission: Admission, samples: int, caller: Caller, time_remaining: float | None = None
+) -> AsyncIterator[Place]:
+    """Gives a call a place in the queue, and releases it at the end of the context."""
+    place = admission.join(samples, caller, time_remaining)
+    finished = False
+    try:
+        yield place
+        finished = True
+    finally:
+        place.release(finished=finished)
 
 
 class Crowd:
@@ -44,7 +58,7 @@ class Crowd:
         self._leave[name] = asyncio.Event()
 
         async def stay() -> None:
-            async with self.admission.queue(samples, Caller(of, priority), time_remaining) as place:
+            async with queued(self.admission, samples, Caller(of, priority), time_remaining) as place:
                 if prompt_is_read:
                     await prompt_is_read.wait()
                 await place.admitted(tokens, time_remaining)

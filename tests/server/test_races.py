@@ -23,6 +23,7 @@ from flywheel_server.generations import Generation, Generations
 from flywheel_server.messages import GenerationRequest
 
 from tests.pulled import PulledEngine
+from tests.server.crowd import queued
 from tests.serving import Target, drained, serving, until
 
 ROUNDS = 1000
@@ -227,7 +228,7 @@ async def test_places_are_not_lost_to_those_who_are_turned_away() -> None:
     async def visit() -> None:
         await hops(chance.randrange(3))
         try:
-            async with admission.queue(chance.choice([1, 2]), Caller("", priority=chance.randrange(3))) as place:
+            async with queued(admission, chance.choice([1, 2]), Caller("", priority=chance.randrange(3))) as place:
                 await hops(chance.randrange(3))
                 await place.admitted(chance.randrange(3))
                 await hops(chance.randrange(4))

@@ -28,6 +28,7 @@ from flywheel_server.interceptors import reading
 from flywheel_server.messages import GenerationResponseSample
 from grpc_health.v1 import health_pb2
 
+from tests.server.crowd import queued
 from tests.server.http2_client import http2, prefixed
 from tests.server.test_command import SCRIPTED, command, ready_line
 from tests.server.test_delivery import Reader, Source
@@ -195,7 +196,7 @@ async def test_a_request_that_arrives_meanwhile_is_complete(path: str, monkeypat
 async def test_how_long_calls_take_is_measured_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(admission, "MIN_MEASURED_CALLS", 1)
     admitting = Admission(1, 0)
-    async with admitting.queue(1, ANYBODY) as place:
+    async with queued(admitting, 1, ANYBODY) as place:
         await place.admitted(0)
         await slow_write(None)
     measured = admitting.service_times.of(ANYBODY.name)

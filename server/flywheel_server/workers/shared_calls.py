@@ -64,8 +64,7 @@ class SharedCalls:
         try:
             taken = self._quotas.reserve(caller, samples, tokens)
             self._shares[number] = lambda used: self._quotas.settle(caller, samples, taken - used)
-            place = self._admission.queue(samples, caller, time_remaining)
-            place.join()
+            place = self._admission.join(samples, caller, time_remaining)
         except wire.REFUSALS as error:
             self._refuse(number, error)
             return
