@@ -99,11 +99,8 @@ class _Noticing:
             self._activity.notice(error)
 
 
-class _WithinEngine:
+class _WithinEngine(_Noticing):
     """The context of `within_engine`, shared by all calls."""
-
-    def __init__(self, activity: Activity) -> None:
-        self._activity = activity
 
     def __enter__(self) -> None:
         if not self._activity.inside:
@@ -112,5 +109,4 @@ class _WithinEngine:
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         self._activity.inside -= 1
-        if error is not None:
-            self._activity.notice(error)
+        super().__exit__(kind, error, traceback)

@@ -59,24 +59,19 @@ SHORTAGE_RETRY_DELAY: Final = 1.0
 class MalformedRequestError(ValueError):
     """The request is not a valid message of its type, or has text that is not UTF-8."""
 
-    def __init__(self) -> None:
-        super().__init__("The request is not a valid message of its type, or has text that is not UTF-8.")
+
+class _TooLargeError(ValueError):
+    def __init__(self, limit: int) -> None:
+        super().__init__(limit)
+        self.limit = limit
 
 
-class RequestTooLargeError(ValueError):
+class RequestTooLargeError(_TooLargeError):
     """The request has more than `limit` bytes after decompression."""
 
-    def __init__(self, limit: int) -> None:
-        super().__init__(limit)
-        self.limit = limit
 
-
-class MetadataTooLargeError(ValueError):
+class MetadataTooLargeError(_TooLargeError):
     """The call has more than `limit` bytes of metadata, as HTTP/2 counts them."""
-
-    def __init__(self, limit: int) -> None:
-        super().__init__(limit)
-        self.limit = limit
 
 
 class IncompleteRequestError(TimeoutError):
@@ -197,8 +192,9 @@ def _unsupported_field(error: UnsupportedFieldError, _: str) -> CallStatus:
     )
 
 
-def _malformed_request(error: MalformedRequestError, _: str) -> CallStatus:
-    return CallStatus(StatusCode.INVALID_ARGUMENT, str(error), (_error_info("MALFORMED_REQUEST"),))
+def _malformed_request(_: MalformedRequestError, __: str) -> CallStatus:
+    message = "The request is not a valid message of its type, or has text that is not UTF-8."
+    return CallStatus(StatusCode.INVALID_ARGUMENT, message, (_error_info("MALFORMED_REQUEST"),))
 
 
 def _request_too_large(error: RequestTooLargeError, _: str) -> CallStatus:

@@ -6,6 +6,7 @@ A generation is bounded by its deadline, counted, and checked against promise 1 
 import asyncio
 from collections.abc import Awaitable, Callable, Collection
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Final
 
 import structlog
@@ -19,6 +20,7 @@ from flywheel_server.engines.base import (
     Engine,
     EngineFailedError,
     EngineModel,
+    EngineStats,
     EngineUnavailableError,
     Event,
     PreparedRequest,
@@ -38,8 +40,21 @@ At the deadline, the client ends the call by itself, so a status with details mu
 """
 
 
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """How busy a server is: its generations, counted as in `Generations`, and the figures of its engine."""
+
+    active: int
+    queued: int
+    engine: EngineStats
+
+
+GetCounts = Callable[[], Awaitable[Counts]]
+"""Returns the counts of all processes of a server. Raises `EngineError` if the engine cannot say how busy it is."""
+
+
 class Generations:
-    """All generations of this process. New ones start only between `open` and the next `interrupt` or `close`.
+    """All generations of this process, one for each call. New ones start only between `open` and `interrupt` or `close`.
 
     Attributes:
         engine: The engine.
@@ -70,6 +85,11 @@ class Generations:
         if self._model is None:
             raise EngineUnavailableError("the server is starting or stopping")
         return self._model
+
+    async def counts(self) -> Counts:
+        """Returns the counts of this process; see `GetCounts`."""
+        stats = await self.engine.stats()
+        return Counts(self.active, self.queued, stats)
 
     def open(self) -> None:
         """Accepts requests from now on, unless `close` was called. To be called when the engine has started."""

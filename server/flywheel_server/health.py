@@ -149,25 +149,29 @@ class Health:
         except Exception as error:  # noqa: BLE001 - whatever it is, health must not stay as if the probe had succeeded
             if shortage := shortage_in(error):
                 # It says nothing about the engine, so the last report stays until a probe can be made again.
-                if self._warns_if_inconclusive:
-                    log.warning("engine not looked at", error=str(shortage) or type(shortage).__name__)
-                self._warns_if_inconclusive = False
-                return
-            if engine.is_reachable():
+                self._warn_of_inconclusive("engine not looked at", shortage)
+            elif engine.is_reachable():
                 # The engine did not answer, but can be reached. Whether it still has runners is unknown.
-                if self._warns_if_inconclusive:
-                    log.warning("engine does not say how it is", error=str(error) or type(error).__name__)
-                self._warns_if_inconclusive = False
+                self._warn_of_inconclusive("engine does not say how it is", error)
                 self._reachable = True
                 self.report(serving=True, runners=self._runners)
-                return
-            if self._reachable:
-                log.warning("engine out of reach", error=str(error) or type(error).__name__)
-            self._reachable = self._runners = False
-            self.report(serving=False, runners=False)
+            else:
+                if self._reachable:
+                    log.warning("engine out of reach", error=_text(error))
+                self._reachable = self._runners = False
+                self.report(serving=False, runners=False)
         else:
             if not self._reachable:
                 log.info("engine within reach again")
             self._reachable = self._warns_if_inconclusive = True
             self._runners = stats.num_total_runners > 0
             self.report(serving=True, runners=self._runners)
+
+    def _warn_of_inconclusive(self, event: str, error: BaseException) -> None:
+        if self._warns_if_inconclusive:
+            log.warning(event, error=_text(error))
+        self._warns_if_inconclusive = False
+
+
+def _text(error: BaseException) -> str:
+    return str(error) or type(error).__name__

@@ -58,7 +58,7 @@ def safe_credentials(settings: Settings, *, authenticates: bool) -> grpc.ServerC
             log.warning(
                 "no TLS: prompts and keys cross the network in the clear, unless a proxy in front of the server terminates TLS"
             )
-        if _grpc_version() < MIN_SAFE_GRPC_VERSION:
+        if tuple(map(int, grpc.__version__.split(".")[:2])) < MIN_SAFE_GRPC_VERSION:
             log.warning(
                 f"grpcio {grpc.__version__} buffers unfinished requests of any length, even from callers without a key: "
                 "install 1.84 or newer"
@@ -83,10 +83,6 @@ def _credentials(settings: Settings) -> grpc.ServerCredentials | None:
     if any(file is not None for file in (settings.tls_cert, settings.tls_key, settings.tls_client_ca)):
         raise ValueError("TLS needs both --tls-cert and --tls-key")
     return None
-
-
-def _grpc_version() -> tuple[int, ...]:
-    return tuple(map(int, grpc.__version__.split(".")[:2]))
 
 
 def _is_loopback(address: str) -> bool:

@@ -42,12 +42,6 @@ class OutputHandler(logging.Handler):
         return self._line(logging.LogRecord(__name__, logging.WARNING, __file__, 0, text, (dropped,), None))
 
 
-def _exceptions_without_locals() -> structlog.processors.ExceptionRenderer:
-    """Returns a renderer that leaves out the local variables of frames, because they hold prompts."""
-    transformer = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
-    return structlog.processors.ExceptionRenderer(transformer)
-
-
 def configure(
     level: Literal["debug", "info", "warning", "error"],
     form: Literal["text", "json"],
@@ -66,18 +60,14 @@ def configure(
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         *([] if worker is None else [lambda _, __, event: {**event, "worker": worker}]),
     ]
-    render: list[Any] = (
-        [_exceptions_without_locals(), structlog.processors.JSONRenderer()]
-        if form == "json"
-        else [
-            structlog.dev.ConsoleRenderer(
-                colors=False,
-                pad_event_to=0,
-                pad_level=False,
-                exception_formatter=structlog.dev.plain_traceback,
-            )
-        ]
-    )
+    render: list[Any]
+    if form == "json":
+        # Tracebacks leave out local variables, because these hold prompts.
+        tracebacks = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+        render = [structlog.processors.ExceptionRenderer(tracebacks), structlog.processors.JSONRenderer()]
+    else:
+        plain = structlog.dev.plain_traceback
+        render = [structlog.dev.ConsoleRenderer(colors=False, pad_event_to=0, pad_level=False, exception_formatter=plain)]
     structlog.configure(
         processors=[
             structlog.stdlib.filter_by_level,

@@ -19,29 +19,25 @@ class Operation(Generic[T]):
     It starts at once and needs no task: each future that the coroutine awaits resumes the coroutine when it is done.
 
     Attributes:
-        result: The result of the operation. Cancelling this future, or setting an exception, ends the wait
-            but not the operation.
+        result: The result of the operation. Cancelling this future, or setting an exception, ends the wait but not the
+            operation.
+        is_over: Whether the operation has ended.
     """
 
-    __slots__ = ("_coroutine", "_end", "_is_over", "result")
+    __slots__ = ("_coroutine", "_end", "is_over", "result")
 
     def __init__(self, coroutine: Coroutine[Any, Any, T]) -> None:
         self.result: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         self._coroutine = coroutine
-        self._is_over = False
+        self.is_over = False
         self._end: asyncio.Future[None] | None = None
         self._resume()
-
-    @property
-    def is_over(self) -> bool:
-        """Whether the operation has ended."""
-        return self._is_over
 
     def end(self) -> asyncio.Future[None]:
         """Returns a future that is done when the operation has ended, even if `result` was cancelled."""
         if self._end is None:
             self._end = asyncio.get_running_loop().create_future()
-            if self._is_over:
+            if self.is_over:
                 self._end.set_result(None)
         return self._end
 
@@ -62,7 +58,7 @@ class Operation(Generic[T]):
             step.add_done_callback(self._resume)
 
     def _finish(self) -> None:
-        self._is_over = True
+        self.is_over = True
         if self._end is not None and not self._end.done():
             self._end.set_result(None)
 

@@ -24,7 +24,7 @@ from google.protobuf import (
     type_pb2,
     wrappers_pb2,
 )
-from google.protobuf.descriptor import Descriptor, FieldDescriptor, FileDescriptor
+from google.protobuf.descriptor import FileDescriptor
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 
@@ -76,12 +76,16 @@ class ReflectionServicer(reflection_pb2_grpc.ServerReflectionServicer):  # type:
 class ServedFiles:
     """The descriptors of the services' files, of `COMMON_FILES`, and of all files that these import.
 
-    Has the look-ups that grpcio-reflection uses; each raises `KeyError` for an unknown name. The default pool would show
-    callers every other file that the process has loaded, such as those of Modal's client.
+    Has the look-ups that grpcio-reflection uses, with the names of `DescriptorPool`; each raises `KeyError` for an unknown
+    name. The default pool would show callers every other file that the process has loaded, such as the files of Modal's client.
     """
 
     def __init__(self, services: Iterable[str]) -> None:
         self._pool = descriptor_pool.DescriptorPool()
+        self.FindFileByName = self._pool.FindFileByName
+        self.FindMessageTypeByName = self._pool.FindMessageTypeByName
+        self.FindExtensionByNumber = self._pool.FindExtensionByNumber
+        self.FindAllExtensions = self._pool.FindAllExtensions
         self._names: set[str] = set()
         default = descriptor_pool.Default()
         for service in services:
@@ -98,10 +102,6 @@ class ServedFiles:
             for imported in file.dependencies:
                 self._add(imported)
             self._pool.AddSerializedFile(file.serialized_pb)
-
-    def FindFileByName(self, name: str) -> FileDescriptor:
-        """Returns the file with this name."""
-        return self._pool.FindFileByName(name)
 
     def FindFileContainingSymbol(self, symbol: str) -> FileDescriptor:
         """Returns the file that defines a service, method, message, field, oneof, enum, enum value or extension.
@@ -122,18 +122,6 @@ class ServedFiles:
     def _file_of_enum_value(self, symbol: str) -> FileDescriptor:
         enum, _, value = symbol.rpartition(".")
         return self._pool.FindEnumTypeByName(enum).values_by_name[value].type.file
-
-    def FindMessageTypeByName(self, name: str) -> Descriptor:
-        """Returns the message type with this full name."""
-        return self._pool.FindMessageTypeByName(name)
-
-    def FindExtensionByNumber(self, extended: Descriptor, number: int) -> FieldDescriptor:
-        """Returns the extension of a message type that has this number."""
-        return self._pool.FindExtensionByNumber(extended, number)
-
-    def FindAllExtensions(self, extended: Descriptor) -> list[FieldDescriptor]:
-        """Returns all extensions of a message type."""
-        return self._pool.FindAllExtensions(extended)
 
 
 def add_reflection(services: Iterable[str], server: grpc.aio.Server) -> None:

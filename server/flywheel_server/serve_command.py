@@ -40,8 +40,7 @@ def run(settings: Settings, stop: StopSignals, stdout: Output, stderr: Output, e
 
     Returns the exit code: 0 after a stop, 1 after a failure.
     """
-    _prepare(settings, stderr)
-    return _run(_serve_until_signal(settings, stop, stdout, stderr, engine), stderr)
+    return _run(settings, stderr, _serve_until_signal(settings, stop, stdout, stderr, engine))
 
 
 def run_worker(settings: Settings, pair: socket.socket, number: int, stderr: Output) -> int:
@@ -53,18 +52,14 @@ def run_worker(settings: Settings, pair: socket.socket, number: int, stderr: Out
         number: The number of this worker.
         stderr: The output for the log.
     """
-    _prepare(settings, stderr, number)
-    return _run(_serve_until_parent_stops(settings, pair, stderr), stderr)
+    return _run(settings, stderr, _serve_until_parent_stops(settings, pair, stderr), worker=number)
 
 
-def _prepare(settings: Settings, stderr: Output, worker: int | None = None) -> None:
+def _run(settings: Settings, stderr: Output, serving: Coroutine[Any, Any, None], worker: int | None = None) -> int:
+    """Prepares the process, runs the coroutine until it is cancelled or fails, and returns the exit code."""
     heap.limit_heaps()
     descriptors.raise_limit()
     logs.configure(settings.log_level, settings.log_format, stderr, worker=worker)
-
-
-def _run(serving: Coroutine[Any, Any, None], stderr: Output) -> int:
-    """Runs the coroutine until it is cancelled or fails, and returns the exit code."""
     try:
         with suppress(asyncio.CancelledError), asyncio.Runner(loop_factory=new_event_loop) as runner:
             runner.run(serving)

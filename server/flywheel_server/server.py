@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import grpc.aio
@@ -15,7 +14,6 @@ from flywheel_server import running_time
 from flywheel_server.access.keys import KeyRing
 from flywheel_server.admission import Admission
 from flywheel_server.admission_control import LocalAdmissionControl
-from flywheel_server.counts import local_counts
 from flywheel_server.delivery import ReaderPolicy
 from flywheel_server.engine_factory import runs_in_process
 from flywheel_server.engines.base import Engine, EngineUnavailableError
@@ -75,7 +73,8 @@ class _Server:
         self._settings = settings
         self._link = link
         self._keys = KeyRing((key.get_secret_value() for key in settings.api_keys), settings.api_keys_file)
-        self._generations = Generations(engine, link.admission if link else _local_admission_control(settings))
+        admission = link.admission if link else LocalAdmissionControl(Admission(settings.max_concurrent, settings.max_queued))
+        self._generations = Generations(engine, admission)
         self._health = link.health if link else Health()
         self._requests = OperationWaiter(reading.REQUEST_TIMEOUT, IncompleteRequestError)
         asks_for_certificates = settings.tls_client_ca is not None
@@ -113,13 +112,13 @@ class _Server:
             add_reflection((SERVICE_NAME, health.SERVICE_NAME), seldom_called)
 
     def _generation_service(self) -> GenerationService:
-        settings, engine, generations = self._settings, self._engine, self._generations
+        settings, generations = self._settings, self._generations
         return GenerationService(
             generations,
             ReaderPolicy(settings.max_stream_bytes, settings.slow_reader, settings.slow_reader_timeout),
-            get_counts=self._link.counting(engine, generations, in_process=runs_in_process(settings))
+            get_counts=self._link.counting(generations, in_process=runs_in_process(settings))
             if self._link
-            else partial(local_counts, engine, generations),
+            else generations.counts,
             max_text_bytes=settings.max_text_bytes,
             max_num_samples=settings.max_num_samples,
             log_prompts=settings.log_prompts,
@@ -170,7 +169,3 @@ class _Server:
             # Their clients may never send the rest of these requests.
             self._requests.end(lambda: EngineUnavailableError("the server is stopping"))
             await self._generations.close(drain_timeout)
-
-
-def _local_admission_control(settings: Settings) -> LocalAdmissionControl:
-    return LocalAdmissionControl(Admission(settings.max_concurrent, settings.max_queued, running_time.clock().time))

@@ -9,18 +9,12 @@ from flywheel_proto.v1 import generation_pb2_grpc
 
 from flywheel_server import running_time
 from flywheel_server.access.callers import caller
-from flywheel_server.counts import GetCounts
 from flywheel_server.delivery import Buffer, Delivery, DeltaBuffer, ReaderPolicy, SampleBuffer, SampleCollector
 from flywheel_server.errors import SlowReaderError
-from flywheel_server.generations import Generation, Generations
+from flywheel_server.generations import Generation, Generations, GetCounts
 from flywheel_server.interceptors.context import CallContext
 from flywheel_server.messages import GenerationRequest, RequestLimits
-from flywheel_server.translation import (
-    model_to_proto,
-    request_from_proto,
-    response_to_proto,
-    stats_to_proto,
-)
+from flywheel_server.translation import model_to_proto, request_from_proto, response_to_proto, stats_to_proto
 
 log = structlog.stdlib.get_logger(__name__)
 

@@ -11,9 +11,8 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Final, Self
 
-from flywheel_server.counts import Counts, GetCounts
-from flywheel_server.engines.base import Engine, EngineStats, EngineUnavailableError
-from flywheel_server.generations import Generations
+from flywheel_server.engines.base import EngineStats, EngineUnavailableError
+from flywheel_server.generations import Counts, Generations, GetCounts
 from flywheel_server.health import Health
 from flywheel_server.workers.shared_admission import SharedAdmissionControl
 from flywheel_server.workers.wire import Connection, Line
@@ -63,15 +62,15 @@ class Link:
         link._connection.send("hello")
         return link
 
-    def counting(self, engine: Engine, generations: Generations, *, in_process: bool) -> GetCounts:
+    def counting(self, generations: Generations, *, in_process: bool) -> GetCounts:
         """Returns a function that counts the calls of all workers.
 
         Arguments:
-            engine: The engine of this worker.
             generations: The calls of this worker.
             in_process: Whether each worker runs an engine of its own, whose statistics are added up. An engine elsewhere is
                 the same for all workers.
         """
+        engine = generations.engine
 
         async def count_own() -> Line:
             stats = await engine.stats() if in_process else EngineStats(0, 0)
