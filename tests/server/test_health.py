@@ -25,7 +25,7 @@ SERVICE = "flywheel.v1.GenerationService"
 
 
 class SlowEngine(ScriptedEngine):
-    """Takes as long to show that it works as the test wants."""
+    """Passes its check when the test says so."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,8 +97,15 @@ async def test_watching_a_name_that_is_not_there_waits_for_it() -> None:
 
 
 async def test_health_answers_while_the_engine_is_full() -> None:
-    async with serving(ScriptedEngine(Script(slots=1, token_delay=0.05))) as target:
+    engine = ScriptedEngine(Script(slots=1, token_delay=0.05))
+    async with serving(engine) as target:
         calls = [target.stub.GenerateAll(pb.GenerationRequest(text="x", max_tokens=5000)) for _ in range(20)]
+
+        async def others_wait() -> bool:
+            stats = await target.stub.GetStats(pb.GetStatsRequest())
+            return engine.running == 1 and bool(stats.active + stats.queued == len(calls))
+
+        await until(others_wait, "one call runs, and the others wait")
         health = health_pb2_grpc.HealthStub(target.channel)
         for _ in range(10):
             assert (await health.Check(health_pb2.HealthCheckRequest(service=SERVICE), timeout=5)).status == SERVING
@@ -125,7 +132,7 @@ async def test_calls_are_taken_in_the_withdraw_window_although_health_says_other
             target = await client.enter_async_context(connected(f"127.0.0.1:{port}"))
             watch = health_pb2_grpc.HealthStub(target.channel).Watch(health_pb2.HealthCheckRequest())
             assert (await watch.read()).status == SERVING
-            # It keeps the server draining for as long as the test looks at it.
+            # This call keeps the server draining while the test watches.
             long = asyncio.ensure_future(drained(target.stub.GenerateAll(pb.GenerationRequest(text="x", max_tokens=300))))
             await until(lambda: engine.running == 1, "it runs")
 
@@ -139,7 +146,7 @@ async def test_calls_are_taken_in_the_withdraw_window_although_health_says_other
         await looking
         await long
     assert outcomes[0] is grpc.StatusCode.OK
-    # grpc itself ends with CANCELLED what arrives in the moment of the stop (grpc#41785).
+    # grpc itself ends calls that arrive at the moment of the stop with CANCELLED (grpc#41785).
     assert set(outcomes) - {grpc.StatusCode.CANCELLED} == {grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE}
 
 
@@ -158,7 +165,7 @@ async def test_running_calls_finish_within_the_drain_timeout() -> None:
 REQUEST = pb.GenerationRequest(text="x", max_tokens=50)
 
 
-async def test_what_is_not_over_after_the_drain_timeout_ends_with_a_status_that_says_why() -> None:
+async def test_a_call_that_outlasts_the_drain_timeout_ends_with_a_status_that_says_why() -> None:
     engine = ScriptedEngine(Script(hang_after=2))
     async with AsyncExitStack() as client:
         async with serve(engine, Settings(address="127.0.0.1:0", drain_timeout=1)) as port:
@@ -205,7 +212,7 @@ class RemoteEngine(ScriptedEngine):
         return EngineStats(backlog=0, num_total_runners=self.runners)
 
 
-async def test_health_follows_the_engine_and_runners_theirs() -> None:
+async def test_health_follows_the_engine_and_its_runners() -> None:
     engine = RemoteEngine()
     engine.runners = 0
     async with serving(engine, health_interval=0.01) as target:
@@ -227,7 +234,7 @@ async def test_health_follows_the_engine_and_runners_theirs() -> None:
         for error in (EngineUnavailableError("gone"), EngineSetupError("no class", {}), RuntimeError("a bug")):
             engine.error = error
             await become(NOT_SERVING, NOT_SERVING, NOT_SERVING)
-            # What health says turns no call away.
+            # Calls are accepted whatever health says.
             await drained(target.stub.GenerateAll(pb.GenerationRequest(text="x", max_tokens=1)))
             engine.error = None
             await become(SERVING, SERVING, SERVING)

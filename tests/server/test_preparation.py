@@ -28,7 +28,7 @@ REQUEST = GenerationRequest(text="x", max_tokens=1)
 
 
 class Workshop(ScriptedEngine):
-    """An engine that tokenizes until it is told that a prompt is done, whatever is cancelled meanwhile."""
+    """An engine that tokenizes a prompt until the test finishes it, even if the call is cancelled."""
 
     def __init__(self, script: Script | None = None) -> None:
         super().__init__(script or Script(tokenizers=2))
@@ -58,7 +58,7 @@ class Workshop(ScriptedEngine):
 async def workshop() -> AsyncIterator[Workshop]:
     engine = Workshop()
     yield engine
-    # Whatever waits for a thread that is never free keeps the event loop from being closed.
+    # A call that waited forever for a thread would keep the event loop from closing.
     await until(lambda: engine.finish_all() == 0, "nothing is at work")
 
 
@@ -115,7 +115,7 @@ async def test_a_higher_priority_is_next() -> None:
         assert those.engine.begun == ["a", "high", "high too", "low"]
 
 
-async def test_a_thread_is_held_until_it_is_free_whatever_became_of_the_call() -> None:
+async def test_a_call_keeps_its_thread_until_the_work_is_done_even_if_the_call_is_cancelled() -> None:
     async with prompts() as those:
         first = await those.come("a1", "a")
         second = await those.come("a2", "a")
@@ -158,7 +158,7 @@ async def test_the_prompt_is_charged_when_it_is_tokenized_and_by_its_length_befo
     ("error", "charged"),
     [(PromptTooLongError(9000, 1, 8192), 9000), (PromptTooLongError(9000, 1, 8192, 0), 0), (EngineFailedError("x"), 0)],
 )
-async def test_a_prompt_that_is_refused_costs_what_was_counted(error: Exception, charged: int) -> None:
+async def test_a_prompt_that_is_refused_costs_the_tokens_that_were_counted(error: Exception, charged: int) -> None:
     async with prompts() as those:
         call = await those.come("x", "a")
         those.engine.at_work["x"].set_exception(error)
@@ -210,7 +210,7 @@ async def test_a_caller_that_cancels_has_no_more_threads_and_other_callers_go_on
         await until(lambda: engine.begun == ["hog", "o"], "another caller has a thread")
         engine.finish("o")
         await other
-        # What nobody waits for any more is charged all the same.
+        # The prompt of the cancelled call is charged all the same.
         engine.finish("hog", tokens=2000)
         await until(lambda: not engine.at_work, "the thread is free")
         with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -236,7 +236,11 @@ async def test_a_call_that_loses_its_place_ends_although_its_prompt_is_not_done(
             lost = [call("low", "first")]
             await until(lambda: engine.begun == ["first"], "its prompt is at work")
             lost.append(call("low", "second"))
-            await settled()
+
+            async def both_wait() -> bool:
+                return bool((await target.stub.GetStats(pb.GetStatsRequest(), metadata=metadata["high"])).queued == 2)
+
+            await until(both_wait, "the second waits too")
             taken = [call("high", f"high {number}") for number in range(2)]
             try:
                 for each in lost:
@@ -279,4 +283,4 @@ async def test_an_engine_that_fails_to_tokenize_is_in_doubt() -> None:
     async with serving(engine) as target:
         call = target.stub.GenerateAll(pb.GenerationRequest(text="x", max_tokens=1))
         assert await call.code() is grpc.StatusCode.INTERNAL
-        await until(lambda: engine.checks == 2, "it is checked at the start, and for this")
+        await until(lambda: engine.checks == 2, "it is checked at the start, and after the failure")
