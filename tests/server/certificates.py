@@ -1,4 +1,4 @@
-"""Client certificates for tests, made byte by byte: libraries refuse to make most of those that matter here."""
+"""Client certificates for tests, made byte by byte: libraries refuse to make most of the ones that matter here."""
 
 import base64
 import textwrap

@@ -35,7 +35,7 @@ async def queued(
 
 
 class Crowd:
-    """Callers of an admission, by name, and who of them has been let in."""
+    """The callers of an admission, by name, and which of them have been admitted."""
 
     def __init__(self, admission: Admission) -> None:
         self.admission = admission
@@ -54,7 +54,7 @@ class Crowd:
         time_remaining: float | None = None,
         prompt_is_read: asyncio.Event | None = None,
     ) -> None:
-        """Comes, and waits or is inside after this."""
+        """Makes a call, which waits or has been admitted when this returns."""
         self._leave[name] = asyncio.Event()
 
         async def stay() -> None:
@@ -82,7 +82,7 @@ class Crowd:
         await settled()
 
     async def rejected(self, name: str) -> None:
-        """Raises what ended the wait of one who was turned away later."""
+        """Raises the error that ended the wait of a call."""
         async with asyncio.timeout(10):
             await self._tasks.pop(name)
 

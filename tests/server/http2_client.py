@@ -18,7 +18,7 @@ def prefixed(message: bytes, *, compressed: bool = False, length: int | None = N
 
 
 class Stream:
-    """A call, and what came back so far."""
+    """A call, and its answer so far."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -57,12 +57,12 @@ class Client:
         return stream
 
     def reset(self, stream: Stream) -> None:
-        """Takes a call back."""
+        """Cancels a call."""
         self._http2.reset_stream(stream.number, ErrorCodes.CANCEL)
         self._flush()
 
     async def send(self, stream: Stream, data: bytes, *, end: bool = False) -> int:
-        """Sends bytes as the server takes them, until the call ends; returns how many it took."""
+        """Sends bytes as the server takes them, until the call ends; returns how many the server took."""
         sent = 0
         try:
             while sent < len(data) and not stream.ended.is_set():

@@ -1,4 +1,4 @@
-"""Who is let in, who waits and for how long, and who is turned away with what to do about it."""
+"""Admission: which calls start, which wait, and which are refused."""
 
 import asyncio
 
@@ -26,12 +26,12 @@ async def test_a_call_weighs_its_samples_and_nobody_overtakes_it() -> None:
         await people.come("a", 3)
         await people.come("big", 3)
         await people.come("small", 1)
-        assert people.inside == ["a"], "there is room for one, but it is not its turn"
+        assert people.inside == ["a"], "there is a slot for the small call, but the big one is first"
         await people.leave("a")
         assert people.inside == ["big", "small"]
 
 
-async def test_one_that_gives_up_lets_those_behind_it_in() -> None:
+async def test_a_call_that_gives_up_lets_the_calls_behind_it_in() -> None:
     async with crowd(4) as people:
         await people.come("a", 3)
         await people.come("big", 3)
@@ -40,7 +40,7 @@ async def test_one_that_gives_up_lets_those_behind_it_in() -> None:
         assert people.inside == ["a", "small"]
 
 
-async def test_a_call_with_more_samples_than_may_ever_run_has_the_server_for_itself() -> None:
+async def test_a_call_with_more_samples_than_may_ever_run_runs_alone() -> None:
     async with crowd(4) as people:
         await people.come("a")
         await people.come("huge", 9)
@@ -71,7 +71,7 @@ async def test_a_higher_priority_does_not_wait_for_a_large_call_of_a_lower_one()
         assert people.inside == ["a", "urgent"]
 
 
-async def test_more_than_may_wait_are_turned_away() -> None:
+async def test_a_call_for_which_the_queue_has_no_place_is_refused() -> None:
     async with crowd(1, max_queued=3) as people:
         await people.come("a")
         await people.come("b", 1)
@@ -84,7 +84,7 @@ async def test_more_than_may_wait_are_turned_away() -> None:
         assert people.admission.queued == 3
 
 
-async def test_with_no_queue_who_cannot_start_is_turned_away() -> None:
+async def test_without_a_queue_a_call_that_cannot_start_is_refused() -> None:
     async with crowd(2, max_queued=0) as people:
         await people.come("a")
         await people.come("b")
@@ -95,7 +95,7 @@ async def test_with_no_queue_who_cannot_start_is_turned_away() -> None:
         assert people.inside == ["b", "c"]
 
 
-async def test_who_waits_for_its_prompt_to_be_read_is_passed_but_keeps_its_place() -> None:
+async def test_a_call_whose_prompt_is_being_read_is_overtaken_but_keeps_its_place() -> None:
     async with crowd(1, max_queued=3) as people:
         is_read = asyncio.Event()
         await people.come("unread", prompt_is_read=is_read)
@@ -125,7 +125,7 @@ async def test_while_its_prompt_is_read_a_call_holds_a_place_in_the_queue() -> N
             await people.rejected("unread too")
 
 
-async def test_a_higher_priority_finds_a_place_where_lower_ones_wait() -> None:
+async def test_a_higher_priority_evicts_lower_ones_from_a_full_queue() -> None:
     async with crowd(2, max_queued=3) as people:
         await people.come("a", 2)
         await people.come("low", priority=-1)
@@ -148,7 +148,7 @@ async def test_a_higher_priority_finds_a_place_where_lower_ones_wait() -> None:
         assert people.inside == ["high"]
 
 
-async def test_no_more_are_let_in_than_the_engine_has_slots() -> None:
+async def test_no_more_samples_are_admitted_than_the_engine_has_slots() -> None:
     async with crowd(10) as people:
         people.admission.set_capacity(2, None)
         for name in "abc":

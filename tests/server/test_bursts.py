@@ -52,7 +52,7 @@ async def test_of_3000_calls_at_once_each_is_served_or_refused_with_details(meth
     assert outcomes["OK"] >= 200
 
 
-async def test_2000_streams_at_once_are_all_served_where_the_limits_allow_that() -> None:
+async def test_2000_streams_at_once_are_all_served_if_the_limits_allow_it() -> None:
     async with serving(ScriptedEngine(Script(token_delay=0.02)), max_concurrent=2000) as target:
         assert await burst(target.address, "GenerateDeltas", 2000) == {"OK": 2000}
 

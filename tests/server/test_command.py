@@ -116,7 +116,7 @@ async def _read_on(call: Any) -> grpc.StatusCode:
         (["--engine", "scripted", "--address", "256.0.0.1:1"], ["256.0.0.1:1"]),
     ],
 )
-async def test_what_keeps_it_from_starting_is_said_in_one_line(arguments: list[str], names: list[str]) -> None:
+async def test_an_error_at_the_start_is_said_in_one_line(arguments: list[str], names: list[str]) -> None:
     async with command("--address", "127.0.0.1:0", *arguments) as process:
         out, err = await asyncio.wait_for(process.communicate(), 30)
         assert process.returncode == 1

@@ -42,7 +42,7 @@ class Source:
     async def run(self, sink: Sink) -> None:
         await asyncio.sleep(self._delay)
         for event in (Started(), *self._events):
-            while sink.is_full:  # noqa: ASYNC110 - as engines do that make a step now and then
+            while sink.is_full:  # noqa: ASYNC110 - as an engine does that generates step by step
                 await asyncio.sleep(0)
             sink.emit(event)
             self.taken += not isinstance(event, Started)
@@ -64,7 +64,7 @@ class Source:
 
 
 class Reader:
-    """Takes a message when it is let."""
+    """Takes a message each time the test permits it."""
 
     def __init__(self) -> None:
         self.begun = 0
@@ -96,7 +96,7 @@ async def settled() -> None:
         await asyncio.sleep(0)
 
 
-async def test_what_piles_up_leaves_as_one_message_for_each_sample() -> None:
+async def test_waiting_events_leave_as_one_message_for_each_sample() -> None:
     source = Source(
         TextDelta(0, "a", 1),
         TextDelta(0, "b", 2),
@@ -139,7 +139,7 @@ async def test_one_event_may_be_larger_than_the_buffer() -> None:
     assert [message.index for message in reader.read] == [0, 1]
 
 
-async def test_the_stream_ends_at_once_where_it_is_to() -> None:
+async def test_the_stream_ends_at_once_if_the_policy_says_so() -> None:
     reader = Reader()
     source = Source(*(TextDelta(0, "abc", number) for number in range(1, 101)))
     with pytest.raises(SlowReaderError):
@@ -147,7 +147,7 @@ async def test_the_stream_ends_at_once_where_it_is_to() -> None:
     assert reader.read == []
 
 
-async def test_the_stream_ends_at_once_where_each_event_is_larger_than_the_buffer() -> None:
+async def test_the_stream_ends_at_once_if_each_event_is_larger_than_the_buffer() -> None:
     source = Source(*(finished(index, "x" * 1000) for index in range(16)))
     with pytest.raises(SlowReaderError):
         async with asyncio.timeout(20):
@@ -167,7 +167,7 @@ async def test_a_source_that_is_slow_is_not_the_readers_fault() -> None:
     assert len(reader.read) == 1
 
 
-async def test_an_error_comes_after_what_came_before_it() -> None:
+async def test_an_error_is_raised_after_all_earlier_events_are_written() -> None:
     reader = Reader()
     reader.may_read(5)
     with pytest.raises(KeyError):
@@ -202,8 +202,8 @@ class CountingEngine(PulledEngine):
 
 @asynccontextmanager
 async def one_that_stops_reading(method: str, **settings: Any) -> AsyncIterator[tuple[CountingEngine, Any]]:
-    """Gives an engine that generates a lot, and a call of which nothing is read. Little fits between the two."""
-    # Samples come only when they are whole: enough of them, of half a MB and more each, that end one after the other.
+    """Gives an engine that generates much text, and a call whose answer is not read. The buffers between the two are small."""
+    # `Generate` sends only whole samples, so there are many, of half a MB or more each, that end one after the other.
     ends: dict[str, Any] = {"end_after": 25, "stagger": 5} if method == "Generate" else {}
     engine = CountingEngine(Script(text="x" * 20000, bytes_per_token=20000, token_delay=0.001, **ends))
     options = [("grpc.http2.bdp_probe", 0), ("grpc.max_receive_message_length", -1)]
@@ -218,14 +218,14 @@ async def one_that_stops_reading(method: str, **settings: Any) -> AsyncIterator[
         yield engine, call
 
 
-async def test_an_answer_that_nobody_reads_gives_its_place_up_and_then_arrives() -> None:
+async def test_an_unread_answer_gives_up_its_slot_and_still_arrives() -> None:
     engine = ScriptedEngine(Script(text="x" * 20000, bytes_per_token=20000))
     options = [("grpc.http2.bdp_probe", 0), ("grpc.max_receive_message_length", -1)]
     async with (
         serving(engine, max_concurrent=1, max_queued=0, slow_reader_timeout=2) as target,
         grpc.aio.insecure_channel(target.address, options=options) as channel,
     ):
-        # As a stream, of which a client may take nothing: of a single answer, gRPC takes all there is at once.
+        # Called as a stream, because a client may leave a stream unread. gRPC reads a single answer at once.
         path = "/flywheel.v1.GenerationService/GenerateAll"
         generate = channel.unary_stream(path, pb.GenerationRequest.SerializeToString, pb.GenerationResponse.FromString)
         call: Any = generate(pb.GenerationRequest(text="x", max_tokens=1000))
@@ -235,7 +235,7 @@ async def test_an_answer_that_nobody_reads_gives_its_place_up_and_then_arrives()
         async def taken() -> bool:
             return await target.stub.GenerateAll(pb.GenerationRequest(text="x", max_tokens=1)).code() is not grpc.StatusCode.OK
 
-        assert await taken(), "for as long as it may be read"
+        assert await taken(), "the call keeps its slot while its answer may still be read"
 
         async def free() -> bool:
             return not await taken()
@@ -248,7 +248,7 @@ async def test_an_answer_that_nobody_reads_gives_its_place_up_and_then_arrives()
 
 
 async def rest(call: Any) -> tuple[int, grpc.aio.AioRpcError | None]:
-    """Reads on, and returns how many samples finished, and the error that it ended with."""
+    """Reads to the end of the call, and returns how many samples finished, and the error of the call."""
     finished = 0
     try:
         while message := await call.read():
@@ -265,7 +265,7 @@ async def test_the_engine_waits_for_a_reader_that_stops_and_goes_on_with_it() ->
             before = engine.taken
             await asyncio.sleep(0.1)
         assert engine.running == 1
-        assert 0 < engine.taken < 1000, "of 2500"
+        assert 0 < engine.taken < 1000, "of 2500 deltas"
         assert await rest(call) == (5, None)
 
 
@@ -273,7 +273,7 @@ async def test_the_engine_waits_for_a_reader_that_stops_and_goes_on_with_it() ->
 @pytest.mark.parametrize("settings", [{"slow_reader": "end"}, {"slow_reader_timeout": 0.3}], ids=["end", "wait"])
 async def test_a_reader_that_stops_loses_the_stream_and_learns_why(settings: dict[str, Any], method: str) -> None:
     async with one_that_stops_reading(method, **settings) as (engine, call):
-        await until(lambda: engine.running == 0, "its work and its place are given up although it reads nothing")
+        await until(lambda: engine.running == 0, "the server ends the generation although the caller reads nothing")
         finished, error = await rest(call)
         assert finished < 16
         assert error is not None

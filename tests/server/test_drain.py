@@ -1,4 +1,4 @@
-"""A server that stops: its port closes, its callers are told to leave, and what was accepted finishes."""
+"""A server that stops: its port closes, its callers are told to leave, and accepted calls finish."""
 
 import asyncio
 import signal
@@ -89,7 +89,7 @@ async def reflecting(target: Target, version: str) -> Any:
 
 
 async def sending(target: Target, method: str) -> Any:
-    """Makes a call whose request does not arrive, and returns it when the server waits for that."""
+    """Makes a call whose request does not arrive, and returns the call when the server waits for the request."""
     call = target.channel.stream_stream(PATH + method, bytes, bytes)()
     await call.wait_for_connection()
     # Calls are accepted one after the other.
@@ -102,11 +102,11 @@ LASTING: dict[str, Callable[[Target], Any]] = {
     **{version: partial(reflecting, version=version) for version in VERSIONS},
     **{f"request of {method}": partial(sending, method=method) for method in METHODS},
 }
-"""Whatever a caller can have open for as long as it likes."""
+"""Calls that a caller can keep open for as long as it likes."""
 
 
 @pytest.mark.parametrize("lasting", LASTING.values(), ids=LASTING)
-async def test_what_lasts_is_told_that_the_server_stops_while_a_call_still_runs(
+async def test_lasting_calls_are_told_that_the_server_stops_while_a_generation_still_runs(
     lasting: Callable[[Target], Any], unused_tcp_port: int
 ) -> None:
     async with held(unused_tcp_port) as (server, target, running):
@@ -163,7 +163,7 @@ async def test_the_port_is_open_for_the_withdraw_window_and_closed_at_a_second_s
         server._running = asyncio.create_task(asyncio.sleep(0))
 
 
-async def test_nothing_that_lasts_holds_a_server_without_calls() -> None:
+async def test_no_lasting_call_delays_the_stop_of_a_server_without_generations() -> None:
     settings = Settings(address="127.0.0.1:0", withdraw_window=0, drain_timeout=60)
     async with AsyncExitStack() as clients:
         async with serve(ScriptedEngine(), settings) as port:
@@ -172,7 +172,7 @@ async def test_nothing_that_lasts_holds_a_server_without_calls() -> None:
             await idle.channel.channel_ready()
             calls = [await lasting(target) for lasting in LASTING.values()]
             for said in (b"", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])):
-                # One says nothing, the other begins HTTP/2 and then answers nothing, GOAWAY and its ping included.
+                # One sends nothing. The other begins HTTP/2, and then answers nothing, not even GOAWAY and its ping.
                 silent = clients.enter_context(socket.create_connection(("127.0.0.1", port)))
                 silent.sendall(said)
             began = time.monotonic()
@@ -181,7 +181,7 @@ async def test_nothing_that_lasts_holds_a_server_without_calls() -> None:
             await says_that_it_stops(call)
 
 
-async def test_one_whose_engine_is_dead_does_not_stay_to_refuse_calls() -> None:
+async def test_a_server_whose_engine_is_dead_does_not_stay_to_refuse_calls() -> None:
     engine = MortalEngine()
     async with asyncio.timeout(20), dying(engine, engine_death="exit", withdraw_window=60) as target:
         engine.dead.set()

@@ -28,7 +28,7 @@ INTERNALS = "what only the log may say"
 
 
 class FailingEngine(PulledEngine):
-    """Raises an error after as many events as it is told."""
+    """Raises an error after `after` events."""
 
     def __init__(self, error: Exception, after: int = 0) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ def details_of(error: grpc.aio.AioRpcError) -> dict[type[Message], Any]:
 
 
 async def details_of_a_deadline(make: Callable[[], Any]) -> dict[type[Message], Any]:
-    """Makes a call that outlasts its deadline, again where the client's own timer was first, which is seldom."""
+    """Returns the details of a call that outlasts its deadline. Repeats the call if the client's own timer was first."""
     for _ in range(10):
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await drained(make())
@@ -126,7 +126,9 @@ async def test_each_row_reaches_the_caller(
     [(Script(slots=1, hang_after=0), "IN_QUEUE"), (Script(hang_after=3), "IN_GENERATION")],
 )
 @pytest.mark.parametrize("method", METHODS)
-async def test_a_deadline_says_where_it_caught_the_call(script: Script, reason: str, method: str) -> None:
+async def test_a_deadline_says_whether_the_call_was_in_the_queue_or_in_generation(
+    script: Script, reason: str, method: str
+) -> None:
     engine = ScriptedEngine(script)
     async with serving(engine) as target:
         first = target.stub.GenerateAll(REQUEST) if reason == "IN_QUEUE" else None
@@ -189,7 +191,7 @@ asyncio.run(main())
     assert "SECRET" not in ran.stderr
 
 
-async def test_the_log_has_prompts_only_where_it_is_asked_for_them() -> None:
+async def test_the_log_has_prompts_only_if_the_settings_ask_for_them() -> None:
     for asked in (False, True):
         with capture_logs() as logs:
             async with serving(ScriptedEngine(), log_prompts=asked) as target:

@@ -1,6 +1,6 @@
-"""The faults of design and life: whatever breaks, each call ends with a status, the others go on, and nothing is left behind.
+"""Faults: whatever breaks, each call ends with a status, the other calls go on, and nothing is left behind.
 
-Certificates and keys that change are in test_tls and test_keys, dead engines in test_supervision, what the machine runs out of
+Certificates and keys that change are in test_tls and test_keys, dead engines in test_supervision, shortages of the machine
 in test_shortage, readers of the log that stall in test_stalled_readers, readers of streams that stall in test_delivery, and
 servers that are stopped, killed and started again in tests/client/test_restart.
 """
@@ -46,7 +46,7 @@ async def test_an_engine_that_breaks_never_ends_with_ok(error: Exception, after:
         async def events(self, prepared: Any) -> Any:
             async for event in super().events(prepared):
                 yield event
-            # After the last event there is none that FailingEngine could fail at.
+            # FailingEngine fails only before an event, so not after the last one.
             raise self.error
 
     async with serving(Engine(error, after)) as target:
@@ -97,7 +97,7 @@ class OddEngine(ScriptedEngine):
 
 
 async def refusal(target: Target, method: str) -> tuple[grpc.StatusCode, str]:
-    """Makes a call that fails, and returns its status with the reason. Nothing may be left of it."""
+    """Makes a call that fails, checks that nothing is left of the call, and returns its status and reason."""
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await drained(getattr(target.stub, method)(REQUEST, timeout=20))
     stats = await target.stub.GetStats(pb.GetStatsRequest())
@@ -109,7 +109,7 @@ FAILED = (grpc.StatusCode.INTERNAL, "ENGINE_FAILED")
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("error", [SystemExit(1), GeneratorExit(), BaseException("as that of a panic in Rust")], ids=repr)
+@pytest.mark.parametrize("error", [SystemExit(1), GeneratorExit(), BaseException("as a panic in Rust raises")], ids=repr)
 async def test_an_engine_cannot_end_more_than_the_call(error: BaseException, method: str) -> None:
     async def generate(_: PreparedRequest, sink: Sink) -> None:
         sink.emit(Started())
@@ -172,7 +172,7 @@ async def test_what_an_engine_emits_after_its_call_has_ended_is_ignored(begins: 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("answer", [RuntimeError("cancelled"), None], ids=repr)
-async def test_whatever_an_engine_makes_of_its_cancel_the_call_ends_with_what_ended_it(
+async def test_a_cancelled_call_ends_with_the_reason_for_the_cancel_whatever_its_engine_raises(
     answer: Exception | None, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def generate(_: PreparedRequest, sink: Sink) -> None:
@@ -190,7 +190,7 @@ async def test_whatever_an_engine_makes_of_its_cancel_the_call_ends_with_what_en
 
 
 @pytest.mark.parametrize("method", METHODS)
-async def test_an_engine_that_hangs_holds_nobody_past_the_deadline(method: str) -> None:
+async def test_an_engine_that_hangs_holds_no_call_past_its_deadline(method: str) -> None:
     engine = ScriptedEngine(Script(hang_after=3))
     async with serving(engine) as target:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -257,7 +257,7 @@ async def test_an_engine_without_memory_ends_calls_with_a_status_and_does_not_ha
         async with connected(address) as target:
             await target.stub.GenerateAll(pb.GenerationRequest(text="Hello", max_tokens=2))
             size = psutil.Process(process.pid).memory_info().vms
-            # No further thread finds room for its stack, and large buffers none.
+            # There is no memory for the stack of another thread, nor for large buffers.
             resource.prlimit(process.pid, resource.RLIMIT_AS, (size + 2**20, resource.RLIM_INFINITY))
             chance = random.Random(1)
             request = pb.GenerationRequest(text="word " * 1500, max_tokens=8)
@@ -274,8 +274,8 @@ async def test_an_engine_without_memory_ends_calls_with_a_status_and_does_not_ha
                 call = target.stub.GenerateAll(pb.GenerationRequest(text="Hello", max_tokens=2), timeout=5)
                 return await code_of(call) is grpc.StatusCode.OK
 
-        # How far it got is the system's affair.
-        await until(serves_or_is_gone, "it goes on, has started its engine again, or has ended for all to see")
+        # How the server ends depends on where memory runs out first.
+        await until(serves_or_is_gone, "the server goes on, has restarted its engine, or has exited with an error")
 
 
 async def test_a_signal_while_prompts_are_tokenized_ends_the_server_as_always() -> None:
@@ -283,7 +283,7 @@ async def test_a_signal_while_prompts_are_tokenized_ends_the_server_as_always() 
     async with command("--address", "127.0.0.1:0", *settings) as process:
         _, address = await ready_line(process)
         async with connected(address) as target:
-            # One word, which takes a second or more, and nothing can interrupt.
+            # One word, whose tokenization takes a second or more, and cannot be interrupted.
             call = target.stub.GenerateAll(pb.GenerationRequest(text="-" * 600_000, max_tokens=1))
 
             async def arrived() -> bool:
@@ -301,7 +301,7 @@ async def test_a_peer_that_takes_nothing_does_not_keep_the_server_from_stopping(
     async with AsyncExitStack() as client:
         async with asyncio.timeout(None) as stopping, serve(engine, settings) as port:
             cable = await client.enter_async_context(through_a_cable(f"127.0.0.1:{port}"))
-            # The client lets the server send as much as it likes, so that it is the socket that takes no more.
+            # The client lets the server send as much as it likes, so that the socket is what fills up.
             options = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 2**30)]
             channel = await client.enter_async_context(grpc.aio.insecure_channel(cable.address, options=options))
             stub: Any = generation_pb2_grpc.GenerationServiceStub(channel)
@@ -313,7 +313,7 @@ async def test_a_peer_that_takes_nothing_does_not_keep_the_server_from_stopping(
             while taken != engine.taken:
                 taken = engine.taken
                 await asyncio.sleep(0.3)
-            assert engine.running == 3, "nothing goes out any more"
+            assert engine.running == 3, "the calls still run, although nothing more is sent"
             # A ping without an answer ends the connection after 20 s.
             stopping.reschedule(asyncio.get_running_loop().time() + 12)
         for call in calls:

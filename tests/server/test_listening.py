@@ -1,4 +1,4 @@
-"""Where the server listens, for whom, and what one client may have of it."""
+"""Where the server listens, who may connect, and how much one client may use."""
 
 import asyncio
 import socket
@@ -52,20 +52,20 @@ async def test_the_loopback_interface_is_open(address: str) -> None:
         try:
             await listening(address=address)
         except OSError:
-            assert address.startswith("["), "only that may be missing on a machine"
+            assert address.startswith("["), "only IPv6 may be missing on a machine"
     assert "no TLS" not in str(logs)
 
 
 @pytest.mark.parametrize("settings", [{"api_keys": KEY}, {"allow_unauthenticated_network_callers": True}])
 async def test_what_opens_it_to_a_network_and_the_warning_without_tls(settings: dict[str, Any]) -> None:
     with capture_logs() as logs:
-        # Any name but localhost may lead anywhere, so this is the loopback interface to the system only.
+        # Any name but localhost may lead anywhere, so only the system knows that this is the loopback interface.
         await listening(address="LOCALHOST:0", **settings)
     assert "in the clear" in str(logs)
 
 
 @pytest.mark.parametrize(("version", "warned"), [("1.73.1", True), ("1.83.9", True), ("1.84.0", False), ("2.0.0rc1", False)])
-async def test_a_grpc_that_keeps_more_than_it_should_is_warned_of(
+async def test_a_grpc_version_that_buffers_requests_of_any_length_is_warned_of(
     version: str, warned: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("grpc.__version__", version)
@@ -131,10 +131,10 @@ async def test_the_limit_holds_before_a_client_has_acknowledged_the_settings_of_
 async def test_a_connection_has_so_many_calls_at_a_time_and_further_ones_wait() -> None:
     engine = ScriptedEngine(Script(hang_after=1))
     async with serving(engine, max_streams=3) as target:
-        # After it, the client knows the limit, and holds back what exceeds it.
+        # After this call, the client knows the limit, and holds back further calls.
         await target.stub.GenerateAll(ONE)
         calls = [target.stub.GenerateAll(pb.GenerationRequest(text="x", max_tokens=9)) for _ in range(5)]
-        await until(lambda: engine.running == 3, "as many run as may")
+        await until(lambda: engine.running == 3, "as many run as the limit allows")
         # Another connection has calls of its own.
         own = [("grpc.use_local_subchannel_pool", 1)]
         async with grpc.aio.insecure_channel(target.address, options=own) as channel:
@@ -153,7 +153,7 @@ async def test_only_so_many_connections_at_a_time() -> None:
 
         async def connect(stack: AsyncExitStack) -> asyncio.StreamReader:
             reader, writer = await asyncio.open_connection(host, int(port))
-            # Holds the writer, which closes the connection when it is collected.
+            # Keeps the writer, because it closes the connection when it is collected.
             stack.push(lambda *_: writer.transport.abort())
             # The preface of HTTP/2 and empty settings.
             writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]))

@@ -1,4 +1,4 @@
-"""The log has the status that the caller gets, and none of ours for a call to which gRPC itself has given another."""
+"""The log has the status that the caller gets, and no status of ours for a call that gRPC itself has ended."""
 
 import asyncio
 from collections import defaultdict
@@ -77,7 +77,7 @@ CALLS = {
 }
 """How a call may go wrong before a generation begins."""
 
-# How gRPC ends what it refuses by itself depends on its version: 1.73 resets some of these streams.
+# How gRPC ends the calls that it refuses by itself depends on its version: 1.73 resets some of these streams.
 TRIED = {name: sent for name, sent in CALLS.items() if sent.is_logged or GRPC >= (1, 85)}
 
 
@@ -105,7 +105,7 @@ async def send(client: Client, sent: Sent, method: str, request_id: str) -> str:
 
 
 @pytest.mark.parametrize("method", METHODS)
-async def test_it_is_the_one_that_the_caller_gets(method: str) -> None:
+async def test_the_logged_status_is_the_one_that_the_caller_gets(method: str) -> None:
     async with logged(ScriptedEngine(), **LIMITS) as (target, codes), http2(target.address) as client:
         ids = {f"{id_of(name)}-{number}": sent for name, sent in TRIED.items() for number in range(5)}
         got = await asyncio.gather(*(send(client, sent, method, request_id) for request_id, sent in ids.items()))
@@ -117,8 +117,8 @@ async def test_it_is_the_one_that_the_caller_gets(method: str) -> None:
     assert not codes
 
 
-async def test_it_is_so_too_when_grpc_tells_first_that_no_message_comes_and_then_that_the_call_has_ended() -> None:
-    """Makes calls until gRPC has, which it does with one in a hundred."""
+async def test_it_is_also_if_grpc_reports_a_missing_message_before_the_end_of_the_call() -> None:
+    """Makes 600 calls, because gRPC does this with one in a hundred."""
     sent = CALLS["compressed without encoding"]
     got: list[str] = []
     async with logged(ScriptedEngine(), **LIMITS) as (target, codes), http2(target.address) as client:
@@ -129,7 +129,7 @@ async def test_it_is_so_too_when_grpc_tells_first_that_no_message_comes_and_then
 
 
 class RefusingEngine(PulledEngine):
-    """Raises an error when a call ends, as an engine may that is told to stop in the middle of something."""
+    """Raises an error when a call is cancelled, as an engine may if it is interrupted."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__(Script(hang_after=1))
@@ -155,14 +155,14 @@ async def left(target: Target, engine: ScriptedEngine, method: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-async def test_what_the_server_would_have_said_to_a_caller_who_has_gone_is_not_logged(method: str) -> None:
+async def test_the_status_of_a_call_whose_caller_has_gone_is_not_logged(method: str) -> None:
     engine = RefusingEngine(EngineOverloadedError("full"))
     async with logged(engine) as (target, codes):
         await left(target, engine, method)
     assert not codes
 
 
-async def test_a_fault_of_the_servers_own_is_logged_whoever_hears_of_it() -> None:
+async def test_a_fault_of_the_server_is_logged_even_if_the_caller_has_gone() -> None:
     engine = RefusingEngine(EngineFailedError("broken"))
     async with logged(engine) as (target, codes):
         await left(target, engine, "GenerateAll")

@@ -101,7 +101,7 @@ async def test_a_method_that_does_not_write_its_answer_fails_at_its_first_call(s
     assert shape.__name__ in line["cause"]
 
 
-async def test_the_handler_of_a_method_is_wrapped_once_and_none_is_kept_of_a_method_that_is_not_there(
+async def test_the_handler_of_a_method_is_wrapped_once_and_none_is_kept_for_an_unknown_method(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     looked_up: list[str] = []

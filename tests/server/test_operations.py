@@ -1,4 +1,4 @@
-"""Operations of gRPC go on when nobody waits for them any more, and no wait for one lasts longer than it may."""
+"""Operations of gRPC go on when nobody waits for them any more, and no wait for an operation outlasts its timeout."""
 
 import asyncio
 import time
@@ -19,7 +19,7 @@ TIMEOUT = 0.3
 
 
 class Steps:
-    """An operation that takes as many steps as it is let make."""
+    """An operation in steps, each of which the test lets it make."""
 
     def __init__(self, *steps: Any) -> None:
         self.steps = [asyncio.get_running_loop().create_future() for _ in steps]
@@ -125,7 +125,7 @@ async def test_each_wait_ends_in_its_own_time() -> None:
         await asyncio.sleep(TIMEOUT / 4)
     for error, seconds in await asyncio.gather(*endings):
         assert error is IncompleteRequestError
-        # The rest is for a machine that is busy.
+        # The two seconds are for a busy machine.
         assert TIMEOUT * 0.9 <= seconds < TIMEOUT + running_time.TICK + 2
 
 
@@ -138,11 +138,11 @@ async def test_a_wait_whose_operation_ends_in_time_has_its_result_and_bounds_no_
     await finish(steps)
     assert await first == "done"
     assert (await second)[0] is IncompleteRequestError
-    # And the next ones, for which somebody has to look again.
+    # A later wait, for which the timer must be set again, ends too.
     assert (await ending(waits.wait(never())))[0] is IncompleteRequestError
 
 
-async def test_what_arrives_while_the_event_loop_is_held_up_has_arrived() -> None:
+async def test_a_result_that_arrives_while_the_event_loop_is_held_up_is_in_time() -> None:
     waits = OperationWaiter(TIMEOUT, IncompleteRequestError)
     arrives = Steps("in time")
     waiting = asyncio.ensure_future(waits.wait(Operation(arrives.run())))
@@ -156,7 +156,7 @@ async def test_what_arrives_while_the_event_loop_is_held_up_has_arrived() -> Non
     assert await waiting == "in time"
 
 
-async def test_the_end_of_waits_ends_those_that_are_open_and_those_to_come() -> None:
+async def test_end_ends_all_waits_present_and_future() -> None:
     waits = OperationWaiter(60, IncompleteRequestError)
     endings = [asyncio.ensure_future(ending(waits.wait(never()))) for _ in range(3)]
     await settled()
@@ -178,7 +178,7 @@ async def test_a_cancelled_wait_is_forgotten() -> None:
 
 
 async def test_a_message_that_comes_after_its_read_was_given_up_is_taken_from_grpc() -> None:
-    """Else grpc keeps it for ever. Over the wire, because it is grpc's own coroutine that is driven."""
+    """Otherwise, grpc would keep it forever. Goes over the wire, because the coroutine must be grpc's own."""
     reads: list[Operation[Any]] = []
 
     async def handle(_: object, context: Any) -> None:

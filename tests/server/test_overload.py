@@ -1,4 +1,4 @@
-"""A server with more calls than it works on: who waits, and who is turned away with when to come back."""
+"""A server with more calls than it works on: which calls wait, and which are refused with a retry delay."""
 
 import asyncio
 from contextlib import AsyncExitStack
@@ -30,7 +30,7 @@ async def full(target: Target, engine: ScriptedEngine, calls: int) -> AsyncExitS
 
 
 @pytest.mark.parametrize("method", METHODS)
-async def test_a_full_server_refuses_with_when_to_come_back(method: str) -> None:
+async def test_a_full_server_refuses_calls_with_a_retry_delay(method: str) -> None:
     engine = ScriptedEngine(Script(hang_after=1))
     async with serving(engine, max_concurrent=2, max_queued=0) as target, await full(target, engine, 2):
         with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -41,7 +41,7 @@ async def test_a_full_server_refuses_with_when_to_come_back(method: str) -> None
         assert details[RetryInfo].retry_delay.ToMilliseconds() > 0
 
 
-async def test_what_does_not_generate_never_queues() -> None:
+async def test_calls_that_do_not_generate_never_queue() -> None:
     engine = ScriptedEngine(Script(hang_after=1))
     async with serving(engine, max_concurrent=1, max_queued=1) as target, await full(target, engine, 1):
         waiting = target.stub.GenerateAll(ONE)
@@ -57,7 +57,7 @@ async def test_what_does_not_generate_never_queues() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-async def test_who_waits_is_let_in_and_who_cancels_is_not(method: str) -> None:
+async def test_a_waiting_call_is_admitted_unless_it_is_cancelled(method: str) -> None:
     engine = ScriptedEngine(Script(hang_after=5))
     async with serving(engine, max_concurrent=1, max_queued=2) as target:
         holding = await full(target, engine, 1)
@@ -81,7 +81,7 @@ async def test_a_deadline_bounds_the_wait() -> None:
         assert details[ErrorInfo].reason == "IN_QUEUE"
 
 
-async def test_the_queue_is_the_servers_where_the_engine_has_few_slots() -> None:
+async def test_an_engine_with_few_slots_has_the_queue_of_the_server() -> None:
     class NarrowEngine(ScriptedEngine):
         def model(self) -> EngineModel:
             return replace(super().model(), slots=1)

@@ -53,9 +53,9 @@ PROTECTED = "flywheel.v1.GenerationService"
 
 
 async def methods(target: Target) -> dict[str, int]:
-    """Returns the methods that the server says it has, and some that it does not, with how it refuses a stranger's bad calls.
+    """Returns the methods that the server says it has, and some that it does not have, each with its answer to a stranger.
 
-    That is the status of calls that end before their request is received, and 0 for methods that receive one.
+    The answer is the status of a call that is refused before its request is received; 0 if the method receives the request.
     """
     reflection: Any = reflection_pb2_grpc.ServerReflectionStub(target.channel)
     asked = iter([reflection_pb2.ServerReflectionRequest(list_services="")])
@@ -74,7 +74,7 @@ async def methods(target: Target) -> dict[str, int]:
 
 @asynccontextmanager
 async def locked(**settings: Any) -> AsyncIterator[Target]:
-    """Serves those with a key."""
+    """Serves only callers with a key."""
     async with serving(ScriptedEngine(Script(text="x")), api_keys=KEY, **settings) as target:
         yield target
 
@@ -108,9 +108,7 @@ async def test_a_large_request_is_refused_by_every_method(headers: Any, message:
 
 
 @pytest.mark.parametrize("beginning", [b"", prefixed(b"", length=100), prefixed(b"x" * 99, length=100)])
-async def test_a_request_that_does_not_come_is_not_waited_for_by_any_method(
-    beginning: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_no_method_waits_for_a_request_that_does_not_arrive(beginning: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     async with locked() as target, http2(target.address) as stranger:
         paths = await methods(target)
         monkeypatch.setattr(public_limits, "SLOT_TIMEOUT", 0.2)
@@ -128,7 +126,7 @@ async def test_many_calls_of_any_method_keep_nobody_from_being_served(monkeypatc
                 if refusal:
                     assert {await call.status() for call in calls} == {refusal}, path
                     continue
-                # The last ones at once, the others when they have had their turn.
+                # The last calls end at once, the others when they have held a slot for too long.
                 for call in calls:
                     assert await call.status() in {RESOURCE_EXHAUSTED, DEADLINE_EXCEEDED}, path
 
@@ -191,7 +189,7 @@ async def test_strangers_with_many_connections_do_not_come_first_again_with_each
         wasting = []
         for stranger in strangers:
             wasting.append(asyncio.create_task(waste(stranger)))
-            await asyncio.sleep(period / connections)  # there is always one that has just begun a call
+            await asyncio.sleep(period / connections)  # at any time, one of them has just begun a call
         try:
             for _ in range(20):
                 await check(target, within=1)
@@ -233,7 +231,7 @@ async def test_a_connection_that_does_not_read_gets_few_answers(path: str, monke
 
 
 def _may_stay(path: str) -> int:
-    # Those that have a turn at the same time are answered before the first of them is known to be unread.
+    # Calls that hold slots at the same time are answered before the first answer is known to be unread.
     return MAX_CALLS_PER_CONNECTION if path == WATCH else MAX_UNREAD_ANSWERS + MAX_CONCURRENT_REQUESTS
 
 
@@ -256,7 +254,7 @@ async def test_reflection_answers_many_requests_and_each_has_the_limits(monkeypa
         monkeypatch.setattr(public_limits, "SLOT_TIMEOUT", 0.5)
         idle = client.begin(REFLECTION)
         await client.send(idle, request)
-        assert await idle.status() == OK, "it has an answer to all that was asked"
+        assert await idle.status() == OK, "each request has its answer"
         assert idle.data
 
 
@@ -365,5 +363,5 @@ async def test_strangers_cost_little_memory(attack: Callable[[Client], Any]) -> 
                 most = max(most, resident_mib(process.pid))
             await attacking
             await check(target)
-        # Each turn has a message of up to 4 MiB, which is copied on its way from gRPC to Python.
+        # Each slot has a message of up to 4 MiB, which is copied on its way from gRPC to Python.
         assert most - before < 3 * MAX_CONCURRENT_REQUESTS * 4

@@ -1,4 +1,4 @@
-"""What happens at the same moment: no slot is lost, nothing waits for ever, and every call ends in one of the ways it may."""
+"""Things that happen at the same moment: no slot is lost, nothing waits forever, and each call ends in an allowed way."""
 
 import asyncio
 import random
@@ -34,13 +34,13 @@ CALLER = Caller("team", max_concurrent=10, tokens_per_minute=10**9)
 
 
 async def hops(number: int) -> None:
-    """Lets the event loop go round so many times."""
+    """Lets the event loop run so many iterations."""
     for _ in range(number):
         await asyncio.sleep(0)
 
 
 class DelayedEngine(PulledEngine):
-    """Pauses at every seam for as long as chance has it."""
+    """Pauses for a random time before, between and after its events."""
 
     def __init__(self, chance: random.Random, script: Script | None = None) -> None:
         super().__init__(script)
@@ -59,7 +59,7 @@ class DelayedEngine(PulledEngine):
 
 
 class Race:
-    """A server's inside without the wire, so that a thousand rounds are quick."""
+    """The parts of a server without the wire, so that a thousand rounds are quick."""
 
     def __init__(self, seed: int, max_concurrent: int = 2, script: Script | None = None) -> None:
         self.chance = random.Random(seed)
@@ -105,7 +105,7 @@ class Race:
         return asyncio.create_task(call)
 
     async def end(self, *tasks: asyncio.Task[None]) -> None:
-        """Ends a round: all have ended in a way that they may, and nothing is left."""
+        """Ends a round: waits for its calls, and checks that each has ended in an allowed way, and that nothing is left."""
         async with asyncio.timeout(PATIENCE):
             for result in await asyncio.gather(*tasks, return_exceptions=True):
                 assert result is None or isinstance(result, asyncio.CancelledError), repr(result)
@@ -220,7 +220,7 @@ async def test_over_the_wire_no_place_is_lost(monkeypatch: pytest.MonkeyPatch) -
     assert min(seen["OK"], seen["CANCELLED"], seen["DEADLINE_EXCEEDED"], seen["RESOURCE_EXHAUSTED"]) > 10, seen
 
 
-async def test_places_are_not_lost_to_those_who_are_turned_away() -> None:
+async def test_no_place_is_lost_to_calls_that_are_refused() -> None:
     admission = Admission(2, max_queued=1)
     admission.set_capacity(2, 3)
     chance = random.Random(7)

@@ -1,4 +1,4 @@
-"""A request is received only from those who may call, and is not waited for for ever."""
+"""A request is received only from a caller who may call, and must arrive in time."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -26,7 +26,7 @@ async def nothing() -> AsyncIterator[bytes]:
 
 
 @pytest.mark.parametrize("method", METHODS)
-async def test_who_may_not_call_learns_it_before_the_request_has_arrived(method: str) -> None:
+async def test_a_caller_who_may_not_call_is_refused_before_the_request_has_arrived(method: str) -> None:
     async with serving(ScriptedEngine(), api_keys=KEY) as target:
         call = target.channel.stream_stream(PATH + method, bytes, bytes)(nothing())
         with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -35,7 +35,7 @@ async def test_who_may_not_call_learns_it_before_the_request_has_arrived(method:
 
 
 @pytest.mark.parametrize("method", METHODS)
-async def test_a_request_that_does_not_come_is_not_waited_for(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_request_that_does_not_arrive_ends_the_call(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "REQUEST_TIMEOUT", 0.05)
     async with serving(ScriptedEngine()) as target:
         call = target.channel.stream_stream(PATH + method, bytes, bytes)(nothing())
@@ -56,7 +56,7 @@ async def test_a_call_without_a_request_is_an_invalid_argument(method: str) -> N
         assert details_of(caught.value)[ErrorInfo].reason == "MALFORMED_REQUEST"
 
 
-async def test_what_comes_after_the_request_is_not_read() -> None:
+async def test_messages_after_the_request_are_not_read() -> None:
     request = pb.GenerationRequest(text="x", max_tokens=1).SerializeToString()
     async with serving(ScriptedEngine()) as target:
         call = target.channel.stream_stream(PATH + "GenerateAll", bytes, bytes)(iter([request, b"\xff", request]))

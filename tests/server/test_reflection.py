@@ -1,4 +1,4 @@
-"""Reflection answers tools of both generations."""
+"""Reflection answers tools that ask for v1, and tools that ask for v1alpha."""
 
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -44,7 +44,7 @@ class Conversation:
         return answer
 
     async def files(self, **request: Any) -> Files:
-        """Returns the files of the answer, by name, the one that was asked for first."""
+        """Returns the files of the answer by name, the requested file first."""
         return files_in(await self.ask(**request))
 
     async def is_missing(self, **request: Any) -> bool:
@@ -214,7 +214,7 @@ async def test_a_file_that_is_loaded_but_not_served_is_not_shown(version: str) -
 
 
 class Answers:
-    """What a servicer writes to."""
+    """A context that keeps the last answer."""
 
     def __init__(self) -> None:
         self.last = reflection.ServerReflectionResponse()

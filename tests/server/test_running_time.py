@@ -1,6 +1,6 @@
-"""Time in which the server does not run counts for nobody: whoever has done their part meanwhile is not late.
+"""Time in which the server does not run does not count: what was done in this time is not late.
 
-Most tests hold the event loop up, as native code may. The last ones stop the process.
+Most tests hold up the event loop, as native code may. The last tests stop the process.
 """
 
 import asyncio
@@ -38,7 +38,7 @@ from tests.serving import code_of, connected, serving, until
 TIMEOUT = 0.6
 HELD_UP = 0.7
 WORK = 0.2
-"""Seconds of some work that begins before the event loop is held up, and is over by then."""
+"""Seconds of work that begins before the event loop is held up, and is done when the loop runs again."""
 
 
 def hold_up(seconds: float = HELD_UP) -> None:
@@ -97,7 +97,7 @@ async def test_timeouts_and_timers_last_as_long_as_the_event_loop_runs() -> None
 
 
 @pytest.mark.thorough
-async def test_a_loop_that_is_always_slow_does_not_put_a_timeout_off_for_ever() -> None:
+async def test_a_loop_that_is_always_slow_does_not_put_a_timeout_off_forever() -> None:
     async def turn_slowly() -> None:
         async with running_time.timeout(TIMEOUT):
             for _ in range(10):
@@ -193,7 +193,7 @@ async def test_a_request_that_arrives_meanwhile_is_complete(path: str, monkeypat
         assert await stream.status() == 0
 
 
-async def test_how_long_calls_take_is_measured_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_service_times_leave_out_the_time_in_which_the_server_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(admission, "MIN_MEASURED_CALLS", 1)
     admitting = Admission(1, 0)
     async with queued(admitting, 1, ANYBODY) as place:
@@ -219,7 +219,7 @@ async def test_a_class_on_modal_is_not_doubted_for_it(monkeypatch: pytest.Monkey
 
 
 async def stopped(process: Process, seconds: float) -> None:
-    """Stops the process for so long."""
+    """Stops the process for so many seconds."""
     process.send_signal(signal.SIGSTOP)
     await asyncio.sleep(seconds)
     process.send_signal(signal.SIGCONT)
@@ -247,7 +247,7 @@ async def test_streams_and_a_drain_outlast_a_server_that_is_stopped() -> None:
             await asyncio.gather(*(call.read() for call in calls[20:]))
             await stopped(process, 1.5)
             assert {*await asyncio.gather(*(ending(call) for call in calls))} == {grpc.StatusCode.OK}
-            # Is not read, so that it goes on.
+            # This stream is not read on, so that it has not ended when the signal comes.
             last = target.stub.GenerateDeltas(request)
             await last.read()
             process.send_signal(signal.SIGTERM)

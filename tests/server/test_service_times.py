@@ -13,7 +13,7 @@ from flywheel_server.errors import DeadlineExceededError, ServerFullError
 from tests.server.crowd import Clock, crowd, learn
 
 
-async def test_the_retry_delay_is_when_there_should_be_a_place_a_later_one_for_each() -> None:
+async def test_each_refused_call_gets_a_later_time_to_retry_until_all_have_left() -> None:
     clock = Clock()
     async with crowd(4, max_queued=2, clock=clock) as people:
         await learn(people, clock, *[8] * MIN_MEASURED_CALLS)
@@ -25,7 +25,7 @@ async def test_the_retry_delay_is_when_there_should_be_a_place_a_later_one_for_e
             with pytest.raises(ServerFullError) as caught:
                 await people.come("f")
             delays.append(caught.value.retry_delay)
-        # One of the four leaves every two seconds; after 12 seconds all six who are here have.
+        # One of the four leaves every two seconds, so all six samples have left after 12 seconds.
         assert delays == pytest.approx([2, 4, 6, 8, 10, 12, 12, 12, 12])
         clock.now += 100
         with pytest.raises(ServerFullError) as caught:
@@ -47,7 +47,7 @@ async def test_a_deadline_that_cannot_be_met_is_refused_at_once() -> None:
         await learn(people, clock, *[10] * MIN_MEASURED_CALLS)
         for name in "abc":
             await people.come(name)
-        # Every five seconds one leaves: after five it is c's turn, and after ten that of the next.
+        # One leaves every five seconds: c starts after five, and the next call after ten.
         with pytest.raises(DeadlineExceededError) as caught:
             await people.come("hasty", time_remaining=9.9)
         assert caught.value.reason == "IN_QUEUE"
@@ -73,7 +73,7 @@ async def test_the_service_time_follows_what_is_measured() -> None:
         await learn(people, clock, 10)
         assert people.admission.service_times.of("") == 10
         await learn(people, clock, 600)
-        assert people.admission.service_times.of("") == 10, "one call does not spoil it"
+        assert people.admission.service_times.of("") == 10, "one long call does not change the median"
         await learn(people, clock, *[20] * MAX_MEASURED_CALLS)
         assert people.admission.service_times.of("") == 20
 
@@ -88,7 +88,7 @@ def test_each_caller_has_a_service_time_of_its_own() -> None:
     assert (times.of("slow"), times.of("quick")) == (600, 1)
 
 
-def test_the_service_times_of_callers_who_come_no_more_are_forgotten() -> None:
+def test_the_service_times_of_the_least_recently_active_callers_are_dropped() -> None:
     times = ServiceTimes()
     for caller in range(MAX_MEASURED_CALLERS + 1):
         for _ in range(MIN_MEASURED_CALLS):
@@ -122,7 +122,7 @@ async def test_no_caller_sets_how_long_the_others_seem_to_take(samples: int) -> 
         assert (len(people.inside), people.admission.queued) == (8, 8)
 
 
-async def test_a_wait_behind_the_long_calls_of_another_is_as_long_as_those() -> None:
+async def test_a_wait_behind_the_long_calls_of_another_caller_is_long() -> None:
     clock = Clock()
     async with crowd(2, clock=clock) as people:
         for _ in range(MIN_MEASURED_CALLS):
@@ -136,7 +136,7 @@ async def test_a_wait_behind_the_long_calls_of_another_is_as_long_as_those() -> 
         await people.come("patient", of="light", time_remaining=1000)
 
 
-async def test_those_who_give_up_do_not_count_for_the_service_time() -> None:
+async def test_cancelled_calls_do_not_count_for_the_service_time() -> None:
     clock = Clock()
     async with crowd(2, clock=clock) as people:
         await learn(people, clock, *[10] * MIN_MEASURED_CALLS)

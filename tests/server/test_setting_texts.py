@@ -18,7 +18,7 @@ OTHERS = [name for name in Settings.model_fields if name not in PROTECTING]
 BLANKS = ("", " ", "\t \n")
 WRONG = "\x1b no such value"
 ANY_TEXT = ("model", "api_keys_file", "tls_cert", "tls_key", "tls_client_ca", "modal_app", "modal_class", "modal_environment")
-"""Settings of which no text is wrong until it is used; a GPU may be a new one."""
+"""Settings for which any text is valid until it is used. `modal_gpu` takes any text too, because a GPU may be new."""
 
 CONVERTED: dict[bool, tuple[str, ...]] = {
     True: ("true", "TRUE", "True", "1", "yes", "Yes", "on", "ON"),
@@ -38,7 +38,7 @@ def variable(name: str) -> str:
 
 
 def refusal_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """Returns what is said of wrong settings."""
+    """Returns the message about wrong settings."""
     with pytest.raises(SystemExit) as left:
         parse(arguments)
     assert left.value.code == 2
@@ -70,7 +70,7 @@ def test_empty_variables_count_as_not_set(blank: str, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("blank", [*BLANKS, ",", " , ,"], ids=ascii)
 @pytest.mark.parametrize("name", PROTECTING)
-def test_what_says_who_may_call_must_not_be_empty(
+def test_settings_that_say_who_may_call_must_not_be_empty(
     name: str, blank: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if "," in blank and name != "api_keys":

@@ -35,7 +35,7 @@ async def test_the_context_is_given_out_first_come_first_served() -> None:
         await people.come("a", tokens=60)
         await people.come("large", tokens=80)
         await people.come("small", tokens=10)
-        assert people.inside == ["a"], "there is room for the small one, but it is not its turn"
+        assert people.inside == ["a"], "there is room for the small call, but the large one is first"
         await people.leave("a")
         assert people.inside == ["large", "small"]
 
@@ -55,7 +55,7 @@ async def test_the_context_goes_to_a_higher_priority_first() -> None:
         assert people.inside == ["large"]
 
 
-async def test_a_call_that_wants_more_than_the_context_has_the_engine_for_itself() -> None:
+async def test_a_call_that_needs_more_than_the_context_runs_alone() -> None:
     async with crowd_sharing(100) as people:
         await people.come("a", tokens=10)
         await people.come("huge", tokens=1000)
@@ -72,7 +72,7 @@ async def test_a_deadline_that_cannot_be_met_for_want_of_context_is_refused_at_o
         await learn(people, clock, *[10] * MIN_MEASURED_CALLS)
         await people.come("a", tokens=100)
         await people.come("b", tokens=100)
-        # Ten seconds for what runs, and half of the context for five more.
+        # The running call ends after ten seconds, and half of the context of "b" is free after five more.
         with pytest.raises(DeadlineExceededError) as caught:
             await people.come("hasty", tokens=50, time_remaining=14.9)
         assert caught.value.reason == "IN_QUEUE"
@@ -80,7 +80,7 @@ async def test_a_deadline_that_cannot_be_met_for_want_of_context_is_refused_at_o
         await people.come("urgent", tokens=50, priority=1, time_remaining=5.1)
 
 
-async def test_more_than_may_wait_for_context_are_turned_away_with_when_to_come_back() -> None:
+async def test_a_call_for_which_the_queue_has_no_place_is_refused_with_a_retry_delay() -> None:
     clock = Clock()
     async with crowd_sharing(100, slots=2, max_queued=1, clock=clock) as people:
         await learn(people, clock, *[10] * MIN_MEASURED_CALLS)
@@ -95,7 +95,7 @@ async def test_more_than_may_wait_for_context_are_turned_away_with_when_to_come_
             await people.rejected("c")
 
 
-async def test_one_that_gives_up_its_context_lets_those_behind_it_in() -> None:
+async def test_a_call_that_gives_up_lets_the_calls_behind_it_in() -> None:
     async with crowd_sharing(100) as people:
         await people.come("a", tokens=60)
         await people.come("large", tokens=80)
@@ -104,7 +104,7 @@ async def test_one_that_gives_up_its_context_lets_those_behind_it_in() -> None:
         assert people.inside == ["a", "small"]
 
 
-async def test_who_waits_for_context_is_served_by_priority_and_within_its_deadline(tmp_path: Path) -> None:
+async def test_calls_that_wait_for_context_are_served_by_priority_and_within_their_deadlines(tmp_path: Path) -> None:
     engine = ScriptedEngine(Script(shared_context_tokens=200, token_delay=0.005))
     served: list[str] = []
     file = tmp_path / "keys.json"

@@ -1,4 +1,4 @@
-"""An engine that dies is noticed and started again, or the server ends: never does it go on as if nothing were."""
+"""An engine that dies is noticed and restarted, or the server ends: it never goes on with a dead engine."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -28,7 +28,7 @@ LONG = pb.GenerationRequest(text="x", max_tokens=1000)
 
 
 class MortalEngine(PulledEngine):
-    """Works until it is killed, and again after it was started. May refuse to start or to stop."""
+    """Works until the test kills it, and again after a restart. May refuse to start or to stop."""
 
     def __init__(self, script: Script | None = None) -> None:
         super().__init__(script)
@@ -79,7 +79,7 @@ async def test_a_dead_engine_is_started_again_and_everybody_is_told(method: str)
         await until(lambda: engine.running == 1, "it runs")
         engine.may_start.clear()
         engine.dead.set()
-        # One of the two finds it dead, and then the other loses it with a status that says to try again.
+        # One of the two calls finds the engine dead. The other one then ends with a status that says to try again.
         codes = {await code_of(getattr(target.stub, method)(ONE)), await hanging}
         assert grpc.StatusCode.INTERNAL in codes
         assert codes <= {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNAVAILABLE}
@@ -170,7 +170,7 @@ async def test_an_engine_that_is_silent_but_answers_is_alive() -> None:
     assert engine.starts == 1
 
 
-async def test_an_engine_that_answers_nobody_but_works_for_others_is_alive() -> None:
+async def test_an_engine_that_works_for_calls_is_alive_although_its_check_hangs() -> None:
     class BusyEngine(MortalEngine):
         async def check(self) -> None:
             if self.running:
@@ -206,7 +206,7 @@ async def dying(engine: MortalEngine, **settings: Any) -> AsyncIterator[Target]:
 
 
 @pytest.mark.parametrize("error", [EngineUnavailableError("no model"), RuntimeError("a bug")])
-async def test_one_that_cannot_be_started_again_ends_the_server(error: Exception) -> None:
+async def test_an_engine_that_cannot_be_restarted_ends_the_server(error: Exception) -> None:
     engine = MortalEngine()
     async with dying(engine) as target:
         engine.start_error = error
@@ -214,7 +214,7 @@ async def test_one_that_cannot_be_started_again_ends_the_server(error: Exception
         assert await code_of(target.stub.GenerateAll(ONE)) is grpc.StatusCode.INTERNAL
 
 
-async def test_the_server_ends_where_the_settings_say_so() -> None:
+async def test_the_server_ends_if_the_settings_say_so() -> None:
     engine = MortalEngine()
     async with dying(engine, engine_death="exit") as target:
         engine.dead.set()
@@ -222,7 +222,7 @@ async def test_the_server_ends_where_the_settings_say_so() -> None:
     assert engine.starts == 1
 
 
-async def test_one_that_does_not_stop_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_engine_that_does_not_stop_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervision, "STOP_TIMEOUT", 0.05)
     engine = MortalEngine()
     async with dying(engine) as target:
@@ -245,7 +245,7 @@ async def test_the_command_starts_a_dead_engine_again() -> None:
             assert process.returncode is None
 
 
-async def test_the_command_exits_with_a_status_where_it_is_to() -> None:
+async def test_the_command_exits_with_a_status_if_the_settings_say_so() -> None:
     async with command(
         *SCRIPTED, "--script", '{"die_after": 1}', "--engine-death", "exit", "--withdraw-window", "0"
     ) as process:

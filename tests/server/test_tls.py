@@ -1,4 +1,4 @@
-"""TLS: who is let in, and that certificates are replaced while the server runs."""
+"""TLS: which clients are accepted, and how certificates are replaced while the server runs."""
 
 import asyncio
 import os
@@ -34,7 +34,7 @@ PKCS8 = (made.PEM, serialization.PrivateFormat.PKCS8)
 
 
 class Engine(PulledEngine):
-    """Waits in the middle of a generation until it may go on, and keeps who asked for its statistics."""
+    """Waits in the middle of a generation until the test lets it go on, and keeps the caller of `stats`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class Engine(PulledEngine):
 
 
 class Files:
-    """The files of a server, and the authority that its certificates are of."""
+    """The TLS files of a server, and the authority that issues its certificates."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -123,7 +123,7 @@ def files(tmp_path: Path) -> Files:
     return Files(tmp_path)
 
 
-async def test_who_does_not_speak_tls_is_turned_away_and_others_are_served(files: Files) -> None:
+async def test_a_client_that_does_not_speak_tls_is_refused_and_others_are_served(files: Files) -> None:
     async with serving(ScriptedEngine(), **files.settings) as target:
         assert (await refused(target.stub)).code() is grpc.StatusCode.UNAVAILABLE
         host, _, port = target.address.rpartition(":")
@@ -138,7 +138,7 @@ async def test_who_does_not_speak_tls_is_turned_away_and_others_are_served(files
             assert (await refused(stub)).code() is grpc.StatusCode.UNAVAILABLE
 
 
-async def test_mutual_tls_turns_away_who_has_no_certificate_of_the_authority(files: Files) -> None:
+async def test_mutual_tls_refuses_clients_without_a_certificate_of_the_authority(files: Files) -> None:
     clients = trustme.CA()
     engine = Engine()
     async with serving(engine, **files.mutual(clients), health_interval=3600) as target:
@@ -154,7 +154,7 @@ async def test_mutual_tls_turns_away_who_has_no_certificate_of_the_authority(fil
                 assert engine.caller == Caller(name)
 
 
-async def test_with_keys_a_certificate_counts_that_the_file_lists(files: Files) -> None:
+async def test_with_keys_a_certificate_counts_if_the_file_lists_it(files: Files) -> None:
     clients, engine = trustme.CA(), Engine()
     path = files.folder / "keys.json"
     mesh = KeyEntry(name="mesh", certificate="spiffe://cluster/mesh", created=datetime.now(UTC), priority=4)

@@ -1,4 +1,4 @@
-"""Between protobuf and pydantic nothing is lost, added, or let through that should not be."""
+"""Translation between protobuf and pydantic loses nothing, adds nothing, and lets no wrong value through."""
 
 import struct
 import time
@@ -104,7 +104,7 @@ def test_exactly_the_fields_out_of_range_are_named(fields: dict[str, Any]) -> No
 
 
 @pytest.mark.parametrize("name", RANGES)
-def test_each_range_ends_where_that_of_the_contract_ends(name: str) -> None:
+def test_each_range_ends_where_the_range_of_the_contract_ends(name: str) -> None:
     def request(value: Any) -> GenerationRequest:
         return request_from_proto(pb.GenerationRequest(**{"text": "x", "max_tokens": 1, name: value}), LIMITS)
 

@@ -94,7 +94,7 @@ async def test_text_is_sent_as_soon_as_it_exists() -> None:
         tokens = 0
         while tokens < 3:
             tokens = (await call.read()).generated_tokens
-        assert engine.running == 1, "the engine is still at it"
+        assert engine.running == 1, "the engine still generates"
         call.cancel()
         await until(lambda: engine.running == 0, "it ends")
 

@@ -15,7 +15,7 @@ POLICY = ReaderPolicy(max_bytes=1_000_000, when_full="wait", timeout=60)
 
 
 class Queue:
-    """Streams that want to write, and in which iteration of the event loop each was let."""
+    """Streams that want to write, and the iteration of the event loop in which each was permitted."""
 
     def __init__(self) -> None:
         self.scheduler = WriteScheduler()
@@ -75,7 +75,7 @@ def test_each_writes_once_and_new_streams_come_first(asked: list[list[bool]]) ->
     asyncio.run(run())
 
 
-async def test_no_number_of_new_streams_stops_those_that_run() -> None:
+async def test_no_number_of_new_streams_stops_running_streams() -> None:
     streams = Queue()
     for number in range(WRITES_PER_ITERATION):
         streams.request(f"busy-{number}")
@@ -113,7 +113,7 @@ async def test_a_call_that_has_ended_does_not_write() -> None:
 
 
 class Stream(Source):
-    """A generation whose events the test emits, and that has ended when its sample has."""
+    """A generation whose events the test emits, and which ends when the test says so."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -181,7 +181,7 @@ async def test_nothing_is_held_while_the_event_loop_is_idle() -> None:
     for number in range(1, 4):
         for stream in streams:
             stream.send(TextDelta(0, "x", number))
-        # All are let, and what each takes to write.
+        # Iterations in which all are permitted, and for the writing itself.
         for _ in range(8):
             await asyncio.sleep(0)
         assert [len(reader.read) for reader in readers] == [number] * len(readers), "each on its own"
@@ -190,7 +190,7 @@ async def test_nothing_is_held_while_the_event_loop_is_idle() -> None:
     await asyncio.gather(*delivering, return_exceptions=True)
 
 
-async def test_a_new_stream_writes_before_those_that_run() -> None:
+async def test_a_new_stream_writes_before_running_streams() -> None:
     delivery = Delivery(POLICY)
     old = [Stream() for _ in range(20 * WRITES_PER_ITERATION)]
     new, reader = Stream(), Reader()
