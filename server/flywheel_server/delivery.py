@@ -134,7 +134,7 @@ class _Stream:
         # Kept, because `get_running_loop` makes a system call.
         self._loop = asyncio.get_running_loop()
         self._unrequested: asyncio.Future[None] | None = None
-        """The permission that the writer awaits, and that is not requested while there is nothing to write."""
+        """The permission that the writer awaits while there is nothing to write; None once it has been requested."""
         self._is_first = True
         self._over = False
 
@@ -228,7 +228,7 @@ class SampleCollector:
 
 
 class _Pending:
-    """The events of one sample that wait: the last event, and the texts of all."""
+    """The waiting events of one sample: the last event, and the texts of all of them."""
 
     __slots__ = ("last", "texts")
 
@@ -244,7 +244,7 @@ class _Pending:
             self.texts = ["".join(self.texts)]
 
     def message(self) -> pb.GenerationDelta:
-        """Returns one message for all of them."""
+        """Returns one message for all waiting events."""
         text = "".join(self.texts)
         if isinstance(self.last, TextDelta):
             return delta_to_proto(self.last.index, text, self.last.generated_tokens)

@@ -186,11 +186,11 @@ def _with_margin(time_remaining: float | None) -> float | None:
 
 
 class Generation:
-    """The generation for one request. The engine emits its events to it, and it passes them on.
+    """The generation for one request, which checks, counts and passes on the events that the engine emits.
 
     Attributes:
         caller: The caller.
-        deadline: The timeout of the call, which `end` brings forward.
+        deadline: The timeout of the call, which `end` moves to now.
         prepared: The request, prepared for the engine; set before `run`.
         usage: Counts the tokens of the call; set before `run`.
     """

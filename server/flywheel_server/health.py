@@ -86,14 +86,14 @@ class Share(Protocol):
     """Combines the health of several processes."""
 
     def __call__(self, *, serving: bool, runners: bool) -> None:
-        """Takes the health of this process, and causes `Health.show` to be called with that of all, now or later."""
+        """Takes the health of this process, and has `Health.show` called with the health of all processes, now or later."""
 
 
 class Health:
     """Probes the engine, and sets the statuses: whether it can be reached, and whether it has runners.
 
     Arguments:
-        share: Combines the health of this process with that of others. By default, this process is alone.
+        share: Combines the health of this process with the health of others. By default, this process is alone.
     """
 
     def __init__(self, share: Share | None = None) -> None:

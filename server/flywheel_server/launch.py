@@ -37,8 +37,8 @@ def run(engine: Engine, settings: Settings | None = None) -> int:
 
     Arguments:
         engine: The engine, not yet started.
-        settings: The settings; by default they come from the command line and the environment, as those of the command do. The
-            settings that choose and configure an engine have no effect, and `workers` must be 1.
+        settings: The settings; by default the command line and the environment, as for the command. The settings that choose
+            and configure an engine have no effect, and `workers` must be 1.
 
     Returns:
         The exit code for `sys.exit`: 1 if the server cannot start. The process exits with 1 if the engine dies for good, and

@@ -1,4 +1,4 @@
-"""Runs gRPC operations, such as receiving or sending a message, to their end even if nobody waits for them any longer.
+"""Runs gRPC operations, such as receiving or sending a message, to their end, even if nobody waits for their results.
 
 A gRPC operation must not be cancelled. If it is, gRPC never frees the memory of the message, and forgets that the initial
 metadata were sent.

@@ -48,8 +48,8 @@ class CallLimit:
     async def call(self, connection: str) -> AsyncIterator[None]:
         """Counts a call as open for the length of the context.
 
-        Raises `ServerFullError` if too many are open. But if the call's connection has fewer calls than another, this one
-        included, the newest call of the connection with the most calls is ended instead: its context raises `ServerFullError`.
+        Raises `ServerFullError` if too many calls are open. But if the connection with the most calls has more than the call's
+        own connection would have, its newest call is ended instead: the context of that call raises `ServerFullError`.
         """
         self._make_room(connection)
         scope = asyncio.timeout(None)

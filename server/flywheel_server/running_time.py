@@ -66,7 +66,8 @@ class Timer:
     def _fire(self) -> None:
         remaining = self._due - self._clock.time()
         if not self._was_late and self._clock.loop.time() - self._fires_at > MAX_GAP:
-            # The event loop did not run until now, so what has arrived meanwhile is handled first. Only once: it may stay slow.
+            # The event loop did not run until now. What has arrived meanwhile is handled first, but only once: the loop may
+            # stay slow.
             self._was_late = True
             remaining = max(remaining, TICK)
         if remaining > 0:

@@ -116,7 +116,7 @@ async def _serve(
 
 
 def _exit_without_threads(stderr: Output) -> NoReturn:
-    """Exits with 1. Does not use `sys.exit`, which waits for all threads: those of a dead engine may never end."""
+    """Exits with 1. Does not use `sys.exit`, which waits for all threads: a thread of a dead engine may never end."""
     stderr.close()
     os._exit(1)
 

@@ -105,9 +105,6 @@ def _in_words(schema: dict[str, Any]) -> str:
         case {"type": "integer" | "number" as kind, "minimum": least, "maximum": most}:
             noun = "a whole number" if kind == "integer" else "a number"
             # An exclusive minimum is stricter than an inclusive one, so it is shown if there are both.
-            return (
-                f"{noun} above {schema['exclusiveMinimum']}, to {most}"
-                if "exclusiveMinimum" in schema
-                else (f"{noun} from {least} to {most}")
-            )
+            from_least = f"above {schema['exclusiveMinimum']}," if "exclusiveMinimum" in schema else f"from {least}"
+            return f"{noun} {from_least} to {most}"
     return ""

@@ -25,7 +25,7 @@ class Connections:
     def drain(self) -> None:
         """Closes the port and sends GOAWAY to every client, so that each connection closes after its last call.
 
-        gRPC ends some calls with CANCELLED and without details: those that it has received but not handed over yet, and those
+        gRPC ends some calls with CANCELLED and without details: calls that it has received but not handed over yet, and calls
         that arrive before their client has seen the GOAWAY (grpc#41785).
         """
         self._stop(DRAIN_GRACE)

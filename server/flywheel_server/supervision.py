@@ -16,10 +16,10 @@ from flywheel_server.system.shortage import is_shortage
 log = structlog.stdlib.get_logger(__name__)
 
 RESTART_INTERVAL: Final = 10.0
-"""Seconds between two starts of an engine, at least."""
+"""Minimum seconds between two starts of an engine."""
 
 MIN_RESTART_PAUSE: Final = 2.0
-"""Seconds between the end of a dead engine and the next start, at least, so that its calls can send their statuses.
+"""Minimum seconds between the end of a dead engine and its next start, so that its calls can send their statuses.
 
 While llama.cpp loads a model, which may take minutes, nothing else runs in the process.
 """
@@ -77,8 +77,8 @@ class Supervisor:
         supervising.add_done_callback(lambda _: up.set())
         body = asyncio.current_task()
 
-        # Cancels the task that is within the context. Below, that cancellation gives way to the error of the supervision.
         def interrupt(_: asyncio.Task[None]) -> None:
+            # Ends the body of the context. The error of the supervision then replaces this cancellation.
             if body:
                 body.cancel()
 

@@ -15,8 +15,8 @@ class Watchdog(Generic[K]):
 
     Arguments:
         timeout: Seconds of running time.
-        on_timeout: Called with the key of a wait that takes too long, and perhaps again, with another late wait, until `stop`.
-            Must not start or stop a wait itself.
+        on_timeout: Called with the key of a wait that takes too long, perhaps repeatedly until `stop`. Must not start or stop a
+            wait itself.
     """
 
     def __init__(self, timeout: float, on_timeout: Callable[[K], None]) -> None:
