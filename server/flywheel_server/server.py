@@ -21,11 +21,10 @@ from flywheel_server.engines.uninterrupted import wait_until_done
 from flywheel_server.errors import IncompleteRequestError
 from flywheel_server.generations import Generations
 from flywheel_server.health import Health
-from flywheel_server.interceptors import reading
+from flywheel_server.interceptors import methods
 from flywheel_server.interceptors.authentication import Authentication
 from flywheel_server.interceptors.calls import CallInterceptor
 from flywheel_server.interceptors.public import PublicMethods
-from flywheel_server.interceptors.reading import RequestReader
 from flywheel_server.listening import channel_arguments, connections_allowed, listen, safe_credentials
 from flywheel_server.operations import OperationWaiter
 from flywheel_server.reflection import add_reflection
@@ -76,7 +75,7 @@ class _Server:
         admission = link.admission if link else LocalAdmissionControl(Admission(settings.max_concurrent, settings.max_queued))
         self._generations = Generations(engine, admission)
         self._health = link.health if link else Health()
-        self._requests = OperationWaiter(reading.REQUEST_TIMEOUT, IncompleteRequestError)
+        self._requests = OperationWaiter(methods.REQUEST_TIMEOUT, IncompleteRequestError)
         asks_for_certificates = settings.tls_client_ca is not None
         self._authentication = Authentication(self._keys, certificates=asks_for_certificates)
         self._credentials = safe_credentials(settings, authenticates=self._keys.is_required or asks_for_certificates)
@@ -96,8 +95,9 @@ class _Server:
         max_connections = connections_allowed(settings)
         calls = CallInterceptor(
             settings.max_header_bytes,
+            settings.max_message_bytes,
             self._authentication,
-            RequestReader(settings.max_message_bytes, self._requests, self._authentication),
+            self._requests,
             PublicMethods(max_connections, self._requests),
         )
         arguments = channel_arguments(settings, max_connections, shares_port=self._link is not None)

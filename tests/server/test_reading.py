@@ -8,7 +8,7 @@ import grpc.aio
 import pytest
 from flywheel_proto.v1 import generation_pb2 as pb
 from flywheel_server.engines.scripted import ScriptedEngine
-from flywheel_server.interceptors import reading
+from flywheel_server.interceptors import methods
 from google.rpc.error_details_pb2 import ErrorInfo
 
 from tests.server.test_errors import details_of
@@ -36,7 +36,7 @@ async def test_a_caller_who_may_not_call_is_refused_before_the_request_has_arriv
 
 @pytest.mark.parametrize("method", METHODS)
 async def test_a_request_that_does_not_arrive_ends_the_call(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "REQUEST_TIMEOUT", 0.05)
+    monkeypatch.setattr(methods, "REQUEST_TIMEOUT", 0.05)
     async with serving(ScriptedEngine()) as target:
         call = target.channel.stream_stream(PATH + method, bytes, bytes)(nothing())
         with pytest.raises(grpc.aio.AioRpcError) as caught:

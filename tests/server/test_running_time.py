@@ -24,7 +24,7 @@ from flywheel_server.engines.modal import reachability
 from flywheel_server.engines.modal import retries as modal_retries
 from flywheel_server.engines.scripted import Script, ScriptedEngine
 from flywheel_server.health import Health
-from flywheel_server.interceptors import reading
+from flywheel_server.interceptors import methods
 from flywheel_server.messages import GenerationResponseSample
 from grpc_health.v1 import health_pb2
 
@@ -182,7 +182,7 @@ async def test_an_engine_that_tells_meanwhile_how_it_is_stays_within_reach(monke
 
 @pytest.mark.parametrize("path", ["/flywheel.v1.GenerationService/GetModel", "/grpc.health.v1.Health/Check"])
 async def test_a_request_that_arrives_meanwhile_is_complete(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "REQUEST_TIMEOUT", TIMEOUT)
+    monkeypatch.setattr(methods, "REQUEST_TIMEOUT", TIMEOUT)
     monkeypatch.setattr(public_limits, "SLOT_TIMEOUT", TIMEOUT)
     message = prefixed(b"")
     async with serving(ScriptedEngine()) as target, http2(target.address) as client:

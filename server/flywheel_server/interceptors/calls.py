@@ -8,34 +8,43 @@ import grpc.aio
 import structlog
 
 from flywheel_server.grpc_types import Continuation, GrpcContext, Handler
-from flywheel_server.interceptors.authentication import Authentication
+from flywheel_server.interceptors.authentication import Authentication, Credentials
 from flywheel_server.interceptors.context import CallContext
 from flywheel_server.interceptors.errors import end_with_status
 from flywheel_server.interceptors.metadata import CallMetadata
 from flywheel_server.interceptors.methods import Method
 from flywheel_server.interceptors.public import PublicMethods, is_public
-from flywheel_server.interceptors.reading import RequestReader
+from flywheel_server.operations import OperationWaiter
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """Runs each call: checks its metadata, authenticates its caller, receives its request, runs its method, sets its status.
 
     For gRPC, all methods are stream_stream, because gRPC runs the handler of such a method before the request has arrived. So
-    this server receives no request of a caller that is refused. On the wire there is no difference.
+    this server receives no request of a caller that is refused. On the wire there is no difference. For other methods, gRPC
+    itself would receive and parse the request first. It would wait without a limit for the rest of a request, and would end a
+    call with malformed bytes with INTERNAL and without details.
 
     Arguments:
         max_metadata_bytes: Maximum size of a call's metadata.
+        max_message_bytes: Maximum size of a request after decompression, except for public methods.
         authentication: Authenticates callers.
-        requests: Receives the requests of authenticated callers.
+        waits: Ends the wait for a request that does not arrive in time.
         public: Runs the methods that need no authentication.
     """
 
     def __init__(
-        self, max_metadata_bytes: int, authentication: Authentication, requests: RequestReader, public: PublicMethods
+        self,
+        max_metadata_bytes: int,
+        max_message_bytes: int,
+        authentication: Authentication,
+        waits: OperationWaiter,
+        public: PublicMethods,
     ) -> None:
         self._max_metadata_bytes = max_metadata_bytes
+        self._max_message_bytes = max_message_bytes
         self._authentication = authentication
-        self._requests = requests
+        self._waits = waits
         self._public = public
         self._handlers: dict[str, Handler] = {}
 
@@ -54,7 +63,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         return made
 
     def _handle(self, name: str, handler: Handler) -> Callable[[Any, GrpcContext], Awaitable[None]]:
-        run = self._public.runner(handler) if is_public(name) else self._authenticated(Method(handler))
+        run = self._public.runner(handler) if is_public(name) else self._authenticated(handler)
 
         async def call(_: object, context: GrpcContext) -> None:
             metadata = CallMetadata.of(context)
@@ -71,10 +80,18 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
         return call
 
-    def _authenticated(self, method: Method) -> Callable[[GrpcContext, CallMetadata, CallContext], Awaitable[None]]:
+    def _authenticated(self, handler: Handler) -> Callable[[GrpcContext, CallMetadata, CallContext], Awaitable[None]]:
+        method = Method(handler, self._max_message_bytes, self._waits)
+
         async def run(context: GrpcContext, metadata: CallMetadata, call_context: CallContext) -> None:
             credentials = self._authentication.identify(context, metadata)
             # No variable holds the request here: it may be large, and would stay in memory while the method runs.
-            await method.answer(await self._requests.receive(method, context, credentials), call_context)
+            await method.answer(await self._receive(method, context, credentials), call_context)
 
         return run
+
+    async def _receive(self, method: Method, context: GrpcContext, credentials: Credentials) -> Any:  # noqa: ANN401 - any method's request
+        request = await method.receive(context)
+        # Again, immediately before the method starts: the key may have been revoked while the request arrived.
+        self._authentication.confirm(credentials)
+        return request

@@ -2,7 +2,7 @@
 
 from collections.abc import Awaitable, Callable
 from types import CoroutineType
-from typing import Any
+from typing import Any, Final
 
 import grpc.aio
 
@@ -10,6 +10,9 @@ from flywheel_server.compression import decompressed
 from flywheel_server.errors import MalformedRequestError
 from flywheel_server.grpc_types import GrpcContext, Handler
 from flywheel_server.operations import Operation, OperationWaiter
+
+REQUEST_TIMEOUT: Final = 30.0
+"""Seconds of running time within which a request must arrive."""
 
 
 class MethodError(TypeError):
@@ -20,25 +23,41 @@ class Method:
     """A servicer's method, which gets a message, writes its answers to the context, and returns nothing.
 
     A method with a stream of requests is called once for each request.
+
+    Arguments:
+        handler: The method, as registered with gRPC.
+        max_request_bytes: Maximum size of a request, after decompression.
+        waits: Ends the wait for a request that does not arrive in time.
     """
 
-    def __init__(self, handler: Handler) -> None:
+    def __init__(self, handler: Handler, max_request_bytes: int, waits: OperationWaiter) -> None:
         self._function: Callable[[Any, Any], Any] = next(
             filter(None, (handler.unary_unary, handler.unary_stream, handler.stream_unary, handler.stream_stream))
         )
         self._parse: Any = handler.request_deserializer
+        self._max_request_bytes = max_request_bytes
+        self._waits = waits
 
-    async def receive(self, context: GrpcContext, limit: int, waits: OperationWaiter) -> Any:  # noqa: ANN401 - any method's request
-        """Returns the next request, or None after the last one. Waits as long as `waits` allows, and raises its errors.
+    async def receive(self, context: GrpcContext) -> Any:  # noqa: ANN401 - any method's request
+        """Returns the request of a call that must have one.
 
         Raises:
-            RequestTooLargeError: The request has more than `limit` bytes after decompression.
-            MalformedRequestError: The request is not a message of the method's type.
+            IncompleteRequestError: The request has not arrived in time.
+            RequestTooLargeError: The request is too large.
+            MalformedRequestError: There is no request, or it is not a message of the method's type.
+            EngineUnavailableError: The server stops.
         """
-        data: Any = await waits.wait(Operation(context.read()))
+        request = await self.receive_next(context)
+        if request is None:
+            raise MalformedRequestError
+        return request
+
+    async def receive_next(self, context: GrpcContext) -> Any:  # noqa: ANN401 - any method's request
+        """Returns the next request, or None after the last one. Raises the errors of `receive`."""
+        data: Any = await self._waits.wait(Operation(context.read()))
         if data is grpc.aio.EOF:
             return None
-        message = await decompressed(data, limit)
+        message = await decompressed(data, self._max_request_bytes)
         try:
             return self._parse(message)
         except Exception as error:  # protobuf's implementations raise different errors

@@ -9,7 +9,7 @@ from typing import Any, Final
 import grpc.aio
 from grpc_health.v1 import health
 
-from flywheel_server.errors import IncompleteRequestError, MalformedRequestError, ServerFullError
+from flywheel_server.errors import IncompleteRequestError, ServerFullError
 from flywheel_server.grpc_types import GrpcContext, Handler
 from flywheel_server.interceptors.context import CallContext
 from flywheel_server.interceptors.metadata import CallMetadata
@@ -55,7 +55,7 @@ class PublicMethods:
 
     def runner(self, handler: Handler) -> Callable[[GrpcContext, CallMetadata, CallContext], Awaitable[None]]:
         """Returns the function that runs calls of the method."""
-        method = Method(handler)
+        method = Method(handler, MAX_REQUEST_BYTES, self._waits)
         if handler.request_streaming:
             return lambda context, *_: self._answer_each(method, context)
         if handler.response_streaming:
@@ -73,7 +73,7 @@ class PublicMethods:
 
     async def _answer(self, method: Method, context: GrpcContext) -> None:
         async with self._turn(context):
-            await method.answer(await self._request(method, context), _PublicCall(context, self._unread))
+            await method.answer(await method.receive(context), _PublicCall(context, self._unread))
 
     async def _answer_each(self, method: Method, context: GrpcContext) -> None:
         await self._answer(method, context)
@@ -81,7 +81,7 @@ class PublicMethods:
             arrived = False
             try:
                 async with self._turn(context):
-                    request = await self._receive(method, context)
+                    request = await method.receive_next(context)
                     if request is None:
                         return
                     arrived = True
@@ -93,18 +93,9 @@ class PublicMethods:
 
     async def _stream(self, method: Method, context: GrpcContext) -> None:
         async with self._turn(context):
-            request = await self._request(method, context)
+            request = await method.receive(context)
         async with self._streams.call(context.peer()):
             await method.answer(request, _PublicCall(context, self._unread))
-
-    async def _request(self, method: Method, context: GrpcContext) -> Any:  # noqa: ANN401 - any method's request
-        request = await self._receive(method, context)
-        if request is None:
-            raise MalformedRequestError
-        return request
-
-    async def _receive(self, method: Method, context: GrpcContext) -> Any:  # noqa: ANN401 - any method's request
-        return await method.receive(context, MAX_REQUEST_BYTES, self._waits)
 
 
 class _PublicCall:
