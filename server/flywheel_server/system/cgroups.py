@@ -14,23 +14,16 @@ from pathlib import Path, PurePosixPath
 from typing import Final
 
 PROC: Final = Path("/proc/self")
+"""The directory of this process in procfs. Some systems do not have it."""
 
 
 def cpu_quota(proc: Path = PROC) -> float:
-    """Returns how many cores a process may keep busy; infinity if its groups have no quota.
-
-    Arguments:
-        proc: The directory of the process in procfs. It may not exist.
-    """
+    """Returns how many cores a process may keep busy; infinity if its groups have no quota."""
     return min(map(_quota, _groups("cpu", proc)), default=math.inf)
 
 
 def memory_limit(proc: Path = PROC) -> float:
-    """Returns how many bytes of memory a process may use; infinity if its groups have no limit.
-
-    Arguments:
-        proc: The directory of the process in procfs. It may not exist.
-    """
+    """Returns how many bytes of memory a process may use; infinity if its groups have no limit."""
     return min(map(_limit, _groups("memory", proc)), default=math.inf)
 
 
@@ -38,9 +31,6 @@ def free_memory(proc: Path = PROC) -> float:
     """Returns how many more bytes of memory a process may use; infinity if its groups have no limit.
 
     Cached files do not count as used memory, because the kernel can drop them. Files in a tmpfs count: they are only there.
-
-    Arguments:
-        proc: The directory of the process in procfs. It may not exist.
     """
     return min(map(_free, _groups("memory", proc)), default=math.inf)
 

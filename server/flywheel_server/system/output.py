@@ -23,10 +23,6 @@ MAX_LINE_BYTES: Final = 2**16
 """Bytes after which a line of captured output is passed on unfinished."""
 
 
-def _no_notice(_: int) -> bytes:
-    return b""
-
-
 class Output:
     """Writes to a file descriptor on a thread of its own. If that is a terminal, makes invisible characters visible.
 
@@ -41,7 +37,7 @@ class Output:
     """
 
     def __init__(self, descriptor: int) -> None:
-        self.notice: Callable[[int], bytes] = _no_notice
+        self.notice: Callable[[int], bytes] = lambda _: b""
         self._descriptor = os.dup(descriptor)
         self._is_terminal = os.isatty(descriptor)
         # A number stands for so many pieces that were dropped at this point.
@@ -52,13 +48,7 @@ class Output:
         """Whether the last write was incomplete, so that the line on the descriptor is."""
         # Reentrant: a garbage collection in `write` may run a finalizer that logs.
         self._changed = threading.Condition(threading.RLock())
-        # A daemon, because a write to a pipe that nobody reads may block forever.
-        self._thread = threading.Thread(target=self._run, name=f"output {descriptor}", daemon=True)
-        try:
-            self._thread.start()
-        except RuntimeError:
-            os.close(self._descriptor)
-            raise
+        self._thread = start_owner(self._descriptor, self._run, f"output {descriptor}")
 
     def write(self, data: bytes) -> None:
         """Queues data to be written, or counts it as dropped. Never waits."""
@@ -126,6 +116,23 @@ class Output:
         return True
 
 
+def start_owner(descriptor: int, run: Callable[[], None], name: str) -> threading.Thread:
+    """Starts a thread that owns the descriptor: `run` closes it at its end.
+
+    The thread is a daemon, because reading and writing a pipe may block forever.
+
+    Raises:
+        RuntimeError: No thread can be started. The descriptor is closed.
+    """
+    thread = threading.Thread(target=run, name=name, daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:
+        os.close(descriptor)
+        raise
+    return thread
+
+
 @contextmanager
 def captured(descriptor: int, on_line: Callable[[bytes], None]) -> Iterator[None]:
     """Passes each line that is written to the descriptor to `on_line` instead, for the length of the context.
@@ -136,12 +143,7 @@ def captured(descriptor: int, on_line: Callable[[bytes], None]) -> Iterator[None
     try:
         reading, writing = os.pipe()
         try:
-            reader = threading.Thread(target=_read, args=(reading, on_line), name=f"capture {descriptor}", daemon=True)
-            try:
-                reader.start()
-            except RuntimeError:
-                os.close(reading)
-                raise
+            reader = start_owner(reading, lambda: _read(reading, on_line), f"capture {descriptor}")
             os.dup2(writing, descriptor)
         finally:
             os.close(writing)

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import Final, NoReturn
+from typing import Final
 
 STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 """The signals that stop the server. A second one ends its drain."""
@@ -41,15 +41,14 @@ class StopSignals:
     """
 
     def __init__(self) -> None:
-        self._act: Callable[[], object] = _end
+        self._act: Callable[[], object] = lambda: os._exit(0)
         numbers = stop_signals()
         signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
         for number in numbers:
             # A shell without job control makes background processes ignore SIGINT and SIGQUIT.
             signal.signal(number, signal.SIG_DFL)
         threading.Thread(target=self._receive, args=(numbers,), name="signals", daemon=True).start()
-        _ignore_others()
-        write_stacks_to(2)
+        _handle_other_signals()
 
     @contextmanager
     def calling(self, act: Callable[[], object]) -> Iterator[None]:
@@ -71,8 +70,7 @@ class StopSignals:
 def leave_stopping_to_parent() -> None:
     """Ignores stop signals: if they are sent to the whole process group, the parent gets them too, and stops this process."""
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    _ignore_others()
-    write_stacks_to(2)
+    _handle_other_signals()
 
 
 def write_stacks_to(descriptor: int) -> None:
@@ -80,15 +78,12 @@ def write_stacks_to(descriptor: int) -> None:
     faulthandler.register(DUMP_STACKS, descriptor, all_threads=True)
 
 
-def _ignore_others() -> None:
+def _handle_other_signals() -> None:
     named = [getattr(signal, name) for name in _IGNORED if hasattr(signal, name)]
     real_time = range(signal.SIGRTMIN, signal.SIGRTMAX + 1) if sys.platform == "linux" else ()
     for number in (*named, *real_time):
         signal.signal(number, signal.SIG_IGN)
-
-
-def _end() -> NoReturn:
-    os._exit(0)
+    write_stacks_to(2)
 
 
 def exit_at_once() -> None:
@@ -98,11 +93,7 @@ def exit_at_once() -> None:
 
 def exit_in_order() -> None:
     """Makes a stop signal raise `SystemExit` in the main thread, with the same exit code."""
-
-    def leave(number: int, _: FrameType | None) -> NoReturn:
-        sys.exit(128 + number)
-
-    _handle(leave)
+    _handle(lambda number, _: sys.exit(128 + number))
 
 
 def _handle(handler: Callable[[int, FrameType | None], object]) -> None:
