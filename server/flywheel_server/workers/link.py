@@ -1,7 +1,6 @@
 """Connects a worker to the parent, which has the admission, the health and the counts of all workers."""
 
 import asyncio
-import itertools
 import os
 import select
 import socket
@@ -15,7 +14,7 @@ from flywheel_server.engines.base import EngineStats, EngineUnavailableError
 from flywheel_server.generations import Counts, Generations, GetCounts
 from flywheel_server.health import Health
 from flywheel_server.workers.shared_admission import SharedAdmissionControl
-from flywheel_server.workers.wire import Connection, Line
+from flywheel_server.workers.wire import Connection, Line, Questions
 
 SECOND_STOP_DELAY: Final = 0.05
 """Seconds between the two stops of a worker whose parent is gone: two at once would cancel its task only once."""
@@ -37,15 +36,13 @@ class Link:
         handlers: dict[str, Callable[..., None]] = {
             "health": self._receive_health,
             "count": self._receive_count,
-            "total": self._receive_total,
             "stop": self._stop,
         }
         self._connection = Connection(handlers, self._on_parent_gone)
         self.admission = SharedAdmissionControl(self._connection)
-        handlers |= {"admitted": self.admission.admit, "refused": self.admission.refuse}
+        self._totals = Questions(self._connection, "total")
+        handlers |= {"admitted": self.admission.admit, "refused": self.admission.refuse, "total": self._totals.receive}
         self._own_counts: Callable[[], Awaitable[Line]] | None = None
-        self._pending: dict[int, asyncio.Future[tuple[int, int, int, int]]] = {}
-        self._questions = itertools.count()
         self._answering: set[asyncio.Task[None]] = set()
         self._serves = False
         self._overall = (False, False)
@@ -78,7 +75,7 @@ class Link:
 
         async def count_all() -> Counts:
             stats = await engine.stats()
-            active, queued, backlog, runners = await self._ask_total()
+            active, queued, backlog, runners = await self._totals.ask()
             return Counts(active, queued, EngineStats(backlog, runners) if in_process else stats)
 
         self._own_counts = count_own
@@ -116,10 +113,6 @@ class Link:
         self._answering.add(answering)
         answering.add_done_callback(self._answering.discard)
 
-    def _receive_total(self, question: int, counts: tuple[int, int, int, int]) -> None:
-        if (answer := self._pending.get(question)) and not answer.done():
-            answer.set_result(counts)
-
     def _stop(self) -> None:
         self._stops += 1
         if self._on_stop:
@@ -127,9 +120,8 @@ class Link:
 
     def _on_parent_gone(self) -> None:
         self.admission.end(_parent_gone)
-        for answer in self._pending.values():
-            if not answer.done():
-                answer.set_exception(_parent_gone())
+        for answer in self._totals.unanswered():
+            answer.set_exception(_parent_gone())
         self._stop()
         asyncio.get_running_loop().call_later(SECOND_STOP_DELAY, self._stop)
 
@@ -147,16 +139,6 @@ class Link:
         # The parent asks only workers that serve.
         if self._own_counts:
             self._connection.send("counts", question, await self._own_counts())
-
-    async def _ask_total(self) -> tuple[int, int, int, int]:
-        question = next(self._questions)
-        answer: asyncio.Future[tuple[int, int, int, int]] = asyncio.get_running_loop().create_future()
-        self._pending[question] = answer
-        try:
-            self._connection.send("total", question)
-            return await answer
-        finally:
-            del self._pending[question]
 
 
 def _parent_gone() -> EngineUnavailableError:

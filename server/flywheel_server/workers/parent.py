@@ -1,13 +1,9 @@
 """Starts, replaces and stops the workers, and keeps their common admission, quotas and health."""
 
 import asyncio
-import os
-import socket
-import subprocess
-import sys
-import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import Final
 
 import structlog
@@ -16,10 +12,10 @@ from flywheel_server import running_time
 from flywheel_server.admission import Admission
 from flywheel_server.admission_control import quotas_for
 from flywheel_server.settings import Settings
-from flywheel_server.system.output import CLOSE_TIMEOUT, forward
 from flywheel_server.workers.port import reserved
+from flywheel_server.workers.process import Worker
 from flywheel_server.workers.shared_calls import SharedCalls
-from flywheel_server.workers.wire import Connection, Line
+from flywheel_server.workers.wire import Line
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -49,144 +45,18 @@ class WorkersError(Exception):
     """A worker does not start, or has died too often."""
 
 
-class Worker:
-    """A worker process, in the parent.
-
-    Attributes:
-        number: The number of the worker, from 1. A replacement has the number of the worker that it replaces.
-        connection: The parent's end of the socket pair.
-        ready_at: When the worker began to serve, in running time; None before that.
-        health: Whether the worker serves, and whether its engine has runners; None before its first report.
-        why: Why the worker cannot serve; empty if it has not reported a reason.
-        has_connected: Whether the worker uses the connection, so that it can be told to stop.
-    """
-
-    def __init__(self, number: int, command: Sequence[str], parent: "Parent", on_output: Callable[[bytes], None]) -> None:
-        self.number = number
-        self.ready_at: float | None = None
-        self.health: tuple[bool, bool] | None = None
-        self.why = ""
-        self.has_connected = False
-        self._parent = parent
-        self._closed = asyncio.Event()
-        handlers: dict[str, Callable[..., None]] = {
-            "hello": self._on_hello,
-            "capacity": parent.admission.set_capacity,
-            "health": self._receive_health,
-            "ready": self._on_ready,
-            "failed": self._on_failed,
-            "total": lambda question: parent.answer_total(self, question),
-            "counts": self._receive_counts,
-        }
-        self.connection = Connection(handlers, self._closed.set)
-        self.calls = SharedCalls(parent.quotas, parent.admission, self.connection)
-        handlers |= self.calls.handlers
-        self._counts: dict[int, asyncio.Future[Line]] = {}
-        self._socket, worker_socket = socket.socketpair()
-        reading, writing = os.pipe()
-        self._output = threading.Thread(target=forward, args=(reading, on_output), name=f"worker {number}", daemon=True)
-        try:
-            try:
-                self._output.start()
-            except RuntimeError:
-                os.close(reading)
-                raise
-            self.process = subprocess.Popen(  # noqa: S603 - this very program
-                [*command, str(worker_socket.fileno()), str(number), *parent.arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=writing,
-                stderr=writing,
-                pass_fds=[worker_socket.fileno()],
-            )
-        finally:
-            worker_socket.close()
-            os.close(writing)
-
-    @property
-    def has_closed(self) -> bool:
-        """Whether the connection is closed, as it is when the worker ends."""
-        return self._closed.is_set()
-
-    async def wait(self) -> int:
-        """Waits for the end of the process, and returns its exit code, or the negative number of the signal that ended it."""
-        loop = asyncio.get_running_loop()
-        await loop.create_connection(lambda: self.connection, sock=self._socket)
-        # All messages of the worker arrive before this.
-        await self._closed.wait()
-        for answer in self._counts.values():
-            answer.cancel()
-        has_exited = asyncio.Event()
-        handle = os.pidfd_open(self.process.pid)
-        try:
-            loop.add_reader(handle, has_exited.set)
-            await has_exited.wait()
-            loop.remove_reader(handle)
-        finally:
-            os.close(handle)
-        await loop.run_in_executor(None, self._output.join, CLOSE_TIMEOUT)
-        return self.process.wait()
-
-    def stop(self) -> None:
-        """Makes the worker drain and end. A second call ends the drain."""
-        if self.has_connected:
-            self.connection.send("stop")
-        else:
-            self.process.kill()
-
-    def count(self, question: int) -> asyncio.Future[Line]:
-        """Asks the worker for its counts, and returns a future of the answer."""
-        answer = self._counts[question] = asyncio.get_running_loop().create_future()
-        self.connection.send("count", question)
-        return answer
-
-    def forget(self, question: int) -> None:
-        """Ignores a later answer to the question."""
-        self._counts.pop(question).cancel()
-
-    def _receive_counts(self, question: int, counts: Line) -> None:
-        if (answer := self._counts.get(question)) and not answer.done():
-            answer.set_result(counts)
-
-    def _receive_health(self, serving: bool, runners: bool) -> None:
-        self.health = (serving, runners)
-        self._parent.publish_health()
-
-    def _on_hello(self) -> None:
-        self.has_connected = True
-        self._parent.on_connected(self)
-
-    def _on_ready(self) -> None:
-        self.ready_at = running_time.now()
-        self._parent.on_ready()
-
-    def _on_failed(self, why: str) -> None:
-        self.why = why
-
-
 class Parent:
-    """Keeps the workers running.
-
-    Arguments:
-        settings: The settings of the server.
-        arguments: Each worker's arguments after its descriptor and its number: the port and the flags of the settings.
-        on_output: Receives what the workers write to standard output and standard error. It must not block.
-
-    Attributes:
-        admission: The admission that all workers share.
-        quotas: The quotas that all workers share.
-    """
+    """Keeps the workers running. Its arguments are as in `serve_in_workers`, but `arguments` begins with the port."""
 
     def __init__(self, settings: Settings, arguments: Sequence[str], on_output: Callable[[bytes], None]) -> None:
-        self.admission = Admission(settings.max_concurrent, settings.max_queued, running_time.clock().time)
-        self.quotas = quotas_for(self.admission)
-        self.arguments = arguments
+        self._admission = Admission(settings.max_concurrent, settings.max_queued, running_time.clock().time)
+        self._quotas = quotas_for(self._admission)
+        self._arguments = arguments
         self._settings = settings
         self._on_output = on_output
         self._workers: dict[int, Worker] = {}
-        self._health = (False, False)
         self._is_up = asyncio.Event()
         self._stopping = asyncio.Event()
-        self._questions = 0
         self._waiting_questions: list[tuple[Worker, int]] = []
         """Waiting questions for the counts of all workers, each with the worker that asks."""
         self._answering: asyncio.Task[None] | None = None
@@ -195,10 +65,8 @@ class Parent:
     async def running(self) -> AsyncIterator[None]:
         """Runs the workers for the length of the context, which starts when all of them serve.
 
-        The context is cancelled if a worker dies too often. On leaving it, the workers drain; cancelling that ends the drain.
-
-        Raises:
-            WorkersError: A worker does not start, or has died too often.
+        On leaving the context, the workers drain; cancelling that ends the drain. Raises the `WorkersError` of
+        `serve_in_workers`, and cancels the context for it.
         """
         keepers = [asyncio.create_task(self._keep_running(number)) for number in range(1, self._settings.workers + 1)]
         failing = asyncio.gather(*keepers)
@@ -230,7 +98,7 @@ class Parent:
     async def _keep_running(self, number: int) -> None:
         """Runs a worker with this number, and its replacements, until the server stops."""
         deaths = 0
-        while True:
+        while not self._stopping.is_set():
             was_stable, why = await self._run_one(number)
             if self._stopping.is_set():
                 return
@@ -239,25 +107,31 @@ class Parent:
             deaths = 1 if was_stable else deaths + 1
             if deaths == MAX_DEATHS:
                 raise WorkersError(f"a worker has died {deaths} times in a row: {why}")
-            await self._pause(RESTART_DELAY * 2 ** (deaths - 2) if deaths > 1 else 0)
-            if self._stopping.is_set():
-                return
+            with suppress(TimeoutError):
+                async with running_time.timeout(RESTART_DELAY * 2 ** (deaths - 2) if deaths > 1 else 0):
+                    await self._stopping.wait()
 
     async def _run_one(self, number: int) -> tuple[bool, str]:
         """Runs a worker until it ends. Returns whether it was stable, and why it has ended."""
         try:
-            worker = self._workers[number] = Worker(number, WORKER_COMMAND, self, self._on_output)
+            worker = self._workers[number] = Worker(number, self._arguments, self._update_health, self._on_output)
         except (OSError, RuntimeError) as error:
             # Processes, threads, memory or descriptors are exhausted, perhaps only for a while.
             log.error("worker not started", number=number, error=str(error))  # noqa: TRY400 - the message says it
             return False, f"worker {number} cannot be started: {error}"
         log.info("worker started", number=number, pid=worker.process.pid)
+        calls = SharedCalls(self._quotas, self._admission, worker.connection)
+        worker.handlers |= {
+            **calls.handlers,
+            "capacity": self._admission.set_capacity,
+            "total": partial(self._receive_total, worker),
+        }
         checking = asyncio.create_task(self._kill_if_silent(worker))
         exit_code = await worker.wait()
         checking.cancel()
         del self._workers[number]
-        worker.calls.release_all()
-        self.publish_health()
+        calls.release_all()
+        self._update_health()
         why = worker.why or f"worker {number} ended with {exit_code}"
         if self._is_up.is_set() and not self._stopping.is_set():
             log.error("worker died", number=number, pid=worker.process.pid, exit_code=exit_code, why=why)
@@ -272,12 +146,6 @@ class Parent:
                 log.error("worker hangs", number=worker.number, pid=worker.process.pid, seconds=MAX_SILENCE)
                 worker.process.kill()
                 return
-
-    async def _pause(self, seconds: float) -> None:
-        """Waits for so many seconds, or until the server stops."""
-        with suppress(TimeoutError):
-            async with running_time.timeout(seconds):
-                await self._stopping.wait()
 
     async def _stop(self, keepers: Sequence[asyncio.Task[None]]) -> None:
         self._stopping.set()
@@ -297,32 +165,21 @@ class Parent:
             worker.stop()
         await running_time.wait(keepers, timeout)
 
-    def on_connected(self, worker: Worker) -> None:
-        """Sends the common health to a worker that has connected."""
-        worker.connection.send("health", *self._health)
-
-    def on_ready(self) -> None:
-        """Marks the server as up, and publishes its health, if all workers serve. Called when a worker begins to serve."""
-        if len(self._workers) == self._settings.workers and all(
-            worker.ready_at is not None for worker in self._workers.values()
-        ):
-            self._is_up.set()
-            self.publish_health()
-
-    def publish_health(self) -> None:
-        """Sends the common health to all workers: serving if every worker that runs serves.
+    def _update_health(self) -> None:
+        """Shows all workers the common health: serving if every worker that runs serves.
 
         At the start, all workers must run. Later a worker that is being replaced does not count, because it gets no calls.
         """
-        known = [worker.health for worker in self._workers.values() if worker.health]
+        workers = self._workers.values()
+        if len(workers) == self._settings.workers and all(worker.ready_at is not None for worker in workers):
+            self._is_up.set()
+        known = [worker.health for worker in workers if worker.health]
         serving = self._is_up.is_set() and bool(known) and all(serving for serving, _ in known)
         health = (serving, serving and any(runners for _, runners in known))
-        if health != self._health:
-            self._health = health
-            for worker in self._workers.values():
-                worker.connection.send("health", *health)
+        for worker in workers:
+            worker.show(health)
 
-    def answer_total(self, asking: Worker, question: int) -> None:
+    def _receive_total(self, asking: Worker, question: int) -> None:
         """Sends a worker the counts of all workers. If counts are being collected, the question waits for the next ones."""
         self._waiting_questions.append((asking, question))
         if self._answering is None or self._answering.done():
@@ -343,18 +200,12 @@ class Parent:
 
     async def _ask(self, workers: Sequence[Worker], timeout: float) -> list[Line]:  # noqa: ASYNC109 - for the workers, not for this call
         """Returns the counts of the workers that answer within `timeout` seconds."""
-        self._questions += 1
-        question = self._questions
-        answers = [worker.count(question) for worker in workers]
+        answers = [worker.counts.ask() for worker in workers]
         if answers:
             await running_time.wait(answers, timeout)
-        for worker in workers:
-            worker.forget(question)
+        for answer in answers:
+            answer.cancel()
         return [answer.result() for answer in answers if not answer.cancelled()]
-
-
-# -P keeps the current folder out of sys.path, as with the command flywheel-server.
-WORKER_COMMAND: Final = (sys.executable, "-P", "-m", "flywheel_server.worker")
 
 
 @asynccontextmanager

@@ -34,7 +34,8 @@ class SharedAdmissionControl:
         """See `AdmissionControl.acquire`; `SharedPlace.admitted` raises its errors. Raises here only if the parent is gone."""
         if self._end:
             raise self._end()
-        return SharedPlace(self, next(self._numbers), request, caller, time_remaining)
+        entry = (caller, request.num_samples, max_generated_tokens(request), time_remaining)
+        return SharedPlace(self, next(self._numbers), entry)
 
     def admit(self, number: int) -> None:
         """Admits a call, unless it has ended."""
@@ -60,18 +61,12 @@ class SharedPlace:
     refuses it. If it takes none, the call asks for entry and room with one message, when its prompt is ready.
     """
 
-    def __init__(
-        self,
-        admission: SharedAdmissionControl,
-        number: int,
-        request: GenerationRequest,
-        caller: Caller,
-        time_remaining: float | None,
-    ) -> None:
+    def __init__(self, admission: SharedAdmissionControl, number: int, entry: Line) -> None:
         self._admission = admission
         self._send = admission.connection.send
         self._number = number
-        self._entry = (wire.from_caller(caller), request.num_samples, max_generated_tokens(request), time_remaining)
+        self._entry = entry
+        """The elements of the message `enter` from the caller to the remaining time; see `wire`."""
         self._has_entered = False
         self._usage = Usage()
         self._lost: Exception | None = None
@@ -81,7 +76,6 @@ class SharedPlace:
     async def __aenter__(self) -> tuple[Usage, Self]:
         if not self._admission.prepares_at_once:
             self._enter()
-            self._send("enter", self._number, *self._entry)
         return self._usage, self
 
     async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -102,8 +96,7 @@ class SharedPlace:
         if self._has_entered:
             self._send("admit", self._number, context_tokens, time_remaining)
         else:
-            self._enter()
-            self._send("enter", self._number, *self._entry, context_tokens)
+            self._enter(context_tokens)
         await self._admission_result
 
     def call_if_evicted(self, callback: Callable[[Exception], None]) -> None:
@@ -123,6 +116,7 @@ class SharedPlace:
         if self._on_lost is not None:
             self._on_lost(error)
 
-    def _enter(self) -> None:
+    def _enter(self, *context_tokens: int) -> None:
         self._has_entered = True
         self._admission.pending[self._number] = self
+        self._send("enter", self._number, *self._entry, *context_tokens)

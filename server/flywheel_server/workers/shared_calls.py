@@ -1,16 +1,15 @@
 """Handles one worker's messages about its calls, in the parent."""
 
 import asyncio
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
+from flywheel_server.access.callers import Caller
 from flywheel_server.access.quotas import Quotas
 from flywheel_server.admission import Admission, Place
 from flywheel_server.workers import wire
-from flywheel_server.workers.wire import Connection, Line
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from flywheel_server.workers.wire import Connection
 
 
 class SharedCalls:
@@ -52,7 +51,7 @@ class SharedCalls:
     def _enter(  # noqa: PLR0917 - as they come over the wire
         self,
         number: int,
-        caller_line: Line,
+        caller_fields: Mapping[str, Any],
         samples: int,
         tokens: int,
         time_remaining: float | None,
@@ -60,7 +59,7 @@ class SharedCalls:
     ) -> None:
         """Takes a quota share and a place in the queue for a new call. The call waits for room if its prompt is ready."""
         del self._entries[number]
-        caller = wire.to_caller(caller_line)
+        caller = Caller(**caller_fields)
         try:
             taken = self._quotas.reserve(caller, samples, tokens)
             self._shares[number] = lambda used: self._quotas.settle(caller, samples, taken - used)

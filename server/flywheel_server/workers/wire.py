@@ -3,7 +3,8 @@
 From a worker:
 
     enter     call, caller, samples, tokens, time_remaining     take a quota share and a place in the queue; if
-              [, context_tokens]                                context_tokens are known, wait for room too
+              [, context_tokens]                                context_tokens are known, wait for room too; the caller
+                                                                is an object with the attributes of `Caller`
     admit     call, context_tokens, time_remaining              wait for room
     leave     call, finished, used_tokens                       release the place or the room, and the quota share unless
                                                                 used_tokens is null
@@ -29,12 +30,12 @@ A call costs one exchange before its generation starts, and one line at its end.
 """
 
 import asyncio
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, cast
 
 from pydantic_core import from_json, to_json
 
-from flywheel_server.access.callers import Caller
 from flywheel_server.errors import DeadlineExceededError, QuotaExceededError, ServerFullError
 
 Line = Sequence[Any]
@@ -89,14 +90,36 @@ class Connection(asyncio.Protocol):
         self._on_end()
 
 
-def from_caller(caller: Caller) -> Line:
-    """Returns a caller as a JSON array."""
-    return (caller.name, caller.priority, caller.max_concurrent, caller.tokens_per_minute)
+class Questions:
+    """Asks the other process for its counts, and receives the answers.
 
+    Arguments:
+        connection: The connection to the other process.
+        kind: The first element of the line with a question.
+    """
 
-def to_caller(line: Line) -> Caller:
-    """Returns the caller of a `from_caller` array."""
-    return Caller(*line)
+    def __init__(self, connection: Connection, kind: str) -> None:
+        self._connection = connection
+        self._kind = kind
+        self._numbers = itertools.count()
+        self._pending: dict[int, asyncio.Future[Line]] = {}
+
+    def ask(self) -> asyncio.Future[Line]:
+        """Sends a question, and returns the future of the answer. If the future is cancelled, the answer is ignored."""
+        number = next(self._numbers)
+        answer = self._pending[number] = asyncio.get_running_loop().create_future()
+        answer.add_done_callback(lambda _: self._pending.pop(number))
+        self._connection.send(self._kind, number)
+        return answer
+
+    def receive(self, number: int, counts: Line) -> None:
+        """Handles a message with an answer."""
+        if (answer := self._pending.get(number)) and not answer.done():
+            answer.set_result(counts)
+
+    def unanswered(self) -> list[asyncio.Future[Line]]:
+        """Returns the futures of the questions that have no answer yet."""
+        return [answer for answer in self._pending.values() if not answer.done()]
 
 
 def from_error(error: Exception) -> Line:
