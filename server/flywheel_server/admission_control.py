@@ -58,7 +58,7 @@ class LocalAdmissionControl:
     def acquire(self, request: GenerationRequest, caller: Caller, time_remaining: float | None) -> "LocalAcquisition":
         """See `AdmissionControl.acquire`."""
         return LocalAcquisition(
-            self._quotas.reservation(caller, request),
+            Reservation(self._quotas, caller, request),
             partial(self._queue.join, request.num_samples, caller, time_remaining),
         )
 

@@ -14,7 +14,7 @@ import structlog
 from flywheel_proto.v1 import generation_pb2 as pb
 from flywheel_server.access.callers import ANYBODY, Caller
 from flywheel_server.access.keys_file import KeyEntry, KeysFile, hash_of, new_key
-from flywheel_server.access.quotas import Quotas, Usage
+from flywheel_server.access.quotas import Quotas, Reservation, Usage
 from flywheel_server.engines.base import TextDelta
 from flywheel_server.engines.scripted import Script, ScriptedEngine
 from flywheel_server.errors import QuotaExceededError
@@ -55,12 +55,12 @@ def sample(index: int, generated: int, prompt: int) -> GenerationResponseSample:
 
 
 def use(quotas: Quotas, caller: Caller, asked: GenerationRequest, generated: int, prompt: int) -> None:
-    with quotas.reservation(caller, asked) as usage:
+    with Reservation(quotas, caller, asked) as usage:
         usage.count(sample(0, generated, prompt))
 
 
 def refused(quotas: Quotas, caller: Caller, asked: GenerationRequest) -> QuotaExceededError:
-    with pytest.raises(QuotaExceededError) as caught, quotas.reservation(caller, asked):
+    with pytest.raises(QuotaExceededError) as caught, Reservation(quotas, caller, asked):
         pass
     return caught.value
 
@@ -78,7 +78,7 @@ def test_usage_counts_the_prompt_once_and_each_sample() -> None:
 
 def test_a_call_that_ends_early_has_cost_its_prompt(quotas: Quotas) -> None:
     caller = Caller("team", tokens_per_minute=100)
-    with quotas.reservation(caller, request(1)) as usage:
+    with Reservation(quotas, caller, request(1)) as usage:
         usage.set_prompt_tokens(90)
     refused(quotas, caller, request(11))
 
@@ -100,18 +100,18 @@ async def test_a_prompt_counts_although_its_call_does_not_finish(method: str, tm
 def test_without_quotas_there_is_no_limit(quotas: Quotas) -> None:
     with ExitStack() as stack:
         for _ in range(1000):
-            stack.enter_context(quotas.reservation(ANYBODY, request(2**30, 16)))
+            stack.enter_context(Reservation(quotas, ANYBODY, request(2**30, 16)))
 
 
 def test_samples_at_a_time(quotas: Quotas) -> None:
     caller = Caller("team", max_concurrent=4)
-    with quotas.reservation(caller, request(num_samples=3)):
+    with Reservation(quotas, caller, request(num_samples=3)):
         error = refused(quotas, caller, request(num_samples=2))
         # One of four leaves every two seconds, as calls take eight.
         assert (error.caller, error.quota, error.retry_delay) == ("team", "max_concurrent 4", 4.0)
-        with quotas.reservation(caller, request()), quotas.reservation(Caller("other", max_concurrent=1), request()):
+        with Reservation(quotas, caller, request()), Reservation(quotas, Caller("other", max_concurrent=1), request()):
             refused(quotas, caller, request())
-    with quotas.reservation(caller, request(num_samples=4)):
+    with Reservation(quotas, caller, request(num_samples=4)):
         pass
 
 
@@ -133,9 +133,9 @@ def test_tokens_of_a_minute_come_back_with_time(quotas: Quotas, clock: Clock) ->
 
 def test_calls_at_a_time_cannot_together_exceed_the_quota(quotas: Quotas) -> None:
     caller = Caller("team", tokens_per_minute=100)
-    with quotas.reservation(caller, request(30, num_samples=2)):
+    with Reservation(quotas, caller, request(30, num_samples=2)):
         refused(quotas, caller, request(41))
-        with quotas.reservation(caller, request(40)):
+        with Reservation(quotas, caller, request(40)):
             refused(quotas, caller, request(1))
 
 
@@ -150,7 +150,7 @@ def test_a_call_that_may_generate_more_than_a_minute_grants_takes_all_of_it(quot
 
 def test_a_call_that_fails_costs_what_it_made(quotas: Quotas) -> None:
     caller = Caller("team", tokens_per_minute=100, max_concurrent=1)
-    with suppress(KeyError), quotas.reservation(caller, request(100)) as usage:
+    with suppress(KeyError), Reservation(quotas, caller, request(100)) as usage:
         usage.count(TextDelta(0, "a", 7))
         raise KeyError
     refused(quotas, caller, request(94))

@@ -12,7 +12,7 @@ import grpc.aio
 import pytest
 from flywheel_proto.v1 import generation_pb2 as pb
 from flywheel_server.access.callers import Caller
-from flywheel_server.access.quotas import Quotas, Usage
+from flywheel_server.access.quotas import Quotas, Reservation, Usage
 from flywheel_server.engines.base import EngineFailedError, PreparedRequest, PromptTooLongError
 from flywheel_server.engines.scripted import Script, ScriptedEngine
 from flywheel_server.engines.uninterrupted import wait_until_done
@@ -171,7 +171,7 @@ async def test_the_quota_is_held_as_long_as_the_work_lasts() -> None:
     quotas = Quotas(lambda _: 1.0)
     caller = Caller("team", max_concurrent=1)
     work: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-    with quotas.reservation(caller, REQUEST) as usage:
+    with Reservation(quotas, caller, REQUEST) as usage:
         usage.extend_until_done(work)
     assert quotas._samples == {"team": 1}
     work.cancel()

@@ -86,19 +86,20 @@ class Quotas:
         self._samples: dict[str, int] = {}
         self._buckets: dict[str, _Bucket] = {}
 
-    def reservation(self, caller: Caller, request: GenerationRequest) -> "Reservation":
-        """Returns a context that counts the call against the caller's quotas, and gets the `Usage` of the call.
-
-        The reservation is settled at the end of the context, or later if `Usage.extend_until_done` says so. Entering the
-        context raises `QuotaExceededError` if the quotas do not allow the call now.
-        """
-        return Reservation(self, caller, request)
-
     def reserve(self, caller: Caller, samples: int, tokens: int) -> int:
-        """Reserves samples and at most one minute's tokens. Returns the number of reserved tokens. See `reservation`."""
-        self._check_samples(caller, samples)
+        """Reserves samples and at most one minute's tokens. Returns the number of reserved tokens.
+
+        Raises:
+            QuotaExceededError: The quotas do not allow the call now.
+        """
+        total = self._samples.get(caller.name, 0) + samples
+        limit = caller.max_concurrent
+        if limit is not None and total > limit:
+            # `limit` running samples end every service_time seconds. A call with more samples than `limit` is never allowed.
+            delay = self._service_time(caller.name) * samples / limit if samples <= limit else None
+            raise QuotaExceededError(caller.name, f"max_concurrent {limit}", delay)
         reserved = self._reserve_tokens(caller, tokens)
-        self._samples[caller.name] = self._samples.get(caller.name, 0) + samples
+        self._samples[caller.name] = total
         return reserved
 
     def settle(self, caller: Caller, samples: int, unused_tokens: int) -> None:
@@ -108,13 +109,6 @@ class Quotas:
             del self._samples[caller.name]
         if caller.tokens_per_minute is not None:
             self._buckets[caller.name].tokens += unused_tokens
-
-    def _check_samples(self, caller: Caller, samples: int) -> None:
-        limit = caller.max_concurrent
-        if limit is not None and self._samples.get(caller.name, 0) + samples > limit:
-            # `limit` running samples end every service_time seconds. A call with more samples than `limit` is never allowed.
-            delay = self._service_time(caller.name) * samples / limit if samples <= limit else None
-            raise QuotaExceededError(caller.name, f"max_concurrent {limit}", delay)
 
     def _reserve_tokens(self, caller: Caller, tokens: int) -> int:
         limit = caller.tokens_per_minute
@@ -132,7 +126,11 @@ class Quotas:
 
 
 class Reservation:
-    """The context that `Quotas.reservation` returns."""
+    """A context that counts one call against the caller's quotas, and gets the `Usage` of the call.
+
+    The reservation is settled at the end of the context, or later if `Usage.extend_until_done` says so. Entering the context
+    raises the `QuotaExceededError` of `Quotas.reserve`.
+    """
 
     def __init__(self, quotas: Quotas, caller: Caller, request: GenerationRequest) -> None:
         self._quotas = quotas
