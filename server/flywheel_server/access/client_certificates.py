@@ -77,10 +77,9 @@ def _identities(certificate: x509.Certificate) -> list[str]:
 
 
 def _alternative_names(certificate: x509.Certificate) -> x509.SubjectAlternativeName | None:
-    try:
+    with suppress(x509.ExtensionNotFound):
         return certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except x509.ExtensionNotFound:
-        return None
+    return None
 
 
 def _common_names(subject: x509.Name) -> list[str]:

@@ -4,7 +4,7 @@ import asyncio
 import hmac
 import secrets
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -90,38 +90,33 @@ class KeyRing:
         `on_revoked` gets the names whose key or certificate was removed or replaced. If the file is invalid or cannot be read,
         the last valid content stays in use.
         """
-        if self._file is None:
+        if (file := self._file) is None:
             yield
             return
+
+        async def follow() -> None:
+            loop = asyncio.get_running_loop()
+            while True:
+                await asyncio.sleep(interval)
+                try:
+                    entries = await loop.run_in_executor(reader, file.load_if_changed)
+                    if entries is not None and (revoked := self._accept(entries)):
+                        on_revoked(revoked)
+                except Exception:
+                    # Whatever it is, keep following: the next change may revoke a key.
+                    log.exception("API keys not reloaded")
+
         # The thread is started now. If it could not be started later, the check would stay in the pool's queue and run together
         # with a later one: it would load the change, and nobody would await its result.
         reader = ThreadPoolExecutor(1, "API keys")
         reader.submit(lambda: None)
-        following = asyncio.create_task(self._follow(self._file, reader, on_revoked, interval))
+        following = asyncio.create_task(follow())
         try:
             yield
         finally:
             following.cancel()
             await asyncio.gather(following, return_exceptions=True)
             reader.shutdown(wait=False)
-
-    async def _follow(
-        self,
-        file: Reloadable[tuple[KeyEntry, ...]],
-        reader: Executor,
-        on_revoked: Callable[[Collection[str]], None],
-        interval: float,
-    ) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            await asyncio.sleep(interval)
-            try:
-                entries = await loop.run_in_executor(reader, file.load_if_changed)
-                if entries is not None and (revoked := self._accept(entries)):
-                    on_revoked(revoked)
-            except Exception:
-                # Whatever it is, keep following: the next change may revoke a key.
-                log.exception("API keys not reloaded")
 
     def _accept(self, entries: Iterable[KeyEntry]) -> set[str]:
         before, self._accepted = self._accepted, _Accepted.of((*self._fixed, *entries))

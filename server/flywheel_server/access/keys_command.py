@@ -74,7 +74,7 @@ def _list(path: Path, given: argparse.Namespace) -> None:
 def _revoke(path: Path, given: argparse.Namespace) -> None:
     with _locked(path):
         file = _read(path)
-        left = file.without([given.name])
+        left = file.without(given.name)
         if left == file:
             raise ValueError(f"{given.name} is not in {path}")
         left.write(path)

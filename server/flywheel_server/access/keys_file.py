@@ -5,7 +5,6 @@ import os
 import re
 import secrets
 import tempfile
-from collections.abc import Iterable
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import cached_property
@@ -156,10 +155,9 @@ class KeysFile(BaseModel):
         except ValidationError as error:
             raise ValueError(_message(error.errors()[0]["msg"])) from None
 
-    def without(self, names: Iterable[str]) -> Self:
-        """Returns a copy without the entries that have these names."""
-        gone = set(names)
-        return type(self)(keys=tuple(entry for entry in self.keys if entry.name not in gone))
+    def without(self, name: str) -> Self:
+        """Returns a copy without the entry of this name."""
+        return type(self)(keys=tuple(entry for entry in self.keys if entry.name != name))
 
     def write(self, path: Path) -> None:
         """Replaces the file atomically, and keeps its mode and owner. Raises `OSError`.
@@ -213,10 +211,9 @@ def _shown(part: int | str) -> str:
 
 
 def _is_name(name: Any) -> bool:  # noqa: ANN401 - anything that JSON can be
-    try:
+    with suppress(TypeError, ValueError):
         return bool(_name(name))
-    except (TypeError, ValueError):
-        return False
+    return False
 
 
 def _message(message: str) -> str:

@@ -60,7 +60,6 @@ async def end_with_status(context: CallContext, error: Exception) -> None:
     except grpc.aio.AbortError:
         raise
     except TimeoutError as unread:
-        # The caller does not read. It gets the status when it reads.
         raise asyncio.CancelledError from unread
     except Exception as unsent:
         # The call has ended already. grpc would log its own error as a fault of the server.

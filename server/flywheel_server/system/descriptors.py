@@ -53,7 +53,6 @@ def in_use() -> int:
 
 def free() -> int:
     """Returns how many more descriptors the process may open."""
-    try:
+    with suppress(OSError):
         return max(0, limit() - in_use())
-    except OSError:
-        return 0
+    return 0

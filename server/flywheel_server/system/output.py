@@ -58,11 +58,10 @@ class Output:
             if self._closed:
                 return
             if self._waiting_bytes and self._waiting_bytes + len(data) > MAX_BYTES:
-                match self._waiting[-1]:
-                    case int(dropped):
-                        self._waiting[-1] = dropped + 1
-                    case _:
-                        self._waiting.append(1)
+                if isinstance(last := self._waiting[-1], int):
+                    self._waiting[-1] = last + 1
+                else:
+                    self._waiting.append(1)
             else:
                 self._waiting.append(data)
                 self._waiting_bytes += len(data)

@@ -39,12 +39,8 @@ def shortage_in(error: BaseException) -> BaseException | None:
 
 
 def _is_shortage_itself(error: BaseException) -> bool:
-    match error:
-        case MemoryError():
-            return True
-        case OSError():
-            return error.errno in _ERRNOS
-        case RuntimeError():
-            return str(error) == _NO_THREAD
-        case _:
-            return False
+    return (
+        isinstance(error, MemoryError)
+        or (isinstance(error, OSError) and error.errno in _ERRNOS)
+        or (isinstance(error, RuntimeError) and str(error) == _NO_THREAD)
+    )
