@@ -72,7 +72,7 @@ async def test_with_a_key(method: str, sent: str) -> None:
         await drained(getattr(target.stub, method)(CALLS[method], metadata=(("authorization", sent),)))
 
 
-async def test_health_and_reflection_need_none() -> None:
+async def test_health_and_reflection_need_no_key() -> None:
     async with serving(ScriptedEngine(), api_keys=KEY) as target:
         health = await health_pb2_grpc.HealthStub(target.channel).Check(health_pb2.HealthCheckRequest())
         assert health.status == health_pb2.HealthCheckResponse.SERVING
@@ -92,7 +92,7 @@ def test_keys_come_from_the_environment_alone(monkeypatch: pytest.MonkeyPatch, c
 
 
 @pytest.mark.parametrize("keys", ["short", f"{KEY},with a space in it", "é" * 20])
-def test_a_key_that_is_no_key_is_refused_and_not_printed(
+def test_an_invalid_key_is_refused_and_not_printed(
     keys: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("FLYWHEEL_API_KEYS", keys)
@@ -112,7 +112,7 @@ def bearer(*keys: str) -> tuple[tuple[str, str], ...]:
     return tuple(("authorization", f"Bearer {key}") for key in keys)
 
 
-async def test_several_keys_are_none() -> None:
+async def test_a_call_with_several_keys_is_refused() -> None:
     async with serving(ScriptedEngine(), api_keys=KEY) as target:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await target.stub.GetModel(pb.GetModelRequest(), metadata=bearer(KEY, KEY))
@@ -120,7 +120,7 @@ async def test_several_keys_are_none() -> None:
 
 
 class CallerEngine(ScriptedEngine):
-    """Keeps who asked for its statistics, and what the log would say about that."""
+    """Records the caller that asks for its statistics, and the caller that log lines would name."""
 
     async def stats(self) -> EngineStats:
         self.caller = caller.get()
@@ -141,7 +141,7 @@ def written(path: Path, *entries: KeyEntry) -> str:
     ("key", "expected"),
     [(KEY, Caller("FLYWHEEL_API_KEYS-1")), (OTHER, Caller("team-a", priority=3, max_concurrent=2, tokens_per_minute=10**6))],
 )
-async def test_a_call_is_its_callers(key: str, expected: Caller, tmp_path: Path) -> None:
+async def test_a_call_runs_as_the_caller_of_its_key(key: str, expected: Caller, tmp_path: Path) -> None:
     file = written(tmp_path / "keys.json", entry("team-a", OTHER, priority=3, max_concurrent=2, tokens_per_minute=10**6))
     engine = CallerEngine()
     async with serving(engine, api_keys=KEY, api_keys_file=file, health_interval=3600) as target:
@@ -187,7 +187,7 @@ async def test_a_key_that_has_expired(tmp_path: Path) -> None:
 
 
 class FakeContext:
-    """A call as a client of another kind could send it: that of grpcio refuses to."""
+    """A call with metadata that grpcio's client refuses to send, but other clients may send."""
 
     def __init__(self, *metadata: tuple[str, str | bytes]) -> None:
         self._metadata = metadata
@@ -200,7 +200,7 @@ class FakeContext:
 
 
 @pytest.mark.parametrize("sent", [f"Bearer {KEY}é", f"Bearer {KEY}\ud800", f"Bearer {KEY}\n", f"Bearer {KEY}\0", "Bearer \xff"])
-def test_what_no_key_can_be_is_refused(sent: str) -> None:
+def test_text_that_cannot_be_a_key_is_refused(sent: str) -> None:
     context: Any = FakeContext(("authorization", sent))
     with pytest.raises(UnauthenticatedError, match="API_KEY_INVALID"):
         Authentication(KeyRing([KEY]), certificates=False).identify(context, CallMetadata.of(context))

@@ -1,4 +1,4 @@
-"""Who a client certificate says its holder is: which names of it count, and that nobody enters by a name that is not theirs."""
+"""The identities in a client certificate: which of its names count, and that no caller passes for another."""
 
 import ssl
 from collections.abc import AsyncIterator
@@ -112,7 +112,7 @@ CASES: dict[str, tuple[tuple[bytes, ...], str]] = {
     "an address alone": ((common_name(COMMON), alternative_names(made.ip(b"\x0a\x00\x00\x01"))), NOBODY),
     "an X.400 address": (beside(made.der(0xA3)), REFUSED),
     "an EDI party": (beside(made.der(0xA5, made.der(0xA1, made.der(UTF8, b"x")))), REFUSED),
-    # What is empty, broken, or encoded as it must not be.
+    # Names that are empty, broken, or wrongly encoded.
     "no names at all": ((name(),), NOBODY),
     "no alternative names in their extension": ((common_name(COMMON), alternative_names()), NOBODY),
     "an empty host name": (alone(dns(""), uri(MESH)), REFUSED),
@@ -217,7 +217,7 @@ async def open_to_all(engine: Engine, files: Files, clients: trustme.CA) -> Asyn
 
 @pytest.fixture(scope="module")
 async def for_the_listed(engine: Engine, files: Files, clients: trustme.CA) -> AsyncIterator[Target]:
-    """A server for whoever is listed: with a key, or with an identity that some of the certificates have."""
+    """A server for the callers in a keys file: one with a key, and one for each identity that the cases expect."""
     expected = {known for _, known in CASES.values()} - {REFUSED, NO_CONNECTION, NOBODY}
     entries = [
         KeyEntry(name=f"listed-{number}", certificate=each, created=datetime.now(UTC))
@@ -233,7 +233,7 @@ async def for_the_listed(engine: Engine, files: Files, clients: trustme.CA) -> A
 async def outcome(
     engine: Engine, target: Target, files: Files, own: trustme.LeafCert, metadata: Any = ()
 ) -> Caller | str | None:
-    """Returns as whom a call with the certificate is taken, or why it is not."""
+    """Returns the caller that the server takes a client with the certificate for, or why it refuses the call."""
     async with client(target.address, files.authority, own) as stub:
         try:
             await stub.GetStats(pb.GetStatsRequest(), metadata=metadata, timeout=20)
@@ -257,7 +257,7 @@ async def test_a_certificate_is_taken_for_what_its_names_say_and_for_nothing_els
         case "CERTIFICATE_INVALID":
             assert by_name == by_list == with_a_key == REFUSED
         case "no connection":
-            # Where gRPC lets one in that it cannot read itself, which depends on its version, the server refuses it.
+            # Some versions of gRPC accept a certificate that they cannot read. Then the server refuses the call.
             assert {by_name, by_list, with_a_key} <= {NO_CONNECTION, REFUSED}
         case "":
             assert by_name == ANYBODY

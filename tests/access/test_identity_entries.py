@@ -55,7 +55,7 @@ ENTRIES: dict[str, str | None] = {
 
 
 @pytest.mark.parametrize("text", ENTRIES)
-def test_what_no_certificate_can_enter_by_is_refused_in_words(text: str) -> None:
+def test_an_identity_that_no_certificate_can_have_is_refused_with_a_reason(text: str) -> None:
     accepted = {text: known for text, known in ENTRIES.items() if known == text or known == text.lower()}
     if text in accepted:
         assert identity(text) == accepted[text]
@@ -66,14 +66,14 @@ def test_what_no_certificate_can_enter_by_is_refused_in_words(text: str) -> None
 
 
 @pytest.mark.parametrize("text", [text for text, known in ENTRIES.items() if known == text or known == text.lower()])
-def test_what_can_be_listed_some_certificate_has(text: str) -> None:
+def test_each_valid_identity_can_be_in_a_certificate(text: str) -> None:
     clients = trustme.CA()
     kinds = (alone(uri(text)), alone(dns(text)), in_subject(UTF8_STRING, text.encode()))
     entered = [_read(made.issue(clients, *parts).cert_chain_pems[0].bytes()) for parts in kinds]
     assert (identity(text),) in entered
 
 
-def test_two_entries_that_the_same_certificate_has_are_one_too_many() -> None:
+def test_two_entries_for_the_same_certificate_are_refused() -> None:
     one, other = (
         KeyEntry(name=caller, certificate=text, created=datetime.now(UTC))
         for caller, text in (("a", "mesh.example"), ("b", "Mesh.EXAMPLE"))
@@ -82,7 +82,7 @@ def test_two_entries_that_the_same_certificate_has_are_one_too_many() -> None:
         KeysFile(keys=(one, other))
 
 
-def test_an_entry_edited_by_hand_is_read_as_it_is_compared(tmp_path: Path) -> None:
+def test_an_identity_edited_by_hand_is_read_in_lower_case(tmp_path: Path) -> None:
     text = b'{"keys": [{"name": "mesh", "certificate": "Mesh.Example", "created": "2026-01-01T00:00:00Z"}]}'
     assert KeysFile.parse(text).keys[0].certificate == "mesh.example"
     with pytest.raises(ValueError, match=r"entry 1 \(mesh\): certificate: must not have a wildcard"):

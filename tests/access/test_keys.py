@@ -1,4 +1,4 @@
-"""Who is on the ring: what the file of keys says, what is wrong with it, and how it is followed."""
+"""The key ring: the callers that it accepts, errors in the keys file, and changes of the file."""
 
 import asyncio
 import json
@@ -96,7 +96,7 @@ GOOD = {"name": "team-a", "hash": hash_of(KEY), **CREATED}
         ([GOOD, {**GOOD, "name": "team-b"}], ["team-a and team-b", "same hash"]),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line_without_a_secret(content: Any, words: list[str], path: Path) -> None:
+def test_an_error_in_the_file_is_reported_in_one_line_without_a_secret(content: Any, words: list[str], path: Path) -> None:
     path.write_text(content if isinstance(content, str) else json.dumps({"keys": content}))
     with pytest.raises(ValueError, match="FLYWHEEL_API_KEYS_FILE") as caught:
         KeyRing(file=str(path))
@@ -113,7 +113,7 @@ def test_a_file_that_is_not_there(path: Path) -> None:
         KeyRing(file=str(path))
 
 
-def test_what_is_no_file(path: Path) -> None:
+def test_a_path_that_is_no_regular_file(path: Path) -> None:
     os.mkfifo(path)
     for each, problem in (
         (path, "It is not a regular file"),
@@ -143,7 +143,7 @@ def test_the_keys_of_the_variable(path: Path) -> None:
     assert both.caller_of_key(HashedKey.of(OTHER)) == Caller("FLYWHEEL_API_KEYS-2")
 
 
-def test_what_has_expired_is_told_from_what_is_unknown(path: Path) -> None:
+def test_an_expired_credential_is_told_from_an_unknown_one(path: Path) -> None:
     past, future = NOW - timedelta(seconds=1), NOW + timedelta(days=1)
     old = entry("old", expires=past)
     mesh = entry("mesh", None, certificate=SPIFFE_ID, expires=past)
@@ -164,7 +164,7 @@ def test_no_representation_has_a_key_or_a_hash(path: Path) -> None:
         assert hash_of(key) not in told
 
 
-def test_keys_are_looked_up_where_callers_cannot_aim(path: Path) -> None:
+def test_callers_cannot_choose_what_their_key_is_looked_up_by(path: Path) -> None:
     ring = KeyRing(file=write(path, entry("team-a")))
     (index,) = ring._accepted.by_key
     assert index != bytes.fromhex(hash_of(KEY).removeprefix("sha256:"))
@@ -199,7 +199,7 @@ def test_a_write_that_fails_leaves_the_old_file_alone(path: Path, monkeypatch: p
 
 
 class Follower:
-    """Records what is revoked, and asks the ring who is on it."""
+    """Records the names that are revoked, and looks up callers in the ring."""
 
     def __init__(self, ring: KeyRing) -> None:
         self.ring = ring
@@ -222,8 +222,8 @@ async def test_a_key_that_is_added_is_accepted_and_one_that_is_gone_is_revoked(p
             assert follower.name_of(KEY) == "team-a"
             write(path, entry("team-b", OTHER, priority=5, expires=NOW))
             await until(lambda: follower.name_of(KEY) is None, "team-a is refused")
-            await until(lambda: bool(follower.revoked), "team-a is told of")
-    # Quotas and expiry are for the calls to come; who has a key goes on.
+            await until(lambda: bool(follower.revoked), "team-a is reported as revoked")
+    # team-b keeps its key: other quotas and an expiry apply only to later calls.
     assert follower.revoked == [{"team-a"}]
     reloads = [(log["keys"], log["added"], log["revoked"]) for log in logs]
     assert reloads == [(2, ["team-b"], []), (1, [], ["team-a"])]
@@ -243,7 +243,7 @@ async def test_a_name_that_stands_for_another_key_is_revoked(path: Path) -> None
 
 
 def spoil(path: Path) -> None:
-    """Puts something wrong in the place of the file, at once."""
+    """Replaces the file atomically by an invalid one."""
     wrong = path.with_name("wrong.json")
     wrong.write_text(f'{{"keys": [{{"name": "team-a", "hash": "{KEY}"}}]}}')
     wrong.replace(path)
@@ -282,7 +282,7 @@ async def test_a_file_with_something_wrong_changes_nothing_and_is_logged_once(ha
     assert KEY not in str(logs)
 
 
-async def test_an_error_of_the_one_who_is_told_does_not_end_the_following(path: Path) -> None:
+async def test_an_error_of_the_callback_does_not_end_the_following(path: Path) -> None:
     ring = KeyRing(file=write(path, entry("team-a")))
     follower = Follower(ring)
 

@@ -36,7 +36,7 @@ class Keys:
             self(*arguments)
         out, err = self._capsys.readouterr()
         assert not out
-        if isinstance(caught.value.code, str):  # what Python itself then prints, and exits with 1
+        if isinstance(caught.value.code, str):  # Python prints this text, and exits with 1
             assert status == 1
             return caught.value.code
         assert caught.value.code == status
@@ -162,7 +162,7 @@ def test_which_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert [entry.name for entry in KeysFile.read(tmp_path / "keys.json").keys] == ["team-a"]
 
 
-def test_what_fails_is_said_in_one_line_and_changes_nothing(keys: Keys) -> None:
+def test_a_failure_is_reported_in_one_line_and_changes_nothing(keys: Keys) -> None:
     for arguments in (["list"], ["revoke", "team-a"]):
         assert keys.fails(1, *arguments) == f"flywheel-server keys: {keys.path}: No such file or directory"
     keys("create", "team-a")

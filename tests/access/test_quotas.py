@@ -107,7 +107,7 @@ def test_samples_at_a_time(quotas: Quotas) -> None:
     caller = Caller("team", max_concurrent=4)
     with Reservation(quotas, caller, request(num_samples=3)):
         error = refused(quotas, caller, request(num_samples=2))
-        # One of four leaves every two seconds, as calls take eight.
+        # Calls take eight seconds, so one of four ends every two seconds.
         assert (error.caller, error.quota, error.retry_delay) == ("team", "max_concurrent 4", 4.0)
         with Reservation(quotas, caller, request()), Reservation(quotas, Caller("other", max_concurrent=1), request()):
             refused(quotas, caller, request())
@@ -115,7 +115,7 @@ def test_samples_at_a_time(quotas: Quotas) -> None:
         pass
 
 
-def test_a_call_that_alone_exceeds_the_quota_is_told_no_time(quotas: Quotas) -> None:
+def test_a_call_that_alone_exceeds_the_quota_gets_no_retry_delay(quotas: Quotas) -> None:
     assert refused(quotas, Caller("team", max_concurrent=4), request(num_samples=5)).retry_delay is None
 
 
@@ -142,13 +142,13 @@ def test_calls_at_a_time_cannot_together_exceed_the_quota(quotas: Quotas) -> Non
 def test_a_call_that_may_generate_more_than_a_minute_grants_takes_all_of_it(quotas: Quotas, clock: Clock) -> None:
     caller = Caller("team", tokens_per_minute=100)
     use(quotas, caller, request(8000), generated=250, prompt=50)
-    # 200 more than there were: two minutes until they are there, and another for those of the next call.
+    # 200 more than the quota: two minutes to refill these, and one more for the tokens of the next call.
     assert refused(quotas, caller, request(100)).retry_delay == pytest.approx(180)
     clock.now += 181
     use(quotas, caller, request(100), generated=1, prompt=1)
 
 
-def test_a_call_that_fails_costs_what_it_made(quotas: Quotas) -> None:
+def test_a_call_that_fails_costs_the_tokens_that_it_generated(quotas: Quotas) -> None:
     caller = Caller("team", tokens_per_minute=100, max_concurrent=1)
     with suppress(KeyError), Reservation(quotas, caller, request(100)) as usage:
         usage.count(TextDelta(0, "a", 7))

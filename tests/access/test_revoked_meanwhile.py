@@ -1,4 +1,4 @@
-"""A caller who may call when the call begins, and no longer when its request has arrived, is not served."""
+"""A call is refused if its caller was accepted when the call began, but no longer is when the request has arrived."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -71,7 +71,7 @@ CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any] | None, str]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-async def test_who_may_no_longer_call_when_the_request_has_arrived_is_not_served(
+async def test_a_call_is_refused_if_its_caller_is_revoked_before_the_request_arrives(
     change: str, tmp_path: Path, looked_up: list[str]
 ) -> None:
     before, after, reason = CHANGES[change]
@@ -116,4 +116,4 @@ async def test_who_may_no_longer_call_when_the_request_has_arrived_is_not_served
             assert details_of(caught.value)[ErrorInfo].reason == reason, method
         for call in served.values():
             await call
-    assert engine.requests == 3, "those of who may call"
+    assert engine.requests == 3, "one for each generation of the other caller"

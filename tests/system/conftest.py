@@ -10,13 +10,13 @@ from tests.serving import until
 
 
 class Pipe:
-    """A pipe whose reader reads only when it is told."""
+    """A pipe that is read only on request."""
 
     def __init__(self) -> None:
         self.reading, self.writing = os.pipe()
 
     def fill(self) -> None:
-        """Writes as much as there is room for."""
+        """Writes until the pipe is full."""
         os.set_blocking(self.writing, False)
         try:
             while True:
@@ -25,7 +25,7 @@ class Pipe:
             os.set_blocking(self.writing, True)
 
     async def read_until(self, sign: re.Pattern[bytes]) -> bytes:
-        """Returns what comes up to something that matches."""
+        """Reads until the pattern matches, and returns all that was read."""
         os.set_blocking(self.reading, False)
         read = b""
 

@@ -132,14 +132,14 @@ def test_without_procfs_there_is_no_limit(tmp_path: Path) -> None:
         pytest.param("0::/", [V2], {"memory.stat": "file 1"}, (math.inf, math.inf), id="root of the host"),
     ],
 )
-def test_memory_is_free_up_to_the_limit_without_what_is_cached(
+def test_cached_files_count_as_free_memory(
     tmp_path: Path, cgroup: str, mounts: list[str], files: dict[str, str], expected: tuple[float, float]
 ) -> None:
     proc = process(tmp_path, cgroup, mounts, "/", files)
     assert (memory_limit(proc), free_memory(proc)) == expected
 
 
-def test_the_memory_is_that_of_the_groups_if_they_have_less(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_limit_of_the_groups_counts_if_the_machine_has_more_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = total_memory()
     assert GIB // 2 < machine < math.inf
     monkeypatch.setattr(memory, "memory_limit", lambda: 4096)

@@ -36,7 +36,7 @@ def test_an_output_keeps_the_order_and_says_where_something_is_missing(pipe: Pip
     output.notice = lambda dropped: b"%d dropped\n" % dropped
     half = b"a" * (MAX_BYTES // 2 - 1) + b"\n"
     output.write(b"first\n")
-    # The thread has taken it, and waits for the reader.
+    # Until the thread has taken the line, and waits for the reader.
     while output._waiting:
         time.sleep(0.001)
     for piece in (half, half, b"lost\n", b"lost\n"):
@@ -65,7 +65,7 @@ def test_an_output_writes_what_it_has_taken_before_it_ends(pipe: Pipe) -> None:
     assert os.read(pipe.reading, 2**16) == b"line\n" * 100
 
 
-def test_one_piece_may_be_larger_than_what_may_wait(pipe: Pipe) -> None:
+def test_one_piece_may_be_larger_than_all_that_may_wait_together(pipe: Pipe) -> None:
     output = Output(pipe.writing)
     output.write(b"a" * 2 * MAX_BYTES)
     read = 0
@@ -108,7 +108,7 @@ def nothing_left_behind() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("started", range(3))
-def test_output_that_finds_no_thread_changes_nothing(started: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_output_that_cannot_start_its_thread_changes_nothing(started: int, monkeypatch: pytest.MonkeyPatch) -> None:
     start = threading.Thread.start
     left = started
 

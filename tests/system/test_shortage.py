@@ -1,4 +1,4 @@
-"""What the machine may run out of: no server ends for want of it, and none takes its engine for dead."""
+"""Shortages, such as of descriptors or memory: no server ends because of one, or takes its engine for dead."""
 
 import asyncio
 import errno
@@ -38,7 +38,7 @@ EMBEDDED = ["--address", "127.0.0.1:0", "--embedded-threads", "1"]
 def raised(error: Exception, cause: Exception | None = None) -> Exception:
     try:
         raise error from cause
-    except Exception as caught:  # noqa: BLE001 - it is what is wanted
+    except Exception as caught:  # noqa: BLE001 - the error to return
         return caught
 
 
@@ -51,7 +51,7 @@ def no_thread() -> Exception:
         return error
     finally:
         threading.stack_size(stack)
-    raise AssertionError("there is a thread for everybody")
+    raise AssertionError("the system started the thread")
 
 
 def while_handling(error: Exception) -> Exception:
@@ -59,7 +59,7 @@ def while_handling(error: Exception) -> Exception:
         try:
             raise error
         except Exception:  # noqa: BLE001 - whatever it is
-            raise ValueError("what it led to")  # noqa: B904 - as code does that does not say `from`
+            raise ValueError("what it led to")  # noqa: B904 - as code without `from` does
     except ValueError as caught:
         return caught
 
@@ -78,11 +78,11 @@ SHORTAGES: dict[str, Callable[[], Exception]] = {
 
 
 @pytest.mark.parametrize("shortage", SHORTAGES.values(), ids=SHORTAGES)
-def test_what_is_a_shortage(shortage: Callable[[], Exception]) -> None:
+def test_errors_that_are_shortages(shortage: Callable[[], Exception]) -> None:
     assert is_shortage(shortage())
 
 
-def test_what_is_none() -> None:
+def test_errors_that_are_no_shortages() -> None:
     hidden = raised(ValueError("our own"), None)
     hidden.__context__ = MemoryError()
     circular = EngineFailedError("a")
@@ -101,7 +101,7 @@ def test_what_is_none() -> None:
 
 
 class PoorEngine(MortalEngine):
-    """Lacks something, for calls, checks and statistics alike, until it has it again."""
+    """Fails calls, checks and statistics with the error `lacks` while there is one."""
 
     def __init__(self) -> None:
         super().__init__(Script())
@@ -125,7 +125,7 @@ class PoorEngine(MortalEngine):
 
 
 @pytest.mark.parametrize("shortage", SHORTAGES.values(), ids=SHORTAGES)
-async def test_calls_end_with_when_to_come_back_and_the_engine_lives_on(shortage: Callable[[], Exception]) -> None:
+async def test_calls_end_with_a_retry_delay_and_the_engine_lives_on(shortage: Callable[[], Exception]) -> None:
     engine = PoorEngine()
     async with serving(engine, health_interval=0.01, engine_timeout=0.05) as target:
         health = health_pb2_grpc.HealthStub(target.channel)
@@ -154,7 +154,7 @@ async def test_calls_end_with_when_to_come_back_and_the_engine_lives_on(shortage
 
 
 @pytest.mark.parametrize("shortage", SHORTAGES.values(), ids=SHORTAGES)
-async def test_an_engine_that_lacks_something_to_start_is_started_when_it_is_there(
+async def test_an_engine_that_cannot_start_during_a_shortage_is_started_after_it(
     shortage: Callable[[], Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(supervision, "RESTART_INTERVAL", 0.01)
@@ -179,7 +179,7 @@ async def test_an_engine_that_lacks_something_to_start_is_started_when_it_is_the
     assert engine.starts == 2
 
 
-async def test_native_code_that_cannot_start_for_want_of_descriptors_is_started_when_there_are_some(
+async def test_native_code_that_cannot_start_without_descriptors_is_started_later(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(supervision, "RESTART_INTERVAL", 0.01)
@@ -198,12 +198,12 @@ async def test_native_code_that_cannot_start_for_want_of_descriptors_is_started_
 
 
 def connected_anew(address: str) -> AbstractAsyncContextManager[Target]:
-    """Gives a channel with a connection of its own: those of one process to one address share theirs."""
+    """Gives a channel with a connection of its own: other channels of a process to one address share a connection."""
     return connected(address, ("grpc.use_local_subchannel_pool", 1))
 
 
 def idle(address: str, number: int, stack: AsyncExitStack) -> list[socket.socket]:
-    """Returns connections that say nothing."""
+    """Returns connections over which nothing is sent."""
     host, _, port = address.rpartition(":")
     return [stack.enter_context(socket.create_connection((host, int(port)))) for _ in range(number)]
 
@@ -219,7 +219,7 @@ async def ended_well(process: Process) -> str:
 
 
 @pytest.mark.parametrize("engine", [SCRIPTED, EMBEDDED], ids=["scripted", "embedded"])
-async def test_idle_connections_do_not_take_what_the_engine_needs(engine: list[str]) -> None:
+async def test_idle_connections_do_not_take_the_descriptors_that_the_engine_needs(engine: list[str]) -> None:
     async with command(*engine, setup="ulimit -n 256") as process, AsyncExitStack() as stack:
         _, address = await ready_line(process)
         async with connected(address) as target:
@@ -275,7 +275,7 @@ async def test_a_limit_that_leaves_hardly_any_connections_is_an_error_that_says_
     code, log = await outcome(least, "--max-connections", "8")
     assert code is None
     assert "is cut" not in log
-    # Fewer were asked for, so fewer will do.
+    # Fewer connections need fewer descriptors.
     code, log = await outcome(least - 7, "--max-connections", "1")
     assert code is None
     assert "is cut" not in log
@@ -322,7 +322,7 @@ async def test_a_server_without_descriptors_goes_on_and_recovers(tmp_path: Path)
                 async with connected_anew(address) as another:
                     with pytest.raises(grpc.aio.AioRpcError):
                         await another.stub.GetStats(pb.GetStatsRequest(), metadata=metadata, timeout=0.5)
-                # More than a second, after which the file is looked at.
+                # Longer than the second between two checks of the file.
                 await asyncio.sleep(1.2)
                 health = health_pb2_grpc.HealthStub(target.channel)
                 assert (await health.Check(health_pb2.HealthCheckRequest())).status == SERVING

@@ -30,14 +30,14 @@ from tests.thorough import further
 BY_THE_SYSTEM = {
     # An error of the process, which ends it.
     *(signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT, signal.SIGTRAP, signal.SIGSYS),
-    # The processor time that it may use is over.
+    # The process has used up its processor time.
     signal.SIGXCPU,
-    # Nobody can say otherwise.
+    # A process cannot handle it.
     signal.SIGKILL,
     # These stop a process for a while.
     *(signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU),
 }
-"""The signals that do what the system has them do."""
+"""The signals that keep the effect that the system gives them."""
 
 MEANINGLESS = sorted(signal.valid_signals() - BY_THE_SYSTEM - {*STOP_SIGNALS, DUMP_STACKS})
 
@@ -46,7 +46,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /pro
 
 @asynccontextmanager
 async def serving_a_call(setup: str = "") -> AsyncIterator[tuple[Process, Any]]:
-    """Gives a server that drains for as long as it takes, and a call of 20 tokens that it has begun to answer."""
+    """Gives a server whose drain waits for its calls, and a call of 20 tokens that the server has begun to answer."""
     arguments = (*SCRIPTED, "--drain-timeout", "60", "--script", '{"token_delay": 0.02}')
     async with command(*arguments, setup=setup) as process:
         _, address = await ready_line(process)
@@ -65,7 +65,7 @@ async def finished(call: Any) -> bool:
 
 
 async def ended(process: Process) -> str:
-    """Returns what the process has said on standard error, when it has ended as ordered."""
+    """Waits until the process has ended with exit code 0, and returns what it wrote to standard error."""
     _, err = await asyncio.wait_for(process.communicate(), 30)
     assert process.returncode == 0, err
     assert b"Traceback" not in err
@@ -97,8 +97,8 @@ async def test_a_second_signal_of_any_kind_ends_the_drain(numbers: tuple[signal.
             await ended(process)
 
 
-async def test_signals_that_mean_nothing_change_nothing_and_one_shows_the_stacks() -> None:
-    # As `nohup` ignores SIGHUP, and as a shell ignores the others for what it runs in the background.
+async def test_meaningless_signals_change_nothing_and_one_shows_the_stacks() -> None:
+    # As `nohup` ignores SIGHUP, and as a shell ignores the others for background processes.
     async with serving_a_call("trap '' HUP INT QUIT") as (process, call):
         for number in [*MEANINGLESS, signal.SIGHUP, DUMP_STACKS, DUMP_STACKS]:
             process.send_signal(number)
@@ -138,7 +138,7 @@ async def test_a_signal_while_the_code_is_loaded_ends_the_server_in_order(number
 
 @pytest.fixture(scope="module")
 def as_first_process() -> str:
-    """How to run a command as the first process of a namespace, as the one of a container is."""
+    """A shell command that runs its arguments as the first process of a namespace, as in a container."""
     words = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child"]
     if shutil.which(words[0]) is None or subprocess.run([*words, "true"], capture_output=True, check=False).returncode:
         pytest.skip("there are no namespaces of processes here")

@@ -1,4 +1,4 @@
-"""Whoever reads what a server writes to standard output and error may stall or be gone: nobody waits for that."""
+"""The reader of standard output and standard error may stall or be gone: the server does not wait for it."""
 
 import asyncio
 import json
@@ -37,7 +37,7 @@ async def answered(target: Target) -> None:
     await until(ok, "it answers")
 
 
-# What makes long lines, or many: the prompts, or what llama.cpp says.
+# Servers whose log has long lines (prompts), or many lines (of llama.cpp), and a request that causes them.
 PROMPTS = ([*SCRIPTED, "--log-prompts", "true"], pb.GenerationRequest(text=LONG, max_tokens=1))
 
 
@@ -88,7 +88,7 @@ async def test_a_reader_of_the_log_that_stalls_stops_nobody(
     ],
     ids=str,
 )
-async def test_however_it_ends_it_ends_although_nobody_reads(
+async def test_a_server_ends_even_if_nobody_reads_its_output(
     arguments: list[str], end: signal.Signals | None, code: int, pipe: Pipe
 ) -> None:
     pipe.fill()

@@ -23,8 +23,8 @@ class Several:
 
     Attributes:
         process: The parent.
-        address: Where the server listens.
-        log: The lines of its log so far, as they were parsed; a line that is no JSON under the key `text`.
+        address: The address that the server listens on.
+        log: The lines of the log so far, parsed. A line that is not JSON stands under the key `text`.
     """
 
     def __init__(self, process: Process, address: str, metadata: Any = ()) -> None:
@@ -52,7 +52,7 @@ class Several:
         return [line for line in self.log if line.get("event") == event]
 
     def pids(self) -> dict[int, int]:
-        """Returns the process of each worker, by its number: the last one that was started."""
+        """Returns the process id of each worker by its number. A replaced worker has the id of its latest process."""
         return {line["number"]: line["pid"] for line in self.events("worker started")}
 
     @asynccontextmanager
@@ -71,7 +71,10 @@ class Several:
             yield targets
 
     async def worker_of(self, target: Target) -> int | None:
-        """Returns which worker has the connection, by the line of its log for an invalid call; None if none answers."""
+        """Returns the number of the worker that has the connection; None if none answers.
+
+        It is in the log line of an invalid call.
+        """
         request_id = uuid.uuid4().hex
         call = target.stub.GenerateAll(pb.GenerationRequest(), metadata=(("x-request-id", request_id), *self._metadata))
         if await code_of(call) is not grpc.StatusCode.INVALID_ARGUMENT:
@@ -83,7 +86,7 @@ class Several:
 
 @asynccontextmanager
 async def several(*arguments: str, metadata: Any = (), setup: str = "") -> AsyncIterator[Several]:
-    """Runs a server with two workers until the context ends; `metadata` is what an allowed call has."""
+    """Runs a server with two workers until the context ends; `metadata` is that of an accepted call."""
     async with command(*ARGUMENTS, *arguments, stdout=PIPE, stderr=PIPE, setup=setup) as process:
         _, address = await ready_line(process)
         server = Several(process, address, metadata)
@@ -99,7 +102,7 @@ async def several(*arguments: str, metadata: Any = (), setup: str = "") -> Async
 
 
 def is_running(pid: int) -> bool:
-    """Returns whether there is such a process, and it is more than an entry that its parent has not looked at."""
+    """Returns whether there is such a process, and it is no zombie."""
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

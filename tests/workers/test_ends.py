@@ -101,7 +101,7 @@ async def test_a_worker_that_cannot_be_started_is_started_later() -> None:
         await until(lambda: len(server.events("worker not started")) == 2, "there are no descriptors for another one")
         assert await targets[2].stub.GenerateAll(pb.GenerationRequest(text="x", max_tokens=1))
         resource.prlimit(parent, resource.RLIMIT_NOFILE, before)
-        await until(lambda: server.pids()[1] != pid, "now there are")
+        await until(lambda: server.pids()[1] != pid, "the worker is replaced")
         async with server.connections():
             pass
 
@@ -142,7 +142,7 @@ async def test_a_port_that_a_single_server_has_is_refused() -> None:
             assert address in err.decode()
 
 
-async def test_what_keeps_workers_from_starting_is_said_in_the_last_line(tmp_path: Path) -> None:
+async def test_the_last_line_says_why_workers_cannot_start(tmp_path: Path) -> None:
     broken = tmp_path / "cert.pem"
     broken.write_text("no certificate")
     async with command(*ARGUMENTS, "--tls-cert", str(broken), "--tls-key", str(broken)) as process:
@@ -166,7 +166,7 @@ async def test_a_signal_while_workers_start_ends_all(delay: float) -> None:
         assert b"Traceback" not in err
 
 
-async def test_what_the_calls_of_dying_workers_held_is_all_given_back() -> None:
+async def test_calls_of_dying_workers_release_all_that_they_held() -> None:
     limits = ("--max-concurrent", "4", "--max-queued", "4")
     async with several(*SCRIPT, *limits) as server:
         for round_number in range(3):

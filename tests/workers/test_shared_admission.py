@@ -1,4 +1,4 @@
-"""The admission of all workers as each of them sees it: two ends of a pair of sockets, in one process."""
+"""The admission that workers share: this process has both ends of each socket pair."""
 
 import asyncio
 import socket
@@ -115,7 +115,7 @@ async def test_the_calls_of_two_workers_share_one_admission(tokenizers: int) -> 
 
 
 @pytest.mark.parametrize("tokenizers", [0, 2])
-async def test_quotas_are_shared_and_what_was_used_counts(tokenizers: int) -> None:
+async def test_quotas_are_shared_and_used_tokens_count(tokenizers: int) -> None:
     parent = Parent()
     async with parent.worker(tokenizers) as one, parent.worker(tokenizers) as two:
         end = asyncio.Event()
@@ -135,20 +135,20 @@ async def test_quotas_are_shared_and_what_was_used_counts(tokenizers: int) -> No
 
 
 @pytest.mark.parametrize("tokenizers", [0, 2])
-async def test_a_call_that_follows_another_on_another_worker_meets_what_that_gave_back(tokenizers: int) -> None:
+async def test_a_call_gets_the_quota_that_a_call_on_another_worker_has_just_released(tokenizers: int) -> None:
     parent = Parent()
     one_at_a_time = Caller("one", max_concurrent=1)
     async with parent.worker(tokenizers) as one, parent.worker(tokenizers) as two:
         async with one.acquire(request(), one_at_a_time, None) as (_, place):
             await place.admitted(0)
-            # So that the event loop reads from this worker first, as it may when it has been busy.
+            # Makes the event loop read from this worker first, as it may do after it was busy.
             two.connection.send("capacity", None, None)
         async with two.acquire(request(), one_at_a_time, None) as (_, place):
             await place.admitted(0)
         await until(lambda: parent.is_empty, "all is given back")
 
 
-async def test_a_deadline_that_cannot_be_met_is_known_to_all() -> None:
+async def test_a_deadline_that_cannot_be_met_is_refused_on_each_worker() -> None:
     parent = Parent()
     for _ in range(10):
         parent.admission.service_times.add("", 100.0)

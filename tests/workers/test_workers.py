@@ -53,7 +53,7 @@ async def running(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[tup
 
 
 async def begun(target: Target, metadata: Any, request: pb.GenerationRequest = LONG) -> Any:
-    """Returns a call of which the engine has made something."""
+    """Returns a call that has received its first message."""
     call = target.stub.GenerateDeltas(request, metadata=metadata)
     assert await call.read() is not grpc.aio.EOF, await call.details()
     return call
@@ -76,7 +76,7 @@ async def counts_of(target: Target, metadata: Any) -> tuple[int, int]:
 
 @asynccontextmanager
 async def left_empty(targets: Mapping[int, Target], metadata: Any) -> AsyncIterator[list[Any]]:
-    """Gives a list for calls, which are cancelled at the end, and returns when no worker counts any."""
+    """Gives a list for calls. At the end, cancels these calls, and waits until no worker counts a call."""
     calls: list[Any] = []
     try:
         yield calls
@@ -95,7 +95,7 @@ FULL = (grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED")
 OVER_QUOTA = (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUOTA_EXCEEDED")
 
 
-async def test_admission_and_stats_are_those_of_all_workers(running: tuple[Several, Keys, Path]) -> None:
+async def test_all_workers_share_admission_and_stats(running: tuple[Several, Keys, Path]) -> None:
     server, keys, _ = running
     plain = keys["plain"]
     async with server.connections() as targets, left_empty(targets, plain) as calls:
@@ -108,11 +108,11 @@ async def test_admission_and_stats_are_those_of_all_workers(running: tuple[Sever
             async def all_are_here(target: Target = target) -> bool:
                 return await counts_of(target, plain) == (4, 2)
 
-            await until(all_are_here, "both workers tell of the calls of both")
+            await until(all_are_here, "both workers count the calls of both")
             assert await ended_by(target.stub.GenerateDeltas(LONG, metadata=plain)) == FULL
         first = one.stub.GenerateDeltas(LONG, metadata=keys["first"])
         calls.append(first)
-        # Which of the two came last is not for this test to know.
+        # It is unknown which of the two waiting calls came last.
         ends = [asyncio.ensure_future(ended_by(call)) for call in waiting]
         done, others = await asyncio.wait(ends, timeout=20, return_when=asyncio.FIRST_COMPLETED)
         assert [end.result() for end in done] == [FULL], "the call of the higher priority takes a place"
@@ -135,7 +135,7 @@ async def test_quotas_hold_for_the_calls_of_all_workers(running: tuple[Several, 
         async def may_call() -> bool:
             return await code_of(one.stub.GenerateAll(SHORT, metadata=keys["two"])) is grpc.StatusCode.OK
 
-        await until(may_call, "what a call on one worker gave back counts on the other")
+        await until(may_call, "a call on one worker gets the quota that a call on the other released")
         big = pb.GenerationRequest(text="x", max_tokens=4000)
         calls.append(await begun(one, keys["metered"], big))
         assert await ended_by(two.stub.GenerateDeltas(big, metadata=keys["metered"])) == OVER_QUOTA
@@ -155,7 +155,7 @@ async def test_a_key_is_revoked_in_all_workers(running: tuple[Several, Keys, Pat
             assert await code_of(refused) is grpc.StatusCode.UNAUTHENTICATED
 
 
-async def test_a_worker_that_dies_is_replaced_and_its_calls_end_and_give_back_what_they_held(
+async def test_a_worker_that_dies_is_replaced_and_its_calls_end_and_release_what_they_held(
     running: tuple[Several, Keys, Path],
 ) -> None:
     server, keys, _ = running
@@ -187,7 +187,7 @@ async def test_a_worker_that_dies_is_replaced_and_its_calls_end_and_give_back_wh
         assert (death["number"], death["exit_code"]) == (doomed, -signal.SIGKILL)
         async with server.connections() as replaced:
             assert await begun(replaced[doomed], keys["two"])
-            assert not watched_more.done(), "health has said nothing else meanwhile"
+            assert not watched_more.done(), "the health has not changed meanwhile"
 
 
 async def test_all_workers_drain_together_and_a_watcher_of_each_hears_it() -> None:
@@ -199,7 +199,7 @@ async def test_all_workers_drain_together_and_a_watcher_of_each_hears_it() -> No
             assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
             watches.append(watch)
         calls = [await begun(target, (), pb.GenerationRequest(text="x", max_tokens=50)) for target in targets.values()]
-        # As a terminal or a supervisor of processes sends it: to all of them.
+        # To all of them, as a terminal or a process supervisor sends it.
         for pid in (*server.pids().values(), server.process.pid):
             os.kill(pid, signal.SIGTERM)
         for watch in watches:
