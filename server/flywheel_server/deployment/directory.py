@@ -22,7 +22,7 @@ from typing import Any, Final
 import modal
 import structlog
 
-from flywheel_server.engines.modal.waits import modal_result
+from flywheel_server.engines.modal.waits import cancel_and_wait, modal_result
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -72,8 +72,7 @@ async def published(app: str, address: str) -> AsyncIterator[None]:
     try:
         yield
     finally:
-        refreshing.cancel()
-        await asyncio.gather(refreshing, return_exceptions=True)
+        await cancel_and_wait(refreshing)
         await _withdraw(record)
 
 

@@ -29,7 +29,7 @@ from flywheel_server.engines.base import EngineUnavailableError, Event, Started,
 from flywheel_server.engines.modal.event_batch import EventBatch
 from flywheel_server.engines.modal.rate_limit import RateLimit
 from flywheel_server.engines.modal.retries import Backoff
-from flywheel_server.engines.modal.waits import modal_result
+from flywheel_server.engines.modal.waits import cancel_and_wait, modal_result
 from flywheel_server.messages import GenerationResponseSample
 
 log = structlog.stdlib.get_logger(__name__)
@@ -235,10 +235,7 @@ class Outbox:
         Modal's client may have cancelled the calls before. So the gateway is told also if the last call has ended recently.
         """
         self._end("the container ends")
-        tasks = [task for task in (self._putting, self._checking) if task is not None]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await cancel_and_wait(self._putting, self._checking)
         if not self._senders and asyncio.get_running_loop().time() - self._last_call_ended_at > RECENT_SECONDS:
             return
         with suppress(TimeoutError, EngineUnavailableError):

@@ -24,7 +24,7 @@ from flywheel_server.engines.base import (
     Sink,
     Started,
 )
-from flywheel_server.engines.modal.waits import modal_result
+from flywheel_server.engines.modal.waits import modal_result, retrieve_error
 from flywheel_server.messages import GenerationRequest
 from flywheel_server.supervision import Supervisor
 
@@ -136,7 +136,7 @@ class SupervisedEngine:
         finally:
             if not task.done():
                 task.cancel()
-                task.add_done_callback(lambda done: done.cancelled() or done.exception())
+                task.add_done_callback(retrieve_error)
                 await asyncio.wait((task, down), return_when=asyncio.FIRST_COMPLETED)
                 await running_time.wait((task,), CANCEL_TIMEOUT)
 

@@ -8,9 +8,9 @@ from typing import Final
 import structlog
 
 from flywheel_server.engines.base import EngineError
-from flywheel_server.engines.modal.background import start_in_background
 from flywheel_server.engines.modal.remote_call import CallRequestError, RemoteCall
 from flywheel_server.engines.modal.retries import RetryPolicy
+from flywheel_server.engines.modal.waits import start_in_background
 
 log = structlog.stdlib.get_logger(__name__)
 

@@ -30,12 +30,11 @@ import structlog
 
 from flywheel_server import running_time
 from flywheel_server.engines.base import EngineError
-from flywheel_server.engines.modal.background import start_in_background
 from flywheel_server.engines.modal.errors import ErrorTranslator
 from flywheel_server.engines.modal.queue_reader import MAX_RETRY_DELAY, Address, QueueReader
 from flywheel_server.engines.modal.received_events import ReceivedEvents
 from flywheel_server.engines.modal.retries import Backoff
-from flywheel_server.engines.modal.waits import modal_result
+from flywheel_server.engines.modal.waits import cancel_and_wait, modal_result, start_in_background
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -59,9 +58,7 @@ class Inbox:
 
     async def close(self) -> None:
         """Stops reading, and releases the queue."""
-        if self._opening is not None:
-            self._opening.cancel()
-            await asyncio.gather(self._opening, return_exceptions=True)
+        await cancel_and_wait(self._opening)
         await asyncio.gather(*(reader.close() for reader in self._readers))
 
     @asynccontextmanager

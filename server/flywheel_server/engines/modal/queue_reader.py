@@ -12,14 +12,13 @@ import structlog
 
 from flywheel_server import running_time
 from flywheel_server.engines.base import EngineError, EngineUnavailableError
-from flywheel_server.engines.modal.background import start_in_background
 from flywheel_server.engines.modal.event_batch import EventBatch
 from flywheel_server.engines.modal.lease import LeaseRenewal, leased_partition
 from flywheel_server.engines.modal.rate_limit import RateLimit
 from flywheel_server.engines.modal.received_events import ReceivedEvents
 from flywheel_server.engines.modal.retries import Backoff
 from flywheel_server.engines.modal.stray_calls import StrayCalls
-from flywheel_server.engines.modal.waits import modal_result
+from flywheel_server.engines.modal.waits import cancel_and_wait, modal_result, start_in_background
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -91,8 +90,7 @@ class QueueReader:
 
     async def close(self) -> None:
         """Stops reading, and releases the queue."""
-        self.reading.cancel()
-        await asyncio.gather(self.reading, return_exceptions=True)
+        await cancel_and_wait(self.reading)
 
     @contextmanager
     def receiving(self) -> Iterator[tuple[Address, ReceivedEvents]]:

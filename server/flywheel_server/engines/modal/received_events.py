@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from flywheel_server.engines.base import EngineFailedError, EngineUnavailableError, Event, Started
 from flywheel_server.engines.modal.event_batch import EventBatch, Receipt
 from flywheel_server.engines.modal.remote_call import RemoteCall
+from flywheel_server.engines.modal.waits import cancel_and_wait
 
 LAST_EVENTS_TIMEOUT: Final = 10.0
 """Seconds for the last events to arrive after the call has returned. Only time in which the queue can be read counts."""
@@ -158,6 +159,4 @@ async def events_of(call: RemoteCall, received: ReceivedEvents, poll_slots: asyn
             for event in events:
                 yield event
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await cancel_and_wait(*tasks)

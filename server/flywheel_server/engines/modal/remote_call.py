@@ -36,7 +36,7 @@ from modal import exception
 from flywheel_server.engines.base import EngineError, EngineOverloadedError, EngineUnavailableError
 from flywheel_server.engines.modal.errors import ErrorTranslator, source_of
 from flywheel_server.engines.modal.retries import RetryPolicy
-from flywheel_server.engines.modal.waits import modal_result
+from flywheel_server.engines.modal.waits import modal_result, retrieve_error
 
 POLL_TIMEOUT: Final = 15.0
 """Maximum seconds that one poll waits for the call to end. Longer polls make fewer requests.
@@ -84,7 +84,7 @@ class RemoteCall:
         self._timeout = timeout
         # In a task of its own, which is never cancelled: otherwise, a call might run on Modal whose id nobody knows.
         self._spawning = asyncio.create_task(spawn)
-        self._spawning.add_done_callback(_retrieve_error)
+        self._spawning.add_done_callback(retrieve_error)
         self.ended = False
         self._poll_at = 0.0
         self._poll_policy = RetryPolicy(timeout)
@@ -170,9 +170,3 @@ class RemoteCall:
                 raise error
         except EngineError as translated:
             return CallRequestError(translated, gone=False)
-
-
-def _retrieve_error(spawning: asyncio.Future[Any]) -> None:
-    """Retrieves the task's error, if any: asyncio logs an error that nobody retrieves, for example if the caller has gone."""
-    if not spawning.cancelled():
-        spawning.exception()

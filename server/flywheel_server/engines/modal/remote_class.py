@@ -28,12 +28,11 @@ import modal
 import structlog
 
 from flywheel_server.engines.base import EngineError, EngineOverloadedError, EngineStats, EngineUnavailableError
-from flywheel_server.engines.modal.background import start_in_background
 from flywheel_server.engines.modal.errors import ErrorTranslator, Target
 from flywheel_server.engines.modal.reachability import Reachability
 from flywheel_server.engines.modal.remote_fields import further_fields, signature_of, unsupported
 from flywheel_server.engines.modal.retries import retry_refused
-from flywheel_server.engines.modal.waits import modal_result
+from flywheel_server.engines.modal.waits import cancel_and_wait, modal_result, retrieve_error, start_in_background
 from flywheel_server.messages import GenerationRequest
 
 log = structlog.stdlib.get_logger(__name__)
@@ -91,10 +90,7 @@ class RemoteClass:
 
     async def close(self) -> None:
         """Cancels the requests in the background."""
-        tasks = [task for task in (self._stats_request, self._probing) if task is not None]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await cancel_and_wait(self._stats_request, self._probing)
 
     async def methods(self) -> Methods:
         """Returns the methods of the class, which is looked up if necessary; raises `EngineError` if it was never found."""
@@ -148,9 +144,9 @@ class RemoteClass:
 
     async def stats(self) -> EngineStats:
         """Returns how busy the class is, according to Modal; raises `EngineError`. Concurrent callers share one request."""
-        if self._stats_request is None:
+        if self._stats_request is None or self._stats_request.done():
             self._stats_request = start_in_background(self._request_stats())
-            self._stats_request.add_done_callback(self._forget_stats_request)
+            self._stats_request.add_done_callback(retrieve_error)
         return await asyncio.shield(self._stats_request)
 
     def is_reachable(self) -> bool:
@@ -190,11 +186,6 @@ class RemoteClass:
             raise
         self._reachability.note_success()
         return EngineStats(backlog=stats.backlog, num_total_runners=stats.num_total_runners)
-
-    def _forget_stats_request(self, request: asyncio.Task[EngineStats]) -> None:
-        self._stats_request = None
-        if not request.cancelled():
-            request.exception()  # asyncio logs an error that nobody retrieves, for example if the caller has gone
 
     async def _probe(self) -> None:
         """Looks the class up again, to see whether it can be reached."""

@@ -10,9 +10,8 @@ from typing import Any, Final
 import modal
 import structlog
 
-from flywheel_server.engines.modal.background import start_in_background
 from flywheel_server.engines.modal.event_batch import EventBatch
-from flywheel_server.engines.modal.waits import modal_result
+from flywheel_server.engines.modal.waits import modal_result, start_in_background
 
 log = structlog.stdlib.get_logger(__name__)
 

@@ -1,4 +1,4 @@
-"""How to wait for Modal's client, whose `.aio` methods may swallow a cancellation.
+"""Tasks around Modal's client, whose `.aio` methods may swallow a cancellation.
 
 Such a method runs on an event loop of Modal's own, in another thread. If the task that awaits it is cancelled just when the
 method fails, the method may raise its own error instead of CancelledError. The cancellation, which comes from the caller or its
@@ -6,7 +6,8 @@ deadline, is then lost, and a loop of retries goes on. So no code here awaits su
 """
 
 import asyncio
-from collections.abc import Awaitable
+import contextvars
+from collections.abc import Awaitable, Coroutine
 from typing import Any, TypeVar
 
 from modal import exception
@@ -41,6 +42,25 @@ async def _outcome_of(work: Awaitable[T]) -> tuple[list[T], BaseException | None
         raise
     except BaseException as error:  # noqa: BLE001 - `modal_result` raises it
         return [], error
+
+
+def start_in_background(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+    """Starts a task in an empty context, so that its log lines do not have the request id of the call that starts it."""
+    return asyncio.create_task(work, context=contextvars.Context())
+
+
+def retrieve_error(task: asyncio.Future[Any]) -> None:
+    """Retrieves the error of a task that has ended, if any: asyncio logs an error that nobody retrieves."""
+    if not task.cancelled():
+        task.exception()
+
+
+async def cancel_and_wait(*tasks: asyncio.Task[Any] | None) -> None:
+    """Cancels the tasks, and returns when they have ended. Ignores their errors, and each None."""
+    running = [task for task in tasks if task is not None]
+    for task in running:
+        task.cancel()
+    await asyncio.gather(*running, return_exceptions=True)
 
 
 _cancelled: set[asyncio.Future[Any]] = set()
