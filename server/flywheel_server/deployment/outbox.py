@@ -8,7 +8,7 @@ Events wait here until the next put, which sends the events of all calls in batc
                 any, until then       the put is repeated with backoff, in order. If Modal stored a batch but its answer was
                                       lost, the batch arrives twice, and the gateway drops one by its number
                 no answer for 20 s    treated as a status
-    QueueLen    any                   ignored: a failed check of the lease says nothing; see `deployment.lease`
+    QueueLen    any                   ignored: a failed check of the lease says nothing; see `engines.modal.lease`
 
 `engines.modal.inbox` has the gateway's side, and says what Modal's client repeats by itself.
 """
@@ -24,9 +24,9 @@ import modal
 import structlog
 
 from flywheel_server import running_time
-from flywheel_server.deployment.lease import CHECK_INTERVAL, Lease
 from flywheel_server.engines.base import EngineUnavailableError, Event, Started, TextDelta
 from flywheel_server.engines.modal.event_batch import EventBatch
+from flywheel_server.engines.modal.lease import CHECK_INTERVAL, Lease
 from flywheel_server.engines.modal.rate_limit import RateLimit
 from flywheel_server.engines.modal.retries import Backoff
 from flywheel_server.engines.modal.waits import cancel_and_wait, modal_result

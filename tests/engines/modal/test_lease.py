@@ -3,8 +3,7 @@
 from typing import Any
 
 import pytest
-from flywheel_server.deployment.lease import MAX_MISSED_RENEWALS, Lease
-from flywheel_server.engines.modal.lease import lease_of, leased_partition
+from flywheel_server.engines.modal.lease import MAX_MISSED_RENEWALS, Lease, lease_of, leased_partition
 
 
 class Partitions:
@@ -27,7 +26,7 @@ async def test_a_gateway_that_reads_but_cannot_renew_is_not_lost(
     monkeypatch: pytest.MonkeyPatch, *, read: bool, others: int
 ) -> None:
     """Even if other containers put so much that nobody sees the partition empty."""
-    monkeypatch.setattr("flywheel_server.deployment.lease.CHECK_INTERVAL", 0.0)
+    monkeypatch.setattr("flywheel_server.engines.modal.lease.CHECK_INTERVAL", 0.0)
     partition = leased_partition()
     queue: Any = Partitions(**{partition: others, str(lease_of(partition)): 7})
     lease = Lease(queue, partition)
