@@ -66,14 +66,14 @@ async def published(app: str, address: str) -> AsyncIterator[None]:
     try:
         await record.refresh()
     except asyncio.CancelledError:
-        await _withdraw(record)
+        await record.withdraw()
         raise
     refreshing = asyncio.create_task(_refresh_regularly(record))
     try:
         yield
     finally:
         await cancel_and_wait(refreshing)
-        await _withdraw(record)
+        await record.withdraw()
 
 
 class _Record:
@@ -90,19 +90,9 @@ class _Record:
         """By container: its progress at the last read, and for how many reads in a row the progress has been unchanged."""
 
     async def refresh(self) -> None:
-        """Publishes the record. Publishing goes on if this is cancelled; `wait_for_refresh` waits for its end."""
+        """Publishes the record. If this is cancelled, publishing goes on; `withdraw` waits for its end."""
         self._putting = asyncio.create_task(self._put())
         await asyncio.shield(self._putting)
-
-    @property
-    def is_refreshing(self) -> bool:
-        """Whether the record is being published."""
-        return self._putting is not None and not self._putting.done()
-
-    async def wait_for_refresh(self) -> None:
-        """Returns when the record is not being published."""
-        if self._putting is not None:
-            await asyncio.wait({self._putting})
 
     async def _put(self) -> None:
         """Stores the record, in a new Dict if the old one was deleted."""
@@ -116,7 +106,20 @@ class _Record:
                 await modal_result(self._dict.put.aio(self._task, record))
 
     async def withdraw(self) -> None:
-        """Removes the record, if it is still there."""
+        """Removes the record, and removes it again if a refresh was running, which may have stored it after that."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(WITHDRAW_TIMEOUT):
+                running = {self._putting} if self._putting and not self._putting.done() else set()
+                await self._remove()
+                if running:
+                    await asyncio.wait(running)
+                    await self._remove()
+
+    async def _remove(self) -> None:
+        while not await _succeeds("address not withdrawn", self._pop()):  # noqa: ASYNC110 - there is no event to wait for
+            await asyncio.sleep(WITHDRAW_RETRY_INTERVAL)
+
+    async def _pop(self) -> None:
         with suppress(modal.exception.NotFoundError):
             await modal_result(self._dict.pop.aio(self._task, None))
 
@@ -143,22 +146,6 @@ async def _refresh_regularly(record: _Record) -> None:
         await asyncio.sleep(REFRESH_INTERVAL)
         if await _succeeds("address not refreshed", record.refresh()):
             await _succeeds("other addresses not looked at", record.remove_stale_records())
-
-
-async def _withdraw(record: _Record) -> None:
-    """Withdraws the record, and withdraws it again if a refresh was running, which may have stored the record after that."""
-    with suppress(TimeoutError):
-        async with asyncio.timeout(WITHDRAW_TIMEOUT):
-            was_refreshing = record.is_refreshing
-            await _withdraw_once(record)
-            if was_refreshing:
-                await record.wait_for_refresh()
-                await _withdraw_once(record)
-
-
-async def _withdraw_once(record: _Record) -> None:
-    while not await _succeeds("address not withdrawn", record.withdraw()):  # noqa: ASYNC110 - there is no event to wait for
-        await asyncio.sleep(WITHDRAW_RETRY_INTERVAL)
 
 
 async def _succeeds(failure: str, work: Coroutine[Any, Any, None]) -> bool:
