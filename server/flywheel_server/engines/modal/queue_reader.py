@@ -105,7 +105,7 @@ class QueueReader:
             yield {"queue": self._queue, "partition": self._partition, "call": call}, received
         finally:
             del self._calls[call]
-            self._stray_calls.note_left(call)
+            self._stray_calls.spare(call)  # it is being cancelled
             self._end_if_unused()
 
     def _end_if_unused(self) -> None:
