@@ -36,8 +36,6 @@ def weights(**changes: object) -> Weights:
         "layers": 1,
         "kv_heads": 1,
         "head_dim": 1,
-        "trained_context": 1,
-        "licence": "Apache-2.0",
     }
     return Weights(**{**values, **changes})  # type: ignore[arg-type]
 

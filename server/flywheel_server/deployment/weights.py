@@ -33,8 +33,6 @@ class Weights:
         layers: Layers that have a KV cache.
         kv_heads: Heads of keys and values in a layer.
         head_dim: Numbers in a key, and in a value, of one head.
-        trained_context: Tokens of context that the model was trained for.
-        licence: SPDX identifier.
     """
 
     name: str
@@ -45,8 +43,6 @@ class Weights:
     layers: int
     kv_heads: int
     head_dim: int
-    trained_context: int
-    licence: str
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -73,6 +69,8 @@ class Gpu:
     architecture: int
 
 
+# All are licensed under Apache-2.0. Mixtral and Mistral were trained for 32768 tokens of context, SmolLM2 for 8192.
+#
 # Mixtral's experts must be one tensor per layer. The well-known files of TheBloke (Q3_K_M: 20.36 GB) have one tensor per
 # expert, which llama.cpp has refused since November 2024 (its issue 10244). In the supported format, Q3_K_M has 22.55 GB,
 # too much for 24 GB cards, and Q3_K_S has 20.43 GB.
@@ -88,8 +86,6 @@ WEIGHTS: Final[Mapping[str, Weights]] = {
             layers=32,
             kv_heads=8,
             head_dim=128,
-            trained_context=32768,
-            licence="Apache-2.0",
         ),
         Weights(
             name="mixtral-8x7b-instruct-q4_k_m",
@@ -100,8 +96,6 @@ WEIGHTS: Final[Mapping[str, Weights]] = {
             layers=32,
             kv_heads=8,
             head_dim=128,
-            trained_context=32768,
-            licence="Apache-2.0",
         ),
         Weights(
             name="mistral-7b-instruct-q8_0",
@@ -112,8 +106,6 @@ WEIGHTS: Final[Mapping[str, Weights]] = {
             layers=32,
             kv_heads=8,
             head_dim=128,
-            trained_context=32768,
-            licence="Apache-2.0",
         ),
         Weights(
             name="smollm2-135m-instruct-q8_0",
@@ -124,8 +116,6 @@ WEIGHTS: Final[Mapping[str, Weights]] = {
             layers=30,
             kv_heads=3,
             head_dim=64,
-            trained_context=8192,
-            licence="Apache-2.0",
         ),
     )
 }
