@@ -28,7 +28,7 @@ from flywheel_server.engines.base import EngineUnavailableError, Event, Started,
 from flywheel_server.engines.modal.event_batch import EventBatch
 from flywheel_server.engines.modal.lease import CHECK_INTERVAL, Lease
 from flywheel_server.engines.modal.rate_limit import RateLimit
-from flywheel_server.engines.modal.retries import Backoff
+from flywheel_server.engines.modal.retries import CONFIRMATION_SECONDS, Backoff
 from flywheel_server.engines.modal.waits import cancel_and_wait, modal_result
 from flywheel_server.messages import GenerationResponseSample
 
@@ -60,9 +60,6 @@ MAX_RETRY_DELAY: Final = 2.0
 
 PUT_TIMEOUT: Final = 60.0
 """Seconds for which a put is attempted before its calls end."""
-
-MISSING_QUEUE_TIMEOUT: Final = 10.0
-"""Seconds for which Modal must answer that the queue does not exist before the calls end."""
 
 LEAVE_TIMEOUT: Final = 8.0
 """Seconds to tell the gateways that the container ends. Modal grants a container 30 s for all that it does at its end."""
@@ -317,7 +314,7 @@ class Outbox:
             except Exception as error:  # noqa: BLE001 - from Modal or its transport, or the queue is full
                 is_missing = isinstance(error, modal.exception.NotFoundError)
                 missing_since = (missing_since or running_time.now()) if is_missing else None
-                if missing_since is not None and running_time.now() - missing_since > MISSING_QUEUE_TIMEOUT:
+                if missing_since is not None and running_time.now() - missing_since > CONFIRMATION_SECONDS:
                     raise EngineUnavailableError("events not sent: Modal no longer has the queue") from None
                 if running_time.now() - begun > PUT_TIMEOUT:
                     raise EngineUnavailableError(f"events not sent: {type(error).__name__}") from None

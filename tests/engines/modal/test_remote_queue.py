@@ -175,7 +175,7 @@ def test_a_put_without_an_answer_does_not_make_a_container_silent() -> None:
 async def test_a_queue_that_is_gone_ends_its_calls_and_is_made_anew(
     deployed: ModalCloud, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(queue_reader, "QUEUE_MISSING_SECONDS", 3.0)
+    monkeypatch.setattr(queue_reader, "CONFIRMATION_SECONDS", 3.0)
     async with serving(scripted.engine(APP)) as target:
         stream = await begun(target)
         deployed.expire_ephemeral()

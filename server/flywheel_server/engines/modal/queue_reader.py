@@ -16,7 +16,7 @@ from flywheel_server.engines.modal.event_batch import EventBatch
 from flywheel_server.engines.modal.lease import LeaseRenewal, leased_partition
 from flywheel_server.engines.modal.rate_limit import RateLimit
 from flywheel_server.engines.modal.received_events import ReceivedEvents
-from flywheel_server.engines.modal.retries import Backoff
+from flywheel_server.engines.modal.retries import CONFIRMATION_SECONDS, Backoff
 from flywheel_server.engines.modal.stray_calls import StrayCalls
 from flywheel_server.engines.modal.waits import cancel_and_wait, modal_result, start_in_background
 
@@ -36,9 +36,6 @@ READ_TIMEOUT: Final = 2.0
 
 MAX_RETRY_DELAY: Final = 2.0
 """Maximum seconds between two tries. Events wait during that time."""
-
-QUEUE_MISSING_SECONDS: Final = 10.0
-"""How long Modal must say that it has no such queue until that is believed."""
 
 CONTAINER_TTL: Final = 600.0
 """Seconds for which a container is remembered after its last batch or heartbeat."""
@@ -169,7 +166,7 @@ class QueueReader:
                 self._not_found_since = running_time.now()
 
     def _is_queue_gone(self) -> bool:
-        return self._not_found > 1 and running_time.now() - self._not_found_since > QUEUE_MISSING_SECONDS
+        return self._not_found > 1 and running_time.now() - self._not_found_since > CONFIRMATION_SECONDS
 
     def _deliver(self, item: Any) -> None:  # noqa: ANN401 - validated here
         received = self._calls.get(str(item.get("call"))) if isinstance(item, dict) else None

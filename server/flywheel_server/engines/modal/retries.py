@@ -39,7 +39,7 @@ MAX_RETRY_AFTER: Final = 30.0
 """Maximum seconds that a retry waits because Modal asks for it."""
 
 CONFIRMATION_SECONDS: Final = 10.0
-"""How long an error that looks permanent, such as that there is no such call, must last before it is believed."""
+"""How long an error that looks permanent, such as that there is no such call or queue, must last before it is believed."""
 
 
 class Backoff:
