@@ -12,7 +12,6 @@ from typing import Any, Final, ParamSpec, TypeVar
 import modal
 import structlog
 from pydantic import ValidationError
-from pydantic_core import ErrorDetails
 
 from flywheel_server import logs
 from flywheel_server.deployment.outbox import Outbox
@@ -120,12 +119,11 @@ def _request(fields: dict[str, Any]) -> GenerationRequest:
         return GenerationRequest(**fields)
     except ValidationError as error:
         # An error that the caller can unpickle without pydantic, and without the values, which may be prompts.
-        problems = error.errors(include_url=False, include_input=False, include_context=False)
-        raise _WrongFieldsError("; ".join(f"{problem['loc'][0]}: {_message_of(problem)}" for problem in problems)) from None
-
-
-def _message_of(problem: ErrorDetails) -> str:
-    return UNKNOWN_FIELD if problem["type"] == "extra_forbidden" else problem["msg"]
+        problems = [
+            f"{problem['loc'][0]}: {UNKNOWN_FIELD if problem['type'] == 'extra_forbidden' else problem['msg']}"
+            for problem in error.errors(include_url=False, include_input=False, include_context=False)
+        ]
+        raise _WrongFieldsError("; ".join(problems)) from None
 
 
 class RemoteModel:

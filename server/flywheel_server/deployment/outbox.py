@@ -100,20 +100,19 @@ class Sender:
 
     def emit(self, event: Event) -> None:
         """Collects an event for the next put."""
+        self._stored.clear()
         match event:
             case Started():
                 self._started = event
+                self._outbox.wake_later()
+                return
             case TextDelta():
                 self._texts.setdefault(event.index, []).append(event.text)
                 self._tokens[event.index] = event.generated_tokens
             case GenerationResponseSample():
                 self._samples.append(event)
-        self._stored.clear()
-        if isinstance(event, Started):
-            self._outbox.wake_later()
-        else:
-            self._outbox.wake(is_urgent=isinstance(event, GenerationResponseSample) or not self._has_sent_text)
-            self._has_sent_text = True
+        self._outbox.wake(is_urgent=isinstance(event, GenerationResponseSample) or not self._has_sent_text)
+        self._has_sent_text = True
 
     def fail(self) -> None:
         """Tells the gateway, with the next put, that the attempt has failed."""
@@ -257,7 +256,8 @@ class Outbox:
     async def _put_all(self) -> None:
         try:
             while await self._wait_for_events():
-                if self._must_put():
+                is_silent = asyncio.get_running_loop().time() - self._put_at >= HEARTBEAT_INTERVAL
+                if is_silent or any(sender.has_events for sender in self._senders):
                     await self._wait_for_rate_limit()
                     await self._put(self._take() or [EventBatch.heartbeat(self.container)])
                     for sender in self._senders:
@@ -273,19 +273,14 @@ class Outbox:
         self._has_events.clear()
         return bool(self._senders)
 
-    def _must_put(self) -> bool:
-        is_silent = asyncio.get_running_loop().time() - self._put_at >= HEARTBEAT_INTERVAL
-        return is_silent or any(sender.has_events for sender in self._senders)
-
     async def _wait_for_rate_limit(self) -> None:
         """Waits for `PUT_INTERVAL` after the last put, or only for an urgent event, and then for the rate limit."""
-        loop = asyncio.get_running_loop()
         with suppress(TimeoutError):
             async with asyncio.timeout_at(self._put_at + PUT_INTERVAL):
                 await self._has_urgent_events.wait()
         await self._limit.acquire()
         self._has_urgent_events.clear()
-        self._put_at = loop.time()
+        self._put_at = asyncio.get_running_loop().time()
 
     def _take(self) -> list[EventBatch]:
         batches: list[EventBatch] = []

@@ -19,10 +19,11 @@ CACHE_SECONDS: Final = 5.0
 MAX_AGE_SECONDS: Final = 15.0
 """Maximum age of an answer that callers get while the directory is being read, which may take 8 s."""
 
-Asgi = Callable[
-    [MutableMapping[str, Any], Callable[[], Awaitable[Any]], Callable[[MutableMapping[str, Any]], Awaitable[None]]],
-    Awaitable[None],
-]
+# The types of ASGI: what an application is called with, and the application.
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Asgi = Callable[[Message, Receive, Send], Awaitable[None]]
 
 
 def json_page(read: Callable[[], Awaitable[Iterable[Any]]]) -> Asgi:
@@ -55,11 +56,7 @@ def json_page(read: Callable[[], Awaitable[Iterable[Any]]]) -> Asgi:
                 await asyncio.shield(reading)  # other callers may wait for the same task
         return cached
 
-    async def application(
-        scope: MutableMapping[str, Any],
-        receive: Callable[[], Awaitable[Any]],  # noqa: ARG001 - ASGI passes it
-        send: Callable[[MutableMapping[str, Any]], Awaitable[None]],
-    ) -> None:
+    async def application(scope: Message, receive: Receive, send: Send) -> None:  # noqa: ARG001 - ASGI passes `receive`
         if scope["type"] != "http":
             return
         if scope["method"] not in {"GET", "HEAD"}:

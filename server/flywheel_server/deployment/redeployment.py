@@ -83,23 +83,14 @@ def refusal_message(app: str, changes: Sequence[Change], command: Sequence[str],
 
     Both set all relevant variables of the environment, because the next shell may not have them.
     """
-    rows = [f"  {change.variable}: the app has {change.running}, this command would use {change.new}" for change in changes]
+    rows = [f"  {change.variable}: the app has {change.running}, this command would use {change.new}\n" for change in changes]
     keep = {change.variable: change.running for change in changes}
     replace = {change.variable: change.new for change in changes}
-    return "\n".join(
-        [
-            f"The app {app} runs with other settings than this command would use, because these variables are not set:",
-            "",
-            *rows,
-            "",
-            "So nothing was done. To keep the settings of the app:",
-            "",
-            f"  {_command_line(command, environment, keep)}",
-            "",
-            "To change them:",
-            "",
-            f"  {_command_line(command, environment, replace)}",
-        ]
+    return (
+        f"The app {app} runs with other settings than this command would use, because these variables are not set:\n\n"
+        f"{''.join(rows)}\nSo nothing was done. To keep the settings of the app:\n\n"
+        f"  {_command_line(command, environment, keep)}\n\n"
+        f"To change them:\n\n  {_command_line(command, environment, replace)}"
     )
 
 

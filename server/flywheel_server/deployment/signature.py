@@ -12,8 +12,7 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 def takes_fields(*positional: str) -> Callable[[Method], Method]:
     """Returns a decorator that gives a method the signature `(self, *positional, text, max_tokens, …)`.
 
-    Modal stores the signatures of a class when it is deployed, and returns them to clients that look up the class. So a gateway
-    of another version knows which fields this version accepts, without starting a container.
+    Modal stores the signature when the class is deployed; see `engines.modal.remote_fields` for what gateways do with it.
     """
 
     def decorate(method: Method) -> Method:

@@ -160,13 +160,10 @@ class TunnelProbe:
             if failures == MAX_FAILED_PROBES:
                 log.warning("the tunnel cannot be looked at from its own container", address=address)
                 failures = 0
-            await asyncio.sleep(min(RETRY_INTERVAL, self._interval) if failures else self._interval * _jitter())
+            # At random, so that gateways that started together do not probe together.
+            jitter = random.uniform(0.8, 1.2)  # noqa: S311 - nothing secret
+            await asyncio.sleep(min(RETRY_INTERVAL, self._interval) if failures else self._interval * jitter)
         await asyncio.Event().wait()
-
-
-def _jitter() -> float:
-    """Returns a random factor for the interval, so that gateways that started together do not probe together."""
-    return random.uniform(0.8, 1.2)  # noqa: S311 - nothing secret
 
 
 _NEW_CONNECTION: Final = [("grpc.use_local_subchannel_pool", 1)]

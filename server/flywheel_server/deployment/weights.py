@@ -216,7 +216,7 @@ def find_gpu(gpu: str) -> tuple[Gpu, int]:
 
 
 def check_fit(weights: Weights, gpu: str | None, context_tokens: int) -> MemoryPlan:
-    """Returns how the memory of the GPU is used. Raises an error if the memory is not enough.
+    """Returns how the memory of the GPU is used. Raises `DoesNotFitError`, and `ValueError` if the GPU is unknown.
 
     The memory of several GPUs is added up. llama.cpp puts whole layers on each GPU, so with several GPUs leave the size of a
     layer free.
@@ -225,10 +225,6 @@ def check_fit(weights: Weights, gpu: str | None, context_tokens: int) -> MemoryP
         weights: The weights to serve.
         gpu: Modal's name of the GPU, such as "A10G" or "A10G:2". None or "" for the CPU, on which everything fits.
         context_tokens: Tokens of context that all samples share.
-
-    Raises:
-        DoesNotFitError: The weights and the context need more memory than the GPU has.
-        ValueError: The GPU is unknown.
     """
     if not gpu:
         return MemoryPlan(weights, None, context_tokens, 0, 0)

@@ -47,7 +47,6 @@ class FlywheelEngine:
 
     def __init__(self, target: Target, *, gpu: str | None, timeout: int, as_deployed: bool, model: EngineModel) -> None:
         options: dict[str, Any] = {"timeout": timeout, **({"gpu": gpu} if gpu else {})}
-        self._target = target
         self._timeout = timeout
         self._model = model
         self._errors = partial(as_engine_errors, target, timeout)
@@ -77,8 +76,7 @@ class FlywheelEngine:
     async def generate(self, prepared: PreparedRequest, sink: Sink) -> None:
         """Emits the events of the request; see `Engine.generate`."""
         request = prepared.request
-        methods = await self._class.methods_for(request)
-        if methods.generate_deltas is None:
+        if (await self._class.methods_for(request)).generate_deltas is None:
             await self._generate_whole(request, sink)
         else:
             await self._generate_streamed(request, sink)
@@ -151,12 +149,6 @@ def _samples(answer: Any, stop: Sequence[str]) -> Iterator[GenerationResponseSam
     for index, sample in enumerate(response.responses):
         gate = StopGate(stop)
         text = gate.feed(sample.text)
-        ending = {"finish_reason": "stop", "stop_sequence": gate.matched} if gate.matched else {}
-        yield sample.model_copy(
-            update={
-                "index": index,
-                "text": text if gate.matched else sample.text,
-                "prompt_tokens": sample.prompt_tokens or response.prompt_tokens,
-                **ending,
-            }
-        )
+        cut = {"text": text, "finish_reason": "stop", "stop_sequence": gate.matched} if gate.matched else {}
+        prompt_tokens = sample.prompt_tokens or response.prompt_tokens
+        yield sample.model_copy(update={"index": index, "prompt_tokens": prompt_tokens, **cut})

@@ -127,11 +127,7 @@ def source_of(error: BaseException) -> Literal["request", "modal", "class"]:
 def engine_error(error: BaseException, target: Target, timeout: float, sent: Collection[str] = ()) -> EngineError:
     """Returns the error of `engines.base` for an error that came from Modal or from the class.
 
-    Arguments:
-        error: The error.
-        target: The class.
-        timeout: Seconds after which Modal ends a call of the class.
-        sent: The names of the fields that were sent beyond Flywheel's eleven.
+    Modal ends a call after `timeout` seconds. `sent` names the fields that were sent beyond Flywheel's eleven.
     """
     if isinstance(error, EngineError):
         return error

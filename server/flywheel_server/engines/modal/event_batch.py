@@ -96,9 +96,7 @@ class EventBatch:
             # The message leaves out the input, which contains generated text.
             problems = error.errors(include_url=False, include_input=False, include_context=False)
             raise EngineFailedError(f"the class sent what is no batch of events: {problems}") from None
-        events = [_unpacked(event) for event in batch.events]
-        further = (batch.container, batch.ended, batch.leaving, batch.function_call)
-        return cls(batch.call, batch.attempt, batch.number, events, *further)
+        return cls(**{**dict(batch), "events": [_unpacked(event) for event in batch.events]})
 
 
 class Receipt(BaseModel):

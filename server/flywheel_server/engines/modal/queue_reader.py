@@ -40,6 +40,8 @@ MAX_RETRY_DELAY: Final = 2.0
 CONTAINER_TTL: Final = 600.0
 """Seconds for which a container is remembered after its last batch or heartbeat."""
 
+QUEUE_GONE: Final = "Modal no longer has the queue"
+
 Address = dict[str, Any]
 """The keyword arguments that tell the class where to send the events of a call."""
 
@@ -95,7 +97,7 @@ class QueueReader:
         call = uuid.uuid4().hex
         received = self._calls[call] = ReceivedEvents()
         if self.reading.done():
-            received.fail(_queue_gone())
+            received.fail(EngineUnavailableError(QUEUE_GONE))
         elif self._renewing is None or self._renewing.done():
             self._renewing = start_in_background(self._lease.renew_while(lambda: bool(self._calls)))
         try:
@@ -114,7 +116,7 @@ class QueueReader:
             await self._read()
         finally:
             for received in self._calls.values():
-                received.fail(_queue_gone())
+                received.fail(EngineUnavailableError(QUEUE_GONE))
             self._stray_calls.close()
             if self._renewing is not None:
                 self._renewing.cancel()
@@ -147,7 +149,7 @@ class QueueReader:
                 self._deliver(item)
             for received in self._calls.values():
                 received.check(self._clock, self._last_heard)
-        log.warning("events no longer read", error="Modal no longer has the queue")
+        log.warning("events no longer read", error=QUEUE_GONE)
 
     async def _get_items(self) -> list[Any]:
         # Without calls, a request waits as long as Modal's client allows, so that there are few requests.
@@ -190,7 +192,3 @@ class QueueReader:
         if container not in self._last_heard:
             self._last_heard = {known: at for known, at in self._last_heard.items() if self._clock - at < CONTAINER_TTL}
         self._last_heard[container] = self._clock
-
-
-def _queue_gone() -> EngineUnavailableError:
-    return EngineUnavailableError("Modal no longer has the queue")

@@ -18,7 +18,7 @@ MAX_SILENCE: Final = 30.0
 """Seconds without a batch or heartbeat after which a container counts as lost. Only time in which the queue can be read counts.
 
 A container sends a heartbeat every 3 s. A rate limit of Modal's may delay it by some seconds, and so may one request that Modal
-does not answer: the container waits for it for `ANSWER_SECONDS` of `deployment.outbox`.
+does not answer: the container waits for it for `PUT_ATTEMPT_TIMEOUT` of `deployment.outbox`.
 """
 
 

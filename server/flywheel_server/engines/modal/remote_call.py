@@ -92,8 +92,7 @@ class RemoteCall:
     def note_events(self) -> None:
         """Notes that events have arrived from the call. So it is alive, and polls are put off."""
         self._poll_at = asyncio.get_running_loop().time() + SILENCE_BEFORE_POLL_SECONDS
-        if self._poll_policy.failures:
-            self._poll_policy.reset()
+        self._poll_policy.reset()
 
     async def accepted(self) -> modal.FunctionCall[Any]:
         """Waits until Modal has accepted the call, and returns its handle; raises `EngineError`."""

@@ -100,7 +100,7 @@ class RetryPolicy:
     def reset(self) -> None:
         """Forgets all failures, because a request has succeeded."""
         self._failing_since = self._permanent_since = None
-        self._backoff = Backoff()
+        self._backoff.reset()
 
     def delay(self, error: EngineError, *, is_transient: bool) -> float:
         """Returns the seconds until the next try; raises the error if there shall be no further try."""
