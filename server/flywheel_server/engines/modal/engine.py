@@ -40,8 +40,8 @@ class FlywheelEngine:
         target: The class, which is looked up at the first call, and again if Modal refuses to call it.
         gpu: The GPU of its containers, as Modal names it; None leaves the choice to the deployment of the class.
         timeout: Seconds after which Modal ends a call.
-        as_deployed: Whether GPU and timeout are those of the deployment. If not, they are passed as options, and Modal then
-            starts separate containers, instead of using those that the deployment keeps warm.
+        as_deployed: Whether the deployment of the class sets GPU and timeout. If not, they are passed as options, and Modal
+            then starts separate containers, instead of using the containers that the deployment keeps warm.
         model: What the class runs. It is not asked, because that would start a container if there is none.
     """
 

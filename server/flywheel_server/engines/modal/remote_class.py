@@ -73,7 +73,7 @@ class RemoteClass:
 
     Arguments:
         target: The name of the class.
-        options: The options of its containers; None for those of its deployment.
+        options: The options of its containers; None for the options of its deployment.
         errors: Translates errors of Modal.
     """
 
