@@ -1,4 +1,4 @@
-"""An app for Modal whose gateways end by themselves: a container does once a file of its name in `BREAK` says how."""
+"""An app for Modal whose gateways end by themselves: each ends once the file with its container's id in `BREAK` says how."""
 
 import asyncio
 import os

@@ -40,7 +40,7 @@ def deploy(cloud: ModalCloud, app: str, **variables: str | None) -> subprocess.C
 
 
 async def deployed(cloud: ModalCloud, app: str, **variables: str) -> None:
-    """Deploys while the event loop goes on; fails where that fails."""
+    """Deploys while the event loop goes on; fails if the deployment fails."""
     done = await asyncio.to_thread(deploy, cloud, app, **variables)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -51,7 +51,7 @@ def prepared(cloud: ModalCloud) -> ModalCloud:
     cloud.create_secret("flywheel-grpc-keys", {"FLYWHEEL_API_KEYS": KEY})
     weights = SMALL.path(cloud.volume_dir(VOLUME))
     weights.parent.mkdir(parents=True)
-    # Another quantization than the name says, which makes no difference to who loads it.
+    # The file has another quantization than its name says, and is loaded in the same way.
     weights.symlink_to(default_model())
     return cloud
 
@@ -77,7 +77,7 @@ async def records(app: str) -> dict[str, dict[str, Any]]:
 
 
 async def published(cloud: ModalCloud, app: str) -> list[Tunnel]:
-    """Returns the tunnels of the app's current gateways, once they are published and those before them withdrawn."""
+    """Returns the tunnels of the app's current gateways, once they are published and earlier tunnels withdrawn."""
     found: list[Tunnel] = []
 
     async def all_published() -> bool:

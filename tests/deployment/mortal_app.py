@@ -23,7 +23,7 @@ class UnpicklableError(Exception):
 
 
 class OwnError(EngineFailedError):
-    """Is not known to callers."""
+    """An error that callers do not know."""
 
 
 OF_MODAL = ("NotFoundError", "ServiceError", "ResourceExhaustedError", "FunctionTimeoutError", "InvalidError", "AuthError")
@@ -42,7 +42,7 @@ FOREIGN: dict[str, BaseException] = {
 
 
 class Made:
-    """What the script has made, for an engine that looks at each event."""
+    """Collects the events of the script, for an engine that looks at each of them."""
 
     is_full = False
 
@@ -54,7 +54,7 @@ class Made:
 
 
 class MortalEngine(ScriptedEngine):
-    """Does what the text of a request says, and is alive again when it was started again."""
+    """Does what the text of a request says. After a restart, it is alive again."""
 
     def __init__(self) -> None:
         super().__init__(Script(token_delay=0.01))
@@ -133,7 +133,7 @@ class MortalEngine(ScriptedEngine):
 @app.cls(image=image, max_containers=1)
 @modal.concurrent(max_inputs=100)
 class Model:
-    """Has what the class of this project has."""
+    """Has the methods of this project's class."""
 
     @modal.enter()
     async def load(self) -> None:

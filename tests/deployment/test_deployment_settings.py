@@ -45,7 +45,7 @@ def test_the_class_of_another_app_needs_no_model_here() -> None:
     assert found.server.model is None
 
 
-def test_what_means_something_else_in_the_shell_of_who_deploys_is_left_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_that_mean_something_else_in_the_deployer_s_shell_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     shell = {
         "FLYWHEEL_API_KEYS": "too short",
         "FLYWHEEL_SCRIPT": "{}",
@@ -144,7 +144,7 @@ def test_modal_mounts_no_volume_where_we_refuse_to(path: str) -> None:
         configured({"FLYWHEEL_DEPLOY_WEIGHTS_PATH": path})
 
 
-def test_the_name_of_an_app_leaves_room_for_that_of_its_dict() -> None:
+def test_the_name_of_an_app_leaves_room_for_the_name_of_its_dict() -> None:
     """By the rule of Modal's own client."""
     longest = "a" * 54
     assert configured({"FLYWHEEL_DEPLOY_APP": longest}).deployment.app == longest

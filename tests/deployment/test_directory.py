@@ -1,4 +1,4 @@
-"""The address of a gateway in the real `modal.Dict`: there in time, kept fresh, withdrawn, and cleared of the dead."""
+"""A gateway's record in the real `modal.Dict`: published, refreshed, withdrawn, and removed after its container has died."""
 
 import asyncio
 import time
@@ -34,7 +34,7 @@ async def in_a_container(cloud: ModalCloud, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def records() -> modal.Dict:
-    """A handle of its own, as that of another process."""
+    """Returns another handle, as another process has one."""
     return modal.Dict.from_name(NAME, create_if_missing=True)
 
 
@@ -63,8 +63,8 @@ async def test_published_kept_fresh_and_withdrawn() -> None:
 
 
 @pytest.mark.parametrize("offset", [-3600.0, 0.0, 3600.0, None])
-async def test_the_record_moves_by_any_clock(offset: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also by one that stands still."""
+async def test_the_record_changes_by_any_clock(offset: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even by a clock that stands still."""
     right = time.time
     monkeypatch.setattr(time, "time", (lambda: 1.0) if offset is None else (lambda: right() + offset))
     async with published(APP, "localhost:1234"):
@@ -101,7 +101,7 @@ async def test_no_status_of_any_rpc_ends_the_refreshing(cloud: ModalCloud, rpc: 
     async with published(APP, "localhost:1234"):
         fault = cloud.disturb(rpc, status=status, times=2)
         if rpc == "DictGetOrCreate":
-            # Not through an RPC, of which the client would ask for the Dict first.
+            # Not through an RPC: for that, the client would first request the Dict.
             cloud._storage.dicts.delete(known.object_id)
         await until(lambda: fault.befallen > 0, "it fails")
         cloud.calm()
@@ -111,7 +111,7 @@ async def test_no_status_of_any_rpc_ends_the_refreshing(cloud: ModalCloud, rpc: 
 
 
 async def test_no_error_of_the_transport_ends_the_refreshing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Modal's client lets those through."""
+    """Modal's client does not translate these errors."""
     errors: list[Exception] = [StreamTerminatedError("gone"), TimeoutError(), RuntimeError("a bug")]
     refresh = directory._Record.refresh
 
@@ -167,7 +167,7 @@ async def test_cancelling_at_any_moment_ends_the_refreshing(monkeypatch: pytest.
 
 @pytest.mark.parametrize("refreshes", [1, 2])
 async def test_a_refresh_that_comes_late_leaves_nothing(monkeypatch: pytest.MonkeyPatch, refreshes: int) -> None:
-    """Modal may do what its client has given up, after what the client asked for then. Also with the first one."""
+    """Modal may carry out a put that its client has given up after the withdrawal. Even the first put."""
     found_or_made = directory._Record._open_dict
     landed = 0
     background: list[asyncio.Future[None]] = []
@@ -206,7 +206,7 @@ async def test_a_refresh_that_comes_late_leaves_nothing(monkeypatch: pytest.Monk
     assert await record() is None
 
 
-async def test_the_records_of_the_dead_are_removed_and_those_of_the_living_kept() -> None:
+async def test_records_of_dead_containers_are_removed_and_all_others_kept() -> None:
     """Whatever their clocks say, and also among values that cannot be read."""
     others = records()
     dead = {
@@ -234,7 +234,7 @@ async def test_the_records_of_the_dead_are_removed_and_those_of_the_living_kept(
 
 
 @pytest.mark.parametrize("first", ["key", "value"])
-async def test_what_cannot_be_read_does_not_keep_the_dead(cloud: ModalCloud, first: str) -> None:
+async def test_an_unreadable_record_does_not_keep_records_of_dead_containers(cloud: ModalCloud, first: str) -> None:
     await cloud_put(cloud, **{first: UNREADABLE})
     await records().put.aio("ta-killed", {"refreshed": 1.0})
     async with published(APP, "localhost:1234"):
@@ -245,7 +245,7 @@ async def test_what_cannot_be_read_does_not_keep_the_dead(cloud: ModalCloud, fir
             assert not await records().contains.aio("ta-killed")
 
 
-async def test_nobody_is_removed_for_a_time_in_which_nobody_could_refresh(cloud: ModalCloud) -> None:
+async def test_no_record_is_removed_while_no_container_can_refresh_its_record(cloud: ModalCloud) -> None:
     await records().put.aio("ta-other", {"refreshed": 1.0})
     async with published(APP, "localhost:1234"):
         await until(lambda: refreshed_after(2), "it looks")

@@ -50,7 +50,7 @@ class Hub:
     error_code: str = ""
     token: str = ""
     stop_after: int | None = None
-    """Bytes after which the next download is broken off, or held where `go_on` is not set."""
+    """Bytes after which the next download breaks off or, with `hold`, waits for `go_on`."""
     hold: bool = False
     go_on: threading.Event = field(default_factory=threading.Event)
     requests: list[tuple[str, str, str]] = field(default_factory=list)
@@ -75,13 +75,13 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(hub.content[begin:stop_after])
         if stop_after is not None and hub.hold:
             assert hub.go_on.wait(60)
-            with suppress(ConnectionError):  # where nobody waited
+            with suppress(ConnectionError):  # the client has gone
                 self.wfile.write(hub.content[stop_after:])
         elif stop_after is not None:
             self.close_connection = True
 
     def answer(self) -> int | None:
-        """Sends the head, and returns where the body is to begin, or None where there is none."""
+        """Sends the head, and returns the first byte of the body; None if there is no body."""
         hub, span = self.hub, self.headers.get("Range", "")
         status, code = hub.status, hub.error_code
         if "/resolve/" in self.path:
@@ -165,7 +165,7 @@ def test_without_a_revision_the_newest_is_fetched_and_its_size_may_be_rounded_up
     path = fetch(weights(revision=None, size_bytes=13_000_000), tmp_path, print)
     assert path == tmp_path / "someone/Some-GGUF/main/some.gguf"
     assert hub.asked("HEAD")[0] == "/someone/Some-GGUF/resolve/main/some.gguf"
-    # What was looked at is what is downloaded, whatever is pushed meanwhile.
+    # The commit of the first request is downloaded, even if another one is pushed meanwhile.
     assert hub.asked("GET") == [f"/someone/Some-GGUF/resolve/{COMMIT}/some.gguf"]
 
 
@@ -198,7 +198,7 @@ def test_a_connection_that_breaks_is_resumed(hub: Hub, tmp_path: Path) -> None:
     assert [span for method, _, span in hub.requests if method == "GET"] == ["", f"bytes={PIECE}-"]
 
 
-def test_two_at_a_time_do_not_disturb_each_other(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_downloads_at_a_time_do_not_disturb_each_other(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(download, "REPORT_INTERVAL", 0.01)
     hub.stop_after, hub.hold = PIECE + 1000, True
 
@@ -261,7 +261,7 @@ def test_a_hub_that_cannot_be_reached_is_explained(tmp_path: Path, monkeypatch: 
             fetch(weights(), tmp_path, print)
 
 
-# Files may have a mebibyte: the write fails as it does on a full disk, and needs none.
+# Limits files to a mebibyte, so that the write fails as on a full disk.
 WITHOUT_ROOM = """
 import resource, sys
 from pathlib import Path
@@ -274,7 +274,7 @@ except Exception as error:
 """
 
 
-def test_where_there_is_no_room_it_says_so_and_leaves_nothing_behind(hub: Hub, tmp_path: Path) -> None:
+def test_a_full_disk_is_explained_and_leaves_nothing_behind(hub: Hub, tmp_path: Path) -> None:
     ran = subprocess.run(
         [sys.executable, "-c", WITHOUT_ROOM, str(tmp_path)],
         env={"HF_ENDPOINT": constants.ENDPOINT, "PYTHONPATH": str(Path(__file__).parents[2])},

@@ -33,7 +33,7 @@ SHORT = pb.GenerationRequest(text="hello", max_tokens=1)
 
 
 def package_files() -> list[Path]:
-    """Returns what the packages need where they run, relative to where they are imported from."""
+    """Returns the files that the packages need in a container, relative to the folders that they are imported from."""
     return [
         file.relative_to(ROOT / folder)
         for folder in ("proto", "server", "client")
@@ -102,10 +102,10 @@ def test_what_arrives_at_modal(prepared: ModalCloud) -> None:
     for expected in (
         *("nvidia/cuda", "CUDA_ARCHITECTURES=86", "--require-hashes", "--no-binary xllamacpp"),
         "-DLLAMA_USE_PREBUILT_UI=OFF",  # the build would fetch it in some version
-        "--no-build-isolation",  # so would pip what builds it
+        "--no-build-isolation",  # pip would fetch the build tools in some version
     ):
         assert expected in built
-    assert built.index("--only-binary :all:") < built.index("--no-build-isolation"), "what builds it is there before"
+    assert built.index("--only-binary :all:") < built.index("--no-build-isolation"), "the build tools are installed first"
     assert "huggingface" not in built.lower()
     needed = {f"/root/{file}" for file in package_files()}
     assert {"/root/flywheel_server/server.py", "/root/flywheel_proto/v1/generation_grpc_service_config.json"} <= needed
@@ -177,7 +177,7 @@ async def test_preemption_withdraws_the_address_and_lets_calls_finish(slow: Moda
         assert gateway.alive
 
         async def closed() -> bool:
-            # gRPC ends a call with CANCELLED that is on its way in the moment of the stop (grpc#41785).
+            # gRPC may end a call with CANCELLED if it arrives at the moment of the stop (grpc#41785).
             code = await target.stub.GenerateAll(SHORT, metadata=AUTHORIZATION).code()
             assert code in {grpc.StatusCode.OK, grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAVAILABLE}
             return bool(code is grpc.StatusCode.UNAVAILABLE)
@@ -191,7 +191,7 @@ async def test_preemption_withdraws_the_address_and_lets_calls_finish(slow: Moda
         assert finish_reason == "length"
         assert text == Script().text * 40  # 15 tokens each
     assert await asyncio.to_thread(gateway.wait, 20) == 0
-    # Modal replaces it, and callers find the new one.
+    # Modal replaces the gateway, and callers find the new one.
     (replacement,) = await published(slow, "slow-service")
     async with through(replacement, slow) as target:
         assert (await target.stub.GenerateAll(REQUEST, metadata=AUTHORIZATION)).num_samples == 3
@@ -336,7 +336,7 @@ async def _512_calls_at_a_time(tunnel: Tunnel, cloud: ModalCloud, gateway: Conta
             sizes.append(resident_kib(gateway))
         stats = await target.stub.GetStats(pb.GetStatsRequest(), metadata=AUTHORIZATION)
         assert (stats.active, stats.queued) == (0, 0)
-    # The first round sets up buffers and connections for so many calls; after that it goes up and down by some percent.
+    # The first round sets up buffers and connections for so many calls; after that, memory varies by some percent.
     assert sizes[2] < sizes[0] * 1.15, sizes
 
 
@@ -344,7 +344,11 @@ async def test_a_gateway_that_was_killed_holds_up_nobody(prepared: ModalCloud, t
     """Its record stays for some minutes, and Modal starts another gateway in its place."""
     await asyncio.to_thread(scripted.deploy, prepared, "unhurried", Script(token_delay=0.01))
     await deployed(prepared, "killed", FLYWHEEL_MODAL_APP="unhurried", FLYWHEEL_DEPLOY_GATEWAY_MIN_CONTAINERS="2")
-    await published(prepared, "killed")
+
+    async def two_published() -> bool:
+        return len(await records("killed")) == 2
+
+    await until(two_published, "both gateways are published")
     credentials = grpc.ssl_channel_credentials(root_certificates=prepared.ca_certificate)
     options: dict[str, Any] = {"credentials": credentials, "api_key": KEY, "timeout": 10.0}
     async with AsyncClient.from_modal("killed", **options) as running:
@@ -359,7 +363,7 @@ async def test_a_gateway_that_was_killed_holds_up_nobody(prepared: ModalCloud, t
         async def replaced() -> bool:
             return len(await records("killed")) == 3
 
-        await until(replaced, "another one is published beside the record of the dead")
+        await until(replaced, "another gateway is published beside the record of the dead one")
         async with AsyncClient.from_modal("killed", **options) as new:
             begun = time.monotonic()
             for client in (running, new) * 4:

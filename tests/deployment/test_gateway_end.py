@@ -78,15 +78,15 @@ async def test_a_slow_control_plane_leaves_neither_an_address_nor_a_call(
             container.interrupt()
 
             async def refused() -> bool:
-                # Not a generation: one that is begun now would be on its way to Modal for longer than this drain.
+                # Not a generation, which would be on its way to Modal for longer than this drain.
                 code = await target.stub.GetModel(pb.GetModelRequest(), metadata=AUTHORIZATION).code()
                 return bool(code is grpc.StatusCode.UNAVAILABLE)
 
             if kind == "tunnel":  # the relay of a server lets calls wait for another container
-                await until(refused, "new calls are not taken, whatever becomes of the address", within=DRAIN + 2)
+                await until(refused, "new calls are not taken, whatever happens to the address", within=DRAIN + 2)
             ends = await asyncio.gather(*(drained(call) for call in (*streams, *whole)), return_exceptions=True)
             assert {code_of(end) for end in ends} == {grpc.StatusCode.UNAVAILABLE}
-        # Modal kills it, as long after this drain as it would after the longest one.
+        # Modal kills the container, as long after this drain as after the longest drain.
         await asyncio.sleep(began + DRAIN + AFTER_THE_DRAIN - time.monotonic())
         container.kill()
         await asyncio.to_thread(container.wait)

@@ -1,4 +1,4 @@
-"""Keys with which a gateway would not start are refused when it is deployed, and the message mends them."""
+"""A deployment refuses keys with which its gateway would not start, and the message says how to replace them."""
 
 import re
 from collections.abc import Iterator
@@ -86,7 +86,7 @@ def test_a_gateway_that_does_not_start_says_why_and_what_to_do(own: ModalCloud) 
 
 
 def test_the_command_of_the_refusal_replaces_a_secret_that_lacks_the_variable(own: ModalCloud) -> None:
-    """Such as one that was made with FLYWHEEL_API_KEY, which is the variable of the client."""
+    """For example a secret with FLYWHEEL_API_KEY, which is the variable of the client."""
     own.create_secret(SECRET, {"FLYWHEEL_API_KEY": KEY})
     refused = deploy(own, "misnamed", **IDLE)
     assert refused.returncode == 1

@@ -35,7 +35,7 @@ RUN = {
     "flywheel health": "SERVING",
     "modal app stop": "",
 }
-"""Commands that are run, by a piece of them, and what their output says, as a regular expression."""
+"""By a piece of each command that is run: what its output says, as a regular expression."""
 
 NOT_RUN = {
     "modal setup": "installs what runs this test, and opens a browser",
@@ -45,7 +45,7 @@ NOT_RUN = {
     "grpcurl": "is a program of its own; other tests call the server with reflection, as it does",
     "git pull": "replaces what is tested by what is on the Internet",
 }
-"""Commands that are not run, by how a piece of them, and why."""
+"""By a piece of each command that is not run: why not."""
 
 
 def blocks(language: str) -> list[str]:
@@ -55,7 +55,7 @@ def blocks(language: str) -> list[str]:
 
 
 def key_of(block: str) -> str:
-    """Returns the piece by which one of the two tables knows the block."""
+    """Returns the key of the block in one of the two tables."""
     known = {key for key in (*RUN, *NOT_RUN) if (block == key if key.startswith(".venv") else key in block)}
     assert len(known) == 1, f"the tables of this test know {len(known)} entries for:\n{block}"
     return known.pop()
@@ -105,7 +105,7 @@ class Reader:
 @pytest.fixture
 def account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModalCloud]:
     """A fresh account, a hub that has the small model, and gateways that trust the certificates of the stand-in's tunnels."""
-    # Another quantization than the name says, filled up to the size that is recorded.
+    # The file has another quantization than its name says, and is filled up to the size in the catalogue.
     content = default_model().read_bytes().ljust(SMALL.size_bytes, b"\0")
     hub = Hub(content, hashlib.sha256(content).hexdigest())
     home = tmp_path / "cloud"
@@ -166,7 +166,7 @@ def test_the_costs_follow_from_the_prices_and_the_defaults() -> None:
 @pytest.mark.thorough
 @pytest.mark.timeout(600)  # a model that generates on a busy machine takes its time
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl, as readers of the page do")
-def test_who_follows_the_page_gets_what_it_says(account: ModalCloud, reader: Reader) -> None:
+def test_the_commands_of_the_page_do_what_it_says(account: ModalCloud, reader: Reader) -> None:
     for block in blocks("sh"):
         key = key_of(block)
         if key in RUN:

@@ -70,7 +70,7 @@ async def test_what_cannot_be_read_is_503_and_only_for_now(monkeypatch: pytest.M
 
 
 async def test_many_callers_do_not_wait_for_a_slow_directory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those who come while it is asked get the answer before, and who leaves meanwhile takes nothing from the others."""
+    """Callers who come while it is read get the last answer, and a caller who leaves does not affect the others."""
     monkeypatch.setattr(page, "CACHE_SECONDS", -1.0)
     asked = 0
     go_on = asyncio.Event()

@@ -1,4 +1,4 @@
-"""A deployment changes of a running app what it is told to, and nothing else."""
+"""A deployment changes only those settings of a running app that it is told to change."""
 
 import re
 import shlex
@@ -58,7 +58,7 @@ def another_value(variable: str) -> str:
 
 
 def commands(message: str) -> list[dict[str, str]]:
-    """Returns the variables of the commands in a refusal: the one that keeps what runs, and the one that replaces it."""
+    """Returns the variables of the two commands in a refusal: the first keeps the settings, the second replaces them."""
     found = []
     for line in message.splitlines():
         words = shlex.split(line)
@@ -68,7 +68,7 @@ def commands(message: str) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize("variable", VARIABLES)
-def test_each_setting_is_asked_for_that_is_no_longer_set(variable: str) -> None:
+def test_each_setting_that_is_no_longer_set_is_asked_for(variable: str) -> None:
     environment = {variable: another_value(variable)}
     running = tags(configured(environment), environment)
     changes = unconfirmed_changes(running, {})
@@ -80,7 +80,7 @@ def test_each_setting_is_asked_for_that_is_no_longer_set(variable: str) -> None:
         assert unconfirmed_changes(running, answer) == []
 
 
-def test_what_is_said_or_makes_no_difference_is_not_asked_for() -> None:
+def test_a_setting_that_is_set_or_makes_no_difference_is_not_asked_for() -> None:
     running = tags(configured(TRIAL), TRIAL)
     assert unconfirmed_changes(running, MIXTRAL) == []
     assert unconfirmed_changes(running, {**TRIAL, "FLYWHEEL_LOG_LEVEL": "debug"}) == []

@@ -1,4 +1,4 @@
-"""A dead engine in a container on Modal does not stay there: it is started again, or the container is replaced."""
+"""A dead engine in a container on Modal is started again, or the container is replaced."""
 
 import asyncio
 import random
@@ -69,7 +69,7 @@ async def begun(calls: int) -> bool:
 
 
 async def again(target: Target) -> None:
-    """Returns when a call succeeds; all that fail until then say that they may be repeated."""
+    """Returns when a call succeeds; each call that fails before that says that it may be repeated."""
 
     async def succeeds() -> bool:
         call = target.stub.GenerateAll(request("hello"))
@@ -100,7 +100,7 @@ async def test_a_dead_engine_is_started_again_in_its_container(target: Target, m
 
 @pytest.mark.parametrize("where", ["decode", pytest.param("prepare", marks=pytest.mark.thorough)])
 async def test_the_calls_of_a_dead_engine_are_told_before_it_starts_again(target: Target, where: str) -> None:
-    """Which can take minutes, during which Python stands still in the container."""
+    """The start can take minutes, during which Python stands still in the container."""
     await again(target)
     running = [asyncio.ensure_future(failure_of(target.stub.GenerateDeltas(request("hello", 2000)))) for _ in range(3)]
     await until(lambda: begun(3), "they run")

@@ -1,4 +1,4 @@
-"""The tunnel of a gateway is looked at from outside, and replaced if it does not answer."""
+"""The tunnel of a gateway is probed from outside, and replaced if it does not answer."""
 
 import asyncio
 from pathlib import Path
@@ -62,38 +62,38 @@ async def test_a_tunnel_that_does_not_answer_is_replaced_and_calls_through_it_go
         ("+---", True),
         ("+--+---", True),
         ("+--+--+--+", False),  # never three in a row
-        ("-" * 12, False),  # the container cannot see its tunnel: that proves nothing
+        ("-" * 12, False),  # the container cannot reach its own tunnel: that proves nothing
         ("---+---", True),
         ("+" + "?" * 12, False),  # the server does not answer either
         ("+--?-", True),
     ],
 )
 async def test_when_a_tunnel_counts_as_dead(monkeypatch: pytest.MonkeyPatch, seen: str, dead: bool) -> None:
-    """A look finds an answer (+), an answer only from within (-), or none at all (?)."""
-    looks = iter(seen)
+    """A probe gets an answer (+), an answer only from within the container (-), or no answer at all (?)."""
+    probes = iter(seen)
     all_seen = asyncio.Event()
-    look = ""
+    found = ""
 
     async def answers(channel: grpc.aio.Channel | None) -> bool:
-        nonlocal look
+        nonlocal found
         from_outside = channel is None
         if from_outside:
-            look = next(looks, "")
-        if not look:
+            found = next(probes, "")
+        if not found:
             all_seen.set()
             await asyncio.Event().wait()
-        return look == "+" if from_outside else look == "-"
+        return found == "+" if from_outside else found == "-"
 
     monkeypatch.setattr(tunnel, "_answers", answers)
     monkeypatch.setattr(tunnel, "_tunnel_channel", {"tunnel.example:1": None}.get)
-    looking = asyncio.create_task(tunnel.TunnelProbe("127.0.0.1:1", 0.001).until_dead("tunnel.example:1"))
+    probing = asyncio.create_task(tunnel.TunnelProbe("127.0.0.1:1", 0.001).until_dead("tunnel.example:1"))
     ended = asyncio.create_task(all_seen.wait())
-    await asyncio.wait({looking, ended}, return_when=asyncio.FIRST_COMPLETED, timeout=10)
-    assert (looking.done(), next(looks, "")) == (dead, "")
+    await asyncio.wait({probing, ended}, return_when=asyncio.FIRST_COMPLETED, timeout=10)
+    assert (probing.done(), next(probes, "")) == (dead, "")
     assert all_seen.is_set() != dead
-    looking.cancel()
+    probing.cancel()
     ended.cancel()
-    await asyncio.gather(looking, ended, return_exceptions=True)
+    await asyncio.gather(probing, ended, return_exceptions=True)
 
 
 async def test_a_silent_tunnel_is_dead_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,10 +101,10 @@ async def test_a_silent_tunnel_is_dead_too(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(tunnel, "_tunnel_channel", grpc.aio.insecure_channel)
     async with serving(ScriptedEngine()) as target, through_a_cable(target.address) as cable:
         probe = tunnel.TunnelProbe(target.address, 0.01)
-        looking = asyncio.create_task(probe.until_dead(cable.address))
+        probing = asyncio.create_task(probe.until_dead(cable.address))
         await until(lambda: probe._has_succeeded, "it answers")
         cable.unplug()
-        await asyncio.wait_for(looking, 10)
+        await asyncio.wait_for(probing, 10)
 
 
 async def test_a_gateway_that_does_not_look_waits_for_ever() -> None:

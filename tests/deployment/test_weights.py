@@ -1,4 +1,4 @@
-"""The arithmetic of what fits where, and that the catalogue holds what it promises."""
+"""Whether weights fit a GPU, and whether the entries of the catalogue are complete."""
 
 import re
 
@@ -55,14 +55,14 @@ def test_what_does_not_fit_is_refused_with_the_arithmetic_and_with_what_would_fi
     ]
 
 
-def test_where_only_the_context_is_too_long_it_says_how_long_it_may_be() -> None:
+def test_if_only_the_context_is_too_long_the_error_says_how_long_it_may_be() -> None:
     with pytest.raises(DoesNotFitError, match="A10G fits it with at most 15313 tokens") as refusal:
         check_fit(find(DEFAULT_WEIGHTS), "A10G", 15314)
     assert "missing" in str(refusal.value)
     assert check_fit(find(DEFAULT_WEIGHTS), "A10G", 15313)
 
 
-def test_where_no_gpu_is_large_enough_it_says_so() -> None:
+def test_if_no_gpu_is_large_enough_the_error_says_so() -> None:
     with pytest.raises(DoesNotFitError, match="It fits no single GPU"):
         check_fit(find(DEFAULT_WEIGHTS), "B200", 2_000_000)
 
@@ -88,12 +88,12 @@ def test_the_names_of_gpus_are_read_as_modal_reads_them() -> None:
 
 
 @pytest.mark.parametrize("gpu", ["A9", ":2", "A10:", "A10:0", "A10:-1", "A10:two", "A10:2:2"])
-def test_an_unknown_gpu_is_answered_with_those_that_are_known(gpu: str) -> None:
+def test_the_error_for_an_unknown_gpu_lists_the_known_gpus(gpu: str) -> None:
     with pytest.raises(ValueError, match=rf"Unknown GPU '{gpu}'. Known: T4, L4, .*A10G, .*NAME:COUNT"):
         check_fit(find(DEFAULT_WEIGHTS), gpu, 8192)
 
 
-def test_unknown_weights_are_answered_with_those_that_are_known() -> None:
+def test_the_error_for_unknown_weights_lists_the_known_weights() -> None:
     with pytest.raises(ValueError, match=r"Unknown weights 'mixtral'. Known: mixtral-8x7b-instruct-q3_k_s, .*smollm2"):
         find("mixtral")
 

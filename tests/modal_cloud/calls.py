@@ -191,7 +191,7 @@ class Calls:
         container = calling_container()
         for item in request.outputs:
             if container.ending and item.result.status == api_pb2.GenericResult.GENERIC_STATUS_TERMINATED:
-                continue  # it was interrupted with its container, which is what becomes of it
+                continue  # the call was interrupted with its container, whose end decides about the call
             call = container.inputs.pop(item.input_id, None)
             container.to_cancel.discard(item.input_id)
             if call is not None:

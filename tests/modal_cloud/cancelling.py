@@ -29,7 +29,7 @@ METHODS = ("Generate", "GenerateDeltas", "GenerateAll")
 AT_A_TIME = 50
 LONGEST = 1.0  # seconds until a call is cancelled
 LOOK = 0.05  # seconds
-"""How long a look at a call lasts: the moment in which one ends is where a cancel can get lost, so there are many."""
+"""How long a poll of a call lasts: a cancel can get lost at the moment when a poll ends, so there are many polls."""
 TOKENS = 3000
 SCRIPT = Script(token_delay=0.01)
 SETTLING = 60.0  # seconds at most
@@ -69,7 +69,7 @@ def busy_cores(processes: int = 2) -> Iterator[None]:
 
 @contextmanager
 def short_looks() -> Iterator[None]:
-    """Has the engines of this process look at their calls all the time."""
+    """Makes the engines of this process poll their calls all the time."""
     usual = remote_call.POLL_TIMEOUT, remote_call.SILENCE_BEFORE_POLL_SECONDS
     remote_call.POLL_TIMEOUT, remote_call.SILENCE_BEFORE_POLL_SECONDS = LOOK, 0.0  # type: ignore[misc]
     try:
@@ -86,7 +86,7 @@ async def cancel_at_random(target: Target, cloud: ModalCloud, app: str, calls: i
         cloud: Where the app is deployed, with `SCRIPT`.
         app: Its name.
         calls: How many.
-        seed: The moments are the same with the same one.
+        seed: The same seed gives the same moments.
     """
     chance = random.Random(seed)
     before = len(cloud.calls)
@@ -121,7 +121,7 @@ async def _main(cloud: ModalCloud, calls: int) -> Left:
 
 
 def main() -> int:
-    """Prints what is left of as many calls as the first argument says; returns 1 if that is something."""
+    """Prints what is left of as many calls as the first argument says; returns 1 if anything is left."""
     calls = int(sys.argv[1]) if len(sys.argv) > 1 else 10_000
     with tempfile.TemporaryDirectory() as directory, ModalCloud(Path(directory)) as cloud:
         os.environ.update(cloud.environ)

@@ -16,7 +16,7 @@ def with_clock(environ: Mapping[str, str], offset: float) -> dict[str, str]:
 
 
 class Clocks:
-    """By how much the clocks of containers are wrong: those of an app, or of one of its functions."""
+    """By how much the clocks are wrong in the containers of an app, or of one of its functions."""
 
     def __init__(self) -> None:
         self._offsets: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""Modal's cloud on this machine: what tests hold in their hands."""
+"""Modal's cloud on this machine, as tests use it."""
 
 import asyncio
 import os
@@ -33,7 +33,7 @@ Result = TypeVar("Result")
 
 
 class FaultOptions(TypedDict, total=False):
-    """The attributes of a `Fault` beyond the names of the RPCs."""
+    """The attributes of a `Fault`, except for the names of the RPCs."""
 
     side: Side
     status: Status | None
@@ -115,7 +115,7 @@ class ModalCloud:
 
     @property
     def environ(self) -> dict[str, str]:
-        """What a client process needs to find this cloud, and nothing else."""
+        """The environment variables with which a client process finds this cloud."""
         return {
             "MODAL_SERVER_URL": self._control_plane.url,
             "MODAL_TOKEN_ID": "ak-stand-in",
@@ -143,7 +143,7 @@ class ModalCloud:
 
     @property
     def ca_certificate(self) -> bytes:
-        """The certificate (PEM) of the authority that signs those of the relays."""
+        """The certificate (PEM) of the authority that signs the certificates of the relays."""
         return self._certificates.authority
 
     # What there is
@@ -198,7 +198,7 @@ class ModalCloud:
         return self._apps.named(name).definition
 
     def image_commands(self, name: str) -> list[str]:
-        """Returns the Dockerfile commands of the function's image, those of the images it is based on first."""
+        """Returns the Dockerfile commands of the function's image, after the commands of the images that it is based on."""
         return self._images.commands(self.function(name).image_id)
 
     def mounted_files(self, name: str) -> set[str]:
@@ -248,7 +248,7 @@ class ModalCloud:
         return self._run(start())
 
     def scale_to_zero(self, name: str) -> None:
-        """Lets the idle containers of the function and its variants end, and waits for it."""
+        """Ends the idle containers of the function and its variants, and waits until they have ended."""
 
         async def end() -> None:
             idle = [container for container in self.containers(name) if not container.inputs]
@@ -269,21 +269,21 @@ class ModalCloud:
 
     @property
     def replaces_containers(self) -> bool:
-        """Whether a container that is lost is replaced where its function keeps some warm, as on Modal."""
+        """Whether a container that is lost is replaced if its function keeps some warm, as on Modal."""
         return self._fleet.replaces
 
     @replaces_containers.setter
     def replaces_containers(self, replaces: bool) -> None:
         self._fleet.replaces = replaces
 
-    # What befalls clients
+    # Faults
 
     def set_stats(self, backlog: int | None, runners: int = 0) -> None:
         """Has `get_current_stats` answer this, or the truth with None."""
         self._calls.stats = None if backlog is None else (backlog, runners)
 
     def set_clock(self, name: str, seconds: float) -> None:
-        """Sets the wall clock wrong of containers that start from now on: those of an app, or of one function, `app/name`."""
+        """Sets the wall clock wrong in containers of an app, or of one function (`app/name`), that start from now on."""
         self._launcher.clocks.set(name, seconds)
 
     def down(self) -> None:
@@ -302,7 +302,7 @@ class ModalCloud:
         self._control_plane.faults.clear()
 
     def limit(self, *rpcs: str, per_second: float = 0.0, retry_after: float | None = None, side: Side = "clients") -> Fault:
-        """Limits the rate of RPCs as Modal does: those beyond are RESOURCE_EXHAUSTED, and may say when to repeat them."""
+        """Limits the rate of RPCs as Modal does: further RPCs get RESOURCE_EXHAUSTED, which may say when to repeat them."""
         return self.disturb(
             *rpcs,
             status=Status.RESOURCE_EXHAUSTED,

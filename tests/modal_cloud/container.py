@@ -43,7 +43,7 @@ class Container:
         self.inputs: dict[str, Call] = {}
         self.to_cancel: set[str] = set()
         self.failure: api_pb2.GenericResult | None = None
-        """Why it could not start, in its own words."""
+        """The error with which the container could not start."""
         self.changes = Changes()
         self.at_exit: list[Callable[[], None]] = []
         self._printed = ""
@@ -71,7 +71,7 @@ class Container:
         self._signal(signal.SIGKILL)
 
     def wait(self, timeout: float = 60.0) -> int:
-        """Returns its exit code once it has ended; raises TimeoutError where it does not within so many seconds."""
+        """Returns its exit code once it has ended; raises TimeoutError if it does not end within so many seconds."""
         return self._exit_code.result(timeout)
 
     def stop(self) -> None:
@@ -114,7 +114,7 @@ class Container:
         return code
 
     def conclude(self, code: int) -> None:
-        """Lets everybody know that it has ended."""
+        """Tells everybody that the container has ended."""
         for close in self.at_exit:
             close()
         self._exit_code.set_result(code)

@@ -1,4 +1,4 @@
-"""The gRPC server: finds the room that plays an RPC, and everything that befalls RPCs as such."""
+"""The gRPC server: finds the room that plays an RPC, and applies the faults."""
 
 import inspect
 from collections import Counter
@@ -20,7 +20,7 @@ from tests.modal_cloud.faults import Faults
 from tests.modal_cloud.state import calling
 
 SERVICE = api_pb2.DESCRIPTOR.services_by_name["ModalClient"]
-# On Modal, a container reaches these through its worker, whatever becomes of the control plane.
+# On Modal, a container reaches these through its worker, whatever happens to the control plane.
 OF_THE_WORKER = (
     "Container",
     "Task",

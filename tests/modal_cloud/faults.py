@@ -1,4 +1,4 @@
-"""What befalls single RPCs on their way: statuses, limits and delays."""
+"""Faults of single RPCs on their way: statuses, limits and delays."""
 
 import asyncio
 import random

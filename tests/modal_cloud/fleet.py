@@ -1,4 +1,4 @@
-"""The autoscaler: as many containers as are wanted, and what becomes of those that end."""
+"""The autoscaler: starts as many containers as are wanted, and replaces containers that end."""
 
 import asyncio
 from collections.abc import Callable, Coroutine
@@ -17,7 +17,7 @@ MOST_CONTAINERS = 4  # of a function that sets no limit, on this machine
 
 
 class Fleet:
-    """All containers: starts as many as are wanted, and sees to those that end."""
+    """All containers: starts as many as are wanted, and replaces those that end."""
 
     def __init__(self, launcher: Launcher) -> None:
         self._launcher = launcher
@@ -44,7 +44,7 @@ class Fleet:
                 self.fail_pending(function, _failure(error.message or ""))
 
     def keep_warm(self, function: Function) -> list[Container]:
-        """Starts what lacks of the function's minimum, and returns the containers of its current version."""
+        """Starts containers up to the function's minimum, and returns the containers of its current version."""
         current = [
             container for container in self.of(function) if container.version == function.app.version and not container.stopping
         ]
@@ -61,7 +61,7 @@ class Fleet:
         task.add_done_callback(self._tasks.discard)
 
     def start(self, function: Function) -> Container:
-        """Starts a container; raises GRPCError where it cannot."""
+        """Starts a container; raises GRPCError if that fails."""
         container, output = self._launcher.start(function)
         self.live.append(container)
         self.background(self._attend(container, output))
@@ -92,7 +92,7 @@ class Fleet:
         if self._stopped or function.app.stopped:
             return
         if not container.ready and not container.stopping:
-            # Modal starts it again and again; here, whoever waits for it is told.
+            # Modal starts it again and again; here, the calls that wait for it fail.
             self.fail_pending(function, container.failure or _failure(f"the container ended at its start (exit code {code})"))
             return
         self.scale(function)
@@ -102,7 +102,7 @@ class Fleet:
                 self.keep_warm(function)
 
     def port_of(self, function: Function) -> Callable[[], Coroutine[Any, Any, int]]:
-        """Returns how the relay of a server finds a port that listens, starting a container where there is none."""
+        """Returns how the relay of a server finds a port that listens, starting a container if there is none."""
 
         async def port() -> int:
             number = function.definition.http_config.port

@@ -72,7 +72,7 @@ class Images:
         return steps if image.secret_ids else []
 
     def _layers(self, image_id: str) -> list[api_pb2.Image]:
-        """Returns the image and those it is based on, the first first."""
+        """Returns the image and the images that it is based on, the lowest first."""
         if not image_id:
             return []
         if image_id not in self._images:

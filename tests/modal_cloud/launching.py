@@ -29,7 +29,7 @@ class Launcher:
         self.server_url = ""
 
     def start(self, function: Function) -> tuple[Container, int]:
-        """Returns a container and the file descriptor of what it prints; raises GRPCError where a volume cannot be mounted."""
+        """Returns a container and the file descriptor of what it prints; raises GRPCError if a volume cannot be mounted."""
         container = Container(function, self._directory / "containers")
         definition = container.definition
         home = container.root / "root"

@@ -21,7 +21,7 @@ Entry: TypeAlias = tuple[int, bytes]
 
 
 class Partition:
-    """The values of one partition of a queue, which is cleared when nobody has put any for so long as its last put says."""
+    """The values of one partition of a queue, which is cleared as many seconds after its last put as the put says."""
 
     def __init__(self) -> None:
         self.entries: deque[Entry] = deque()
@@ -58,7 +58,7 @@ class Queue:
         return partition
 
     def end(self) -> None:
-        """Lets everybody know who waits for a value that there is no such queue any more."""
+        """Tells each caller that waits for a value that the queue is gone."""
         self.gone = True
         for partition in self.partitions.values():
             partition.changes.notify()
@@ -121,7 +121,7 @@ class Queues:
         entries = [partition.entries.popleft() for _ in range(min(request.n_values or 1, len(partition.entries)))]
         try:
             yield api_pb2.QueueGetResponse(values=[value for _, value in entries])
-        except GeneratorExit:  # it was not sent: whoever asked is gone
+        except GeneratorExit:  # the value was not sent: the caller has gone
             partition.take_back(entries)
             raise
 

@@ -103,7 +103,7 @@ class Registry(Generic[Thing]):
         return self.record(self.put(make(), name, environment))
 
     def heartbeat(self, thing_id: str) -> None:
-        """Lets an ephemeral thing live on; raises NOT_FOUND where it is too late."""
+        """Lets an ephemeral thing live on; raises NOT_FOUND if it is too late."""
         record = self.record(thing_id)
         if record.expiry is not None:
             record.expiry.cancel()

@@ -27,7 +27,7 @@ app = modal.App(environment["SCRIPTED_APP"])
 @app.cls(image=image, env=environment, max_containers=1)
 @modal.concurrent(max_inputs=1000)
 class Model:
-    """Has all that the class of this project has."""
+    """Has all methods of this project's class."""
 
     @modal.enter()
     async def load(self) -> None:
@@ -132,7 +132,7 @@ class Whole:
 @app.cls(image=image, env=environment, max_containers=1)
 @modal.concurrent(max_inputs=1000)
 class Versioned(Whole):
-    """Has what the class of this project has, with its signature, in this version or in a newer one."""
+    """Has the methods of this project's class, with its signature, in this version or in a newer one."""
 
     @modal.method()
     @signature.takes_fields("queue", "partition", "call")

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 _numbers = itertools.count(1)
 
 calling: ContextVar["Container | None"] = ContextVar("calling", default=None)
-"""The container that makes the RPC being served, or None where a client does."""
+"""The container that makes the RPC being served; None if a client makes it."""
 
 
 def new_id(prefix: str) -> str:
-    """Returns an id of the length of Modal's, which its command line tells from names by it."""
+    """Returns an id as long as Modal's: by the length, Modal's command line tells ids from names."""
     return f"{prefix}-{next(_numbers):022d}"
 
 
@@ -40,7 +40,7 @@ def not_found(what: str) -> GRPCError:
 
 
 class Changes:
-    """Wakes those who wait for something to hold, each time it may have come to hold."""
+    """Wakes the tasks that wait for conditions, each time one may have come to hold."""
 
     def __init__(self) -> None:
         self._waiting: set[asyncio.Future[None]] = set()
@@ -52,7 +52,7 @@ class Changes:
         self._waiting.clear()
 
     async def until(self, holds: Callable[[], Any], timeout: float | None = None) -> bool:  # noqa: ASYNC109
-        """Returns True once it holds, or False where it does not within so many seconds."""
+        """Returns True once the condition holds, and False if it does not within so many seconds."""
         try:
             async with asyncio.timeout(timeout):
                 while not holds():

@@ -102,7 +102,7 @@ async def test_what_is_ephemeral_expires_without_heartbeats(cloud: ModalCloud, c
         assert await named.len.aio() == 0
 
 
-async def test_who_waits_at_a_queue_hears_that_it_is_gone(cloud: ModalCloud, client: modal.Client) -> None:
+async def test_a_caller_that_waits_at_a_queue_hears_that_the_queue_is_gone(cloud: ModalCloud, client: modal.Client) -> None:
     async with modal.Queue.ephemeral(client=client) as answers:
         arrived = cloud.rpcs["QueueGet"]
         waiting = asyncio.create_task(answers.get.aio())
@@ -143,7 +143,7 @@ def test_the_command_makes_lists_and_deletes(cloud: ModalCloud, kind: str) -> No
     assert (missing.returncode, "not found" in missing.stderr) == (1, True), missing.stderr
 
 
-async def test_what_is_deleted_is_gone_for_those_who_hold_it(cloud: ModalCloud, client: modal.Client) -> None:
+async def test_a_deleted_dict_is_gone_for_clients_that_have_a_handle(cloud: ModalCloud, client: modal.Client) -> None:
     held = modal.Dict.from_name("held", create_if_missing=True, client=client)
     await held.put.aio("key", 1)
     assert (await asyncio.to_thread(cloud.cli, "dict", "delete", "--yes", "held")).returncode == 0
@@ -166,6 +166,7 @@ async def test_what_is_not_deployed_is_not_found(client: modal.Client) -> None:
 async def test_cancelled_calls_end_in_the_container_together(cloud: ModalCloud, model: Any) -> None:
     calls = [await model.sleep.spawn.aio(f"c{number}") for number in range(8)]
     container = await running(cloud, "sleeping c7")
+    await until(lambda: all(f"sleeping c{number}" in container.output() for number in range(8)), "all are running")
     await asyncio.gather(*(call.cancel.aio() for call in calls))
     await until(lambda: all(f"awake c{number}" in container.output() for number in range(8)), "all have ended", within=3)
     with pytest.raises(RemoteError):
@@ -298,7 +299,7 @@ async def test_clients_may_be_refused_or_cut_off(cloud: ModalCloud, model: Any) 
 async def test_rpcs_may_be_limited_slow_or_fail_now_and_then(
     cloud: ModalCloud, model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("MODAL_MAX_THROTTLE_WAIT", raising=False)  # which a gateway sets for its process
+    monkeypatch.delenv("MODAL_MAX_THROTTLE_WAIT", raising=False)  # a gateway sets it for its process
     fault = cloud.disturb("FunctionMap", status=Status.ABORTED, times=1)
     with pytest.raises(modal.exception.ConflictError):
         await model.echo.remote.aio(1)

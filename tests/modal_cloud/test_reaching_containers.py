@@ -35,7 +35,7 @@ async def test_tunnels_live_as_long_as_their_container(cloud: ModalCloud) -> Non
     assert not h2.open
     with pytest.raises(OSError, match="refused"):
         speak(cloud, h2.port, ["h2"])
-    await until(lambda: len(cloud.tunnels) == 4, "another container has come in its place")
+    await until(lambda: len(cloud.tunnels) == 4, "another container has replaced it")
 
 
 async def test_a_tunnel_may_be_cut_or_refuse_or_fall_silent(cloud: ModalCloud) -> None:

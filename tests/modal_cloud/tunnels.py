@@ -66,19 +66,19 @@ class Relay:
         self._passes.set()
 
     def cut(self) -> None:
-        """Resets the connections there are."""
+        """Resets the existing connections."""
         for writer in self._writers:
             writer.transport.abort()
 
     async def silence(self) -> None:
-        """Lets no byte through any more, in either direction: connections stay, and new ones are accepted and not answered."""
+        """Passes no more bytes on, in either direction: connections stay, and new ones are accepted but not answered."""
         self._passes.clear()
         if self._listener is not None:
             self._listener.close()
         await self._listen(self._ignore, None)
 
     async def restore(self) -> None:
-        """Does again what a relay is for; connections that were accepted in silence are reset."""
+        """Passes bytes on again; resets the connections that it accepted in silence."""
         self.close()
         await self.open()
 
@@ -134,10 +134,10 @@ class Tunnel:
         self.open = False
         self.relay.close()
 
-    # What befalls it, while Modal and the container think that all is well; called from other threads than the cloud's.
+    # Faults that neither Modal nor the container notices. Called from other threads than the cloud's.
 
     def cut(self) -> None:
-        """Resets the connections there are; new ones are served."""
+        """Resets the existing connections; new ones are served."""
         self._do(self.relay.cut)
 
     def refuse(self) -> None:
@@ -145,15 +145,15 @@ class Tunnel:
         self._do(self.relay.close)
 
     def refuse_new(self) -> None:
-        """Refuses new connections; those there are go on."""
+        """Refuses new connections; existing connections go on."""
         self._do(self.relay.refuse_new)
 
     def silence(self) -> None:
-        """Lets no byte through any more: connections stay, and new ones are accepted, and nothing answers."""
+        """Passes no more bytes on: connections stay, and new ones are accepted, but nothing answers."""
         asyncio.run_coroutine_threadsafe(self.relay.silence(), self.loop).result(10)
 
     def restore(self) -> None:
-        """Ends what has befallen it."""
+        """Ends the fault."""
         asyncio.run_coroutine_threadsafe(self.relay.restore(), self.loop).result(10)
 
     def _do(self, what: Callable[[], None]) -> None:

@@ -9,7 +9,7 @@ from tests.modal_cloud.state import Call, Function
 
 
 async def fetch(calls: Calls, function: Function, path: str) -> tuple[int, dict[str, str], bytes]:
-    """Makes a GET request; raises RuntimeError where the function fails before it has answered."""
+    """Makes a GET request; raises RuntimeError if the function fails before it has answered."""
     path, _, query = path.partition("?")
     scope = {
         "type": "http",

@@ -1,6 +1,6 @@
-"""Each status of each request that belongs to a call on Modal, over the wire: what passes ends no call, and what lasts is told.
+"""Each status of each request about a call on Modal: an error that passes ends no call; an error that lasts reaches the caller.
 
-The tables are those of `flywheel_server.engines.modal.remote_call` and `flywheel_server.engines.modal.remote_class`.
+The docstrings of `flywheel_server.engines.modal.remote_call` and `flywheel_server.engines.modal.remote_class` have the tables.
 """
 
 import asyncio
@@ -46,7 +46,7 @@ CODES = {
     **dict.fromkeys(GONE | REFUSED, grpc.StatusCode.FAILED_PRECONDITION),
     **dict.fromkeys(BROKEN, grpc.StatusCode.INTERNAL),
 }
-"""What a call ends with that Modal refuses with a status for good."""
+"""The code with which a call ends, by the status with which Modal goes on refusing it."""
 
 CLASSES = ["Model", "Flywheel"]
 
@@ -90,7 +90,7 @@ def test_the_tables_have_all_statuses() -> None:
 
 
 @pytest.mark.parametrize("status", STATUSES)
-async def test_a_look_that_fails_for_a_while_ends_no_call(
+async def test_a_poll_that_fails_for_a_while_ends_no_call(
     deployed: ModalCloud, targets: dict[str, Target], status: Status
 ) -> None:
     # Modal's client makes some requests four times before it gives up.
@@ -102,14 +102,14 @@ async def test_a_look_that_fails_for_a_while_ends_no_call(
 
 
 @pytest.mark.parametrize("status", STATUSES)
-async def test_a_look_that_goes_on_failing_ends_a_call_only_if_that_cannot_pass(
+async def test_a_poll_that_goes_on_failing_ends_a_call_only_if_the_error_is_permanent(
     deployed: ModalCloud, targets: dict[str, Target], monkeypatch: pytest.MonkeyPatch, status: Status
 ) -> None:
     monkeypatch.setattr("flywheel_server.engines.modal.retries.CONFIRMATION_SECONDS", 0.3)
     fault = deployed.disturb("FunctionGetOutputs", status=status)
     before = len(deployed.calls)
     passes = status in UNREACHABLE | LIMITED | CONFLICT
-    # Text that arrives proves that the call is there, whatever Modal says: only a class that sends none is believed to be gone.
+    # Text that arrives proves that the call is there, whatever Modal says: only a call that sends none can count as gone.
     classes = CLASSES if passes else ["Flywheel"]
     calls = [targets[class_name].stub.GenerateAll(request(60 if passes else 3000)) for class_name in classes]
     reading = [asyncio.ensure_future(code_of(call)) for call in calls]
@@ -138,7 +138,7 @@ async def test_a_call_that_modal_does_not_accept(deployed: ModalCloud, targets: 
     is_refusal = status in GONE | REFUSED | CONFLICT
     fault = deployed.disturb("FunctionMap", status=status)
     assert await codes() == {CODES[status]}
-    # Modal's client itself repeats those with which it cannot be known whether the call was accepted: so that it is made once.
+    # If a status does not tell whether Modal accepted the call, Modal's client repeats the request; the call is made once.
     assert fault.befallen == 2 * (3 if is_refusal else 4 if status in UNREACHABLE else 1)
     fault.end()
     fault = deployed.disturb("FunctionMap", status=status, times=2)
@@ -162,7 +162,7 @@ async def test_a_limit_is_told_at_once_with_the_time_that_modal_says(deployed: M
 
 
 @pytest.mark.parametrize("retry_after", [None, 0.5])
-async def test_a_limited_watch_ends_none_of_30_streams(
+async def test_limited_polls_end_none_of_30_streams(
     deployed: ModalCloud, targets: dict[str, Target], retry_after: float | None
 ) -> None:
     limit = deployed.limit("FunctionGetOutputs", retry_after=retry_after)
@@ -171,10 +171,10 @@ async def test_a_limited_watch_ends_none_of_30_streams(
     assert limit.befallen > 0
 
 
-async def test_two_looks_that_fail_are_no_verdict_if_text_has_arrived_between_them(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_two_failed_polls_do_not_end_a_call_if_text_has_arrived_between_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flywheel_server.engines.modal.retries.CONFIRMATION_SECONDS", 0.3)
     monkeypatch.setattr(remote_call, "SILENCE_BEFORE_POLL_SECONDS", 0.2)
-    looks = 0
+    polls = 0
 
     class Accepted:
         @property
@@ -182,9 +182,9 @@ async def test_two_looks_that_fail_are_no_verdict_if_text_has_arrived_between_th
             return self
 
         async def aio(self, timeout: float) -> str:  # noqa: ASYNC109 - Modal's
-            nonlocal looks
-            looks += 1
-            if looks < 3:
+            nonlocal polls
+            polls += 1
+            if polls < 3:
                 raise modal.exception.NotFoundError("there is no such call")
             return "done"
 
@@ -192,13 +192,13 @@ async def test_two_looks_that_fail_are_no_verdict_if_text_has_arrived_between_th
         return Accepted()
 
     call = remote_call.RemoteCall(spawn(), nullcontext, 600)
-    watching = asyncio.create_task(call.polled_result(asyncio.Semaphore()))
-    await until(lambda: looks == 1, "a look has failed")
+    polling = asyncio.create_task(call.polled_result(asyncio.Semaphore()))
+    await until(lambda: polls == 1, "a poll has failed")
     for _ in range(10):
         call.note_events()
         await asyncio.sleep(0.05)
-    assert looks == 1
-    assert await watching == "done"
+    assert polls == 1
+    assert await polling == "done"
 
 
 @pytest.mark.parametrize("status", STATUSES)
@@ -216,7 +216,7 @@ async def test_a_cancel_is_repeated_until_modal_has_it(
         await asyncio.gather(*reading, return_exceptions=True)
         await until(lambda: {call.state for call in deployed.calls[before:]} == {"cancelled"}, "all are cancelled")
         await until(lambda: sum("delayed cancels over" in line["event"] for line in logged) == 2, "it is in the log")
-    # A line for each of the two engines when the first is delayed, and one with the count when all are through.
+    # Each of the two engines logs a line when its first cancel is delayed, and a line with the count when all are over.
     assert [line["event"] for line in logged].count("cancels delayed") == 2
     through = [line for line in logged if line["event"] == "delayed cancels over"]
     assert sum(line["made"] for line in through) == 10
@@ -285,7 +285,7 @@ async def test_a_class_that_is_not_found(deployed: ModalCloud, targets: dict[str
     deployed.disturb(rpc, status=status)
     async with serving(scripted.engine(APP), health_interval=30) as fresh:
         assert await code_of(fresh.stub.GenerateAll(request())) is CODES[status]
-        # It was found before: Modal's answer to the call decides.
+        # The other server has found the class before, so Modal's answer to the call decides.
         refusal = deployed.disturb("FunctionMap", status=Status.NOT_FOUND, times=1)
         assert await code_of(targets["Model"].stub.GenerateAll(request())) is grpc.StatusCode.OK
         assert refusal.befallen == 1

@@ -1,4 +1,4 @@
-"""What a class on Modal raises is told from what Modal's client raises, whatever its type."""
+"""The server tells exceptions of a class on Modal from exceptions of Modal's client, whatever their type."""
 
 import builtins
 import inspect
@@ -20,7 +20,7 @@ OTHERWISE = {
     "BaseException",
     "GeneratorExit",
     "KeyboardInterrupt",
-    # They are made of more than a text, or are no failures.
+    # These need more arguments than a text, or are no failures.
     "BaseExceptionGroup",
     "ExceptionGroup",
     "UnicodeDecodeError",
@@ -67,6 +67,6 @@ async def test_whatever_a_class_raises_is_internal_and_runs_once(deployed: Modal
     assert {name: outcome for name, outcome in outcomes.items() if outcome != (grpc.StatusCode.INTERNAL, 1)} == {}
 
 
-def test_an_error_that_was_never_raised_by_a_call_is_that_of_a_request() -> None:
+def test_an_error_that_no_call_has_raised_counts_as_an_error_of_a_request() -> None:
     for error in (OSError("x"), exception.ServiceError("x"), TimeoutError()):
         assert source_of(error) == "request"

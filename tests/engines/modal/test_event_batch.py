@@ -24,18 +24,18 @@ def plain(data: Any) -> bool:
 
 
 def test_there_and_back() -> None:
-    for pile in (
+    for batch in (
         EventBatch("call-1", "attempt-1", 3, EVENTS),
         EventBatch("call-1", "attempt-1", 3, EVENTS, "container-1"),
         EventBatch("call-1", "attempt-1", 4, [], "container-1", ended=True),
         EventBatch.heartbeat("container-1"),
         EventBatch.heartbeat("container-1", leaving=True),
     ):
-        assert plain(pile.pack())
-        assert EventBatch.unpack(pile.pack()) == pile
+        assert plain(batch.pack())
+        assert EventBatch.unpack(batch.pack()) == batch
 
 
-def pile(*events: Any, **fields: Any) -> dict[str, Any]:
+def batch(*events: Any, **fields: Any) -> dict[str, Any]:
     return {"call": "call-1", "attempt": "attempt-1", "number": 0, "events": list(events), **fields}
 
 
@@ -44,14 +44,14 @@ def pile(*events: Any, **fields: Any) -> dict[str, Any]:
     [
         None,
         "SECRET",
-        pile(number=-1),
-        pile(call=1),
-        pile(None),
-        pile({"event": "ended"}),
-        pile({"event": "delta", "index": 0, "text": b"SECRET", "generated_tokens": 1}),
-        pile({"event": "delta", "index": "0", "text": "SECRET", "generated_tokens": 1}),
-        pile({"event": "delta", "index": -1, "text": "SECRET", "generated_tokens": 1}),
-        pile({"event": "sample", "sample": {"text": "SECRET"}}),
+        batch(number=-1),
+        batch(call=1),
+        batch(None),
+        batch({"event": "ended"}),
+        batch({"event": "delta", "index": 0, "text": b"SECRET", "generated_tokens": 1}),
+        batch({"event": "delta", "index": "0", "text": "SECRET", "generated_tokens": 1}),
+        batch({"event": "delta", "index": -1, "text": "SECRET", "generated_tokens": 1}),
+        batch({"event": "sample", "sample": {"text": "SECRET"}}),
     ],
 )
 def test_anything_else_is_refused_without_its_text(data: Any) -> None:

@@ -132,7 +132,7 @@ async def cancelled(target: Target, method: str, begun: asyncio.Event) -> None:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("how", ["cancel", "deadline", "cut"])
 @pytest.mark.parametrize("class_name", ["Model", "Flywheel"])
-async def test_whoever_goes_away_takes_the_call_along(slow: ModalCloud, class_name: str, how: str, method: str) -> None:
+async def test_a_caller_that_goes_away_ends_its_call_on_modal(slow: ModalCloud, class_name: str, how: str, method: str) -> None:
     async with serving(scripted.engine(SLOW, class_name)) as direct, through_a_cable(direct.address) as cable:
         before = len(slow.calls)
         async with connected(cable.address) as target:
@@ -189,7 +189,11 @@ async def test_a_call_whose_class_ends_a_sample_twice_is_cancelled(slow: ModalCl
     async with serving(scripted.engine(SLOW)) as target:
         call = target.stub.GenerateDeltas(request(max_tokens=3000, num_samples=2))
         assert await code_of(call) is grpc.StatusCode.INTERNAL
-        await until(lambda: slow.calls[begun].state == "cancelled", "the other sample is not generated for nobody", within=10)
+        await until(
+            lambda: slow.calls[begun].state == "cancelled",
+            "the call is cancelled",
+            within=10,
+        )
 
 
 async def failure(target: Target, text: str, method: str) -> grpc.aio.AioRpcError:
@@ -269,7 +273,7 @@ asyncio.run(main())
 
 
 @pytest.mark.thorough
-async def test_whatever_keeps_it_from_the_class_has_its_status(deployed: ModalCloud) -> None:
+async def test_each_reason_why_the_class_cannot_be_called_has_its_status(deployed: ModalCloud) -> None:
     async def refused(status: Status | None = None, app: str = APP, class_name: str = "Model") -> grpc.aio.AioRpcError:
         deployed.disturb(status=status)
         try:
@@ -315,7 +319,7 @@ async def test_a_server_without_its_class_is_not_healthy(deployed: ModalCloud) -
 
 
 async def test_a_refusal_passes(deployed: ModalCloud, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An engine that was refused, before or after it had found the class, works again as soon as it is not."""
+    """An engine works again as soon as Modal no longer refuses it, whether it had found the class before or not."""
     monkeypatch.setattr("flywheel_server.engines.modal.inbox.QUEUE_CREATE_TIMEOUT", 0.5)
     monkeypatch.setattr("flywheel_server.engines.modal.retries.FIRST_DELAY", 0.05)
     for status in (Status.UNAVAILABLE, Status.UNAUTHENTICATED, Status.NOT_FOUND):
@@ -352,7 +356,7 @@ async def test_the_control_plane_goes_down_and_comes_back(slow: ModalCloud, monk
             assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
             assert RetryInfo in details_of(caught.value)
             await until(is_not_serving, "it is not serving")
-            # Its caller waits, and may do so until the control plane is back.
+            # The caller of the stream may wait until the control plane is back.
             assert not stream.done()
             stream.cancel()
             assert stream_call.id not in slow.cancelled

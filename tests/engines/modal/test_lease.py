@@ -1,4 +1,4 @@
-"""A gateway's lease: a container gives the gateway up only if it neither renews the lease nor reads its events."""
+"""A gateway's lease: a container gives up a gateway only if the gateway neither renews its lease nor reads its events."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from flywheel_server.engines.modal.lease import MAX_MISSED_RENEWALS, Lease, leas
 
 
 class Partitions:
-    """A queue whose partitions are as long as they say."""
+    """A queue whose partitions have the given lengths."""
 
     def __init__(self, **lengths: int) -> None:
         self.lengths = lengths
@@ -39,7 +39,7 @@ async def test_a_gateway_that_reads_but_cannot_renew_is_not_lost(
 
 
 async def test_a_gateway_that_renews_no_lease_is_never_lost() -> None:
-    queue: Any = None  # which is not asked
+    queue: Any = None  # not used
     lease = Lease(queue, "the-partition-of-an-older-gateway")
     for _ in range(2 * MAX_MISSED_RENEWALS):
         await lease.check()

@@ -37,6 +37,10 @@ async def some_running() -> bool:
     return await scripted.running(SLOW) > 0
 
 
+async def none_running() -> bool:
+    return await scripted.running(SLOW) == 0
+
+
 def container_of(call: Call) -> Container:
     assert call.container is not None
     return call.container
@@ -63,6 +67,7 @@ async def test_a_container_that_modal_gives_up_is_unavailable(slow: ModalCloud, 
 @pytest.mark.parametrize("method", METHODS)
 async def test_a_container_that_is_preempted_is_unavailable(slow: ModalCloud, method: str) -> None:
     async with serving(scripted.engine(SLOW)) as target:
+        await until(none_running, "no call of another test runs in the class")
         before = len(slow.calls)
         reading = asyncio.create_task(drained(getattr(target.stub, method)(request(max_tokens=3000))))
         await until(lambda: any(made.state == "running" for made in slow.calls[before:]), "the call runs")

@@ -68,7 +68,7 @@ def test_full() -> None:
 
 
 def test_no_exception_of_modal_is_forgotten() -> None:
-    """Those that are left to INTERNAL are here by name, so that a new one of Modal's is looked at."""
+    """The exceptions that become INTERNAL are named here, so that a new exception of Modal's makes this test fail."""
     internal = {status(error) for error in (exception.ExecutionError("x"), ValueError("x"), SystemExit(1))}
     assert internal == {grpc.StatusCode.INTERNAL}
     left = {

@@ -103,7 +103,7 @@ async def test_a_class_that_cannot_be_found_for_a_while_is_not_serving(deployed:
         await until(is_not_serving(target), "it is not serving")
         fault.end()
         await until(lambda: is_serving(target), "it is serving again")
-        # One failure of each is no verdict.
+        # One failed look-up does not make the class unreachable.
         deployed.disturb("FunctionGetCurrentStats", status=status, times=5)
         deployed.disturb("ClassGet", status=status, times=1)
         await stays_serving(target, 0.8)
@@ -120,7 +120,7 @@ async def test_a_class_that_is_gone_is_not_serving_until_it_is_deployed_anew(clo
         assert (await target.stub.GenerateAll(pb.GenerationRequest(text="x", max_tokens=1))).num_samples == 1
 
 
-async def test_calls_that_succeed_are_health_enough(deployed: ModalCloud) -> None:
+async def test_calls_that_succeed_keep_the_server_healthy(deployed: ModalCloud) -> None:
     async with serving(scripted.engine(APP), health_interval=INTERVAL) as target:
         await until(lambda: is_serving(target), "it is serving")
         deployed.disturb("FunctionGetCurrentStats", *LOOK_UP, status=Status.UNAVAILABLE)

@@ -1,4 +1,4 @@
-"""The queue that brings the events of calls on Modal: what it costs, and what becomes of calls where it fails at either end."""
+"""The queue that brings the events of calls on Modal: what it costs, and how calls end or go on if it fails at either end."""
 
 import asyncio
 import time
@@ -93,7 +93,7 @@ def nothing_runs(cloud: ModalCloud) -> bool:
 async def test_no_refusal_ends_a_stream_or_changes_its_text(
     calm: ModalCloud, side: Literal["clients", "containers"], status: Status, retry_after: float | None
 ) -> None:
-    """The whole table of `engines.modal.inbox` and `deployment.outbox`, but for a queue that is really gone."""
+    """The whole tables of `engines.modal.inbox` and `deployment.outbox`, except for a queue that is gone."""
     async with serving(scripted.engine(APP)) as target:
         first = await begun(target)
         rpcs = GATEWAYS if side == "clients" else CONTAINERS
@@ -158,7 +158,7 @@ async def test_a_slow_control_plane_ends_no_stream(calm: ModalCloud) -> None:
 @pytest.mark.thorough
 @pytest.mark.parametrize("fault", [{"delay": outbox.PUT_ATTEMPT_TIMEOUT, "times": 1}, {"status": Status.RESOURCE_EXHAUSTED}])
 async def test_twenty_seconds_without_a_put_end_no_stream(calm: ModalCloud, fault: dict[str, Any]) -> None:
-    """One put that Modal does not answer, or a limit of them all, for which the containers are silent."""
+    """The containers are silent while Modal does not answer one put, or refuses all puts."""
     async with serving(scripted.engine(APP)) as target:
         streams = [asyncio.create_task(text_of(target, max_tokens=1400)) for _ in range(3)]
         await asyncio.sleep(1)
@@ -182,7 +182,7 @@ async def test_a_queue_that_is_gone_ends_its_calls_and_is_made_anew(
         ending = asyncio.create_task(stream.error())
 
         async def works() -> bool:
-            # The first may still be given the queue that nobody knows to be gone.
+            # The first call may still get the old queue, because the server does not know yet that it is gone.
             try:
                 return await text_of(target, max_tokens=4) == expected(4)
             except grpc.aio.AioRpcError as error:
@@ -254,7 +254,7 @@ async def test_a_call_that_has_sent_nothing_outlives_the_loss_of_its_container(c
 @pytest.mark.thorough
 @pytest.mark.parametrize("with_its_container", [False, True])
 async def test_calls_of_a_gateway_that_was_killed_end(cloud: ModalCloud, with_its_container: bool) -> None:
-    """Those that run, those that wait in the container, and those that run again in another one."""
+    """Calls that run, calls that wait in the container, and calls that run again in another container."""
     app = f"leased-{with_its_container}"
     scripted.deploy(cloud, app, Script(token_delay=0.05, slots=2))
 
@@ -277,7 +277,7 @@ async def test_calls_of_a_gateway_that_was_killed_end(cloud: ModalCloud, with_it
         async with connected(other.address) as target:
             assert await text_of(target, max_tokens=5) == expected(5)
         assert time.monotonic() - begun < 25
-        await until(lambda: nothing_runs(cloud), "nobody's calls have ended")
+        await until(lambda: nothing_runs(cloud), "the calls of the killed gateway have ended")
 
 
 async def test_a_call_that_modal_accepted_without_saying_so_is_cancelled(
@@ -287,28 +287,28 @@ async def test_a_call_that_modal_accepted_without_saying_so_is_cancelled(
     async with serving(scripted.engine(APP)) as target:
         stream = await begun(target)
         before = len(calm.calls)
-        # Modal's client repeats it three times, and the stand-in takes each for another call.
+        # Modal's client repeats the request three times, and the stand-in takes each request for another call.
         lost = calm.disturb("FunctionMap", status=Status.UNAVAILABLE, of_answers=True, times=4)
         error = await Stream(target, max_tokens=4000).error()
         assert error.code() is grpc.StatusCode.UNAVAILABLE
         await until(lambda: lost.befallen == 4, "the client has given up")
         calm.disturb("FunctionCallCancel", status=Status.NOT_FOUND, times=2)
-        await until(lambda: {call.state for call in calm.calls[before:]} == {"cancelled"}, "nothing is left of it")
+        await until(lambda: {call.state for call in calm.calls[before:]} == {"cancelled"}, "all its calls are cancelled")
         assert (await anext(stream.messages)).text
         stream.call.cancel()
 
 
-async def test_what_waits_for_a_put_is_joined_and_split_into_items_that_modal_takes() -> None:
-    queue: Any = None  # which is not asked
+async def test_events_that_wait_are_joined_and_split_into_items_that_modal_takes() -> None:
+    queue: Any = None  # not used
     sender = Sender(Outbox(queue, "partition", "container"), "call")
     sender.emit(Started(3))
     for number in range(1, 1001):
         for index in range(4):
             sender.emit(TextDelta(index, "word " * 10, number))
-    piles = sender.take()
-    events = [event for pile in piles for event in pile.events]
+    batches = sender.take()
+    events = [event for each in batches for event in each.events]
     assert events == [Started(3), *(TextDelta(index, "word " * 10_000, 1000) for index in range(4))]
-    assert [pile.number for pile in piles] == [0, 1]
+    assert [each.number for each in batches] == [0, 1]
     sender.emit(TextDelta(0, "x", 1001))
     assert sender.take() == [EventBatch("call", sender.attempt, 2, [TextDelta(0, "x", 1001)], "container")]
     assert sender.take() == []
@@ -318,7 +318,7 @@ def batch(number: int, container: str) -> EventBatch:
     return EventBatch("call", "attempt", number, [TextDelta(0, "x", 1)], container)
 
 
-async def test_a_container_is_silent_by_the_clock_of_the_reader_and_only_if_it_told_its_id() -> None:
+async def test_a_container_with_an_id_is_silent_by_the_clock_of_the_reader() -> None:
     for container, clock, ends in (("c", 31.0, True), ("c", 29.0, False), ("", 100.0, False), ("other", 100.0, False)):
         received = ReceivedEvents()
         received.add(batch(0, container))
@@ -332,7 +332,7 @@ async def test_a_container_is_silent_by_the_clock_of_the_reader_and_only_if_it_t
 async def test_the_error_of_a_call_is_asked_for_as_soon_as_the_class_tells_of_it(
     deployed: ModalCloud, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Even if the turn to look at the call is far away."""
+    """Even if the call would not be polled for a long time."""
     monkeypatch.setattr("flywheel_server.engines.modal.engine.MAX_CONCURRENT_POLLS", 1)
     async with serving(scripted.engine(APP)) as target:
         stream = await begun(target)

@@ -1,4 +1,4 @@
-"""How long an error of Modal's is doubted, and how often a request is made again."""
+"""How long an error of Modal's must last before it is believed, and how often a request is made again."""
 
 from collections.abc import Iterator
 
@@ -15,7 +15,7 @@ from flywheel_server.engines.modal.retries import (
 )
 from modal import exception
 
-PASSING = EngineUnavailableError("out of reach")
+TRANSIENT = EngineUnavailableError("out of reach")
 REFUSED = EngineSetupError("no such class", {})
 TIMEOUT = 600.0
 
@@ -37,7 +37,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
 
 def test_delays_grow_to_a_limit_and_vary() -> None:
     backoffs = [Backoff() for _ in range(20)]
-    delays = [[backoff.delay(PASSING) for _ in range(50)] for backoff in backoffs]
+    delays = [[backoff.delay(TRANSIENT) for _ in range(50)] for backoff in backoffs]
     for first, second, *_, last in delays:
         assert first < second < last <= 1.25 * MAX_DELAY
     assert len({first for first, *_ in delays}) > 1
@@ -48,17 +48,17 @@ def test_what_modal_asks_for_comes_on_top_within_reason() -> None:
     assert Backoff().delay(EngineOverloadedError("limited", 1e9)) < MAX_RETRY_AFTER + MAX_DELAY
 
 
-def test_what_passes_is_believed_after_the_patience(clock: Clock) -> None:
+def test_a_transient_error_is_believed_after_the_timeout(clock: Clock) -> None:
     policy = RetryPolicy(TIMEOUT)
-    policy.delay(PASSING, is_transient=True)
+    policy.delay(TRANSIENT, is_transient=True)
     clock.now += TIMEOUT - 1
-    policy.delay(PASSING, is_transient=True)
+    policy.delay(TRANSIENT, is_transient=True)
     clock.now += 1
     with pytest.raises(EngineUnavailableError):
-        policy.delay(PASSING, is_transient=True)
+        policy.delay(TRANSIENT, is_transient=True)
 
 
-def test_what_does_not_pass_is_believed_once_it_has_lasted(clock: Clock) -> None:
+def test_a_permanent_error_is_believed_once_it_has_lasted(clock: Clock) -> None:
     policy = RetryPolicy(TIMEOUT)
     policy.delay(REFUSED, is_transient=False)
     clock.now += CONFIRMATION_SECONDS - 1
@@ -69,7 +69,7 @@ def test_what_does_not_pass_is_believed_once_it_has_lasted(clock: Clock) -> None
 
 
 @pytest.mark.parametrize("success", [True, False])
-def test_another_answer_between_two_that_are_alike_begins_the_doubt_anew(clock: Clock, *, success: bool) -> None:
+def test_another_answer_restarts_the_confirmation(clock: Clock, *, success: bool) -> None:
     policy = RetryPolicy(TIMEOUT)
     policy.delay(REFUSED, is_transient=False)
     clock.now += CONFIRMATION_SECONDS - 1
@@ -77,7 +77,7 @@ def test_another_answer_between_two_that_are_alike_begins_the_doubt_anew(clock: 
         policy.reset()
         assert policy.failures == 0
     else:
-        policy.delay(PASSING, is_transient=True)
+        policy.delay(TRANSIENT, is_transient=True)
     clock.now += 1
     policy.delay(REFUSED, is_transient=False)
     clock.now += CONFIRMATION_SECONDS - 1
@@ -100,7 +100,7 @@ async def test_a_refused_request_is_made_three_times(monkeypatch: pytest.MonkeyP
         await retry_refused(lambda: request(3, exception.NotFoundError("x")))
     assert len(made) == 3
     made.clear()
-    # It may have been accepted.
+    # Modal may have accepted a request that failed with this error.
     with pytest.raises(exception.ServiceError):
         await retry_refused(lambda: request(1, exception.ServiceError("x")))
     assert len(made) == 1

@@ -60,7 +60,7 @@ async def finish_reasons(target: Target, method: str) -> list[str]:
     return [message.finish_reason for message in messages if message.finish_reason]
 
 
-# Which classes are known not to take the field before a container is woken, and which only say so when they are called.
+# How many calls reach each class before it refuses the field: none if its signature shows that it does not take the field.
 REFUSE = {"Flywheel": 0, "Versioned": 0, "VersionedWhole": 0, "Untold": 1, "Model": 1}
 
 
@@ -160,7 +160,7 @@ def test_which_errors_of_a_class_refuse_a_field(error: BaseException, field: str
 
 @pytest.mark.parametrize("method", ["generate", "generate_deltas"])
 async def test_what_our_class_says_of_an_unknown_field_is_understood(method: str) -> None:
-    """Which is also what pydantic itself said in classes that are deployed already."""
+    """Classes that are deployed already say the same, in pydantic's own words."""
     sender: dict[str, Any] = {} if method == "generate" else {"queue": None, "partition": "p", "call": "c"}
     arguments = arguments_of(NewerRequest(text="x", max_tokens=1, scratch=3))
     with pytest.raises(ValueError, match="scratch") as caught:

@@ -1,4 +1,4 @@
-"""A cancellation reaches whoever waits for Modal's client, also if the client would swallow it."""
+"""A cancellation reaches the task that waits for Modal's client, even if the client would swallow it."""
 
 import ast
 import asyncio
@@ -119,7 +119,7 @@ async def test_a_cancel_of_modals_own_is_none_of_the_callers() -> None:
 def bare_waits(source: str) -> list[int]:
     """Returns the lines on which a method of Modal's is called outside the argument of `modal_result`.
 
-    That may also be a function of the same module which is only called in such an argument.
+    A function of the same module counts as inside if it is called only in such an argument.
     """
     tree = ast.parse(source)
     nodes: list[Any] = list(ast.walk(tree))

@@ -23,12 +23,12 @@ def later(clock: Callable[..., Any], offset: float) -> Callable[..., Any]:
 
 
 def of_wall_clock(clock: Callable[..., Any], offset: float) -> Callable[..., Any]:
-    """Returns a clock that is told which to read, and is wrong where that is the wall clock."""
+    """Returns a clock that is told which clock to read, and is wrong if that is the wall clock."""
     return lambda which: clock(which) + (offset if which == time.CLOCK_REALTIME else 0)
 
 
 def of_now(convert: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a conversion of seconds since the epoch, which are those of now if there are none."""
+    """Returns a conversion of seconds since the epoch; without an argument, it converts the time of now."""
     return lambda seconds=None: convert(time.time() if seconds is None else seconds)
 
 
