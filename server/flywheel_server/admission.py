@@ -258,6 +258,9 @@ class Place:
         self._wait: asyncio.Future[None] | None = None
         """Done when the call is admitted; None unless the call waits in `admitted`."""
 
+    async def joined(self) -> None:
+        """Returns at once, because the call has joined the queue; see `admission_control.Place.joined`."""
+
     async def admitted(self, context_tokens: int, time_remaining: float | None = None) -> None:
         """Returns when there are slots for the samples of the call and so many free tokens of context.
 

@@ -16,6 +16,9 @@ from flywheel_server.messages import GenerationRequest
 class Place(Protocol):
     """A call's place in the queue and, once the call is admitted, its slots in the engine; see `admission.Place`."""
 
+    async def joined(self) -> None:
+        """Returns when the call has its quota and its place; raises the errors of `acquire`. For a call that needs no slots."""
+
     async def admitted(self, context_tokens: int, time_remaining: float | None = None) -> None:
         """Returns when there are slots for the call and so many free tokens of context; raises the errors of `acquire`."""
 

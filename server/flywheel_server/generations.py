@@ -25,6 +25,7 @@ from flywheel_server.engines.base import (
     Event,
     PreparedRequest,
     PromptToken,
+    PromptTooLongError,
     Sink,
     Started,
 )
@@ -174,8 +175,11 @@ class Generations:
         Arguments and errors are those of `run`. The call has a place in the queue, but needs no slots.
         """
 
-        async def deliver_tokens(generation: Generation, _: Place) -> None:
-            await deliver(await self.engine.tokenize(generation.prepared))
+        async def deliver_tokens(generation: Generation, place: Place) -> None:
+            await place.joined()
+            tokens = await self.engine.tokenize(generation.prepared)
+            generation.usage.set_prompt_tokens(len(tokens))
+            await deliver(tokens)
 
         await self._prepared(request, caller, time_remaining, deliver_tokens)
 
@@ -204,6 +208,8 @@ class Generations:
         except Exception as error:
             # Not only TimeoutError: an engine may raise any error when it is cancelled.
             if not generation.deadline.expired():
+                if isinstance(error, PromptTooLongError):
+                    error.field = request.prompt_field
                 raise
             raise generation.deadline_error() from error
         finally:
