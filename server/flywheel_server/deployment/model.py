@@ -95,6 +95,7 @@ async def start_engine(weights: Weights, deployment: Deployment, settings: Setti
         threads=min(deployment.model_threads, usable_cores()),
         batch_tokens=GPU_BATCH_TOKENS if settings.modal_gpu else settings.embedded_batch,
         prompt_format=settings.modal_prompt,
+        exact_seeds=settings.exact_seeds,
         # For a GPU, reading the file from the volume is faster than mapping it page by page.
         memory_map=not settings.modal_gpu,
     )

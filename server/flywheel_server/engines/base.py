@@ -98,6 +98,8 @@ class EngineModel:
         supported_fields: The fields of a request that the engine honours. The service refuses all others by name, so the engine
             never sees them.
         exact_seeds: Whether a request with a seed gives exactly the same samples each time.
+        slots_for_seed: The slots that a request with a seed takes, however many samples it has; None if it takes a slot for
+            each sample, as other requests do.
     """
 
     name: str
@@ -110,6 +112,13 @@ class EngineModel:
     tokenizers: int = 0
     supported_fields: frozenset[str] = FLYWHEEL_FIELDS
     exact_seeds: bool = False
+    slots_for_seed: int | None = None
+
+    def slots_of(self, request: GenerationRequest) -> int:
+        """Returns how many slots a request takes."""
+        if request.seed is not None and self.slots_for_seed is not None:
+            return self.slots_for_seed
+        return request.num_samples
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,9 +24,11 @@ class SharedAdmissionControl:
         """Whether the engine prepares a prompt without delay, because it counts no tokens."""
         self._numbers = itertools.count()
         self._end: Callable[[], Exception] | None = None
+        self._model: EngineModel | None = None
 
     def set_capacity(self, model: EngineModel) -> None:
         """See `AdmissionControl.set_capacity`."""
+        self._model = model
         self.prepares_at_once = not model.tokenizers
         self.connection.send("capacity", model.slots, model.shared_context_tokens)
 
@@ -34,7 +36,8 @@ class SharedAdmissionControl:
         """See `AdmissionControl.acquire`; `SharedPlace.admitted` raises its errors. Raises here only if the parent is gone."""
         if self._end:
             raise self._end()
-        entry = (caller, request.num_samples, max_generated_tokens(request), time_remaining)
+        slots = request.num_samples if self._model is None else self._model.slots_of(request)
+        entry = (caller, slots, max_generated_tokens(request), time_remaining)
         return SharedPlace(self, next(self._numbers), entry)
 
     def admit(self, number: int) -> None:
