@@ -271,6 +271,8 @@ if configuration.weights is not None:
     else:
         model_image = locked(slim_image, "modal-model.txt")
     model_image = model_image.add_local_python_source(*SOURCES, ignore=IGNORED_FILES)
+    # A conversation needs the model's chat template, which is not used for raw prompts.
+    refused_fields = ("messages",) if settings.modal_prompt == "raw" else ()
 
     @app.cls(
         image=model_image,
@@ -307,16 +309,22 @@ if configuration.weights is not None:
             await self.engine.__aexit__()
 
         @modal.method()
-        @takes_fields()
+        @takes_fields(refused=refused_fields)
         async def generate(self, /, **fields: Any) -> dict[str, Any]:  # noqa: ANN401 - RemoteModel checks them
             """Returns the samples of a request. The keyword arguments are the fields of `GenerationRequest`."""
             return await self.remote.generate(**fields)
 
         @modal.method()
-        @takes_fields("queue", "partition", "call")
+        @takes_fields("queue", "partition", "call", refused=refused_fields)
         async def generate_deltas(self, /, **arguments: Any) -> dict[str, Any]:  # noqa: ANN401 - as above
             """Sends the samples of a request to a queue while they are generated."""
             return await self.remote.generate_deltas(**arguments)
+
+        @modal.method()
+        @takes_fields(refused=refused_fields)
+        async def tokenize(self, /, **fields: Any) -> dict[str, Any]:  # noqa: ANN401 - as above
+            """Returns the tokens of the prompt of a request."""
+            return await self.remote.tokenize(**fields)
 
     # The token of the Hugging Face hub, for gated or private weights.
     hub_token = [modal.Secret.from_dict({"HF_TOKEN": os.environ["HF_TOKEN"]})] if os.environ.get("HF_TOKEN") else []

@@ -4,12 +4,24 @@ They mirror `GenerationRequest`, `GenerationResponseSample` and `GenerationRespo
 the comments of `proto/flywheel/v1/generation.proto`.
 """
 
+from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from types import UnionType
 from typing import Annotated, Any, Final, Self, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, ValidationError, ValidationInfo, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 
 from flywheel_server.int32 import INT32_MAX
 
@@ -40,6 +52,8 @@ FLYWHEEL_FIELDS: Final = frozenset(
     }
 )
 """The fields of MK1 Flywheel's `generate`."""
+SERVER_FIELDS: Final = frozenset({"priority"})
+"""The fields that the server itself honours, with every engine."""
 
 BYTES_PER_TOKEN: Final = 4
 """An estimate of the bytes of text in a token."""
@@ -94,17 +108,17 @@ def _utf8(minimum: int, maximum: int) -> AfterValidator:
 def _together(count: Callable[[Any], int], limit: int | str) -> AfterValidator:
     """Checks the sum of a number for each element against a limit; a limit of `RequestLimits` is given by its name."""
 
-    def check(elements: Sequence[Any], info: ValidationInfo) -> Sequence[Any]:
+    def check(elements: Sequence[Any] | None, info: ValidationInfo) -> Sequence[Any] | None:
         most = limit if isinstance(limit, int) else getattr(info.context, limit, None)
-        if most is not None and sum(map(count, elements)) > most:
+        if most is not None and sum(map(count, elements or ())) > most:
             raise ValueError(limit)
         return elements
 
     return AfterValidator(check)
 
 
-def _distinct(texts: tuple[str, ...]) -> tuple[str, ...]:
-    if len({*texts}) < len(texts):
+def _distinct(texts: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    if texts is not None and len({*texts}) < len(texts):
         raise ValueError("distinct")
     return texts
 
@@ -307,12 +321,20 @@ def _path_and_words(location: Sequence[int | str]) -> tuple[str, str]:
     return path, _WORDS.get(pattern) or _WORDS[str(location[0])]
 
 
+TokenBytes = Annotated[
+    bytes,
+    PlainSerializer(lambda text: b64encode(text).decode(), return_type=str, when_used="json"),
+    BeforeValidator(lambda text: b64decode(text, validate=True) if isinstance(text, str) else text),
+]
+"""The bytes of a token, which need not be UTF-8. In plain data, they are a text in base64."""
+
+
 @dataclass(frozen=True, slots=True)
 class LikelyToken:
     """A token that may follow a text: its id, its bytes, and the natural logarithm of its probability."""
 
     id: int
-    text: bytes
+    text: TokenBytes
     logprob: float
 
 
@@ -321,7 +343,7 @@ class Token:
     """A generated token: its id, its bytes, the natural logarithm of its probability, and the likeliest tokens at its place."""
 
     id: int
-    text: bytes
+    text: TokenBytes
     logprob: float
     likeliest: tuple[LikelyToken, ...] = ()
 

@@ -16,6 +16,7 @@ from flywheel_server.messages import (
     MAX_MESSAGES,
     MAX_STOP_BYTES,
     MAX_STOP_SEQUENCES,
+    SERVER_FIELDS,
     GenerationRequest,
     GenerationResponseSample,
     RequestLimits,
@@ -23,8 +24,6 @@ from flywheel_server.messages import (
 )
 from flywheel_server.unknown_fields import refuse_unknown_fields
 
-SERVER_FIELDS: Final = frozenset({"priority"})
-"""The fields that the server itself honours, with every engine."""
 
 _ELEMENTS: Final[dict[str, Callable[[Any, RequestLimits], object]]] = {
     "eos_token_ids": lambda ids, _: tuple(ids[: MAX_EOS_TOKEN_IDS + 1]),

@@ -6,8 +6,7 @@ import grpc
 import grpc.aio
 import pytest
 from flywheel_proto.v1 import generation_pb2 as pb
-from flywheel_server.engines.modal.remote_fields import FLYWHEEL_FIELDS
-from flywheel_server.messages import RequestLimits
+from flywheel_server.messages import FLYWHEEL_FIELDS, RequestLimits
 from google.rpc.error_details_pb2 import BadRequest
 from google.rpc.status_pb2 import Status
 

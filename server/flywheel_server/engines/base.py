@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, Self
 
-from flywheel_server.messages import FLYWHEEL_FIELDS, GenerationRequest, GenerationResponseSample, Token
+from flywheel_server.messages import FLYWHEEL_FIELDS, GenerationRequest, GenerationResponseSample, Token, TokenBytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +126,7 @@ class PromptToken:
     """A token of a prompt: its id and its bytes."""
 
     id: int
-    text: bytes
+    text: TokenBytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +231,8 @@ class UnsupportedFieldError(EngineError):
     """The engine cannot honour a field of this request. `reason` tells the caller why. `further` names more such fields."""
 
     def __init__(self, field: str, reason: str, further: Sequence[str] = ()) -> None:
-        super().__init__(field, reason, further)
+        # An older version, which knows no further fields, can unpickle an error without any.
+        super().__init__(field, reason, *([further] if further else []))
         self.field = field
         self.reason = reason
         self.further = further
