@@ -119,6 +119,21 @@ async def test_a_class_that_is_deployed_anew_is_asked_anew(cloud: ModalCloud, ne
         assert await finish_reasons(target, "GenerateDeltas") == ["scratch 5"] * 2
 
 
+@pytest.mark.parametrize("method", METHODS)
+async def test_an_older_version_that_is_deployed_again_refuses_a_field_itself(
+    method: str, deployed: ModalCloud, newer_gateway: SetScratch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fields_of(_: Any) -> frozenset[str]:
+        return frozenset(NewerRequest.model_fields)
+
+    monkeypatch.setattr("flywheel_server.engines.modal.remote_class.fields_of", fields_of)
+    async with serving(scripted.engine(OLDER, "Model")) as target:
+        newer_gateway(5)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await drained(getattr(target.stub, method)(REQUEST))
+        assert details_of(caught.value)[ErrorInfo].metadata == {"field": "scratch"}
+
+
 def test_flywheels_fields_are_the_first_eleven_of_the_contract() -> None:
     fields = pb.GenerationRequest.DESCRIPTOR.fields_by_number
     assert {fields[number].name for number in range(1, 12)} == FLYWHEEL_FIELDS
