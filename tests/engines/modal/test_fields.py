@@ -242,7 +242,7 @@ async def test_a_field_that_the_engine_in_the_container_does_not_honour_is_refus
 
 @pytest.mark.parametrize("fields", [{"max_tokens": 1}, {"text": "x", "prompt_token_ids": [1], "max_tokens": 1}, {"text": "x"}])
 async def test_wrong_fields_are_an_error_that_every_caller_can_unpickle(fields: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="text|max_tokens") as caught:
+    with pytest.raises(ValueError, match=r"text|max_tokens") as caught:
         await RemoteModel(ScriptedEngine()).generate(**fields)
     assert type(caught.value) is ValueError
 
