@@ -31,6 +31,7 @@ with loading("modal_deploy.py"):
     from flywheel_server.deployment.settings import configured, relevant_variables
     from flywheel_server.deployment.signature import takes_fields
     from flywheel_server.deployment.weights import find_gpu
+    from flywheel_server.messages import CONSTRAINT_FIELDS
 
 if TYPE_CHECKING:
     from flywheel_server.deployment.gateway import GatewayThread
@@ -259,7 +260,7 @@ if configuration.weights is not None:
                     "XLLAMACPP_BUILD_CUDA": "1",
                     "XLLAMACPP_RELEASE": "1",  # the build machine may have another CPU than the container
                     "CUDA_ARCHITECTURES": str(find_gpu(settings.modal_gpu)[0].architecture),
-                    # Leaves out features that are not used here, and for which the build would download unpinned sources.
+                    # Leaves out features for which the build would download further sources. LLGuidance also needs Rust.
                     "CMAKE_ARGS": "-DLLAMA_LLGUIDANCE=OFF -DLLAMA_BUILD_BORINGSSL=OFF -DLLAMA_USE_PREBUILT_UI=OFF "
                     "-DGGML_CUDA_NCCL=OFF",
                 }
@@ -271,8 +272,11 @@ if configuration.weights is not None:
     else:
         model_image = locked(slim_image, "modal-model.txt")
     model_image = model_image.add_local_python_source(*SOURCES, ignore=IGNORED_FILES)
-    # A conversation needs the model's chat template, which is not used for raw prompts.
-    refused_fields = ("messages",) if settings.modal_prompt == "raw" else ()
+    # A conversation needs the chat template, and a constraint needs LLGuidance, which the build for CUDA leaves out.
+    refused_fields = [
+        *(["messages"] if settings.modal_prompt == "raw" else []),
+        *(CONSTRAINT_FIELDS if settings.modal_gpu else []),
+    ]
 
     @app.cls(
         image=model_image,

@@ -75,7 +75,7 @@ class Methods:
 
 
 class RemoteClass:
-    """A class on Modal, which is looked up at the first call, and again if Modal refuses to call it.
+    """A class on Modal, which is looked up at the first call, and again every minute, or if Modal refuses to call it.
 
     Arguments:
         target: The name of the class.
