@@ -24,7 +24,6 @@ from flywheel_server.messages import (
 )
 from flywheel_server.unknown_fields import refuse_unknown_fields
 
-
 _ELEMENTS: Final[dict[str, Callable[[Any, RequestLimits], object]]] = {
     "eos_token_ids": lambda ids, _: tuple(ids[: MAX_EOS_TOKEN_IDS + 1]),
     "stop": lambda texts, _: tuple(texts[: MAX_STOP_SEQUENCES + 1]),
