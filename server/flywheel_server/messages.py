@@ -81,6 +81,15 @@ TokenId = Annotated[Int32, Must("be at least 0")]
 StopSequence = Annotated[str, _utf8(1, MAX_STOP_BYTES), Must(f"not be empty and have at most {MAX_STOP_BYTES} bytes in UTF-8")]
 
 
+class Message(BaseModel):
+    """A message of a conversation."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    role: str
+    content: str
+
+
 class GenerationRequest(BaseModel):
     """A prompt and how to continue it. Fields, units and defaults are as in the contract.
 
@@ -94,7 +103,9 @@ class GenerationRequest(BaseModel):
         Field(min_length=1),
         _at_most("max_text_bytes"),
         Must("not be empty and have at most {max_text_bytes} bytes in UTF-8"),
-    ]
+    ] = ""
+    messages: Annotated[tuple[Annotated[Message, Must("be a message")], ...], Must("be messages")] = ()
+    prompt_token_ids: Annotated[tuple[TokenId, ...], Must("be token ids")] = ()
     max_tokens: Annotated[
         int, Field(ge=1, le=INT32_MAX), _at_most("context_tokens"), Must("be 1 to {context_tokens}, the model's context")
     ]

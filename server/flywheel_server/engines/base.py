@@ -202,6 +202,18 @@ class PromptTooLongError(EngineError):
         )
 
 
+class InvalidFieldError(EngineError):
+    """A field of the request does not suit the model. `description` tells the caller what the field must be."""
+
+    def __init__(self, field: str, description: str) -> None:
+        super().__init__(field, description)
+        self.field = field
+        self.description = description
+
+    def __str__(self) -> str:
+        return f"{self.field} {self.description}"
+
+
 class UnsupportedFieldError(EngineError):
     """The engine cannot honour a field of this request. `reason` tells the caller why."""
 

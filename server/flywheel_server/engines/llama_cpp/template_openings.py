@@ -48,11 +48,6 @@ def any_of(texts: Iterable[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or NOTHING)
 
 
-def common_start(one: str, other: str) -> str:
-    """Returns the longest common prefix of both texts."""
-    return one[: _common_length(one, other)]
-
-
 def _common_length(one: Sequence[str], other: Sequence[str]) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 

@@ -1,4 +1,4 @@
-"""Makes the tokens that the model reads from the text of a request, and tokenizes little more of the text than is kept."""
+"""Makes the tokens that the model reads from the prompt of a request, and tokenizes little more of the prompt than is kept."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -6,11 +6,11 @@ from itertools import chain, groupby
 from operator import attrgetter
 from typing import Final
 
-from flywheel_server.engines.base import PromptTooLongError
+from flywheel_server.engines.base import InvalidFieldError, PromptTooLongError, UnsupportedFieldError
 from flywheel_server.engines.llama_cpp.chat_template import ChatTemplate, Fragment
 from flywheel_server.engines.llama_cpp.llama import Llama
 from flywheel_server.engines.llama_cpp.vocabulary import BETWEEN_WORDS, BPE, Vocabulary
-from flywheel_server.messages import GenerationRequest
+from flywheel_server.messages import GenerationRequest, Message
 
 CHUNK_CHARACTERS: Final = 2**15
 """Characters that are tokenized at a time. After each chunk, tokenizing ends if the prompt is too long or its call has ended.
@@ -34,7 +34,8 @@ class Tokenizer:
 
     Arguments:
         context_tokens: Maximum number of tokens in the prompt and the generated text together.
-        template: The chat template that texts are put into unless they are in it already; None reads texts as they are.
+        template: The chat template for messages. Texts are put into it unless they are in it already; None reads texts as they
+            are, and refuses messages.
     """
 
     def __init__(self, llama: Llama, vocabulary: Vocabulary, context_tokens: int, template: ChatTemplate | None = None) -> None:
@@ -54,14 +55,16 @@ class Tokenizer:
         self._tail_cuts = {key: _cuts(texts, between_words=vocabulary.can_be_cut) for key, texts in separators.items()}
 
     def check_length(self, request: GenerationRequest) -> None:
-        """Raises `PromptTooLongError` if the text has so many bytes that no tokens could make it fit.
+        """Raises `PromptTooLongError` if the prompt has so many bytes that no tokens could make it fit.
 
-        Passes a short text, for which `tokens` raises the error with the exact number of tokens.
+        Passes a short prompt, for which `tokens` raises the error with the exact number of tokens.
         """
         longest = self._vocabulary.max_token_bytes
-        if longest is None or len(request.text) <= CHUNK_CHARACTERS or self._truncates_to_fit(request):
+        if longest is None or prompt_characters(request) <= CHUNK_CHARACTERS or self._truncates_to_fit(request):
             return
-        at_least = -(-len(request.text.encode()) // longest)
+        texts = [message.content for message in request.messages] or [request.text]
+        # A chat template may drop the spaces at both ends.
+        at_least = -(-sum(len(text.strip().encode()) for text in texts) // longest)
         if request.max_input_tokens:
             at_least = min(at_least, request.max_input_tokens)
         if at_least > self._max_prompt_tokens(request):
@@ -70,16 +73,42 @@ class Tokenizer:
     def tokens(self, request: GenerationRequest, is_stopped: Callable[[], bool]) -> list[int]:
         """Returns the tokens of the prompt that the model reads.
 
-        Raises `PromptTooLongError`, what `Llama.tokenize` raises, and `StoppedError` if `is_stopped` returns True, which is
-        asked before each chunk.
+        Token ids in the request are the prompt as they are: no token is added. Of every prompt, only the last
+        `max_input_tokens` tokens are kept, so that a system message goes first.
+
+        Raises `PromptTooLongError`, `InvalidFieldError` if the messages do not suit the chat template or a token id does not
+        exist, `UnsupportedFieldError` if there are messages but no chat template, what `Llama.tokenize` raises, and
+        `StoppedError` if `is_stopped` returns True, which is asked before each chunk.
         """
-        prompt = self._prompt(request.text)
+        if request.prompt_token_ids:
+            return self._given_tokens(request)
+        prompt = self._prompt(request)
         tail = self._tail(prompt, request.max_input_tokens) if self._truncates_to_fit(request) else prompt
         tokens = self._tokens_of(tail, request, is_stopped)
         if len(tokens) < request.max_input_tokens and tail != prompt:
             # The tail had too few tokens, because some models drop spaces.
             tokens = self._tokens_of(prompt, request, is_stopped)
         return tokens[-request.max_input_tokens :]
+
+    def token_bytes(self, tokens: Iterable[int]) -> list[bytes]:
+        """Returns the bytes of text of each token; see `Vocabulary.token_bytes`.
+
+        Joined, the bytes of a text's tokens are the text, but for what the model adds to each text: BOS, EOS, and with
+        SentencePiece a space at the start and after each special token. Raises `IndexError` for an unknown token.
+        """
+        return [self._vocabulary.token_bytes[token] for token in tokens]
+
+    def _given_tokens(self, request: GenerationRequest) -> list[int]:
+        """Returns the last of the token ids in the request; raises `InvalidFieldError` and `PromptTooLongError`."""
+        size = len(self._vocabulary.token_bytes)
+        for index, token in enumerate(request.prompt_token_ids):
+            if not 0 <= token < size:
+                description = f"must be 0 to {size - 1}, an id of the model's vocabulary"
+                raise InvalidFieldError(f"prompt_token_ids[{index}]", description)
+        tokens = list(request.prompt_token_ids[-request.max_input_tokens :])
+        if len(tokens) > self._max_prompt_tokens(request):
+            raise PromptTooLongError(len(tokens), request.max_tokens, self._context_tokens)
+        return tokens
 
     def _tokens_of(self, prompt: Sequence[Fragment], request: GenerationRequest, is_stopped: Callable[[], bool]) -> list[int]:
         tokens: list[int] = []
@@ -109,14 +138,19 @@ class Tokenizer:
         """Returns whether the prompt always fits, because only its last `max_input_tokens` are kept."""
         return 0 < request.max_input_tokens <= self._max_prompt_tokens(request)
 
-    def _prompt(self, text: str) -> Sequence[Fragment]:
-        """Returns what the model reads: the text, put into the chat template unless the text is in it already."""
+    def _prompt(self, request: GenerationRequest) -> Sequence[Fragment]:
+        """Returns what the model reads: messages, or a text that is not in the chat template yet, in the chat template."""
         if self._template is None:
-            prompt = [Fragment(text, parse_special=True)]
-        elif self._template.is_applied_to(text):
-            prompt = [Fragment(text.lstrip(), parse_special=True)]
+            if request.messages:
+                reason = "the model has no chat template that this server uses: its prompt_format is raw"
+                raise UnsupportedFieldError("messages", reason)
+            prompt = [Fragment(request.text, parse_special=True)]
+        elif request.messages:
+            prompt = self._template.prompt(request.messages)
+        elif self._template.is_applied_to(request.text):
+            prompt = [Fragment(request.text.lstrip(), parse_special=True)]
         else:
-            prompt = self._template.prompt(text)
+            prompt = self._template.prompt([Message(role="user", content=request.text)])
         # A prompt begins with BOS once, even if the text repeats BOS or has spaces before it.
         if self._leading_bos and prompt and prompt[0].parse_special and (found := self._leading_bos.match(prompt[0].text)):
             prompt[0] = Fragment(self._bos + prompt[0].text[found.end() :], parse_special=True)
@@ -175,6 +209,11 @@ class Tokenizer:
             yield fragment.text[start : cut.start()]
             start = cut.start()
         yield fragment.text[start:]
+
+
+def prompt_characters(request: GenerationRequest) -> int:
+    """Returns the number of characters that callers have sent as the prompt."""
+    return len(request.text) + sum(len(message.content) for message in request.messages)
 
 
 def _added_tokens(llama: Llama) -> tuple[list[int], list[int]]:
