@@ -20,7 +20,7 @@ from flywheel_server.messages import Message
 
 _ASSISTANT: Final = "assistant"
 
-_OWN_WORDS: Final = re.compile(r".*?(?:Jinja Exception|Error): (.*)", re.DOTALL)
+_OWN_WORDS: Final = re.compile(r".*?\nError: (?:Jinja Exception: )?(.*)", re.DOTALL)
 """Matches the reason for which llama.cpp refuses messages; the group is what the template itself says."""
 
 

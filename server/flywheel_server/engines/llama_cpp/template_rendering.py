@@ -8,7 +8,6 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Final
 
 from flywheel_server.engines.llama_cpp.llama import Llama
@@ -19,11 +18,12 @@ SPACES: Final = " \t\n\v\f\r"
 _MARKER: Final = re.compile(r'flywheel7([0-9]+)(?:"\n|(\\"\\n))marker')
 """Matches a marker, or a marker as JSON has it. A marker occurs in no template. A role cannot be one, as it has no digits."""
 
-_LINES: Final = "\n" * 8
-"""More line breaks than a template writes in a row."""
-_BEFORE: Final = f"{_LINES}\v"
-_AFTER: Final = f"\v{_LINES}"
-"""Texts around a marker, which show whether the template trims contents."""
+_PADDING_LINES: Final = 8
+_PADDING: Final = "\n" * _PADDING_LINES + "\v"
+"""The text before a marker, which shows whether the template trims contents. The text after a marker is the same backwards."""
+
+_MAX_TEMPLATE_SPACES: Final = 3
+"""Maximum number of spaces and line breaks in a row that a template writes next to a content."""
 
 
 class MessageNotKeptError(Exception):
@@ -72,41 +72,49 @@ class Rendering:
 
 def render(llama: Llama, roles: Sequence[str]) -> Rendering:
     """Renders messages with these roles. Raises `MessageNotKeptError`, and what `Llama.tokenize` does."""
-    contents = [f'{_BEFORE}flywheel7{index}"\nmarker{_AFTER}' for index in range(len(roles))]
+    contents = [f'{_PADDING}flywheel7{index}"\nmarker{_PADDING[::-1]}' for index in range(len(roles))]
     rendered = llama.render_chat(list(zip(roles, contents, strict=True)))
     first, *rest = _MARKER.split(rendered)
     pieces, places = [first], []
-    for index, escaped, text in zip(rest[::3], rest[1::3], rest[2::3], strict=True):
-        before, after = (_as_json(_BEFORE), _as_json(_AFTER)) if escaped else (_BEFORE, _AFTER)
-        pieces[-1], trims_start = _without_padding(pieces[-1], before)
-        # The end is the start of the text that is written backwards.
-        backwards, trims_end = _without_padding(text[::-1], after[::-1])
+    for index, escaped, after in zip(rest[::3], rest[1::3], rest[2::3], strict=True):
+        line, edge = map(_as_json, "\n\v") if escaped else "\n\v"
+        try:
+            pieces[-1], trims_start = _without_padding(pieces[-1], line, edge)
+            # The padding after a marker is the one before it, backwards.
+            backwards, trims_end = _without_padding(after[::-1], line[::-1], edge[::-1])
+        except ValueError:
+            raise MessageNotKeptError(int(index)) from None
         pieces.append(backwards[::-1])
         places.append(Place(int(index), trims_start, trims_end, bool(escaped)))
     counts = Counter(place.index for place in places)
-    for index in range(len(roles)):
-        if counts[index] != 1:
-            raise MessageNotKeptError(index)
-    for place, (before, after) in zip(places, pairwise(pieces), strict=True):
-        if "\v" in before + after:
-            raise MessageNotKeptError(place.index)
+    if unkept := [index for index in range(len(roles)) if counts[index] != 1]:
+        raise MessageNotKeptError(unkept[0])
     return Rendering(pieces, places)
 
 
 def without_markers(text: str) -> str:
     """Returns the text with an ellipsis in place of each marker and the padding around it."""
-    return re.sub(rf"\s*{_MARKER.pattern}\s*", "…", text)
+    return re.sub(rf"[\n\v]*{_MARKER.pattern}[\n\v]*", "…", text)
 
 
-def _without_padding(text: str, padding: str) -> tuple[str, str]:
-    """Returns the text without the padding at its end, and the characters that the template has trimmed from the padding."""
-    if text.endswith(padding):
-        return text.removesuffix(padding), ""
-    # The last character of the padding, or the text that JSON has for it, is no line break.
-    inner = padding.replace(_LINES, "").replace(_as_json(_LINES), "").replace(_as_json(_LINES)[::-1], "")
-    if text.endswith(inner):
-        return text.removesuffix(inner), "\n"
-    return text, SPACES
+def _without_padding(text: str, line: str, edge: str) -> tuple[str, str]:
+    """Returns the text without the padding at its end, and the characters that the template has trimmed from the padding.
+
+    Arguments:
+        text: What the template has written before a marker.
+        line: How the template writes each line break of the padding.
+        edge: How the template writes the last character of the padding.
+
+    Raises `ValueError` if the template has changed the padding in another way.
+    """
+    if text.endswith(line * _PADDING_LINES + edge):
+        return text.removesuffix(line * _PADDING_LINES + edge), ""
+    if not text.endswith(edge):
+        return text, SPACES
+    text = text.removesuffix(edge)
+    if len(text) - len(text.rstrip(f"{line} ")) > _MAX_TEMPLATE_SPACES:
+        raise ValueError
+    return text, "\n"
 
 
 def _as_json(text: str) -> str:
