@@ -236,6 +236,7 @@ WITH_ALL_SPECIAL_TOKENS: Final = (
             *("[/TOOL_RESULTS]", "[IMG]", "[PREFIX]", "[MIDDLE]", "[SUFFIX]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"),
             *(f"[control_{number}]" for number in range(8, 100)),
         ),
+        user_defined=("[REF]", "[/REF]", *(f"[REFERENCE_DOC_{number}]" for number in range(20))),
     ),
 )
 """Models with all special tokens of the real ones, or with the first hundred of the 771 of Mistral 7B."""

@@ -36,7 +36,7 @@ async def embedded_target(embedded: EmbeddedEngine) -> AsyncIterator[Target]:
             yield target
 
 
-@pytest.fixture(scope="module", params=[*WITH_BOS, *WITHOUT_BOS], ids=str)
+@pytest.fixture(scope="session", params=[*WITH_BOS, *WITHOUT_BOS], ids=str)
 def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loaded]:
     with Loaded.running(request.param, tmp_path_factory.mktemp("chat")) as loaded:
         yield loaded

@@ -93,8 +93,9 @@ class Tokenizer:
     def token_bytes(self, tokens: Iterable[int]) -> list[bytes]:
         """Returns the bytes of text of each token; see `Vocabulary.token_bytes`.
 
-        Joined, the bytes of a text's tokens are the text, but for what the model adds to each text: BOS, EOS, and with
-        SentencePiece a space at the start and after each special token. Raises `IndexError` for an unknown token.
+        Joined, the bytes of a text's tokens are the text, with what the model adds: BOS, EOS, and with SentencePiece a space at
+        the start and after each special token. Spaces that a special token drops, and bytes that the vocabulary lacks, are not
+        in them. Raises `IndexError` for an unknown token.
         """
         return [self._vocabulary.token_bytes[token] for token in tokens]
 
