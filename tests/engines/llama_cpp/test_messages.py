@@ -255,12 +255,12 @@ async def test_a_broken_answer_goes_on_as_the_unbroken_one(tmp_path: Path) -> No
             assert sample.prompt_tokens == len((await engine.prepare(request)).prompt)
             return sample.text
 
-        whole = await answer(40)
+        whole = await answer(24)
         assert len(whole.split()) > 10
-        for tokens in (1, 7, 20, 33):
+        for tokens in (1, 15):
             # Equal because each text ends where a token ends, and the tokenizer makes the same tokens of the text.
             begun = await answer(tokens)
-            assert begun + await answer(40 - tokens, begun) == whole
+            assert begun + await answer(24 - tokens, begun) == whole
 
 
 def _turns(request: GenerationRequest) -> Turns:

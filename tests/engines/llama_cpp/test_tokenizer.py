@@ -53,8 +53,8 @@ class Counting(Llama):
         self.__dict__ = dict(llama.__dict__)
         self.characters = self.longest = 0
 
-    def tokenize(self, text: str | Sequence[str], *, add_special: bool = False, parse_special: bool = True) -> list[int]:
-        for each in [text] if isinstance(text, str) else text:
+    def tokenize(self, text: str | Sequence[str | int], *, add_special: bool = False, parse_special: bool = True) -> list[int]:
+        for each in [text] if isinstance(text, str) else map(str, text):
             self.characters += len(each)
             self.longest = max(self.longest, len(each))
         return super().tokenize(text, add_special=add_special, parse_special=parse_special)

@@ -140,11 +140,11 @@ class Llama:
         """
         self._server.handle_completions(body, on_chunk)
 
-    def tokenize(self, text: str | Sequence[str], *, add_special: bool = False, parse_special: bool = True) -> list[int]:
+    def tokenize(self, text: str | Sequence[str | int], *, add_special: bool = False, parse_special: bool = True) -> list[int]:
         """Returns the tokens of a text, or of several texts that are tokenized separately and then joined.
 
         Arguments:
-            text: The text or texts.
+            text: The text or texts. Among texts, there may be tokens, which stay as they are.
             add_special: Whether to add the tokens with which the model expects a text to begin and end.
             parse_special: Whether special tokens such as `<|im_start|>` are recognized. If not, they are plain text.
 

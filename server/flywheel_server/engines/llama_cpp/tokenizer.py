@@ -2,8 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain, groupby
-from operator import attrgetter
+from functools import lru_cache
 from typing import Final
 
 from flywheel_server.engines.base import InvalidFieldError, PromptTooLongError, UnsupportedFieldError
@@ -25,6 +24,11 @@ The first tokens of a cut text may differ from those of the whole text, so they 
 """
 
 
+MAX_KEPT_CHARACTERS: Final = 2**8
+MAX_KEPT_TEXTS: Final = 2**8
+"""Limits of the short texts of a chat template whose tokens are kept: characters in each, and their number."""
+
+
 class StoppedError(Exception):
     """Tokenizing was stopped, because the call has ended or the engine is stopping."""
 
@@ -43,6 +47,7 @@ class Tokenizer:
         self._vocabulary = vocabulary
         self._context_tokens = context_tokens
         self._template = template
+        self._kept_tokens = lru_cache(MAX_KEPT_TEXTS)(llama.tokenize)
         self._leading_tokens, self._trailing_tokens = _added_tokens(llama)
         self._bos = llama.bos_token() if self._leading_tokens else ""
         bos = re.escape(self._bos)
@@ -115,13 +120,13 @@ class Tokenizer:
         tokens: list[int] = []
         characters = 0
         chunks = list(self._chunks(prompt)) or [([], True)]
-        for number, (texts, parse_special) in enumerate(chunks, 1):
+        for number, (parts, parse_special) in enumerate(chunks, 1):
             if is_stopped():
                 raise StoppedError
-            tokens += self._llama.tokenize(texts, parse_special=parse_special)
+            tokens += self._llama.tokenize(parts, parse_special=parse_special)
             if number == 1 and tokens[: len(self._leading_tokens)] != self._leading_tokens:
                 tokens[:0] = self._leading_tokens
-            characters += sum(map(len, texts))
+            characters += sum(len(part) for part in parts if isinstance(part, str))
             is_all = number == len(chunks)
             if is_all:
                 tokens += self._trailing_tokens
@@ -186,22 +191,33 @@ class Tokenizer:
             window *= 2
         return fragment.text
 
-    def _chunks(self, prompt: Iterable[Fragment]) -> Iterator[tuple[list[str], bool]]:
-        """Yields chunks: texts, and whether special tokens are parsed in them.
+    def _chunks(self, prompt: Sequence[Fragment]) -> Iterator[tuple[list[str | int], bool]]:
+        """Yields chunks: texts and tokens, and whether special tokens are parsed in the texts.
 
         Each text has the same tokens by itself as within the prompt.
         """
-        for parse_special, fragments in groupby(prompt, key=attrgetter("parse_special")):
-            texts: list[str] = []
-            missing = CHUNK_CHARACTERS
-            for text in chain.from_iterable(map(self._cut, fragments)):
-                texts.append(text)
+        # A prompt with several fragments is in a chat template. What the template writes between contents is short and repeats.
+        # Its tokens join the contents, because each chunk is a call of llama.cpp, however short the chunk is.
+        keeps_tokens = len(prompt) > 1
+        parts: list[str | int] = []
+        missing = CHUNK_CHARACTERS
+        parse_special = False
+        for fragment in prompt:
+            if keeps_tokens and fragment.parse_special and len(fragment.text) <= MAX_KEPT_CHARACTERS:
+                parts += self._kept_tokens(fragment.text)
+                continue
+            if parts and fragment.parse_special != parse_special:
+                yield parts, parse_special
+                parts, missing = [], CHUNK_CHARACTERS
+            parse_special = fragment.parse_special
+            for text in self._cut(fragment):
+                parts.append(text)
                 missing -= len(text)
                 if missing <= 0:
-                    yield texts, parse_special
-                    texts, missing = [], CHUNK_CHARACTERS
-            if texts:
-                yield texts, parse_special
+                    yield parts, parse_special
+                    parts, missing = [], CHUNK_CHARACTERS
+        if parts:
+            yield parts, parse_special
 
     def _cut(self, fragment: Fragment) -> Iterator[str]:
         start = 0
