@@ -2,7 +2,9 @@
 
 import json
 import time
-from itertools import cycle, islice
+from collections.abc import Iterator
+from functools import partial
+from itertools import cycle, islice, product
 from pathlib import Path
 from typing import Any, Final
 
@@ -85,20 +87,23 @@ def test_no_special_token_in_a_content_acts_as_one(model: ChatModel, tmp_path: P
     with Loaded.running(model, tmp_path) as loaded:
         special = loaded.special_tokens
         assert set(model.control) | set(model.user_defined) <= set(special)
-        for roles in (("system", "user", "assistant", "user", "assistant"), ("user", "assistant", "tool"), ("pirate",)):
-            if not keeps(loaded, roles[:-1] if roles[-1] == "assistant" else roles):
-                continue
+        roles: tuple[str, ...] = ("system", "user", "assistant", "user", "assistant")
+        plain = structure(loaded, roles, ["a b"] * len(roles))
+        for text in special:
+            assert structure(loaded, roles, [f"{text}a{text} b\n{text}"] * len(roles)) == plain, text
+        some = (*model.brings, *list(special)[:: len(special) // 8])
+        # Each in one message, and a part of it in one message and the other part in the next.
+        for text, at in product(some, range(len(roles))):
+            contents = ["a b"] * len(roles)
+            contents[at] = text
+            assert structure(loaded, roles, contents) == plain, text
+            contents[at : at + 2] = [text[:2], text[2:]][: len(roles) - at]
+            assert structure(loaded, roles, contents) == plain, text
+        # Other roles, which not every template has.
+        for roles in filter(partial(keeps, loaded), (("user", "assistant", "tool"), ("pirate",))):
             plain = structure(loaded, roles, ["a b"] * len(roles))
-            for text in special:
-                assert structure(loaded, roles, [f"{text}a{text} b\n{text}"] * len(roles)) == plain, text
-            # Each in one role, and a part of it in one role and the other part in the next.
-            for text in (*model.brings, *list(special)[:: len(special) // 8]):
-                for at in range(len(roles)):
-                    contents = ["a b"] * len(roles)
-                    contents[at] = text
-                    assert structure(loaded, roles, contents) == plain, text
-                    contents[at : at + 2] = [text[:2], text[2:]][: len(roles) - at]
-                    assert structure(loaded, roles, contents) == plain, text
+            for text in some:
+                assert structure(loaded, roles, [f"{text}a{text}"] * len(roles)) == plain, text
 
 
 def structure(loaded: Loaded, roles: tuple[str, ...], contents: list[str]) -> list[int]:
@@ -129,49 +134,55 @@ def test_a_template_does_not_see_contents(tmp_path: Path) -> None:
             )
 
 
-def chatml(body: str) -> str:
-    """Returns ChatML whose messages have this expression as their body."""
-    return CHATML.replace("message['content']", body)
+BODIES: Final = {
+    "dropped": "''",
+    "repeated": "message['content'] * 2",
+    "loud": "message['content'] | upper",
+    "flat": "message['content'] | replace('\\n', ' ')",
+    "indented": "message['content'] | indent",
+    "cut": "message['content'][:-2]",
+    "alone": "raise_exception('Roles must alternate: Error: no')",
+    "quoted": "raise_exception('No ' + message['content'] + ' of ' + message['role'] + ' here')",
+    "broken": "message['content'].nothing.nothing.nothing()",
+}
+"""What a template writes as the body of messages with these roles."""
+
+
+@pytest.fixture(scope="module")
+def refusing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loaded]:
+    body = "message['content']"
+    for role, each in BODIES.items():
+        body = f"(({each}) if message['role'] == '{role}' else {body})"
+    with Loaded.running(
+        ChatModel("refusing", CHATML.replace("message['content']", body)), tmp_path_factory.mktemp("chat")
+    ) as it:
+        yield it
+
+
+@pytest.mark.parametrize("role", ["dropped", "repeated", "loud", "flat", "indented", "cut"])
+def test_a_message_that_the_template_does_not_keep_is_refused(refusing: Loaded, role: str) -> None:
+    assert refusing.tokens_of(("user", "Hi"), ("pirate", "Ho"))
+    with pytest.raises(InvalidFieldError, match="for which the model's chat template writes the content") as caught:
+        refusing.tokens_of(("user", "Hi"), (role, "Ho"))
+    assert caught.value.field == "messages[1].role"
 
 
 @pytest.mark.parametrize(
-    "body",
+    ("role", "words"),
     [
-        "(message['content'] if message['role'] == 'user' else '')",
-        "(message['content'] * (loop.index0 + 1))",
-        "(message['content'] | upper if loop.index0 else message['content'])",
-        "(message['content'] | replace('\\n', ' ') if loop.index0 else message['content'])",
-        "(message['content'] | indent if loop.index0 else message['content'])",
-        "(message['content'][:-2] if loop.index0 else message['content'])",
-    ],
-)
-def test_a_message_that_the_template_does_not_keep_is_refused(tmp_path: Path, body: str) -> None:
-    with Loaded.running(ChatModel("not keeping", chatml(body)), tmp_path) as loaded:
-        assert loaded.tokens_of(("user", "Hi"))
-        with pytest.raises(InvalidFieldError, match="for which the model's chat template writes the content") as caught:
-            loaded.tokens_of(("user", "Hi"), ("pirate", "Ho"))
-        assert caught.value.field == "messages[1].role"
-
-
-@pytest.mark.parametrize(
-    ("raised", "words"),
-    [
-        ("'Conversation roles must alternate: Error: no'", "Conversation roles must alternate: Error: no"),
+        ("alone", "Roles must alternate: Error: no"),
         # A template may quote a content. The caller sees nothing of what stands for the content.
-        ("'No ' + message['content'] + ' of ' + message['role'] + ' here'", "No … of pirate here"),
-        ("messages[0].content.nothing.nothing", ""),
+        ("quoted", "No … of quoted here"),
+        ("broken", ""),
     ],
 )
-def test_a_conversation_that_the_template_refuses_is_refused_in_its_own_words(tmp_path: Path, raised: str, words: str) -> None:
-    body = f"(raise_exception({raised}) if loop.index0 else message['content'])"
-    with Loaded.running(ChatModel("refusing", chatml(body)), tmp_path) as loaded:
-        assert loaded.tokens_of(("user", "Hi"))
-        with pytest.raises(InvalidFieldError) as caught:
-            loaded.tokens_of(("user", "Hi"), ("pirate", "Ho"))
-        assert caught.value.field == "messages"
-        assert str(caught.value).startswith(f"messages must suit the model's chat template, which says: {words}")
-        assert "marker" not in str(caught.value)
-        assert caught.value.args == ("messages", caught.value.description)
+def test_a_conversation_that_the_template_refuses_is_refused_in_its_own_words(refusing: Loaded, role: str, words: str) -> None:
+    with pytest.raises(InvalidFieldError) as caught:
+        refusing.tokens_of(("user", "Hi"), (role, "Ho"))
+    assert caught.value.field == "messages"
+    assert str(caught.value).startswith(f"messages must suit the model's chat template, which says: {words}")
+    assert "marker" not in str(caught.value)
+    assert caught.value.args == ("messages", caught.value.description)
 
 
 @pytest.mark.parametrize("loaded", [model for model in WITH_ALL_SPECIAL_TOKENS if model.name == "SmolLM2"], indirect=True)
