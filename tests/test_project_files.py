@@ -39,6 +39,19 @@ def test_the_workflow_chooses_the_interpreter_as_the_makefile_expects() -> None:
     assert "\nPYTHON ?=" in (ROOT / "Makefile").read_text()
 
 
+def locked(name: str) -> dict[str, str]:
+    """Returns the version of each distribution in a lock."""
+    return dict(re.findall(r"^([\w.-]+)==([\w.+]+)", (ROOT / "requirements" / name).read_text(), re.MULTILINE))
+
+
+def test_what_test_floor_leaves_out_has_the_same_versions_there() -> None:
+    (left_out,) = re.findall(r"^SAME_AT_FLOOR := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert all((ROOT / path).exists() for path in left_out.split())
+    floor, newest = locked("floor.txt"), locked("dev.txt")
+    for name, path in {"xllamacpp": "tests/engines/llama_cpp", "modal": "tests/modal_cloud"}.items():
+        assert floor[name] == newest[name], f"remove {path} from SAME_AT_FLOOR in the Makefile"
+
+
 def test_the_workflow_may_only_read_and_pins_what_it_uses() -> None:
     assert WORKFLOW["permissions"] == {"contents": "read"}
     assert all(re.fullmatch(r"actions/[\w-]+@[0-9a-f]{40}", step["uses"]) for step in steps() if "uses" in step)

@@ -31,15 +31,21 @@ __all__ = [
     "GenerationRequest",
     "GenerationResponseSample",
     "GrowingSample",
+    "InvalidFieldError",
+    "LikelyToken",
+    "Message",
     "PreparedRequest",
     "PromptFormat",
+    "PromptToken",
     "PromptTooLongError",
     "Settings",
     "Sink",
     "Started",
     "StopGate",
     "TextDelta",
+    "Token",
     "UnsupportedFieldError",
+    "UnsupportedMethodError",
     "__version__",
     "run",
     "serve",
@@ -60,18 +66,21 @@ if TYPE_CHECKING:
         EngineTimeoutError,
         EngineUnavailableError,
         Event,
+        InvalidFieldError,
         PreparedRequest,
         PromptFormat,
+        PromptToken,
         PromptTooLongError,
         Sink,
         Started,
         TextDelta,
         UnsupportedFieldError,
+        UnsupportedMethodError,
     )
     from flywheel_server.engines.capacity import Capacity
     from flywheel_server.engines.samples import GrowingSample, StopGate
     from flywheel_server.launch import run
-    from flywheel_server.messages import GenerationRequest, GenerationResponseSample
+    from flywheel_server.messages import GenerationRequest, GenerationResponseSample, LikelyToken, Message, Token
     from flywheel_server.server import serve
     from flywheel_server.settings import Settings
     from flywheel_server.supervision import EngineDiedError
@@ -81,6 +90,7 @@ else:
     _MODULES = (
         "flywheel_proto",
         "flywheel_server.engines.base",
+        "flywheel_server.messages",
         "flywheel_server.engines.capacity",
         "flywheel_server.engines.samples",
         "flywheel_server.settings",

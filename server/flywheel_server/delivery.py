@@ -15,13 +15,16 @@ from flywheel_proto.v1 import generation_pb2 as pb
 
 from flywheel_server.engines.base import EngineFailedError, Event, OutputEvent, Sink, Started, TextDelta
 from flywheel_server.errors import SlowReaderError
-from flywheel_server.messages import GenerationResponseSample
+from flywheel_server.messages import GenerationResponseSample, Token
 from flywheel_server.translation import delta_to_proto, last_delta_to_proto, sample_to_proto
 from flywheel_server.watchdog import Watchdog
 from flywheel_server.write_scheduler import WriteScheduler
 
 MAX_SEPARATE_TEXTS: Final = 256
 """Texts of one sample that wait separately before they are joined."""
+
+BYTES_PER_LOGPROB: Final = 16
+"""About how many bytes a token with its probability has in a message."""
 
 Write = Callable[[Any], Awaitable[None]]
 
@@ -47,6 +50,8 @@ class Buffer(Protocol):
 
     size: int
     """The text in the buffer, in bytes of UTF-8."""
+    prompt_tokens: int
+    """The number of tokens in the prompt; 0 while the engine does not know it."""
 
     def add(self, event: OutputEvent) -> bool:
         """Adds an event, and returns whether there is something to write."""
@@ -144,6 +149,7 @@ class _Stream:
         before = buffer.size
         if isinstance(event, Started):
             self.has_started = True
+            buffer.prompt_tokens = event.prompt_tokens
         elif not buffer.add(event):
             return
         self.has_news = True
@@ -184,11 +190,17 @@ class _Stream:
         return messages
 
 
+def bytes_of(tokens: Sequence[Token]) -> int:
+    """Returns about how many bytes the tokens have in a message."""
+    return sum((len(token.likeliest) + 1) * BYTES_PER_LOGPROB for token in tokens)
+
+
 class SampleBuffer:
     """Makes one message of each finished sample."""
 
     def __init__(self) -> None:
         self.size = 0
+        self.prompt_tokens = 0
         self._samples: list[GenerationResponseSample] = []
 
     def add(self, event: OutputEvent) -> bool:
@@ -196,7 +208,7 @@ class SampleBuffer:
         if isinstance(event, TextDelta):
             return False
         self._samples.append(event)
-        self.size += len(event.text.encode())
+        self.size += len(event.text.encode()) + bytes_of(event.tokens)
         return True
 
     def take(self) -> Sequence[pb.GenerationResponseSample]:
@@ -228,50 +240,71 @@ class SampleCollector:
 
 
 class _Pending:
-    """The waiting events of one sample: the last event, and the texts of all of them."""
+    """The events of one sample that wait: the last event, and the texts and tokens of all.
 
-    __slots__ = ("last", "texts")
+    `prompt_tokens` is the number of tokens in the prompt for the first message of a sample, and 0 for the others.
+    """
 
-    def __init__(self, event: OutputEvent, text: str) -> None:
+    __slots__ = ("last", "prompt_tokens", "texts", "tokens")
+
+    def __init__(self, event: OutputEvent, text: str, tokens: Sequence[Token], prompt_tokens: int) -> None:
         self.last = event
         self.texts = [text]
+        self.tokens = tokens
+        self.prompt_tokens = prompt_tokens
 
-    def add(self, event: OutputEvent, text: str) -> None:
+    def add(self, event: OutputEvent, text: str, tokens: Sequence[Token]) -> None:
         self.last = event
         self.texts.append(text)
+        if tokens:
+            self.tokens = [*self.tokens, *tokens]
         # Many small texts take many times the memory of one large text.
         if len(self.texts) == MAX_SEPARATE_TEXTS:
             self.texts = ["".join(self.texts)]
 
     def message(self) -> pb.GenerationDelta:
-        """Returns one message for all waiting events."""
+        """Returns one message for all of them."""
         text = "".join(self.texts)
         if isinstance(self.last, TextDelta):
-            return delta_to_proto(self.last.index, text, self.last.generated_tokens)
-        return last_delta_to_proto(self.last, text)
+            message = delta_to_proto(self.last.index, text, self.last.generated_tokens, self.tokens)
+            message.prompt_tokens = self.prompt_tokens
+            return message
+        return last_delta_to_proto(self.last, text, self.tokens)
 
 
 class DeltaBuffer:
-    """Merges the waiting events of each sample into one message. Each character of a sample is sent once."""
+    """Merges the waiting events of each sample into one message. Each character and token of a sample is sent once."""
 
     def __init__(self) -> None:
         self.size = 0
+        self.prompt_tokens = 0
         self._pending: dict[int, _Pending] = {}
         self._seen: dict[int, int] = {}
         """Characters of each sample that were added as deltas; the text of the finished sample repeats them."""
+        self._seen_tokens: dict[int, int] = {}
+        """Tokens of each sample that were added as deltas; the finished sample repeats them."""
 
     def add(self, event: OutputEvent) -> bool:
         """Adds an event."""
         index = event.index
-        seen = self._seen.get(index, 0)
-        text = event.text if isinstance(event, TextDelta) else event.text[seen:]
-        self._seen[index] = seen + len(text)
+        seen = self._seen.get(index)
+        text = event.text if isinstance(event, TextDelta) else event.text[seen or 0 :]
+        self._seen[index] = (seen or 0) + len(text)
         self.size += len(text) if text.isascii() else len(text.encode())
+        tokens = self._new_tokens(event) if event.tokens else ()
         if pending := self._pending.get(index):
-            pending.add(event, text)
+            pending.add(event, text, tokens)
         else:
-            self._pending[index] = _Pending(event, text)
+            self._pending[index] = _Pending(event, text, tokens, self.prompt_tokens if seen is None else 0)
         return True
+
+    def _new_tokens(self, event: OutputEvent) -> Sequence[Token]:
+        """Returns the tokens of the event that were not added before, and adds them to the size."""
+        seen = self._seen_tokens.get(event.index, 0)
+        tokens = event.tokens if isinstance(event, TextDelta) else event.tokens[seen:]
+        self._seen_tokens[event.index] = seen + len(tokens)
+        self.size += bytes_of(tokens)
+        return tokens
 
     def take(self) -> Sequence[pb.GenerationDelta]:
         """Returns the messages, in the order of each sample's first waiting event."""

@@ -3,7 +3,9 @@
     exception                  status              details
     InvalidRequestError        INVALID_ARGUMENT    BadRequest with every violation
     PromptTooLongError         INVALID_ARGUMENT    BadRequest with both numbers
+    InvalidFieldError          INVALID_ARGUMENT    BadRequest
     UnsupportedFieldError      INVALID_ARGUMENT    BadRequest, ErrorInfo UNSUPPORTED_FIELD
+    UnknownFieldError          INVALID_ARGUMENT    BadRequest, ErrorInfo UNKNOWN_FIELD with the number of the field
     MalformedRequestError      INVALID_ARGUMENT    ErrorInfo MALFORMED_REQUEST
     RequestTooLargeError       RESOURCE_EXHAUSTED  ErrorInfo REQUEST_TOO_LARGE
     MetadataTooLargeError      RESOURCE_EXHAUSTED  ErrorInfo METADATA_TOO_LARGE
@@ -17,6 +19,7 @@
     UnauthenticatedError       UNAUTHENTICATED     ErrorInfo API_KEY_MISSING, _INVALID, _EXPIRED or _REVOKED, or
                                                    CERTIFICATE_INVALID
     EngineSetupError           FAILED_PRECONDITION ErrorInfo ENGINE_NOT_SET_UP with what was looked for, and the setting
+    UnsupportedMethodError     UNIMPLEMENTED       ErrorInfo UNSUPPORTED_METHOD
     EngineUnavailableError     UNAVAILABLE         RetryInfo, ErrorInfo ENGINE_UNAVAILABLE
     an error due to a shortage UNAVAILABLE         RetryInfo, ErrorInfo OUT_OF_RESOURCES; see `flywheel_server.system.shortage`
     anything else              INTERNAL            ErrorInfo ENGINE_FAILED with the request id
@@ -26,7 +29,7 @@ With a RetryInfo, the metadata `grpc-retry-pushback-ms` tells gRPC's own retries
 Messages say what the caller can do. Engine internals and stack traces are only in the log. The text of a prompt is in neither.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -43,8 +46,10 @@ from flywheel_server.engines.base import (
     EngineSetupError,
     EngineTimeoutError,
     EngineUnavailableError,
+    InvalidFieldError,
     PromptTooLongError,
     UnsupportedFieldError,
+    UnsupportedMethodError,
 )
 from flywheel_server.messages import FieldViolation, InvalidRequestError
 from flywheel_server.system.shortage import is_shortage
@@ -64,6 +69,14 @@ class _TooLargeError(ValueError):
     def __init__(self, limit: int) -> None:
         super().__init__(limit)
         self.limit = limit
+
+
+class UnknownFieldError(ValueError):
+    """The request has fields that this server does not know: the path of the message that has one, and the field's number."""
+
+    def __init__(self, fields: Sequence[tuple[str, int]]) -> None:
+        super().__init__(fields)
+        self.fields = fields
 
 
 class RequestTooLargeError(_TooLargeError):
@@ -184,12 +197,36 @@ def _prompt_too_long(error: PromptTooLongError, _: str) -> CallStatus:
 
 
 def _unsupported_field(error: UnsupportedFieldError, _: str) -> CallStatus:
-    violation = FieldViolation(error.field, error.reason)
+    names = [error.field, *error.further]
     return CallStatus(
         StatusCode.INVALID_ARGUMENT,
-        f"This engine does not support {error.field}: {error.reason}.",
-        (_bad_request([violation]), _error_info("UNSUPPORTED_FIELD", field=error.field)),
+        f"This engine does not support {', '.join(names)}: {error.reason}.",
+        (
+            _bad_request([FieldViolation(name, error.reason) for name in names]),
+            _error_info("UNSUPPORTED_FIELD", field=error.field),
+        ),
     )
+
+
+def _invalid_field(error: InvalidFieldError, request_id: str) -> CallStatus:
+    return _invalid_request(InvalidRequestError([FieldViolation(error.field, error.description)]), request_id)
+
+
+def _unknown_field(error: UnknownFieldError, _: str) -> CallStatus:
+    violations = [
+        FieldViolation(f"{path}{'.' if path else ''}{number}", "is a field that this server does not know")
+        for path, number in error.fields
+    ]
+    return CallStatus(
+        StatusCode.INVALID_ARGUMENT,
+        f"This server does not know the field {violations[0].field}. GetModel returns the fields that the server supports.",
+        (_bad_request(violations), _error_info("UNKNOWN_FIELD", field=str(error.fields[0][1]))),
+    )
+
+
+def _unsupported_method(error: UnsupportedMethodError, _: str) -> CallStatus:
+    message = f"This engine does not support the method {error}."
+    return CallStatus(StatusCode.UNIMPLEMENTED, message, (_error_info("UNSUPPORTED_METHOD"),))
 
 
 def _malformed_request(_: MalformedRequestError, __: str) -> CallStatus:
@@ -299,7 +336,10 @@ def _failed(_: Exception, request_id: str) -> CallStatus:
 TABLE: Final[Mapping[type[Exception], Callable[[Any, str], CallStatus]]] = {
     InvalidRequestError: _invalid_request,
     PromptTooLongError: _prompt_too_long,
+    InvalidFieldError: _invalid_field,
     UnsupportedFieldError: _unsupported_field,
+    UnknownFieldError: _unknown_field,
+    UnsupportedMethodError: _unsupported_method,
     MalformedRequestError: _malformed_request,
     RequestTooLargeError: _request_too_large,
     MetadataTooLargeError: _metadata_too_large,

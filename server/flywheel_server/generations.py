@@ -4,9 +4,9 @@ A generation is bounded by its deadline, counted, and checked against promise 1 
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import structlog
@@ -15,7 +15,7 @@ from flywheel_server import running_time
 from flywheel_server.access.callers import Caller
 from flywheel_server.access.quotas import Usage
 from flywheel_server.activity import Activity
-from flywheel_server.admission_control import AdmissionControl
+from flywheel_server.admission_control import AdmissionControl, Place
 from flywheel_server.engines.base import (
     Engine,
     EngineFailedError,
@@ -24,6 +24,7 @@ from flywheel_server.engines.base import (
     EngineUnavailableError,
     Event,
     PreparedRequest,
+    PromptToken,
     Sink,
     Started,
 )
@@ -154,7 +155,40 @@ class Generations:
             time_remaining: Seconds after which `DeadlineExceededError` is raised; None if there is no deadline.
             deliver: Runs the generation, and sends its output to the caller.
         """
+
+        async def admit_and_deliver(generation: Generation, place: Place) -> None:
+            await place.admitted(generation.prepared.context_tokens, generation.time_remaining())
+            await deliver(generation)
+
+        await self._prepared(request, caller, time_remaining, admit_and_deliver)
+
+    async def tokenize(
+        self,
+        request: GenerationRequest,
+        caller: Caller,
+        time_remaining: float | None,
+        deliver: Callable[[Sequence[PromptToken]], Awaitable[None]],
+    ) -> None:
+        """Delivers the tokens of the prompt of a request, which count against the caller's quota. Generates nothing.
+
+        Arguments and errors are those of `run`. The call has a place in the queue, but needs no slots.
+        """
+
+        async def deliver_tokens(generation: Generation, _: Place) -> None:
+            await deliver(await self.engine.tokenize(generation.prepared))
+
+        await self._prepared(request, caller, time_remaining, deliver_tokens)
+
+    async def _prepared(
+        self,
+        request: GenerationRequest,
+        caller: Caller,
+        time_remaining: float | None,
+        work: Callable[["Generation", Place], Awaitable[None]],
+    ) -> None:
+        """Runs the work of a call, from its place in the queue on, once the engine has prepared its request."""
         self.model()
+        caller = replace(caller, priority=caller.priority + request.priority) if request.priority else caller
         time_remaining = _with_margin(time_remaining)
         generation = Generation(self, caller, request.num_samples, time_remaining)
         self._running.add(generation)
@@ -166,8 +200,7 @@ class Generations:
                 place.call_if_evicted(generation.end)
                 with self.activity.noticing_failures():
                     generation.prepared = await self._preparation.prepare(request, caller, generation.usage)
-                await place.admitted(generation.prepared.context_tokens, generation.time_remaining())
-                await deliver(generation)
+                await work(generation, place)
         except Exception as error:
             # Not only TimeoutError: an engine may raise any error when it is cancelled.
             if not generation.deadline.expired():

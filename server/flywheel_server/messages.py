@@ -4,26 +4,62 @@ They mirror `GenerationRequest`, `GenerationResponseSample` and `GenerationRespo
 the comments of `proto/flywheel/v1/generation.proto`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Final, Self, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
 
 from flywheel_server.int32 import INT32_MAX
 
 MAX_EOS_TOKEN_IDS: Final = 64
 MAX_STOP_SEQUENCES: Final = 16
 MAX_STOP_BYTES: Final = 256
+MAX_MESSAGES: Final = 256
+MAX_ROLE_CHARACTERS: Final = 32
+MAX_LOGIT_BIAS: Final = 300
+MAX_CONSTRAINT_BYTES: Final = 2**14
+MAX_CHOICES: Final = 256
+MAX_LOGPROBS: Final = 20
+MIN_PRIORITY: Final = -1000
+
+FLYWHEEL_FIELDS: Final = frozenset(
+    {
+        "text",
+        "max_tokens",
+        "eos_token_ids",
+        "max_input_tokens",
+        "num_samples",
+        "stop",
+        "temperature",
+        "top_k",
+        "top_p",
+        "presence_penalty",
+        "frequency_penalty",
+    }
+)
+"""The fields of MK1 Flywheel's `generate`."""
+
+BYTES_PER_TOKEN: Final = 4
+"""An estimate of the bytes of text in a token."""
+
+PROMPT_FIELDS: Final = ("text", "messages", "prompt_token_ids")
+"""The fields of which a request has exactly one."""
+CONSTRAINT_FIELDS: Final = ("json_schema", "regex", "choices")
+"""The fields of which a request has at most one."""
 
 
 @dataclass(frozen=True, slots=True)
 class RequestLimits:
-    """The limits of a request that differ between deployments: the contract names them, settings and model set them."""
+    """The limits of a request that differ between deployments: the contract names them, settings and model set them.
+
+    `supported_fields` are the fields that the engine honours.
+    """
 
     max_text_bytes: int
     max_num_samples: int
     context_tokens: int
+    supported_fields: frozenset[str] = FLYWHEEL_FIELDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,19 +81,37 @@ class InvalidRequestError(ValueError):
 def _utf8(minimum: int, maximum: int) -> AfterValidator:
     """Checks the length of a text in bytes of UTF-8."""
 
-    def check(text: str) -> str:
-        if not minimum <= len(text.encode()) <= maximum:
+    def check(text: str | None) -> str | None:
+        if text is not None and not minimum <= len(text.encode()) <= maximum:
             raise ValueError("length in bytes")
         return text
 
     return AfterValidator(check)
 
 
+def _together(count: Callable[[Any], int], limit: int | str) -> AfterValidator:
+    """Checks the sum of a number for each element against a limit; a limit of `RequestLimits` is given by its name."""
+
+    def check(elements: Sequence[Any], info: ValidationInfo) -> Sequence[Any]:
+        most = limit if isinstance(limit, int) else getattr(info.context, limit, None)
+        if most is not None and sum(map(count, elements)) > most:
+            raise ValueError(limit)
+        return elements
+
+    return AfterValidator(check)
+
+
+def _distinct(texts: tuple[str, ...]) -> tuple[str, ...]:
+    if len({*texts}) < len(texts):
+        raise ValueError("distinct")
+    return texts
+
+
 def _at_most(limit: str) -> AfterValidator:
-    """Checks a number, or the length of a text in bytes of UTF-8, against a limit of `RequestLimits`, given by its name."""
+    """Checks a number, a length in elements, or in bytes of UTF-8, against a limit of `RequestLimits`, given by its name."""
 
     def check(value: Any, info: ValidationInfo) -> Any:  # noqa: ANN401 - as generic as pydantic's validators
-        size = len(value.encode()) if isinstance(value, str) else value
+        size = len(value.encode()) if isinstance(value, str) else len(value) if isinstance(value, tuple) else value
         if info.context is not None and size > getattr(info.context, limit):
             raise ValueError(limit)
         return value
@@ -81,13 +135,22 @@ TokenId = Annotated[Int32, Must("be at least 0")]
 StopSequence = Annotated[str, _utf8(1, MAX_STOP_BYTES), Must(f"not be empty and have at most {MAX_STOP_BYTES} bytes in UTF-8")]
 
 
+_CONSTRAINT_LENGTH: Final = _utf8(1, MAX_CONSTRAINT_BYTES)
+_CONSTRAINT_WORDS: Final = f"not be empty and have at most {MAX_CONSTRAINT_BYTES} bytes in UTF-8"
+_ROLE: Final = r"^[a-z]+(_[a-z]+)*$"
+
+
 class Message(BaseModel):
-    """A message of a conversation."""
+    """One message of a conversation."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    role: str
-    content: str
+    role: Annotated[
+        str,
+        Field(pattern=_ROLE, max_length=MAX_ROLE_CHARACTERS),
+        Must(f"be lower-case letters with single underscores between them, at most {MAX_ROLE_CHARACTERS} characters"),
+    ]
+    content: Annotated[str, Must("be a text")] = ""
 
 
 class GenerationRequest(BaseModel):
@@ -98,14 +161,7 @@ class GenerationRequest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    text: Annotated[
-        str,
-        Field(min_length=1),
-        _at_most("max_text_bytes"),
-        Must("not be empty and have at most {max_text_bytes} bytes in UTF-8"),
-    ] = ""
-    messages: Annotated[tuple[Annotated[Message, Must("be a message")], ...], Must("be messages")] = ()
-    prompt_token_ids: Annotated[tuple[TokenId, ...], Must("be token ids")] = ()
+    text: Annotated[str, _at_most("max_text_bytes"), Must("not be empty and have at most {max_text_bytes} bytes in UTF-8")] = ""
     max_tokens: Annotated[
         int, Field(ge=1, le=INT32_MAX), _at_most("context_tokens"), Must("be 1 to {context_tokens}, the model's context")
     ]
@@ -122,6 +178,52 @@ class GenerationRequest(BaseModel):
     top_p: Annotated[float, Field(gt=0.0, le=1.0, allow_inf_nan=False), Must("be greater than 0 and at most 1")] = 1.0
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
+    messages: Annotated[
+        tuple[Message, ...],
+        Field(max_length=MAX_MESSAGES),
+        _together(lambda message: len(message.content.encode()), "max_text_bytes"),
+        Must(f"be at most {MAX_MESSAGES} messages, whose contents together have at most {{max_text_bytes}} bytes in UTF-8"),
+    ] = ()
+    prompt_token_ids: Annotated[
+        tuple[TokenId, ...], _at_most("context_tokens"), Must("be at most {context_tokens} token ids, the model's context")
+    ] = ()
+    seed: Annotated[Int32 | None, Must(f"be 0 to {INT32_MAX}")] = None
+    min_p: Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False), Must("be 0 to 1, where 0 does not restrict")] = 0.0
+    repetition_penalty: Annotated[
+        float, Field(gt=0.0, allow_inf_nan=False), Must("be finite and greater than 0, where 1 changes nothing")
+    ] = 1.0
+    logit_bias: Annotated[
+        dict[TokenId, Annotated[float, Field(ge=-100.0, le=100.0, allow_inf_nan=False), Must("be -100 to 100")]],
+        Field(max_length=MAX_LOGIT_BIAS),
+        Must(f"be at most {MAX_LOGIT_BIAS} token ids, each at least 0, with values of -100 to 100"),
+    ] = {}
+    json_schema: Annotated[str | None, _CONSTRAINT_LENGTH, Must(_CONSTRAINT_WORDS)] = None
+    regex: Annotated[str | None, _CONSTRAINT_LENGTH, Must(_CONSTRAINT_WORDS)] = None
+    choices: Annotated[
+        tuple[Annotated[str, Field(min_length=1), Must("not be empty")], ...] | None,
+        Field(min_length=1, max_length=MAX_CHOICES),
+        _together(lambda text: len(text.encode()), MAX_CONSTRAINT_BYTES),
+        AfterValidator(_distinct),
+        Must(f"be 1 to {MAX_CHOICES} texts, no two the same, together at most {MAX_CONSTRAINT_BYTES} bytes in UTF-8"),
+    ] = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), Must(f"be 0 to {MAX_LOGPROBS}, where 0 returns no tokens")] = 0
+    time_limit: Annotated[
+        float, Field(ge=0.0, allow_inf_nan=False), Must("be finite and at least 0 seconds, where 0 sets no limit")
+    ] = 0.0
+    priority: Annotated[int, Field(ge=MIN_PRIORITY, le=0), Must(f"be {MIN_PRIORITY} to 0")] = 0
+
+    @property
+    def prompt_bytes(self) -> int:
+        """The length of the prompt's texts in bytes of UTF-8; of token ids, an estimate of their text's length."""
+        if self.prompt_token_ids:
+            return BYTES_PER_TOKEN * len(self.prompt_token_ids)
+        return len(self.text.encode()) + sum(len(message.content.encode()) for message in self.messages)
+
+    @model_validator(mode="after")
+    def _check_combination(self) -> Self:
+        if violations := _wrong_combinations(self.__dict__):
+            raise ValueError(str(InvalidRequestError(violations)))
+        return self
 
     @classmethod
     def within(cls, limits: RequestLimits, fields: dict[str, Any]) -> Self:
@@ -129,33 +231,86 @@ class GenerationRequest(BaseModel):
         try:
             return cls.model_validate(fields, context=limits)
         except ValidationError as error:
-            violations = _violations(error, limits)
+            violations = _violations(error, fields, limits)
         # Not raised within `except`, because the new error would then hold on to pydantic's. The garbage collector cannot see
         # into an error of pydantic. Such an error holds the errors of our validators, and their frames hold the request.
         raise InvalidRequestError(violations)
 
 
+def _wrong_combinations(fields: Mapping[str, Any]) -> list[FieldViolation]:
+    """Returns the violations of fields that exclude each other, or of which one is required."""
+    prompts = [name for name in PROMPT_FIELDS if fields.get(name)]
+    constraints = [name for name in CONSTRAINT_FIELDS if fields.get(name) is not None]
+    violations = [] if prompts else [FieldViolation("text", _WORDS["text"])]
+    for given, group in ((prompts, PROMPT_FIELDS), (constraints, CONSTRAINT_FIELDS)):
+        if len(given) > 1:
+            alone = f"must be the only one of {', '.join(group[:-1])} and {group[-1]}"
+            violations += [FieldViolation(name, alone) for name in given]
+    return violations
+
+
 def _words() -> Iterator[tuple[str, str]]:
-    """Yields the name of each field, or `stop[]` for the elements of a repeated field, and its range in words."""
+    """Yields the path of each field, with `[]` for an element of a repeated field, and its range in words."""
     for name, field in GenerationRequest.model_fields.items():
-        described = {name: field.metadata}
-        if get_origin(field.annotation) is tuple:
-            described[f"{name}[]"] = get_args(field.annotation)[0].__metadata__
-        for path, metadata in described.items():
-            yield path, next(f"must {each.words}" for each in metadata if isinstance(each, Must))
+        yield name, _words_in(field.metadata)
+        container, *_ = [each for each in get_args(field.annotation) if get_args(each)] or [None]
+        elements = get_args(container) if get_origin(container) is tuple else get_args(field.annotation)
+        for element in elements:
+            kind, *metadata = get_args(element) or (element,)
+            if any(isinstance(each, Must) for each in metadata):
+                yield f"{name}[]", _words_in(metadata)
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from ((f"{name}[].{part}", _words_in(its.metadata)) for part, its in kind.model_fields.items())
+
+
+def _words_in(metadata: Sequence[Any]) -> str:
+    return next(f"must {each.words}" for each in metadata if isinstance(each, Must))
 
 
 _WORDS: Final = dict(_words())
 
 
-def _violations(error: ValidationError, limits: RequestLimits) -> list[FieldViolation]:
+def _violations(error: ValidationError, fields: Mapping[str, Any], limits: RequestLimits) -> list[FieldViolation]:
     """Returns one violation for each field that is wrong. Of a repeated field, it names the first wrong element."""
     bounds = asdict(limits)
     violations: dict[str, FieldViolation] = {}
-    for name, *index in (map(str, item["loc"]) for item in error.errors(include_url=False, include_input=False)):
-        words = _WORDS[f"{name}[]" if index else name].format(**bounds)
-        violations.setdefault(name, FieldViolation(f"{name}[{index[0]}]" if index else name, words))
+    for location in (item["loc"] for item in error.errors(include_url=False, include_input=False)):
+        if location:
+            path, words = _path_and_words(location)
+            violations.setdefault(str(location[0]), FieldViolation(path, words.format(**bounds)))
+    for violation in _wrong_combinations(fields):
+        violations.setdefault(violation.field, FieldViolation(violation.field, violation.description.format(**bounds)))
     return list(violations.values())
+
+
+def _path_and_words(location: Sequence[int | str]) -> tuple[str, str]:
+    """Returns the path of a wrong field or element, such as `messages[2].role`, and the words for its range."""
+    path = pattern = str(location[0])
+    for part in location[1:]:
+        if isinstance(part, int):
+            path, pattern = f"{path}[{part}]", f"{pattern}[]"
+        elif f"{pattern}.{part}" in _WORDS:
+            path, pattern = f"{path}.{part}", f"{pattern}.{part}"
+    return path, _WORDS.get(pattern) or _WORDS[str(location[0])]
+
+
+@dataclass(frozen=True, slots=True)
+class LikelyToken:
+    """A token that may follow a text: its id, its bytes, and the natural logarithm of its probability."""
+
+    id: int
+    text: bytes
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A generated token: its id, its bytes, the natural logarithm of its probability, and the likeliest tokens at its place."""
+
+    id: int
+    text: bytes
+    logprob: float
+    likeliest: tuple[LikelyToken, ...] = ()
 
 
 class GenerationResponseSample(BaseModel):
@@ -170,6 +325,8 @@ class GenerationResponseSample(BaseModel):
     index: Int32 = 0
     prompt_tokens: Int32 = 0
     stop_sequence: str = ""
+    seed: Int32 = 0
+    tokens: tuple[Token, ...] = ()
 
 
 class GenerationResponse(BaseModel):

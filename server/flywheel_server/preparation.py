@@ -4,15 +4,11 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Final
 
 from flywheel_server.access.callers import Caller
 from flywheel_server.access.quotas import Usage
 from flywheel_server.engines.base import Engine, EngineError, PreparedRequest, PromptTooLongError
-from flywheel_server.messages import GenerationRequest
-
-BYTES_PER_TOKEN: Final = 4
-"""Bytes of text that are charged as one token if the call ends before the tokens are counted."""
+from flywheel_server.messages import BYTES_PER_TOKEN, GenerationRequest
 
 
 @dataclass(eq=False, slots=True)
@@ -55,7 +51,7 @@ class Preparation:
 
     async def _work(self, request: GenerationRequest, caller: Caller, usage: Usage) -> PreparedRequest:
         async with self._thread_for(caller):
-            usage.set_prompt_tokens(-(-len(request.text.encode()) // BYTES_PER_TOKEN))
+            usage.set_prompt_tokens(-(-request.prompt_bytes // BYTES_PER_TOKEN))
             try:
                 prepared = await self._engine.prepare(request)
             except EngineError as error:

@@ -1,7 +1,7 @@
 """Implements `flywheel.v1.GenerationService`: translates each call, runs it, and delivers the answer."""
 
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 import structlog
 from flywheel_proto.v1 import generation_pb2 as pb
@@ -10,11 +10,20 @@ from flywheel_proto.v1 import generation_pb2_grpc
 from flywheel_server import running_time
 from flywheel_server.access.callers import caller
 from flywheel_server.delivery import Buffer, Delivery, DeltaBuffer, ReaderPolicy, SampleBuffer, SampleCollector
+from flywheel_server.engines.base import PromptToken
 from flywheel_server.errors import SlowReaderError
 from flywheel_server.generations import Generation, Generations, GetCounts
 from flywheel_server.interceptors.context import CallContext
-from flywheel_server.messages import GenerationRequest, RequestLimits
-from flywheel_server.translation import model_to_proto, request_from_proto, response_to_proto, stats_to_proto
+from flywheel_server.messages import PROMPT_FIELDS, GenerationRequest, RequestLimits
+from flywheel_server.translation import (
+    model_to_proto,
+    prompt_from_proto,
+    refuse_unknown_fields,
+    request_from_proto,
+    response_to_proto,
+    stats_to_proto,
+    tokens_to_proto,
+)
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -69,14 +78,26 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
 
     async def GetModel(self, request: pb.GetModelRequest, context: CallContext) -> None:  # type: ignore[override]
         """Sends the model that is served, and the limits of requests."""
+        refuse_unknown_fields(request)
         await self._answer(model_to_proto(self._generations.model(), self._limits()), context)
 
     async def GetStats(self, request: pb.GetStatsRequest, context: CallContext) -> None:  # type: ignore[override]
         """Sends how busy the service is."""
+        refuse_unknown_fields(request)
         counts = await self._get_counts()
         await self._answer(stats_to_proto(counts.engine, active=counts.active, queued=counts.queued), context)
 
-    async def _answer(self, message: pb.Model | pb.Stats, context: CallContext) -> None:
+    async def Tokenize(self, request: pb.TokenizeRequest, context: CallContext) -> None:  # type: ignore[override]
+        """Sends the tokens of a prompt."""
+        prompt = prompt_from_proto(request, self._limits())
+        self._log_prompt(prompt)
+
+        async def deliver(tokens: Sequence[PromptToken]) -> None:
+            await self._answer(tokens_to_proto(tokens), context)
+
+        await self._generations.tokenize(prompt, caller.get(), context.time_remaining(), deliver)
+
+    async def _answer(self, message: pb.Model | pb.Stats | pb.TokenizeResponse, context: CallContext) -> None:
         context.begin()
         try:
             async with running_time.timeout(self._policy.timeout):
@@ -97,9 +118,13 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
 
     def _translate(self, message: pb.GenerationRequest) -> GenerationRequest:
         request = request_from_proto(message, self._limits())
-        if self._log_prompts:
-            log.info("prompt", text=request.text)
+        self._log_prompt(request)
         return request
 
+    def _log_prompt(self, request: GenerationRequest) -> None:
+        if self._log_prompts:
+            log.info("prompt", **{name: value for name, value in request.model_dump(include={*PROMPT_FIELDS}).items() if value})
+
     def _limits(self) -> RequestLimits:
-        return RequestLimits(self._max_text_bytes, self._max_num_samples, self._generations.model().context_tokens)
+        model = self._generations.model()
+        return RequestLimits(self._max_text_bytes, self._max_num_samples, model.context_tokens, model.supported_fields)

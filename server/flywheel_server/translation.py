@@ -1,33 +1,96 @@
 """Translates between protobuf and the server's own messages: pure functions, one for each direction and message."""
 
-from collections.abc import Sequence
-from typing import Any, Final
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any, Final, cast
 
 from flywheel_proto.v1 import generation_pb2 as pb
+from google.protobuf.message import Message as ProtoMessage
+from google.protobuf.unknown_fields import UnknownFieldSet
 
-from flywheel_server.engines.base import EngineModel, EngineStats
+from flywheel_server.engines.base import EngineModel, EngineStats, PromptToken, UnsupportedFieldError
+from flywheel_server.errors import UnknownFieldError
 from flywheel_server.messages import (
+    MAX_CHOICES,
+    MAX_CONSTRAINT_BYTES,
     MAX_EOS_TOKEN_IDS,
+    MAX_LOGIT_BIAS,
+    MAX_LOGPROBS,
+    MAX_MESSAGES,
     MAX_STOP_BYTES,
     MAX_STOP_SEQUENCES,
     GenerationRequest,
     GenerationResponseSample,
     RequestLimits,
+    Token,
 )
 
-_MAX_ELEMENTS: Final = {"eos_token_ids": MAX_EOS_TOKEN_IDS, "stop": MAX_STOP_SEQUENCES}
-"""The most elements of each repeated field. A message may have millions: one more than the most is enough to refuse it."""
+SERVER_FIELDS: Final = frozenset({"priority"})
+"""The fields that the server itself honours, with every engine."""
+
+MAX_UNKNOWN_FIELDS: Final = 16
+"""Unknown fields of a request that are reported."""
+
+_ELEMENTS: Final[dict[str, Callable[[Any, RequestLimits], object]]] = {
+    "eos_token_ids": lambda ids, _: tuple(ids[: MAX_EOS_TOKEN_IDS + 1]),
+    "stop": lambda texts, _: tuple(texts[: MAX_STOP_SEQUENCES + 1]),
+    "messages": lambda messages, _: tuple(
+        {"role": message.role, "content": message.content} for message in messages[: MAX_MESSAGES + 1]
+    ),
+    "prompt_token_ids": lambda ids, limits: tuple(ids[: limits.context_tokens + 1]),
+    "logit_bias": lambda biases, _: dict(islice(biases.items(), MAX_LOGIT_BIAS + 1)),
+    "choices": lambda choices, _: tuple(choices.texts[: MAX_CHOICES + 1]),
+}
+"""The elements of each field that has several. A message may have millions: one more than the most is enough to refuse it."""
 
 
 def request_from_proto(message: pb.GenerationRequest, limits: RequestLimits) -> GenerationRequest:
-    """Returns the checked request, with defaults for unset fields. Raises `InvalidRequestError` with every violation."""
+    """Returns the checked request, with defaults for unset fields.
+
+    Raises:
+        UnknownFieldError: The request has fields that this server does not know.
+        InvalidRequestError: Fields are out of range; holds every violation.
+        UnsupportedFieldError: The request has fields that the engine does not honour.
+    """
+    refuse_unknown_fields(message)
     # ListFields has a field with presence if it is set, and any other field if it is not zero. It is cheaper than
     # MessageToDict, and than asking for each field.
     fields: dict[str, Any] = {}
     for field, value in message.ListFields():
-        limit = _MAX_ELEMENTS.get(field.name)
-        fields[field.name] = value if limit is None else tuple(value[: limit + 1])
-    return GenerationRequest.within(limits, fields)
+        elements = _ELEMENTS.get(field.name)
+        fields[field.name] = value if elements is None else elements(value, limits)
+    request = GenerationRequest.within(limits, fields)
+    if not limits.supported_fields.issuperset(fields):
+        unsupported = [name for name in fields if name not in limits.supported_fields | SERVER_FIELDS]
+        if unsupported:
+            raise UnsupportedFieldError(unsupported[0], "GetModel returns the fields that it supports", unsupported[1:])
+    return request
+
+
+def prompt_from_proto(message: pb.TokenizeRequest, limits: RequestLimits) -> GenerationRequest:
+    """Returns a request for one token after the prompt. Raises the errors of `request_from_proto`."""
+    refuse_unknown_fields(message)
+    return request_from_proto(pb.GenerationRequest(text=message.text, messages=message.messages, max_tokens=1), limits)
+
+
+def refuse_unknown_fields(message: ProtoMessage) -> None:
+    """Raises `UnknownFieldError` if the message, or a message in it, has fields that this server does not know."""
+    if unknown := list(islice(_unknown_fields(message, ""), MAX_UNKNOWN_FIELDS)):
+        raise UnknownFieldError(unknown)
+
+
+def _unknown_fields(message: ProtoMessage, path: str) -> Iterator[tuple[str, int]]:
+    for field in cast("Iterable[Any]", UnknownFieldSet(message)):
+        yield path, field.field_number
+    for known, value in message.ListFields():
+        if known.message_type is None or known.message_type.GetOptions().map_entry:
+            continue
+        prefix = f"{path}.{known.name}" if path else known.name
+        if isinstance(value, ProtoMessage):
+            yield from _unknown_fields(value, prefix)
+        else:
+            for index, element in enumerate(value[: MAX_MESSAGES + 1]):
+                yield from _unknown_fields(element, f"{prefix}[{index}]")
 
 
 # There is a message for each call and each token. To fill it field by field costs less than keyword arguments.
@@ -48,6 +111,16 @@ def _fill_sample(message: pb.GenerationResponseSample, sample: GenerationRespons
     message.index = sample.index
     message.prompt_tokens = sample.prompt_tokens
     message.stop_sequence = sample.stop_sequence
+    message.seed = sample.seed
+    if sample.tokens:
+        _add_tokens(message, sample.tokens)
+
+
+def _add_tokens(message: pb.GenerationResponseSample | pb.GenerationDelta, tokens: Sequence[Token]) -> None:
+    for token in tokens:
+        added = message.tokens.add(id=token.id, text=token.text, logprob=token.logprob)
+        for likely in token.likeliest:
+            added.likeliest.add(id=likely.id, text=likely.text, logprob=likely.logprob)
 
 
 def response_to_proto(
@@ -68,23 +141,34 @@ def response_to_proto(
     return message
 
 
-def delta_to_proto(index: int, text: str, generated_tokens: int) -> pb.GenerationDelta:
+def delta_to_proto(index: int, text: str, generated_tokens: int, tokens: Sequence[Token] = ()) -> pb.GenerationDelta:
     """Returns a delta as a message."""
     message = pb.GenerationDelta()
     message.index = index
     message.text = text
     message.generated_tokens = generated_tokens
+    if tokens:
+        _add_tokens(message, tokens)
     return message
 
 
-def last_delta_to_proto(sample: GenerationResponseSample, text: str) -> pb.GenerationDelta:
-    """Returns the last delta of a sample. `text` is the part of the sample that was not sent yet."""
-    message = delta_to_proto(sample.index, text, sample.generated_tokens)
+def last_delta_to_proto(sample: GenerationResponseSample, text: str, tokens: Sequence[Token] = ()) -> pb.GenerationDelta:
+    """Returns the last delta of a sample. `text` and `tokens` are the parts of the sample that were not sent yet."""
+    message = delta_to_proto(sample.index, text, sample.generated_tokens, tokens)
     message.finished = sample.finished
     message.finish_reason = sample.finish_reason
     message.prompt_tokens = sample.prompt_tokens
     message.stop_sequence = sample.stop_sequence
+    message.seed = sample.seed
     return message
+
+
+def tokens_to_proto(tokens: Sequence[PromptToken]) -> pb.TokenizeResponse:
+    """Returns the tokens of a prompt as a message."""
+    response = pb.TokenizeResponse(prompt_tokens=len(tokens))
+    for token in tokens:
+        response.tokens.add(id=token.id, text=token.text)
+    return response
 
 
 def model_to_proto(model: EngineModel, limits: RequestLimits) -> pb.Model:
@@ -100,10 +184,17 @@ def model_to_proto(model: EngineModel, limits: RequestLimits) -> pb.Model:
             max_eos_token_ids=MAX_EOS_TOKEN_IDS,
             max_stop_sequences=MAX_STOP_SEQUENCES,
             max_stop_bytes=MAX_STOP_BYTES,
+            max_messages=MAX_MESSAGES,
+            max_logit_bias=MAX_LOGIT_BIAS,
+            max_constraint_bytes=MAX_CONSTRAINT_BYTES,
+            max_choices=MAX_CHOICES,
+            max_logprobs=MAX_LOGPROBS,
         ),
         defaults=pb.Defaults(**{stated.name: fields[stated.name].default for stated in pb.Defaults.DESCRIPTOR.fields}),
         penalizes_prompt=model.penalizes_prompt,
         prompt_format=model.prompt_format,
+        supported_fields=[name for name in fields if name in model.supported_fields | SERVER_FIELDS],
+        exact_seeds=model.exact_seeds,
     )
 
 

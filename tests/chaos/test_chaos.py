@@ -110,6 +110,7 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
         yield deployed
 
 
+@pytest.mark.thorough
 async def test_calls_go_on_undisturbed_and_each_rpc_of_theirs_has_its_scenarios(deployment: Stage) -> None:
     before = deployment.cloud.rpcs.copy()
     (calm,) = [scenario for scenario in scenarios(1) if scenario.name == "calm"]

@@ -146,6 +146,14 @@ class FakeService(generation_pb2_grpc.GenerationServiceServicer):
         self._fail(context)
         return generation_pb2.Stats(backlog=3, num_total_runners=1, active=2, queued=1)
 
+    def Tokenize(
+        self, request: generation_pb2.TokenizeRequest, context: grpc.ServicerContext
+    ) -> generation_pb2.TokenizeResponse:
+        self.peers.add(context.peer())
+        self._fail(context)
+        tokens = [generation_pb2.PromptToken(id=number, text=word.encode()) for number, word in enumerate(request.text.split())]
+        return generation_pb2.TokenizeResponse(prompt_tokens=len(tokens), tokens=tokens)
+
     def _begin(self, request: generation_pb2.GenerationRequest, context: grpc.ServicerContext) -> None:
         metadata = dict(context.invocation_metadata())
         self.requests.append(request)

@@ -260,17 +260,28 @@ def test_closing_the_client_cancels_and_is_final(fake: FakeService) -> None:
 
 def test_an_interrupt_cancels_a_blocking_call(fake: FakeService) -> None:
     fake.hangs = True
+    # An interrupt of grpc's own code that sends the call would leave nothing to cancel: it is to come while the thread waits.
     program = (
-        "import sys; from flywheel_client import Client\n"
+        "import sys, threading, time; from flywheel_client import Client\n"
+        "main = threading.main_thread().ident\n"
+        "def tell():\n"
+        "    sys.stdin.readline()\n"
+        "    while sys._current_frames()[main].f_code.co_name != 'wait': time.sleep(0.01)\n"
+        "    print('waiting', flush=True)\n"
+        "threading.Thread(target=tell).start()\n"
         "try: Client(sys.argv[1]).generate_all('p', max_tokens=1)\n"
         "except KeyboardInterrupt: print('interrupted', flush=True); sys.stdin.read()\n"
     )
     with subprocess.Popen(
         [sys.executable, "-c", program, fake.address], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
-        assert fake.called.wait(WAIT)
-        process.send_signal(2)
+        assert process.stdin is not None
         assert process.stdout is not None
+        assert fake.called.wait(WAIT)
+        process.stdin.write("\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "waiting\n"
+        process.send_signal(2)
         assert process.stdout.readline() == "interrupted\n"
         # The process still lives and holds its channel, so this is the cancellation and not a broken connection.
         assert fake.cancelled.wait(WAIT)

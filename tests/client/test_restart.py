@@ -151,7 +151,7 @@ async def test_no_call_fails_that_is_on_its_way_when_the_server_stops(make: Call
         assert set(await asyncio.gather(*calls)) == {"p"}
 
 
-@pytest.mark.parametrize("kind", [Client, AsyncClient], ids=["threads", "asyncio"])
+@pytest.mark.parametrize("kind", [AsyncClient, *further([Client])], ids=["asyncio", "threads"])
 async def test_after_a_kill_what_has_begun_is_told_and_what_has_not_is_tried_again(kind: Any) -> None:
     address = f"127.0.0.1:{free_ports(1)[0]}"
     async with servers(address, script='{"text": "abcd", "token_delay": 0.05, "slots": 5}') as running:

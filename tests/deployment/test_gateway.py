@@ -114,7 +114,7 @@ def test_what_arrives_at_modal(prepared: ModalCloud) -> None:
 
 
 async def test_a_real_client_gets_samples_and_deltas_through_the_tunnel(prepared: ModalCloud) -> None:
-    await deployed(prepared, "service")
+    await deployed(prepared, "service", FLYWHEEL_DEPLOY_MODEL_MIN_CONTAINERS="1")
     (tunnel,) = await published(prepared, "service")
     assert tunnel.type == api_pb2.TUNNEL_TYPE_H2
     assert prepared.function("service/Gateway").autoscaler_settings.min_containers == 1
@@ -135,6 +135,9 @@ async def test_a_real_client_gets_samples_and_deltas_through_the_tunnel(prepared
         assert stats.num_total_runners == 1
         model = await target.stub.GetModel(pb.GetModelRequest(), metadata=AUTHORIZATION)
         assert (model.engine, model.context_tokens) == ("flywheel", 8192)
+    (only,) = prepared.containers("service/Model")  # the one that the deployment keeps warm is the one that is called
+    assert only.definition.resources.gpu_config.gpu_type == "A10G"
+    assert not await maps_weights(only)
 
     (record,) = (await records("service")).values()
     status, headers, body = await asyncio.to_thread(prepared.web_get, "service/endpoints", "/")
@@ -240,26 +243,25 @@ async def test_weights_that_were_not_fetched_are_named(prepared: ModalCloud) -> 
         assert f"FLYWHEEL_DEPLOY_WEIGHTS=mistral-7b-instruct-q8_0 {fetch}" in str(caught.value.details())
 
 
-@pytest.mark.parametrize(("gpu", "is_mapped"), [("A10G", False), pytest.param("none", True, marks=pytest.mark.thorough)])
-async def test_weights_for_a_gpu_are_read_rather_than_mapped(prepared: ModalCloud, gpu: str, is_mapped: bool) -> None:
-    app = f"mapped-{gpu}".lower()
+async def maps_weights(container: Container) -> bool:
+    """Returns whether the container has the file of the weights mapped into its memory, instead of read."""
+    return ".gguf" in await asyncio.to_thread(Path(f"/proc/{container.process.pid}/maps").read_text)
+
+
+@pytest.mark.thorough
+async def test_weights_are_mapped_without_a_gpu(prepared: ModalCloud) -> None:
     await deployed(
-        prepared, app, FLYWHEEL_MODAL_GPU=gpu, FLYWHEEL_DEPLOY_GATEWAY_MIN_CONTAINERS="0", FLYWHEEL_DEPLOY_MODEL_CPU="1"
+        prepared,
+        "mapped",
+        FLYWHEEL_MODAL_GPU="none",
+        FLYWHEEL_DEPLOY_GATEWAY_MIN_CONTAINERS="0",
+        FLYWHEEL_DEPLOY_MODEL_CPU="1",
     )
-    generate = modal.Cls.from_name(app, "Model")().generate
+    generate = modal.Cls.from_name("mapped", "Model")().generate
     answer = await generate.remote.aio(text="What is a llama?", max_tokens=3)
     assert answer["responses"][0]["generated_tokens"] == 3
-    (only,) = prepared.containers(f"{app}/Model")
-    assert (".gguf" in await asyncio.to_thread(Path(f"/proc/{only.process.pid}/maps").read_text)) is is_mapped
-
-
-async def test_containers_that_the_deployment_keeps_warm_are_those_that_are_called(prepared: ModalCloud) -> None:
-    await deployed(prepared, "warm", FLYWHEEL_DEPLOY_MODEL_MIN_CONTAINERS="1")
-    (tunnel,) = await published(prepared, "warm")
-    async with through(tunnel, prepared) as target:
-        await target.stub.GenerateAll(REQUEST, metadata=AUTHORIZATION)
-    (only,) = prepared.containers("warm/Model")
-    assert only.definition.resources.gpu_config.gpu_type == "A10G"
+    (only,) = prepared.containers("mapped/Model")
+    assert await maps_weights(only)
 
 
 def xet(environment: dict[str, str]) -> dict[str, int]:

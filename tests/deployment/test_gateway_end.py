@@ -169,7 +169,7 @@ async def only(cloud: ModalCloud, name: str) -> Container:
     return cloud.containers(name)[0]
 
 
-@pytest.mark.parametrize("manner", ["the engine is dead", "a bug", *further(["cancelled", "it exits", "its event loop stops"])])
+@pytest.mark.parametrize("manner", ["the engine is dead", *further(["a bug", "cancelled", "it exits", "its event loop stops"])])
 @pytest.mark.parametrize("name", ["Gateway", *further(["GatewayServer"])])
 async def test_a_gateway_that_ends_by_itself_ends_its_container(
     cloud: ModalCloud, breaking: Path, name: str, manner: str

@@ -8,6 +8,7 @@ from flywheel_server.deployment.gateway_settings import gateway_settings
 
 from tests.deployment.conftest import KEY, ROOT, deploy
 from tests.modal_cloud import ModalCloud
+from tests.thorough import further
 
 SECRET = "flywheel-grpc-keys"  # noqa: S105 - its name
 IDLE = {"FLYWHEEL_DEPLOY_GATEWAY_MIN_CONTAINERS": "0"}
@@ -45,7 +46,7 @@ def test_good_keys(keys: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert gateway_settings().api_keys
 
 
-@pytest.mark.parametrize("keys", ["", KEY[1:], f"{KEY},short"])
+@pytest.mark.parametrize("keys", ["", *further([KEY[1:], f"{KEY},short"])])
 def test_nothing_is_deployed_with_bad_keys(own: ModalCloud, keys: str) -> None:
     own.create_secret(SECRET, {"FLYWHEEL_API_KEYS": keys})
     refused = deploy(own, "bad", **IDLE)
@@ -68,6 +69,7 @@ def test_the_commands_of_the_refusal_mend_it(own: ModalCloud) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.thorough
 def test_a_secret_that_turns_bad_is_found_by_the_next_deployment(own: ModalCloud) -> None:
     own.create_secret(SECRET, {"FLYWHEEL_API_KEYS": KEY})
     assert deploy(own, "turned", **IDLE).returncode == 0
@@ -102,7 +104,7 @@ def test_an_environment_that_is_not_there_is_named_in_the_words_of_modal(own: Mo
     assert re.search(r"\(.*not found in environment 'nowhere'\)|\(Environment 'nowhere' not found", refused.stderr)
 
 
-@pytest.mark.parametrize("how", ["option", "variable"])
+@pytest.mark.parametrize("how", ["option", *further(["variable"])])
 def test_the_hint_for_a_missing_secret_has_the_environment(own: ModalCloud, how: str) -> None:
     own.cli("environment", "create", "staging")
     options, env = (["-e", "staging"], {}) if how == "option" else ([], {"MODAL_ENVIRONMENT": "staging"})

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 
 from tests.deployment.conftest import ROOT, SMALL, deploy
 from tests.modal_cloud import ModalCloud
+from tests.thorough import further
 
 COMMAND = ("modal", "deploy", "modal_deploy.py", "-e", "staging")
 IDLE = {"FLYWHEEL_DEPLOY_GATEWAY_MIN_CONTAINERS": "0"}
@@ -185,7 +186,7 @@ def untouched(cloud: ModalCloud, refused: subprocess.CompletedProcess[str], *nam
     assert not cloud.function("tried/Model").resources.gpu_config.gpu_type
 
 
-@pytest.mark.parametrize("status", [Status.PERMISSION_DENIED, Status.UNIMPLEMENTED, Status.FAILED_PRECONDITION])
+@pytest.mark.parametrize("status", [Status.PERMISSION_DENIED, *further([Status.UNIMPLEMENTED, Status.FAILED_PRECONDITION])])
 def test_nothing_is_deployed_if_modal_does_not_tell_the_settings(tried: ModalCloud, status: Status) -> None:
     tried.disturb("AppGetTags", status=status, message="not for you")
     try:
@@ -203,7 +204,7 @@ def test_a_deployment_waits_once_for_a_modal_that_cannot_be_reached(tried: Modal
     assert time.monotonic() - began < 100, "twice would be two minutes"
 
 
-@pytest.mark.parametrize("option", [["--name", "other"], ["--name=other"]])
+@pytest.mark.parametrize("option", [["--name", "other"], *further([["--name=other"]])])
 def test_a_name_that_the_gateway_does_not_know_is_refused(tried: ModalCloud, option: list[str]) -> None:
     refused = tried.cli("deploy", *option, "modal_deploy.py", env=TRIAL, cwd=ROOT)
     untouched(tried, refused, "FLYWHEEL_DEPLOY_APP=NAME")
@@ -211,12 +212,15 @@ def test_a_name_that_the_gateway_does_not_know_is_refused(tried: ModalCloud, opt
         tried.function("other/Gateway")
 
 
-@pytest.mark.parametrize("command", [["serve", "modal_deploy.py"], ["run", "modal_deploy.py::Model.generate", "--text", "x"]])
+@pytest.mark.parametrize(
+    "command", [["serve", "modal_deploy.py"], *further([["run", "modal_deploy.py::Model.generate", "--text", "x"]])]
+)
 def test_no_second_gateway_beside_the_deployed_ones(tried: ModalCloud, command: list[str]) -> None:
     refused = tried.cli(*command, env={**TRIAL, "FLYWHEEL_DEPLOY_APP": "tried"}, cwd=ROOT)
     untouched(tried, refused, "modal deploy", "modal run modal_deploy.py::fetch_weights")
 
 
+@pytest.mark.thorough
 def test_other_weights_than_the_app_runs_are_not_fetched_by_accident(tried: ModalCloud) -> None:
     variables = {"FLYWHEEL_DEPLOY_APP": "tried", "FLYWHEEL_DEPLOY_WEIGHTS_PATH": str(tried.directory / "weights")}
     refused = tried.cli("run", "modal_deploy.py::fetch_weights", env=variables, cwd=ROOT)
@@ -234,7 +238,7 @@ def test_an_app_that_is_not_known_to_be_ours_is_not_replaced_by_accident(tried: 
 
 
 @pytest.mark.parametrize(
-    "variables", [{"FLYWHEEL_MODAL_APP": "mk2"}, {"FLYWHEEL_MODAL_APP": "tried", "FLYWHEEL_MODAL_CLASS": "Modl"}]
+    "variables", [{"FLYWHEEL_MODAL_APP": "mk2"}, *further([{"FLYWHEEL_MODAL_APP": "tried", "FLYWHEEL_MODAL_CLASS": "Modl"}])]
 )
 def test_no_gateway_for_a_class_that_is_not_there(tried: ModalCloud, variables: dict[str, str]) -> None:
     refused = deploy(tried, "fronting", **variables, **IDLE)
@@ -243,6 +247,7 @@ def test_no_gateway_for_a_class_that_is_not_there(tried: ModalCloud, variables: 
         tried.function("fronting/Gateway")
 
 
+@pytest.mark.thorough
 def test_an_app_that_was_stopped_is_no_longer_remembered(prepared: ModalCloud) -> None:
     assert deploy(prepared, "stopped", **TRIAL, **IDLE).returncode == 0
     assert prepared.cli("app", "stop", "stopped", "--yes").returncode == 0

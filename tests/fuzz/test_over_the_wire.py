@@ -21,6 +21,7 @@ from fuzz.targets import LIMITS
 from fuzz.under_attack import KEY
 from fuzz.wire import send
 from tests.serving import connected, serving, until
+from tests.thorough import further
 
 
 def embedded_engine(context_tokens: int, slots: int) -> EmbeddedEngine:
@@ -94,7 +95,9 @@ async def test_connections_beyond_max_connections_are_closed() -> None:
     assert answers["closed"]
 
 
-@pytest.mark.parametrize("attack", CALL_ATTACKS, ids=lambda attack: attack.name)
+@pytest.mark.parametrize(
+    "attack", [*CALL_ATTACKS[4:6], *further(CALL_ATTACKS, but=CALL_ATTACKS[4:6])], ids=lambda attack: attack.name
+)
 async def test_the_embedded_engine_survives(attack: CallAttack, tmp_path: Path) -> None:
     keys = attackers_keys(tmp_path)
     async with serving(embedded_engine(CONTEXT_TOKENS, slots=8), api_keys=KEY, api_keys_file=str(keys)) as target:

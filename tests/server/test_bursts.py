@@ -57,7 +57,7 @@ async def test_2000_streams_at_once_are_all_served_if_the_limits_allow_it() -> N
         assert await burst(target.address, "GenerateDeltas", 2000) == {"OK": 2000}
 
 
-@pytest.mark.parametrize("max_streams", [100, 1024])
+@pytest.mark.parametrize("max_streams", [100, *further([1024])])
 async def test_calls_over_one_connection_wait_in_the_client_and_are_all_served(max_streams: int) -> None:
     async with serving(ScriptedEngine(), max_concurrent=2000, max_streams=max_streams) as target:
         assert await burst(target.address, "GenerateAll", 2000, connections=1) == {"OK": 2000}

@@ -16,6 +16,7 @@ import pytest
 from flywheel_proto.v1 import generation_pb2 as pb
 
 from tests.serving import connected
+from tests.thorough import further
 
 SCRIPTED = ["--engine", "scripted", "--address", "127.0.0.1:0"]
 
@@ -55,7 +56,7 @@ async def ready_line(process: Process) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("engine", [SCRIPTED, ["--address", "127.0.0.1:0"]], ids=["scripted", "embedded"])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGTERM, *further([signal.SIGINT])])
 async def test_it_says_when_it_is_ready_serves_and_stops_cleanly(engine: list[str], number: signal.Signals) -> None:
     async with command(*engine) as process:
         line, address = await ready_line(process)

@@ -43,7 +43,7 @@ async def test_it_serves_only_when_the_engine_has_produced_a_token(unused_tcp_po
     leave = asyncio.Event()
 
     async def run() -> None:
-        async with serve(engine, Settings(address=address, drain_timeout=0)):
+        async with serve(engine, Settings(address=address, withdraw_window=0, drain_timeout=0)):
             await leave.wait()
 
     running = asyncio.create_task(run())
@@ -152,7 +152,7 @@ async def test_calls_are_taken_in_the_withdraw_window_although_health_says_other
 
 async def test_running_calls_finish_within_the_drain_timeout() -> None:
     engine = ScriptedEngine(Script(token_delay=0.01))
-    settings = Settings(address="127.0.0.1:0", drain_timeout=20)
+    settings = Settings(address="127.0.0.1:0", withdraw_window=0, drain_timeout=20)
     async with AsyncExitStack() as client:
         async with serve(engine, settings) as port:
             target = await client.enter_async_context(connected(f"127.0.0.1:{port}"))
@@ -168,7 +168,7 @@ REQUEST = pb.GenerationRequest(text="x", max_tokens=50)
 async def test_a_call_that_outlasts_the_drain_timeout_ends_with_a_status_that_says_why() -> None:
     engine = ScriptedEngine(Script(hang_after=2))
     async with AsyncExitStack() as client:
-        async with serve(engine, Settings(address="127.0.0.1:0", drain_timeout=1)) as port:
+        async with serve(engine, Settings(address="127.0.0.1:0", withdraw_window=1, drain_timeout=1)) as port:
             target = await client.enter_async_context(connected(f"127.0.0.1:{port}"))
             watch = health_pb2_grpc.HealthStub(target.channel).Watch(health_pb2.HealthCheckRequest())
             assert (await watch.read()).status == SERVING
@@ -191,7 +191,7 @@ async def _call_while_draining(watch: Any, target: Target) -> None:
 
 
 async def test_a_stream_that_never_ends_does_not_keep_the_server_from_stopping() -> None:
-    settings = Settings(address="127.0.0.1:0", drain_timeout=60)
+    settings = Settings(address="127.0.0.1:0", withdraw_window=0, drain_timeout=60)
     async with AsyncExitStack() as client, asyncio.timeout(20), serve(ScriptedEngine(), settings) as port:
         target = await client.enter_async_context(connected(f"127.0.0.1:{port}"))
         watch = health_pb2_grpc.HealthStub(target.channel).Watch(health_pb2.HealthCheckRequest())

@@ -116,6 +116,7 @@ async def test_no_method_waits_for_a_request_that_does_not_arrive(beginning: byt
             assert await stranger.call(path, beginning, end=False) == (refusal or DEADLINE_EXCEEDED), path
 
 
+@pytest.mark.thorough
 async def test_many_calls_of_any_method_keep_nobody_from_being_served(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(public_limits, "SLOT_TIMEOUT", 1.0)
     async with locked() as target:
@@ -337,7 +338,7 @@ async def open_reflection_streams(client: Client) -> None:
 
 async def large_requests(client: Client) -> None:
     for path in (CHECK, REFLECTION):
-        for _ in range(12):
+        for _ in range(4):
             message = prefixed(b"x" * NEARLY_4_MIB)
             statuses = await asyncio.gather(*(client.call(path, message) for _ in range(20)))
             assert set(statuses) == {RESOURCE_EXHAUSTED}

@@ -30,6 +30,7 @@ from tests.server.test_command import SCRIPTED, command, ready_line
 from tests.server.test_errors import METHODS, details_of
 from tests.server.test_supervision import NOT_SERVING, SERVING, MortalEngine
 from tests.serving import Target, connected, drained, serving, until
+from tests.thorough import further
 
 ONE = pb.GenerationRequest(text="x", max_tokens=1)
 EMBEDDED = ["--address", "127.0.0.1:0", "--embedded-threads", "1"]
@@ -239,7 +240,7 @@ async def test_idle_connections_do_not_take_the_descriptors_that_the_engine_need
     assert "File descriptor limit" not in log
 
 
-@pytest.mark.parametrize("engine", [SCRIPTED, EMBEDDED], ids=["scripted", "embedded"])
+@pytest.mark.parametrize("engine", [SCRIPTED, *further([EMBEDDED])], ids=["scripted", "embedded"])
 async def test_a_soft_limit_is_raised_to_the_hard_one(engine: list[str]) -> None:
     descriptors.raise_limit()
     if descriptors.limit() < 1536:

@@ -47,7 +47,7 @@ NATIVE = ([*EMBEDDED, "--log-level", "debug"], pb.GenerationRequest(text="x", ma
 @pytest.mark.parametrize(
     ("engine", "request_", "form"),
     [
-        pytest.param(*PROMPTS, "text", id="text"),
+        pytest.param(*PROMPTS, "text", id="text", marks=pytest.mark.thorough),
         pytest.param(*PROMPTS, "json", id="json"),
         pytest.param(*NATIVE, "text", id="embedded", marks=pytest.mark.thorough),
     ],
@@ -78,13 +78,13 @@ async def test_a_reader_of_the_log_that_stalls_stops_nobody(
     ("arguments", "end", "code"),
     [
         (["--nonsense"], None, 2),
-        (["--embedded-slots", "0"], None, 2),
+        pytest.param(["--embedded-slots", "0"], None, 2, marks=pytest.mark.thorough),
         (["--model", "/nowhere.gguf"], None, 1),
         (EMBEDDED, signal.SIGTERM, 0),
         (["--engine", "scripted"], signal.SIGINT, 0),
         (["--engine", "scripted", "--script", '{"die_after": 0}', "--engine-death", "exit"], None, 1),
         (["--engine", "scripted"], signal.SIGSEGV, -signal.SIGSEGV),
-        (EMBEDDED, signal.SIGABRT, -signal.SIGABRT),
+        pytest.param(EMBEDDED, signal.SIGABRT, -signal.SIGABRT, marks=pytest.mark.thorough),
     ],
     ids=str,
 )
@@ -113,11 +113,15 @@ async def test_a_server_ends_even_if_nobody_reads_its_output(
 @pytest.mark.parametrize(
     ("redirection", "engine"),
     [
+        *((redirection, SCRIPTED[:2]) for redirection in ("2>&-", ">/dev/full 2>&1", "2>&1 | true")),
+        (">&- 2>&- <&-", EMBEDDED[2:]),
         *(
-            (redirection, SCRIPTED[:2])
-            for redirection in ("2>&-", ">&-", "2>/dev/full", ">/dev/full 2>&1", "| true", "2>&1 | true")
+            pytest.param(redirection, engine, marks=pytest.mark.thorough)
+            for redirection, engine in (
+                *((redirection, SCRIPTED[:2]) for redirection in (">&-", "2>/dev/full", "| true")),
+                ("2>&1 | true", EMBEDDED[2:]),
+            )
         ),
-        *((redirection, EMBEDDED[2:]) for redirection in (">&- 2>&- <&-", "2>&1 | true")),
     ],
     ids=str,
 )

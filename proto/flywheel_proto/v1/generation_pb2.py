@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x66lywheel/v1/generation.proto\x12\x0b\x66lywheel.v1\"\xb9\x02\n\x11GenerationRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x12\n\nmax_tokens\x18\x02 \x01(\x05\x12\x15\n\reos_token_ids\x18\x03 \x03(\x05\x12\x18\n\x10max_input_tokens\x18\x04 \x01(\x05\x12\x18\n\x0bnum_samples\x18\x05 \x01(\x05H\x00\x88\x01\x01\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x18\n\x0btemperature\x18\x07 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x08 \x01(\x05H\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\t \x01(\x02H\x03\x88\x01\x01\x12\x18\n\x10presence_penalty\x18\n \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x0b \x01(\x02\x42\x0e\n\x0c_num_samplesB\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_p\"\xa8\x01\n\x18GenerationResponseSample\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x18\n\x10generated_tokens\x18\x02 \x01(\x05\x12\x10\n\x08\x66inished\x18\x03 \x01(\x01\x12\x15\n\rfinish_reason\x18\x04 \x01(\t\x12\r\n\x05index\x18\x05 \x01(\x05\x12\x15\n\rprompt_tokens\x18\x06 \x01(\x05\x12\x15\n\rstop_sequence\x18\x07 \x01(\t\"\xad\x01\n\x12GenerationResponse\x12\x0f\n\x07\x63reated\x18\x01 \x01(\x01\x12\x10\n\x08\x66inished\x18\x02 \x01(\x01\x12\x13\n\x0bnum_samples\x18\x03 \x01(\x05\x12\x38\n\tresponses\x18\x04 \x03(\x0b\x32%.flywheel.v1.GenerationResponseSample\x12\x0e\n\x06prompt\x18\x05 \x01(\t\x12\x15\n\rprompt_tokens\x18\x06 \x01(\x05\"\x9f\x01\n\x0fGenerationDelta\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x18\n\x10generated_tokens\x18\x03 \x01(\x05\x12\x10\n\x08\x66inished\x18\x04 \x01(\x01\x12\x15\n\rfinish_reason\x18\x05 \x01(\t\x12\x15\n\rprompt_tokens\x18\x06 \x01(\x05\x12\x15\n\rstop_sequence\x18\x07 \x01(\t\"\x11\n\x0fGetModelRequest\"\xbc\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x02 \x01(\t\x12\x16\n\x0e\x63ontext_tokens\x18\x03 \x01(\x05\x12#\n\x06limits\x18\x04 \x01(\x0b\x32\x13.flywheel.v1.Limits\x12\'\n\x08\x64\x65\x66\x61ults\x18\x05 \x01(\x0b\x32\x15.flywheel.v1.Defaults\x12\x18\n\x10penalizes_prompt\x18\x06 \x01(\x08\x12\x15\n\rprompt_format\x18\x07 \x01(\t\"\x88\x01\n\x06Limits\x12\x16\n\x0emax_text_bytes\x18\x01 \x01(\x05\x12\x17\n\x0fmax_num_samples\x18\x02 \x01(\x05\x12\x19\n\x11max_eos_token_ids\x18\x03 \x01(\x05\x12\x1a\n\x12max_stop_sequences\x18\x04 \x01(\x05\x12\x16\n\x0emax_stop_bytes\x18\x05 \x01(\x05\"R\n\x08\x44\x65\x66\x61ults\x12\x13\n\x0bnum_samples\x18\x01 \x01(\x05\x12\x13\n\x0btemperature\x18\x02 \x01(\x02\x12\r\n\x05top_k\x18\x03 \x01(\x05\x12\r\n\x05top_p\x18\x04 \x01(\x02\"\x11\n\x0fGetStatsRequest\"S\n\x05Stats\x12\x0f\n\x07\x62\x61\x63klog\x18\x01 \x01(\x03\x12\x19\n\x11num_total_runners\x18\x02 \x01(\x05\x12\x0e\n\x06\x61\x63tive\x18\x03 \x01(\x05\x12\x0e\n\x06queued\x18\x04 \x01(\x05\x32\x86\x03\n\x11GenerationService\x12S\n\x08Generate\x12\x1e.flywheel.v1.GenerationRequest\x1a%.flywheel.v1.GenerationResponseSample0\x01\x12P\n\x0eGenerateDeltas\x12\x1e.flywheel.v1.GenerationRequest\x1a\x1c.flywheel.v1.GenerationDelta0\x01\x12N\n\x0bGenerateAll\x12\x1e.flywheel.v1.GenerationRequest\x1a\x1f.flywheel.v1.GenerationResponse\x12<\n\x08GetModel\x12\x1c.flywheel.v1.GetModelRequest\x1a\x12.flywheel.v1.Model\x12<\n\x08GetStats\x12\x1c.flywheel.v1.GetStatsRequest\x1a\x12.flywheel.v1.StatsBm\n\x0f\x64\x65v.flywheel.v1B\x0fGenerationProtoP\x01ZGgithub.com/flywheel-grpc/flywheel-grpc/client/go/flywheel/v1;flywheelv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x66lywheel/v1/generation.proto\x12\x0b\x66lywheel.v1\"\xea\x05\n\x11GenerationRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x12\n\nmax_tokens\x18\x02 \x01(\x05\x12\x15\n\reos_token_ids\x18\x03 \x03(\x05\x12\x18\n\x10max_input_tokens\x18\x04 \x01(\x05\x12\x18\n\x0bnum_samples\x18\x05 \x01(\x05H\x01\x88\x01\x01\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x18\n\x0btemperature\x18\x07 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x08 \x01(\x05H\x03\x88\x01\x01\x12\x12\n\x05top_p\x18\t \x01(\x02H\x04\x88\x01\x01\x12\x18\n\x10presence_penalty\x18\n \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x0b \x01(\x02\x12&\n\x08messages\x18\x0c \x03(\x0b\x32\x14.flywheel.v1.Message\x12\x18\n\x10prompt_token_ids\x18\r \x03(\x05\x12\x11\n\x04seed\x18\x0e \x01(\x05H\x05\x88\x01\x01\x12\r\n\x05min_p\x18\x0f \x01(\x02\x12\x1f\n\x12repetition_penalty\x18\x10 \x01(\x02H\x06\x88\x01\x01\x12\x41\n\nlogit_bias\x18\x11 \x03(\x0b\x32-.flywheel.v1.GenerationRequest.LogitBiasEntry\x12\x15\n\x0bjson_schema\x18\x12 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x13 \x01(\tH\x00\x12\'\n\x07\x63hoices\x18\x14 \x01(\x0b\x32\x14.flywheel.v1.ChoicesH\x00\x12\x10\n\x08logprobs\x18\x15 \x01(\x05\x12\x12\n\ntime_limit\x18\x16 \x01(\x01\x12\x10\n\x08priority\x18\x17 \x01(\x05\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0c\n\nconstraintB\x0e\n\x0c_num_samplesB\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x07\n\x05_seedB\x15\n\x13_repetition_penalty\"(\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\x18\n\x07\x43hoices\x12\r\n\x05texts\x18\x01 \x03(\t\"_\n\x05Token\x12\n\n\x02id\x18\x01 \x01(\x05\x12\x0c\n\x04text\x18\x02 \x01(\x0c\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\x12+\n\tlikeliest\x18\x04 \x03(\x0b\x32\x18.flywheel.v1.LikelyToken\"8\n\x0bLikelyToken\x12\n\n\x02id\x18\x01 \x01(\x05\x12\x0c\n\x04text\x18\x02 \x01(\x0c\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\"\xda\x01\n\x18GenerationResponseSample\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x18\n\x10generated_tokens\x18\x02 \x01(\x05\x12\x10\n\x08\x66inished\x18\x03 \x01(\x01\x12\x15\n\rfinish_reason\x18\x04 \x01(\t\x12\r\n\x05index\x18\x05 \x01(\x05\x12\x15\n\rprompt_tokens\x18\x06 \x01(\x05\x12\x15\n\rstop_sequence\x18\x07 \x01(\t\x12\x0c\n\x04seed\x18\x08 \x01(\x05\x12\"\n\x06tokens\x18\t \x03(\x0b\x32\x12.flywheel.v1.Token\"\xad\x01\n\x12GenerationResponse\x12\x0f\n\x07\x63reated\x18\x01 \x01(\x01\x12\x10\n\x08\x66inished\x18\x02 \x01(\x01\x12\x13\n\x0bnum_samples\x18\x03 \x01(\x05\x12\x38\n\tresponses\x18\x04 \x03(\x0b\x32%.flywheel.v1.GenerationResponseSample\x12\x0e\n\x06prompt\x18\x05 \x01(\t\x12\x15\n\rprompt_tokens\x18\x06 \x01(\x05\"\xd1\x01\n\x0fGenerationDelta\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x18\n\x10generated_tokens\x18\x03 \x01(\x05\x12\x10\n\x08\x66inished\x18\x04 \x01(\x01\x12\x15\n\rfinish_reason\x18\x05 \x01(\t\x12\x15\n\rprompt_tokens\x18\x06 \x01(\x05\x12\x15\n\rstop_sequence\x18\x07 \x01(\t\x12\x0c\n\x04seed\x18\x08 \x01(\x05\x12\"\n\x06tokens\x18\t \x03(\x0b\x32\x12.flywheel.v1.Token\"\x11\n\x0fGetModelRequest\"\xeb\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x02 \x01(\t\x12\x16\n\x0e\x63ontext_tokens\x18\x03 \x01(\x05\x12#\n\x06limits\x18\x04 \x01(\x0b\x32\x13.flywheel.v1.Limits\x12\'\n\x08\x64\x65\x66\x61ults\x18\x05 \x01(\x0b\x32\x15.flywheel.v1.Defaults\x12\x18\n\x10penalizes_prompt\x18\x06 \x01(\x08\x12\x15\n\rprompt_format\x18\x07 \x01(\t\x12\x18\n\x10supported_fields\x18\x08 \x03(\t\x12\x13\n\x0b\x65xact_seeds\x18\t \x01(\x08\"\xff\x01\n\x06Limits\x12\x16\n\x0emax_text_bytes\x18\x01 \x01(\x05\x12\x17\n\x0fmax_num_samples\x18\x02 \x01(\x05\x12\x19\n\x11max_eos_token_ids\x18\x03 \x01(\x05\x12\x1a\n\x12max_stop_sequences\x18\x04 \x01(\x05\x12\x16\n\x0emax_stop_bytes\x18\x05 \x01(\x05\x12\x14\n\x0cmax_messages\x18\x06 \x01(\x05\x12\x16\n\x0emax_logit_bias\x18\x07 \x01(\x05\x12\x1c\n\x14max_constraint_bytes\x18\x08 \x01(\x05\x12\x13\n\x0bmax_choices\x18\t \x01(\x05\x12\x14\n\x0cmax_logprobs\x18\n \x01(\x05\"n\n\x08\x44\x65\x66\x61ults\x12\x13\n\x0bnum_samples\x18\x01 \x01(\x05\x12\x13\n\x0btemperature\x18\x02 \x01(\x02\x12\r\n\x05top_k\x18\x03 \x01(\x05\x12\r\n\x05top_p\x18\x04 \x01(\x02\x12\x1a\n\x12repetition_penalty\x18\x05 \x01(\x02\"\x11\n\x0fGetStatsRequest\"S\n\x05Stats\x12\x0f\n\x07\x62\x61\x63klog\x18\x01 \x01(\x03\x12\x19\n\x11num_total_runners\x18\x02 \x01(\x05\x12\x0e\n\x06\x61\x63tive\x18\x03 \x01(\x05\x12\x0e\n\x06queued\x18\x04 \x01(\x05\"G\n\x0fTokenizeRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\x12&\n\x08messages\x18\x02 \x03(\x0b\x32\x14.flywheel.v1.Message\"S\n\x10TokenizeResponse\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12(\n\x06tokens\x18\x02 \x03(\x0b\x32\x18.flywheel.v1.PromptToken\"\'\n\x0bPromptToken\x12\n\n\x02id\x18\x01 \x01(\x05\x12\x0c\n\x04text\x18\x02 \x01(\x0c\x32\xcf\x03\n\x11GenerationService\x12S\n\x08Generate\x12\x1e.flywheel.v1.GenerationRequest\x1a%.flywheel.v1.GenerationResponseSample0\x01\x12P\n\x0eGenerateDeltas\x12\x1e.flywheel.v1.GenerationRequest\x1a\x1c.flywheel.v1.GenerationDelta0\x01\x12N\n\x0bGenerateAll\x12\x1e.flywheel.v1.GenerationRequest\x1a\x1f.flywheel.v1.GenerationResponse\x12<\n\x08GetModel\x12\x1c.flywheel.v1.GetModelRequest\x1a\x12.flywheel.v1.Model\x12<\n\x08GetStats\x12\x1c.flywheel.v1.GetStatsRequest\x1a\x12.flywheel.v1.Stats\x12G\n\x08Tokenize\x12\x1c.flywheel.v1.TokenizeRequest\x1a\x1d.flywheel.v1.TokenizeResponseBm\n\x0f\x64\x65v.flywheel.v1B\x0fGenerationProtoP\x01ZGgithub.com/flywheel-grpc/flywheel-grpc/client/go/flywheel/v1;flywheelv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,26 +32,44 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'flywheel_proto.v1.generatio
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\017dev.flywheel.v1B\017GenerationProtoP\001ZGgithub.com/flywheel-grpc/flywheel-grpc/client/go/flywheel/v1;flywheelv1'
+  _globals['_GENERATIONREQUEST_LOGITBIASENTRY']._loaded_options = None
+  _globals['_GENERATIONREQUEST_LOGITBIASENTRY']._serialized_options = b'8\001'
   _globals['_GENERATIONREQUEST']._serialized_start=46
-  _globals['_GENERATIONREQUEST']._serialized_end=359
-  _globals['_GENERATIONRESPONSESAMPLE']._serialized_start=362
-  _globals['_GENERATIONRESPONSESAMPLE']._serialized_end=530
-  _globals['_GENERATIONRESPONSE']._serialized_start=533
-  _globals['_GENERATIONRESPONSE']._serialized_end=706
-  _globals['_GENERATIONDELTA']._serialized_start=709
-  _globals['_GENERATIONDELTA']._serialized_end=868
-  _globals['_GETMODELREQUEST']._serialized_start=870
-  _globals['_GETMODELREQUEST']._serialized_end=887
-  _globals['_MODEL']._serialized_start=890
-  _globals['_MODEL']._serialized_end=1078
-  _globals['_LIMITS']._serialized_start=1081
-  _globals['_LIMITS']._serialized_end=1217
-  _globals['_DEFAULTS']._serialized_start=1219
-  _globals['_DEFAULTS']._serialized_end=1301
-  _globals['_GETSTATSREQUEST']._serialized_start=1303
-  _globals['_GETSTATSREQUEST']._serialized_end=1320
-  _globals['_STATS']._serialized_start=1322
-  _globals['_STATS']._serialized_end=1405
-  _globals['_GENERATIONSERVICE']._serialized_start=1408
-  _globals['_GENERATIONSERVICE']._serialized_end=1798
+  _globals['_GENERATIONREQUEST']._serialized_end=792
+  _globals['_GENERATIONREQUEST_LOGITBIASENTRY']._serialized_start=646
+  _globals['_GENERATIONREQUEST_LOGITBIASENTRY']._serialized_end=694
+  _globals['_MESSAGE']._serialized_start=794
+  _globals['_MESSAGE']._serialized_end=834
+  _globals['_CHOICES']._serialized_start=836
+  _globals['_CHOICES']._serialized_end=860
+  _globals['_TOKEN']._serialized_start=862
+  _globals['_TOKEN']._serialized_end=957
+  _globals['_LIKELYTOKEN']._serialized_start=959
+  _globals['_LIKELYTOKEN']._serialized_end=1015
+  _globals['_GENERATIONRESPONSESAMPLE']._serialized_start=1018
+  _globals['_GENERATIONRESPONSESAMPLE']._serialized_end=1236
+  _globals['_GENERATIONRESPONSE']._serialized_start=1239
+  _globals['_GENERATIONRESPONSE']._serialized_end=1412
+  _globals['_GENERATIONDELTA']._serialized_start=1415
+  _globals['_GENERATIONDELTA']._serialized_end=1624
+  _globals['_GETMODELREQUEST']._serialized_start=1626
+  _globals['_GETMODELREQUEST']._serialized_end=1643
+  _globals['_MODEL']._serialized_start=1646
+  _globals['_MODEL']._serialized_end=1881
+  _globals['_LIMITS']._serialized_start=1884
+  _globals['_LIMITS']._serialized_end=2139
+  _globals['_DEFAULTS']._serialized_start=2141
+  _globals['_DEFAULTS']._serialized_end=2251
+  _globals['_GETSTATSREQUEST']._serialized_start=2253
+  _globals['_GETSTATSREQUEST']._serialized_end=2270
+  _globals['_STATS']._serialized_start=2272
+  _globals['_STATS']._serialized_end=2355
+  _globals['_TOKENIZEREQUEST']._serialized_start=2357
+  _globals['_TOKENIZEREQUEST']._serialized_end=2428
+  _globals['_TOKENIZERESPONSE']._serialized_start=2430
+  _globals['_TOKENIZERESPONSE']._serialized_end=2513
+  _globals['_PROMPTTOKEN']._serialized_start=2515
+  _globals['_PROMPTTOKEN']._serialized_end=2554
+  _globals['_GENERATIONSERVICE']._serialized_start=2557
+  _globals['_GENERATIONSERVICE']._serialized_end=3020
 # @@protoc_insertion_point(module_scope)

@@ -22,8 +22,10 @@ domain of every ErrorInfo is `flywheel.v1`.
   INVALID_ARGUMENT    One or more fields are out of range: BadRequest with every violation at once. Prompt and max_tokens
                       together exceed the model's context: BadRequest with both numbers; the number of prompt tokens
                       follows "at least" if the server could stop counting early. The engine does not support a field:
-                      BadRequest and ErrorInfo `UNSUPPORTED_FIELD`. The bytes are not a valid message: ErrorInfo
-                      `MALFORMED_REQUEST`. The same call fails again.
+                      BadRequest and ErrorInfo `UNSUPPORTED_FIELD`. The request has a field that this server does not
+                      know, because the caller's contract is newer: BadRequest and ErrorInfo `UNKNOWN_FIELD` with the
+                      number of the field. The bytes are not a valid message: ErrorInfo `MALFORMED_REQUEST`. The same
+                      call fails again.
   RESOURCE_EXHAUSTED  The server is full: RetryInfo and ErrorInfo `OVERLOADED`. A quota of the caller is used up:
                       QuotaFailure, ErrorInfo `QUOTA_EXCEEDED`, and RetryInfo unless the call alone exceeds the quota. The
                       caller reads the stream too slowly: ErrorInfo `SLOW_READER`. The request exceeds the size limit
@@ -44,6 +46,8 @@ domain of every ErrorInfo is `flywheel.v1`.
   FAILED_PRECONDITION The engine is missing at the place that the server's settings name, or refuses the server: ErrorInfo
                       `ENGINE_NOT_SET_UP`. Its metadata has what the server looked for, and the `setting` to check.
                       Try again only after the deployment was changed.
+  UNIMPLEMENTED       The engine does not support the method: ErrorInfo `UNSUPPORTED_METHOD`. The server does not have the
+                      method: no details.
   UNAVAILABLE         The engine is starting or cannot be reached, or the server is stopping: RetryInfo and ErrorInfo
                       `ENGINE_UNAVAILABLE`. The server has run out of file descriptors, memory, threads or disk space:
                       RetryInfo and ErrorInfo `OUT_OF_RESOURCES`. There is no server: no details.
@@ -76,9 +80,32 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class GenerationRequest(_message.Message):
-    """A prompt and how to continue it. A request with several invalid fields is refused with all violations at once."""
+    """A prompt and how to continue it. A request with several invalid fields is refused with all violations at once.
+
+    The prompt is exactly one of text, messages and prompt_token_ids.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class LogitBiasEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.int
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.int = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     TEXT_FIELD_NUMBER: _builtins.int
     MAX_TOKENS_FIELD_NUMBER: _builtins.int
@@ -91,8 +118,20 @@ class GenerationRequest(_message.Message):
     TOP_P_FIELD_NUMBER: _builtins.int
     PRESENCE_PENALTY_FIELD_NUMBER: _builtins.int
     FREQUENCY_PENALTY_FIELD_NUMBER: _builtins.int
+    MESSAGES_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    MIN_P_FIELD_NUMBER: _builtins.int
+    REPETITION_PENALTY_FIELD_NUMBER: _builtins.int
+    LOGIT_BIAS_FIELD_NUMBER: _builtins.int
+    JSON_SCHEMA_FIELD_NUMBER: _builtins.int
+    REGEX_FIELD_NUMBER: _builtins.int
+    CHOICES_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
+    TIME_LIMIT_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     text: _builtins.str
-    """The prompt. Required: not empty, and at most `Limits.max_text_bytes` in UTF-8. `Model.prompt_format` says how the model
+    """The prompt as a text: not empty, and at most `Limits.max_text_bytes` in UTF-8. `Model.prompt_format` says how the model
     reads it: unchanged ("raw"), or as the message of a user in the model's chat template ("chat").
 
     A text that begins as the chat template itself begins, for example with `<|im_start|>user` or `[INST]`, has a template of
@@ -109,7 +148,8 @@ class GenerationRequest(_message.Message):
     """
     max_input_tokens: _builtins.int
     """The maximum number of prompt tokens to read. If the prompt, as the model reads it, is longer, only its last
-    max_input_tokens tokens are kept. At least 0. Default: 0, which keeps the whole prompt.
+    max_input_tokens tokens are kept; of messages, the system message is therefore cut off first. At least 0. Default: 0,
+    which keeps the whole prompt.
     """
     num_samples: _builtins.int
     """How many independent samples to generate from the prompt. 1 to `Limits.max_num_samples`. Default: 1."""
@@ -131,6 +171,46 @@ class GenerationRequest(_message.Message):
     """Is subtracted from the logit of every token, once for each time that the token occurs in the text so far. -2 to 2.
     Default: 0.0. `Model.penalizes_prompt` says whether the prompt is part of the text so far.
     """
+    seed: _builtins.int
+    """Makes the samples repeatable: the same request with the same seed gives the same samples on the same server. The sample
+    with index i takes seed + i, as a request with num_samples 1 and that seed would; after 2147483647 follows 0. At least 0.
+    Default: the server draws a seed, which the samples have.
+
+    The samples may differ on another machine, with another model file, or with other settings of the engine. A server with
+    the setting `exact_seeds` generates such samples one after the other, with nothing else beside them in the engine, because
+    the last digits of the model's numbers depend on what is computed together. Without the setting, samples of equal requests
+    are alike only up to the token where two candidates are nearly equally likely. `Model.exact_seeds` says which one holds.
+    The same is true of a seed that the server has drawn: it repeats the sample only if nothing else was computed with it.
+    """
+    min_p: _builtins.float
+    """Samples only from tokens whose probability, after temperature, is at least min_p times the highest probability. 0 to 1; 0
+    does not restrict. Default: 0.0.
+    """
+    repetition_penalty: _builtins.float
+    """Divides the logit of every token that occurs in the text so far if the logit is positive, and multiplies it if not. Finite
+    and greater than 0; 1 changes nothing, and a higher value makes repetition less likely. Default: 1.0.
+    `Model.penalizes_prompt` says whether the prompt is part of the text so far.
+    """
+    json_schema: _builtins.str
+    """A JSON Schema (2020-12), as JSON. The text is a JSON document that is valid under the schema, on one line, with one space
+    after each `,` and `:` and none elsewhere outside strings. A keyword that the server does not enforce is refused by name;
+    the violation says where in the schema it is.
+    """
+    regex: _builtins.str
+    """A regular expression that the whole text matches, in the syntax of Rust's regex crate, without anchors and look-around."""
+    logprobs: _builtins.int
+    """How many of the likeliest tokens to return for each generated token, with their probabilities. 0 to `Limits.max_logprobs`;
+    0 returns no tokens. Default: 0.
+    """
+    time_limit: _builtins.float
+    """Seconds after which a sample ends with the text so far and `finish_reason` "time". The time counts from when the engine
+    begins to work on the sample, and ends the sample with the next step of the engine. Finite and at least 0; 0 sets no limit.
+    Default: 0.0.
+    """
+    priority: _builtins.int
+    """Is added to the priority of the caller while the call waits in this server: a caller can only let other calls go first.
+    -1000 to 0. Default: 0.
+    """
     @_builtins.property
     def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Token ids that end a sample, besides the model's own end-of-generation tokens. The text of the token is not part of
@@ -144,6 +224,36 @@ class GenerationRequest(_message.Message):
         stop sequence nor anything after it. Each is not empty and has at most `Limits.max_stop_bytes` in UTF-8; at most
         `Limits.max_stop_sequences` stop sequences. Default: none.
         """
+
+    @_builtins.property
+    def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Message]:
+        """The prompt as a conversation, in order. The model's own chat template puts the messages together, so `Model.prompt_format`
+        must be "chat". At most `Limits.max_messages` messages, whose contents together have at most `Limits.max_text_bytes` in
+        UTF-8. If the template rejects the conversation, the violation repeats its words.
+
+        The content of a message cannot act as a part of the template: special tokens in it are plain text. If the template cuts
+        off spaces around a content, so does the server.
+
+        If the last message is the assistant's, the model continues it, and the samples have only what follows. So a stream that
+        has broken off can be taken up again: with its text as the last message. The continuation may differ from what the
+        unbroken stream would have had, because a text that was cut off may have other tokens.
+        """
+
+    @_builtins.property
+    def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The prompt as token ids, which the model reads exactly as they are: nothing is added, not even a token that begins a text.
+        1 to `Model.context_tokens` ids of the model's vocabulary, each at least 0.
+        """
+
+    @_builtins.property
+    def logit_bias(self) -> _containers.ScalarMap[_builtins.int, _builtins.float]:
+        """Is added to the logits of tokens, by token id. -100 to 100 each; a value near -100 excludes a token, and a value near 100
+        lets no other token through. At most `Limits.max_logit_bias` ids of the model's vocabulary. Default: none.
+        """
+
+    @_builtins.property
+    def choices(self) -> Global___Choices:
+        """Texts of which the text of a sample is one."""
 
     def __init__(
         self,
@@ -159,29 +269,180 @@ class GenerationRequest(_message.Message):
         top_p: _builtins.float | None = ...,
         presence_penalty: _builtins.float = ...,
         frequency_penalty: _builtins.float = ...,
+        messages: _abc.Iterable[Global___Message] | None = ...,
+        prompt_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        seed: _builtins.int | None = ...,
+        min_p: _builtins.float = ...,
+        repetition_penalty: _builtins.float | None = ...,
+        logit_bias: _abc.Mapping[_builtins.int, _builtins.float] | None = ...,
+        json_schema: _builtins.str = ...,
+        regex: _builtins.str = ...,
+        choices: Global___Choices | None = ...,
+        logprobs: _builtins.int = ...,
+        time_limit: _builtins.float = ...,
+        priority: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_num_samples", b"_num_samples", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "num_samples", b"num_samples", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_num_samples", b"_num_samples", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "choices", b"choices", "constraint", b"constraint", "json_schema", b"json_schema", "num_samples", b"num_samples", "regex", b"regex", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_num_samples", b"_num_samples", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "eos_token_ids", b"eos_token_ids", "frequency_penalty", b"frequency_penalty", "max_input_tokens", b"max_input_tokens", "max_tokens", b"max_tokens", "num_samples", b"num_samples", "presence_penalty", b"presence_penalty", "stop", b"stop", "temperature", b"temperature", "text", b"text", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_num_samples", b"_num_samples", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "choices", b"choices", "constraint", b"constraint", "eos_token_ids", b"eos_token_ids", "frequency_penalty", b"frequency_penalty", "json_schema", b"json_schema", "logit_bias", b"logit_bias", "logprobs", b"logprobs", "max_input_tokens", b"max_input_tokens", "max_tokens", b"max_tokens", "messages", b"messages", "min_p", b"min_p", "num_samples", b"num_samples", "presence_penalty", b"presence_penalty", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "regex", b"regex", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "stop", b"stop", "temperature", b"temperature", "text", b"text", "time_limit", b"time_limit", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__num_samples: _TypeAlias = _typing.Literal["num_samples"]  # noqa: Y015
     _WhichOneofArgType__num_samples: _TypeAlias = _typing.Literal["_num_samples", b"_num_samples"]  # noqa: Y015
+    _WhichOneofReturnType__repetition_penalty: _TypeAlias = _typing.Literal["repetition_penalty"]  # noqa: Y015
+    _WhichOneofArgType__repetition_penalty: _TypeAlias = _typing.Literal["_repetition_penalty", b"_repetition_penalty"]  # noqa: Y015
+    _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
+    _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
     _WhichOneofReturnType__temperature: _TypeAlias = _typing.Literal["temperature"]  # noqa: Y015
     _WhichOneofArgType__temperature: _TypeAlias = _typing.Literal["_temperature", b"_temperature"]  # noqa: Y015
     _WhichOneofReturnType__top_k: _TypeAlias = _typing.Literal["top_k"]  # noqa: Y015
     _WhichOneofArgType__top_k: _TypeAlias = _typing.Literal["_top_k", b"_top_k"]  # noqa: Y015
     _WhichOneofReturnType__top_p: _TypeAlias = _typing.Literal["top_p"]  # noqa: Y015
     _WhichOneofArgType__top_p: _TypeAlias = _typing.Literal["_top_p", b"_top_p"]  # noqa: Y015
+    _WhichOneofReturnType_constraint: _TypeAlias = _typing.Literal["json_schema", "regex", "choices"]  # noqa: Y015
+    _WhichOneofArgType_constraint: _TypeAlias = _typing.Literal["constraint", b"constraint"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__num_samples) -> _WhichOneofReturnType__num_samples | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__repetition_penalty) -> _WhichOneofReturnType__repetition_penalty | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__temperature) -> _WhichOneofReturnType__temperature | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__top_k) -> _WhichOneofReturnType__top_k | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__top_p) -> _WhichOneofReturnType__top_p | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_constraint) -> _WhichOneofReturnType_constraint | None: ...
 
 Global___GenerationRequest: _TypeAlias = GenerationRequest  # noqa: Y015
+
+@_typing.final
+class Message(_message.Message):
+    """One message of a conversation."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROLE_FIELD_NUMBER: _builtins.int
+    CONTENT_FIELD_NUMBER: _builtins.int
+    role: _builtins.str
+    """Who speaks: usually "system", "user" or "assistant". The model's chat template knows its own roles, and a role that it
+    leaves out or rejects is refused. Lower-case letters and single underscores between them; 1 to 32 characters.
+    """
+    content: _builtins.str
+    """What is said. May be empty."""
+    def __init__(
+        self,
+        *,
+        role: _builtins.str = ...,
+        content: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "role", b"role"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Message: _TypeAlias = Message  # noqa: Y015
+
+@_typing.final
+class Choices(_message.Message):
+    """Texts to choose from."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The texts. Each is not empty and no two are the same. 1 to `Limits.max_choices`, together at most
+        `Limits.max_constraint_bytes` in UTF-8.
+        """
+
+    def __init__(
+        self,
+        *,
+        texts: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["texts", b"texts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Choices: _TypeAlias = Choices  # noqa: Y015
+
+@_typing.final
+class Token(_message.Message):
+    """A generated token."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    LOGPROB_FIELD_NUMBER: _builtins.int
+    LIKELIEST_FIELD_NUMBER: _builtins.int
+    id: _builtins.int
+    """The id of the token in the model's vocabulary. If several tokens make up one character, they come as one token: this is
+    the id of the last of them.
+    """
+    text: _builtins.bytes
+    """The bytes that the token adds to the text. The tokens of a sample, joined, begin with its text; tokens of a stop sequence,
+    or a token that ends the sample, may follow.
+    """
+    logprob: _builtins.float
+    """The natural logarithm of the token's probability given the text before it, as the model has it: before temperature,
+    penalties, logit_bias, constraint and the other settings of sampling. If several tokens make up one character, that of the
+    last of them.
+    """
+    @_builtins.property
+    def likeliest(self) -> _containers.RepeatedCompositeFieldContainer[Global___LikelyToken]:
+        """The likeliest tokens at this place, the likeliest first; as many as `GenerationRequest.logprobs` asks for."""
+
+    def __init__(
+        self,
+        *,
+        id: _builtins.int = ...,
+        text: _builtins.bytes = ...,
+        logprob: _builtins.float = ...,
+        likeliest: _abc.Iterable[Global___LikelyToken] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "likeliest", b"likeliest", "logprob", b"logprob", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Token: _TypeAlias = Token  # noqa: Y015
+
+@_typing.final
+class LikelyToken(_message.Message):
+    """One of the likeliest tokens at a place of a text."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    LOGPROB_FIELD_NUMBER: _builtins.int
+    id: _builtins.int
+    """The id of the token in the model's vocabulary."""
+    text: _builtins.bytes
+    """The bytes of the token."""
+    logprob: _builtins.float
+    """The natural logarithm of its probability; see `Token.logprob`."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.int = ...,
+        text: _builtins.bytes = ...,
+        logprob: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "logprob", b"logprob", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LikelyToken: _TypeAlias = LikelyToken  # noqa: Y015
 
 @_typing.final
 class GenerationResponseSample(_message.Message):
@@ -196,6 +457,8 @@ class GenerationResponseSample(_message.Message):
     INDEX_FIELD_NUMBER: _builtins.int
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     STOP_SEQUENCE_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """The generated text, without the prompt. May be empty."""
     generated_tokens: _builtins.int
@@ -206,7 +469,7 @@ class GenerationResponseSample(_message.Message):
     """When the sample finished, in seconds since the epoch."""
     finish_reason: _builtins.str
     """Why the sample ended. "stop": an end-of-generation token, one of eos_token_ids, or a stop sequence. "length":
-    max_tokens were generated. An engine may have other values; treat an unknown value as an end like any other.
+    max_tokens were generated. "time": time_limit has passed. An engine may have other values; treat an unknown value as an end like any other.
     """
     index: _builtins.int
     """Which sample this is: 0 to num_samples - 1."""
@@ -216,6 +479,12 @@ class GenerationResponseSample(_message.Message):
     """The stop sequence that ended the sample, as it is in the request. Empty if no stop sequence ended the sample, or if the
     engine does not say which one did.
     """
+    seed: _builtins.int
+    """The seed of this sample; see `GenerationRequest.seed`. 0 also if the engine has no seeds."""
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___Token]:
+        """The tokens of the text, if `GenerationRequest.logprobs` asks for them."""
+
     def __init__(
         self,
         *,
@@ -226,10 +495,12 @@ class GenerationResponseSample(_message.Message):
         index: _builtins.int = ...,
         prompt_tokens: _builtins.int = ...,
         stop_sequence: _builtins.str = ...,
+        seed: _builtins.int = ...,
+        tokens: _abc.Iterable[Global___Token] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "finished", b"finished", "generated_tokens", b"generated_tokens", "index", b"index", "prompt_tokens", b"prompt_tokens", "stop_sequence", b"stop_sequence", "text", b"text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "finished", b"finished", "generated_tokens", b"generated_tokens", "index", b"index", "prompt_tokens", b"prompt_tokens", "seed", b"seed", "stop_sequence", b"stop_sequence", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -254,7 +525,7 @@ class GenerationResponse(_message.Message):
     num_samples: _builtins.int
     """How many samples there are: the num_samples of the request."""
     prompt: _builtins.str
-    """The prompt, as it was sent."""
+    """The text of the request, as it was sent. Empty if the prompt was sent as messages or token ids."""
     prompt_tokens: _builtins.int
     """How many tokens of the prompt the model read, after max_input_tokens."""
     @_builtins.property
@@ -292,6 +563,8 @@ class GenerationDelta(_message.Message):
     FINISH_REASON_FIELD_NUMBER: _builtins.int
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     STOP_SEQUENCE_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     """Which sample this continues: 0 to num_samples - 1."""
     text: _builtins.str
@@ -303,11 +576,21 @@ class GenerationDelta(_message.Message):
     finish_reason: _builtins.str
     """Why the sample ended, as in GenerationResponseSample. Set only in the sample's last delta, else empty."""
     prompt_tokens: _builtins.int
-    """How many tokens of the prompt the model read, after max_input_tokens. Set only in the sample's last delta, else 0."""
+    """How many tokens of the prompt the model read, after max_input_tokens. Set in the sample's first and last delta, else 0. May
+    be 0 in the first delta if the engine does not know it yet.
+    """
     stop_sequence: _builtins.str
     """The stop sequence that ended the sample. Set only in the sample's last delta, else empty. Also empty if no stop sequence
     ended the sample, or if the engine does not say which one did.
     """
+    seed: _builtins.int
+    """The seed of this sample; see `GenerationRequest.seed`. Set only in the sample's last delta, else 0."""
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___Token]:
+        """The tokens of this delta's text, if `GenerationRequest.logprobs` asks for them. A token whose text is divided between two
+        deltas comes with the later one. The last delta also has the tokens that ended the sample.
+        """
+
     def __init__(
         self,
         *,
@@ -318,10 +601,12 @@ class GenerationDelta(_message.Message):
         finish_reason: _builtins.str = ...,
         prompt_tokens: _builtins.int = ...,
         stop_sequence: _builtins.str = ...,
+        seed: _builtins.int = ...,
+        tokens: _abc.Iterable[Global___Token] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "finished", b"finished", "generated_tokens", b"generated_tokens", "index", b"index", "prompt_tokens", b"prompt_tokens", "stop_sequence", b"stop_sequence", "text", b"text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "finished", b"finished", "generated_tokens", b"generated_tokens", "index", b"index", "prompt_tokens", b"prompt_tokens", "seed", b"seed", "stop_sequence", b"stop_sequence", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -357,6 +642,8 @@ class Model(_message.Message):
     DEFAULTS_FIELD_NUMBER: _builtins.int
     PENALIZES_PROMPT_FIELD_NUMBER: _builtins.int
     PROMPT_FORMAT_FIELD_NUMBER: _builtins.int
+    SUPPORTED_FIELDS_FIELD_NUMBER: _builtins.int
+    EXACT_SEEDS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The model's name, for example "SmolLM2-135M-Instruct.Q4_1"."""
     engine: _builtins.str
@@ -371,6 +658,8 @@ class Model(_message.Message):
     own. A text that begins as the template does is read unchanged; see `GenerationRequest.text`. Later versions may add
     values; treat an unknown value as "raw".
     """
+    exact_seeds: _builtins.bool
+    """Whether samples of a request with a seed are exactly repeatable; see `GenerationRequest.seed`."""
     @_builtins.property
     def limits(self) -> Global___Limits:
         """The limits of a request."""
@@ -378,6 +667,12 @@ class Model(_message.Message):
     @_builtins.property
     def defaults(self) -> Global___Defaults:
         """The values of unset fields."""
+
+    @_builtins.property
+    def supported_fields(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The fields of GenerationRequest that this server supports, by name. A request with any other field is refused. Empty if the
+        server is older than this field: it then supports the fields 1 to 11, and ignores others.
+        """
 
     def __init__(
         self,
@@ -389,10 +684,12 @@ class Model(_message.Message):
         defaults: Global___Defaults | None = ...,
         penalizes_prompt: _builtins.bool = ...,
         prompt_format: _builtins.str = ...,
+        supported_fields: _abc.Iterable[_builtins.str] | None = ...,
+        exact_seeds: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["defaults", b"defaults", "limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_tokens", b"context_tokens", "defaults", b"defaults", "engine", b"engine", "limits", b"limits", "name", b"name", "penalizes_prompt", b"penalizes_prompt", "prompt_format", b"prompt_format"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_tokens", b"context_tokens", "defaults", b"defaults", "engine", b"engine", "exact_seeds", b"exact_seeds", "limits", b"limits", "name", b"name", "penalizes_prompt", b"penalizes_prompt", "prompt_format", b"prompt_format", "supported_fields", b"supported_fields"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -409,6 +706,11 @@ class Limits(_message.Message):
     MAX_EOS_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     MAX_STOP_SEQUENCES_FIELD_NUMBER: _builtins.int
     MAX_STOP_BYTES_FIELD_NUMBER: _builtins.int
+    MAX_MESSAGES_FIELD_NUMBER: _builtins.int
+    MAX_LOGIT_BIAS_FIELD_NUMBER: _builtins.int
+    MAX_CONSTRAINT_BYTES_FIELD_NUMBER: _builtins.int
+    MAX_CHOICES_FIELD_NUMBER: _builtins.int
+    MAX_LOGPROBS_FIELD_NUMBER: _builtins.int
     max_text_bytes: _builtins.int
     """The maximum length of `text`, in bytes of UTF-8."""
     max_num_samples: _builtins.int
@@ -419,6 +721,16 @@ class Limits(_message.Message):
     """The maximum number of stop sequences in a request."""
     max_stop_bytes: _builtins.int
     """The maximum length of a stop sequence, in bytes of UTF-8."""
+    max_messages: _builtins.int
+    """The maximum number of messages in a request."""
+    max_logit_bias: _builtins.int
+    """The maximum number of token ids in logit_bias."""
+    max_constraint_bytes: _builtins.int
+    """The maximum length of a constraint, in bytes of UTF-8."""
+    max_choices: _builtins.int
+    """The maximum number of choices."""
+    max_logprobs: _builtins.int
+    """The maximum of logprobs."""
     def __init__(
         self,
         *,
@@ -427,10 +739,15 @@ class Limits(_message.Message):
         max_eos_token_ids: _builtins.int = ...,
         max_stop_sequences: _builtins.int = ...,
         max_stop_bytes: _builtins.int = ...,
+        max_messages: _builtins.int = ...,
+        max_logit_bias: _builtins.int = ...,
+        max_constraint_bytes: _builtins.int = ...,
+        max_choices: _builtins.int = ...,
+        max_logprobs: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_eos_token_ids", b"max_eos_token_ids", "max_num_samples", b"max_num_samples", "max_stop_bytes", b"max_stop_bytes", "max_stop_sequences", b"max_stop_sequences", "max_text_bytes", b"max_text_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_choices", b"max_choices", "max_constraint_bytes", b"max_constraint_bytes", "max_eos_token_ids", b"max_eos_token_ids", "max_logit_bias", b"max_logit_bias", "max_logprobs", b"max_logprobs", "max_messages", b"max_messages", "max_num_samples", b"max_num_samples", "max_stop_bytes", b"max_stop_bytes", "max_stop_sequences", b"max_stop_sequences", "max_text_bytes", b"max_text_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -446,6 +763,7 @@ class Defaults(_message.Message):
     TEMPERATURE_FIELD_NUMBER: _builtins.int
     TOP_K_FIELD_NUMBER: _builtins.int
     TOP_P_FIELD_NUMBER: _builtins.int
+    REPETITION_PENALTY_FIELD_NUMBER: _builtins.int
     num_samples: _builtins.int
     """The default of num_samples."""
     temperature: _builtins.float
@@ -454,6 +772,8 @@ class Defaults(_message.Message):
     """The default of top_k."""
     top_p: _builtins.float
     """The default of top_p."""
+    repetition_penalty: _builtins.float
+    """The default of repetition_penalty."""
     def __init__(
         self,
         *,
@@ -461,10 +781,11 @@ class Defaults(_message.Message):
         temperature: _builtins.float = ...,
         top_k: _builtins.int = ...,
         top_p: _builtins.float = ...,
+        repetition_penalty: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_samples", b"num_samples", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_samples", b"num_samples", "repetition_penalty", b"repetition_penalty", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -522,3 +843,85 @@ class Stats(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Stats: _TypeAlias = Stats  # noqa: Y015
+
+@_typing.final
+class TokenizeRequest(_message.Message):
+    """A prompt whose tokens are asked for: exactly one of text and messages."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXT_FIELD_NUMBER: _builtins.int
+    MESSAGES_FIELD_NUMBER: _builtins.int
+    text: _builtins.str
+    """The prompt as a text; see `GenerationRequest.text`."""
+    @_builtins.property
+    def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Message]:
+        """The prompt as a conversation; see `GenerationRequest.messages`."""
+
+    def __init__(
+        self,
+        *,
+        text: _builtins.str = ...,
+        messages: _abc.Iterable[Global___Message] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["messages", b"messages", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenizeRequest: _TypeAlias = TokenizeRequest  # noqa: Y015
+
+@_typing.final
+class TokenizeResponse(_message.Message):
+    """The tokens of a prompt."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    prompt_tokens: _builtins.int
+    """How many tokens the prompt has; `prompt_tokens` of a generation with this prompt."""
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___PromptToken]:
+        """The tokens, in order. Their ids, as `GenerationRequest.prompt_token_ids`, are the same prompt."""
+
+    def __init__(
+        self,
+        *,
+        prompt_tokens: _builtins.int = ...,
+        tokens: _abc.Iterable[Global___PromptToken] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["prompt_tokens", b"prompt_tokens", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenizeResponse: _TypeAlias = TokenizeResponse  # noqa: Y015
+
+@_typing.final
+class PromptToken(_message.Message):
+    """A token of a prompt."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    id: _builtins.int
+    """The id of the token in the model's vocabulary."""
+    text: _builtins.bytes
+    """The bytes of the token. Some tokenizers add a space to the beginning of a text, which is part of its first token here."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.int = ...,
+        text: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PromptToken: _TypeAlias = PromptToken  # noqa: Y015

@@ -43,6 +43,8 @@ class GenerationServiceStub(object):
     6. The initial metadata of the response have `x-request-id`.
     7. A call whose reader is slow holds no more than the text of its samples. The deployment decides what happens then:
     the engine waits for the reader, if it can, or the call ends.
+    8. No field is ignored. A field that the server does not know, or that its engine does not support, ends the call with
+    INVALID_ARGUMENT. `Model.supported_fields` names the fields that the server supports.
     """
 
     def __init__(self, channel):
@@ -76,6 +78,11 @@ class GenerationServiceStub(object):
                 request_serializer=flywheel_dot_v1_dot_generation__pb2.GetStatsRequest.SerializeToString,
                 response_deserializer=flywheel_dot_v1_dot_generation__pb2.Stats.FromString,
                 _registered_method=True)
+        self.Tokenize = channel.unary_unary(
+                '/flywheel.v1.GenerationService/Tokenize',
+                request_serializer=flywheel_dot_v1_dot_generation__pb2.TokenizeRequest.SerializeToString,
+                response_deserializer=flywheel_dot_v1_dot_generation__pb2.TokenizeResponse.FromString,
+                _registered_method=True)
 
 
 class GenerationServiceServicer(object):
@@ -96,6 +103,8 @@ class GenerationServiceServicer(object):
     6. The initial metadata of the response have `x-request-id`.
     7. A call whose reader is slow holds no more than the text of its samples. The deployment decides what happens then:
     the engine waits for the reader, if it can, or the call ends.
+    8. No field is ignored. A field that the server does not know, or that its engine does not support, ends the call with
+    INVALID_ARGUMENT. `Model.supported_fields` names the fields that the server supports.
     """
 
     def Generate(self, request, context):
@@ -135,6 +144,15 @@ class GenerationServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Tokenize(self, request, context):
+        """Returns the tokens of a prompt, as a generation with this prompt reads them. Generates nothing. The tokens count against
+        the quota of the caller, like the prompt of a generation. Fails with INVALID_ARGUMENT if the prompt leaves no room for a
+        single generated token in the model's context. Fails with UNIMPLEMENTED if the engine cannot tokenize by itself.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_GenerationServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -163,6 +181,11 @@ def add_GenerationServiceServicer_to_server(servicer, server):
                     request_deserializer=flywheel_dot_v1_dot_generation__pb2.GetStatsRequest.FromString,
                     response_serializer=flywheel_dot_v1_dot_generation__pb2.Stats.SerializeToString,
             ),
+            'Tokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Tokenize,
+                    request_deserializer=flywheel_dot_v1_dot_generation__pb2.TokenizeRequest.FromString,
+                    response_serializer=flywheel_dot_v1_dot_generation__pb2.TokenizeResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'flywheel.v1.GenerationService', rpc_method_handlers)
@@ -189,6 +212,8 @@ class GenerationService(object):
     6. The initial metadata of the response have `x-request-id`.
     7. A call whose reader is slow holds no more than the text of its samples. The deployment decides what happens then:
     the engine waits for the reader, if it can, or the call ends.
+    8. No field is ignored. A field that the server does not know, or that its engine does not support, ends the call with
+    INVALID_ARGUMENT. `Model.supported_fields` names the fields that the server supports.
     """
 
     @staticmethod
@@ -316,6 +341,33 @@ class GenerationService(object):
             '/flywheel.v1.GenerationService/GetStats',
             flywheel_dot_v1_dot_generation__pb2.GetStatsRequest.SerializeToString,
             flywheel_dot_v1_dot_generation__pb2.Stats.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Tokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/flywheel.v1.GenerationService/Tokenize',
+            flywheel_dot_v1_dot_generation__pb2.TokenizeRequest.SerializeToString,
+            flywheel_dot_v1_dot_generation__pb2.TokenizeResponse.FromString,
             options,
             channel_credentials,
             insecure,

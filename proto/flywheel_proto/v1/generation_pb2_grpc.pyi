@@ -22,8 +22,10 @@ domain of every ErrorInfo is `flywheel.v1`.
   INVALID_ARGUMENT    One or more fields are out of range: BadRequest with every violation at once. Prompt and max_tokens
                       together exceed the model's context: BadRequest with both numbers; the number of prompt tokens
                       follows "at least" if the server could stop counting early. The engine does not support a field:
-                      BadRequest and ErrorInfo `UNSUPPORTED_FIELD`. The bytes are not a valid message: ErrorInfo
-                      `MALFORMED_REQUEST`. The same call fails again.
+                      BadRequest and ErrorInfo `UNSUPPORTED_FIELD`. The request has a field that this server does not
+                      know, because the caller's contract is newer: BadRequest and ErrorInfo `UNKNOWN_FIELD` with the
+                      number of the field. The bytes are not a valid message: ErrorInfo `MALFORMED_REQUEST`. The same
+                      call fails again.
   RESOURCE_EXHAUSTED  The server is full: RetryInfo and ErrorInfo `OVERLOADED`. A quota of the caller is used up:
                       QuotaFailure, ErrorInfo `QUOTA_EXCEEDED`, and RetryInfo unless the call alone exceeds the quota. The
                       caller reads the stream too slowly: ErrorInfo `SLOW_READER`. The request exceeds the size limit
@@ -44,6 +46,8 @@ domain of every ErrorInfo is `flywheel.v1`.
   FAILED_PRECONDITION The engine is missing at the place that the server's settings name, or refuses the server: ErrorInfo
                       `ENGINE_NOT_SET_UP`. Its metadata has what the server looked for, and the `setting` to check.
                       Try again only after the deployment was changed.
+  UNIMPLEMENTED       The engine does not support the method: ErrorInfo `UNSUPPORTED_METHOD`. The server does not have the
+                      method: no details.
   UNAVAILABLE         The engine is starting or cannot be reached, or the server is stopping: RetryInfo and ErrorInfo
                       `ENGINE_UNAVAILABLE`. The server has run out of file descriptors, memory, threads or disk space:
                       RetryInfo and ErrorInfo `OUT_OF_RESOURCES`. There is no server: no details.
@@ -100,6 +104,8 @@ class GenerationServiceStub:
       6. The initial metadata of the response have `x-request-id`.
       7. A call whose reader is slow holds no more than the text of its samples. The deployment decides what happens then:
          the engine waits for the reader, if it can, or the call ends.
+      8. No field is ignored. A field that the server does not know, or that its engine does not support, ends the call with
+         INVALID_ARGUMENT. `Model.supported_fields` names the fields that the server supports.
     """
 
     @_typing.overload
@@ -120,6 +126,11 @@ class GenerationServiceStub:
     """
     GetStats: _grpc.UnaryUnaryMultiCallable[_generation_pb2.GetStatsRequest, _generation_pb2.Stats]
     """Returns how busy the service is at this moment."""
+    Tokenize: _grpc.UnaryUnaryMultiCallable[_generation_pb2.TokenizeRequest, _generation_pb2.TokenizeResponse]
+    """Returns the tokens of a prompt, as a generation with this prompt reads them. Generates nothing. The tokens count against
+    the quota of the caller, like the prompt of a generation. Fails with INVALID_ARGUMENT if the prompt leaves no room for a
+    single generated token in the model's context. Fails with UNIMPLEMENTED if the engine cannot tokenize by itself.
+    """
 
 @_typing.type_check_only
 class GenerationServiceAsyncStub(GenerationServiceStub):
@@ -140,6 +151,8 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
       6. The initial metadata of the response have `x-request-id`.
       7. A call whose reader is slow holds no more than the text of its samples. The deployment decides what happens then:
          the engine waits for the reader, if it can, or the call ends.
+      8. No field is ignored. A field that the server does not know, or that its engine does not support, ends the call with
+         INVALID_ARGUMENT. `Model.supported_fields` names the fields that the server supports.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -157,6 +170,11 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     """
     GetStats: _aio.UnaryUnaryMultiCallable[_generation_pb2.GetStatsRequest, _generation_pb2.Stats]  # type: ignore[assignment]
     """Returns how busy the service is at this moment."""
+    Tokenize: _aio.UnaryUnaryMultiCallable[_generation_pb2.TokenizeRequest, _generation_pb2.TokenizeResponse]  # type: ignore[assignment]
+    """Returns the tokens of a prompt, as a generation with this prompt reads them. Generates nothing. The tokens count against
+    the quota of the caller, like the prompt of a generation. Fails with INVALID_ARGUMENT if the prompt leaves no room for a
+    single generated token in the model's context. Fails with UNIMPLEMENTED if the engine cannot tokenize by itself.
+    """
 
 class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
     """Generates text from a prompt.
@@ -176,6 +194,8 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
       6. The initial metadata of the response have `x-request-id`.
       7. A call whose reader is slow holds no more than the text of its samples. The deployment decides what happens then:
          the engine waits for the reader, if it can, or the call ends.
+      8. No field is ignored. A field that the server does not know, or that its engine does not support, ends the call with
+         INVALID_ARGUMENT. `Model.supported_fields` names the fields that the server supports.
     """
 
     @_abc_1.abstractmethod
@@ -221,5 +241,16 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_generation_pb2.Stats, _abc.Awaitable[_generation_pb2.Stats]]:
         """Returns how busy the service is at this moment."""
+
+    @_abc_1.abstractmethod
+    def Tokenize(
+        self,
+        request: _generation_pb2.TokenizeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_generation_pb2.TokenizeResponse, _abc.Awaitable[_generation_pb2.TokenizeResponse]]:
+        """Returns the tokens of a prompt, as a generation with this prompt reads them. Generates nothing. The tokens count against
+        the quota of the caller, like the prompt of a generation. Fails with INVALID_ARGUMENT if the prompt leaves no room for a
+        single generated token in the model's context. Fails with UNIMPLEMENTED if the engine cannot tokenize by itself.
+        """
 
 def add_GenerationServiceServicer_to_server(servicer: GenerationServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

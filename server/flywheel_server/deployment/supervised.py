@@ -3,7 +3,7 @@
 import asyncio
 import os
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Final, Self, TypeVar
 
@@ -21,6 +21,7 @@ from flywheel_server.engines.base import (
     EngineUnavailableError,
     Event,
     PreparedRequest,
+    PromptToken,
     Sink,
     Started,
 )
@@ -147,6 +148,10 @@ class SupervisedEngine:
         with suppress(TimeoutError):
             async with running_time.timeout(LIVENESS_TIMEOUT):
                 await self._while_up(self._activity.confirmed_alive)
+
+    async def tokenize(self, prepared: PreparedRequest) -> Sequence[PromptToken]:
+        """See `Engine.tokenize`."""
+        return await self._engine.tokenize(prepared)
 
     async def check(self) -> None:
         """See `Engine.check`."""

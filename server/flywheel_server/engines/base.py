@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, Self
 
-from flywheel_server.messages import GenerationRequest, GenerationResponseSample
+from flywheel_server.messages import FLYWHEEL_FIELDS, GenerationRequest, GenerationResponseSample, Token
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +34,14 @@ class Started:
 class TextDelta:
     """Carries the next piece of a sample's text: whole characters, never empty, without the stop sequence that ends the sample.
 
-    `generated_tokens` counts the sample's tokens so far.
+    `generated_tokens` counts the sample's tokens so far. `tokens` are the tokens of the text, if the request asks for them; a
+    token whose text is divided between two deltas comes with the later one.
     """
 
     index: int
     text: str
     generated_tokens: int
+    tokens: Sequence[Token] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +95,9 @@ class EngineModel:
         slots: The number of samples that the engine works on at a time; None if there is no limit.
         shared_context_tokens: Tokens of context that all samples in the engine share; None if each sample has its own context.
         tokenizers: The number of prompts that `prepare` tokenizes at a time; 0 if `prepare` takes no time.
+        supported_fields: The fields of a request that the engine honours. The service refuses all others by name, so the engine
+            never sees them.
+        exact_seeds: Whether a request with a seed gives exactly the same samples each time.
     """
 
     name: str
@@ -103,6 +108,16 @@ class EngineModel:
     slots: int | None = None
     shared_context_tokens: int | None = None
     tokenizers: int = 0
+    supported_fields: frozenset[str] = FLYWHEEL_FIELDS
+    exact_seeds: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PromptToken:
+    """A token of a prompt: its id and its bytes."""
+
+    id: int
+    text: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,8 +217,21 @@ class PromptTooLongError(EngineError):
         )
 
 
+class UnsupportedFieldError(EngineError):
+    """The engine cannot honour a field of this request. `reason` tells the caller why. `further` names more such fields."""
+
+    def __init__(self, field: str, reason: str, further: Sequence[str] = ()) -> None:
+        super().__init__(field, reason, further)
+        self.field = field
+        self.reason = reason
+        self.further = further
+
+    def __str__(self) -> str:
+        return f"{', '.join([self.field, *self.further])}: {self.reason}"
+
+
 class InvalidFieldError(EngineError):
-    """A field of the request does not suit the model. `description` tells the caller what the field must be."""
+    """The engine refuses the value of a field, given by its path. `description` tells the caller what is wrong."""
 
     def __init__(self, field: str, description: str) -> None:
         super().__init__(field, description)
@@ -214,16 +242,8 @@ class InvalidFieldError(EngineError):
         return f"{self.field} {self.description}"
 
 
-class UnsupportedFieldError(EngineError):
-    """The engine cannot honour a field of this request. `reason` tells the caller why."""
-
-    def __init__(self, field: str, reason: str) -> None:
-        super().__init__(field, reason)
-        self.field = field
-        self.reason = reason
-
-    def __str__(self) -> str:
-        return f"{self.field}: {self.reason}"
+class UnsupportedMethodError(EngineError):
+    """The engine does not support a method of the contract, for example `Tokenize`."""
 
 
 class Engine(Protocol):
@@ -264,6 +284,10 @@ class Engine(Protocol):
 
         An engine on other machines may return at once instead, so that a check does not start a machine that nobody needs.
         """
+
+    async def tokenize(self, prepared: PreparedRequest) -> Sequence[PromptToken]:  # noqa: ARG002 - for engines that can
+        """Returns the tokens of a prompt. Raises `UnsupportedMethodError` if the engine cannot tell them."""
+        raise UnsupportedMethodError("Tokenize")
 
     async def stats(self) -> EngineStats:
         """Returns how busy the engine is. Raises `EngineError` if the engine cannot tell."""

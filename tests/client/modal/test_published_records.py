@@ -189,7 +189,7 @@ async def test_each_app_has_its_own(plaintext: Callable[..., Caller], fakes: lis
 OFFSETS = [-3600.0, -600.0, -100.0, -90.0, 0.0, 90.0, 100.0, 600.0, 3600.0]
 
 
-@pytest.mark.parametrize("offset", OFFSETS)
+@pytest.mark.parametrize("offset", [600.0, *further(OFFSETS, but=[600.0])])
 @pytest.mark.parametrize("counts", [True, False])
 async def test_clients_and_gateways_with_other_clocks(
     plaintext: Callable[..., Caller], fakes: list[FakeService], monkeypatch: pytest.MonkeyPatch, offset: float, counts: bool

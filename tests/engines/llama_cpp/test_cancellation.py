@@ -13,6 +13,7 @@ from flywheel_server.engines.scripted import Script, ScriptedEngine
 
 from tests.engines.llama_cpp.conftest import SLOTS, Work
 from tests.serving import Target, connected, drained, serving, through_a_cable, until
+from tests.thorough import further
 
 METHODS = ["Generate", "GenerateDeltas", "GenerateAll"]
 STORY = "<|im_start|>user\nWrite a very long story about a llama.<|im_end|>\n<|im_start|>assistant\n"
@@ -75,7 +76,7 @@ async def becomes_idle(engine: EmbeddedEngine) -> None:
     assert Work.of(engine).steps - before <= 5
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["GenerateDeltas", *further(METHODS, but=["GenerateDeltas"])])
 @pytest.mark.parametrize("ending", [cancelled, disconnected, expired])
 class TestEmbedded:
     async def test_while_it_decodes(

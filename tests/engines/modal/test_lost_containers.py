@@ -14,6 +14,7 @@ from tests.modal_cloud import Container, ModalCloud, scripted
 from tests.modal_cloud.state import Call
 from tests.server.test_errors import details_of
 from tests.serving import drained, serving, until
+from tests.thorough import further
 
 METHODS = ["Generate", "GenerateDeltas", "GenerateAll"]
 SLOW = "slow-to-lose"
@@ -46,7 +47,7 @@ def container_of(call: Call) -> Container:
     return call.container
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [METHODS[1], *further(METHODS, but=METHODS[1:2])])
 async def test_a_container_that_modal_gives_up_is_unavailable(slow: ModalCloud, method: str) -> None:
     slow.reschedules_inputs = False
     try:
@@ -64,7 +65,7 @@ async def test_a_container_that_modal_gives_up_is_unavailable(slow: ModalCloud, 
         slow.reschedules_inputs = True
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [METHODS[1], *further(METHODS, but=METHODS[1:2])])
 async def test_a_container_that_is_preempted_is_unavailable(slow: ModalCloud, method: str) -> None:
     async with serving(scripted.engine(SLOW)) as target:
         await until(none_running, "no call of another test runs in the class")

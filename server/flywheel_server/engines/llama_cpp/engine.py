@@ -36,7 +36,7 @@ from flywheel_server.engines.llama_cpp.model_file import ModelFile, UnusableMode
 from flywheel_server.engines.llama_cpp.progress import Progress
 from flywheel_server.engines.llama_cpp.prompt_queue import PromptQueue
 from flywheel_server.engines.llama_cpp.sample_groups import SampleGroups
-from flywheel_server.engines.llama_cpp.tokenizer import CHUNK_CHARACTERS, StoppedError, Tokenizer, prompt_characters
+from flywheel_server.engines.llama_cpp.tokenizer import CHUNK_CHARACTERS, StoppedError, Tokenizer
 from flywheel_server.engines.samples import FinishedSamplesSink
 from flywheel_server.engines.uninterrupted import wait_until_done
 from flywheel_server.messages import GenerationRequest
@@ -224,7 +224,7 @@ class EmbeddedEngine(Engine):
         try:
             return self._tokenizer.tokens(request, is_stopped)
         finally:
-            if prompt_characters(request) > CHUNK_CHARACTERS:
+            if request.prompt_bytes > CHUNK_CHARACTERS:
                 heap.release_freed()
 
     async def generate(self, prepared: PreparedRequest, sink: Sink) -> None:

@@ -65,7 +65,7 @@ class Tokenizer:
         Passes a short prompt, for which `tokens` raises the error with the exact number of tokens.
         """
         longest = self._vocabulary.max_token_bytes
-        if longest is None or prompt_characters(request) <= CHUNK_CHARACTERS or self._truncates_to_fit(request):
+        if longest is None or request.prompt_bytes <= CHUNK_CHARACTERS or self._truncates_to_fit(request):
             return
         texts = [message.content for message in request.messages] or [request.text]
         # A chat template may drop the spaces at both ends.
@@ -226,11 +226,6 @@ class Tokenizer:
             yield fragment.text[start : cut.start()]
             start = cut.start()
         yield fragment.text[start:]
-
-
-def prompt_characters(request: GenerationRequest) -> int:
-    """Returns the number of characters that callers have sent as the prompt."""
-    return len(request.text) + sum(len(message.content) for message in request.messages)
 
 
 def _added_tokens(llama: Llama) -> tuple[list[int], list[int]]:

@@ -15,7 +15,7 @@ from typing import Any, Final, Self
 from modal.config import config
 from pydantic import ValidationError
 
-from flywheel_server.engines.base import EngineFailedError, EngineModel, EngineStats, PreparedRequest, Sink, Started
+from flywheel_server.engines.base import Engine, EngineFailedError, EngineModel, EngineStats, PreparedRequest, Sink, Started
 from flywheel_server.engines.modal.cancellations import Cancellations
 from flywheel_server.engines.modal.errors import Target, as_engine_errors
 from flywheel_server.engines.modal.inbox import Inbox
@@ -33,7 +33,7 @@ STOP_GRACE: Final = 6.0
 """Seconds for which the engine, when it stops, waits for the cancels of its calls."""
 
 
-class FlywheelEngine:
+class FlywheelEngine(Engine):
     """Calls a class on Modal.
 
     Arguments:
