@@ -236,7 +236,7 @@ class EmbeddedEngine(Engine):
         try:
             return self._tokenizer.tokens(request, is_stopped)
         finally:
-            if len(request.text) > CHUNK_CHARACTERS:
+            if request.prompt_bytes > CHUNK_CHARACTERS:
                 heap.release_freed()
 
     async def generate(self, prepared: PreparedRequest, sink: Sink) -> None:
