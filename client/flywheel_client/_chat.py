@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from flywheel_client import _terminal as terminal
 from flywheel_client._client_sync import Client
+from flywheel_client._commands import advice
 from flywheel_client._errors import CallCancelledError, FlywheelError
 from flywheel_client._generate import Generator, ResultWrapper, generator, print_text
 from flywheel_client._prompt import MAX_PROMPT_BYTES
@@ -62,6 +63,7 @@ class Conversation:
         self._answer = ""
         self._stream: Any = None
         self._stopped = False
+        self._stopped_at_line_start = False
 
     def answer(self, text: str) -> None:
         """Prints the answer to a message."""
@@ -75,17 +77,23 @@ class Conversation:
         except (FlywheelError, KeyboardInterrupt) as error:
             if not self.goes_on:
                 raise
-            self._output.end_line()
-            if self._stopped and isinstance(error, CallCancelledError | KeyboardInterrupt):
-                terminal.show_aside(["stopped"])
-            elif isinstance(error, FlywheelError):
-                terminal.show_error(terminal.describe(error, ""))
+            self._report(error)
         finally:
             self._stream = None
             signal.signal(signal.SIGINT, before)
             self._output.end_line()
         if self._answer:
             self._messages = [*messages, Message("assistant", self._answer)]
+
+    def _report(self, error: FlywheelError | KeyboardInterrupt) -> None:
+        """Tells the user why the answer has ended early."""
+        self._output.end_line()
+        if isinstance(error, FlywheelError) and not (self._stopped and isinstance(error, CallCancelledError)):
+            terminal.show_error(terminal.describe(error, advice(error, self._generating.server)))
+            return
+        if self._stopped_at_line_start:
+            sys.stderr.write("\n")  # the terminal has written ^C
+        terminal.show_aside(["stopped"])
 
     def _show(self, watched: ResultWrapper, client: Client, fields: dict[str, Any]) -> None:
         def recorded(stream: Iterable[Any]) -> Iterator[Any]:
@@ -102,7 +110,7 @@ class Conversation:
 
     def _stop(self, _number: int, _frame: FrameType | None) -> None:
         """Stops the answer: cancels its stream, so that no write is interrupted; raises only if there is no stream."""
-        self._stopped = True
+        self._stopped, self._stopped_at_line_start = True, not self._output.line_is_open
         stream, self._stream = self._stream, None
         if stream is None:
             raise KeyboardInterrupt

@@ -64,7 +64,7 @@ def exit_codes(server: "Server | None" = None) -> Iterator[None]:
         raise_on_interrupt()
         yield
     except FlywheelError as error:
-        terminal.show_error(terminal.describe(error, _advice(error, server) if server else ""))
+        terminal.show_error(terminal.describe(error, advice(error, server) if server else ""))
         raise Exit(EXIT_USAGE if isinstance(error, InvalidArgumentError) else EXIT_FAILURE) from None
     except (TypeError, ValueError) as error:
         terminal.show_error(str(error))
@@ -163,7 +163,7 @@ def endpoints(app: str, environment: str | None, cacert: Path | None, *, first: 
         terminal.show_aside([f"no answer within {PROBE_TIMEOUT:g} s from {which}"])
 
 
-def _advice(error: FlywheelError, server: "Server") -> str:
+def advice(error: FlywheelError, server: "Server") -> str:
     """Returns advice for the user about an error of a call; empty if the error itself says enough."""
     if isinstance(error, DeadlineExceededError) and not error.reason and error.request_id and not was_begun(error):
         return f"{server.name} has not answered. It may be loading its model, or something on the way drops its packets."

@@ -31,7 +31,7 @@ class Generator:
     """Makes generations with one server, for `generate`. Waits while the server answers that its engine is not ready."""
 
     def __init__(self, server: "Server", client: Client, observer: Client, timeout: float | None) -> None:
-        self._server = server
+        self.server = server
         self._client = client
         self._observer = observer
         self._timeout = timeout
@@ -39,7 +39,7 @@ class Generator:
 
     def run(self, show: Show, fields: dict[str, Any]) -> None:
         """Makes one generation and shows it; raises `ValueError` if the server would ignore a field."""
-        ready = ReadyServer(self._observer, self._server.name, self._timeout, wait_for_ready=self._server.wait_for_ready)
+        ready = ReadyServer(self._observer, self.server.name, self._timeout, wait_for_ready=self.server.wait_for_ready)
         if not self._supports_newer_fields and (newer := newer_fields(fields)):
             ready.call(lambda seconds: self._require_newer_server(newer, ready.noting_silence, seconds))
         ready.call(lambda seconds: show(ready.noting_silence, self._client, fields | {"timeout": seconds}))
@@ -49,7 +49,7 @@ class Generator:
         (model,) = watched(self._client.model(timeout=seconds) for _ in range(1))
         if not model.supported_fields:
             options = ", ".join(map(option_for, newer))
-            raise ValueError(f"{self._server.name} is too old to know {options}, and would ignore it")
+            raise ValueError(f"{self.server.name} is too old to know {options}, and would ignore it")
         self._supports_newer_fields = True
 
 

@@ -27,18 +27,18 @@ class Output:
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self.is_terminal = stream.isatty()
-        self._line_is_open = False
+        self.line_is_open = False
 
     def write(self, text: str) -> None:
         """Writes text of a model."""
         if text:
             self._stream.write(text)
             self._stream.flush()
-            self._line_is_open = not text.endswith("\n")
+            self.line_is_open = not text.endswith("\n")
 
     def end_line(self) -> None:
         """Begins a new line, unless the current line is empty."""
-        if self._line_is_open:
+        if self.line_is_open:
             self.write("\n")
 
     def heading(self, text: str) -> None:

@@ -3,7 +3,7 @@
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent import futures
 from contextlib import AsyncExitStack, ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -58,6 +58,7 @@ class FakeService(generation_pb2_grpc.GenerationServiceServicer):
     deltas: list[generation_pb2.GenerationDelta] = field(default_factory=lambda: [delta("ab"), delta("c", 0, 2, "stop")])
     samples: list[generation_pb2.GenerationResponseSample] = field(default_factory=lambda: [sample("abc")])
     model_name: str = "SmolLM2-135M"
+    supported_fields: Sequence[str] = tuple(generation_pb2.GenerationRequest.DESCRIPTOR.fields_by_name)
     holds: bool = False
     """Whether a generation waits, before it sends its initial metadata, until it is cancelled."""
     hangs: bool = False
@@ -138,6 +139,7 @@ class FakeService(generation_pb2_grpc.GenerationServiceServicer):
             defaults=generation_pb2.Defaults(num_samples=1, temperature=1.0, top_k=50, top_p=1.0),
             penalizes_prompt=True,
             prompt_format="chat",
+            supported_fields=self.supported_fields,
         )
 
     def GetStats(self, request: generation_pb2.GetStatsRequest, context: grpc.ServicerContext) -> generation_pb2.Stats:

@@ -198,7 +198,9 @@ async def test_a_prompt_is_tokenized(caller: Callable[..., Caller], fake: FakeSe
         await one.ask(one.client.tokenize, "p", timeout=1)
 
 
-def test_an_older_server_can_be_told(client: Client) -> None:
+def test_an_older_server_can_be_told(fake: FakeService, client: Client) -> None:
+    assert "json_schema" in client.model().supported_fields
+    fake.supported_fields = ()
     model = client.model()
     assert (model.supported_fields, model.exact_seeds) == ((), False)
     assert {name: value for name, value in dataclasses.asdict(model.limits).items() if not value} == dict.fromkeys(
