@@ -2,8 +2,11 @@
 
 import json
 import math
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Any, Final
+from unicodedata import east_asian_width
 
 from flywheel_client._results import LikelyToken, PromptToken, Sample, Token
 
@@ -29,7 +32,7 @@ def token_table(tokens: Sequence[Token], columns: int | None) -> Iterator[str]:
     width = max((len(name) for _, _, name, _ in rows), default=0)
     for logprob, percent, name, likeliest in (HEADINGS, *rows):
         line = f"{logprob:>8}  {percent:>11}  {name:{width}}  {likeliest}".rstrip()
-        yield line if columns is None or len(line) <= columns else f"{line[: columns - 1]}…"
+        yield line if columns is None else _cut(line, columns)
 
 
 def token_json(token: Token | LikelyToken | PromptToken) -> dict[str, Any]:
@@ -55,6 +58,14 @@ def _name(token: Token | LikelyToken) -> str:
 
 def _likely(token: LikelyToken) -> str:
     return f"{_name(token)} {_percent(token.logprob)}"
+
+
+def _cut(line: str, columns: int) -> str:
+    """Returns the line, or its beginning and an ellipsis if it is too long for so many columns of a terminal."""
+    widths = [2 if east_asian_width(character) in {"W", "F"} else 1 for character in line]
+    if sum(widths) <= columns:
+        return line
+    return line[: bisect_right(list(accumulate(widths)), columns - 1)] + "…"
 
 
 def _percent(logprob: float) -> str:

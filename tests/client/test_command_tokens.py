@@ -102,6 +102,7 @@ def test_json_has_all_of_the_tokens(fake: FakeService) -> None:
 def test_the_text_of_a_token_cannot_pose_as_another_line() -> None:
     token = Token(1, b'a\nb"\\\x1b', -1.0, (LikelyToken(2, "\u2028".encode(), 0.5),))
     _, line = token_table([token], None)
+    assert [*token_table([Token(1, "日本".encode(), -1.0)], 28)][1] == '  -1.000        36.8%  "日…'
     assert line == '  -1.000        36.8%  "a\\nb\\"\\\\\\u001b"  "\u2028" 100.0%'
 
 
