@@ -145,13 +145,25 @@ def test_arguments_are_utf_8_whatever_the_locale(fake: FakeService) -> None:
         (["p", "--wat"], b"", b"--wat"),
         (["p", "--timeout", "0"], b"", b"--timeout"),
         (["p", "--logit-bias", "5"], b"", b"'--logit-bias': '5' is not the id of a token and a bias"),
-        (["p", "--logit-bias", "5=1", "--logit-bias", "5=2"], b"", b"'--logit-bias': the id 5 has two biases"),
-        (["p", "--json-schema", "/absent"], b"", b"'--json-schema': File '/absent' does not exist."),
-        (["p", "--json-schema", sys.executable], b"", b"--json-schema must be a file in UTF-8"),
+        pytest.param(
+            ["p", "--logit-bias", "5=1", "--logit-bias", "5=2"],
+            b"",
+            b"'--logit-bias': the id 5 has two biases",
+            marks=pytest.mark.thorough,
+        ),
+        pytest.param(
+            ["p", "--json-schema", "/absent"],
+            b"",
+            b"'--json-schema': File '/absent' does not exist.",
+            marks=pytest.mark.thorough,
+        ),
+        pytest.param(
+            ["p", "--json-schema", sys.executable], b"", b"--json-schema must be a file in UTF-8", marks=pytest.mark.thorough
+        ),
         (["p", "--regex", "a", "--choice", "a"], b"", b"give only one of --choice and --regex"),
-        (["p", "--seed", "-9999999999"], b"", b"seed"),
+        pytest.param(["p", "--seed", "-9999999999"], b"", b"seed", marks=pytest.mark.thorough),
         (["--chat", "--json"], b"", b"give --chat or --json, not both"),
-        (["--chat", "-n", "2"], b"", b"give --chat or --samples, not both"),
+        pytest.param(["--chat", "-n", "2"], b"", b"give --chat or --samples, not both", marks=pytest.mark.thorough),
     ],
 )
 def test_wrong_usage(fake: FakeService, arguments: list[str], stdin: bytes, message: bytes) -> None:
