@@ -338,7 +338,7 @@ def _merged(deltas: Sequence[TextDelta]) -> TextDelta:
     """Returns one delta for successive deltas of a sample."""
     last = deltas[-1]
     text = "".join([delta.text for delta in deltas])
-    return TextDelta(last.index, text, last.generated_tokens, [token for delta in deltas for token in delta.tokens])
+    return TextDelta(last.index, text, last.generated_tokens, tuple(token for delta in deltas for token in delta.tokens))
 
 
 def _split(events: Sequence[AnyEvent]) -> list[list[AnyEvent]]:
