@@ -214,6 +214,18 @@ class UnsupportedFieldError(EngineError):
         return f"{self.field}: {self.reason}"
 
 
+class InvalidFieldError(EngineError):
+    """The engine refuses the value of a field. `description` tells the caller what is wrong."""
+
+    def __init__(self, field: str, description: str) -> None:
+        super().__init__(field, description)
+        self.field = field
+        self.description = description
+
+    def __str__(self) -> str:
+        return f"{self.field} {self.description}"
+
+
 class Engine(Protocol):
     """The methods that the service needs of an engine. An engine runs from `__aenter__` to `__aexit__`, on one event loop.
 
