@@ -1,5 +1,10 @@
 """What is wrong with a constraint, and where."""
 
+from typing import Final
+
+MAX_DESCRIPTION_CHARACTERS: Final = 300
+"""Maximum length of a description, because it may quote long names and expressions of the caller."""
+
 
 class ConstraintProblemError(ValueError):
     """A constraint that cannot be enforced.
@@ -15,4 +20,9 @@ class ConstraintProblemError(ValueError):
         self.pointer = pointer
 
     def __str__(self) -> str:
-        return f"{self.pointer}: {self.problem}" if self.pointer else self.problem
+        described = f"{self.pointer}: {self.problem}" if self.pointer else self.problem
+        printable = "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in described)
+        if len(printable) <= MAX_DESCRIPTION_CHARACTERS:
+            return printable
+        half = MAX_DESCRIPTION_CHARACTERS // 2
+        return f"{printable[:half]} … {printable[-half:]}"

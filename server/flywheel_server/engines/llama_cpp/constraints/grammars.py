@@ -16,6 +16,7 @@ from flywheel_server.engines.base import InvalidFieldError
 from flywheel_server.engines.llama_cpp.constraints.constraint_problem import ConstraintProblemError
 from flywheel_server.engines.llama_cpp.constraints.json_schema import Schema, SchemaReader
 from flywheel_server.engines.llama_cpp.constraints.json_values import read_object
+from flywheel_server.engines.llama_cpp.constraints.probe import has_few_states, is_affordable
 from flywheel_server.engines.llama_cpp.constraints.regexes import lark_regex
 
 MAX_CONSTRAINT_BYTES: Final = 65_536
@@ -32,6 +33,17 @@ MAX_LEXER_FUEL: Final = 50_000
 
 MAX_LOCATING_CHECKS: Final = 50
 """How many schemas are checked one by one to find the one that LLGuidance refuses."""
+
+TRIAL_STEPS: Final = 128
+"""Tokens of the trials of regular expressions that may have many states, all trials for a request together."""
+
+PARSER_TRIAL_STEPS: Final = 16
+"""Tokens of the trial of a whole schema."""
+
+MAX_LARGE_PATTERNS: Final = 4
+"""Maximum number of regular expressions in a schema that may have many states."""
+
+TOO_COSTLY: Final = "takes too much work: use fewer or simpler alternatives, and smaller counts"
 
 PREFIX: Final = "%llguidance {}\nstart: "
 """Tells llama.cpp to give the grammar to LLGuidance."""
@@ -58,13 +70,28 @@ def _schema_grammar(text: str) -> str:
     reader = SchemaReader()
     root = reader.read(read_object(text))
     grammar = _json_grammar(root, reader.definitions)
-    if _problem(grammar) is None:
-        return grammar
-    # A schema comes after the schemas within it, so the first one that fails is the one to name.
-    for pointer, schema in list(reader.schemas.items())[:MAX_LOCATING_CHECKS]:
-        if schema is not False and (problem := _problem(_json_grammar(schema, reader.definitions))):
-            raise ConstraintProblemError(problem, pointer)
-    raise ConstraintProblemError(_problem(grammar) or "")
+    if problem := _problem(grammar):
+        # A schema comes after the schemas within it, so the first one that fails is the one to name.
+        for pointer, schema in list(reader.schemas.items())[:MAX_LOCATING_CHECKS]:
+            if schema is not False and (its_problem := _problem(_json_grammar(schema, reader.definitions))):
+                raise ConstraintProblemError(its_problem, pointer)
+        raise ConstraintProblemError(problem)
+    _check_texts(reader.texts)
+    if not is_affordable(grammar, PARSER_TRIAL_STEPS):
+        raise ConstraintProblemError(TOO_COSTLY)
+    return grammar
+
+
+def _check_texts(texts: dict[str, dict[str, Any]]) -> None:
+    """Raises `ConstraintProblemError` if a pattern has too many states, or too many patterns have many."""
+    large = {
+        pointer: text
+        for pointer, text in texts.items()
+        if text.keys() != {"type", "pattern"} or not has_few_states(text["pattern"])
+    }
+    for number, (pointer, text) in enumerate(large.items()):
+        if number == MAX_LARGE_PATTERNS or not is_affordable(_json_grammar(text, {}), TRIAL_STEPS // len(large)):
+            raise ConstraintProblemError(TOO_COSTLY, pointer)
 
 
 def _json_grammar(schema: Schema, definitions: dict[str, Schema]) -> str:
@@ -80,6 +107,8 @@ def _regex_grammar(regex: str) -> str:
     grammar = f"{PREFIX}{lark_regex(regex)}"
     if problem := _problem(grammar):
         raise ConstraintProblemError(problem)
+    if not has_few_states(regex) and not is_affordable(grammar, TRIAL_STEPS):
+        raise ConstraintProblemError(TOO_COSTLY)
     return grammar
 
 
@@ -94,7 +123,7 @@ def _choices_grammar(choices: Sequence[str]) -> str:
     # The name of a terminal is in capitals. LLGuidance handles the texts of a terminal as one regular expression.
     grammar = f"{PREFIX}TEXT\nTEXT: {' | '.join(json.dumps(text) for text in choices)}"
     if problem := _problem(grammar):
-        raise InvalidFieldError("choices", problem)
+        raise InvalidFieldError("choices", str(ConstraintProblemError(problem)))
     return grammar
 
 
@@ -114,8 +143,8 @@ def _problem(grammar: str) -> str | None:
     if not message:
         return None
     if "limit" in message or "fuel" in message or "too many expressions" in message:
-        return "is too costly"
-    # The first line, or the one that says what a regular expression has wrong; after it come pieces of the grammar.
+        return TOO_COSTLY
+    # The first line, or the one that says what a regular expression has wrong. Pieces of the grammar come before and after it.
     lines = message.splitlines()
     line = next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), lines[0])
-    return line.partition("failed to compile JSON schema: ")[2] or re.sub(r"^at \d+\(\d+\): ", "", line)
+    return re.sub(r'^at \d+\(\d+\): |failed to compile JSON schema: |invalid regex ".*" \(in regex\): ', "", line)

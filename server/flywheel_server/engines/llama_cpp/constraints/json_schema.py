@@ -42,11 +42,13 @@ class SchemaReader:
     Attributes:
         schemas: Each schema that has been read and rewritten, by its JSON pointer. A schema comes after the schemas within it.
         definitions: The rewritten schemas to which a `$ref` points, by their names in the rewritten `$defs`.
+        texts: The rewritten schemas of texts that have a pattern, or a length and a format, by the pointers of these keywords.
     """
 
     def __init__(self) -> None:
         self.schemas: dict[str, Schema] = {}
         self.definitions: dict[str, Schema] = {}
+        self.texts: dict[str, dict[str, Any]] = {}
         self._counts: Counter[str] = Counter()
         self._refs: list[tuple[dict[str, Any], str, str]] = []  # each rewritten schema with its pointer and its target's
         self._in_place: dict[str, list[str]] = {}
@@ -69,12 +71,23 @@ class SchemaReader:
             schema["$ref"] = f"#/$defs/{name}"
             self._in_place.setdefault(pointer, []).append(target)
         self.definitions = {name: self.schemas[target] for target, name in names.items()}
+        self._check_alternatives()
+
+    def _check_alternatives(self) -> None:
+        """Checks the schemas that apply to one value: a schema, and all schemas of its `anyOf`, `oneOf`, `allOf` and `$ref`."""
         try:
-            TopologicalSorter(self._in_place).prepare()
+            order = tuple(TopologicalSorter(self._in_place).static_order())
         except CycleError as error:
-            raise ConstraintProblemError(
-                "refers to itself without an item or a property in between", error.args[1][0]
-            ) from None
+            problem = "refers to itself without an item or a property in between"
+            raise ConstraintProblemError(problem, error.args[1][0]) from None
+        patterns: Counter[str] = Counter()
+        for pointer in order:
+            schema = self.schemas[pointer]
+            patterns[pointer] = isinstance(schema, dict) and "pattern" in schema
+            patterns[pointer] += sum(patterns[each] for each in self._in_place.get(pointer, ()))
+            if patterns[pointer] > 1:
+                # LLGuidance looks for all of them at once, which can take as many states as they have multiplied.
+                raise ConstraintProblemError("has more than one pattern for the same text", pointer)
 
     def _count(self, kind: str, added: int, pointer: str) -> None:
         self._counts[kind] += added
@@ -190,6 +203,11 @@ class SchemaReader:
             rewritten["pattern"] = schema["pattern"]
         if "format" in schema:
             self._read_format(schema, rewritten, child(pointer, "format"))
+        text: dict[str, Any] = {
+            name: rewritten[name] for name in ("pattern", "format", "minLength", "maxLength") if name in rewritten
+        }
+        if "pattern" in schema or ("format" in text and len(text) > 1):
+            self.texts[child(pointer, "pattern" if "pattern" in schema else "format")] = {"type": "string", **text}
 
     def _read_format(self, schema: dict[str, Any], rewritten: dict[str, Any], pointer: str) -> None:
         self._count("patterns", 1, pointer)
@@ -252,10 +270,12 @@ class SchemaReader:
     def _read_patterns(self, schema: dict[str, Any], rewritten: dict[str, Any], pointer: str) -> None:
         patterns = self._schemas_by_name(schema, "patternProperties", pointer)
         for pattern in patterns:
-            self._check_pattern(pattern, child(child(pointer, "patternProperties"), pattern))
+            place = child(child(pointer, "patternProperties"), pattern)
+            self._check_pattern(pattern, place)
+            self.texts[place] = {"type": "string", "pattern": pattern}
         if schema.get("properties"):
             raise ConstraintProblemError("is not supported beside properties", child(pointer, "patternProperties"))
-        if schema.get("additionalProperties"):
+        if schema.get("additionalProperties", False) is not False:
             raise ConstraintProblemError("is not supported beside patternProperties", child(pointer, "additionalProperties"))
         rewritten |= {"patternProperties": patterns, "additionalProperties": False}
 
@@ -273,7 +293,7 @@ def _close(rewritten: dict[str, Any], properties: dict[str, Schema], more: Schem
         raise ConstraintProblemError("names a property that additionalProperties excludes", child(pointer, "required"))
     others = True if more is None else more
     rewritten |= {"properties": properties | dict.fromkeys(missing, others), "additionalProperties": False}
-    if more:
+    if more is not None and more is not False:
         # With additionalProperties, LLGuidance would allow a named property once more, if its name is written with escapes.
         # With patternProperties, which it takes for all properties but the named ones, it does not.
         rewritten["patternProperties"] = {"": more}
