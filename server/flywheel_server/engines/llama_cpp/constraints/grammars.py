@@ -34,11 +34,11 @@ MAX_LEXER_FUEL: Final = 50_000
 MAX_LOCATING_CHECKS: Final = 50
 """How many schemas are checked one by one to find the one that LLGuidance refuses."""
 
-TRIAL_STEPS: Final = 128
+TRIAL_TOKENS: Final = 128
 """Tokens of the trials of regular expressions that may have many states, all trials for a request together."""
 
-PARSER_TRIAL_STEPS: Final = 16
-"""Tokens of the trial of a whole schema."""
+SCHEMA_TRIALS: Final = (8, 4)
+"""Tokens of a trial of a whole schema, and how many trials there are."""
 
 MAX_LARGE_PATTERNS: Final = 4
 """Maximum number of regular expressions in a schema that may have many states."""
@@ -77,7 +77,7 @@ def _schema_grammar(text: str) -> str:
                 raise ConstraintProblemError(its_problem, pointer)
         raise ConstraintProblemError(problem)
     _check_texts(reader.texts)
-    if not is_affordable(grammar, PARSER_TRIAL_STEPS):
+    if not is_affordable(grammar, *SCHEMA_TRIALS):
         raise ConstraintProblemError(TOO_COSTLY)
     return grammar
 
@@ -90,7 +90,7 @@ def _check_texts(texts: dict[str, dict[str, Any]]) -> None:
         if text.keys() != {"type", "pattern"} or not has_few_states(text["pattern"])
     }
     for number, (pointer, text) in enumerate(large.items()):
-        if number == MAX_LARGE_PATTERNS or not is_affordable(_json_grammar(text, {}), TRIAL_STEPS // len(large)):
+        if number == MAX_LARGE_PATTERNS or not is_affordable(_json_grammar(text, {}), TRIAL_TOKENS // len(large)):
             raise ConstraintProblemError(TOO_COSTLY, pointer)
 
 
@@ -107,7 +107,7 @@ def _regex_grammar(regex: str) -> str:
     grammar = f"{PREFIX}{lark_regex(regex)}"
     if problem := _problem(grammar):
         raise ConstraintProblemError(problem)
-    if not has_few_states(regex) and not is_affordable(grammar, TRIAL_STEPS):
+    if not has_few_states(regex) and not is_affordable(grammar, TRIAL_TOKENS):
         raise ConstraintProblemError(TOO_COSTLY)
     return grammar
 

@@ -25,12 +25,32 @@ from flywheel_server.engines.llama_cpp.constraints.regexes import check_size
 MAX_LENGTH: Final = 10_000
 """Maximum value of `minLength` and `maxLength`."""
 
-MAX_COUNTS: Final = {"schemas": 1_000, "properties": 300, "values": 1_000, "items": 1_000, "patterns": 32}
+MAX_COUNTS: Final = {
+    "schemas": 1_000,
+    "properties": 200,
+    "values": 1_000,
+    "inner values": 200,
+    "items": 1_000,
+    "patterns": 32,
+    "multiples": 1_000,
+    "number ranges": 64,
+}
 """How many of each a schema may have, everything within it counted.
 
 `schemas` counts the whole schema and each schema within it; `properties` the names in `properties` and `required`; `values`
-the values of `enum` and `const`, and all values within arrays and objects among them; `items` what `minItems`, `maxItems`,
-`minProperties`, `maxProperties` and the lengths of `prefixItems` add up to; `patterns` the regular expressions and formats.
+the values of `enum` and `const`; `inner values` the values within arrays and objects among these; `items` what `minItems`,
+`maxItems`, `minProperties`, `maxProperties` and the lengths of `prefixItems` add up to; `patterns` the regular expressions and
+formats; `multiples` what the digits of `multipleOf` add up to; `number ranges` the schemas with any bound of a number.
+"""
+
+MAX_ALTERNATIVES: Final = {
+    ("pattern",): 1,
+    ("multipleOf",): 1,
+    ("format", "minLength", "maxLength", *BOUNDS): 8,
+}
+"""How many schemas with any of the keywords may apply to one value.
+
+LLGuidance looks for all of them at once, which can take as many states as all of them have multiplied.
 """
 
 Schema = dict[str, Any] | bool
@@ -80,14 +100,15 @@ class SchemaReader:
         except CycleError as error:
             problem = "refers to itself without an item or a property in between"
             raise ConstraintProblemError(problem, error.args[1][0]) from None
-        patterns: Counter[str] = Counter()
-        for pointer in order:
-            schema = self.schemas[pointer]
-            patterns[pointer] = isinstance(schema, dict) and "pattern" in schema
-            patterns[pointer] += sum(patterns[each] for each in self._in_place.get(pointer, ()))
-            if patterns[pointer] > 1:
-                # LLGuidance looks for all of them at once, which can take as many states as they have multiplied.
-                raise ConstraintProblemError("has more than one pattern for the same text", pointer)
+        for keywords, limit in MAX_ALTERNATIVES.items():
+            found: Counter[str] = Counter()
+            for pointer in order:
+                schema = self.schemas[pointer]
+                found[pointer] = isinstance(schema, dict) and any(keyword in schema for keyword in keywords)
+                found[pointer] += sum(found[each] for each in self._in_place.get(pointer, ()))
+                if found[pointer] > limit:
+                    problem = f"has more than {limit} schemas for one value that have {' or '.join(keywords)}"
+                    raise ConstraintProblemError(problem, pointer)
 
     def _count(self, kind: str, added: int, pointer: str) -> None:
         self._counts[kind] += added
@@ -153,16 +174,14 @@ class SchemaReader:
     def _values(self, values: Any, pointer: str, types: tuple[str, ...]) -> list[Any]:  # noqa: ANN401 - JSON
         if not isinstance(values, list) or not values:
             raise ConstraintProblemError("is not a list of values", pointer)
-        rest = list(values)
-        while rest:
-            value = rest.pop()
-            self._count("values", 1, pointer)
-            if is_number(value):
-                check_number(value, pointer)
-            elif isinstance(value, dict):
-                rest += value.values()
-            elif isinstance(value, list):
-                rest += value
+        self._count("values", len(values), pointer)
+        level = values
+        while level:
+            for value in level:
+                if is_number(value):
+                    check_number(value, pointer)
+            level = [each for value in level for each in _inner(value)]
+            self._count("inner values", len(level), pointer)
         allowed = [value for value in values if any(has_type(value, each) for each in types)]
         if not allowed:
             raise ConstraintProblemError("has no value of the type beside it", pointer)
@@ -191,9 +210,12 @@ class SchemaReader:
                 check_number(schema[name], child(pointer, name))
                 rewritten[name] = schema[name]
         if "multipleOf" in schema:
-            check_multiple(schema["multipleOf"], child(pointer, "multipleOf"))
+            place = child(pointer, "multipleOf")
+            self._count("multiples", check_multiple(schema["multipleOf"], place), place)
             rewritten["multipleOf"] = schema["multipleOf"]
         types = self._types(schema, pointer)
+        if any(name in rewritten for name in BOUNDS):
+            self._count("number ranges", 1, pointer)
         check_range(rewritten, pointer, integer="integer" in types and "number" not in types)
 
     def _read_string(self, schema: dict[str, Any], rewritten: dict[str, Any], pointer: str) -> None:
@@ -284,6 +306,13 @@ class SchemaReader:
         if not isinstance(schemas, dict):
             raise ConstraintProblemError("is not an object", place)
         return {name: self._schema(each, child(place, name)) for name, each in schemas.items()}
+
+
+def _inner(value: Any) -> list[Any]:  # noqa: ANN401 - JSON
+    """Returns the values within an array or object; none for any other value."""
+    if isinstance(value, dict):
+        return list(value.values())
+    return value if isinstance(value, list) else []
 
 
 def _close(rewritten: dict[str, Any], properties: dict[str, Schema], more: Schema | None, pointer: str) -> None:

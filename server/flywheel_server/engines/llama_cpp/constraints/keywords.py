@@ -31,7 +31,7 @@ SUPPORTED_KEYWORDS: Final = {
     "maximum": "as `minimum`",
     "exclusiveMinimum": "as `minimum`",
     "exclusiveMaximum": "as `minimum`",
-    "multipleOf": "a number above 0 whose digits, without the point, are at most 1000",
+    "multipleOf": "a number above 0 whose digits, without the point, make up at most 1000",
 }
 """The keywords of JSON Schema (draft 2020-12) that are enforced, and their limits. A schema with another keyword is refused.
 

@@ -10,9 +10,6 @@ from flywheel_server.engines.llama_cpp.constraints.constraint_problem import Con
 MAX_NUMBER: Final = 2**53
 """Largest absolute value of a number in a schema. LLGuidance rounds larger ones."""
 
-MAX_MULTIPLE_DIGITS: Final = 1_000
-"""Largest value that the digits of `multipleOf` may make up. LLGuidance needs 6 microseconds for each unit."""
-
 MAX_DECIMALS: Final = 15
 """Digits after the point that a number in a schema may have. LLGuidance writes more of them as an exponent, or rounds."""
 
@@ -34,14 +31,16 @@ def check_number(value: Any, pointer: str) -> None:  # noqa: ANN401 - JSON
         raise ConstraintProblemError(f"has more than {MAX_DECIMALS} digits after the point", pointer)
 
 
-def check_multiple(value: Any, pointer: str) -> None:  # noqa: ANN401 - JSON
-    """Raises `ConstraintProblemError` if the value cannot be that of `multipleOf`."""
+def check_multiple(value: Any, pointer: str) -> int:  # noqa: ANN401 - JSON
+    """Returns the number that the digits of a value of `multipleOf` make up, without the point.
+
+    Raises `ConstraintProblemError` if the value cannot be one of `multipleOf`.
+    """
     check_number(value, pointer)
     if value <= 0:
         raise ConstraintProblemError("is not above 0", pointer)
-    exact = Decimal(str(value))
-    if exact.scaleb(max(0, -int(exact.normalize().as_tuple().exponent))) > MAX_MULTIPLE_DIGITS:
-        raise ConstraintProblemError(f"has digits that make up more than {MAX_MULTIPLE_DIGITS}", pointer)
+    exact = Decimal(str(value)).normalize()
+    return int(exact.scaleb(max(0, -int(exact.as_tuple().exponent))))
 
 
 def check_range(schema: dict[str, Any], pointer: str, *, integer: bool) -> None:

@@ -32,15 +32,19 @@ ALPHABETS: Final = (
 """Characters of the tokens, as often as they are listed."""
 
 
-def is_affordable(grammar: str, steps: int) -> bool:
-    """Returns whether LLGuidance can follow the grammar along a random text, with a fraction of what llama.cpp allows.
+def is_affordable(grammar: str, tokens: int, texts: int = 1) -> bool:
+    """Returns whether LLGuidance can follow the grammar along random texts, with a fraction of what llama.cpp allows.
 
-    The text has that many tokens. The answer for a grammar is always the same. A step takes at most 0.5 ms of CPU time.
+    Each text has that many tokens. The answer for a grammar is always the same. A token takes at most 0.5 ms of CPU time.
     """
     limits = LLParserLimits(step_lexer_fuel=MAX_STEP_FUEL, step_max_items=MAX_STEP_ITEMS, max_items_in_row=MAX_ROW_ITEMS)
     matcher = LLMatcher(_tokenizer(), grammar, log_level=0, limits=limits)
     chance = random.Random(0)  # noqa: S311 - to be repeatable
-    for _ in range(steps):
+    return all(_follows(matcher.deep_copy(), chance, tokens) for _ in range(texts))
+
+
+def _follows(matcher: LLMatcher, chance: random.Random, tokens: int) -> bool:
+    for _ in range(tokens):
         mask = matcher.compute_bitmask()
         allowed = [index for index, bits in enumerate(mask) if bits]
         if matcher.is_error() or not allowed:
