@@ -72,6 +72,10 @@ def test_a_document_is_as_the_schema_says(text: str, allowed: bool) -> None:
     assert schema_allows(PERSON, text) is allowed
 
 
+def _kind(schema: object) -> object:
+    return {"type": "object", "properties": {"kind": schema}, "required": ["kind"]}
+
+
 def test_a_named_property_cannot_be_named_again_in_another_spelling() -> None:
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "additionalProperties": {"type": "string"}}
     assert schema_allows(schema, '{"a": 1, "b": "x", "c": "y"}')
@@ -113,7 +117,7 @@ def test_a_named_property_cannot_be_named_again_in_another_spelling() -> None:
         ({"anyOf": []}, "/anyOf: is not a list of schemas"),
         ({"anyOf": [{}], "type": "string"}, "/type: is not supported beside anyOf"),
         ({"allOf": [{}, {}]}, "/allOf: has more than one schema"),
-        ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "oneOf constraints are not supported"),
+        ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "/oneOf: has schemas that may allow the same value"),
         (
             {"anyOf": [{"pattern": "a"}, {"anyOf": [{"pattern": "b"}]}]},
             "has more than 1 schemas for one value that have pattern",
@@ -160,6 +164,33 @@ def test_what_is_not_enforced_is_refused_with_its_place(schema: object, descript
     assert field == "json_schema"
     assert description in given
     assert "\n" not in given
+
+
+@pytest.mark.parametrize(
+    ("schemas", "accepted"),
+    [
+        ([{"type": "string"}, {"type": ["integer", "null"]}], True),
+        ([{"type": "integer"}, {"type": "number"}], False),
+        ([{"const": 1}, {"const": 1.0}], False),
+        ([{"const": [1]}, {"const": [2]}], True),
+        ([{"const": [1]}, {"const": [1.0]}], False),
+        ([_kind(True), _kind({"const": 1})], False),
+        ([_kind({"const": 2}), _kind({"enum": [1, 3]})], True),
+        ([{"const": "a"}, {"enum": ["b", 1]}, {"type": "object"}], True),
+        ([{"const": "a"}, {"enum": ["b", "a"]}], False),
+        ([{"type": "object"}, {"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"]}], False),
+        ([{"$ref": "#/$defs/cat"}, {"$ref": "#/$defs/dog"}], True),
+        ([{"$ref": "#/$defs/cat"}, {"$ref": "#/$defs/cat"}], False),
+        ([{"anyOf": [{"type": "string"}]}, {"type": "integer"}], False),
+        ([True, {"type": "string"}], False),
+    ],
+)
+def test_one_of_is_accepted_if_its_schemas_exclude_one_another(schemas: list[Any], accepted: bool) -> None:
+    schema = {"oneOf": schemas, "$defs": {kind: _kind({"const": kind}) for kind in ("cat", "dog")}}
+    if accepted:
+        assert grammar_of(json.dumps(schema), "", ())
+    else:
+        assert "may allow the same value" in refusal(schema)[1]
 
 
 def test_annotations_are_accepted_and_draft_07_too() -> None:

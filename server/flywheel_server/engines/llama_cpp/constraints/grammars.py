@@ -14,9 +14,10 @@ from llguidance import LLMatcher, LLParserLimits
 
 from flywheel_server.engines.base import InvalidFieldError
 from flywheel_server.engines.llama_cpp.constraints.constraint_problem import ConstraintProblemError
-from flywheel_server.engines.llama_cpp.constraints.json_schema import Schema, SchemaReader
+from flywheel_server.engines.llama_cpp.constraints.disjoint import Schema
+from flywheel_server.engines.llama_cpp.constraints.json_schema import SchemaReader
 from flywheel_server.engines.llama_cpp.constraints.json_values import read_object
-from flywheel_server.engines.llama_cpp.constraints.probe import has_few_states, is_affordable
+from flywheel_server.engines.llama_cpp.constraints.probe import SCHEMA_FUEL, has_few_states, is_affordable
 from flywheel_server.engines.llama_cpp.constraints.regexes import lark_regex
 
 MAX_CONSTRAINT_BYTES: Final = 65_536
@@ -77,7 +78,7 @@ def _schema_grammar(text: str) -> str:
                 raise ConstraintProblemError(its_problem, pointer)
         raise ConstraintProblemError(problem)
     _check_texts(reader.texts)
-    if not is_affordable(grammar, *SCHEMA_TRIALS):
+    if not is_affordable(grammar, *SCHEMA_TRIALS, SCHEMA_FUEL):
         raise ConstraintProblemError(TOO_COSTLY)
     return grammar
 

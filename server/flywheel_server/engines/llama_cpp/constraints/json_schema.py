@@ -6,10 +6,12 @@ annotations, and each `$ref` in it points into `$defs`.
 
 from collections import Counter
 from graphlib import CycleError, TopologicalSorter
+from itertools import combinations
 from typing import Any, Final
 from urllib.parse import unquote
 
 from flywheel_server.engines.llama_cpp.constraints.constraint_problem import ConstraintProblemError
+from flywheel_server.engines.llama_cpp.constraints.disjoint import Schema, are_disjoint
 from flywheel_server.engines.llama_cpp.constraints.json_values import child, has_type, is_count
 from flywheel_server.engines.llama_cpp.constraints.keywords import (
     ANNOTATIONS,
@@ -53,7 +55,8 @@ MAX_ALTERNATIVES: Final = {
 LLGuidance looks for all of them at once, which can take as many states as all of them have multiplied.
 """
 
-Schema = dict[str, Any] | bool
+MAX_ONE_OF: Final = 50
+"""Maximum number of schemas in a `oneOf`, because each is compared with each."""
 
 
 class SchemaReader:
@@ -92,6 +95,19 @@ class SchemaReader:
             self._in_place.setdefault(pointer, []).append(target)
         self.definitions = {name: self.schemas[target] for target, name in names.items()}
         self._check_alternatives()
+        for pointer, read in self.schemas.items():
+            if isinstance(read, dict) and "oneOf" in read:
+                self._check_one_of(read["oneOf"], child(pointer, "oneOf"))
+                read["anyOf"] = read.pop("oneOf")
+
+    def _check_one_of(self, schemas: list[Schema], pointer: str) -> None:
+        if len(schemas) > MAX_ONE_OF:
+            raise ConstraintProblemError(f"has more than {MAX_ONE_OF} schemas", pointer)
+        if not all(are_disjoint(one, other, self.definitions) for one, other in combinations(schemas, 2)):
+            problem = (
+                "has schemas that may allow the same value: give them different types, or a required property with other values"
+            )
+            raise ConstraintProblemError(problem, pointer)
 
     def _check_alternatives(self) -> None:
         """Checks the schemas that apply to one value: a schema, and all schemas of its `anyOf`, `oneOf`, `allOf` and `$ref`."""
@@ -350,7 +366,7 @@ def _read_counts(
                 raise ConstraintProblemError("is not a whole number from 0", child(pointer, name))
             if schema[name] > limit:
                 raise ConstraintProblemError(f"is more than {limit}", child(pointer, name))
-            rewritten[name] = int(schema[name])
+            rewritten[name] = schema[name]
             counts.append(rewritten[name])
     if sorted(counts) != counts:
         raise ConstraintProblemError(f"is less than {names[0]}", child(pointer, names[1]))

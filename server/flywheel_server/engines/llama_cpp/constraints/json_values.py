@@ -15,7 +15,7 @@ TOO_DEEP: Final = f"has more than {MAX_DEPTH} arrays and objects within each oth
 def read_object(text: str) -> dict[str, Any]:
     """Returns the JSON object in the text. Raises `ConstraintProblemError` if there is none, or it is nested too deep."""
     try:
-        value = json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
+        value = json.loads(text, object_pairs_hook=_object, parse_float=_number, parse_constant=_constant)
     except ConstraintProblemError:
         raise
     except RecursionError:
@@ -42,6 +42,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return names
 
 
+def _number(text: str) -> int | float:
+    """Returns the number; an integer for 1.0, which JSON Schema takes for 1."""
+    number = float(text)
+    return int(number) if number.is_integer() else number
+
+
 def _constant(name: str) -> None:
     raise ConstraintProblemError(f"is not JSON: {name}")
 
@@ -52,13 +58,13 @@ def child(pointer: str, name: str | int) -> str:
 
 
 def is_count(value: Any) -> bool:  # noqa: ANN401 - JSON
-    """Returns whether a value is a whole number from 0. JSON Schema counts 2.0 as one."""
+    """Returns whether a value is a whole number from 0."""
     return has_type(value, "integer") and value >= 0
 
 
 def has_type(value: Any, name: str) -> bool:  # noqa: ANN401 - JSON
     """Returns whether a value is of a type of JSON Schema."""
     if is_number(value):
-        return name == "number" or (name == "integer" and value == value // 1)
+        return name == "number" or (name == "integer" and isinstance(value, int))
     python_types: dict[str, type] = {"null": type(None), "boolean": bool, "string": str, "array": list, "object": dict}
     return isinstance(value, python_types.get(name, ()))

@@ -12,8 +12,14 @@ from typing import Final
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
-MAX_STEP_FUEL: Final = 10_000
-"""Maximum work of LLGuidance on one step of a trial. llama.cpp allows 200,000 for a step with the tokens of its model."""
+LLAMA_CPP_FUEL: Final = 200_000
+"""Work of LLGuidance that llama.cpp allows for a step."""
+
+REGEX_FUEL: Final = LLAMA_CPP_FUEL // 20
+"""Work allowed for a step of a trial of one regular expression. More of a model's tokens fit than of those for trials."""
+
+SCHEMA_FUEL: Final = LLAMA_CPP_FUEL // 5
+"""Work allowed for a step of a trial of a whole schema, whose regular expressions have had trials of their own."""
 
 MAX_STEP_ITEMS: Final = 10_000
 """Maximum number of items that LLGuidance's parser makes in one step of a trial. llama.cpp allows 50,000."""
@@ -32,12 +38,12 @@ ALPHABETS: Final = (
 """Characters of the tokens, as often as they are listed."""
 
 
-def is_affordable(grammar: str, tokens: int, texts: int = 1) -> bool:
+def is_affordable(grammar: str, tokens: int, texts: int = 1, fuel: int = REGEX_FUEL) -> bool:
     """Returns whether LLGuidance can follow the grammar along random texts, with a fraction of what llama.cpp allows.
 
     Each text has that many tokens. The answer for a grammar is always the same. A token takes at most 0.5 ms of CPU time.
     """
-    limits = LLParserLimits(step_lexer_fuel=MAX_STEP_FUEL, step_max_items=MAX_STEP_ITEMS, max_items_in_row=MAX_ROW_ITEMS)
+    limits = LLParserLimits(step_lexer_fuel=fuel, step_max_items=MAX_STEP_ITEMS, max_items_in_row=MAX_ROW_ITEMS)
     matcher = LLMatcher(_tokenizer(), grammar, log_level=0, limits=limits)
     chance = random.Random(0)  # noqa: S311 - to be repeatable
     return all(_follows(matcher.deep_copy(), chance, tokens) for _ in range(texts))
@@ -79,7 +85,9 @@ class _Tokens:
         chance = random.Random(0)  # noqa: S311 - to be repeatable
         tokens = dict.fromkeys(bytes([byte]) for byte in range(256))
         while len(tokens) < TOKENS:
-            alphabet, length = chance.choice(ALPHABETS), min(1 + int(chance.expovariate(0.25)), 16)
+            alphabet = chance.choice(ALPHABETS)
+            # As in models' vocabularies, a token has at most three digits.
+            length = min(1 + int(chance.expovariate(0.25)), 3 if alphabet.isdigit() else 16)
             word = "".join(chance.choices(alphabet, k=length))
             tokens[(chance.choice(("", " ")) + word).encode()] = None
         self.tokens = [*tokens, b"\xff<eos>"]
