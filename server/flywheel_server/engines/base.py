@@ -257,6 +257,18 @@ class UnsupportedMethodError(EngineError):
     """The engine does not support a method of the contract, for example `Tokenize`."""
 
 
+class InvalidFieldError(EngineError):
+    """The engine refuses the value of a field. `description` tells the caller what is wrong."""
+
+    def __init__(self, field: str, description: str) -> None:
+        super().__init__(field, description)
+        self.field = field
+        self.description = description
+
+    def __str__(self) -> str:
+        return f"{self.field} {self.description}"
+
+
 class Engine(Protocol):
     """The methods that the service needs of an engine. An engine runs from `__aenter__` to `__aexit__`, on one event loop.
 
