@@ -52,11 +52,13 @@ class PreparedRequest:
         prompt: The token ids of the prompt, as the model reads them; empty if the prompt is tokenized elsewhere or later.
         context_tokens: Tokens of the engine's shared context that the request holds while the engine works on it; see
             `EngineModel.shared_context_tokens`.
+        grammar: The constraint of the request, in the form in which the engine uses it; empty if there is none.
     """
 
     request: GenerationRequest
     prompt: Sequence[int] = ()
     context_tokens: int = 0
+    grammar: str = ""
 
 
 # A finished sample is an event too. Its `text` is the whole text of the sample, whether or not deltas came before.
@@ -255,18 +257,6 @@ class InvalidFieldError(EngineError):
 
 class UnsupportedMethodError(EngineError):
     """The engine does not support a method of the contract, for example `Tokenize`."""
-
-
-class InvalidFieldError(EngineError):
-    """The engine refuses the value of a field. `description` tells the caller what is wrong."""
-
-    def __init__(self, field: str, description: str) -> None:
-        super().__init__(field, description)
-        self.field = field
-        self.description = description
-
-    def __str__(self) -> str:
-        return f"{self.field} {self.description}"
 
 
 class Engine(Protocol):

@@ -5,11 +5,12 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from flywheel_server.engines.base import EngineFailedError, Event
+from flywheel_server.engines.base import EngineFailedError, Event, PreparedRequest
+from flywheel_server.engines.llama_cpp.constraints.guard import ConstraintGuard
 from flywheel_server.engines.llama_cpp.llama import Chunk, Llama
 from flywheel_server.engines.samples import GrowingSample
 from flywheel_server.engines.seeds import seed_of_sample
-from flywheel_server.messages import GenerationRequest, LikelyToken, Token
+from flywheel_server.messages import LikelyToken, Token
 
 MIN_TEMPERATURE: Final = 1e-6
 """At lower temperatures the logits may overflow. Sampling is as good as greedy there, so these temperatures count as 0."""
@@ -20,8 +21,7 @@ class Completion:
 
     Arguments:
         llama: The model.
-        request: The request.
-        prompt: The tokens of the prompt.
+        prepared: The request, with the tokens of its prompt and its grammar.
         indexes: The samples that the completion makes.
         seed: The seed of the request's first sample.
         emit: Called with each event, in the thread that calls `run` or `end_for_time`.
@@ -34,21 +34,23 @@ class Completion:
     def __init__(
         self,
         llama: Llama,
-        request: GenerationRequest,
-        prompt: Sequence[int],
+        prepared: PreparedRequest,
         indexes: Sequence[int],
         *,
         seed: int,
         emit: Callable[[Event], object],
         cache: bool,
     ) -> None:
+        request = prepared.request
         self._llama = llama
-        self._body = _body(request, prompt, len(indexes))
+        self._body = _body(prepared, len(indexes))
         # llama.cpp counts the seed up for each further sample.
         self._body |= {"seed": seed_of_sample(seed, indexes[0]), "cache_prompt": cache}
         self._samples = [
-            GrowingSample(index, len(prompt), request.stop, emit, seed=seed_of_sample(seed, index)) for index in indexes
+            GrowingSample(index, len(prepared.prompt), request.stop, emit, seed=seed_of_sample(seed, index))
+            for index in indexes
         ]
+        self._guards = [ConstraintGuard(prepared.grammar) for _ in indexes if prepared.grammar]
         self._generated_tokens = [0] * len(indexes)
         self._eos_token_ids = frozenset(request.eos_token_ids)
         self._returns_tokens = request.logprobs > 0
@@ -102,6 +104,8 @@ class Completion:
         sample = self._samples[choice["index"]]
         if sample.finished:
             return
+        if self._guards:
+            self._check(self._guards[choice["index"]], choice)
         if finish_reason := choice["finish_reason"]:
             sample.end(finish_reason, chunk["usage"]["completion_tokens"])
             return
@@ -112,6 +116,11 @@ class Completion:
             sample.end("stop", generated_tokens, tokens)
         else:
             sample.add(choice["text"], generated_tokens, tokens)
+
+    def _check(self, guard: ConstraintGuard, choice: dict[str, Any]) -> None:
+        """Raises `EngineFailedError` if llama.cpp has left the grammar, which it does if LLGuidance gives up."""
+        if not guard.accepts(choice["text"]) or (choice["finish_reason"] == "stop" and not guard.is_complete()):
+            raise EngineFailedError("llama.cpp did not keep to the grammar")
 
     def _all_finished(self) -> bool:
         return all(sample.finished for sample in self._samples)
@@ -127,8 +136,9 @@ def _token(described: dict[str, Any]) -> Token:
     )
 
 
-def _body(request: GenerationRequest, prompt: Sequence[int], num_samples: int) -> dict[str, Any]:
+def _body(prepared: PreparedRequest, num_samples: int) -> dict[str, Any]:
     """Returns the request to llama.cpp for so many samples, with each field that is left to llama.cpp."""
+    request, prompt = prepared.request, prepared.prompt
     body = {
         "prompt": list(prompt),
         "n": num_samples,
@@ -152,6 +162,8 @@ def _body(request: GenerationRequest, prompt: Sequence[int], num_samples: int) -
         # Adds the number of tokens generated so far to each chunk. A chunk has several tokens if they make up one character.
         "timings_per_token": True,
     }
+    if prepared.grammar:
+        body |= {"grammar": prepared.grammar}
     if request.logprobs:
         body |= {"logprobs": request.logprobs}
     elif request.eos_token_ids:

@@ -121,8 +121,7 @@ class Completions:
                 progress.start(len(prompt))
                 completion = Completion(
                     self._llama,
-                    request,
-                    prompt,
+                    prepared,
                     indexes,
                     seed=seed,
                     emit=partial(self._handover.call_soon, progress.emit),

@@ -3,7 +3,7 @@
 import asyncio
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, suppress
 from http.client import HTTPException
@@ -21,33 +21,28 @@ from flywheel_server.engines.base import (
     InvalidFieldError,
     PreparedRequest,
     PromptFormat,
+    PromptToken,
     PromptTooLongError,
     Sink,
 )
 from flywheel_server.engines.llama_cpp import native_log
 from flywheel_server.engines.llama_cpp.chat_template import ChatTemplate, UnusableTemplateError
 from flywheel_server.engines.llama_cpp.completions import Completions
+from flywheel_server.engines.llama_cpp.constraints.grammars import grammar_of
 from flywheel_server.engines.llama_cpp.llama import Llama
 from flywheel_server.engines.llama_cpp.load_failure import load_failure, template_failure
 from flywheel_server.engines.llama_cpp.model_file import ModelFile, UnusableModelError
 from flywheel_server.engines.llama_cpp.tokenizer import CHUNK_CHARACTERS, StoppedError, Tokenizer
 from flywheel_server.engines.samples import FinishedSamplesSink
 from flywheel_server.engines.uninterrupted import wait_until_done
-from flywheel_server.messages import FLYWHEEL_FIELDS, GenerationRequest
+from flywheel_server.messages import GenerationRequest
 from flywheel_server.system import heap
 from flywheel_server.system.memory import total_memory
 
 log = structlog.stdlib.get_logger(__name__)
 
-SUPPORTED_FIELDS: Final = FLYWHEEL_FIELDS | {
-    "seed",
-    "min_p",
-    "repetition_penalty",
-    "logit_bias",
-    "logprobs",
-    "time_limit",
-}
-"""The fields of a request that the engine honours."""
+SUPPORTED_FIELDS: Final = frozenset(GenerationRequest.model_fields)
+"""The fields of a request that the engine honours; without a chat template, all but `messages`."""
 
 CHECK_REQUEST: Final = GenerationRequest(text="Hello", max_tokens=1)
 """The request of `check`, which shows that the model generates."""
@@ -214,8 +209,8 @@ class EmbeddedEngine(Engine):
         stopped = threading.Event()
         loop = asyncio.get_running_loop()
         try:
-            work = loop.run_in_executor(self._tokenizing, self._tokens, request, lambda: self._stopping or stopped.is_set())
-            prompt = await wait_until_done(work, stopped.set)
+            work = loop.run_in_executor(self._tokenizing, self._prepare, request, lambda: self._stopping or stopped.is_set())
+            return await wait_until_done(work, stopped.set)
         except StoppedError:
             raise EngineUnavailableError("the engine is stopping") from None
         except (OSError, HTTPException, ValueError, KeyError) as error:
@@ -223,7 +218,6 @@ class EmbeddedEngine(Engine):
         finally:
             # If run_in_executor raises because no thread could be started, another thread may still run the work later.
             stopped.set()
-        return PreparedRequest(request, prompt, self._completions.groups(request, len(prompt)).context_tokens)
 
     def _check_logit_bias(self, request: GenerationRequest) -> None:
         """Raises `InvalidFieldError` for a token id that does not exist, which llama.cpp would ignore."""
@@ -232,9 +226,12 @@ class EmbeddedEngine(Engine):
             if token_id >= size:
                 raise InvalidFieldError(f"logit_bias[{token_id}]", f"must be for a token of the vocabulary: 0 to {size - 1}")
 
-    def _tokens(self, request: GenerationRequest, is_stopped: Callable[[], bool]) -> list[int]:
+    def _prepare(self, request: GenerationRequest, is_stopped: Callable[[], bool]) -> PreparedRequest:
         try:
-            return self._tokenizer.tokens(request, is_stopped)
+            grammar = grammar_of(request.json_schema or "", request.regex or "", request.choices or ()) or ""
+            prompt = self._tokenizer.tokens(request, is_stopped)
+            context_tokens = self._completions.groups(request, len(prompt)).context_tokens
+            return PreparedRequest(request, prompt, context_tokens, grammar)
         finally:
             if request.prompt_bytes > CHUNK_CHARACTERS:
                 heap.release_freed()
@@ -250,6 +247,10 @@ class EmbeddedEngine(Engine):
     async def check(self) -> None:
         """Generates one token."""
         await self.generate(await self.prepare(CHECK_REQUEST), FinishedSamplesSink())
+
+    async def tokenize(self, prepared: PreparedRequest) -> Sequence[PromptToken]:
+        """Returns the tokens of the prompt; see `Engine.tokenize`."""
+        return list(map(PromptToken, prepared.prompt, self._tokenizer.token_bytes(prepared.prompt)))
 
     async def stats(self) -> EngineStats:
         """Returns how many completions wait for capacity."""
@@ -267,7 +268,7 @@ class EmbeddedEngine(Engine):
             slots=self._slots,
             shared_context_tokens=self._pool_tokens,
             tokenizers=MAX_CONCURRENT_TOKENIZATIONS,
-            supported_fields=SUPPORTED_FIELDS,
+            supported_fields=SUPPORTED_FIELDS if self._prompt_format == "chat" else SUPPORTED_FIELDS - {"messages"},
             exact_seeds=self._exact_seeds,
             slots_for_seed=self._slots if self._exact_seeds else None,
         )
