@@ -1,6 +1,6 @@
 """Runs `flywheel generate --chat`: keeps a conversation at the terminal."""
 
-import os
+import importlib
 import signal
 import sys
 from collections.abc import Iterable, Iterator
@@ -13,7 +13,7 @@ from flywheel_client import _terminal as terminal
 from flywheel_client._client_sync import Client
 from flywheel_client._commands import advice
 from flywheel_client._errors import CallCancelledError, FlywheelError
-from flywheel_client._generate import Generator, ResultWrapper, generator, print_text
+from flywheel_client._generate import GenerationRunner, ResultWrapper, generation_runner, print_text
 from flywheel_client._prompt import MAX_PROMPT_BYTES
 from flywheel_client._request import Message
 
@@ -38,8 +38,8 @@ def chat(server: "Server", prompt: str | None, system: str | None, options: "Req
     if (options.num_samples or 1) != 1:
         raise ValueError("a conversation has one answer: give --chat or --samples, not both")
     is_terminal = sys.stdin.isatty()
-    with generator(server, timeout) as generating:
-        conversation = Conversation(generating, options.fields(), system, goes_on=is_terminal)
+    with generation_runner(server, timeout) as runner:
+        conversation = Conversation(runner, options.fields(), system, goes_on=is_terminal)
         if prompt not in {None, "-"}:
             conversation.answer(str(prompt))
         for message in _until_exit(_typed() if is_terminal else _piped()):
@@ -54,9 +54,9 @@ class Conversation:
             the answer that came is kept. If nothing came, the message is dropped, because the model has not answered it.
     """
 
-    def __init__(self, generating: Generator, fields: dict[str, Any], system: str | None, *, goes_on: bool) -> None:
+    def __init__(self, runner: GenerationRunner, fields: dict[str, Any], system: str | None, *, goes_on: bool) -> None:
         self.goes_on = goes_on
-        self._generating = generating
+        self._runner = runner
         self._fields = fields
         self._messages = [] if system is None else [Message("system", system)]
         self._output = terminal.Output(sys.stdout)
@@ -73,7 +73,7 @@ class Conversation:
         if self.goes_on and before is not signal.SIG_IGN:
             signal.signal(signal.SIGINT, self._stop)
         try:
-            self._generating.run(self._show, self._fields | {"messages": messages})
+            self._runner.run(self._show, self._fields | {"messages": messages})
         except (FlywheelError, KeyboardInterrupt) as error:
             if not self.goes_on:
                 raise
@@ -89,7 +89,7 @@ class Conversation:
         """Tells the user why the answer has ended early."""
         self._output.end_line()
         if isinstance(error, FlywheelError) and not (self._stopped and isinstance(error, CallCancelledError)):
-            terminal.show_error(terminal.describe(error, advice(error, self._generating.server)))
+            terminal.show_error(terminal.describe(error, advice(error, self._runner.server)))
             return
         if self._stopped_at_line_start:
             sys.stderr.write("\n")  # the terminal has written ^C
@@ -142,12 +142,9 @@ def _typed() -> Iterator[str]:
 
 def _read_typed() -> str:
     if sys.stdout.isatty():
-        with suppress(ImportError):  # Windows has no such module
-            import readline
-
-            if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
-                # It writes escape sequences.
-                readline.parse_and_bind("set enable-bracketed-paste off")
+        # With it, `input` lets the user edit the line, and go back to earlier ones. Windows has no such module.
+        with suppress(ImportError):
+            importlib.import_module("readline")
         return input(PROMPT)
     # Not `input`: it would write its prompt to stdout.
     sys.stderr.write(PROMPT)

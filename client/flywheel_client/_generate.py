@@ -27,7 +27,7 @@ LAST_FIELD_OF_1_0: Final = 11
 """The highest number of a field of GenerationRequest in contract 1.0, whose servers ignore newer fields."""
 
 
-class Generator:
+class GenerationRunner:
     """Makes generations with one server, for `generate`. Waits while the server answers that its engine is not ready."""
 
     def __init__(self, server: "Server", client: Client, observer: Client, timeout: float | None) -> None:
@@ -46,6 +46,7 @@ class Generator:
 
     def _require_newer_server(self, newer: list[str], watched: ResultWrapper, seconds: float | None) -> None:
         """Raises `ValueError` if the server is so old that it would ignore these fields. All other servers refuse fields."""
+        # As an iterable, so that the user is told if the server does not answer.
         (model,) = watched(self._client.model(timeout=seconds) for _ in range(1))
         if not model.supported_fields:
             options = ", ".join(map(option_for, newer))
@@ -54,11 +55,11 @@ class Generator:
 
 
 @contextmanager
-def generator(server: "Server", timeout: float | None) -> Iterator[Generator]:
-    """Makes a `Generator`, and closes its clients."""
+def generation_runner(server: "Server", timeout: float | None) -> Iterator[GenerationRunner]:
+    """Makes a `GenerationRunner`, and closes its clients at the end."""
     # A user watches the terminal, and can decide about longer delays.
     with client_of(server, timeout, Retry(max_delay=5.0)) as client, client_of(server, timeout) as observer:
-        yield Generator(server, client, observer, timeout)
+        yield GenerationRunner(server, client, observer, timeout)
 
 
 def newer_fields(fields: Mapping[str, Any]) -> list[str]:
@@ -77,9 +78,10 @@ def generate(
     as_json: bool,
 ) -> None:
     """Prints the samples of a prompt."""
-    fields = prompt_fields(read_prompt(prompt, "generate"), system) | options.fields()
-    with generator(server, timeout) as generating:
-        generating.run(print_samples if as_json else print_text, fields)
+    fields = options.fields()
+    fields |= prompt_fields(read_prompt(prompt, "generate"), system)
+    with generation_runner(server, timeout) as runner:
+        runner.run(print_samples if as_json else print_text, fields)
 
 
 def print_samples(watched: ResultWrapper, client: Client, fields: dict[str, Any]) -> None:
