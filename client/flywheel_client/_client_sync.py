@@ -200,8 +200,8 @@ class Client(BaseClient):
         Args:
             prompts: Texts, conversations (as `messages`), or mappings of fields, which override `fields`, such as
                 `{"text": "Hello", "seed": 1}`. They may be endless: a prompt is read only when its call begins.
-            concurrency: How many calls may run at the same time, each with a thread. A result that was not fetched yet counts as
-                running.
+            concurrency: How many calls may run at the same time, each with a thread. A result that was not fetched yet counts
+                as running.
             timeout: The seconds that each call may take; None sets no deadline. Default: the client's timeout.
             wait_for_ready: Whether a call waits for a server that is ready. Default: the client's `wait_for_ready`.
             **fields: The fields of all requests, as in `GenerationFields`. `max_tokens` is required.
