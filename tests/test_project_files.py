@@ -110,7 +110,7 @@ def test_each_class_that_a_document_names_exists(document: str) -> None:
 def test_files_are_as_the_editorconfig_says() -> None:
     assert "trim_trailing_whitespace = true" in (ROOT / ".editorconfig").read_text()
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False).stdout  # noqa: S607
-    others = ("tests/engines/llama_cpp/templates/", "tests/engines/llama_cpp/vocabularies/")
+    others = tuple(f"tests/engines/llama_cpp/{name}/" for name in ("json_schema_suite", "templates", "vocabularies"))
     paths = [ROOT / name for name in listed.split("\0") if name and not name.startswith(others)]
     texts = {path: path.read_bytes() for path in paths if path.is_file()}
     assert not [path for path, text in texts.items() if re.search(rb"[ \t\r]$", text, re.MULTILINE)]

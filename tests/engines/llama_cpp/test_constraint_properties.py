@@ -107,7 +107,7 @@ def _allows(grammar: str, text: str) -> bool:
     return guard.accepts(text) and guard.is_complete()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(SCHEMAS, st.randoms(use_true_random=False))
 def test_no_document_that_breaks_an_accepted_schema_is_allowed(schema: Any, chance: random.Random) -> None:
     if grammar := _grammar(json.dumps(schema)):
@@ -116,7 +116,7 @@ def test_no_document_that_breaks_an_accepted_schema_is_allowed(schema: Any, chan
             assert text is None or validator.is_valid(json.loads(text))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.text(max_size=200) | st.binary(max_size=50).map(lambda data: data.decode("latin-1")), VALUES)
 def test_no_text_and_no_value_makes_it_fail_otherwise(text: str, value: Any) -> None:
     _grammar(text)
@@ -128,7 +128,7 @@ def test_no_text_and_no_value_makes_it_fail_otherwise(text: str, value: Any) -> 
 REGEXES = st.text(string.ascii_letters[:3] + "é/\n\r\t\\\"'.*+?|()[]{}^$0123,:-&~dwsxDpuib ", min_size=1, max_size=12)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(REGEXES, st.lists(st.text('abcé/\n\r\t\\" 01dx', max_size=4), min_size=1, max_size=5))
 def test_a_regex_means_what_llguidance_says_it_means(regex: str, texts: list[str]) -> None:
     own = _grammar(regex=regex)
@@ -143,7 +143,7 @@ def test_a_regex_means_what_llguidance_says_it_means(regex: str, texts: list[str
         assert _allows(own, text) is expected
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.text(st.characters(codec="utf-8"), min_size=1, max_size=12), min_size=1, max_size=6), st.text(max_size=3))
 def test_choices_are_allowed_and_nothing_else(choices: list[str], other: str) -> None:
     grammar = _grammar(choices=tuple(choices))

@@ -1,11 +1,15 @@
 """Constraints are turned into grammars that allow just what they say, or are refused with the place of what is wrong."""
 
 import json
+import re
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import llguidance
 import pytest
+import xllamacpp
 from flywheel_server.engines.base import InvalidFieldError
 from flywheel_server.engines.llama_cpp.constraints.grammars import MAX_CONSTRAINT_BYTES, grammar_of
 from flywheel_server.engines.llama_cpp.constraints.guard import ConstraintGuard
@@ -211,8 +215,6 @@ def test_annotations_are_accepted_and_draft_07_too() -> None:
 def test_a_regex_matches_the_whole_text(regex: str) -> None:
     grammar = grammar_of("", regex, ())
     for text in ("yes", "no", "a/b", "a\nb", "\\", "ééé", "/\n/", "123-4567"):
-        import re
-
         assert allows(grammar, text) is bool(re.fullmatch(regex, text))
 
 
@@ -277,6 +279,12 @@ WORST: dict[str, Callable[[], Any]] = {
     "large pattern": lambda: grammar_of(
         json.dumps({"prefixItems": [{"pattern": f".*[aeiou].{{{n}}}"} for n in range(30, 60)]}), "", ()
     ),
+    "many patterns": lambda: grammar_of(
+        json.dumps({"prefixItems": [{"pattern": rf"(\p{{L}}|\p{{N}}|{n}){{1,90}}"} for n in range(16)]}), "", ()
+    ),
+    "long patterns": lambda: grammar_of(
+        json.dumps({"prefixItems": [{"pattern": "|".join(f"word{n}" for n in range(390))}] * 2}), "", ()
+    ),
     "regex": lambda: grammar_of("", "(" * 30_000 + ")" * 30_000, ()),
     "alternatives": lambda: grammar_of("", "|".join(f"(.*a.{{{n % 9}}})" for n in range(2_000)), ()),
     "classes": lambda: grammar_of("", r"(\p{L}?\p{N}?){1,990}", ()),
@@ -295,3 +303,14 @@ def test_a_constraint_is_refused_at_once(name: str) -> None:
 def test_every_supported_keyword_is_read() -> None:
     for keyword in SUPPORTED_KEYWORDS:
         assert "not a supported keyword" not in refusal({keyword: {"not": {}}} | {"else": 1})[1].partition("/else")[0]
+
+
+def test_constraints_are_checked_by_what_enforces_them() -> None:
+    """The llguidance package and llama.cpp have the same version of the crate on which LLGuidance is built."""
+    versions = [
+        set(re.findall(rb"derivre-\d+\.\d+\.\d+", library.read_bytes()))
+        for module in (llguidance, xllamacpp)
+        for library in Path(module.__path__[0]).glob("*.so")
+    ]
+    assert versions[0] == versions[1]
+    assert len(versions[0]) == 1

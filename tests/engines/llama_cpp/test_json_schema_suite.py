@@ -34,26 +34,18 @@ def _grammar(schema: object) -> str | None:
 
 
 @pytest.mark.parametrize("name", SUITE)
-def test_no_invalid_document_is_allowed(name: str) -> None:
-    accepted = 0
+def test_no_invalid_document_is_allowed_and_most_valid_ones_are(name: str) -> None:
+    """A valid document may be too much: with properties that have no name, or in another order, or with 1.0 for 1."""
+    accepted = valid = allowed = 0
     for case in SUITE[name]:
         if grammar := _grammar(case["schema"]):
             accepted += 1
             for test in case["tests"]:
                 guard = ConstraintGuard(grammar)
-                allowed = guard.accepts(json.dumps(test["data"], ensure_ascii=False)) and guard.is_complete()
-                assert test["valid"] or not allowed, (case["schema"], test["data"])
-    if name not in REFUSED:
-        assert accepted >= len(SUITE[name]) * (0 if name in MOSTLY_REFUSED else 0.5)
-
-
-def test_most_valid_documents_are_allowed() -> None:
-    """Some are not: a valid document may have properties in another order, or more of them, and 1.0 for 1."""
-    allowed = valid = 0
-    for case in (case for cases in SUITE.values() for case in cases):
-        if grammar := _grammar(case["schema"]):
-            for test in (test for test in case["tests"] if test["valid"]):
-                guard = ConstraintGuard(grammar)
-                allowed += guard.accepts(json.dumps(test["data"], ensure_ascii=False)) and guard.is_complete()
-                valid += 1
-    assert allowed > 0.9 * valid > 300
+                is_allowed = guard.accepts(json.dumps(test["data"], ensure_ascii=False)) and guard.is_complete()
+                assert test["valid"] or not is_allowed, (case["schema"], test["data"])
+                valid += test["valid"]
+                allowed += is_allowed
+    if name not in REFUSED + MOSTLY_REFUSED:
+        assert accepted >= 0.5 * len(SUITE[name])
+        assert allowed >= 0.5 * valid

@@ -33,16 +33,22 @@ MAX_COUNTS: Final = {
     "values": 1_000,
     "inner values": 200,
     "items": 1_000,
-    "patterns": 32,
+    "patterns": 16,
+    "pattern steps": 3_000,
     "multiples": 1_000,
     "number ranges": 64,
 }
 """How many of each a schema may have, everything within it counted.
 
-`schemas` counts the whole schema and each schema within it; `properties` the names in `properties` and `required`; `values`
-the values of `enum` and `const`; `inner values` the values within arrays and objects among these; `items` what `minItems`,
-`maxItems`, `minProperties`, `maxProperties` and the lengths of `prefixItems` add up to; `patterns` the regular expressions and
-formats; `multiples` what the digits of `multipleOf` add up to; `number ranges` the schemas with any bound of a number.
+    schemas         the whole schema, and each schema within it
+    properties      the names in `properties` and `required`
+    values          the values of `enum` and `const`
+    inner values    the values within arrays and objects among these
+    items           what `minItems`, `maxItems`, `minProperties`, `maxProperties` and the lengths of `prefixItems` add up to
+    patterns        the regular expressions and formats
+    pattern steps   the characters that regular expressions describe, with each counted repetition written out
+    multiples       what the digits of `multipleOf` add up to
+    number ranges   the schemas with any bound of a number
 """
 
 MAX_ALTERNATIVES: Final = {
@@ -263,7 +269,7 @@ class SchemaReader:
         if not isinstance(pattern, str):
             raise ConstraintProblemError("is not a text", pointer)
         try:
-            check_size(pattern)
+            self._count("pattern steps", check_size(pattern), pointer)
         except ConstraintProblemError as error:
             raise ConstraintProblemError(error.problem, pointer) from None
 

@@ -36,12 +36,17 @@ def lark_regex(regex: str) -> str:
     return f"/{escaped}/"
 
 
-def check_size(regex: str) -> None:
-    """Raises `ConstraintProblemError` if the expression has too many steps, or a syntax in which they cannot be counted."""
+def check_size(regex: str) -> int:
+    """Returns about how many characters the expression describes, with each counted repetition written out.
+
+    Raises `ConstraintProblemError` if they are too many, or if the syntax does not let them be counted.
+    """
     if any("x" in token[0] and "<" not in token[0] for token in TOKEN.finditer(regex) if token.lastgroup == "open"):
         raise ConstraintProblemError("has the flag x, which is not supported")
-    if expanded_size(regex) > MAX_REGEX_STEPS:
+    size = expanded_size(regex)
+    if size > MAX_REGEX_STEPS:
         raise ConstraintProblemError(f"has more than {MAX_REGEX_STEPS} characters when its counted repetitions are written out")
+    return size
 
 
 def expanded_size(regex: str) -> int:
