@@ -181,7 +181,7 @@ class Choices:
 
     def wrong(self) -> list[tuple[str, Any]]:
         """Returns values out of the range; see `Integers.wrong`."""
-        several = (["x", "x"], [], [str(number) for number in range(257)], ["é" * (self.max_bytes // 2), "x"])
+        several: Any = (["x", "x"], [], [str(number) for number in range(257)], ["é" * (self.max_bytes // 2), "x"])
         return [("[1]", pb.Choices(texts=["x", ""])), *(("", pb.Choices(texts=texts)) for texts in several)]
 
 

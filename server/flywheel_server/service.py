@@ -1,5 +1,6 @@
 """Implements `flywheel.v1.GenerationService`: translates each call, runs it, and delivers the answer."""
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 
@@ -93,7 +94,8 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         self._log_prompt(prompt)
 
         async def deliver(tokens: Sequence[PromptToken]) -> None:
-            await self._answer(tokens_to_proto(tokens), context)
+            # In a thread: tokens of a large context take a tenth of a second, for which other calls would wait.
+            await self._answer(await asyncio.to_thread(tokens_to_proto, tokens), context)
 
         await self._generations.tokenize(prompt, caller.get(), context.time_remaining(), deliver)
 

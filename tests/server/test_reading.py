@@ -15,7 +15,7 @@ from tests.server.test_errors import details_of
 from tests.serving import drained, serving
 
 KEY = "0123456789abcdef"
-METHODS = ["Generate", "GenerateDeltas", "GenerateAll", "GetModel", "GetStats"]
+METHODS = ["Generate", "GenerateDeltas", "GenerateAll", "GetModel", "GetStats", "Tokenize"]
 PATH = "/flywheel.v1.GenerationService/"
 
 

@@ -189,7 +189,8 @@ def test_each_range_ends_where_the_range_of_the_contract_ends(name: str) -> None
 
 @pytest.mark.parametrize("names", [("text", "messages"), ("messages", "prompt_token_ids"), PROMPTS])
 def test_several_prompts_are_all_named(names: tuple[str, ...]) -> None:
-    message = pb.GenerationRequest(max_tokens=1, **{name: RANGES[name].lowest for name in names})
+    prompts: dict[str, Any] = {name: RANGES[name].lowest for name in names}
+    message = pb.GenerationRequest(max_tokens=1, **prompts)
     with pytest.raises(InvalidRequestError) as caught:
         request_from_proto(message, LIMITS)
     assert named(caught.value) == list(names)
@@ -218,7 +219,7 @@ def test_unset_is_the_default_and_zero_is_zero(name: str) -> None:
     unset = pb.GenerationRequest(text="x", max_tokens=1)
     assert getattr(request_from_proto(unset, LIMITS), name) == GenerationRequest.model_fields[name].default
     its = RANGES[name]
-    zero = pb.Choices() if isinstance(its, Choices) else "" if isinstance(its, Texts) else 0
+    zero: Any = pb.Choices() if isinstance(its, Choices) else "" if isinstance(its, Texts) else 0
     message = pb.GenerationRequest(text="x", max_tokens=1, **{name: zero})
     if its.accepts(zero):
         assert getattr(request_from_proto(message, LIMITS), name) == 0

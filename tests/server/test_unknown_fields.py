@@ -1,0 +1,97 @@
+"""A field that the server does not know ends the call, so that a constraint of a newer client is never dropped."""
+
+import time
+from typing import Any
+
+import grpc
+import grpc.aio
+import pytest
+from flywheel_proto.v1 import generation_pb2 as pb
+from flywheel_server.engines.scripted import ScriptedEngine
+from flywheel_server.errors import UnknownFieldError
+from flywheel_server.unknown_fields import MAX_REPORTED, refuse_unknown_fields
+from google.protobuf.message import Message
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo
+
+from tests.server.test_errors import details_of
+from tests.server.test_reading import PATH
+from tests.serving import drained, serving
+
+FULL = pb.GenerationRequest(
+    text="x", max_tokens=1, stop=["a"], messages=[pb.Message(role="user", content="y")], logit_bias={1: 2.0}, regex="a"
+)
+VARINT = b"\x98\x06\x01"
+"""Field 99 with the number 1."""
+KINDS = {
+    "varint": VARINT,
+    "long varint": b"\x98\x06" + b"\xff" * 9 + b"\x01",
+    "fixed64": b"\x99\x06" + b"12345678",
+    "bytes": b"\x9a\x06\x03abc",
+    "group": b"\x9b\x06\x08\x01\x9c\x06",
+    "fixed32": b"\x9d\x06" + b"1234",
+}
+
+
+def unknown(message: Message) -> list[tuple[str, int]]:
+    """Returns the unknown fields that the message is refused for."""
+    with pytest.raises(UnknownFieldError) as caught:
+        refuse_unknown_fields(message)
+    return list(caught.value.fields)
+
+
+def message_with(data: bytes) -> pb.Message:
+    return pb.Message.FromString(pb.Message(role="user", content="y").SerializeToString() + data)
+
+
+@pytest.mark.parametrize("data", KINDS.values(), ids=KINDS)
+def test_each_kind_is_found_in_each_message(data: bytes) -> None:
+    assert unknown(pb.GenerationRequest.FromString(FULL.SerializeToString() + data)) == [("", 99)]
+    nested = pb.GenerationRequest(text="x", max_tokens=1, messages=[message_with(b""), message_with(data)])
+    assert unknown(nested) == [("messages[1]", 99)]
+    assert unknown(pb.TokenizeRequest(messages=[message_with(data)])) == [("messages[0]", 99)]
+    choices = pb.Choices.FromString(pb.Choices(texts=["a"]).SerializeToString() + data)
+    assert unknown(pb.GenerationRequest(text="x", choices=choices)) == [("choices", 99)]
+    assert unknown(pb.GetModelRequest.FromString(data)) == [("", 99)]
+
+
+def test_a_message_without_unknown_fields_is_left_as_it_is() -> None:
+    message = pb.GenerationRequest()
+    message.CopyFrom(FULL)
+    refuse_unknown_fields(message)
+    assert message == FULL
+
+
+def test_several_are_reported_and_not_more_than_a_few() -> None:
+    data = pb.GenerationRequest(text="x", messages=[message_with(VARINT)]).SerializeToString()
+    several = b"".join(KINDS[kind] for kind in ("bytes", "fixed64", "fixed32", "group"))
+    assert unknown(pb.GenerationRequest.FromString(data + several)) == [("messages[0]", 99)] + [("", 99)] * 4
+    assert len(unknown(pb.GenerationRequest.FromString(data + VARINT * 1000))) == MAX_REPORTED
+
+
+def test_a_known_field_of_another_type_is_unknown() -> None:
+    assert unknown(pb.GenerationRequest.FromString(b"\x08\x01")) == [("", 1)]
+
+
+@pytest.mark.parametrize("wrap", [lambda data: data, lambda data: b"b" + varint(len(data)) + data], ids=["top", "nested"])
+def test_millions_are_refused_at_once(wrap: Any) -> None:
+    message = pb.GenerationRequest.FromString(wrap(VARINT * 1_300_000))
+    start = time.process_time()
+    assert len(unknown(message)) == MAX_REPORTED
+    assert time.process_time() - start < 0.1, "an object for each of them takes more than a second"
+
+
+def varint(number: int) -> bytes:
+    return bytes([number & 127 | 128]) + varint(number >> 7) if number > 127 else bytes([number])
+
+
+@pytest.mark.parametrize("method", ["Generate", "GenerateDeltas", "GenerateAll", "GetModel", "GetStats", "Tokenize"])
+async def test_the_caller_learns_the_number(method: str) -> None:
+    async with serving(ScriptedEngine()) as target:
+        call = target.channel.unary_stream(PATH + method, bytes, bytes)(b"\n\x01x" * method.startswith(("Gen", "Tok")) + VARINT)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await drained(call)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    details = details_of(caught.value)
+    assert details[ErrorInfo].reason == "UNKNOWN_FIELD"
+    assert details[ErrorInfo].metadata == {"field": "99"}
+    assert [violation.field for violation in details[BadRequest].field_violations] == ["99"]
