@@ -135,6 +135,27 @@ async def test_quotas_are_shared_and_used_tokens_count(tokenizers: int) -> None:
 
 
 @pytest.mark.parametrize("tokenizers", [0, 2])
+async def test_a_call_that_needs_no_slots_waits_for_its_quota_only(tokenizers: int) -> None:
+    parent = Parent()
+    async with parent.worker(tokenizers) as one, parent.worker(tokenizers) as two:
+        end = asyncio.Event()
+        calls = [asyncio.create_task(run(one, end=end)) for _ in range(2)]
+        await until(lambda: parent.admission.active == 2, "no slot is free")
+        for _ in range(2):
+            async with two.acquire(request(1), METERED, None) as (usage, place):
+                await place.joined()
+                assert (parent.admission.active, parent.admission.queued) == (2, 1)
+                usage.set_prompt_tokens(60)
+        with pytest.raises(QuotaExceededError):
+            async with two.acquire(request(1), METERED, None) as (_, place):
+                await place.joined()
+        end.set()
+        await asyncio.gather(*calls)
+        await until(lambda: parent.is_empty, "all is given back")
+    assert parent.admission.service_times.of("metered") is None
+
+
+@pytest.mark.parametrize("tokenizers", [0, 2])
 async def test_a_call_gets_the_quota_that_a_call_on_another_worker_has_just_released(tokenizers: int) -> None:
     parent = Parent()
     one_at_a_time = Caller("one", max_concurrent=1)

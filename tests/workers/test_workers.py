@@ -44,6 +44,7 @@ async def running(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[tup
         "first": {"priority": 5},
         "two": {"max_concurrent": 2},
         "metered": {"tokens_per_minute": 6000},
+        "reader": {"tokens_per_minute": 6000},
         "leaving": {},
     }
     with keys_for(file, **callers) as keys:
@@ -139,6 +140,18 @@ async def test_quotas_hold_for_the_calls_of_all_workers(running: tuple[Several, 
         big = pb.GenerationRequest(text="x", max_tokens=4000)
         calls.append(await begun(one, keys["metered"], big))
         assert await ended_by(two.stub.GenerateDeltas(big, metadata=keys["metered"])) == OVER_QUOTA
+
+
+async def test_tokens_of_prompts_count_on_all_workers(running: tuple[Several, Keys, Path]) -> None:
+    server, keys, _ = running
+    prompt = pb.TokenizeRequest(text="llam" * 4000)
+    async with server.connections() as targets, left_empty(targets, keys["plain"]):
+        one, two = targets.values()
+        for target in (one, two):
+            assert (await target.stub.Tokenize(prompt, metadata=keys["reader"])).prompt_tokens == 4000
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await one.stub.Tokenize(prompt, metadata=keys["reader"])
+        assert (caught.value.code(), details_of(caught.value)[ErrorInfo].reason) == OVER_QUOTA
 
 
 async def test_a_key_is_revoked_in_all_workers(running: tuple[Several, Keys, Path]) -> None:
