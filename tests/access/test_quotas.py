@@ -115,6 +115,14 @@ def test_samples_at_a_time(quotas: Quotas) -> None:
         pass
 
 
+def test_a_call_counts_as_the_slots_that_it_takes(quotas: Quotas) -> None:
+    caller = Caller("team", max_concurrent=4)
+    with Reservation(quotas, caller, request(), slots=4):
+        refused(quotas, caller, request())
+    with Reservation(quotas, caller, request(num_samples=4)):
+        pass
+
+
 def test_a_call_that_alone_exceeds_the_quota_gets_no_retry_delay(quotas: Quotas) -> None:
     assert refused(quotas, Caller("team", max_concurrent=4), request(num_samples=5)).retry_delay is None
 

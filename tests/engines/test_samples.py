@@ -4,7 +4,7 @@ from itertools import pairwise
 
 from flywheel_server.engines.base import Event, TextDelta
 from flywheel_server.engines.samples import GrowingSample, StopGate
-from flywheel_server.messages import GenerationResponseSample
+from flywheel_server.messages import GenerationResponseSample, Token
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -67,3 +67,35 @@ def test_a_growing_sample_sends_each_character_once() -> None:
     assert isinstance(finished, GenerationResponseSample)
     assert (finished.index, finished.text, finished.prompt_tokens, finished.generated_tokens) == (2, "a ENx", 5, 5)
     assert sample.finished
+
+
+@given(st.lists(st.text(alphabet="abé", max_size=4), max_size=8), stops, st.integers(1, 3), st.booleans())
+def test_deltas_carry_the_tokens_of_their_text(pieces: list[str], stop: list[str], size: int, ends: bool) -> None:
+    """Tokens may end within a character and within a held-back text, and may be empty."""
+    events: list[Event] = []
+    sample = GrowingSample(0, 1, stop, events.append)
+    given_tokens: list[Token] = []
+    for number, piece in enumerate(pieces):
+        encoded = piece.encode()
+        parts = [encoded[start : start + size] for start in range(0, len(encoded), size)] or [b""]
+        tokens = [Token(number, part, -1.0) for part in parts]
+        sample.add(piece, number + 1, tokens)
+        given_tokens += tokens
+        if sample.finished:
+            break
+    if not sample.finished:
+        last = [Token(99, b"", -1.0)] if ends else []
+        sample.end("stop" if ends else "length", 9, last)
+        given_tokens += last
+    *deltas, finished = events
+    assert isinstance(finished, GenerationResponseSample)
+    assert [*finished.tokens] == given_tokens
+    text = carried = b""
+    told: list[Token] = []
+    for delta in deltas:
+        assert isinstance(delta, TextDelta)
+        told += delta.tokens
+        text += delta.text.encode()
+        carried += b"".join(token.text for token in delta.tokens)
+        assert text.startswith(carried), "no token comes before its text"
+    assert told == given_tokens[: len(told)], "in order, and none twice"
