@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from flywheel_proto.v1 import generation_pb2 as pb
 from flywheel_server.access.callers import ANYBODY, Caller
 from flywheel_server.access.keys_file import KeyEntry, KeysFile, hash_of, new_key
 from flywheel_server.access.quotas import Quotas, Reservation, Usage
-from flywheel_server.engines.base import TextDelta
+from flywheel_server.engines.base import EngineModel, TextDelta
 from flywheel_server.engines.scripted import Script, ScriptedEngine
 from flywheel_server.errors import QuotaExceededError
 from flywheel_server.messages import GenerationRequest, GenerationResponseSample
@@ -174,6 +175,27 @@ def keys_for(path: Path, **callers: Any) -> Iterator[dict[str, tuple[tuple[str, 
     ]
     KeysFile(keys=tuple(entries)).write(path)
     yield {name: (("authorization", f"Bearer {key}"),) for name, key in keys.items()}
+
+
+class _OneSeedAtATime(ScriptedEngine):
+    """An engine in which a request with a seed takes all slots."""
+
+    def model(self) -> EngineModel:
+        return replace(super().model(), slots=4, slots_for_seed=4)
+
+
+async def test_a_request_that_takes_all_slots_needs_a_quota_for_all(tmp_path: Path) -> None:
+    file = tmp_path / "keys.json"
+    with keys_for(file, small={"max_concurrent": 3}, large={"max_concurrent": 4}) as metadata:
+        async with serving(_OneSeedAtATime(), api_keys_file=str(file)) as target:
+            asked = pb.GenerationRequest(text="x", max_tokens=1)
+            await target.stub.GenerateAll(asked, metadata=metadata["small"])
+            asked.seed = 7
+            await target.stub.GenerateAll(asked, metadata=metadata["large"])
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await target.stub.GenerateAll(asked, metadata=metadata["small"])
+            assert details_of(caught.value)[ErrorInfo].reason == "QUOTA_EXCEEDED"
+            assert RetryInfo not in details_of(caught.value)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -178,9 +178,11 @@ class GenerationRequest(_message.Message):
 
     The samples may differ on another machine, with another model file, or with other settings of the engine. A server with
     the setting `exact_seeds` generates such samples one after the other, with nothing else beside them in the engine, because
-    the last digits of the model's numbers depend on what is computed together. Without the setting, samples of equal requests
-    are alike only up to the token where two candidates are nearly equally likely. `Model.exact_seeds` says which one holds.
-    The same is true of a seed that the server has drawn: it repeats the sample only if nothing else was computed with it.
+    the last digits of the model's numbers depend on what is computed together. If the engine is inside the server, such a
+    request takes all slots of the engine, and counts as so many samples in the queue and in the quota of its caller. Without
+    the setting, samples of equal requests are alike only up to the token where two candidates are nearly equally likely.
+    `Model.exact_seeds` says which one holds. The same is true of a seed that the server has drawn: it repeats the sample only
+    if nothing else was computed with it.
     """
     min_p: _builtins.float
     """Samples only from tokens whose probability, after temperature, is at least min_p times the highest probability. 0 to 1; 0
@@ -386,8 +388,9 @@ class Token(_message.Message):
     the id of the last of them.
     """
     text: _builtins.bytes
-    """The bytes that the token adds to the text. The tokens of a sample, joined, begin with its text; tokens of a stop sequence,
-    or a token that ends the sample, may follow.
+    """The bytes that the token adds to the text; none for an end-of-generation token. The tokens of a sample, joined, begin with
+    its text; tokens of a stop sequence, or a token that ends the sample, may follow. If a sample ends within a character, an
+    engine may leave out the tokens of that character.
     """
     logprob: _builtins.float
     """The natural logarithm of the token's probability given the text before it, as the model has it: before temperature,
@@ -396,7 +399,9 @@ class Token(_message.Message):
     """
     @_builtins.property
     def likeliest(self) -> _containers.RepeatedCompositeFieldContainer[Global___LikelyToken]:
-        """The likeliest tokens at this place, the likeliest first; as many as `GenerationRequest.logprobs` asks for."""
+        """The likeliest tokens at this place, the likeliest first; as many as `GenerationRequest.logprobs` asks for. If several tokens
+        make up one character, these are the likeliest for the last of them, so they may be parts of characters.
+        """
 
     def __init__(
         self,
@@ -426,7 +431,7 @@ class LikelyToken(_message.Message):
     id: _builtins.int
     """The id of the token in the model's vocabulary."""
     text: _builtins.bytes
-    """The bytes of the token."""
+    """The bytes of the token, which may be a part of a character; none for an end-of-generation token."""
     logprob: _builtins.float
     """The natural logarithm of its probability; see `Token.logprob`."""
     def __init__(
@@ -469,7 +474,8 @@ class GenerationResponseSample(_message.Message):
     """When the sample finished, in seconds since the epoch."""
     finish_reason: _builtins.str
     """Why the sample ended. "stop": an end-of-generation token, one of eos_token_ids, or a stop sequence. "length":
-    max_tokens were generated. "time": time_limit has passed. An engine may have other values; treat an unknown value as an end like any other.
+    max_tokens were generated. "time": time_limit has passed. An engine may have other values; treat an unknown value as an end
+    like any other.
     """
     index: _builtins.int
     """Which sample this is: 0 to num_samples - 1."""
