@@ -31,3 +31,16 @@ def test_a_call_holds_the_context_of_the_groups_that_run_at_the_same_time(
     if len(more) > len(at_a_time):
         needed = sum(prompt + len(group) * max_tokens for group in more)
         assert sum(map(len, more)) > slots or needed > pool, "a group that has room runs"
+
+
+def test_samples_that_run_one_by_one_hold_the_context_of_one() -> None:
+    request = GenerationRequest(text="x", max_tokens=10, num_samples=3, seed=1)
+    groups = SampleGroups.of(request, 100, slots=8, context_tokens=1000, one_by_one=True)
+    assert groups == SampleGroups([range(1), range(1, 2), range(2, 3)], concurrency=1, context_tokens=110)
+
+
+def test_seeds_that_begin_again_at_zero_do_not_share_a_completion() -> None:
+    for seed, sizes in ((2**31 - 3, [3]), (2**31 - 2, [1, 1, 1])):
+        request = GenerationRequest(text="x", max_tokens=10, num_samples=3, seed=seed)
+        groups = SampleGroups.of(request, 100, slots=8, context_tokens=1000)
+        assert [len(group) for group in groups.indexes] == sizes
