@@ -11,9 +11,10 @@ import llguidance
 import pytest
 import xllamacpp
 from flywheel_server.engines.base import InvalidFieldError
-from flywheel_server.engines.llama_cpp.constraints.grammars import MAX_CONSTRAINT_BYTES, grammar_of
+from flywheel_server.engines.llama_cpp.constraints.grammars import grammar_of
 from flywheel_server.engines.llama_cpp.constraints.guard import ConstraintGuard
 from flywheel_server.engines.llama_cpp.constraints.keywords import SUPPORTED_KEYWORDS
+from flywheel_server.messages import MAX_CONSTRAINT_BYTES
 
 
 def allows(grammar: str | None, text: str) -> bool:
@@ -232,8 +233,6 @@ def test_a_regex_matches_the_whole_text(regex: str) -> None:
         ("a{99999999999999999999}", "has more than 2000 characters"),
         (".*[aeiou].{30}", "takes too much work"),
         (".*[aeiou].{500}", "takes too much work"),
-        ("a" * (MAX_CONSTRAINT_BYTES + 1), "has more than 65536 bytes"),
-        ("é" * MAX_CONSTRAINT_BYTES, "has more than 65536 bytes"),
     ],
 )
 def test_a_regex_that_cannot_be_enforced_is_refused(regex: str, description: str) -> None:
@@ -251,9 +250,6 @@ def test_choices_are_the_texts_as_they_are() -> None:
 @pytest.mark.parametrize(
     ("choices", "field", "description"),
     [
-        (("a", "b", ""), "choices[2]", "is empty"),
-        (("a",) * 1001, "choices", "has more than 1000 texts"),
-        (("a" * MAX_CONSTRAINT_BYTES, "b"), "choices", "has more than 65536 bytes"),
         (("\ud800",), "choices", ""),
     ],
 )
@@ -267,7 +263,6 @@ def _deep(levels: int) -> str:
 
 
 WORST: dict[str, Callable[[], Any]] = {
-    "1 MiB": lambda: grammar_of(json.dumps({"enum": ["a" * 100] * 10_000}), "", ()),
     "10,000 levels": lambda: grammar_of(_deep(10_000)[:MAX_CONSTRAINT_BYTES], "", ()),
     "5,000 levels": lambda: grammar_of(_deep(5_000), "", ()),
     "5,000 lists": lambda: grammar_of('{"const": ' + "[" * 5_000 + "]" * 5_000 + "}", "", ()),

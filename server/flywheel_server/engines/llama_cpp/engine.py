@@ -228,7 +228,7 @@ class EmbeddedEngine(Engine):
 
     def _prepare(self, request: GenerationRequest, is_stopped: Callable[[], bool]) -> PreparedRequest:
         try:
-            grammar = grammar_of(request.json_schema or "", request.regex or "", request.choices or ()) or ""
+            grammar = grammar_of(request.json_schema, request.regex, request.choices)
             prompt = self._tokenizer.tokens(request, is_stopped)
             context_tokens = self._completions.groups(request, len(prompt)).context_tokens
             return PreparedRequest(request, prompt, context_tokens, grammar)

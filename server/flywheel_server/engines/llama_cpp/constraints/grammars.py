@@ -20,12 +20,6 @@ from flywheel_server.engines.llama_cpp.constraints.json_values import read_objec
 from flywheel_server.engines.llama_cpp.constraints.probe import SCHEMA_FUEL, has_few_states, is_affordable
 from flywheel_server.engines.llama_cpp.constraints.regexes import lark_regex
 
-MAX_CONSTRAINT_BYTES: Final = 65_536
-"""Maximum size of a schema, of a regular expression, and of all choices together, in bytes of UTF-8."""
-
-MAX_CHOICES: Final = 1_000
-"""Maximum number of choices."""
-
 MAX_GRAMMAR_SIZE: Final = 4_000
 """Maximum number of symbols in the rules that LLGuidance makes of a constraint. It needs 2 milliseconds for 1,000."""
 
@@ -53,10 +47,10 @@ JSON_OPTIONS: Final = {"item_separator": ", ", "key_separator": ": ", "whitespac
 """No other whitespace: small models would generate line breaks without end."""
 
 
-def grammar_of(json_schema: str, regex: str, choices: Sequence[str]) -> str | None:
-    """Returns the grammar for the one constraint that is set, or None if none is. Takes at most 0.1 s of CPU time.
+def grammar_of(json_schema: str | None, regex: str | None, choices: Sequence[str] | None) -> str:
+    """Returns the grammar for the one constraint that is set; empty if none is. Takes at most 0.1 s of CPU time.
 
-    Raises `InvalidFieldError` if the constraint cannot be read, cannot be enforced, or would keep other callers waiting.
+    The sizes are within the limits of `flywheel_server.messages`. Raises `InvalidFieldError` if the constraint cannot be read, cannot be enforced, or would keep other callers waiting.
     """
     if json_schema:
         return _checked("json_schema", json_schema, _schema_grammar)
@@ -64,7 +58,7 @@ def grammar_of(json_schema: str, regex: str, choices: Sequence[str]) -> str | No
         return _checked("regex", regex, _regex_grammar)
     if choices:
         return _choices_grammar(choices)
-    return None
+    return ""
 
 
 def _schema_grammar(text: str) -> str:
@@ -114,13 +108,6 @@ def _regex_grammar(regex: str) -> str:
 
 
 def _choices_grammar(choices: Sequence[str]) -> str:
-    if len(choices) > MAX_CHOICES:
-        raise InvalidFieldError("choices", f"has more than {MAX_CHOICES} texts")
-    if sum(len(text.encode(errors="surrogatepass")) for text in choices) > MAX_CONSTRAINT_BYTES:
-        raise InvalidFieldError("choices", f"has more than {MAX_CONSTRAINT_BYTES} bytes")
-    for index, text in enumerate(choices):
-        if not text:
-            raise InvalidFieldError(f"choices[{index}]", "is empty")
     # The name of a terminal is in capitals. LLGuidance handles the texts of a terminal as one regular expression.
     grammar = f"{PREFIX}TEXT\nTEXT: {' | '.join(json.dumps(text) for text in choices)}"
     if problem := _problem(grammar):
@@ -129,8 +116,6 @@ def _choices_grammar(choices: Sequence[str]) -> str:
 
 
 def _checked(field: str, text: str, make: Callable[[str], str]) -> str:
-    if len(text.encode(errors="surrogatepass")) > MAX_CONSTRAINT_BYTES:
-        raise InvalidFieldError(field, f"has more than {MAX_CONSTRAINT_BYTES} bytes")
     try:
         return make(text)
     except ConstraintProblemError as error:
