@@ -3,7 +3,7 @@
 # ruff: noqa: ASYNC109 - each timeout becomes the deadline of a call, which the server obeys too
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar, Unpack
 
@@ -16,18 +16,22 @@ from flywheel_client._channel import CLIENT_TIMEOUT, CallOptions, Timeout
 from flywheel_client._client_base import BaseClient
 from flywheel_client._errors import error_from_call, request_id_in
 from flywheel_client._health import HEALTH_CHECK, health_request, health_response, serving_status
-from flywheel_client._request import GenerationFields, generation_request
+from flywheel_client._many import DEFAULT_CONCURRENCY
+from flywheel_client._many_async import AsyncPromptResults
+from flywheel_client._request import GenerationFields, Messages, Prompt, generation_request, tokenize_request
 from flywheel_client._results import (
     Delta,
     Model,
     Response,
     Sample,
     Stats,
+    Tokens,
     delta_from,
     model_from,
     response_from,
     sample_from,
     stats_from,
+    tokens_from,
 )
 
 RequestT = TypeVar("RequestT")
@@ -124,7 +128,7 @@ class AsyncClient(BaseClient):
 
     def generate(
         self,
-        text: str,
+        text: str | None = None,
         *,
         timeout: Timeout = CLIENT_TIMEOUT,
         request_id: str | None = None,
@@ -141,7 +145,7 @@ class AsyncClient(BaseClient):
 
     def generate_deltas(
         self,
-        text: str,
+        text: str | None = None,
         *,
         timeout: Timeout = CLIENT_TIMEOUT,
         request_id: str | None = None,
@@ -158,7 +162,7 @@ class AsyncClient(BaseClient):
 
     async def generate_all(
         self,
-        text: str,
+        text: str | None = None,
         *,
         timeout: Timeout = CLIENT_TIMEOUT,
         request_id: str | None = None,
@@ -172,6 +176,44 @@ class AsyncClient(BaseClient):
         request = generation_request(text, **fields)
         options = self._connection.call_options(timeout, request_id, wait_for_ready)
         return response_from(await _unary(self._stub().GenerateAll, request, options))
+
+    def generate_many(
+        self,
+        prompts: Iterable[Prompt] | AsyncIterable[Prompt],
+        *,
+        concurrency: int = DEFAULT_CONCURRENCY,
+        timeout: Timeout = CLIENT_TIMEOUT,
+        wait_for_ready: bool | None = None,
+        **fields: Unpack[GenerationFields],
+    ) -> AsyncPromptResults:
+        """Generates samples for many prompts, several at a time, and yields the results as they come.
+
+        The arguments and errors are the same as for `Client.generate_many`. The prompts may also be an asynchronous iterable.
+        """
+        timeout = self._connection.call_options(timeout).timeout
+
+        async def answer(request: generation_pb2.GenerationRequest) -> generation_pb2.GenerationResponse:
+            options = self._connection.call_options(timeout, wait_for_ready=wait_for_ready)
+            return await _unary(self._stub().GenerateAll, request, options)
+
+        return AsyncPromptResults(answer, prompts, concurrency, **fields)
+
+    async def tokenize(
+        self,
+        text: str | None = None,
+        *,
+        messages: Messages | None = None,
+        timeout: Timeout = CLIENT_TIMEOUT,
+        request_id: str | None = None,
+        wait_for_ready: bool | None = None,
+    ) -> Tokens:
+        """Returns the tokens of a prompt, as a generation with this prompt reads them. Generates nothing.
+
+        The arguments and errors are the same as for `Client.tokenize`.
+        """
+        request = tokenize_request(text, messages)
+        options = self._connection.call_options(timeout, request_id, wait_for_ready)
+        return tokens_from(await _unary(self._stub().Tokenize, request, options))
 
     async def model(self, *, timeout: Timeout = CLIENT_TIMEOUT, wait_for_ready: bool | None = None) -> Model:
         """Returns the model, the engine that runs it, the limits of a request and the defaults of unset fields.

@@ -1,6 +1,6 @@
 """The client for threads, and its streams."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Generic, Protocol, Self, TypeVar, Unpack
 
@@ -10,20 +10,24 @@ from google.protobuf.wrappers_pb2 import StringValue
 
 from flywheel_client._channel import CLIENT_TIMEOUT, CallOptions, Timeout
 from flywheel_client._client_base import BaseClient
-from flywheel_client._errors import error_from_call, request_id_in
+from flywheel_client._errors import FlywheelError, error_from_call, request_id_in
 from flywheel_client._health import HEALTH_CHECK, health_request, health_response, serving_status
-from flywheel_client._request import GenerationFields, generation_request
+from flywheel_client._many import DEFAULT_CONCURRENCY
+from flywheel_client._many_sync import PromptResults
+from flywheel_client._request import GenerationFields, Messages, Prompt, generation_request, tokenize_request
 from flywheel_client._results import (
     Delta,
     Model,
     Response,
     Sample,
     Stats,
+    Tokens,
     delta_from,
     model_from,
     response_from,
     sample_from,
     stats_from,
+    tokens_from,
 )
 
 RequestT = TypeVar("RequestT")
@@ -117,7 +121,7 @@ class Client(BaseClient):
 
     def generate(
         self,
-        text: str,
+        text: str | None = None,
         *,
         timeout: Timeout = CLIENT_TIMEOUT,
         request_id: str | None = None,
@@ -127,14 +131,16 @@ class Client(BaseClient):
         """Generates samples, and streams each finished sample as a whole, in the order in which they finish.
 
         Args:
-            text: The prompt. `Model.prompt_format` tells how the model reads the prompt.
+            text: The prompt as a text. `Model.prompt_format` tells how the model reads it. The prompt may also be `messages`
+                or `prompt_token_ids`; a request has exactly one of the three.
             timeout: The seconds that the call may take; None sets no deadline. Default: the client's timeout.
             request_id: The name of the call in the server's log: 1 to 128 visible ASCII characters. Default: a new id.
             wait_for_ready: Whether the call waits for a server that is ready. Default: the client's `wait_for_ready`.
             **fields: The other fields of the request, as in `GenerationFields`. `max_tokens` is required.
 
         Raises:
-            TypeError: A field has the wrong type or is unknown, max_tokens is missing, or the timeout is not a number.
+            TypeError: A field has the wrong type or is unknown; max_tokens or the prompt is missing; more than one of
+                json_schema, regex and choices is given; or the timeout is not a number.
             ValueError: A value does not fit into its field, or the timeout is negative or NaN.
             FlywheelError: The call failed. Iterating over the stream raises this error.
         """
@@ -144,7 +150,7 @@ class Client(BaseClient):
 
     def generate_deltas(
         self,
-        text: str,
+        text: str | None = None,
         *,
         timeout: Timeout = CLIENT_TIMEOUT,
         request_id: str | None = None,
@@ -161,7 +167,7 @@ class Client(BaseClient):
 
     def generate_all(
         self,
-        text: str,
+        text: str | None = None,
         *,
         timeout: Timeout = CLIENT_TIMEOUT,
         request_id: str | None = None,
@@ -175,6 +181,69 @@ class Client(BaseClient):
         request = generation_request(text, **fields)
         options = self._connection.call_options(timeout, request_id, wait_for_ready)
         return response_from(_unary(self._stub().GenerateAll, request, options))
+
+    def generate_many(
+        self,
+        prompts: Iterable[Prompt],
+        *,
+        concurrency: int = DEFAULT_CONCURRENCY,
+        timeout: Timeout = CLIENT_TIMEOUT,
+        wait_for_ready: bool | None = None,
+        **fields: Unpack[GenerationFields],
+    ) -> PromptResults:
+        """Generates samples for many prompts, several at a time, and yields the results as they come.
+
+        If the call for a prompt fails, after its retries, the result of this prompt has the error: `PromptResult.response`
+        raises it, and `PromptResult.error` returns it. The calls for other prompts go on. If you leave the iteration, all
+        running calls are cancelled.
+
+        Args:
+            prompts: Texts, conversations (as `messages`), or mappings of fields, which override `fields`, such as
+                `{"text": "Hello", "seed": 1}`. They may be endless: a prompt is read only when its call begins.
+            concurrency: How many calls may run at the same time. A result that was not fetched yet counts as running.
+            timeout: The seconds that each call may take; None sets no deadline. Default: the client's timeout.
+            wait_for_ready: Whether a call waits for a server that is ready. Default: the client's `wait_for_ready`.
+            **fields: The fields of all requests, as in `GenerationFields`. `max_tokens` is required.
+
+        Raises:
+            TypeError: As for `generate`; also for a prompt when it is read, which ends the iteration; or concurrency is not an
+                integer.
+            ValueError: As for `generate`; also for a prompt when it is read; or concurrency is less than 1.
+        """
+        timeout = self._connection.call_options(timeout).timeout
+
+        def begin(request: generation_pb2.GenerationRequest) -> _UnaryCall[generation_pb2.GenerationResponse]:
+            options = self._connection.call_options(timeout, wait_for_ready=wait_for_ready)
+            return _UnaryCall(self._stub().GenerateAll, request, options)
+
+        return PromptResults(begin, prompts, concurrency, **fields)
+
+    def tokenize(
+        self,
+        text: str | None = None,
+        *,
+        messages: Messages | None = None,
+        timeout: Timeout = CLIENT_TIMEOUT,
+        request_id: str | None = None,
+        wait_for_ready: bool | None = None,
+    ) -> Tokens:
+        """Returns the tokens of a prompt, as a generation with this prompt reads them. Generates nothing.
+
+        Args:
+            text: The prompt as a text, unless `messages` are given.
+            messages: The prompt as a conversation, as in `GenerationFields`.
+            timeout: The seconds that the call may take; None sets no deadline. Default: the client's timeout.
+            request_id: The name of the call in the server's log: 1 to 128 visible ASCII characters. Default: a new id.
+            wait_for_ready: Whether the call waits for a server that is ready. Default: the client's `wait_for_ready`.
+
+        Raises:
+            TypeError: There is no prompt, a message has the wrong type, or the timeout is not a number.
+            ValueError: The prompt is not Unicode, or the timeout is negative or NaN.
+            FlywheelError: The call failed. If the engine cannot tokenize, the code is UNIMPLEMENTED.
+        """
+        request = tokenize_request(text, messages)
+        options = self._connection.call_options(timeout, request_id, wait_for_ready)
+        return tokens_from(_unary(self._stub().Tokenize, request, options))
 
     def model(self, *, timeout: Timeout = CLIENT_TIMEOUT, wait_for_ready: bool | None = None) -> Model:
         """Returns the model, the engine that runs it, the limits of a request and the defaults of unset fields.
@@ -249,13 +318,36 @@ class Client(BaseClient):
         return Stream(call, result_from, options.request_id)
 
 
+class _UnaryCall(Generic[MessageT]):
+    """A running call whose answer is one message."""
+
+    def __init__(
+        self, method: "grpc.UnaryUnaryMultiCallable[RequestT, MessageT]", request: RequestT, options: CallOptions
+    ) -> None:
+        self._request_id = options.request_id
+        # A blocking call could not be cancelled when Ctrl-C interrupts it. A future can.
+        self._future = method.future(
+            request, timeout=options.timeout, metadata=options.metadata, wait_for_ready=options.wait_for_ready
+        )
+
+    def answer(self) -> MessageT:
+        """Waits for the answer, and returns it; raises `FlywheelError` if the call fails."""
+        try:
+            return self._future.result()
+        except grpc.RpcError as error:
+            raise error_from_call(error, self._request_id) from error
+
+    def cancel(self) -> None:
+        """Cancels the call on the server. Any thread may call this at any time."""
+        self._future.cancel()
+
+
 def _unary(method: "grpc.UnaryUnaryMultiCallable[RequestT, MessageT]", request: RequestT, options: CallOptions) -> MessageT:
-    # A blocking call could not be cancelled when Ctrl-C interrupts it. A future can.
-    call = method.future(request, timeout=options.timeout, metadata=options.metadata, wait_for_ready=options.wait_for_ready)
+    call = _UnaryCall(method, request, options)
     try:
-        return call.result()
-    except grpc.RpcError as error:
-        raise error_from_call(error, options.request_id) from error
+        return call.answer()
+    except FlywheelError:
+        raise
     except BaseException:
         call.cancel()
         raise

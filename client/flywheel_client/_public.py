@@ -17,16 +17,32 @@ from flywheel_client._errors import (
     UnauthenticatedError,
     UnavailableError,
 )
+from flywheel_client._many_async import AsyncPromptResults
+from flywheel_client._many_sync import PromptResults
 from flywheel_client._modal import ModalDirectory, published_endpoints
 from flywheel_client._records import Endpoint
-from flywheel_client._request import GenerationFields
-from flywheel_client._results import Defaults, Delta, Limits, Model, Response, Sample, Stats
+from flywheel_client._request import GenerationFields, Message
+from flywheel_client._results import (
+    Defaults,
+    Delta,
+    LikelyToken,
+    Limits,
+    Model,
+    PromptResult,
+    PromptToken,
+    Response,
+    Sample,
+    Stats,
+    Token,
+    Tokens,
+)
 from flywheel_client._retry import Retry
 from flywheel_client._service_config import SERVICE_CONFIG
 
 __all__ = [
     "SERVICE_CONFIG",
     "AsyncClient",
+    "AsyncPromptResults",
     "AsyncStream",
     "CallCancelledError",
     "Client",
@@ -40,9 +56,14 @@ __all__ = [
     "GenerationFields",
     "InternalError",
     "InvalidArgumentError",
+    "LikelyToken",
     "Limits",
+    "Message",
     "ModalDirectory",
     "Model",
+    "PromptResult",
+    "PromptResults",
+    "PromptToken",
     "QuotaViolation",
     "ResourceExhaustedError",
     "Response",
@@ -50,6 +71,8 @@ __all__ = [
     "Sample",
     "Stats",
     "Stream",
+    "Token",
+    "Tokens",
     "UnauthenticatedError",
     "UnavailableError",
     "__version__",

@@ -8,6 +8,7 @@ from concurrent import futures
 from contextlib import AsyncExitStack, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any as AnyType
+from typing import TypeVar
 
 import grpc
 import pytest
@@ -192,6 +193,9 @@ class FakeService(generation_pb2_grpc.GenerationServiceServicer):
             context.abort(code, message)
 
 
+FakeT = TypeVar("FakeT", bound=FakeService)
+
+
 @pytest.fixture
 def health() -> HealthServicer:
     """The health service of `fake`."""
@@ -216,9 +220,10 @@ def serving_fake(
     credentials: grpc.ServerCredentials | None = None,
     host: str = "127.0.0.1",
     port: int = 0,
-) -> Iterator[FakeService]:
-    """Serves a `FakeService` of its own, in plaintext unless it has credentials."""
-    service = FakeService()
+    kind: type[FakeT] = FakeService,  # type: ignore[assignment]
+) -> Iterator[FakeT]:
+    """Serves a `FakeService` of its own, or one of a subclass, in plaintext unless it has credentials."""
+    service = kind()
     server = grpc.server(futures.ThreadPoolExecutor(max_workers=16))
     generation_pb2_grpc.add_GenerationServiceServicer_to_server(service, server)
     if health is not None:
