@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from flywheel_server.engines.base import Event, TextDelta
-from flywheel_server.messages import GenerationResponseSample
+from flywheel_server.messages import GenerationResponseSample, Token
 
 
 class StopGate:
@@ -55,31 +55,65 @@ class GrowingSample:
 
     Attributes:
         finished: Whether the finished sample was emitted.
+
+    Arguments:
+        index: The index of the sample.
+        prompt_tokens: How many tokens of the prompt the engine reads.
+        stop: The stop sequences of the request.
+        emit: Called with each event.
+        seed: The seed of the sample; 0 if the engine has no seeds.
     """
 
-    def __init__(self, index: int, prompt_tokens: int, stop: Sequence[str], emit: Callable[[Event], object]) -> None:
+    def __init__(
+        self, index: int, prompt_tokens: int, stop: Sequence[str], emit: Callable[[Event], object], *, seed: int = 0
+    ) -> None:
         self.finished = False
         self._index = index
         self._prompt_tokens = prompt_tokens
         self._gate = StopGate(stop)
+        self._has_gate = bool(stop)
         self._sent: list[str] = []
         self._emit = emit
+        self._seed = seed
+        self._tokens: list[Token] = []
+        self._sent_tokens = 0
+        """How many of the tokens the deltas have carried."""
+        self._uncovered_bytes = 0
+        """Bytes of the sent text that belong to a token which no delta has carried."""
 
-    def add(self, text: str, generated_tokens: int) -> None:
-        """Takes the next piece of text. Emits a delta if text may be sent, and the sample if a stop sequence ends it."""
-        self._send(self._gate.feed(text), generated_tokens)
-        if self._gate.matched:
+    def add(self, text: str, generated_tokens: int, tokens: Sequence[Token] = ()) -> None:
+        """Takes the next piece of text. Emits a delta if text may be sent, and the sample if a stop sequence ends it.
+
+        `tokens` are the tokens of the text, if the request asks for them.
+        """
+        if tokens:
+            self._tokens += tokens
+        # Each token of each stream comes here, and most requests have no stop sequence.
+        self._send(self._gate.feed(text) if self._has_gate else text, generated_tokens)
+        if self._has_gate and self._gate.matched:
             self._finish("stop", generated_tokens)
 
-    def end(self, finish_reason: str, generated_tokens: int) -> None:
-        """Emits the text that is still held back, and the finished sample."""
+    def end(self, finish_reason: str, generated_tokens: int, tokens: Sequence[Token] = ()) -> None:
+        """Emits the text that is still held back, and the finished sample. `tokens` are the tokens that have ended it."""
         self._send(self._gate.flush(), generated_tokens)
+        self._tokens += tokens
         self._finish(finish_reason, generated_tokens)
 
     def _send(self, text: str, generated_tokens: int) -> None:
         if text:
             self._sent.append(text)
-            self._emit(TextDelta(self._index, text, generated_tokens))
+            self._emit(TextDelta(self._index, text, generated_tokens, self._tokens_of(text) if self._tokens else ()))
+
+    def _tokens_of(self, text: str) -> Sequence[Token]:
+        """Returns the tokens that the next delta carries: those whose text ends within the text of this delta."""
+        start = self._sent_tokens
+        self._uncovered_bytes += len(text.encode())
+        for token in self._tokens[start:]:
+            if len(token.text) > self._uncovered_bytes:
+                break
+            self._uncovered_bytes -= len(token.text)
+            self._sent_tokens += 1
+        return self._tokens[start : self._sent_tokens]
 
     def _finish(self, finish_reason: str, generated_tokens: int) -> None:
         self.finished = True
@@ -92,6 +126,8 @@ class GrowingSample:
                 index=self._index,
                 prompt_tokens=self._prompt_tokens,
                 stop_sequence=self._gate.matched,
+                seed=self._seed,
+                tokens=tuple(self._tokens),
             )
         )
 
