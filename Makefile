@@ -5,11 +5,11 @@ PYTHON ?= python3
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-thorough test-floor check format generate descriptor bench soak fuzz chaos lock picture baseline clean
+.PHONY: help install serve test test-thorough test-floor conformance check format generate descriptor bench soak fuzz chaos lock picture baseline clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo '  ARGS="…" is passed on to serve, test, test-thorough, test-floor, bench, soak, chaos and lock; PYTHON=… is the interpreter to install with.'
+	@echo '  ARGS="…" is passed on to serve, test, test-thorough, test-floor, conformance, bench, soak, chaos and lock; PYTHON=… is the interpreter to install with.'
 
 install: .venv/.installed ## Build .venv with everything for work on the project
 
@@ -28,6 +28,9 @@ SAME_AT_FLOOR := tests/engines/llama_cpp tests/modal_cloud tests/benchmarks test
 
 test-floor: .venv-floor/.installed ## Run the tests that depend on versions, with the lowest supported version of every dependency
 	.venv-floor/bin/pytest $(SAME_AT_FLOOR:%=--ignore=%) $(ARGS)
+
+conformance: .venv/.installed ## Print which engine honours which field: make conformance ARGS="--address HOST:PORT" adds a running server
+	.venv/bin/python -m pytest -p tests.conformance.table -m "thorough or not thorough" -r N tests/conformance $(ARGS)
 
 bench: .venv/.bench ## Measure the server beside others, for half an hour or more: make bench ARGS="--scenarios paced-64"
 	.venv/bin/python -m benchmarks $(ARGS)

@@ -31,6 +31,7 @@ with loading("modal_deploy.py"):
     from flywheel_server.deployment.settings import configured, relevant_variables
     from flywheel_server.deployment.signature import takes_fields
     from flywheel_server.deployment.weights import find_gpu
+    from flywheel_server.messages import CONSTRAINT_FIELDS
 
 if TYPE_CHECKING:
     from flywheel_server.deployment.gateway import GatewayThread
@@ -259,7 +260,7 @@ if configuration.weights is not None:
                     "XLLAMACPP_BUILD_CUDA": "1",
                     "XLLAMACPP_RELEASE": "1",  # the build machine may have another CPU than the container
                     "CUDA_ARCHITECTURES": str(find_gpu(settings.modal_gpu)[0].architecture),
-                    # Leaves out features that are not used here, and for which the build would download unpinned sources.
+                    # Leaves out features for which the build would download further sources. LLGuidance also needs Rust.
                     "CMAKE_ARGS": "-DLLAMA_LLGUIDANCE=OFF -DLLAMA_BUILD_BORINGSSL=OFF -DLLAMA_USE_PREBUILT_UI=OFF "
                     "-DGGML_CUDA_NCCL=OFF",
                 }
@@ -271,6 +272,11 @@ if configuration.weights is not None:
     else:
         model_image = locked(slim_image, "modal-model.txt")
     model_image = model_image.add_local_python_source(*SOURCES, ignore=IGNORED_FILES)
+    # A conversation needs the chat template, and a constraint needs LLGuidance, which the build for CUDA leaves out.
+    refused_fields = [
+        *(["messages"] if settings.modal_prompt == "raw" else []),
+        *(CONSTRAINT_FIELDS if settings.modal_gpu else []),
+    ]
 
     @app.cls(
         image=model_image,
@@ -307,16 +313,22 @@ if configuration.weights is not None:
             await self.engine.__aexit__()
 
         @modal.method()
-        @takes_fields()
+        @takes_fields(refused=refused_fields)
         async def generate(self, /, **fields: Any) -> dict[str, Any]:  # noqa: ANN401 - RemoteModel checks them
             """Returns the samples of a request. The keyword arguments are the fields of `GenerationRequest`."""
             return await self.remote.generate(**fields)
 
         @modal.method()
-        @takes_fields("queue", "partition", "call")
+        @takes_fields("queue", "partition", "call", refused=refused_fields)
         async def generate_deltas(self, /, **arguments: Any) -> dict[str, Any]:  # noqa: ANN401 - as above
             """Sends the samples of a request to a queue while they are generated."""
             return await self.remote.generate_deltas(**arguments)
+
+        @modal.method()
+        @takes_fields(refused=refused_fields)
+        async def tokenize(self, /, **fields: Any) -> dict[str, Any]:  # noqa: ANN401 - as above
+            """Returns the tokens of the prompt of a request."""
+            return await self.remote.tokenize(**fields)
 
     # The token of the Hugging Face hub, for gated or private weights.
     hub_token = [modal.Secret.from_dict({"HF_TOKEN": os.environ["HF_TOKEN"]})] if os.environ.get("HF_TOKEN") else []

@@ -8,7 +8,7 @@ from typing import Any, Final
 import grpc
 import grpc.aio
 from flywheel_proto.v1 import generation_pb2 as pb
-from flywheel_server.errors import MalformedRequestError
+from flywheel_server.errors import UnknownFieldError
 from flywheel_server.messages import GenerationRequest, InvalidRequestError
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo
 from google.rpc.status_pb2 import Status
@@ -17,7 +17,7 @@ from fuzz.http2 import SERVICE
 from fuzz.targets import LIMITS, verdict
 
 GENERATING: Final = ("Generate", "GenerateDeltas", "GenerateAll")
-OTHERS: Final = {"GetModel": pb.GetModelRequest, "GetStats": pb.GetStatsRequest}
+OTHERS: Final = {"GetModel": pb.GetModelRequest, "GetStats": pb.GetStatsRequest, "Tokenize": pb.TokenizeRequest}
 
 
 @dataclass(frozen=True)
@@ -41,15 +41,18 @@ class Answer:
         if self.request_ids != 1:
             return False
         found = verdict(data, OTHERS.get(method, pb.GenerationRequest))
-        if isinstance(found, MalformedRequestError):
-            return self._is_invalid() and self._reason() == "MALFORMED_REQUEST"
         if isinstance(found, InvalidRequestError):
             violations = [(violation.field, violation.description) for violation in found.violations]
             return self._is_invalid() and self._violations() == violations
+        if isinstance(found, Exception):
+            reason = "UNKNOWN_FIELD" if isinstance(found, UnknownFieldError) else "MALFORMED_REQUEST"
+            return self._is_invalid() and self._reason() == reason
         if self.code is grpc.StatusCode.OK:
-            return found is None or _keeps_promises(found, _samples(method, self.messages))
-        # Only the engine, which counts tokens, can say that a prompt is too long.
-        return self._is_invalid() and len(self._violations()) == 1
+            return method in OTHERS or (found is not None and _keeps_promises(found, _samples(method, self.messages)))
+        if self.code is grpc.StatusCode.UNIMPLEMENTED:
+            return method == "Tokenize" and self._reason() == "UNSUPPORTED_METHOD"
+        # Only the engine can say that a prompt is too long, or that it refuses a field.
+        return self._is_invalid() and (len(self._violations()) == 1 or self._reason() == "UNSUPPORTED_FIELD")
 
     def _is_invalid(self) -> bool:
         return self.code is grpc.StatusCode.INVALID_ARGUMENT and self.status.code == self.code.value[0]
@@ -101,8 +104,9 @@ def _keeps_promises(request: GenerationRequest, samples: Sequence[pb.GenerationR
 def _is_kept(request: GenerationRequest, sample: pb.GenerationResponseSample) -> bool:
     tokens = sample.generated_tokens
     return (
-        (tokens == request.max_tokens if sample.finish_reason == "length" else sample.finish_reason == "stop")
-        and 0 < tokens <= request.max_tokens
+        (tokens == request.max_tokens if sample.finish_reason == "length" else sample.finish_reason in {"stop", "time"})
+        and (tokens > 0 or sample.finish_reason == "time")
+        and tokens <= request.max_tokens
         and 0 < sample.prompt_tokens <= (request.max_input_tokens or LIMITS.context_tokens)
         and sample.prompt_tokens + request.max_tokens <= LIMITS.context_tokens
         and sample.stop_sequence in ("", *request.stop)

@@ -1,16 +1,24 @@
 """The ranges of the contract, written down apart from the server: fuzzing and tests compare the server with them."""
 
 import math
-from collections.abc import Mapping, Sequence
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from flywheel_proto.v1 import generation_pb2 as pb
 from flywheel_server.messages import RequestLimits
 
 INT32_MAX: Final = 2**31 - 1
 FLOAT_MAX: Final = (2 - 2**-23) * 2**127
 FLOAT_MIN: Final = 2**-149
 """The highest finite float of 32 bits, and the lowest above 0."""
+
+PROMPTS: Final = ("text", "messages", "prompt_token_ids")
+"""The fields of which a request has exactly one."""
+CONSTRAINTS: Final = ("json_schema", "regex", "choices")
+"""The fields of which a message has only the last, because they are a oneof."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +39,7 @@ class Integers:
 
 @dataclass(frozen=True)
 class Floats:
-    """Finite numbers of 32 bits, from `lowest` to `highest`."""
+    """Finite numbers from `lowest` to `highest`, of 32 bits if those are."""
 
     lowest: float
     highest: float = FLOAT_MAX
@@ -98,7 +106,90 @@ class Repeated:
         return [*elements, ("", [self.element.lowest] * (self.max_elements + 1))]
 
 
-Range = Integers | Floats | Texts | Repeated
+@dataclass(frozen=True)
+class Messages:
+    """At most 256 messages, whose contents together have at most `max_bytes` bytes in UTF-8."""
+
+    max_bytes: int
+
+    @property
+    def lowest(self) -> Sequence[pb.Message]:
+        """One empty message of the shortest role."""
+        return [pb.Message(role="u")]
+
+    @property
+    def highest(self) -> Sequence[pb.Message]:
+        """The most messages, of the longest role, with the longest content."""
+        return [pb.Message(role="r" * 32)] * 255 + [pb.Message(role="user", content="é" * (self.max_bytes // 2))]
+
+    def accepts(self, value: Iterable[pb.Message]) -> bool:
+        """Returns whether the messages are in the range."""
+        messages = list(value)
+        roles = all(len(each.role) <= 32 and re.fullmatch("[a-z]+(_[a-z]+)*", each.role) for each in messages)
+        return roles and len(messages) <= 256 and _bytes(each.content for each in messages) <= self.max_bytes
+
+    def wrong(self) -> list[tuple[str, Any]]:
+        """Returns values out of the range; see `Integers.wrong`."""
+        good = pb.Message(role="user", content="x")
+        roles = ["", "User", "user ", "_", "a__b", "usér", "r" * 33, "r" * 10_000, "user\n", "<|im_end|>"]
+        too_long = pb.Message(role="user", content="é" * (self.max_bytes // 2))
+        return [("[1].role", [good, pb.Message(role=role)]) for role in roles] + [("", [good] * 257), ("", [good, too_long])]
+
+
+@dataclass(frozen=True)
+class Biases:
+    """At most 300 numbers from -100 to 100, by token ids."""
+
+    lowest: Mapping[int, float]
+    highest: Mapping[int, float]
+
+    def accepts(self, value: Mapping[int, float]) -> bool:
+        """Returns whether the numbers and their token ids are in the range."""
+        return len(value) <= 300 and all(key >= 0 and -100 <= bias <= 100 for key, bias in value.items())
+
+    def wrong(self) -> list[tuple[str, Any]]:
+        """Returns values out of the range; see `Integers.wrong`."""
+        numbers = [100.01, -100.01, math.nan, math.inf, -math.inf]
+        return [
+            *(("[7]", {7: number}) for number in numbers),
+            ("[-1]", {-1: 0.0}),
+            ("", dict.fromkeys(range(301), 0.0)),
+        ]
+
+
+@dataclass(frozen=True)
+class Choices:
+    """1 to 256 texts that are not empty, no two the same, together of at most `max_bytes` bytes in UTF-8."""
+
+    max_bytes: int
+
+    @property
+    def lowest(self) -> pb.Choices:
+        """One text, the shortest."""
+        return pb.Choices(texts=["x"])
+
+    @property
+    def highest(self) -> pb.Choices:
+        """The most texts, together the longest."""
+        length = self.max_bytes // 256
+        return pb.Choices(texts=[f"{number:0{length}}" for number in range(256)])
+
+    def accepts(self, value: pb.Choices) -> bool:
+        """Returns whether the texts are in the range."""
+        texts = list(value.texts)
+        return 1 <= len(texts) <= 256 and all(texts) and len({*texts}) == len(texts) and _bytes(texts) <= self.max_bytes
+
+    def wrong(self) -> list[tuple[str, Any]]:
+        """Returns values out of the range; see `Integers.wrong`."""
+        several = (["x", "x"], [], [str(number) for number in range(257)], ["é" * (self.max_bytes // 2), "x"])
+        return [("[1]", pb.Choices(texts=["x", ""])), *(("", pb.Choices(texts=texts)) for texts in several)]
+
+
+def _bytes(texts: Iterable[str]) -> int:
+    return sum(len(text.encode()) for text in texts)
+
+
+Range = Integers | Floats | Texts | Repeated | Messages | Biases | Choices
 
 
 def ranges(limits: RequestLimits) -> Mapping[str, Range]:
@@ -115,6 +206,18 @@ def ranges(limits: RequestLimits) -> Mapping[str, Range]:
         "top_p": Floats(FLOAT_MIN, 1),
         "presence_penalty": Floats(-2, 2),
         "frequency_penalty": Floats(-2, 2),
+        "messages": Messages(limits.max_text_bytes),
+        "prompt_token_ids": Repeated(Integers(0), max_elements=limits.context_tokens),
+        "seed": Integers(0),
+        "min_p": Floats(0, 1),
+        "repetition_penalty": Floats(FLOAT_MIN),
+        "logit_bias": Biases({0: -100.0}, dict.fromkeys(range(INT32_MAX - 299, INT32_MAX + 1), 100.0)),
+        "json_schema": Texts(2**14),
+        "regex": Texts(2**14),
+        "choices": Choices(2**14),
+        "logprobs": Integers(0, 20),
+        "time_limit": Floats(0, sys.float_info.max),
+        "priority": Integers(-1000, 0),
     }
 
 
@@ -126,3 +229,25 @@ def lowest(fields: Mapping[str, Range]) -> dict[str, Any]:
 def highest(fields: Mapping[str, Range]) -> dict[str, Any]:
     """Returns the highest value of each field."""
     return {name: its.highest for name, its in fields.items()}
+
+
+def with_required(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields, with a prompt and `max_tokens` if they have none."""
+    prompt = {} if any(name in fields for name in PROMPTS) else {"text": "x"}
+    return {**prompt, "max_tokens": 1, **fields}
+
+
+def is_sent(message: pb.GenerationRequest, name: str) -> bool:
+    """Returns whether the message has a value for the field. A field without presence always has one, if only zero."""
+    return not message.DESCRIPTOR.fields_by_name[name].has_presence or message.HasField(name)  # type: ignore[arg-type]
+
+
+def wrong_fields(message: pb.GenerationRequest, its_ranges: Mapping[str, Range]) -> set[str]:
+    """Returns the names of the fields for which the server must refuse a message."""
+    prompts = {name for name in PROMPTS if getattr(message, name)}
+    wrong = {
+        name
+        for name, its in its_ranges.items()
+        if is_sent(message, name) and not its.accepts(getattr(message, name)) and (name != "text" or message.text)
+    }
+    return wrong | (prompts or {"text"} if len(prompts) != 1 else set())

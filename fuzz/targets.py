@@ -5,26 +5,31 @@ The tests try them with a few hundred inputs each, and `python -m fuzz.coverage_
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import copy_context
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import grpc
 from flywheel_proto.v1 import generation_pb2 as pb
 from flywheel_server.access.callers import caller
 from flywheel_server.access.keys import KeyRing
 from flywheel_server.access.keys_file import KeysFile
-from flywheel_server.errors import MalformedRequestError, UnauthenticatedError, status_of
+from flywheel_server.errors import MalformedRequestError, UnauthenticatedError, UnknownFieldError, status_of
 from flywheel_server.interceptors.authentication import Authentication
 from flywheel_server.interceptors.metadata import CallMetadata
 from flywheel_server.messages import GenerationRequest, InvalidRequestError, RequestLimits
-from flywheel_server.translation import request_from_proto
+from flywheel_server.messages import Message as ChatMessage
+from flywheel_server.translation import prompt_from_proto, request_from_proto
+from flywheel_server.unknown_fields import refuse_unknown_fields
 from google.protobuf.message import DecodeError, Message
+from google.protobuf.unknown_fields import UnknownFieldSet
 
-from fuzz.ranges import lowest, ranges
+from fuzz.ranges import CONSTRAINTS, PROMPTS, is_sent, lowest, ranges, wrong_fields
 
-LIMITS: Final = RequestLimits(max_text_bytes=200, max_num_samples=16, context_tokens=256)
+LIMITS: Final = RequestLimits(
+    max_text_bytes=200, max_num_samples=16, context_tokens=256, supported_fields=frozenset(GenerationRequest.model_fields)
+)
 API_KEY: Final = "fw_0123456789abcdef"
 RANGES: Final = ranges(LIMITS)
 METADATA_BYTES: Final = 8192
@@ -33,17 +38,23 @@ METADATA_BYTES: Final = 8192
 Metadata = tuple[tuple[str, str | bytes], ...]
 
 
-def verdict(
-    data: bytes, kind: type[Message] = pb.GenerationRequest
-) -> GenerationRequest | InvalidRequestError | MalformedRequestError | None:
-    """Returns what the server makes of a request that arrives as these bytes: None if this kind of request has no fields."""
+Refusal = InvalidRequestError | MalformedRequestError | UnknownFieldError
+
+
+def verdict(data: bytes, kind: type[Message] = pb.GenerationRequest) -> GenerationRequest | Refusal | None:
+    """Returns what the server makes of a request that arrives as these bytes: None if a request of this kind is no prompt."""
     try:
         message = kind.FromString(data)
-        return request_from_proto(message, LIMITS) if isinstance(message, pb.GenerationRequest) else None
+        if isinstance(message, pb.GenerationRequest):
+            return request_from_proto(message, LIMITS)
+        if isinstance(message, pb.TokenizeRequest):
+            return prompt_from_proto(message, LIMITS)
+        refuse_unknown_fields(message)
     except DecodeError:
         return MalformedRequestError()
-    except InvalidRequestError as error:
+    except (InvalidRequestError, UnknownFieldError) as error:
         return error
+    return None
 
 
 def request(data: bytes) -> None:
@@ -52,23 +63,66 @@ def request(data: bytes) -> None:
     if isinstance(found, MalformedRequestError):
         return
     message = pb.GenerationRequest.FromString(data)
-    wrong = {name for name, its in RANGES.items() if _is_sent(message, name) and not its.accepts(getattr(message, name))}
+    if isinstance(found, UnknownFieldError):
+        assert set(found.fields) <= {*_unknown_fields(message, "")}
+        _check_refusal(found)
+        return
+    wrong = wrong_fields(message, RANGES)
     if isinstance(found, InvalidRequestError):
-        named = [violation.field.partition("[")[0] for violation in found.violations]
+        named = [re.split(r"[.\[]", violation.field)[0] for violation in found.violations]
         assert sorted(named) == sorted(wrong)
-        status = status_of(found, "id")
-        assert status.code is grpc.StatusCode.INVALID_ARGUMENT
-        assert len(status.message.encode()) + sum(len(value) for _, value in status.trailing_metadata()) < METADATA_BYTES
-    else:
-        assert not wrong
-        for name, field in GenerationRequest.model_fields.items():
-            value = getattr(message, name) if _is_sent(message, name) else field.default
-            assert getattr(found, name) == (value if isinstance(value, str | int | float | None) else tuple(value))
+        _check_refusal(found)
+        return
+    assert isinstance(found, GenerationRequest)
+    assert not wrong
+    assert not [*_unknown_fields(message, "")]
+    for name, field in GenerationRequest.model_fields.items():
+        default = field.get_default(call_default_factory=True)
+        assert getattr(found, name) == (arrived(getattr(message, name)) if is_sent(message, name) else default)
 
 
-def _is_sent(message: pb.GenerationRequest, name: str) -> bool:
-    """Returns whether the message has a value for the field. A field without presence always has one, if only zero."""
-    return not message.DESCRIPTOR.fields_by_name[name].has_presence or message.HasField(name)  # type: ignore[arg-type]
+def prompt(data: bytes) -> None:
+    """Checks that a prompt to tokenize is accepted or refused as the same prompt of a generation is."""
+    found = verdict(data, pb.TokenizeRequest)
+    if isinstance(found, MalformedRequestError | UnknownFieldError):
+        return
+    message = pb.TokenizeRequest.FromString(data)
+    same = pb.GenerationRequest(text=message.text, messages=message.messages, max_tokens=1)
+    assert str(found) == str(verdict(same.SerializeToString()))
+
+
+def _check_refusal(error: Exception) -> None:
+    status = status_of(error, "id")
+    assert status.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert len(status.message.encode()) + sum(len(value) for _, value in status.trailing_metadata()) < METADATA_BYTES
+
+
+def arrived(value: Any) -> object:  # noqa: ANN401 - the value of any field
+    """Returns the value of a field of the contract as the server's own messages have it."""
+    match value:
+        case str() | int() | float():
+            return value
+        case pb.Choices():
+            return tuple(value.texts)
+        case Mapping():
+            return dict(value)
+        case _:
+            return tuple(_message(each) if isinstance(each, pb.Message) else each for each in value)
+
+
+def _message(message: pb.Message) -> ChatMessage:
+    return ChatMessage(role=message.role, content=message.content)
+
+
+def _unknown_fields(message: Message, path: str) -> Iterator[tuple[str, int]]:
+    """Yields all unknown fields of a message: the path of the message that has the field, and its number."""
+    for field in cast("Iterable[Any]", UnknownFieldSet(message)):
+        yield path, field.field_number
+    if isinstance(message, pb.GenerationRequest):
+        for index, each in enumerate(message.messages):
+            yield from _unknown_fields(each, f"messages[{index}]")
+        if message.HasField("choices"):
+            yield from _unknown_fields(message.choices, "choices")
 
 
 def request_ids(data: bytes) -> None:
@@ -160,16 +214,34 @@ def _caller_with(metadata: Metadata) -> str:
 
 TARGETS: Final[Mapping[str, Callable[[bytes], None]]] = {
     "request": request,
+    "prompt": prompt,
     "request_ids": request_ids,
     "authorization": authorization,
     "keys_file": keys_file,
 }
 
-_FULL: Final = pb.GenerationRequest(
-    **lowest(RANGES)
-    | {"text": "hello 🦙", "max_tokens": 3, "max_input_tokens": 5, "num_samples": 2, "stop": ["a", "END"], "top_p": 0.5}
-)
-"""Has each field."""
+_FULL: Final = lowest(RANGES) | {
+    "text": "hello 🦙",
+    "max_tokens": 3,
+    "max_input_tokens": 5,
+    "num_samples": 2,
+    "stop": ["a", "END"],
+    "top_p": 0.5,
+    "messages": [pb.Message(role="system", content="be brief"), pb.Message(role="user")],
+    "seed": 7,
+    "logit_bias": {5: -1.5, 6: 2.0},
+    "logprobs": 2,
+    "time_limit": 9.5,
+}
+"""A value for each field."""
+
+
+def _full(prompt: str, constraint: str) -> bytes:
+    """Returns a request that has each field, but only one prompt and one constraint."""
+    left_out = {*PROMPTS, *CONSTRAINTS} - {prompt, constraint}
+    return pb.GenerationRequest(**{name: value for name, value in _FULL.items() if name not in left_out}).SerializeToString()
+
+
 _ENTRY: Final = b'{"name":"a","hash":"sha256:%s","created":"2026-01-02T03:04:05Z","priority":-1,"max_concurrent":8}' % (
     b"0" * 64
 )
@@ -181,8 +253,19 @@ SEEDS: Final[Mapping[str, tuple[bytes, ...]]] = {
     "request": (
         b"",
         pb.GenerationRequest(text="x", max_tokens=1).SerializeToString(),
-        _FULL.SerializeToString(),
+        pb.GenerationRequest(
+            text="hello 🦙", max_tokens=3, max_input_tokens=5, num_samples=2, stop=["a", "END"], top_p=0.5
+        ).SerializeToString(),
+        *map(_full, PROMPTS, CONSTRAINTS),
+        pb.GenerationRequest(text="x", messages=[pb.Message()], prompt_token_ids=[-1], max_tokens=1).SerializeToString(),
+        pb.GenerationRequest(text="x", max_tokens=1, regex="a").SerializeToString() + b"\xf8\x07\x01",
+        pb.GenerationRequest(max_tokens=1, messages=[pb.Message.FromString(b"\n\x01u\x1a\x01x")]).SerializeToString(),
         pb.GenerationRequest(text="x" * 201, max_tokens=-1, stop=[""] * 17, top_p=math.nan).SerializeToString(),
+    ),
+    "prompt": (
+        pb.TokenizeRequest(text="hello 🦙").SerializeToString(),
+        pb.TokenizeRequest(messages=[pb.Message(role="system"), pb.Message(role="user", content="x")]).SerializeToString(),
+        pb.TokenizeRequest(text="x", messages=[pb.Message(role="User")]).SerializeToString(),
     ),
     "request_ids": (b"x-request-id:id-7", b"x-request-id:with a space", b"x-request-id:1\nx-request-id:2", b"x-bin:\xff"),
     "authorization": (

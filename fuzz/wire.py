@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from typing import Final
 
 import grpc.aio
+from flywheel_proto.v1 import generation_pb2 as pb
 from flywheel_server.messages import GenerationRequest
+from google.protobuf.message import Message
 
 from fuzz.answers import GENERATING, OTHERS, answer
 from fuzz.probe import CALL_INTERVAL, ServerProcess, elsewhere, flywheel_server, observing, print_row, ratio
@@ -123,14 +125,15 @@ async def send(address: str, messages: int, seed: int) -> tuple[Counter[tuple[st
     rng = random.Random(seed)
     statuses: Counter[tuple[str, str]] = Counter()
     unexpected: list[str] = []
-    # Requests for further mutation.
-    pool = list(SEEDS["request"])
+    # Requests for further mutation, by the name of their target.
+    pools = {"request": list(SEEDS["request"]), "prompt": list(SEEDS["prompt"]), "empty": [b""]}
     left = iter(range(messages))
 
     async def sender(channel: grpc.aio.Channel) -> None:
         for _ in left:
             method = rng.choice((*GENERATING, *GENERATING, *OTHERS))
-            data = mutated(rng, pool)
+            kind = "prompt" if method == "Tokenize" else "empty" if method in OTHERS else "request"
+            data = mutated(rng, pools[kind], OTHERS.get(method, pb.GenerationRequest))
             ended = await answer(channel, method, data, _metadata(rng))
             statuses[method, ended.code.name] += 1
             if not ended.is_for(method, data):
@@ -141,7 +144,7 @@ async def send(address: str, messages: int, seed: int) -> tuple[Counter[tuple[st
     return statuses, unexpected
 
 
-def mutated(rng: random.Random, pool: list[bytes]) -> bytes:
+def mutated(rng: random.Random, pool: list[bytes], kind: type[Message] = pb.GenerationRequest) -> bytes:
     """Returns random bytes, or a request of the pool with a few changes. A changed request that is valid joins the pool."""
     if rng.random() < 0.2:
         return rng.randbytes(rng.randrange(80))
@@ -161,7 +164,7 @@ def mutated(rng: random.Random, pool: list[bytes]) -> bytes:
                 other = rng.choice(pool)
                 data[at:at] = other[rng.randrange(len(other) + 1) :]
     changed = bytes(data)
-    if len(pool) < POOL and len(data) < POOL_BYTES and isinstance(verdict(changed), GenerationRequest):
+    if len(pool) < POOL and len(data) < POOL_BYTES and isinstance(verdict(changed, kind), GenerationRequest):
         pool.append(changed)
     return changed
 

@@ -1,6 +1,7 @@
 """Declares the subcommands of `flywheel`.
 
-`_commands` runs the subcommands. It is imported only when a subcommand runs, so that the help does not import grpc.
+`_commands`, `_generate` and `_chat` run the subcommands. They are imported only when a subcommand runs, so that the help does
+not import grpc.
 """
 
 import functools
@@ -9,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
 from click.core import ParameterSource
@@ -91,27 +92,69 @@ def _as_utf8(name: str, value: Any) -> Any:  # noqa: ANN401 - any value of an op
         raise ValueError(f"{name} is not UTF-8, from byte {error.start} on") from None
 
 
+SYSTEM: Final = click.option("--system", metavar="TEXT", help="The system message of a conversation that has the prompt.")
+
+
 @app.command()
 @click.argument("prompt", required=False)
+@SYSTEM
+@click.option("--chat", is_flag=True, help="Keep a conversation: read one message a line, and answer it.")
 @options_of(RequestOptions)
 @click.option("--timeout", type=SECONDS, metavar="SECONDS", help="How long the call may take.", show_default="no deadline")
 @click.option("--json", "as_json", is_flag=True, help="Print each finished sample as a line of JSON.")
 @_subcommand
 @_calls_server
-def generate(server: Server, prompt: str | None, timeout: float | None, *, as_json: bool, **fields: Any) -> None:  # noqa: ANN401 - fields have several types
+def generate(
+    server: Server,
+    prompt: str | None,
+    system: str | None,
+    timeout: float | None,
+    *,
+    chat: bool,
+    as_json: bool,
+    **fields: Any,  # noqa: ANN401 - fields have several types
+) -> None:
     """Continue a prompt, and print the text as it is generated.
 
     PROMPT is the text to continue. Without PROMPT, or if it is -, the prompt is read from stdin: at most 64 MiB in UTF-8. A
     byte order mark at the beginning and a newline at the end are not part of the prompt. Lines may end with CR and LF, as on
     Windows.
 
-    Several samples are printed one after another. A summary of each sample goes to stderr. If a call fails before the engine
-    has begun on it, the command retries for some seconds. If the server answers that its engine is not ready, the command
-    waits for as long as --timeout allows. Exit codes: see flywheel --help.
+    Several samples are printed one after another. A summary of each sample goes to stderr, with the tokens that --logprobs asks
+    for. If a call fails before the engine has begun on it, the command retries for some seconds. If the server answers that its
+    engine is not ready, the command waits for as long as --timeout allows. Exit codes: see flywheel --help.
+
+    With --chat, PROMPT is the first message, and each line of stdin is another one. On a terminal, Ctrl-C stops an answer and
+    keeps the part that came; Ctrl-D or /exit ends the conversation.
+    """
+    options = RequestOptions(**fields)
+    if not chat:
+        from flywheel_client import _generate
+
+        _generate.generate(server, prompt, system, options, timeout=timeout, as_json=as_json)
+    elif as_json:
+        raise ValueError("give --chat or --json, not both")
+    else:
+        from flywheel_client import _chat
+
+        _chat.chat(server, prompt, system, options, timeout=timeout)
+
+
+@app.command()
+@click.argument("text", required=False)
+@SYSTEM
+@TIMEOUT
+@JSON
+@_subcommand
+@_calls_server
+def tokenize(server: Server, **options: Any) -> None:  # noqa: ANN401 - options have several types
+    """Show how many tokens a prompt has, and the tokens.
+
+    TEXT is the prompt. Without TEXT, or if it is -, the prompt is read from stdin, as by flywheel generate.
     """
     from flywheel_client import _commands
 
-    _commands.generate(server, prompt, RequestOptions(**fields), timeout=timeout, as_json=as_json)
+    _commands.tokenize(server, **options)
 
 
 @app.command()

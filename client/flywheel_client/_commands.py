@@ -2,29 +2,30 @@
 
 import asyncio
 import signal
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import grpc
 from click.exceptions import Exit
 from flywheel_proto._interrupts import EXIT_INTERRUPTED, raise_on_interrupt
 
 from flywheel_client import _terminal as terminal
-from flywheel_client._client_sync import Client
+from flywheel_client._connecting import client_of, pem
 from flywheel_client._errors import DeadlineExceededError, FlywheelError, InvalidArgumentError, UnavailableError
 from flywheel_client._health import PROBE_TIMEOUT, answering
 from flywheel_client._modal import no_endpoint, published_endpoints
+from flywheel_client._prompt import prompt_fields, read_prompt
 from flywheel_client._records import Endpoint
-from flywheel_client._retry import NO_CONNECTION_MESSAGES, Retry
-from flywheel_client._waiting import ReadyServer, was_begun
+from flywheel_client._retry import NO_CONNECTION_MESSAGES
+from flywheel_client._token_table import quoted, token_json
+from flywheel_client._waiting import was_begun
 
 if TYPE_CHECKING:
-    from flywheel_client._options import RequestOptions, Server
+    from flywheel_client._options import Server
 
 EXIT_FAILURE: Final = 1
 EXIT_USAGE: Final = 2
@@ -50,11 +51,6 @@ HINTS: Final = {
 }
 """Hints for users, by words in such a message."""
 
-MAX_PROMPT_BYTES: Final = 64 * 2**20
-"""The longest prompt that is read from stdin, which may be endless. No model can read such a long prompt."""
-
-ResultWrapper = Callable[[Iterable[Any]], Iterator[Any]]
-
 
 @contextmanager
 def exit_codes(server: "Server | None" = None) -> Iterator[None]:
@@ -68,7 +64,7 @@ def exit_codes(server: "Server | None" = None) -> Iterator[None]:
         raise_on_interrupt()
         yield
     except FlywheelError as error:
-        terminal.show_error(terminal.describe(error, _advice(error, server) if server else ""))
+        terminal.show_error(terminal.describe(error, advice(error, server) if server else ""))
         raise Exit(EXIT_USAGE if isinstance(error, InvalidArgumentError) else EXIT_FAILURE) from None
     except (TypeError, ValueError) as error:
         terminal.show_error(str(error))
@@ -83,19 +79,9 @@ def exit_codes(server: "Server | None" = None) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def generate(server: "Server", prompt: str | None, options: "RequestOptions", *, timeout: float | None, as_json: bool) -> None:
-    """Prints the samples of a prompt."""
-    fields = {"text": _text(prompt), **asdict(options)}
-    # A user watches the terminal, and can decide about longer delays.
-    with _client(server, timeout, Retry(max_delay=5.0)) as client, _client(server, timeout) as observer:
-        ready = ReadyServer(observer, server.name, timeout, wait_for_ready=server.wait_for_ready)
-        show = _print_samples if as_json else _print_text
-        ready.call(lambda seconds: show(ready.noting_silence, client, fields | {"timeout": seconds}))
-
-
 def health(server: "Server", service: str, *, timeout: float, as_json: bool) -> None:
     """Prints whether the server is SERVING, and exits with 1 if not."""
-    with _client(server, timeout) as client:
+    with client_of(server, timeout) as client:
         status = client.health(service)
     if as_json:
         terminal.show_json({"status": status})
@@ -107,7 +93,7 @@ def health(server: "Server", service: str, *, timeout: float, as_json: bool) -> 
 
 def stats(server: "Server", *, timeout: float, as_json: bool) -> None:
     """Prints how busy the server and its engine are."""
-    with _client(server, timeout) as client:
+    with client_of(server, timeout) as client:
         found = client.stats()
     if as_json:
         terminal.show_json(asdict(found))
@@ -122,9 +108,23 @@ def stats(server: "Server", *, timeout: float, as_json: bool) -> None:
         )
 
 
+def tokenize(server: "Server", text: str | None, system: str | None, *, timeout: float, as_json: bool) -> None:
+    """Prints the number of tokens of a prompt, and its tokens."""
+    prompt = prompt_fields(read_prompt(text, "tokenize"), system)
+    with client_of(server, timeout) as client:
+        found = client.tokenize(**prompt)
+    if as_json:
+        terminal.show_json({"prompt_tokens": found.prompt_tokens, "tokens": list(map(token_json, found.tokens))})
+        return
+    terminal.show(f"{found.prompt_tokens} tokens")
+    width = max((len(str(token.id)) for token in found.tokens), default=0)
+    for token in found.tokens:
+        terminal.show(f"{token.id:{width}}  {quoted(token.text)}")
+
+
 def model(server: "Server", *, timeout: float, as_json: bool) -> None:
     """Prints the model and its engine, with the limits and defaults."""
-    with _client(server, timeout) as client:
+    with client_of(server, timeout) as client:
         found = client.model()
     if as_json:
         terminal.show_json(asdict(found))
@@ -136,15 +136,18 @@ def model(server: "Server", *, timeout: float, as_json: bool) -> None:
                 ("context_tokens", found.context_tokens),
                 ("penalizes_prompt", "yes" if found.penalizes_prompt else "no"),
                 ("prompt_format", found.prompt_format),
-                *((f"limits.{name}", value) for name, value in asdict(found.limits).items()),
-                *((f"defaults.{name}", f"{value:g}") for name, value in asdict(found.defaults).items()),
+                ("supported_fields", ", ".join(found.supported_fields) or "unknown: the server is older than this list"),
+                ("exact_seeds", "yes" if found.exact_seeds else "no"),
+                # A server that is older than a limit or default leaves it at 0.
+                *((f"limits.{name}", value) for name, value in asdict(found.limits).items() if value),
+                *((f"defaults.{name}", f"{value:g}") for name, value in asdict(found.defaults).items() if value),
             ]
         )
 
 
 def endpoints(app: str, environment: str | None, cacert: Path | None, *, first: bool, as_json: bool) -> None:
     """Prints the live addresses of a deployment on Modal, or all of them if none answers."""
-    credentials = grpc.ssl_channel_credentials(_pem("--cacert", cacert))
+    credentials = grpc.ssl_channel_credentials(pem("--cacert", cacert))
     live, silent = asyncio.run(_endpoints(app, environment, credentials))
     if not live and not silent:
         raise no_endpoint(app, environment)
@@ -160,40 +163,7 @@ def endpoints(app: str, environment: str | None, cacert: Path | None, *, first: 
         terminal.show_aside([f"no answer within {PROBE_TIMEOUT:g} s from {which}"])
 
 
-def _client(server: "Server", timeout: float | None, retry: Retry | None = None) -> Client:
-    """Returns a client of the server, without retries by default."""
-    arguments: dict[str, Any] = {
-        "timeout": timeout,
-        "credentials": _credentials(server),
-        "api_key": server.api_key,
-        "retry": retry,
-        "wait_for_ready": server.wait_for_ready,
-    }
-    if server.modal_app is None:
-        return Client(server.address, **arguments)
-    return Client.from_modal(server.modal_app, environment=server.modal_environment, **arguments)
-
-
-def _credentials(server: "Server") -> grpc.ChannelCredentials | None:
-    if (server.cert is None) != (server.key is None):
-        raise ValueError("--cert and --key need each other")
-    trusted, chain, key = _pem("--cacert", server.cacert), _pem("--cert", server.cert), _pem("--key", server.key)
-    if server.modal_app or server.tls or trusted or chain:
-        return grpc.ssl_channel_credentials(trusted, key, chain)
-    return None
-
-
-def _pem(option: str, path: Path | None) -> bytes | None:
-    """Returns the content of a PEM file. For other files, gRPC would only say that it could not connect."""
-    if path is None:
-        return None
-    content = path.read_bytes()
-    if b"-----BEGIN " not in content:
-        raise ValueError(f"{option} must be a file in PEM, which {path} is not")
-    return content
-
-
-def _advice(error: FlywheelError, server: "Server") -> str:
+def advice(error: FlywheelError, server: "Server") -> str:
     """Returns advice for the user about an error of a call; empty if the error itself says enough."""
     if isinstance(error, DeadlineExceededError) and not error.reason and error.request_id and not was_begun(error):
         return f"{server.name} has not answered. It may be loading its model, or something on the way drops its packets."
@@ -209,47 +179,6 @@ def _advice(error: FlywheelError, server: "Server") -> str:
         return " ".join([*hints, f"Is flywheel-server running at {server.address}?"])
     environment = f" --environment {server.modal_environment}" if server.modal_environment else ""
     return f"To see what is live: flywheel endpoints --app {server.modal_app}{environment}"
-
-
-def _text(prompt: str | None) -> str:
-    if prompt is None and sys.stdin.isatty():
-        raise ValueError('no prompt: give one, as in flywheel generate "Once upon a time", or pipe it in')
-    if prompt in {None, "-"}:
-        try:
-            # Text tools write a newline at the end, some write a byte order mark at the beginning, and Windows ends lines with
-            # CR and LF. These are not part of the prompt.
-            prompt = _stdin().decode().removeprefix("\ufeff").replace("\r\n", "\n").removesuffix("\n")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"the prompt on stdin is not UTF-8: {error}") from None
-    if not prompt:
-        raise ValueError("the prompt is empty")
-    return prompt
-
-
-def _stdin() -> bytes:
-    read = sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1)
-    if len(read) > MAX_PROMPT_BYTES:
-        raise ValueError(f"the prompt on stdin is longer than {MAX_PROMPT_BYTES // 2**20} MiB")
-    return read
-
-
-def _print_samples(watched: ResultWrapper, client: Client, fields: dict[str, Any]) -> None:
-    with client.generate(**fields) as samples:
-        for sample in watched(samples):
-            terminal.show_json(asdict(sample))
-
-
-def _print_text(watched: ResultWrapper, client: Client, fields: dict[str, Any]) -> None:
-    writer = terminal.SampleWriter(terminal.Output(sys.stdout), fields["num_samples"] or 1)
-    begun = time.monotonic()
-    with client.generate_deltas(**fields) as deltas:
-        try:
-            for delta in watched(deltas):
-                writer.add(delta, time.monotonic() - begun)
-        finally:
-            deltas.close()
-            writer.finish()
-    terminal.show_aside(writer.summary())
 
 
 async def _endpoints(

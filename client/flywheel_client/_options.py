@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Final, get_args, get_origin, get_type_hints
@@ -29,15 +29,14 @@ def _option(metavar: str | None, description: str, *flags: str, **settings: Any)
 
     def named(name: str, kind: Any) -> Decorator:  # noqa: ANN401 - any type
         value, *_ = get_args(kind) or (kind,)
-        return click.option(
-            *(flags or [f"--{name.replace('_', '-')}"]),
-            name,
-            type={Path: _FILE, bool: None}.get(value, value),
-            multiple=get_origin(kind) is tuple,
-            metavar=metavar,
-            help=description,
-            **{"show_default": "default" in settings, "show_envvar": True} | settings,
-        )
+        defaults: dict[str, Any] = {
+            "type": {Path: _FILE, bool: None}.get(value, value),
+            "multiple": get_origin(kind) is tuple,
+            "show_default": "default" in settings,
+            "show_envvar": True,
+        }
+        flag = f"--{name.replace('_', '-')}"
+        return click.option(*(flags or [flag]), name, metavar=metavar, help=description, **defaults | settings)
 
     return named
 
@@ -49,11 +48,30 @@ def options_of(kind: type) -> Decorator:
     return lambda run: functools.reduce(lambda decorated, option: option(decorated), reversed(options), run)
 
 
+def option_for(field_name: str) -> str:
+    """Returns the option of `generate` that sets a field of its request."""
+    return {"messages": "--system or --chat", "choices": "--choice"}.get(field_name, f"--{field_name.replace('_', '-')}")
+
+
 def _key_that_is_not_empty(_context: click.Context, _parameter: click.Parameter, key: str | None) -> str | None:
     # Click ignores an empty variable, but a user who sets a key wants to send a key.
     if not (os.environ.get(KEY_VARIABLE, "unset") if key is None else key).strip():
         raise click.BadParameter("it is empty, but must be a key")
     return key
+
+
+def _biases(_context: click.Context, _parameter: click.Parameter, values: Iterable[str]) -> dict[int, float] | None:
+    """Returns the biases by the ids of tokens, from values such as `42=-100`."""
+    biases: dict[int, float] = {}
+    for value in values:
+        token_id, _, bias = value.partition("=")
+        try:
+            if int(token_id) in biases:
+                raise click.BadParameter(f"the id {int(token_id)} has two biases")
+            biases[int(token_id)] = float(bias)
+        except ValueError:
+            raise click.BadParameter(f"{value!r} is not the id of a token and a bias, such as 42=-100") from None
+    return biases or None
 
 
 CACERT: Final = _option(
@@ -127,3 +145,43 @@ class RequestOptions:
         float | None, _option("X", "Make tokens that have occurred rarer: -2 to 2.", show_default="0.0")
     ]
     frequency_penalty: Annotated[float | None, _option("X", "The same, by how often they have: -2 to 2.", show_default="0.0")]
+    seed: Annotated[int | None, _option("N", "Make the samples repeatable.", show_default="a new seed")]
+    min_p: Annotated[
+        float | None, _option("P", "Sample from tokens at least P times as likely as the likeliest.", show_default="0.0")
+    ]
+    repetition_penalty: Annotated[
+        float | None, _option("X", "Above 1, make tokens that have occurred rarer.", show_default="1.0")
+    ]
+    logit_bias: Annotated[
+        Mapping[int, float] | None,
+        _option(
+            "ID=BIAS", "Make a token likelier or rarer: -100 to 100. Repeatable.", type=str, multiple=True, callback=_biases
+        ),
+    ]
+    json_schema: Annotated[Path | None, _option("FILE", "Generate JSON that is valid under the JSON Schema in this file.")]
+    regex: Annotated[str | None, _option("RE", "Generate a text that matches this regular expression as a whole.")]
+    choices: Annotated[tuple[str, ...], _option("TEXT", "Generate one of these texts. Repeatable.", "--choice")]
+    logprobs: Annotated[
+        int | None, _option("N", "Show each token with its probability, and the N likeliest tokens.", show_default="0")
+    ]
+    time_limit: Annotated[
+        float | None, _option("SECONDS", "End a sample after this time, with the text so far.", show_default="none")
+    ]
+    priority: Annotated[int | None, _option("N", "Below 0, let other calls go first: -1000 to 0.", show_default="0")]
+
+    def fields(self) -> dict[str, Any]:
+        """Returns the fields that are set, as keyword arguments of the client; reads the file of the schema.
+
+        Raises:
+            OSError: The file cannot be read.
+            ValueError: The file is not UTF-8, or an option contradicts another.
+        """
+        fields = {name: value for name, value in vars(self).items() if value is not None and value != ()}
+        if self.json_schema is not None:
+            try:
+                fields["json_schema"] = self.json_schema.read_bytes().decode("utf-8-sig")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"--json-schema must be a file in UTF-8, which {self.json_schema} is not: {error}") from None
+        if len(constraints := fields.keys() & {"json_schema", "regex", "choices"}) > 1:
+            raise ValueError(f"give only one of {' and '.join(map(option_for, sorted(constraints)))}")
+        return fields

@@ -218,7 +218,7 @@ def _add_message(field: Any, path: str, message: object) -> None:  # noqa: ANN40
         case _:
             raise TypeError(f"{path} must be a Message, a mapping with role and content, or a pair of both")
     added = field.add()
-    for name in parts.keys() | {"role", "content"}:
+    for name in dict.fromkeys(("role", "content", *parts)):
         if name not in added.DESCRIPTOR.fields_by_name:
             raise TypeError(f"{path}.{name} is not a field of a message")
         if name not in parts:

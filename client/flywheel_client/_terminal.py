@@ -17,7 +17,8 @@ from flywheel_proto._visible import one_line, visible
 
 from flywheel_client._errors import FlywheelError, InvalidArgumentError, ResourceExhaustedError
 from flywheel_client._records import Endpoint
-from flywheel_client._results import Delta
+from flywheel_client._results import Delta, Token
+from flywheel_client._token_table import token_table
 
 
 class Output:
@@ -26,18 +27,18 @@ class Output:
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self.is_terminal = stream.isatty()
-        self._line_is_open = False
+        self.line_is_open = False
 
     def write(self, text: str) -> None:
         """Writes text of a model."""
         if text:
             self._stream.write(text)
             self._stream.flush()
-            self._line_is_open = not text.endswith("\n")
+            self.line_is_open = not text.endswith("\n")
 
     def end_line(self) -> None:
         """Begins a new line, unless the current line is empty."""
-        if self._line_is_open:
+        if self.line_is_open:
             self.write("\n")
 
     def heading(self, text: str) -> None:
@@ -55,6 +56,7 @@ class _Progress:
     first_text: float | None = None
     tokens_at_first_text: int = 0
     last: float = 0.0
+    tokens: list[Token] = field(default_factory=list)
     end: Delta | None = None
 
 
@@ -79,6 +81,7 @@ class SampleWriter:
             sample.tokens_at_first_text = delta.generated_tokens
         sample.last = seconds
         sample.pending.append(delta.text)
+        sample.tokens.extend(delta.tokens)
         if delta.finish_reason:
             sample.end = delta
         if self._current < 0:
@@ -99,7 +102,11 @@ class SampleWriter:
             self._output.end_line()
 
     def summary(self) -> Iterator[str]:
-        """Yields a line for each finished sample: its tokens, why it ended, the time to its first text, and its speed."""
+        """Yields a line for each finished sample: its tokens, why it ended, the time to its first text, and its speed.
+
+        A table of the tokens follows if the deltas had them. On a terminal, its lines are cut to fit.
+        """
+        columns = shutil.get_terminal_size().columns if sys.stderr.isatty() else None
         for index, sample in sorted(self._samples.items()):
             if (end := sample.end) is None:
                 continue
@@ -114,6 +121,8 @@ class SampleWriter:
                     facts.append(f"{tokens / seconds:.1f} tokens/s")
             name = f"sample {index}: " if self._num_samples > 1 else ""
             yield name + ", ".join(facts)
+            if sample.tokens:
+                yield from token_table(sample.tokens, columns)
 
     def _begin(self, index: int) -> None:
         if self._num_samples > 1:

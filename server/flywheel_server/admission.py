@@ -106,7 +106,7 @@ class Admission:
         """Adds a call to the queue, and returns its place, which is to be released when the call has ended.
 
         Arguments:
-            samples: Samples that the call generates.
+            samples: Slots that the call takes, mostly one for each sample.
             caller: The caller, whose priority counts.
             time_remaining: Seconds until the deadline of the call; None if it has none.
 
@@ -238,7 +238,7 @@ class Place:
 
     Attributes:
         caller: The caller.
-        samples: Slots that the call needs: one for each sample, but at most as many as the engine has.
+        samples: Slots that the call needs: mostly one for each sample, but at most as many as the engine has.
         tokens: Tokens of context that the call needs; 0 until `is_ready`.
         is_ready: Whether the prompt has been tokenized, so that the call can start as soon as it fits.
         admitted_at: When the call was admitted, on the clock of the admission; None while it waits.
@@ -257,6 +257,9 @@ class Place:
         self._on_evicted: Callable[[Exception], None] | None = None
         self._wait: asyncio.Future[None] | None = None
         """Done when the call is admitted; None unless the call waits in `admitted`."""
+
+    async def joined(self) -> None:
+        """Returns at once, because the call has joined the queue; see `admission_control.Place.joined`."""
 
     async def admitted(self, context_tokens: int, time_remaining: float | None = None) -> None:
         """Returns when there are slots for the samples of the call and so many free tokens of context.

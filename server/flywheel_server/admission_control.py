@@ -16,6 +16,9 @@ from flywheel_server.messages import GenerationRequest
 class Place(Protocol):
     """A call's place in the queue and, once the call is admitted, its slots in the engine; see `admission.Place`."""
 
+    async def joined(self) -> None:
+        """Returns when the call has its quota and its place; raises the errors of `acquire`. For a call that needs no slots."""
+
     async def admitted(self, context_tokens: int, time_remaining: float | None = None) -> None:
         """Returns when there are slots for the call and so many free tokens of context; raises the errors of `acquire`."""
 
@@ -50,16 +53,19 @@ class LocalAdmissionControl:
     def __init__(self, queue: Admission) -> None:
         self._queue = queue
         self._quotas = quotas_for(queue)
+        self._model: EngineModel | None = None
 
     def set_capacity(self, model: EngineModel) -> None:
         """See `AdmissionControl.set_capacity`."""
+        self._model = model
         self._queue.set_capacity(model.slots, model.shared_context_tokens)
 
     def acquire(self, request: GenerationRequest, caller: Caller, time_remaining: float | None) -> "LocalAcquisition":
         """See `AdmissionControl.acquire`."""
+        slots = request.num_samples if self._model is None else self._model.slots_of(request)
         return LocalAcquisition(
-            Reservation(self._quotas, caller, request),
-            partial(self._queue.join, request.num_samples, caller, time_remaining),
+            Reservation(self._quotas, caller, request, slots),
+            partial(self._queue.join, slots, caller, time_remaining),
         )
 
 

@@ -15,7 +15,7 @@ from flywheel_proto.v1 import generation_pb2 as pb
 
 from flywheel_server.engines.base import EngineFailedError, Event, OutputEvent, Sink, Started, TextDelta
 from flywheel_server.errors import SlowReaderError
-from flywheel_server.messages import GenerationResponseSample, Token
+from flywheel_server.messages import GenerationResponseSample, LikelyToken, Token
 from flywheel_server.translation import delta_to_proto, last_delta_to_proto, sample_to_proto
 from flywheel_server.watchdog import Watchdog
 from flywheel_server.write_scheduler import WriteScheduler
@@ -24,7 +24,7 @@ MAX_SEPARATE_TEXTS: Final = 256
 """Texts of one sample that wait separately before they are joined."""
 
 BYTES_PER_LOGPROB: Final = 16
-"""About how many bytes a token with its probability has in a message."""
+"""About how many bytes a token with its probability has in a message, besides its text."""
 
 Write = Callable[[Any], Awaitable[None]]
 
@@ -192,7 +192,11 @@ class _Stream:
 
 def bytes_of(tokens: Sequence[Token]) -> int:
     """Returns about how many bytes the tokens have in a message."""
-    return sum((len(token.likeliest) + 1) * BYTES_PER_LOGPROB for token in tokens)
+    return sum(_bytes_of(token) + sum(map(_bytes_of, token.likeliest)) for token in tokens)
+
+
+def _bytes_of(token: Token | LikelyToken) -> int:
+    return BYTES_PER_LOGPROB + len(token.text)
 
 
 class SampleBuffer:
@@ -250,14 +254,13 @@ class _Pending:
     def __init__(self, event: OutputEvent, text: str, tokens: Sequence[Token], prompt_tokens: int) -> None:
         self.last = event
         self.texts = [text]
-        self.tokens = tokens
+        self.tokens = [*tokens]
         self.prompt_tokens = prompt_tokens
 
     def add(self, event: OutputEvent, text: str, tokens: Sequence[Token]) -> None:
         self.last = event
         self.texts.append(text)
-        if tokens:
-            self.tokens = [*self.tokens, *tokens]
+        self.tokens.extend(tokens)
         # Many small texts take many times the memory of one large text.
         if len(self.texts) == MAX_SEPARATE_TEXTS:
             self.texts = ["".join(self.texts)]

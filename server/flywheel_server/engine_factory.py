@@ -43,6 +43,7 @@ def _engine(settings: Settings) -> Engine:
                 batch_tokens=settings.embedded_batch,
                 prompt_format=None if settings.embedded_prompt == "auto" else settings.embedded_prompt,
                 prompt_cache=settings.embedded_prompt_cache,
+                exact_seeds=settings.exact_seeds,
             )
         case "flywheel":
             from flywheel_server.engines.modal.engine import FlywheelEngine

@@ -181,7 +181,7 @@ def _prompt_too_long(error: PromptTooLongError, _: str) -> CallStatus:
     length = f"{'' if error.is_exact else 'at least '}{error.prompt_tokens}"
     if error.prompt_tokens >= error.context_tokens:
         violation = FieldViolation(
-            "text",
+            error.field,
             f"is {length} tokens long, which with max_tokens {error.max_tokens} exceeds the context of "
             f"{error.context_tokens} tokens. Shorten it or set max_input_tokens.",
         )

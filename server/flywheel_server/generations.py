@@ -25,6 +25,7 @@ from flywheel_server.engines.base import (
     Event,
     PreparedRequest,
     PromptToken,
+    PromptTooLongError,
     Sink,
     Started,
 )
@@ -71,7 +72,7 @@ class Generations:
         self.engine = engine
         self._admission = admission
         self._preparation = Preparation(engine)
-        self._model: EngineModel | None = None
+        self._is_open = False
         self._closed = False
         self._running: set[Generation] = set()
         self._one_ended = asyncio.Event()
@@ -79,13 +80,13 @@ class Generations:
     @property
     def is_open(self) -> bool:
         """Whether new requests are accepted."""
-        return self._model is not None
+        return self._is_open
 
     def model(self) -> EngineModel:
-        """Returns the engine's model. Raises `EngineUnavailableError` unless new requests are accepted."""
-        if self._model is None:
+        """Returns the engine's model, as it is now. Raises `EngineUnavailableError` unless new requests are accepted."""
+        if not self._is_open:
             raise EngineUnavailableError("the server is starting or stopping")
-        return self._model
+        return self.engine.model()
 
     async def counts(self) -> Counts:
         """Returns the counts of this process; see `GetCounts`."""
@@ -95,13 +96,14 @@ class Generations:
     def open(self) -> None:
         """Accepts requests from now on, unless `close` was called. To be called when the engine has started."""
         if not self._closed:
-            self._model = self.engine.model()
-            self._admission.set_capacity(self._model)
-            self._preparation.set_threads(self._model.tokenizers)
+            model = self.engine.model()
+            self._is_open = True
+            self._admission.set_capacity(model)
+            self._preparation.set_threads(model.tokenizers)
 
     def interrupt(self) -> None:
         """Refuses new requests until `open` is called again, and ends all generations. To be called when the engine stops."""
-        self._model = None
+        self._is_open = False
         self._end_all("the engine stops")
 
     def revoke(self, callers: Collection[str]) -> None:
@@ -117,7 +119,7 @@ class Generations:
         this method ends them at once.
         """
         self._closed = True
-        self._model = None
+        self._is_open = False
         running = self.active + self.queued
         log.info("stopping", running_calls=running, drain_timeout=drain_timeout if running else 0)
         try:
@@ -174,8 +176,11 @@ class Generations:
         Arguments and errors are those of `run`. The call has a place in the queue, but needs no slots.
         """
 
-        async def deliver_tokens(generation: Generation, _: Place) -> None:
-            await deliver(await self.engine.tokenize(generation.prepared))
+        async def deliver_tokens(generation: Generation, place: Place) -> None:
+            await place.joined()
+            tokens = await self.engine.tokenize(generation.prepared)
+            generation.usage.set_prompt_tokens(len(tokens))
+            await deliver(tokens)
 
         await self._prepared(request, caller, time_remaining, deliver_tokens)
 
@@ -204,6 +209,8 @@ class Generations:
         except Exception as error:
             # Not only TimeoutError: an engine may raise any error when it is cancelled.
             if not generation.deadline.expired():
+                if isinstance(error, PromptTooLongError):
+                    error.field = request.prompt_field
                 raise
             raise generation.deadline_error() from error
         finally:

@@ -4,11 +4,24 @@ They mirror `GenerationRequest`, `GenerationResponseSample` and `GenerationRespo
 the comments of `proto/flywheel/v1/generation.proto`.
 """
 
+from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from types import UnionType
 from typing import Annotated, Any, Final, Self, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 
 from flywheel_server.int32 import INT32_MAX
 
@@ -39,6 +52,8 @@ FLYWHEEL_FIELDS: Final = frozenset(
     }
 )
 """The fields of MK1 Flywheel's `generate`."""
+SERVER_FIELDS: Final = frozenset({"priority"})
+"""The fields that the server itself honours, with every engine."""
 
 BYTES_PER_TOKEN: Final = 4
 """An estimate of the bytes of text in a token."""
@@ -47,6 +62,7 @@ PROMPT_FIELDS: Final = ("text", "messages", "prompt_token_ids")
 """The fields of which a request has exactly one."""
 CONSTRAINT_FIELDS: Final = ("json_schema", "regex", "choices")
 """The fields of which a request has at most one."""
+_EXCLUSIVE: Final = frozenset({*PROMPT_FIELDS, *CONSTRAINT_FIELDS} - {"text"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,17 +108,17 @@ def _utf8(minimum: int, maximum: int) -> AfterValidator:
 def _together(count: Callable[[Any], int], limit: int | str) -> AfterValidator:
     """Checks the sum of a number for each element against a limit; a limit of `RequestLimits` is given by its name."""
 
-    def check(elements: Sequence[Any], info: ValidationInfo) -> Sequence[Any]:
+    def check(elements: Sequence[Any] | None, info: ValidationInfo) -> Sequence[Any] | None:
         most = limit if isinstance(limit, int) else getattr(info.context, limit, None)
-        if most is not None and sum(map(count, elements)) > most:
+        if most is not None and sum(map(count, elements or ())) > most:
             raise ValueError(limit)
         return elements
 
     return AfterValidator(check)
 
 
-def _distinct(texts: tuple[str, ...]) -> tuple[str, ...]:
-    if len({*texts}) < len(texts):
+def _distinct(texts: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    if texts is not None and len({*texts}) < len(texts):
         raise ValueError("distinct")
     return texts
 
@@ -137,6 +153,7 @@ StopSequence = Annotated[str, _utf8(1, MAX_STOP_BYTES), Must(f"not be empty and 
 
 _CONSTRAINT_LENGTH: Final = _utf8(1, MAX_CONSTRAINT_BYTES)
 _CONSTRAINT_WORDS: Final = f"not be empty and have at most {MAX_CONSTRAINT_BYTES} bytes in UTF-8"
+_BIAS_WORDS: Final = "have an id of at least 0 and a value of -100 to 100"
 _ROLE: Final = r"^[a-z]+(_[a-z]+)*$"
 
 
@@ -166,12 +183,15 @@ class GenerationRequest(BaseModel):
         int, Field(ge=1, le=INT32_MAX), _at_most("context_tokens"), Must("be 1 to {context_tokens}, the model's context")
     ]
     eos_token_ids: Annotated[
-        tuple[TokenId, ...], Field(max_length=MAX_EOS_TOKEN_IDS), Must(f"be at most {MAX_EOS_TOKEN_IDS} token ids")
+        tuple[TokenId, ...], FailFast(), Field(max_length=MAX_EOS_TOKEN_IDS), Must(f"be at most {MAX_EOS_TOKEN_IDS} token ids")
     ] = ()
     max_input_tokens: Annotated[Int32, Must("be at least 0, where 0 keeps the whole prompt")] = 0
     num_samples: Annotated[int, Field(ge=1, le=INT32_MAX), _at_most("max_num_samples"), Must("be 1 to {max_num_samples}")] = 1
     stop: Annotated[
-        tuple[StopSequence, ...], Field(max_length=MAX_STOP_SEQUENCES), Must(f"be at most {MAX_STOP_SEQUENCES} texts")
+        tuple[StopSequence, ...],
+        FailFast(),
+        Field(max_length=MAX_STOP_SEQUENCES),
+        Must(f"be at most {MAX_STOP_SEQUENCES} texts"),
     ] = ()
     temperature: Annotated[float, Field(ge=0.0, allow_inf_nan=False), Must("be finite and at least 0, where 0 is greedy")] = 1.0
     top_k: Annotated[Int32, Must("be at least 0, where 0 does not restrict")] = 50
@@ -180,12 +200,16 @@ class GenerationRequest(BaseModel):
     frequency_penalty: Penalty = 0.0
     messages: Annotated[
         tuple[Message, ...],
+        FailFast(),
         Field(max_length=MAX_MESSAGES),
         _together(lambda message: len(message.content.encode()), "max_text_bytes"),
         Must(f"be at most {MAX_MESSAGES} messages, whose contents together have at most {{max_text_bytes}} bytes in UTF-8"),
     ] = ()
     prompt_token_ids: Annotated[
-        tuple[TokenId, ...], _at_most("context_tokens"), Must("be at most {context_tokens} token ids, the model's context")
+        tuple[TokenId, ...],
+        FailFast(),
+        _at_most("context_tokens"),
+        Must("be at most {context_tokens} token ids, the model's context"),
     ] = ()
     seed: Annotated[Int32 | None, Must(f"be 0 to {INT32_MAX}")] = None
     min_p: Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False), Must("be 0 to 1, where 0 does not restrict")] = 0.0
@@ -193,10 +217,10 @@ class GenerationRequest(BaseModel):
         float, Field(gt=0.0, allow_inf_nan=False), Must("be finite and greater than 0, where 1 changes nothing")
     ] = 1.0
     logit_bias: Annotated[
-        dict[TokenId, Annotated[float, Field(ge=-100.0, le=100.0, allow_inf_nan=False), Must("be -100 to 100")]],
+        dict[Int32, Annotated[float, Field(ge=-100.0, le=100.0, allow_inf_nan=False), Must(_BIAS_WORDS)]],
         Field(max_length=MAX_LOGIT_BIAS),
-        Must(f"be at most {MAX_LOGIT_BIAS} token ids, each at least 0, with values of -100 to 100"),
-    ] = {}
+        Must(f"be at most {MAX_LOGIT_BIAS} token ids"),
+    ] = Field(default_factory=dict)  # of a dictionary as the default, pydantic would make a deep copy for each request
     json_schema: Annotated[str | None, _CONSTRAINT_LENGTH, Must(_CONSTRAINT_WORDS)] = None
     regex: Annotated[str | None, _CONSTRAINT_LENGTH, Must(_CONSTRAINT_WORDS)] = None
     choices: Annotated[
@@ -213,6 +237,11 @@ class GenerationRequest(BaseModel):
     priority: Annotated[int, Field(ge=MIN_PRIORITY, le=0), Must(f"be {MIN_PRIORITY} to 0")] = 0
 
     @property
+    def prompt_field(self) -> str:
+        """The name of the field that has the prompt."""
+        return next(name for name in PROMPT_FIELDS if getattr(self, name))
+
+    @property
     def prompt_bytes(self) -> int:
         """The length of the prompt's texts in bytes of UTF-8; of token ids, an estimate of their text's length."""
         if self.prompt_token_ids:
@@ -221,7 +250,9 @@ class GenerationRequest(BaseModel):
 
     @model_validator(mode="after")
     def _check_combination(self) -> Self:
-        if violations := _wrong_combinations(self.__dict__):
+        # Nothing can be wrong with a text alone, which most requests have.
+        is_text_alone = self.text and _EXCLUSIVE.isdisjoint(self.model_fields_set)
+        if not is_text_alone and (violations := _wrong_combinations(self.__dict__)):
             raise ValueError(str(InvalidRequestError(violations)))
         return self
 
@@ -249,25 +280,21 @@ def _wrong_combinations(fields: Mapping[str, Any]) -> list[FieldViolation]:
     return violations
 
 
-def _words() -> Iterator[tuple[str, str]]:
-    """Yields the path of each field, with `[]` for an element of a repeated field, and its range in words."""
-    for name, field in GenerationRequest.model_fields.items():
-        yield name, _words_in(field.metadata)
-        container, *_ = [each for each in get_args(field.annotation) if get_args(each)] or [None]
-        elements = get_args(container) if get_origin(container) is tuple else get_args(field.annotation)
-        for element in elements:
-            kind, *metadata = get_args(element) or (element,)
-            if any(isinstance(each, Must) for each in metadata):
-                yield f"{name}[]", _words_in(metadata)
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                yield from ((f"{name}[].{part}", _words_in(its.metadata)) for part, its in kind.model_fields.items())
+def _words(path: str, annotation: Any, metadata: Sequence[Any] = ()) -> Iterator[tuple[str, str]]:  # noqa: ANN401
+    """Yields the path of each part of a value that has this annotation, with `[]` for an element, and its range in words."""
+    yield from ((path, f"must {each.words}") for each in metadata if isinstance(each, Must))
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        for name, field in annotation.model_fields.items():
+            yield from _words(f"{path}.{name}", field.annotation, field.metadata)
+    elif get_origin(annotation) is Annotated:
+        yield from _words(path, annotation.__origin__, annotation.__metadata__)
+    else:
+        part_path = path if get_origin(annotation) is UnionType else f"{path}[]"
+        for part in get_args(annotation):
+            yield from _words(part_path, part)
 
 
-def _words_in(metadata: Sequence[Any]) -> str:
-    return next(f"must {each.words}" for each in metadata if isinstance(each, Must))
-
-
-_WORDS: Final = dict(_words())
+_WORDS: Final = {path.removeprefix("."): words for path, words in _words("", GenerationRequest)}
 
 
 def _violations(error: ValidationError, fields: Mapping[str, Any], limits: RequestLimits) -> list[FieldViolation]:
@@ -294,12 +321,20 @@ def _path_and_words(location: Sequence[int | str]) -> tuple[str, str]:
     return path, _WORDS.get(pattern) or _WORDS[str(location[0])]
 
 
+TokenBytes = Annotated[
+    bytes,
+    PlainSerializer(lambda text: b64encode(text).decode(), return_type=str, when_used="json"),
+    BeforeValidator(lambda text: b64decode(text, validate=True) if isinstance(text, str) else text),
+]
+"""The bytes of a token, which need not be UTF-8. In plain data, they are a text in base64."""
+
+
 @dataclass(frozen=True, slots=True)
 class LikelyToken:
     """A token that may follow a text: its id, its bytes, and the natural logarithm of its probability."""
 
     id: int
-    text: bytes
+    text: TokenBytes
     logprob: float
 
 
@@ -308,7 +343,7 @@ class Token:
     """A generated token: its id, its bytes, the natural logarithm of its probability, and the likeliest tokens at its place."""
 
     id: int
-    text: bytes
+    text: TokenBytes
     logprob: float
     likeliest: tuple[LikelyToken, ...] = ()
 

@@ -18,12 +18,12 @@ from flywheel_server.messages import PROMPT_FIELDS, GenerationRequest, RequestLi
 from flywheel_server.translation import (
     model_to_proto,
     prompt_from_proto,
-    refuse_unknown_fields,
     request_from_proto,
     response_to_proto,
     stats_to_proto,
     tokens_to_proto,
 )
+from flywheel_server.unknown_fields import refuse_unknown_fields
 
 log = structlog.stdlib.get_logger(__name__)
 

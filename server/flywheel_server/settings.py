@@ -146,6 +146,11 @@ class Settings(BaseSettings):
         True,
         "Whether a prompt that begins like the previous one in its slot is read faster, which callers notice: true or false.",
     )
+    exact_seeds: bool = _engine(
+        True,
+        "Whether a request with a seed gives the same samples each time. With embedded, and this project's class Model, such a "
+        "request then takes all slots, and its samples run one after the other: true or false.",
+    )
     modal_app: Annotated[str, Field(min_length=1)] = _engine("flywheel-grpc", "The app on Modal whose class generates.")
     modal_class: Annotated[str, Field(min_length=1)] = _engine(
         "Model", "The class of that app, with Flywheel's method `generate`."

@@ -1,15 +1,12 @@
 """Translates between protobuf and the server's own messages: pure functions, one for each direction and message."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
-from typing import Any, Final, cast
+from typing import Any, Final
 
 from flywheel_proto.v1 import generation_pb2 as pb
-from google.protobuf.message import Message as ProtoMessage
-from google.protobuf.unknown_fields import UnknownFieldSet
 
 from flywheel_server.engines.base import EngineModel, EngineStats, PromptToken, UnsupportedFieldError
-from flywheel_server.errors import UnknownFieldError
 from flywheel_server.messages import (
     MAX_CHOICES,
     MAX_CONSTRAINT_BYTES,
@@ -19,17 +16,13 @@ from flywheel_server.messages import (
     MAX_MESSAGES,
     MAX_STOP_BYTES,
     MAX_STOP_SEQUENCES,
+    SERVER_FIELDS,
     GenerationRequest,
     GenerationResponseSample,
     RequestLimits,
     Token,
 )
-
-SERVER_FIELDS: Final = frozenset({"priority"})
-"""The fields that the server itself honours, with every engine."""
-
-MAX_UNKNOWN_FIELDS: Final = 16
-"""Unknown fields of a request that are reported."""
+from flywheel_server.unknown_fields import refuse_unknown_fields
 
 _ELEMENTS: Final[dict[str, Callable[[Any, RequestLimits], object]]] = {
     "eos_token_ids": lambda ids, _: tuple(ids[: MAX_EOS_TOKEN_IDS + 1]),
@@ -52,7 +45,9 @@ def request_from_proto(message: pb.GenerationRequest, limits: RequestLimits) -> 
         InvalidRequestError: Fields are out of range; holds every violation.
         UnsupportedFieldError: The request has fields that the engine does not honour.
     """
-    refuse_unknown_fields(message)
+    # A message with too many of these is refused anyway. To search all of them would take too long.
+    if len(message.messages) <= MAX_MESSAGES and len(message.logit_bias) <= MAX_LOGIT_BIAS:
+        refuse_unknown_fields(message)
     # ListFields has a field with presence if it is set, and any other field if it is not zero. It is cheaper than
     # MessageToDict, and than asking for each field.
     fields: dict[str, Any] = {}
@@ -69,28 +64,10 @@ def request_from_proto(message: pb.GenerationRequest, limits: RequestLimits) -> 
 
 def prompt_from_proto(message: pb.TokenizeRequest, limits: RequestLimits) -> GenerationRequest:
     """Returns a request for one token after the prompt. Raises the errors of `request_from_proto`."""
-    refuse_unknown_fields(message)
-    return request_from_proto(pb.GenerationRequest(text=message.text, messages=message.messages, max_tokens=1), limits)
-
-
-def refuse_unknown_fields(message: ProtoMessage) -> None:
-    """Raises `UnknownFieldError` if the message, or a message in it, has fields that this server does not know."""
-    if unknown := list(islice(_unknown_fields(message, ""), MAX_UNKNOWN_FIELDS)):
-        raise UnknownFieldError(unknown)
-
-
-def _unknown_fields(message: ProtoMessage, path: str) -> Iterator[tuple[str, int]]:
-    for field in cast("Iterable[Any]", UnknownFieldSet(message)):
-        yield path, field.field_number
-    for known, value in message.ListFields():
-        if known.message_type is None or known.message_type.GetOptions().map_entry:
-            continue
-        prefix = f"{path}.{known.name}" if path else known.name
-        if isinstance(value, ProtoMessage):
-            yield from _unknown_fields(value, prefix)
-        else:
-            for index, element in enumerate(value[: MAX_MESSAGES + 1]):
-                yield from _unknown_fields(element, f"{prefix}[{index}]")
+    messages = message.messages[: MAX_MESSAGES + 1]
+    if len(messages) <= MAX_MESSAGES:
+        refuse_unknown_fields(message)
+    return request_from_proto(pb.GenerationRequest(text=message.text, messages=messages, max_tokens=1), limits)
 
 
 # There is a message for each call and each token. To fill it field by field costs less than keyword arguments.

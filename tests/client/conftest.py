@@ -3,12 +3,11 @@
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent import futures
 from contextlib import AsyncExitStack, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any as AnyType
-from typing import TypeVar
 
 import grpc
 import pytest
@@ -59,6 +58,7 @@ class FakeService(generation_pb2_grpc.GenerationServiceServicer):
     deltas: list[generation_pb2.GenerationDelta] = field(default_factory=lambda: [delta("ab"), delta("c", 0, 2, "stop")])
     samples: list[generation_pb2.GenerationResponseSample] = field(default_factory=lambda: [sample("abc")])
     model_name: str = "SmolLM2-135M"
+    supported_fields: Sequence[str] = tuple(generation_pb2.GenerationRequest.DESCRIPTOR.fields_by_name)
     holds: bool = False
     """Whether a generation waits, before it sends its initial metadata, until it is cancelled."""
     hangs: bool = False
@@ -139,6 +139,7 @@ class FakeService(generation_pb2_grpc.GenerationServiceServicer):
             defaults=generation_pb2.Defaults(num_samples=1, temperature=1.0, top_k=50, top_p=1.0),
             penalizes_prompt=True,
             prompt_format="chat",
+            supported_fields=self.supported_fields,
         )
 
     def GetStats(self, request: generation_pb2.GetStatsRequest, context: grpc.ServicerContext) -> generation_pb2.Stats:
@@ -193,9 +194,6 @@ class FakeService(generation_pb2_grpc.GenerationServiceServicer):
             context.abort(code, message)
 
 
-FakeT = TypeVar("FakeT", bound=FakeService)
-
-
 @pytest.fixture
 def health() -> HealthServicer:
     """The health service of `fake`."""
@@ -220,10 +218,10 @@ def serving_fake(
     credentials: grpc.ServerCredentials | None = None,
     host: str = "127.0.0.1",
     port: int = 0,
-    kind: type[FakeT] = FakeService,  # type: ignore[assignment]
-) -> Iterator[FakeT]:
-    """Serves a `FakeService` of its own, or one of a subclass, in plaintext unless it has credentials."""
-    service = kind()
+    service: FakeService | None = None,
+) -> Iterator[FakeService]:
+    """Serves a `FakeService`, by default one of its own, in plaintext unless it has credentials."""
+    service = service or FakeService()
     server = grpc.server(futures.ThreadPoolExecutor(max_workers=16))
     generation_pb2_grpc.add_GenerationServiceServicer_to_server(service, server)
     if health is not None:

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, Final
 
-from flywheel_client import CallCancelledError, Client, Stream
+from flywheel_client import CallCancelledError, Client, PromptResults, Stream
 
 LIMIT: Final = 100.0
 """Seconds after which the program counts as hanging."""
@@ -42,6 +42,7 @@ class Program:
         self._interrupt: Callable[[], object] = getattr(self, what)
         self.client = Client(address, timeout=10)
         self.stream: Stream[Any] | None = None
+        self.results: PromptResults | None = None
         self.interruptions = 0
 
     def interrupt(self) -> None:
@@ -62,6 +63,11 @@ class Program:
         """Closes the stream that is being read."""
         if self.stream is not None:
             self.stream.close()
+
+    def close_results(self) -> None:
+        """Closes the results of many prompts that are being read."""
+        if self.results is not None:
+            self.results.close()
 
     def call(self) -> None:
         """Makes calls."""
@@ -84,6 +90,9 @@ class Program:
                     self.client.generate_all("p", max_tokens=1)
                     with self.client.generate_deltas("p", max_tokens=1) as self.stream:
                         for _ in self.stream:
+                            pass
+                    with self.client.generate_many(["p"] * 3, concurrency=2, max_tokens=1) as self.results:
+                        for _ in self.results:
                             pass
             self.client = Client(self._address, timeout=10)
         self.client.close()

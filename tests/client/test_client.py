@@ -7,17 +7,14 @@ import gc
 import subprocess
 import sys
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import flywheel_client
 import grpc
 import pytest
-from flywheel_client import CallCancelledError, Client, DeadlineExceededError, Delta, GenerationFields, Response, Sample
+from flywheel_client import CallCancelledError, Client, DeadlineExceededError, Delta, Response, Sample
 from flywheel_proto.v1 import generation_pb2
-from flywheel_server.messages import RequestLimits
 from grpc_health.v1 import health_pb2
-
-from fuzz.ranges import highest, ranges
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,8 +24,6 @@ if TYPE_CHECKING:
     from tests.client.conftest import FakeService
 
 WAIT = 20.0
-RANGES = ranges(RequestLimits(max_text_bytes=200, max_num_samples=16, context_tokens=256))
-FIELDS = generation_pb2.GenerationRequest.DESCRIPTOR.fields_by_name
 
 
 @pytest.fixture
@@ -86,53 +81,6 @@ def test_health_of_an_unknown_service_is_an_error(client: Client) -> None:
     with pytest.raises(flywheel_client.FlywheelError) as caught:
         client.health("nobody")
     assert caught.value.code is grpc.StatusCode.NOT_FOUND
-
-
-def test_every_field_arrives(fake: FakeService, client: Client) -> None:
-    fields = highest(RANGES)
-    client.generate_all(**fields)
-    assert fake.requests == [generation_pb2.GenerationRequest(**fields)]
-    assert {"text", *GenerationFields.__annotations__} == set(FIELDS)
-    assert set(fields) == set(FIELDS)
-
-
-def test_zero_is_not_unset(fake: FakeService, client: Client) -> None:
-    names = [name for name, field in FIELDS.items() if field.has_presence]
-    nothing, zeros = (dict[str, Any].fromkeys(names, value) for value in (None, 0))
-    client.generate_all("p", max_tokens=1, stop=None, **nothing)
-    client.generate_all("p", max_tokens=1, **zeros)
-    unset, zero = fake.requests
-    assert unset == generation_pb2.GenerationRequest(text="p", max_tokens=1)
-    for name in names:
-        assert zero.HasField(name)  # type: ignore[arg-type]
-        assert getattr(zero, name) == 0
-
-
-@pytest.mark.parametrize(
-    ("fields", "error", "message"),
-    [
-        ({"max_tokens": 2**40}, ValueError, "max_tokens"),
-        ({"max_tokens": "7"}, TypeError, "max_tokens"),
-        ({"max_tokens": None}, TypeError, "max_tokens is required"),
-        ({}, TypeError, "max_tokens is required"),
-        ({"max_tokens": 1, "text": "\ud800"}, ValueError, "text cannot be encoded"),
-        ({"max_tokens": 1, "text": 5}, TypeError, "text"),
-        ({"max_tokens": 1, "stop": "END"}, TypeError, "stop must be a sequence"),
-        ({"max_tokens": 1, "stop": ["\ud800"]}, ValueError, "stop"),
-        ({"max_tokens": 1, "eos_token_ids": 2}, TypeError, "eos_token_ids"),
-        ({"max_tokens": 1, "eos_token_ids": [2**31]}, ValueError, "eos_token_ids"),
-        ({"max_tokens": 1, "top_p": "all"}, TypeError, "top_p"),
-        ({"max_tokens": 1, "temprature": 1.0}, TypeError, "temprature is not a field"),
-        ({"max_tokens": 1, "request_id": ""}, ValueError, "request_id"),
-        ({"max_tokens": 1, "request_id": "ü"}, ValueError, "request_id"),
-        ({"max_tokens": 1, "request_id": "x" * 129}, ValueError, "request_id"),
-    ],
-)
-def test_values_that_no_message_can_hold_name_their_field(
-    client: Client, fields: dict[str, Any], error: type[Exception], message: str
-) -> None:
-    with pytest.raises(error, match=message):
-        client.generate(**{"text": "p", **fields})
 
 
 def test_metadata_and_request_id_travel_with_the_call(fake: FakeService) -> None:

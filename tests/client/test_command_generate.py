@@ -6,13 +6,14 @@ import json
 import math
 import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
 from flywheel_client._terminal import show_json
-from flywheel_proto.v1.generation_pb2 import GenerationRequest
+from flywheel_proto.v1.generation_pb2 import Choices, GenerationRequest
 from google.rpc.error_details_pb2 import ErrorInfo
 
 from tests.client.command import FLYWHEEL, HIDDEN, WAIT, delta, environment, flywheel
@@ -43,16 +44,29 @@ OPTIONS: dict[str, tuple[str, Any]] = {
     "--top-p": ("top_p", 0.25),
     "--presence-penalty": ("presence_penalty", -1),
     "--frequency-penalty": ("frequency_penalty", 2),
+    "--seed": ("seed", 0),
+    "--min-p": ("min_p", 0.5),
+    "--repetition-penalty": ("repetition_penalty", 1.5),
+    "--logit-bias": ("logit_bias", {7: -100, 8: 0.5}),
+    "--choice": ("choices", ["yes", "no"]),
+    "--logprobs": ("logprobs", 3),
+    "--time-limit": ("time_limit", 2.5),
+    "--priority": ("priority", -5),
 }
-"""The field of each option, and a value."""
+"""The field of each option, and a value, without the options that exclude each other."""
 
 
 def test_every_option_arrives(fake: FakeService) -> None:
-    values = {option: value if isinstance(value, list) else [value] for option, (_, value) in OPTIONS.items()}
-    words = [word for option, several in values.items() for value in several for word in (option, str(value))]
-    flywheel(fake, "generate", "p", *words, "--timeout", "50")
-    assert fake.requests == [GenerationRequest(text="p", **dict(OPTIONS.values()))]
-    assert {"text", *dict(OPTIONS.values())} == set(GenerationRequest.DESCRIPTOR.fields_by_name)
+    words = ["generate", "p", "--timeout", "50"]
+    for option, (_, value) in OPTIONS.items():
+        values = [f"{key}={each}" for key, each in value.items()] if isinstance(value, dict) else value
+        words += [word for each in (values if isinstance(values, list) else [values]) for word in (option, str(each))]
+    flywheel(fake, *words)
+    fields = dict(OPTIONS.values())
+    fields["choices"] = Choices(texts=fields["choices"])
+    assert fake.requests == [GenerationRequest(text="p", **fields)]
+    others = {"text", "messages", "prompt_token_ids", "json_schema", "regex"}
+    assert others | fields.keys() == set(GenerationRequest.DESCRIPTOR.fields_by_name)
     assert fake.seconds_remaining[0] is not None
     assert fake.seconds_remaining[0] < 51
 
@@ -130,6 +144,26 @@ def test_arguments_are_utf_8_whatever_the_locale(fake: FakeService) -> None:
         (["p", "--max-tokens", "many"], b"", b"--max-tokens"),
         (["p", "--wat"], b"", b"--wat"),
         (["p", "--timeout", "0"], b"", b"--timeout"),
+        (["p", "--logit-bias", "5"], b"", b"'--logit-bias': '5' is not the id of a token and a bias"),
+        pytest.param(
+            ["p", "--logit-bias", "5=1", "--logit-bias", "5=2"],
+            b"",
+            b"'--logit-bias': the id 5 has two biases",
+            marks=pytest.mark.thorough,
+        ),
+        pytest.param(
+            ["p", "--json-schema", "/absent"],
+            b"",
+            b"'--json-schema': File '/absent' does not exist.",
+            marks=pytest.mark.thorough,
+        ),
+        pytest.param(
+            ["p", "--json-schema", sys.executable], b"", b"--json-schema must be a file in UTF-8", marks=pytest.mark.thorough
+        ),
+        (["p", "--regex", "a", "--choice", "a"], b"", b"give only one of --choice and --regex"),
+        pytest.param(["p", "--seed", "-9999999999"], b"", b"seed", marks=pytest.mark.thorough),
+        (["--chat", "--json"], b"", b"give --chat or --json, not both"),
+        pytest.param(["--chat", "-n", "2"], b"", b"give --chat or --samples, not both", marks=pytest.mark.thorough),
     ],
 )
 def test_wrong_usage(fake: FakeService, arguments: list[str], stdin: bytes, message: bytes) -> None:
@@ -191,6 +225,7 @@ def test_json_is_one_line_for_each_finished_sample(fake: FakeService) -> None:
         "index": 0,
         "prompt_tokens": 5,
         "stop_sequence": "###",
+        "seed": 0,
     }
     assert process.stderr == b""
 

@@ -71,6 +71,18 @@ async def test_what_a_draining_server_refuses_goes_elsewhere(caller: Callable[..
     assert [len(fake.requests) for fake in fakes] == [1, 1, 6]
 
 
+async def test_calls_for_many_prompts_and_for_tokens_go_elsewhere_too(
+    caller: Callable[..., Caller], fakes: list[FakeService]
+) -> None:
+    one = caller(directory_of(fakes))
+    unavailable(fakes[0])
+    unavailable(fakes[1])
+    assert (await one.ask(one.client.tokenize, "a b")).prompt_tokens == 2
+    results = one.client.generate_many(["0", "1", "2"], concurrency=2, max_tokens=1)
+    found = [await (anext(results) if one.is_async else one.ask(next, results)) for _ in range(3)]
+    assert {result.position: result.response.prompt for result in found} == {0: "0", 1: "1", 2: "2"}
+
+
 @asynccontextmanager
 async def behind_cables(fakes: list[FakeService]) -> AsyncIterator[list[tuple[str, Callable[[], None]]]]:
     async with AsyncExitStack() as stack:

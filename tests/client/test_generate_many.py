@@ -23,6 +23,8 @@ from tests.serving import until
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
 
+    from grpc_health.v1.health import HealthServicer
+
 
 @dataclass
 class Gate(FakeService):
@@ -39,6 +41,9 @@ class Gate(FakeService):
             self.opened.update(prompts)
             self.changed.notify_all()
 
+    def runs(self, *prompts: str) -> bool:
+        return self.running == {*prompts}
+
     def GenerateAll(
         self, request: generation_pb2.GenerationRequest, context: grpc.ServicerContext
     ) -> generation_pb2.GenerationResponse:
@@ -47,6 +52,7 @@ class Gate(FakeService):
             self.requests.append(request)
             self.running.add(prompt)
             self.peak = max(self.peak, len(self.running))
+            self.changed.notify_all()
             context.add_callback(functools.partial(self._end_of, prompt))
             self.changed.wait_for(lambda: prompt in self.opened or prompt not in self.running, WAIT)
             self.running.discard(prompt)
@@ -61,8 +67,9 @@ class Gate(FakeService):
 
 
 @pytest.fixture
-def gate() -> Iterator[Gate]:
-    with serving_fake(kind=Gate) as service:
+def gate(health: HealthServicer) -> Iterator[Gate]:
+    service = Gate()
+    with serving_fake(health, service=service):
         yield service
 
 
@@ -99,11 +106,12 @@ async def test_results_come_as_they_finish(caller: Callable[..., Caller], gate: 
     prompts = Prompts()
     results = one.client.generate_many(prompts, concurrency=3, max_tokens=1)
     assert prompts.read == 0
-    for prompt, running in (("1", {"0", "2"}), ("2", {"0", "3"}), ("0", {"3", "4"})):
+    for prompt, running in (("1", "012"), ("2", "023"), ("0", "034")):
+        fetching = asyncio.create_task(next_of(one, results))
+        await until(functools.partial(gate.runs, *running), "three calls run")
         gate.open(prompt)
-        result = await next_of(one, results)
+        result = await fetching
         assert (result.position, result.response.prompt, result.error) == (int(prompt), prompt, None)
-        assert running <= gate.running | gate.opened
     assert prompts.read == 5
     assert gate.peak == 3
     await one.close_stream(results)
@@ -137,7 +145,7 @@ async def test_leaving_cancels_all_calls(caller: Callable[..., Caller], gate: Ga
     results = one.client.generate_many(prompts(), concurrency=3, max_tokens=1)
     gate.open("0")
     assert (await next_of(one, results)).position == 0
-    await until(lambda: gate.running == {"1", "2"}, "the others run")
+    await until(lambda: gate.runs("1", "2"), "the others run")
     match how:
         case "close":
             await one.close_stream(results)
@@ -177,7 +185,7 @@ async def test_prompts_of_each_kind(caller: Callable[..., Caller], gate: Gate) -
     common: dict[str, Any] = {"max_tokens": 1, "stop": ["END"], "choices": {"texts": ["x"]}}
     assert gate.requests == [
         generation_pb2.GenerationRequest(text="text", **common),
-        generation_pb2.GenerationRequest(messages=[{"role": "user", "content": "Hello"}], **common),
+        generation_pb2.GenerationRequest(messages=[generation_pb2.Message(role="user", content="Hello")], **common),
         generation_pb2.GenerationRequest(text="own", max_tokens=2, regex="a"),
     ]
 
@@ -245,16 +253,15 @@ async def test_a_prompt_that_is_late_keeps_no_result_back(gate: Gate) -> None:
 
 
 INTERRUPTED = """
-import sys, threading
+import itertools, sys, threading
 from flywheel_client import Client
-from tests.client.test_generate_many import Prompts, threads
 client = Client(sys.argv[1])
-results = client.generate_many(Prompts(), concurrency=4, max_tokens=1)
+results = client.generate_many(map(str, itertools.count()), concurrency=4, max_tokens=1)
 try:
     for result in results: print(result.position, flush=True)
 except KeyboardInterrupt:
     print("interrupted", flush=True)
-    while threads(): pass
+    while any(thread.name.startswith("flywheel-prompt") for thread in threading.enumerate()): pass
     print("no thread is left", flush=True)
     sys.stdin.read()
 """
@@ -267,7 +274,7 @@ def test_an_interrupt_cancels_all_calls(gate: Gate) -> None:
         assert process.stdout is not None
         assert process.stdout.readline() == "2\n"
         with gate.changed:
-            assert gate.changed.wait_for(lambda: gate.running == {"0", "1", "3", "4"}, WAIT)
+            assert gate.changed.wait_for(lambda: gate.runs("0", "1", "3", "4"), WAIT)
         process.send_signal(2)
         assert process.stdout.readline() == "interrupted\n"
         assert process.stdout.readline() == "no thread is left\n"

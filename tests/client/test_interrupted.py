@@ -9,8 +9,8 @@ import pytest
 from tests.client.conftest import FakeService
 
 # A finalizer must make no calls, because it may run in grpc's own thread, which would wait for itself.
-CASES = [*product(("signal", "finalizer"), ("close", "cancel_stream", "close_stream")), ("signal", "call")]
-FEW = [("signal", "close"), ("signal", "call"), ("finalizer", "close_stream")]
+CASES = [*product(("signal", "finalizer"), ("close", "cancel_stream", "close_stream", "close_results")), ("signal", "call")]
+FEW = [("signal", "close"), ("signal", "call"), ("finalizer", "close_stream"), ("signal", "close_results")]
 OTHERS = [case for case in CASES if case not in FEW]
 
 

@@ -6,12 +6,11 @@ import grpc
 import grpc.aio
 import pytest
 from flywheel_proto.v1 import generation_pb2 as pb
-from flywheel_server.engines.modal.remote_fields import FLYWHEEL_FIELDS
-from flywheel_server.messages import RequestLimits
+from flywheel_server.messages import FLYWHEEL_FIELDS, RequestLimits
 from google.rpc.error_details_pb2 import BadRequest
 from google.rpc.status_pb2 import Status
 
-from fuzz.ranges import highest, lowest, ranges
+from fuzz.ranges import CONSTRAINTS, PROMPTS, highest, lowest, ranges, with_required
 from tests.serving import Target, as_dict, drained
 
 TEXT = "Tell me about llamas."
@@ -45,19 +44,27 @@ def bad_request(error: grpc.aio.AioRpcError) -> dict[str, str]:
 
 @pytest.mark.parametrize(("name", "path", "value"), BAD)
 async def test_a_field_out_of_range_is_refused_by_name(target: Target, name: str, path: str, value: Any) -> None:
-    request = pb.GenerationRequest(**{"text": TEXT, "max_tokens": 1, name: value})
+    request = pb.GenerationRequest(**with_required({name: value}))
     found = await violations(target, "GenerateAll", request)
     assert list(found) == [name + path]
     assert "must" in found[name + path]
 
 
-@pytest.mark.parametrize("method", METHODS)
-async def test_all_violations_come_at_once(target: Target, method: str) -> None:
-    first = {name: its.wrong()[0] for name, its in RANGES.items()}
-    worst = pb.GenerationRequest(**{name: value for name, (_, value) in first.items()})
-    assert set(await violations(target, method, worst)) == {name + path for name, (path, _) in first.items()}
+@pytest.mark.parametrize(("method", "constraint"), [*zip(METHODS, CONSTRAINTS, strict=True)])
+async def test_all_violations_come_at_once(target: Target, method: str, constraint: str) -> None:
+    left_out = {*CONSTRAINTS} - {constraint}
+    last = {name: its.wrong()[-1] for name, its in RANGES.items() if name not in left_out}
+    worst = pb.GenerationRequest(**{name: value for name, (_, value) in last.items()})
+    assert set(await violations(target, method, worst)) == {name + path for name, (path, _) in last.items()}
     samples = (await target.stub.GenerateAll(pb.GenerationRequest(text=TEXT, max_tokens=1))).responses
     assert len(samples) == 1, "the server goes on serving"
+
+
+@pytest.mark.parametrize("method", METHODS)
+async def test_several_prompts_are_refused(target: Target, method: str) -> None:
+    request = pb.GenerationRequest(text=TEXT, max_tokens=1, messages=[pb.Message(role="user")], prompt_token_ids=[1])
+    assert list(await violations(target, method, request)) == list(PROMPTS)
+    assert list(await violations(target, method, pb.GenerationRequest(max_tokens=1))) == ["text"]
 
 
 async def test_values_at_the_limits_are_accepted(target: Target) -> None:
@@ -118,6 +125,16 @@ async def test_the_model_tells_limits_and_defaults(target: Target) -> None:
     assert model.name
     assert model.context_tokens == LIMITS.context_tokens
     assert model.limits == pb.Limits(
-        max_text_bytes=2**20, max_num_samples=16, max_eos_token_ids=64, max_stop_sequences=16, max_stop_bytes=256
+        max_text_bytes=2**20,
+        max_num_samples=16,
+        max_eos_token_ids=64,
+        max_stop_sequences=16,
+        max_stop_bytes=256,
+        max_messages=256,
+        max_logit_bias=300,
+        max_constraint_bytes=2**14,
+        max_choices=256,
+        max_logprobs=20,
     )
-    assert model.defaults == pb.Defaults(num_samples=1, temperature=1.0, top_k=50, top_p=1.0)
+    assert model.defaults == pb.Defaults(num_samples=1, temperature=1.0, top_k=50, top_p=1.0, repetition_penalty=1.0)
+    assert FLYWHEEL_FIELDS | {"priority"} <= set(model.supported_fields) <= set(RANGES)

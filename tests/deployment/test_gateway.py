@@ -20,7 +20,7 @@ from flywheel_proto.v1 import generation_pb2 as pb
 from flywheel_server.deployment.weights import find
 from flywheel_server.engines.scripted import Script
 from flywheel_server.health import RUNNERS
-from flywheel_server.messages import GenerationRequest
+from flywheel_server.messages import CONSTRAINT_FIELDS, SERVER_FIELDS, GenerationRequest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from modal_proto import api_pb2
 
@@ -28,6 +28,8 @@ from tests.deployment.conftest import AUTHORIZATION, KEY, ROOT, VOLUME, current,
 from tests.modal_cloud import Container, ModalCloud, Tunnel, scripted
 from tests.serving import until
 
+NOT_TAKEN = {*SERVER_FIELDS, *CONSTRAINT_FIELDS}
+"""Fields that a Model on a GPU does not take."""
 REQUEST = pb.GenerationRequest(text="What is a llama?", max_tokens=12, num_samples=3)
 SHORT = pb.GenerationRequest(text="hello", max_tokens=1)
 
@@ -82,9 +84,9 @@ def test_what_arrives_at_modal(prepared: ModalCloud) -> None:
     assert model.concurrency_limit == 1, "each GPU bills"
     assert (model.resources.milli_cpu, model.resources.memory_mb) == (2000, 4096)
     assert [mount.mount_path for mount in model.volume_mounts] == [str(prepared.directory / "weights")]
-    for method, before in (("generate", []), ("generate_deltas", ["queue", "partition", "call"])):
+    for method, before in (("generate", []), ("generate_deltas", ["queue", "partition", "call"]), ("tokenize", [])):
         told = [argument.name for argument in model.method_definitions[method].function_schema.arguments]
-        assert told == [*before, *GenerationRequest.model_fields]
+        assert told == [*before, *(name for name in GenerationRequest.model_fields if name not in NOT_TAKEN)]
     assert not model.secret_ids or prepared.function("defaults/Model").secret_ids != gateway.secret_ids
     for function in (gateway, server):
         assert not function.resources.gpu_config.gpu_type
@@ -135,6 +137,7 @@ async def test_a_real_client_gets_samples_and_deltas_through_the_tunnel(prepared
         assert stats.num_total_runners == 1
         model = await target.stub.GetModel(pb.GetModelRequest(), metadata=AUTHORIZATION)
         assert (model.engine, model.context_tokens) == ("flywheel", 8192)
+        assert {*model.supported_fields} == {*GenerationRequest.model_fields} - {*CONSTRAINT_FIELDS}
     (only,) = prepared.containers("service/Model")  # the one that the deployment keeps warm is the one that is called
     assert only.definition.resources.gpu_config.gpu_type == "A10G"
     assert not await maps_weights(only)

@@ -43,8 +43,8 @@ async def test_every_answer_to_random_messages_is_one_of_the_contract(engine: En
     async with serving(engine, max_queued=1000, **limits) as target:
         statuses, unexpected = await send(target.address, messages, seed=3)
     assert not unexpected
-    assert {code for _, code in statuses} == {"OK", "INVALID_ARGUMENT"}
-    assert len(statuses) == 10, "each of five methods has answered both"
+    assert {code for method, code in statuses if method != "Tokenize"} == {"OK", "INVALID_ARGUMENT"}
+    assert len(statuses) == 12, "each of six methods has answered both, or that the engine does not have it"
 
 
 async def test_a_refused_request_leaves_nothing_behind() -> None:

@@ -8,13 +8,14 @@ import asyncio
 import builtins
 import os
 import sys
+from dataclasses import replace
 from typing import Any
 
 import modal
 from flywheel_server.deployment import model, signature
 from flywheel_server.deployment.model import RemoteModel
 from flywheel_server.deployment.supervised import SupervisedEngine, end_container
-from flywheel_server.engines.base import Event, PreparedRequest, PromptTooLongError, Sink
+from flywheel_server.engines.base import EngineModel, Event, PreparedRequest, PromptTooLongError, Sink
 from flywheel_server.engines.modal import event_batch
 from flywheel_server.engines.scripted import Script, ScriptedEngine
 from flywheel_server.messages import GenerationRequest, GenerationResponseSample
@@ -22,51 +23,6 @@ from flywheel_server.messages import GenerationRequest, GenerationResponseSample
 environment: dict[str, str | None] = {name: os.environ[name] for name in ("SCRIPTED_APP", "SCRIPT", "SCRIPTED_NEWER")}
 image = modal.Image.debian_slim().add_local_python_source("flywheel_proto", "flywheel_server")
 app = modal.App(environment["SCRIPTED_APP"])
-
-
-@app.cls(image=image, env=environment, max_containers=1)
-@modal.concurrent(max_inputs=1000)
-class Model:
-    """Has all methods of this project's class."""
-
-    @modal.enter()
-    async def load(self) -> None:
-        self.engine = ScriptedEngine(Script.model_validate_json(os.environ["SCRIPT"]))
-        self.supervised = await SupervisedEngine(self.engine, end_container).__aenter__()
-        self.remote = RemoteModel(self.supervised)
-
-    @modal.exit()
-    async def unload(self) -> None:
-        await self.remote.leave()
-        await self.supervised.__aexit__()
-
-    @modal.method()
-    async def generate(self, /, **fields: Any) -> dict[str, Any]:
-        return await self.remote.generate(**fields)
-
-    @modal.method()
-    async def generate_deltas(self, /, **arguments: Any) -> dict[str, Any]:
-        return await self.remote.generate_deltas(**arguments)
-
-    @modal.method()
-    async def running(self) -> int:
-        return self.engine.running
-
-
-def eleven(  # noqa: PLR0917 - Flywheel's
-    text: str,
-    max_tokens: int,
-    eos_token_ids: list[int],
-    max_input_tokens: int,
-    num_samples: int,
-    stop: list[str],
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    presence_penalty: float,
-    frequency_penalty: float,
-) -> dict[str, Any]:
-    return dict(locals())
 
 
 NEWS = {"news": [{"of": "a later version"}]}
@@ -92,6 +48,9 @@ class NewerSink:
 
 
 class NewerEngine(ScriptedEngine):
+    def model(self) -> EngineModel:
+        return replace(super().model(), supported_fields=frozenset(NewerRequest.model_fields))
+
     async def generate(self, prepared: PreparedRequest, sink: Sink) -> None:
         await super().generate(prepared, NewerSink(prepared.request, sink))
 
@@ -112,11 +71,62 @@ if NEWER:
     event_batch.EventBatch.pack = newer_pack  # type: ignore[method-assign]
 
 
+def scripted_engine() -> ScriptedEngine:
+    script = Script.model_validate_json(os.environ["SCRIPT"])
+    return NewerEngine(script) if NEWER else ScriptedEngine(script)
+
+
+@app.cls(image=image, env=environment, max_containers=1)
+@modal.concurrent(max_inputs=1000)
+class Model:
+    """Has all methods of this project's class."""
+
+    @modal.enter()
+    async def load(self) -> None:
+        self.engine = scripted_engine()
+        self.supervised = await SupervisedEngine(self.engine, end_container).__aenter__()
+        self.remote = RemoteModel(self.supervised)
+
+    @modal.exit()
+    async def unload(self) -> None:
+        await self.remote.leave()
+        await self.supervised.__aexit__()
+
+    @modal.method()
+    @signature.takes_fields()
+    async def generate(self, /, **fields: Any) -> dict[str, Any]:
+        return await self.remote.generate(**fields)
+
+    @modal.method()
+    @signature.takes_fields("queue", "partition", "call")
+    async def generate_deltas(self, /, **arguments: Any) -> dict[str, Any]:
+        return await self.remote.generate_deltas(**arguments)
+
+    @modal.method()
+    async def running(self) -> int:
+        return self.engine.running
+
+
+def eleven(  # noqa: PLR0917 - Flywheel's
+    text: str,
+    max_tokens: int,
+    eos_token_ids: list[int],
+    max_input_tokens: int,
+    num_samples: int,
+    stop: list[str],
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    presence_penalty: float,
+    frequency_penalty: float,
+) -> dict[str, Any]:
+    return dict(locals())
+
+
 class Whole:
     @modal.enter()
     def load(self) -> None:
-        script = Script.model_validate_json(os.environ["SCRIPT"])
-        self.remote = RemoteModel(NewerEngine(script) if NEWER else ScriptedEngine(script))
+        self.remote = RemoteModel(scripted_engine())
 
     @modal.method()
     @signature.takes_fields()
@@ -174,7 +184,7 @@ class Flywheel:
         fields = {name: value for name, value in locals().items() if name != "self"}
         answer = await self.remote.generate(**fields)
         for sample in answer["responses"]:
-            for ours in ("index", "prompt_tokens", "stop_sequence"):
+            for ours in ("index", "prompt_tokens", "stop_sequence", "seed", "tokens"):
                 del sample[ours]
         return answer
 

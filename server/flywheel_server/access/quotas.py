@@ -130,20 +130,23 @@ class Reservation:
 
     The reservation is settled at the end of the context, or later if `Usage.extend_until_done` says so. Entering the context
     raises the `QuotaExceededError` of `Quotas.reserve`.
+
+    `slots` are the slots that the call takes in the engine, by default one for each sample. They count as samples at a time.
     """
 
-    def __init__(self, quotas: Quotas, caller: Caller, request: GenerationRequest) -> None:
+    def __init__(self, quotas: Quotas, caller: Caller, request: GenerationRequest, slots: int | None = None) -> None:
         self._quotas = quotas
         self._caller = caller
-        self._request = request
+        self._slots = request.num_samples if slots is None else slots
+        self._max_tokens = max_generated_tokens(request)
         self._usage = Usage()
 
     def __enter__(self) -> Usage:
-        self._reserved = self._quotas.reserve(self._caller, self._request.num_samples, max_generated_tokens(self._request))
+        self._reserved = self._quotas.reserve(self._caller, self._slots, self._max_tokens)
         return self._usage
 
     def __exit__(self, *_: object) -> None:
         self._usage.call_when_final(self._settle)
 
     def _settle(self) -> None:
-        self._quotas.settle(self._caller, self._request.num_samples, self._reserved - self._usage.tokens)
+        self._quotas.settle(self._caller, self._slots, self._reserved - self._usage.tokens)

@@ -19,10 +19,18 @@ from flywheel_server.deployment.settings import Deployment
 from flywheel_server.deployment.supervised import SupervisedEngine, end_container
 from flywheel_server.deployment.weights import Weights
 from flywheel_server.engines import base
-from flywheel_server.engines.base import Engine, EngineError, EngineFailedError, EngineSetupError
+from flywheel_server.engines.base import (
+    Engine,
+    EngineError,
+    EngineFailedError,
+    EngineSetupError,
+    PreparedRequest,
+    UnsupportedFieldError,
+)
 from flywheel_server.engines.llama_cpp.engine import EmbeddedEngine
 from flywheel_server.engines.modal.event_batch import Receipt
-from flywheel_server.engines.modal.remote_fields import UNKNOWN_FIELD
+from flywheel_server.engines.modal.remote_fields import UNKNOWN_FIELD, further_fields
+from flywheel_server.engines.modal.tokenized_prompt import TokenizedPrompt
 from flywheel_server.engines.samples import FinishedSamplesSink
 from flywheel_server.messages import GenerationRequest, GenerationResponse
 from flywheel_server.setting_texts import NONE
@@ -95,6 +103,7 @@ async def start_engine(weights: Weights, deployment: Deployment, settings: Setti
         threads=min(deployment.model_threads, usable_cores()),
         batch_tokens=GPU_BATCH_TOKENS if settings.modal_gpu else settings.embedded_batch,
         prompt_format=settings.modal_prompt,
+        exact_seeds=settings.exact_seeds,
         # For a GPU, reading the file from the volume is faster than mapping it page by page.
         memory_map=not settings.modal_gpu,
     )
@@ -120,7 +129,9 @@ def _request(fields: dict[str, Any]) -> GenerationRequest:
     except ValidationError as error:
         # An error that the caller can unpickle without pydantic, and without the values, which may be prompts.
         problems = [
-            f"{problem['loc'][0]}: {UNKNOWN_FIELD if problem['type'] == 'extra_forbidden' else problem['msg']}"
+            ": ".join(
+                [*map(str, problem["loc"][:1]), UNKNOWN_FIELD if problem["type"] == "extra_forbidden" else problem["msg"]]
+            )
             for problem in error.errors(include_url=False, include_input=False, include_context=False)
         ]
         raise _WrongFieldsError("; ".join(problems)) from None
@@ -143,7 +154,7 @@ class RemoteModel:
         """
         created = time.time()
         request = _request(fields)
-        prepared = await self._engine.prepare(request)
+        prepared = await self._prepare(request)
         samples = FinishedSamplesSink()
         await self._engine.generate(prepared, samples)
         return GenerationResponse.of(request, created, samples.finished).model_dump(mode="json")
@@ -157,9 +168,25 @@ class RemoteModel:
         """
         request = _request(fields)
         async with self._outbox(queue, partition).sending(call) as sender:
-            prepared = await self._engine.prepare(request)
+            prepared = await self._prepare(request)
             await self._engine.generate(prepared, sender)
             return Receipt(attempt=sender.attempt, piles=await sender.stored()).model_dump()
+
+    @_translating_errors
+    async def tokenize(self, **fields: Any) -> dict[str, Any]:  # noqa: ANN401 - as above
+        """Returns the tokens of the prompt as a dictionary with the fields of `TokenizedPrompt`.
+
+        Raises the errors of `generate`, and `UnsupportedMethodError`.
+        """
+        prepared = await self._prepare(_request(fields))
+        return TokenizedPrompt(tokens=tuple(await self._engine.tokenize(prepared))).model_dump(mode="json")
+
+    async def _prepare(self, request: GenerationRequest) -> PreparedRequest:
+        """Prepares the request. Raises `UnsupportedFieldError` if the engine does not honour a field that is set."""
+        supported = self._engine.model().supported_fields
+        if fields := [name for name in further_fields(request) if name not in supported]:
+            raise UnsupportedFieldError(fields[0], "the model does not support it", fields[1:])
+        return await self._engine.prepare(request)
 
     async def leave(self) -> None:
         """Ends the streams, and tells their gateways. Call it when the container ends, before the engine ends.

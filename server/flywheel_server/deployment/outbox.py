@@ -15,10 +15,10 @@ Events wait here until the next put, which sends the events of all calls in batc
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import modal
 import structlog
@@ -31,6 +31,8 @@ from flywheel_server.engines.modal.rate_limit import RateLimit
 from flywheel_server.engines.modal.retries import CONFIRMATION_SECONDS, Backoff
 from flywheel_server.engines.modal.waits import cancel_and_wait, modal_result
 from flywheel_server.messages import GenerationResponseSample
+
+AnyEvent = TypeVar("AnyEvent", bound=Event)
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -75,9 +77,12 @@ MAX_BATCH_CHARACTERS: Final = 100_000
 MAX_PUT_CHARACTERS: Final = 4_000_000
 """Maximum text of one put, roughly."""
 
+CHARACTERS_PER_LOGPROB: Final = 30
+"""About how many bytes a token with its probability has in a batch. They count as text."""
+
 
 class Sender:
-    """The sink of one attempt at a call: collects its events for the next put, and joins the text of each sample."""
+    """The sink of one attempt at a call: collects its events for the next put, and merges the deltas of each sample."""
 
     is_full = False
 
@@ -90,8 +95,9 @@ class Sender:
         """The outbox reschedules this timeout to end the call."""
         self._batches = 0
         self._started: Started | None = None
-        self._texts: dict[int, list[str]] = {}
-        self._tokens: dict[int, int] = {}
+        self._deltas: dict[int, list[TextDelta]] = {}
+        self._sent_tokens: dict[int, int] = {}
+        """By index: how many tokens of a sample its deltas had."""
         self._samples: list[GenerationResponseSample] = []
         self._has_failed = False
         self._has_sent_text = False
@@ -107,10 +113,12 @@ class Sender:
                 self._outbox.wake_later()
                 return
             case TextDelta():
-                self._texts.setdefault(event.index, []).append(event.text)
-                self._tokens[event.index] = event.generated_tokens
+                self._deltas.setdefault(event.index, []).append(event)
+                if event.tokens:
+                    self._sent_tokens[event.index] = self._sent_tokens.get(event.index, 0) + len(event.tokens)
             case GenerationResponseSample():
-                self._samples.append(event)
+                sent = self._sent_tokens.get(event.index)
+                self._samples.append(event.model_copy(update={"tokens": event.tokens[sent:]}) if sent else event)
         self._outbox.wake(is_urgent=isinstance(event, GenerationResponseSample) or not self._has_sent_text)
         self._has_sent_text = True
 
@@ -133,14 +141,14 @@ class Sender:
     @property
     def has_events(self) -> bool:
         """Whether an event, or the end of the attempt, waits for the next put."""
-        return bool(self._started or self._texts or self._samples or self._has_failed)
+        return bool(self._started or self._deltas or self._samples or self._has_failed)
 
     def take(self) -> list[EventBatch]:
         """Returns the events since the last call of this method."""
         if not self.has_events:
             return []
         events: list[Event] = [self._started] if self._started else []
-        events += [TextDelta(index, "".join(texts), self._tokens[index]) for index, texts in self._texts.items()]
+        events += [_merged(part) for deltas in self._deltas.values() for part in _split(deltas)]
         events += self._samples
         container, function_call = self._outbox.container, self._function_call
         batch = partial(EventBatch, self._call, self.attempt, container=container, function_call=function_call)
@@ -148,7 +156,7 @@ class Sender:
         self._batches += len(batches)
         if self._has_failed:
             batches.append(batch(self._batches, [], ended=True))
-        self._started, self._texts, self._samples, self._has_failed = None, {}, [], False
+        self._started, self._deltas, self._samples, self._has_failed = None, {}, [], False
         return batches
 
 
@@ -321,12 +329,21 @@ class Outbox:
 
 
 def _characters(event: Event) -> int:
-    return 0 if isinstance(event, Started) else len(event.text)
+    if isinstance(event, Started):
+        return 0
+    return len(event.text) + sum((len(token.likeliest) + 1) * CHARACTERS_PER_LOGPROB for token in event.tokens)
 
 
-def _split(events: list[Event]) -> list[list[Event]]:
+def _merged(deltas: Sequence[TextDelta]) -> TextDelta:
+    """Returns one delta for successive deltas of a sample."""
+    last = deltas[-1]
+    text = "".join([delta.text for delta in deltas])
+    return TextDelta(last.index, text, last.generated_tokens, tuple(token for delta in deltas for token in delta.tokens))
+
+
+def _split(events: Sequence[AnyEvent]) -> list[list[AnyEvent]]:
     """Splits the events into parts of at most about `MAX_BATCH_CHARACTERS`; a longer event is a part of its own."""
-    parts: list[list[Event]] = []
+    parts: list[list[AnyEvent]] = []
     size = MAX_BATCH_CHARACTERS
     for event in events:
         size += _characters(event)

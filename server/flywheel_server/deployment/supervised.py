@@ -151,7 +151,7 @@ class SupervisedEngine:
 
     async def tokenize(self, prepared: PreparedRequest) -> Sequence[PromptToken]:
         """See `Engine.tokenize`."""
-        return await self._engine.tokenize(prepared)
+        return await self._while_up(lambda: self._engine.tokenize(prepared))
 
     async def check(self) -> None:
         """See `Engine.check`."""

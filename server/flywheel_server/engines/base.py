@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, Self
 
-from flywheel_server.messages import FLYWHEEL_FIELDS, GenerationRequest, GenerationResponseSample, Token
+from flywheel_server.messages import FLYWHEEL_FIELDS, GenerationRequest, GenerationResponseSample, Token, TokenBytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +52,13 @@ class PreparedRequest:
         prompt: The token ids of the prompt, as the model reads them; empty if the prompt is tokenized elsewhere or later.
         context_tokens: Tokens of the engine's shared context that the request holds while the engine works on it; see
             `EngineModel.shared_context_tokens`.
+        grammar: The constraint of the request, in the form in which the engine uses it; empty if there is none.
     """
 
     request: GenerationRequest
     prompt: Sequence[int] = ()
     context_tokens: int = 0
+    grammar: str = ""
 
 
 # A finished sample is an event too. Its `text` is the whole text of the sample, whether or not deltas came before.
@@ -98,6 +100,8 @@ class EngineModel:
         supported_fields: The fields of a request that the engine honours. The service refuses all others by name, so the engine
             never sees them.
         exact_seeds: Whether a request with a seed gives exactly the same samples each time.
+        slots_for_seed: The slots that a request with a seed takes, however many samples it has; None if it takes a slot for
+            each sample, as other requests do.
     """
 
     name: str
@@ -110,6 +114,13 @@ class EngineModel:
     tokenizers: int = 0
     supported_fields: frozenset[str] = FLYWHEEL_FIELDS
     exact_seeds: bool = False
+    slots_for_seed: int | None = None
+
+    def slots_of(self, request: GenerationRequest) -> int:
+        """Returns how many slots a request takes."""
+        if request.seed is not None and self.slots_for_seed is not None:
+            return self.slots_for_seed
+        return request.num_samples
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +128,7 @@ class PromptToken:
     """A token of a prompt: its id and its bytes."""
 
     id: int
-    text: bytes
+    text: TokenBytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +206,7 @@ class EngineSetupError(EngineError):
 
 
 class PromptTooLongError(EngineError):
-    """Prompt and max_tokens exceed the context. All attributes are in tokens.
+    """Prompt and max_tokens exceed the context. All numbers are in tokens. The service sets `field`: the field with the prompt.
 
     An engine may stop counting once it is clear that a prompt is too long. It then gives `counted_tokens`, the number that it
     counted, and `prompt_tokens` is the least that the prompt can have.
@@ -203,6 +214,7 @@ class PromptTooLongError(EngineError):
 
     def __init__(self, prompt_tokens: int, max_tokens: int, context_tokens: int, counted_tokens: int | None = None) -> None:
         super().__init__(prompt_tokens, max_tokens, context_tokens, counted_tokens)
+        self.field = "text"
         self.prompt_tokens = prompt_tokens
         self.max_tokens = max_tokens
         self.context_tokens = context_tokens
@@ -221,7 +233,8 @@ class UnsupportedFieldError(EngineError):
     """The engine cannot honour a field of this request. `reason` tells the caller why. `further` names more such fields."""
 
     def __init__(self, field: str, reason: str, further: Sequence[str] = ()) -> None:
-        super().__init__(field, reason, further)
+        # An older version, which knows no further fields, can unpickle an error without any.
+        super().__init__(field, reason, *([further] if further else []))
         self.field = field
         self.reason = reason
         self.further = further

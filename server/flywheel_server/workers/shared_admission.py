@@ -24,9 +24,11 @@ class SharedAdmissionControl:
         """Whether the engine prepares a prompt without delay, because it counts no tokens."""
         self._numbers = itertools.count()
         self._end: Callable[[], Exception] | None = None
+        self._model: EngineModel | None = None
 
     def set_capacity(self, model: EngineModel) -> None:
         """See `AdmissionControl.set_capacity`."""
+        self._model = model
         self.prepares_at_once = not model.tokenizers
         self.connection.send("capacity", model.slots, model.shared_context_tokens)
 
@@ -34,7 +36,8 @@ class SharedAdmissionControl:
         """See `AdmissionControl.acquire`; `SharedPlace.admitted` raises its errors. Raises here only if the parent is gone."""
         if self._end:
             raise self._end()
-        entry = (caller, request.num_samples, max_generated_tokens(request), time_remaining)
+        slots = request.num_samples if self._model is None else self._model.slots_of(request)
+        entry = (caller, slots, max_generated_tokens(request), time_remaining)
         return SharedPlace(self, next(self._numbers), entry)
 
     def admit(self, number: int) -> None:
@@ -88,16 +91,20 @@ class SharedPlace:
             self._send("leave", self._number, kind is None, None)
             self._usage.call_when_final(lambda: self._send("settle", self._number, self._usage.tokens))
 
+    async def joined(self) -> None:
+        """See `admission_control.Place.joined`."""
+        if not self._has_entered:
+            self._enter()
+        self._send("confirm", self._number)
+        await self._answer()
+
     async def admitted(self, context_tokens: int, time_remaining: float | None = None) -> None:
         """See `admission_control.Place.admitted`."""
-        if self._lost is not None:
-            raise self._lost
-        self._admission_result = asyncio.get_running_loop().create_future()
         if self._has_entered:
             self._send("admit", self._number, context_tokens, time_remaining)
         else:
             self._enter(context_tokens)
-        await self._admission_result
+        await self._answer()
 
     def call_if_evicted(self, callback: Callable[[Exception], None]) -> None:
         """See `admission_control.Place.call_if_evicted`."""
@@ -115,6 +122,12 @@ class SharedPlace:
             self._admission_result.set_exception(error)
         if self._on_lost is not None:
             self._on_lost(error)
+
+    async def _answer(self) -> None:
+        if self._lost is not None:
+            raise self._lost
+        self._admission_result = asyncio.get_running_loop().create_future()
+        await self._admission_result
 
     def _enter(self, *context_tokens: int) -> None:
         self._has_entered = True

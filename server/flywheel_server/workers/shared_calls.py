@@ -36,6 +36,7 @@ class SharedCalls:
         self.handlers: Final[dict[str, Callable[..., None]]] = {
             "enter": self.enter,
             "admit": self.admit,
+            "confirm": self.confirm,
             "leave": self.leave,
             "settle": self.settle,
         }
@@ -82,6 +83,14 @@ class SharedCalls:
                 place.request(context_tokens, time_remaining, partial(self._worker.send, "admitted", number))
             except wire.REFUSALS as error:
                 self._refuse(number, error)
+
+    def confirm(self, number: int) -> None:
+        """Tells the worker that a call has entered, unless it has been refused. Scheduled, so that it runs after `_enter`."""
+        asyncio.get_running_loop().call_soon(self._confirm, number)
+
+    def _confirm(self, number: int) -> None:
+        if number in self._places:
+            self._worker.send("admitted", number)
 
     def leave(self, number: int, finished: bool, used_tokens: int | None) -> None:
         """Releases the place or the room of a call, and its quota share if the number of used tokens is known."""

@@ -6,6 +6,7 @@ From a worker:
               [, context_tokens]                                context_tokens are known, wait for room too; the caller
                                                                 is an object with the attributes of `Caller`
     admit     call, context_tokens, time_remaining              wait for room
+    confirm   call                                              wait for the quota share and the place only
     leave     call, finished, used_tokens                       release the place or the room, and the quota share unless
                                                                 used_tokens is null
     settle    call, used_tokens                                 release the quota share, except for used_tokens
@@ -19,7 +20,7 @@ From a worker:
 
 From the parent:
 
-    admitted  call                                              the call has room
+    admitted  call                                              the call has room, or what `confirm` waits for
     refused   call, error                                       ends the call, which has lost its place or its room
     health    serving, runners                                  the health of all workers together
     count     question                                          asks for the counts of this worker

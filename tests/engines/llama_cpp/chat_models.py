@@ -1,13 +1,14 @@
 """Small models with random weights that have the vocabulary and the chat template of real ones."""
 
 import lzma
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from flywheel_server.engines.llama_cpp.gguf import read_metadata
 
 from tests.engines.llama_cpp.models import default_metadata, write_small_model
+from tests.thorough import further
 
 HERE: Final = Path(__file__).parent
 
@@ -195,3 +196,47 @@ THOROUGH: Final = (
         brings=("### Instruction:\nHi\n\n### Response:\n",),
     ),
 )
+
+# A list with all models begins with `WITH_BOS`, so that they have the same indexes in both lists. Pytest then loads each once.
+WITH_BOS: Final = [*(model for model in QUICK if model.bos), *further(model for model in THOROUGH if model.bos)]
+WITHOUT_BOS: Final = [*(model for model in QUICK if not model.bos), *further(model for model in THOROUGH if not model.bos)]
+
+_BY_NAME: Final = {model.name: model for model in (*QUICK, *THOROUGH)}
+
+WITH_ALL_SPECIAL_TOKENS: Final = (
+    _BY_NAME["SmolLM2"],
+    replace(
+        _BY_NAME["Llama 3.2"],
+        control=(
+            *_LLAMA_3_TOKENS,
+            "<|end_of_text|>",
+            "<|finetune_right_pad_id|>",
+            *(f"<|reserved_special_token_{number}|>" for number in range(248)),
+        ),
+    ),
+    replace(
+        _BY_NAME["Qwen 3"],
+        # The vocabulary of the default model has <|endoftext|>, <|im_start|> and <|im_end|>.
+        control=tuple(
+            f"<|{name}|>"
+            for name in (
+                *("object_ref_start", "object_ref_end", "box_start", "box_end", "quad_start", "quad_end", "vision_start"),
+                *("vision_end", "vision_pad", "image_pad", "video_pad", "fim_prefix", "fim_middle", "fim_suffix", "fim_pad"),
+                *("repo_name", "file_sep"),
+            )
+        ),
+        user_defined=("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"),
+    ),
+    replace(
+        _BY_NAME["Mistral Nemo"],
+        name="Mistral 7B 0.3",
+        is_sentencepiece=True,
+        control=(
+            *("[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]"),
+            *("[/TOOL_RESULTS]", "[IMG]", "[PREFIX]", "[MIDDLE]", "[SUFFIX]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"),
+            *(f"[control_{number}]" for number in range(8, 100)),
+        ),
+        user_defined=("[REF]", "[/REF]", *(f"[REFERENCE_DOC_{number}]" for number in range(20))),
+    ),
+)
+"""Models with all special tokens of the real ones, or with the first hundred of the 771 of Mistral 7B."""

@@ -1,6 +1,6 @@
 """The embedded engine, loaded once for the tests that look inside it."""
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -12,6 +12,8 @@ from flywheel_server.engines.llama_cpp.engine import EmbeddedEngine
 from flywheel_server.engines.samples import FinishedSamplesSink
 from flywheel_server.messages import GenerationRequest, GenerationResponseSample
 
+from tests.engines.llama_cpp.chat_models import WITH_BOS, WITHOUT_BOS
+from tests.engines.llama_cpp.loaded import Loaded
 from tests.serving import Target, serving
 
 SLOTS = 4
@@ -32,6 +34,12 @@ async def embedded_target(embedded: EmbeddedEngine) -> AsyncIterator[Target]:
         patch.setattr(xllamacpp, "CommonParams", with_metrics(xllamacpp.CommonParams))
         async with serving(embedded) as target:
             yield target
+
+
+@pytest.fixture(scope="session", params=[*WITH_BOS, *WITHOUT_BOS], ids=str)
+def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loaded]:
+    with Loaded.running(request.param, tmp_path_factory.mktemp("chat")) as loaded:
+        yield loaded
 
 
 def engine_of(model: Path, slots: int = 1, context_tokens: int = 512) -> EmbeddedEngine:

@@ -1,26 +1,21 @@
 """Chat templates: which texts are put into them, with which tokens, and that no text can act as a part of one."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import pytest
 from flywheel_proto.v1 import generation_pb2 as pb
 from flywheel_server.engines.llama_cpp import tokenizer as tokenizer_module
-from flywheel_server.engines.llama_cpp.chat_template import ChatTemplate
 from flywheel_server.engines.llama_cpp.engine import EmbeddedEngine
-from flywheel_server.engines.llama_cpp.llama import Llama
-from flywheel_server.engines.llama_cpp.model_file import ModelFile
 from flywheel_server.engines.llama_cpp.tokenizer import Tokenizer
 from flywheel_server.messages import GenerationRequest
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from tests.engines.llama_cpp.chat_models import QUICK, THOROUGH, ChatModel
+from tests.engines.llama_cpp.chat_models import QUICK, WITH_BOS
+from tests.engines.llama_cpp.loaded import Loaded
 from tests.serving import serving
-from tests.thorough import further
 
 ORDINARY: Final = (
     "Hello",
@@ -47,46 +42,6 @@ NO_TEMPLATES: Final = (
     "### Summary:\nHi",
     "",
 )
-
-# A list with all models begins with `WITH_BOS`, so that they have the same indexes in both lists. Pytest then loads each once.
-WITH_BOS: Final = [*(model for model in QUICK if model.bos), *further(model for model in THOROUGH if model.bos)]
-WITHOUT_BOS: Final = [*(model for model in QUICK if not model.bos), *further(model for model in THOROUGH if not model.bos)]
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A model that runs."""
-
-    model: ChatModel
-    llama: Llama
-    template: ChatTemplate
-    tokenizer: Tokenizer
-
-    def tokens(self, text: str, **fields: Any) -> list[int]:
-        """Returns the tokens of the prompt of a request."""
-        return self.tokenizer.tokens(GenerationRequest(text=text, max_tokens=1, **fields), lambda: False)
-
-    def rendered(self, text: str) -> str:
-        """Returns the text in the chat template, as llama.cpp renders it."""
-        return self.llama.render_chat([("user", text)])
-
-    def counted(self, tokens: list[int]) -> dict[str, int]:
-        """Returns how often each token of the template is among the tokens."""
-        known = ("<|im_start|>", "<|im_end|>", "<|user|>", "<|assistant|>", "<|end|>", "<s>", "</s>", "<unk>")
-        found = {text: self.llama.tokenize(text) for text in {*self.model.control, *self.model.user_defined, *known}}
-        return {text: tokens.count(ids[0]) for text, ids in found.items() if len(ids) == 1 and not text.isspace()}
-
-
-@pytest.fixture(scope="module", params=[*WITH_BOS, *WITHOUT_BOS], ids=str)
-def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loaded]:
-    file = tmp_path_factory.mktemp("chat") / "model.gguf"
-    request.param.write(file)
-    llama = Llama(file, context_tokens=64, slots=1, threads=1, batch_tokens=16)
-    vocabulary = ModelFile.read(file).vocabulary
-    file.unlink()
-    template = ChatTemplate(llama, vocabulary)
-    yield Loaded(request.param, llama, template, Tokenizer(llama, vocabulary, 10**7, template))
-    llama.close()
 
 
 def rendered_by_jinja(template: str, text: str, bos: str, eos: str) -> str:

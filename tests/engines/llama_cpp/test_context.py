@@ -72,14 +72,14 @@ async def test_a_second_cancel_does_not_free_the_context_before_llama_has_releas
     monkeypatch.setattr(unserved._llama, "complete", slow_step)
     running = asyncio.ensure_future(samples_of(unserved, GenerationRequest(text="x", max_tokens=4000)))
     await asyncio.to_thread(entered.wait)
-    for task in [running, *unserved._tasks, *unserved._tasks]:
+    for task in [running, *unserved._completions._tasks, *unserved._completions._tasks]:
         task.cancel()
         await asyncio.sleep(0)
     await asyncio.wait([running])
     waiting = asyncio.ensure_future(samples_of(unserved, GenerationRequest(text="x", max_tokens=4000)))
-    await until(lambda: unserved._capacity.waiting == 1, "the next request waits for the context")
+    await until(lambda: unserved._completions._capacity.waiting == 1, "the next request waits for the context")
     leave.set()
-    await until(lambda: unserved._capacity.waiting == 0, "the context is free")
+    await until(lambda: unserved._completions._capacity.waiting == 0, "the context is free")
     with pytest.raises(EngineFailedError):
         await waiting  # the fake finishes no sample
 
@@ -109,7 +109,7 @@ async def test_waiting_samples_of_a_large_call_do_not_block_other_calls(
     for call in (large, small):
         with pytest.raises(EngineFailedError):
             await call  # the fake finishes no sample
-    await until(lambda: not unserved._tasks, "the work on the calls has ended")
+    await until(lambda: not unserved._completions._tasks, "the work on the calls has ended")
     assert at_work == [(3, 1100), (1, 2)], "no completion begins for a call that has failed"
 
 

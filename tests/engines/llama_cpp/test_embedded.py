@@ -237,7 +237,7 @@ async def test_stopping_the_engine_ends_its_work() -> None:
             if isinstance(event, TextDelta):
                 break
         waiting = asyncio.ensure_future(samples_of(engine, GenerationRequest(text=LLAMA, max_tokens=400)))
-        await until(lambda: engine._capacity.waiting == 1, "another request waits")
+        await until(lambda: engine._completions.waiting == 1, "another request waits")
     with pytest.raises(EngineUnavailableError):
         async for _ in events:
             pass

@@ -5,12 +5,19 @@ from typing import Any
 import pytest
 from flywheel_server.engines.base import EngineFailedError, Event, Started, TextDelta
 from flywheel_server.engines.modal.event_batch import EventBatch
-from flywheel_server.messages import GenerationResponseSample
+from flywheel_server.messages import GenerationResponseSample, LikelyToken, Token
 
 SAMPLE = GenerationResponseSample(
     text="é 🦙", generated_tokens=3, finished=1.5, finish_reason="stop", index=1, prompt_tokens=7, stop_sequence="."
 )
-EVENTS: list[Event] = [Started(), TextDelta(0, "é", 1), TextDelta(1, " ", 2), SAMPLE]
+TOKEN = Token(5, b"\xf0\x9f", -0.5, (LikelyToken(7, b"\xff", -float("inf")),))
+EVENTS: list[Event] = [
+    Started(),
+    TextDelta(0, "é", 1),
+    TextDelta(1, " ", 2, (TOKEN, TOKEN)),
+    SAMPLE,
+    SAMPLE.model_copy(update={"seed": 7, "tokens": (TOKEN,)}),
+]
 
 
 def plain(data: Any) -> bool:
@@ -51,6 +58,7 @@ def batch(*events: Any, **fields: Any) -> dict[str, Any]:
         batch({"event": "delta", "index": 0, "text": b"SECRET", "generated_tokens": 1}),
         batch({"event": "delta", "index": "0", "text": "SECRET", "generated_tokens": 1}),
         batch({"event": "delta", "index": -1, "text": "SECRET", "generated_tokens": 1}),
+        batch({"event": "delta", "index": 0, "text": "x", "generated_tokens": 1, "tokens": [{"id": 1, "text": "SECRET!"}]}),
         batch({"event": "sample", "sample": {"text": "SECRET"}}),
     ],
 )
@@ -59,3 +67,8 @@ def test_anything_else_is_refused_without_its_text(data: Any) -> None:
         EventBatch.unpack(data)
     assert "SECRET" not in str(caught.value)
     assert caught.value.__context__ is None or caught.value.__suppress_context__
+
+
+def test_without_tokens_a_delta_has_no_place_for_them() -> None:
+    (packed,) = EventBatch("c", "a", 0, [TextDelta(0, "x", 1)]).pack()["events"]
+    assert packed == {"event": "delta", "index": 0, "text": "x", "generated_tokens": 1}

@@ -1,24 +1,27 @@
-"""A model's chat template: tells whether a text is in it already, and puts other texts into it.
+"""A model's chat template: tells whether a text is in it already, and puts the messages of a conversation into it.
 
-llama.cpp renders the template. Rendering it around marker texts shows what the template itself writes, so that special tokens
-in a caller's text stay plain text.
+The tokens of what the template writes and of the contents are made apart, so special tokens in a content stay plain text.
 """
 
 import re
-from collections import deque
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Final
 
+from flywheel_server.engines.base import InvalidFieldError
 from flywheel_server.engines.llama_cpp.llama import Llama, RefusedError
-from flywheel_server.engines.llama_cpp.template_openings import any_of, common_start, openings
+from flywheel_server.engines.llama_cpp.template_openings import any_of, openings
+from flywheel_server.engines.llama_cpp.template_rendering import SPACES, MessageNotKeptError, render, without_markers
+from flywheel_server.engines.llama_cpp.template_tokens import TemplateTokens, special_tokens_in
 from flywheel_server.engines.llama_cpp.vocabulary import Vocabulary
+from flywheel_server.messages import Message
 
-_MARKERS: Final = tuple(f"flywheel7marker{number}end" for number in range(4))
-"""Texts that occur in no template. A template that does not change messages does not change these either."""
+_ASSISTANT: Final = "assistant"
 
-_SPACES: Final = " \t\n\v\f\r"
-"""The characters that are spaces for llama.cpp."""
+_OWN_WORDS: Final = re.compile(r".*?\nError: (?:Jinja Exception: )?(.*)", re.DOTALL)
+"""Matches the reason for which llama.cpp refuses messages; the group is what the template itself says."""
 
 
 class UnusableTemplateError(Exception):
@@ -44,126 +47,141 @@ class ChatTemplate:
 
     def __init__(self, llama: Llama, vocabulary: Vocabulary) -> None:
         self._llama = llama
+        self._vocabulary = vocabulary
         bos = llama.bos_token()
         try:
-            self._frame = self._render_frame()
+            before, after = render(llama, ["user"]).pieces
         except RefusedError as error:
             raise UnusableTemplateError(error.reason) from error
-        conversation = self._render_roles("system", "user", "assistant", "user")
-        written = "".join([llama.chat_template(), bos, *self._frame, *conversation])
-        special = [token for token in vocabulary.special_tokens if token in written and not token.isspace()]
-        plain = {token: llama.tokenize(token, parse_special=False) for token in special}
-        parsed = {token: llama.tokenize(token) for token in special}
-        control = [token for token in special if len(parsed[token]) == 1 and parsed[token] != plain[token]]
-        self._control = any_of(control)
-        self._drops_spaces_after = {token for token in control if llama.tokenize(f"{token} \n") == parsed[token]}
-        self._drops_spaces_before = {token for token in control if llama.tokenize(f" \n{token}") == parsed[token]}
-        self._always_parsed = any_of(
-            token for token in vocabulary.user_defined_tokens.intersection(special) if len(plain[token]) == 1 < len(token)
-        )
-        self._openings = openings(self._frame, conversation, bos=bos, special=any_of(special))
+        except MessageNotKeptError as error:
+            raise UnusableTemplateError("it leaves out the message of the user, or changes it") from error
+        conversation = self._pieces("system", "user", _ASSISTANT, "user")
+        self._source = "".join([llama.chat_template(), bos, before, after, *conversation])
+        self._tokens = TemplateTokens.found_in(self._source, llama, vocabulary)
+        self._openings = openings((before, after), conversation, bos=bos, special=any_of(self._tokens.special))
 
     def is_applied_to(self, text: str) -> bool:
         """Returns whether a text begins as the template does. Leading spaces and BOS make no difference."""
         return self._openings.match(text) is not None
 
-    def prompt(self, text: str) -> list[Fragment]:
-        """Returns the prompt with the text as a user's message.
+    def prompt(self, messages: Sequence[Message]) -> list[Fragment]:
+        """Returns the prompt of a conversation, which ends where the model's answer begins.
 
-        Special tokens in the text are plain text. Otherwise, the tokens of the prompt are those that llama.cpp itself makes of
-        the rendered template.
+        A last message of the assistant is continued: it comes after the prompt of the messages before it, as it is. So a text
+        that the model has begun has the prompt that it had. Its tokens may differ, though: the model may have written a word
+        in several tokens that the tokenizer does not use, or special tokens, which are plain text here. And if the text ends
+        within a token, such as after the space that begins a word, the model continues it less well.
+
+        Special tokens in the contents are plain text. Otherwise, the tokens of the prompt are those that llama.cpp itself makes
+        of the rendered template.
+
+        Raises `InvalidFieldError` if the template refuses the messages, or does not keep each of them.
         """
-        rendered = self._llama.render_chat([("user", text)])
-        before, after = self._frame_of(rendered)
-        return list(self._fragments(before, rendered[len(before) : len(rendered) - len(after)], after))
+        is_continued = messages[-1].role == _ASSISTANT
+        rendered = messages[:-1] if is_continued else messages
+        pieces, contents = self._rendered(rendered)
+        if is_continued:
+            contents.append(messages[-1].content)
+            pieces.append("")
+        return list(self._fragments(pieces, contents))
 
-    def _render_frame(self) -> tuple[str, str]:
-        """Returns what the template writes before and after the message of a user."""
-        before, found, after = self._llama.render_chat([("user", _MARKERS[0])]).partition(_MARKERS[0])
-        if not found:
-            raise UnusableTemplateError("it leaves out the message of the user, or changes it")
-        return before, after
-
-    def _render_roles(self, *roles: str) -> list[str]:
+    def _pieces(self, *roles: str) -> list[str]:
         """Returns what the template writes before, between and after messages with these roles.
 
         Returns an empty list if the template rejects these roles or changes the messages.
         """
-        markers = _MARKERS[: len(roles)]
         try:
-            rendered = self._llama.render_chat(list(zip(roles, markers, strict=True)))
-        except RefusedError:
+            return render(self._llama, roles).pieces
+        except (RefusedError, MessageNotKeptError):
             return []
-        pieces = re.split("|".join(markers), rendered)
-        return pieces if len(pieces) == len(roles) + 1 else []
 
-    def _frame_of(self, rendered: str) -> tuple[str, str]:
-        """Returns what the template has written before and after the message of a user in this rendered prompt."""
-        before, after = self._frame
-        if not (rendered.startswith(before) and rendered.endswith(after)):
-            # Some templates write the date, which has changed.
-            self._frame = before, after = self._render_frame()
-        # A text that still differs may come from the message, so it counts as the message.
-        before = common_start(before, rendered)
-        return before, common_start(after[::-1], rendered[len(before) :][::-1])[::-1]
+    def _rendered(self, messages: Sequence[Message]) -> tuple[list[str], list[str]]:
+        """Returns what the template writes before, between and after the contents, and the contents in the order of the prompt.
 
-    def _fragments(self, before: str, content: str, after: str) -> Iterator[Fragment]:
-        """Yields the prompt, cut at the template's special tokens that are nearest to the message.
-
-        Only the fragments outside these tokens may have special tokens parsed.
+        Raises `InvalidFieldError` as `prompt` does.
         """
-        head, last = _cut_after_last(self._control, before)
-        tail, first = _cut_before_first(self._control, after)
-        inner = (before[len(head) :], content, after[: len(after) - len(tail)])
-        if last in self._drops_spaces_after:
-            inner = _without_first_spaces(inner)
-        if first in self._drops_spaces_before:
-            inner = _without_last_spaces(inner)
-        if head:
-            yield Fragment(head, parse_special=True)
-        for text in self._plain_texts(*inner):
-            yield Fragment(text, parse_special=False)
-        if tail:
-            yield Fragment(tail, parse_special=True)
+        try:
+            rendering = render(self._llama, [message.role for message in messages])
+        except MessageNotKeptError as error:
+            role = f"messages[{error.index}].role"
+            raise InvalidFieldError(role, "must be a role for which the model's chat template writes the content") from error
+        except RefusedError as error:
+            if not (found := _OWN_WORDS.match(error.reason)):
+                raise
+            words = without_markers(found[1])
+            raise InvalidFieldError("messages", f"must suit the model's chat template, which says: {words}") from error
+        return rendering.pieces, [place.written(messages[place.index].content) for place in rendering.places]
 
-    def _plain_texts(self, before: str, content: str, after: str) -> Iterator[str]:
-        """Yields the text in pieces, and cuts each token in the content that llama.cpp would parse in spite of `parse_special`.
+    def _tokens_of(self, pieces: Sequence[str]) -> TemplateTokens:
+        """Returns the special tokens of the template, with those in the pieces.
 
-        A token is cut after its first character.
+        A template may make a token of a role, such as `<|tool|>`, so that its source does not have the token.
         """
-        text = before + content + after
-        start, end = len(before), len(before) + len(content)
-        piece_start = at = 0
-        while (found := self._always_parsed.search(text, at)) and found.start() < end:
-            if found.end() <= start:
-                at = found.end()
-                continue
+        written = "\0".join(set(pieces))
+        if special_tokens_in(written, self._vocabulary) <= self._tokens.special:
+            return self._tokens
+        return TemplateTokens.found_in(self._source + written, self._llama, self._vocabulary)
+
+    def _fragments(self, pieces: Sequence[str], contents: Sequence[str]) -> Iterator[Fragment]:
+        """Yields the prompt, cut at the template's special tokens that are nearest to each content.
+
+        Only the fragments from one of these tokens to another have special tokens parsed.
+        """
+        tokens = self._tokens_of(pieces)
+        # The texts since the last special token of the template; those with an odd index are contents.
+        run: list[str] = []
+        last = ""
+        for number, piece in enumerate(pieces):
+            found = list(tokens.control.finditer(piece))
+            if not found:
+                run.append(piece)
+            else:
+                start = found[0].start() if number else 0
+                end = found[-1].end() if number < len(contents) else len(piece)
+                run.append(piece[:start])
+                yield from _plain(run, tokens, last, found[0][0])
+                yield Fragment(piece[start:end], parse_special=True)
+                run, last = [piece[end:]], found[-1][0]
+            run += contents[number : number + 1]
+        yield from _plain(run, tokens, last, "")
+
+
+def _plain(texts: list[str], tokens: TemplateTokens, before: str, after: str) -> Iterator[Fragment]:
+    """Yields the texts between these two special tokens of the template; those with an odd index are contents.
+
+    Cuts each token in a content that llama.cpp would parse in spite of `parse_special`, after its first character.
+    """
+    if before in tokens.drop_spaces_after:
+        _drop_first_spaces(texts)
+    if after in tokens.drop_spaces_before:
+        _drop_last_spaces(texts)
+    text = "".join(texts)
+    ends = list(accumulate(map(len, texts)))
+    contents = [(end - len(each), end) for each, end in zip(texts[1::2], ends[1::2], strict=True) if each]
+    content_ends = [end for _, end in contents]
+    piece_start = at = 0
+    while found := tokens.always_parsed.search(text, at):
+        at = found.end()
+        nearest = bisect_right(content_ends, found.start())
+        if nearest == len(contents):
+            break
+        if contents[nearest][0] < found.end():
             at = found.start() + 1
-            yield text[piece_start:at]
+            yield Fragment(text[piece_start:at], parse_special=False)
             piece_start = at
-        if piece_start < len(text):
-            yield text[piece_start:]
+    if piece_start < len(text):
+        yield Fragment(text[piece_start:], parse_special=False)
 
 
-def _cut_after_last(tokens: re.Pattern[str], text: str) -> tuple[str, str]:
-    """Returns the text up to and including the last of these tokens, and that token; both are empty if there is none."""
-    found = deque(tokens.finditer(text), maxlen=1)
-    return (text[: found[0].end()], found[0][0]) if found else ("", "")
+def _drop_first_spaces(texts: list[str]) -> None:
+    for index, text in enumerate(texts):
+        texts[index] = text.lstrip(SPACES)
+        if texts[index]:
+            break
 
 
-def _cut_before_first(tokens: re.Pattern[str], text: str) -> tuple[str, str]:
-    """Returns the text from the first of these tokens on, and that token; both are empty if there is none."""
-    first = tokens.search(text)
-    return (text[first.start() :], first[0]) if first else ("", "")
-
-
-def _without_first_spaces(parts: tuple[str, str, str]) -> tuple[str, str, str]:
-    before, content, after = parts
-    before = before.lstrip(_SPACES)
-    content = content if before else content.lstrip(_SPACES)
-    return before, content, after if before or content else after.lstrip(_SPACES)
-
-
-def _without_last_spaces(parts: tuple[str, str, str]) -> tuple[str, str, str]:
-    after, content, before = (part[::-1] for part in _without_first_spaces((parts[2][::-1], parts[1][::-1], parts[0][::-1])))
-    return before, content, after
+def _drop_last_spaces(texts: list[str]) -> None:
+    for index in reversed(range(len(texts))):
+        texts[index] = texts[index].rstrip(SPACES)
+        if texts[index]:
+            break

@@ -1,22 +1,31 @@
 """One completion of llama.cpp: samples of one request, for which the prompt is read once."""
 
-from collections.abc import Callable, Collection, Sequence
+import math
+import time
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from flywheel_server.engines.base import EngineFailedError, Event
+from flywheel_server.engines.base import EngineFailedError, Event, PreparedRequest
+from flywheel_server.engines.llama_cpp.constraints.guard import ConstraintGuard
 from flywheel_server.engines.llama_cpp.llama import Chunk, Llama
 from flywheel_server.engines.samples import GrowingSample
-from flywheel_server.messages import GenerationRequest
+from flywheel_server.engines.seeds import seed_of_sample
+from flywheel_server.messages import LikelyToken, Token
 
 MIN_TEMPERATURE: Final = 1e-6
 """At lower temperatures the logits may overflow. Sampling is as good as greedy there, so these temperatures count as 0."""
 
 
 class Completion:
-    """One completion. `run` blocks, and calls `emit` with each event in the thread that runs it.
+    """One completion. Its time limit counts from now on.
 
-    `on_progress` is called with the number of unread tokens of the prompt: when the first step begins to read the prompt, and
-    after each step that has read a part of it.
+    Arguments:
+        llama: The model.
+        prepared: The request, with the tokens of its prompt and its grammar.
+        indexes: The samples that the completion makes.
+        seed: The seed of the request's first sample.
+        emit: Called with each event, in the thread that calls `run` or `end_for_time`.
+        cache: Whether llama.cpp skips the tokens with which the last prompt in the slot began too.
 
     Stop sequences are found here and not by llama.cpp. If a token ends with the beginning of a stop sequence, llama.cpp holds
     back the whole text of the token, and loses that text if the sample ends with this token.
@@ -25,19 +34,28 @@ class Completion:
     def __init__(
         self,
         llama: Llama,
-        request: GenerationRequest,
-        prompt: Sequence[int],
-        indexes: Collection[int],
+        prepared: PreparedRequest,
+        indexes: Sequence[int],
         *,
+        seed: int,
         emit: Callable[[Event], object],
-        on_progress: Callable[[int], object],
         cache: bool,
     ) -> None:
+        request = prepared.request
         self._llama = llama
-        self._body = _body(request, prompt, indexes) | {"cache_prompt": cache}
-        self._samples = [GrowingSample(index, len(prompt), request.stop, emit) for index in indexes]
+        self._body = _body(prepared, len(indexes))
+        # llama.cpp counts the seed up for each further sample.
+        self._body |= {"seed": seed_of_sample(seed, indexes[0]), "cache_prompt": cache}
+        self._samples = [
+            GrowingSample(index, len(prepared.prompt), request.stop, emit, seed=seed_of_sample(seed, index))
+            for index in indexes
+        ]
+        self._guards = [ConstraintGuard(prepared.grammar) for _ in indexes if prepared.grammar]
+        self._generated_tokens = [0] * len(indexes)
         self._eos_token_ids = frozenset(request.eos_token_ids)
-        self._on_progress = on_progress
+        self._returns_tokens = request.logprobs > 0
+        self._ends_at = time.monotonic() + (request.time_limit or math.inf)
+        self._on_progress: Callable[[int], object]
         self._cancelled = False
         self._error: Exception | None = None
 
@@ -45,8 +63,19 @@ class Completion:
         """Ends the completion after the next step of llama.cpp, whether the step reads the prompt or generates."""
         self._cancelled = True
 
-    def run(self) -> None:
-        """Returns when all samples have finished or the completion is cancelled; raises `EngineFailedError`."""
+    def end_for_time(self) -> None:
+        """Ends the unfinished samples with the text so far, because the request's time limit has passed."""
+        for sample, generated_tokens in zip(self._samples, self._generated_tokens, strict=True):
+            if not sample.finished:
+                sample.end("time", generated_tokens)
+
+    def run(self, on_progress: Callable[[int], object]) -> None:
+        """Blocks until all samples have finished or the completion is cancelled; raises `EngineFailedError`.
+
+        `on_progress` is called with the number of unread tokens of the prompt: when the first step begins to read the prompt,
+        and after each step that has read a part of it.
+        """
+        self._on_progress = on_progress
         self._llama.complete(self._body, self._on_chunk)
         if self._error is not None:
             raise EngineFailedError("the answer of llama.cpp cannot be used") from self._error
@@ -58,6 +87,8 @@ class Completion:
             return True
         try:
             self._process(chunk)
+            if time.monotonic() >= self._ends_at:
+                self.end_for_time()
         except Exception as error:  # noqa: BLE001 - llama.cpp would swallow the error; `run` raises it
             self._error = error
             return True
@@ -73,45 +104,69 @@ class Completion:
         sample = self._samples[choice["index"]]
         if sample.finished:
             return
+        if self._guards:
+            self._check(self._guards[choice["index"]], choice)
         if finish_reason := choice["finish_reason"]:
             sample.end(finish_reason, chunk["usage"]["completion_tokens"])
-        elif self._has_eos(choice):
-            sample.end("stop", chunk["timings"]["predicted_n"])
+            return
+        generated_tokens = self._generated_tokens[choice["index"]] = chunk["timings"]["predicted_n"]
+        described = (choice["logprobs"] or {}).get("content", ())
+        tokens = [_token(each) for each in described] if self._returns_tokens else ()
+        if any(each["id"] in self._eos_token_ids for each in described):
+            sample.end("stop", generated_tokens, tokens)
         else:
-            sample.add(choice["text"], chunk["timings"]["predicted_n"])
+            sample.add(choice["text"], generated_tokens, tokens)
 
-    def _has_eos(self, choice: dict[str, Any]) -> bool:
-        """Returns whether one of the request's `eos_token_ids` is in the piece of text."""
-        tokens = (choice["logprobs"] or {}).get("content", ())
-        return any(token["id"] in self._eos_token_ids for token in tokens)
+    def _check(self, guard: ConstraintGuard, choice: dict[str, Any]) -> None:
+        """Raises `EngineFailedError` if llama.cpp has left the grammar, which it does if LLGuidance gives up."""
+        if not guard.accepts(choice["text"]) or (choice["finish_reason"] == "stop" and not guard.is_complete()):
+            raise EngineFailedError("llama.cpp did not keep to the grammar")
 
     def _all_finished(self) -> bool:
         return all(sample.finished for sample in self._samples)
 
 
-def _body(request: GenerationRequest, prompt: Sequence[int], indexes: Collection[int]) -> dict[str, Any]:
-    """Returns the request to llama.cpp, with each field that is left to llama.cpp."""
+def _token(described: dict[str, Any]) -> Token:
+    """Returns a token as llama.cpp describes it. It describes a character of several tokens as one token."""
+    return Token(
+        described["id"],
+        bytes(described["bytes"]),
+        described["logprob"],
+        tuple(LikelyToken(likely["id"], bytes(likely["bytes"]), likely["logprob"]) for likely in described["top_logprobs"]),
+    )
+
+
+def _body(prepared: PreparedRequest, num_samples: int) -> dict[str, Any]:
+    """Returns the request to llama.cpp for so many samples, with each field that is left to llama.cpp."""
+    request, prompt = prepared.request, prepared.prompt
     body = {
         "prompt": list(prompt),
-        "n": len(indexes),
+        "n": num_samples,
         "max_tokens": request.max_tokens,
         "temperature": request.temperature if request.temperature > MIN_TEMPERATURE else 0.0,
         "top_k": request.top_k,
         "top_p": request.top_p,
-        # By default, llama.cpp would drop unlikely tokens (min_p), and apply top_p before the temperature.
-        "min_p": 0.0,
-        "samplers": ["penalties", "top_k", "temperature", "top_p"],
+        "min_p": request.min_p,
+        # By default, llama.cpp would apply top_p and min_p before the temperature. And min_p before top_p would leave fewer
+        # tokens to top_p, which adds up the probabilities of all.
+        "samplers": ["penalties", "top_k", "temperature", "top_p", "min_p"],
         "presence_penalty": request.presence_penalty,
         "frequency_penalty": request.frequency_penalty,
+        "repeat_penalty": request.repetition_penalty,
         # The penalties count all tokens so far. By default, llama.cpp would count the last 64.
         "repeat_last_n": len(prompt) + request.max_tokens,
+        "logit_bias": list(request.logit_bias.items()),
         "stream": True,
         # Sends a chunk after each step that reads the prompt, so that a cancel takes effect after that step.
         "return_progress": True,
         # Adds the number of tokens generated so far to each chunk. A chunk has several tokens if they make up one character.
         "timings_per_token": True,
     }
-    if request.eos_token_ids:
+    if prepared.grammar:
+        body |= {"grammar": prepared.grammar}
+    if request.logprobs:
+        body |= {"logprobs": request.logprobs}
+    elif request.eos_token_ids:
         # llama.cpp sends token ids only with probabilities. Probabilities after sampling cost less than those before.
         body |= {"logprobs": 1, "post_sampling_probs": True}
     return body

@@ -3,10 +3,9 @@
 import asyncio
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, suppress
-from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 from typing import Final, Self
@@ -15,27 +14,24 @@ import structlog
 
 from flywheel_server.engines.base import (
     Engine,
-    EngineError,
     EngineFailedError,
     EngineModel,
     EngineStats,
     EngineUnavailableError,
+    InvalidFieldError,
     PreparedRequest,
     PromptFormat,
+    PromptToken,
     PromptTooLongError,
     Sink,
 )
-from flywheel_server.engines.capacity import Capacity
 from flywheel_server.engines.llama_cpp import native_log
 from flywheel_server.engines.llama_cpp.chat_template import ChatTemplate, UnusableTemplateError
-from flywheel_server.engines.llama_cpp.completion import Completion
-from flywheel_server.engines.llama_cpp.handover import Handover
-from flywheel_server.engines.llama_cpp.llama import Llama, step_tokens
+from flywheel_server.engines.llama_cpp.completions import Completions
+from flywheel_server.engines.llama_cpp.constraints.grammars import grammar_of
+from flywheel_server.engines.llama_cpp.llama import Llama
 from flywheel_server.engines.llama_cpp.load_failure import load_failure, template_failure
 from flywheel_server.engines.llama_cpp.model_file import ModelFile, UnusableModelError
-from flywheel_server.engines.llama_cpp.progress import Progress
-from flywheel_server.engines.llama_cpp.prompt_queue import PromptQueue
-from flywheel_server.engines.llama_cpp.sample_groups import SampleGroups
 from flywheel_server.engines.llama_cpp.tokenizer import CHUNK_CHARACTERS, StoppedError, Tokenizer
 from flywheel_server.engines.samples import FinishedSamplesSink
 from flywheel_server.engines.uninterrupted import wait_until_done
@@ -44,6 +40,9 @@ from flywheel_server.system import heap
 from flywheel_server.system.memory import total_memory
 
 log = structlog.stdlib.get_logger(__name__)
+
+SUPPORTED_FIELDS: Final = frozenset(GenerationRequest.model_fields)
+"""The fields of a request that the engine honours; without a chat template, all but `messages`."""
 
 CHECK_REQUEST: Final = GenerationRequest(text="Hello", max_tokens=1)
 """The request of `check`, which shows that the model generates."""
@@ -65,6 +64,8 @@ class EmbeddedEngine(Engine):
             leaves it as it is. None means "chat" if the model has a template, and "raw" if not.
         prompt_cache: Whether a slot skips the tokens that a prompt begins with if its last prompt, from any caller, began with
             the same tokens.
+        exact_seeds: Whether a request that sets a seed has the engine for itself, so that it gives the same samples each time.
+            The logits differ a little with everything that llama.cpp computes in the same step or keeps in its context.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class EmbeddedEngine(Engine):
         batch_tokens: int,
         prompt_format: PromptFormat | None,
         prompt_cache: bool = True,
+        exact_seeds: bool = True,
         memory_map: bool = True,
     ) -> None:
         self._path = model
@@ -87,24 +89,24 @@ class EmbeddedEngine(Engine):
         self._batch_tokens = batch_tokens
         self._configured_format = prompt_format
         self._prompt_format: PromptFormat = prompt_format or "raw"
-        self._prompt_cache = prompt_cache
+        self._exact_seeds = exact_seeds
         self._memory_map = memory_map
-        self._capacity = Capacity(slots, context_tokens)
-        self._prompts = PromptQueue(step_tokens(batch_tokens, slots) - slots)
+        self._completions = Completions(
+            slots=slots,
+            batch_tokens=batch_tokens,
+            context_tokens=context_tokens,
+            cache=prompt_cache,
+            exact_seeds=exact_seeds,
+        )
         self._stopping = False
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._completions: set[Completion] = set()
         self._stack = AsyncExitStack()
         self._file: ModelFile
         self._llama: Llama
         self._tokenizer: Tokenizer
         self._tokenizing: ThreadPoolExecutor
-        self._completing: ThreadPoolExecutor
-        self._handover: Handover
 
     async def __aenter__(self) -> Self:
         self._stopping = False
-        self._handover = Handover(asyncio.get_running_loop())
         errors = native_log.Errors()
         try:
             async with AsyncExitStack() as stack:
@@ -119,7 +121,7 @@ class EmbeddedEngine(Engine):
                 finally:
                     _restore_signal_handlers()
                 self._tokenizing = ThreadPoolExecutor(MAX_CONCURRENT_TOKENIZATIONS + 1, "llama.cpp tokenize")
-                self._completing = ThreadPoolExecutor(self._slots, "llama.cpp complete")
+                self._completions.start(self._llama)
                 self._stack = stack.pop_all()
         except UnusableModelError as error:
             raise EngineUnavailableError(f"{self._path} {error}") from error
@@ -140,11 +142,8 @@ class EmbeddedEngine(Engine):
 
     async def __aexit__(self, *exception: object) -> None:
         self._stopping = True
-        for completion in self._completions:
-            completion.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        for executor in (self._tokenizing, self._completing):
-            await asyncio.to_thread(executor.shutdown)
+        await self._completions.stop()
+        await asyncio.to_thread(self._tokenizing.shutdown)
         await self._stack.aclose()
 
     def _load(self) -> None:
@@ -205,12 +204,13 @@ class EmbeddedEngine(Engine):
     async def prepare(self, request: GenerationRequest) -> PreparedRequest:
         """Returns the request with the tokens of its prompt; see `Engine.prepare`."""
         self._refuse_if_stopping()
+        self._check_logit_bias(request)
         self._tokenizer.check_length(request)
         stopped = threading.Event()
         loop = asyncio.get_running_loop()
         try:
-            work = loop.run_in_executor(self._tokenizing, self._tokens, request, lambda: self._stopping or stopped.is_set())
-            prompt = await wait_until_done(work, stopped.set)
+            work = loop.run_in_executor(self._tokenizing, self._prepare, request, lambda: self._stopping or stopped.is_set())
+            return await wait_until_done(work, stopped.set)
         except StoppedError:
             raise EngineUnavailableError("the engine is stopping") from None
         except (OSError, HTTPException, ValueError, KeyError) as error:
@@ -218,94 +218,27 @@ class EmbeddedEngine(Engine):
         finally:
             # If run_in_executor raises because no thread could be started, another thread may still run the work later.
             stopped.set()
-        return PreparedRequest(request, prompt, self._groups(request, len(prompt)).context_tokens)
 
-    def _tokens(self, request: GenerationRequest, is_stopped: Callable[[], bool]) -> list[int]:
+    def _check_logit_bias(self, request: GenerationRequest) -> None:
+        """Raises `InvalidFieldError` for a token id that does not exist, which llama.cpp would ignore."""
+        size = self._file.vocabulary_size
+        for token_id in request.logit_bias:
+            if token_id >= size:
+                raise InvalidFieldError(f"logit_bias[{token_id}]", f"must be for a token of the vocabulary: 0 to {size - 1}")
+
+    def _prepare(self, request: GenerationRequest, is_stopped: Callable[[], bool]) -> PreparedRequest:
         try:
-            return self._tokenizer.tokens(request, is_stopped)
+            grammar = grammar_of(request.json_schema or "", request.regex or "", request.choices or ()) or ""
+            prompt = self._tokenizer.tokens(request, is_stopped)
+            context_tokens = self._completions.groups(request, len(prompt)).context_tokens
+            return PreparedRequest(request, prompt, context_tokens, grammar)
         finally:
-            if len(request.text) > CHUNK_CHARACTERS:
+            if request.prompt_bytes > CHUNK_CHARACTERS:
                 heap.release_freed()
 
     async def generate(self, prepared: PreparedRequest, sink: Sink) -> None:
         """Emits the events of the request; see `Engine.generate`."""
-        request, prompt = prepared.request, prepared.prompt
-        progress = Progress(sink, request.num_samples)
-        groups = self._groups(request, len(prompt))
-        remaining = iter(groups.indexes)
-        tasks = [
-            asyncio.create_task(self._complete_all(request, prompt, remaining, progress)) for _ in range(groups.concurrency)
-        ]
-        for task in tasks:
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-        try:
-            await progress.finished
-        finally:
-            progress.finished.cancel()
-            # A task ends, and releases its capacity, after the next step of llama.cpp. The caller does not wait for that.
-            for task in tasks:
-                task.cancel()
-
-    def _groups(self, request: GenerationRequest, prompt_tokens: int) -> SampleGroups:
-        return SampleGroups.of(request, prompt_tokens, slots=self._slots, context_tokens=self._pool_tokens)
-
-    async def _complete_all(
-        self, request: GenerationRequest, prompt: Sequence[int], groups: Iterator[range], progress: Progress
-    ) -> None:
-        """Runs completions one after the other, so that the request never holds more context than admission counted for it.
-
-        A further completion would wait for capacity, ahead of other requests for which admission has counted free capacity.
-        """
-        for indexes in groups:
-            if progress.finished.done():
-                return  # the request has failed, or its caller has left
-            await self._complete(request, prompt, indexes, progress)
-
-    async def _complete(self, request: GenerationRequest, prompt: Sequence[int], indexes: range, progress: Progress) -> None:
-        """Generates the samples with these indexes once there is capacity. Events and errors go to `progress`."""
-        try:
-            async with self._capacity.reserve(len(indexes), len(prompt) + len(indexes) * request.max_tokens):
-                self._refuse_if_stopping()
-                progress.start(len(prompt))
-                async with self._prompts.admit(len(prompt), alone=len(indexes) > 1) as pending:
-                    self._refuse_if_stopping()
-                    if len(indexes) > 1:
-                        # One slot reads the prompt for the others. Until it has, the others would keep their last prompts,
-                        # which take context that is reserved for these samples.
-                        loop = asyncio.get_running_loop()
-                        await wait_until_done(loop.run_in_executor(self._tokenizing, self._llama.erase_idle_slots))
-                    await self._run(
-                        Completion(
-                            self._llama,
-                            request,
-                            prompt,
-                            indexes,
-                            emit=partial(self._handover.call_soon, progress.emit),
-                            on_progress=partial(self._handover.call_soon, pending.note_progress),
-                            cache=self._prompt_cache,
-                        )
-                    )
-                self._refuse_if_stopping()
-        except EngineError as error:
-            progress.fail(error)
-        except Exception as error:  # noqa: BLE001 - without an event or an error, the call would hang
-            failure = EngineFailedError("the completion failed")
-            failure.__cause__ = error
-            progress.fail(failure)
-
-    async def _run(self, completion: Completion) -> None:
-        """Runs the completion in a thread. Returns only when llama.cpp has released its slots, also if cancelled."""
-        self._completions.add(completion)
-        self._handover.threads = len(self._completions)
-        try:
-            work = asyncio.get_running_loop().run_in_executor(self._completing, completion.run)
-            await wait_until_done(work, completion.cancel)
-        finally:
-            # If run_in_executor raises because no thread could be started, another thread may still run the work later.
-            completion.cancel()
-            self._completions.remove(completion)
-            self._handover.threads = len(self._completions)
+        await self._completions.generate(prepared, sink)
 
     def _refuse_if_stopping(self) -> None:
         if self._stopping:
@@ -315,9 +248,13 @@ class EmbeddedEngine(Engine):
         """Generates one token."""
         await self.generate(await self.prepare(CHECK_REQUEST), FinishedSamplesSink())
 
+    async def tokenize(self, prepared: PreparedRequest) -> Sequence[PromptToken]:
+        """Returns the tokens of the prompt; see `Engine.tokenize`."""
+        return list(map(PromptToken, prepared.prompt, self._tokenizer.token_bytes(prepared.prompt)))
+
     async def stats(self) -> EngineStats:
         """Returns how many completions wait for capacity."""
-        return EngineStats(backlog=self._capacity.waiting, num_total_runners=1)
+        return EngineStats(backlog=self._completions.waiting, num_total_runners=1)
 
     def model(self) -> EngineModel:
         """Returns the loaded model."""
@@ -331,6 +268,9 @@ class EmbeddedEngine(Engine):
             slots=self._slots,
             shared_context_tokens=self._pool_tokens,
             tokenizers=MAX_CONCURRENT_TOKENIZATIONS,
+            supported_fields=SUPPORTED_FIELDS if self._prompt_format == "chat" else SUPPORTED_FIELDS - {"messages"},
+            exact_seeds=self._exact_seeds,
+            slots_for_seed=self._slots if self._exact_seeds else None,
         )
 
 

@@ -100,10 +100,7 @@ class Llama:
             cpu.n_threads = threads
             # Polling threads starve each other: with polling, two streams on two cores run at a tenth of the speed.
             cpu.poll = 0
-        # Bounds memory: by default, llama.cpp keeps up to 8 GiB of old prompts besides what the slots hold.
-        params.cache_ram_mib = 0
-        params.cache_idle_slots = False
-        params.fit_params = False
+        _disable_features(params)
         # llama.cpp logs a warning if its server has no key.
         self._key = secrets.token_urlsafe(32)
         params.api_keys = [self._key]
@@ -112,14 +109,11 @@ class Llama:
         # llama.cpp takes a host name that ends with .sock for the path of a Unix socket.
         params.hostnames = [self._socket]
         params.n_threads_http = http_threads
-        params.ui = False
         params.endpoint_slots = True
         if not uses_chat_template:
             params.chat_template = "chatml"
         # Nothing is saved there, but llama.cpp erases slots only if there is such a path.
         params.slot_save_path = f"{self._directory}/"
-        # Disables comments in a stream that is silent for a while: the binding cannot parse them.
-        params.sse_ping_interval = -1
         params.verbosity = verbosity
         self._spins = SpinGuard(threads)
         try:
@@ -146,11 +140,11 @@ class Llama:
         """
         self._server.handle_completions(body, on_chunk)
 
-    def tokenize(self, text: str | Sequence[str], *, add_special: bool = False, parse_special: bool = True) -> list[int]:
+    def tokenize(self, text: str | Sequence[str | int], *, add_special: bool = False, parse_special: bool = True) -> list[int]:
         """Returns the tokens of a text, or of several texts that are tokenized separately and then joined.
 
         Arguments:
-            text: The text or texts.
+            text: The text or texts. Among texts, there may be tokens, which stay as they are.
             add_special: Whether to add the tokens with which the model expects a text to begin and end.
             parse_special: Whether special tokens such as `<|im_start|>` are recognized. If not, they are plain text.
 
@@ -200,6 +194,20 @@ class Llama:
         if response.status != HTTPStatus.OK:
             raise RefusedError(path, response.status, _message(answer))
         return json.loads(answer)
+
+
+def _disable_features(params: xllamacpp.CommonParams) -> None:
+    """Disables what llama.cpp does by default, and the engine does not need."""
+    # Bounds memory: by default, llama.cpp keeps up to 8 GiB of old prompts besides what the slots hold.
+    params.cache_ram_mib = 0
+    params.cache_idle_slots = False
+    params.fit_params = False
+    params.ui = False
+    # The binding cannot parse the comments in a stream that is silent for a while.
+    params.sse_ping_interval = -1
+    # llama.cpp would begin the answer with a last message of the assistant. With some templates it would damage the special
+    # token before that message, and with others it would end the model's thoughts there.
+    params.prefill_assistant = False
 
 
 def _message(answer: bytes) -> str:

@@ -41,12 +41,14 @@ class ModelFile:
     """A GGUF file with a model that continues texts.
 
     Attributes:
+        vocabulary_size: The number of tokens in the vocabulary: token ids are below it.
         has_chat_template: Whether the file has a chat template that llama.cpp uses.
         named_templates: The names of the file's other chat templates.
         total_bytes: The size of the file, with all its parts.
     """
 
     vocabulary: Vocabulary
+    vocabulary_size: int
     has_chat_template: bool
     named_templates: tuple[str, ...]
     total_bytes: int
@@ -76,7 +78,7 @@ class ModelFile:
         names = tuple(name.removeprefix(prefix) for name, text in metadata.items() if name.startswith(prefix) and text)
         # Without a default template, llama.cpp uses the template for tools.
         has_chat_template = bool(metadata.get(_TEMPLATE)) or "tool_use" in names
-        return cls(Vocabulary.of(metadata), has_chat_template, names, total_bytes)
+        return cls(Vocabulary.of(metadata), len(metadata[TOKENS]), has_chat_template, names, total_bytes)
 
 
 def _check_kind(metadata: Metadata) -> None:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from flywheel_server.engines.seeds import SEEDS
 from flywheel_server.messages import GenerationRequest
 
 
@@ -20,13 +21,23 @@ class SampleGroups:
     context_tokens: int
 
     @classmethod
-    def of(cls, request: GenerationRequest, prompt_tokens: int, *, slots: int, context_tokens: int) -> "SampleGroups":
-        """Returns the groups for a prompt of that length, on an engine with these slots and tokens of context in all."""
+    def of(
+        cls, request: GenerationRequest, prompt_tokens: int, *, slots: int, context_tokens: int, one_by_one: bool = False
+    ) -> "SampleGroups":
+        """Returns the groups for a prompt of that length, on an engine with these slots and tokens of context in all.
+
+        If the samples run `one_by_one`, each of them is a group, and one group runs at a time.
+        """
+        if one_by_one:
+            return cls([range(index, index + 1) for index in range(request.num_samples)], 1, prompt_tokens + request.max_tokens)
         size = min(request.num_samples, slots, (context_tokens - prompt_tokens) // request.max_tokens)
         # llama.cpp does not know our stop sequences and `eos_token_ids`: it continues a sample that one of them has ended until
         # the whole completion ends. So samples that may end early share a completion only if reading the prompt once more costs
         # more than a sample that goes on in vain.
         if (request.stop or request.eos_token_ids) and prompt_tokens < request.max_tokens:
+            size = 1
+        # In a completion, llama.cpp counts the seeds of the samples up beyond the last seed of the contract.
+        if request.seed is not None and request.seed + request.num_samples > SEEDS:
             size = 1
         samples = range(request.num_samples)
         indexes = [samples[start : start + size] for start in range(0, len(samples), size)]

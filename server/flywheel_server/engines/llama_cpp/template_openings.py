@@ -2,7 +2,8 @@
 
 import re
 from collections.abc import Iterable, Sequence
-from itertools import takewhile
+from itertools import groupby, takewhile
+from operator import itemgetter
 from typing import Final
 
 NOTHING: Final = r"\0(?!)"
@@ -44,13 +45,22 @@ def openings(frame: tuple[str, str], conversation: Sequence[str], *, bos: str, s
 
 
 def any_of(texts: Iterable[str]) -> re.Pattern[str]:
-    """Returns a pattern that matches any of these texts, the longest first as in llama.cpp."""
-    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or NOTHING)
+    """Returns a pattern that matches any of these texts, at each place the longest one, as llama.cpp does.
+
+    A search takes about the same time for any number of texts, because texts that begin alike share that part of the pattern.
+    """
+    return re.compile(_alternatives(texts) or NOTHING)
 
 
-def common_start(one: str, other: str) -> str:
-    """Returns the longest common prefix of both texts."""
-    return one[: _common_length(one, other)]
+def _alternatives(texts: Iterable[str]) -> str:
+    branches = []
+    for _, group in groupby(sorted(set(texts)), key=itemgetter(0)):
+        alike = list(group)
+        prefix = alike[0][: _common_length(alike[0], alike[-1])]
+        rests = [text.removeprefix(prefix) for text in alike]
+        rest = _alternatives(filter(None, rests))
+        branches.append(re.escape(prefix) + (f"(?:{rest}){'' if all(rests) else '?'}" if rest else ""))
+    return "|".join(branches)
 
 
 def _common_length(one: Sequence[str], other: Sequence[str]) -> int:

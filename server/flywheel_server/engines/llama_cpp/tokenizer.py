@@ -1,16 +1,15 @@
-"""Makes the tokens that the model reads from the text of a request, and tokenizes little more of the text than is kept."""
+"""Makes the tokens that the model reads from the prompt of a request, and tokenizes little more of the prompt than is kept."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain, groupby
-from operator import attrgetter
+from functools import lru_cache
 from typing import Final
 
-from flywheel_server.engines.base import PromptTooLongError
+from flywheel_server.engines.base import InvalidFieldError, PromptTooLongError, UnsupportedFieldError
 from flywheel_server.engines.llama_cpp.chat_template import ChatTemplate, Fragment
 from flywheel_server.engines.llama_cpp.llama import Llama
 from flywheel_server.engines.llama_cpp.vocabulary import BETWEEN_WORDS, BPE, Vocabulary
-from flywheel_server.messages import GenerationRequest
+from flywheel_server.messages import GenerationRequest, Message
 
 CHUNK_CHARACTERS: Final = 2**15
 """Characters that are tokenized at a time. After each chunk, tokenizing ends if the prompt is too long or its call has ended.
@@ -25,6 +24,11 @@ The first tokens of a cut text may differ from those of the whole text, so they 
 """
 
 
+MAX_KEPT_CHARACTERS: Final = 2**8
+MAX_KEPT_TEXTS: Final = 2**8
+"""Limits of the short texts of a chat template whose tokens are kept: characters in each, and their number."""
+
+
 class StoppedError(Exception):
     """Tokenizing was stopped, because the call has ended or the engine is stopping."""
 
@@ -34,7 +38,8 @@ class Tokenizer:
 
     Arguments:
         context_tokens: Maximum number of tokens in the prompt and the generated text together.
-        template: The chat template that texts are put into unless they are in it already; None reads texts as they are.
+        template: The chat template for messages. Texts are put into it unless they are in it already; None reads texts as they
+            are, and refuses messages.
     """
 
     def __init__(self, llama: Llama, vocabulary: Vocabulary, context_tokens: int, template: ChatTemplate | None = None) -> None:
@@ -42,6 +47,7 @@ class Tokenizer:
         self._vocabulary = vocabulary
         self._context_tokens = context_tokens
         self._template = template
+        self._kept_tokens = lru_cache(MAX_KEPT_TEXTS)(llama.tokenize)
         self._leading_tokens, self._trailing_tokens = _added_tokens(llama)
         self._bos = llama.bos_token() if self._leading_tokens else ""
         bos = re.escape(self._bos)
@@ -54,14 +60,16 @@ class Tokenizer:
         self._tail_cuts = {key: _cuts(texts, between_words=vocabulary.can_be_cut) for key, texts in separators.items()}
 
     def check_length(self, request: GenerationRequest) -> None:
-        """Raises `PromptTooLongError` if the text has so many bytes that no tokens could make it fit.
+        """Raises `PromptTooLongError` if the prompt has so many bytes that no tokens could make it fit.
 
-        Passes a short text, for which `tokens` raises the error with the exact number of tokens.
+        Passes a short prompt, for which `tokens` raises the error with the exact number of tokens.
         """
         longest = self._vocabulary.max_token_bytes
-        if longest is None or len(request.text) <= CHUNK_CHARACTERS or self._truncates_to_fit(request):
+        if longest is None or request.prompt_bytes <= CHUNK_CHARACTERS or self._truncates_to_fit(request):
             return
-        at_least = -(-len(request.text.encode()) // longest)
+        texts = [message.content for message in request.messages] or [request.text]
+        # A chat template may drop the spaces at both ends.
+        at_least = -(-sum(len(text.strip().encode()) for text in texts) // longest)
         if request.max_input_tokens:
             at_least = min(at_least, request.max_input_tokens)
         if at_least > self._max_prompt_tokens(request):
@@ -70,10 +78,16 @@ class Tokenizer:
     def tokens(self, request: GenerationRequest, is_stopped: Callable[[], bool]) -> list[int]:
         """Returns the tokens of the prompt that the model reads.
 
-        Raises `PromptTooLongError`, what `Llama.tokenize` raises, and `StoppedError` if `is_stopped` returns True, which is
-        asked before each chunk.
+        Token ids in the request are the prompt as they are: no token is added. Of every prompt, only the last
+        `max_input_tokens` tokens are kept, so that a system message goes first.
+
+        Raises `PromptTooLongError`, `InvalidFieldError` if the messages do not suit the chat template or a token id does not
+        exist, `UnsupportedFieldError` if there are messages but no chat template, what `Llama.tokenize` raises, and
+        `StoppedError` if `is_stopped` returns True, which is asked before each chunk.
         """
-        prompt = self._prompt(request.text)
+        if request.prompt_token_ids:
+            return self._given_tokens(request)
+        prompt = self._prompt(request)
         tail = self._tail(prompt, request.max_input_tokens) if self._truncates_to_fit(request) else prompt
         tokens = self._tokens_of(tail, request, is_stopped)
         if len(tokens) < request.max_input_tokens and tail != prompt:
@@ -81,17 +95,38 @@ class Tokenizer:
             tokens = self._tokens_of(prompt, request, is_stopped)
         return tokens[-request.max_input_tokens :]
 
+    def token_bytes(self, tokens: Iterable[int]) -> list[bytes]:
+        """Returns the bytes of text of each token; see `Vocabulary.token_bytes`.
+
+        Joined, the bytes of a text's tokens are the text, with what the model adds: BOS, EOS, and with SentencePiece a space at
+        the start and after each special token. Spaces that a special token drops, and bytes that the vocabulary lacks, are not
+        in them. Raises `IndexError` for an unknown token.
+        """
+        return [self._vocabulary.token_bytes[token] for token in tokens]
+
+    def _given_tokens(self, request: GenerationRequest) -> list[int]:
+        """Returns the last of the token ids in the request; raises `InvalidFieldError` and `PromptTooLongError`."""
+        size = len(self._vocabulary.token_bytes)
+        for index, token in enumerate(request.prompt_token_ids):
+            if not 0 <= token < size:
+                description = f"must be 0 to {size - 1}, an id of the model's vocabulary"
+                raise InvalidFieldError(f"prompt_token_ids[{index}]", description)
+        tokens = list(request.prompt_token_ids[-request.max_input_tokens :])
+        if len(tokens) > self._max_prompt_tokens(request):
+            raise PromptTooLongError(len(tokens), request.max_tokens, self._context_tokens)
+        return tokens
+
     def _tokens_of(self, prompt: Sequence[Fragment], request: GenerationRequest, is_stopped: Callable[[], bool]) -> list[int]:
         tokens: list[int] = []
         characters = 0
         chunks = list(self._chunks(prompt)) or [([], True)]
-        for number, (texts, parse_special) in enumerate(chunks, 1):
+        for number, (parts, parse_special) in enumerate(chunks, 1):
             if is_stopped():
                 raise StoppedError
-            tokens += self._llama.tokenize(texts, parse_special=parse_special)
+            tokens += self._llama.tokenize(parts, parse_special=parse_special)
             if number == 1 and tokens[: len(self._leading_tokens)] != self._leading_tokens:
                 tokens[:0] = self._leading_tokens
-            characters += sum(map(len, texts))
+            characters += sum(len(part) for part in parts if isinstance(part, str))
             is_all = number == len(chunks)
             if is_all:
                 tokens += self._trailing_tokens
@@ -109,14 +144,19 @@ class Tokenizer:
         """Returns whether the prompt always fits, because only its last `max_input_tokens` are kept."""
         return 0 < request.max_input_tokens <= self._max_prompt_tokens(request)
 
-    def _prompt(self, text: str) -> Sequence[Fragment]:
-        """Returns what the model reads: the text, put into the chat template unless the text is in it already."""
+    def _prompt(self, request: GenerationRequest) -> Sequence[Fragment]:
+        """Returns what the model reads: messages, or a text that is not in the chat template yet, in the chat template."""
         if self._template is None:
-            prompt = [Fragment(text, parse_special=True)]
-        elif self._template.is_applied_to(text):
-            prompt = [Fragment(text.lstrip(), parse_special=True)]
+            if request.messages:
+                reason = "the model has no chat template that this server uses: its prompt_format is raw"
+                raise UnsupportedFieldError("messages", reason)
+            prompt = [Fragment(request.text, parse_special=True)]
+        elif request.messages:
+            prompt = self._template.prompt(request.messages)
+        elif self._template.is_applied_to(request.text):
+            prompt = [Fragment(request.text.lstrip(), parse_special=True)]
         else:
-            prompt = self._template.prompt(text)
+            prompt = self._template.prompt([Message(role="user", content=request.text)])
         # A prompt begins with BOS once, even if the text repeats BOS or has spaces before it.
         if self._leading_bos and prompt and prompt[0].parse_special and (found := self._leading_bos.match(prompt[0].text)):
             prompt[0] = Fragment(self._bos + prompt[0].text[found.end() :], parse_special=True)
@@ -151,22 +191,33 @@ class Tokenizer:
             window *= 2
         return fragment.text
 
-    def _chunks(self, prompt: Iterable[Fragment]) -> Iterator[tuple[list[str], bool]]:
-        """Yields chunks: texts, and whether special tokens are parsed in them.
+    def _chunks(self, prompt: Sequence[Fragment]) -> Iterator[tuple[list[str | int], bool]]:
+        """Yields chunks: texts and tokens, and whether special tokens are parsed in the texts.
 
         Each text has the same tokens by itself as within the prompt.
         """
-        for parse_special, fragments in groupby(prompt, key=attrgetter("parse_special")):
-            texts: list[str] = []
-            missing = CHUNK_CHARACTERS
-            for text in chain.from_iterable(map(self._cut, fragments)):
-                texts.append(text)
+        # A prompt with several fragments is in a chat template. What the template writes between contents is short and repeats.
+        # Its tokens join the contents, because each chunk is a call of llama.cpp, however short the chunk is.
+        keeps_tokens = len(prompt) > 1
+        parts: list[str | int] = []
+        missing = CHUNK_CHARACTERS
+        parse_special = False
+        for fragment in prompt:
+            if keeps_tokens and fragment.parse_special and len(fragment.text) <= MAX_KEPT_CHARACTERS:
+                parts += self._kept_tokens(fragment.text)
+                continue
+            if parts and fragment.parse_special != parse_special:
+                yield parts, parse_special
+                parts, missing = [], CHUNK_CHARACTERS
+            parse_special = fragment.parse_special
+            for text in self._cut(fragment):
+                parts.append(text)
                 missing -= len(text)
                 if missing <= 0:
-                    yield texts, parse_special
-                    texts, missing = [], CHUNK_CHARACTERS
-            if texts:
-                yield texts, parse_special
+                    yield parts, parse_special
+                    parts, missing = [], CHUNK_CHARACTERS
+        if parts:
+            yield parts, parse_special
 
     def _cut(self, fragment: Fragment) -> Iterator[str]:
         start = 0

@@ -1,7 +1,7 @@
 """Reads a model's vocabulary from the metadata of its GGUF file. llama.cpp does not tell the length and type of tokens."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Self
 
 from flywheel_server.engines.llama_cpp.gguf import Metadata
@@ -14,6 +14,7 @@ _NORMAL: Final = 1
 _UNKNOWN: Final = 2
 _CONTROL: Final = 3
 _USER_DEFINED: Final = 4
+_BYTE: Final = 6
 """Types of tokens."""
 _SPECIAL_TYPES: Final = (_UNKNOWN, _CONTROL, _USER_DEFINED)
 """llama.cpp first splits a text at tokens of these types, and then tokenizes each part between them separately."""
@@ -28,6 +29,9 @@ BETWEEN_WORDS: Final = re.compile(r"(?<=[^\W_])[ \n](?=\w)")
 In most models, no token contains the end of one word and this space or line break. An underscore does not count as the end of a
 word, because many tokenizers keep it together with a line break.
 """
+
+_BYTE_TOKEN: Final = re.compile(rb"<0x([0-9A-Fa-f]{2})>")
+"""Matches a token of SentencePiece that stands for one byte."""
 
 _SPANS_CUT: Final = re.compile(r"[^\W_][ \n]")
 
@@ -46,6 +50,8 @@ class Vocabulary:
 
     Attributes:
         tokenizer: The name of the tokenizer in GGUF.
+        token_bytes: The bytes of text of each token, by token id. The bytes of a special token are its text, such as
+            `<|im_start|>`. A token may have a part of a character.
         max_token_bytes: Maximum number of bytes of text in one token; None if there is no maximum.
         special_tokens: The texts of tokens such as `<|im_start|>`, at which llama.cpp splits a text before it tokenizes the
             text, and of normal tokens that llama.cpp may treat in this way.
@@ -56,6 +62,7 @@ class Vocabulary:
     """
 
     tokenizer: str
+    token_bytes: tuple[bytes, ...] = field(repr=False)
     max_token_bytes: int | None
     special_tokens: tuple[str, ...]
     user_defined_tokens: frozenset[str]
@@ -69,11 +76,14 @@ class Vocabulary:
         tokens = metadata[TOKENS]
         types = metadata.get(TYPES) or [_NORMAL] * len(tokens)
         is_known = tokenizer in (BPE, SENTENCEPIECE)
-        lengths = (_length(token, kind, tokenizer) for token, kind in zip(tokens, types, strict=False))
-        texts = [(_text(token, kind, tokenizer), kind) for token, kind in zip(tokens, types, strict=False)]
+        pairs = list(zip(tokens, types, strict=False))
+        token_bytes = tuple(_bytes(token, kind, tokenizer) for token, kind in pairs)
+        lengths = (_length(token, kind, tokenizer) for token, kind in pairs)
+        texts = [(text.decode(errors="replace"), kind) for text, kind in zip(token_bytes, types, strict=False)]
         special = [text for text, kind in texts if kind in _SPECIAL_TYPES and text]
         return cls(
             tokenizer,
+            token_bytes,
             max(lengths, default=None) if is_known else None,
             tuple(text for text, kind in texts if text and (kind in _SPECIAL_TYPES or _looks_special(text, kind))),
             frozenset(text for text, kind in texts if kind == _USER_DEFINED),
@@ -94,14 +104,15 @@ def _separators(special: list[str]) -> tuple[str, ...]:
     return tuple(text for text in special if text[0] not in others and firsts.isdisjoint(text[1:]))
 
 
-def _text(token: bytes, kind: int, tokenizer: str) -> str:
-    """Returns the text of a token, with a replacement character for each incomplete character."""
-    text = token.decode(errors="replace")
+def _bytes(token: bytes, kind: int, tokenizer: str) -> bytes:
+    """Returns the bytes of text that a token stands for."""
+    if kind == _BYTE and (found := _BYTE_TOKEN.fullmatch(token)):
+        return bytes.fromhex(found[1].decode())
     if kind != _NORMAL:
-        return text
+        return token
     if tokenizer == BPE:
-        return text.translate(_BYTES).encode("latin-1", "replace").decode(errors="replace")
-    return text.replace("▁", " ")
+        return token.decode(errors="replace").translate(_BYTES).encode("latin-1", "replace")
+    return token.replace("▁".encode(), b" ")
 
 
 def _length(token: bytes, kind: int, tokenizer: str) -> int:

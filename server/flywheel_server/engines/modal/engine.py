@@ -9,13 +9,24 @@ import asyncio
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import aclosing, contextmanager
+from dataclasses import replace
 from functools import partial
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TypeVar
 
 from modal.config import config
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from flywheel_server.engines.base import Engine, EngineFailedError, EngineModel, EngineStats, PreparedRequest, Sink, Started
+from flywheel_server.engines.base import (
+    Engine,
+    EngineFailedError,
+    EngineModel,
+    EngineStats,
+    PreparedRequest,
+    PromptToken,
+    Sink,
+    Started,
+    UnsupportedMethodError,
+)
 from flywheel_server.engines.modal.cancellations import Cancellations
 from flywheel_server.engines.modal.errors import Target, as_engine_errors
 from flywheel_server.engines.modal.inbox import Inbox
@@ -23,8 +34,11 @@ from flywheel_server.engines.modal.received_events import events_of
 from flywheel_server.engines.modal.remote_call import RemoteCall
 from flywheel_server.engines.modal.remote_class import RemoteClass
 from flywheel_server.engines.modal.remote_fields import arguments_of, further_fields
+from flywheel_server.engines.modal.tokenized_prompt import TokenizedPrompt
 from flywheel_server.engines.samples import StopGate
 from flywheel_server.messages import GenerationRequest, GenerationResponse, GenerationResponseSample
+
+Answer = TypeVar("Answer", bound=BaseModel)
 
 MAX_CONCURRENT_POLLS: Final = 64
 """How many streaming calls are polled at the same time. Further calls take turns, so their failures may be noticed later."""
@@ -42,7 +56,8 @@ class FlywheelEngine(Engine):
         timeout: Seconds after which Modal ends a call.
         as_deployed: Whether the deployment of the class sets GPU and timeout. If not, they are passed as options, and Modal
             then starts separate containers, instead of using the containers that the deployment keeps warm.
-        model: What the class runs. It is not asked, because that would start a container if there is none.
+        model: What the class runs. It is not asked, because that would start a container if there is none. The supported fields
+            come from the signature that Modal stores. Seeds are not exact: the containers may run on different machines.
     """
 
     def __init__(self, target: Target, *, gpu: str | None, timeout: int, as_deployed: bool, model: EngineModel) -> None:
@@ -105,6 +120,14 @@ class FlywheelEngine(Engine):
                             call.ended = True
                             return
 
+    async def tokenize(self, prepared: PreparedRequest) -> Sequence[PromptToken]:
+        """Returns the tokens of the prompt, which the method `tokenize` of the class returns; see `Engine.tokenize`."""
+        request = prepared.request
+        if (await self._class.methods_for(request)).tokenize is None:
+            raise UnsupportedMethodError("Tokenize")
+        with self._spawned("tokenize", request) as call:
+            return _valid(TokenizedPrompt, await call.result()).tokens
+
     @contextmanager
     def _spawned(self, method: str, request: GenerationRequest, address: dict[str, Any] | None = None) -> Iterator[RemoteCall]:
         """Yields a call for the request. When the context ends, the call is cancelled unless it has ended."""
@@ -130,7 +153,10 @@ class FlywheelEngine(Engine):
         return self._class.is_reachable()
 
     def model(self) -> EngineModel:
-        """Returns the model that the settings name."""
+        """Returns the model that the settings name, with the fields that the class took when it was looked up last."""
+        fields = self._class.supported_fields
+        if fields != self._model.supported_fields:
+            self._model = replace(self._model, supported_fields=fields)
         return self._model
 
 
@@ -140,15 +166,20 @@ def _samples(answer: Any, stop: Sequence[str]) -> Iterator[GenerationResponseSam
     MK1's samples have no index, so their position counts. A stop sequence in a text is cut off, with all that follows, and
     named. If the class has cut it off already without naming it, its name stays unknown.
     """
-    try:
-        response = GenerationResponse.model_validate(answer)
-    except ValidationError as error:
-        # The message leaves out the input, which contains generated text.
-        problems = error.errors(include_url=False, include_input=False, include_context=False)
-        raise EngineFailedError(f"the class returned what is no GenerationResponse: {problems}") from None
+    response = _valid(GenerationResponse, answer)
     for index, sample in enumerate(response.responses):
         gate = StopGate(stop)
         text = gate.feed(sample.text)
         cut = {"text": text, "finish_reason": "stop", "stop_sequence": gate.matched} if gate.matched else {}
         prompt_tokens = sample.prompt_tokens or response.prompt_tokens
         yield sample.model_copy(update={"index": index, "prompt_tokens": prompt_tokens, **cut})
+
+
+def _valid(kind: type[Answer], answer: Any) -> Answer:  # noqa: ANN401 - validated here
+    """Returns what a method of the class returned; raises `EngineFailedError` if it is not of this kind."""
+    try:
+        return kind.model_validate(answer)
+    except ValidationError as error:
+        # The message leaves out the input, which contains text of the caller.
+        problems = error.errors(include_url=False, include_input=False, include_context=False)
+        raise EngineFailedError(f"the class returned what is no {kind.__name__}: {problems}") from None

@@ -1,15 +1,19 @@
 """The wire format between a container and a gateway: batches of events as plain data, which go through a `modal.Queue`.
 
 They are plain data and not pickled objects, because the container and the gateway may run different versions of this package.
+A token is sent once: the tokens of a sample are sent with its deltas, and the finished sample has the tokens that no delta had.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, TypeAdapter, ValidationError
 
 from flywheel_server.engines.base import EngineFailedError, Event, Started, TextDelta
-from flywheel_server.messages import GenerationResponseSample, Int32
+from flywheel_server.messages import GenerationResponseSample, Int32, Token
+
+_TOKENS: Final = TypeAdapter(tuple[Token, ...])
 
 
 class _Started(BaseModel):
@@ -24,6 +28,7 @@ class _Delta(BaseModel):
     index: Int32
     text: str
     generated_tokens: Int32
+    tokens: Annotated[Sequence[Token], PlainValidator(_TOKENS.validate_python)] = ()
 
 
 class _Sample(BaseModel):
@@ -118,9 +123,10 @@ def _packed(event: Event) -> dict[str, Any]:
         case Started():
             return {"event": "started", "prompt_tokens": event.prompt_tokens}
         case TextDelta():
-            return {"event": "delta", "index": event.index, "text": event.text, "generated_tokens": event.generated_tokens}
+            packed = {"event": "delta", "index": event.index, "text": event.text, "generated_tokens": event.generated_tokens}
+            return packed | {"tokens": _TOKENS.dump_python(tuple(event.tokens), mode="json")} if event.tokens else packed
         case GenerationResponseSample():
-            return {"event": "sample", "sample": event.model_dump()}
+            return {"event": "sample", "sample": event.model_dump(mode="json")}
 
 
 def _unpacked(event: _Started | _Delta | _Sample) -> Event:
@@ -128,6 +134,6 @@ def _unpacked(event: _Started | _Delta | _Sample) -> Event:
         case _Started():
             return Started(event.prompt_tokens)
         case _Delta():
-            return TextDelta(event.index, event.text, event.generated_tokens)
+            return TextDelta(event.index, event.text, event.generated_tokens, event.tokens)
         case _Sample():
             return event.sample

@@ -6,10 +6,11 @@ from typing import Any, Final
 
 from pydantic import ValidationError
 
-from flywheel_server.engines.base import EngineFailedError, EngineUnavailableError, Event, Started
+from flywheel_server.engines.base import EngineFailedError, EngineUnavailableError, Event, Started, TextDelta
 from flywheel_server.engines.modal.event_batch import EventBatch, Receipt
 from flywheel_server.engines.modal.remote_call import RemoteCall
 from flywheel_server.engines.modal.waits import cancel_and_wait
+from flywheel_server.messages import GenerationResponseSample, Token
 
 LAST_EVENTS_TIMEOUT: Final = 10.0
 """Seconds for the last events to arrive after the call has returned. Only time in which the queue can be read counts."""
@@ -37,6 +38,8 @@ class ReceivedEvents:
         self._events: list[Event] = []
         self._error: BaseException | None = None
         self._changed = asyncio.Event()
+        self._tokens: dict[int, list[Token]] = {}
+        """By index: the tokens that have arrived with the deltas of a sample that has not finished."""
         self._attempt = ""
         self._abandoned_attempts: set[str] = set()
         self._received_batches = 0
@@ -77,8 +80,16 @@ class ReceivedEvents:
             self._container = batch.container
         if batch.ended:
             self.call_failed.set()
-        self._events.extend(events)
+        self._events.extend(map(self._with_all_tokens, events))
         self._changed.set()
+
+    def _with_all_tokens(self, event: Event) -> Event:
+        """Returns the event; of a finished sample, with the tokens that its deltas had."""
+        if isinstance(event, TextDelta) and event.tokens:
+            self._tokens.setdefault(event.index, []).extend(event.tokens)
+        elif isinstance(event, GenerationResponseSample) and (tokens := self._tokens.pop(event.index, None)):
+            return event.model_copy(update={"tokens": (*tokens, *event.tokens)})
+        return event
 
     def fail(self, error: BaseException) -> None:
         """Ends the call with the error, after the events that have arrived. The first error counts."""

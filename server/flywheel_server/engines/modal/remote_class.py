@@ -27,10 +27,11 @@ from typing import Any, Final, TypeAlias
 import modal
 import structlog
 
+from flywheel_server import running_time
 from flywheel_server.engines.base import EngineError, EngineOverloadedError, EngineStats, EngineUnavailableError
 from flywheel_server.engines.modal.errors import ErrorTranslator, Target
 from flywheel_server.engines.modal.reachability import Reachability
-from flywheel_server.engines.modal.remote_fields import further_fields, signature_of, unsupported
+from flywheel_server.engines.modal.remote_fields import CONTRACT_FIELDS, fields_of, further_fields, unsupported
 from flywheel_server.engines.modal.retries import retry_refused
 from flywheel_server.engines.modal.waits import cancel_and_wait, modal_result, retrieve_error, start_in_background
 from flywheel_server.messages import GenerationRequest
@@ -48,6 +49,9 @@ PROBE_TIMEOUT: Final = 15.0
 LOOKUP_TIMEOUT: Final = 5.0
 """Seconds that Modal may take to look up the class again, while calls wait."""
 
+LOOKUP_INTERVAL: Final = 60.0
+"""Seconds after which the class is looked up again, in the background. It may have been deployed again, with other methods."""
+
 
 @dataclass(frozen=True, slots=True)
 class Methods:
@@ -56,20 +60,22 @@ class Methods:
     Attributes:
         generate: Returns all samples.
         generate_deltas: Streams events through a queue; None if the class has no such method.
-        signature: The arguments of `generate_deltas`, or of `generate` if there is no other; None if they are not known.
+        tokenize: Returns the tokens of a prompt; None if the class has no such method.
+        fields: The fields of a request that `generate_deltas` takes, or `generate` if there is no `generate_deltas`.
     """
 
     generate: Method
     generate_deltas: Method | None
-    signature: frozenset[str] | None
+    tokenize: Method | None
+    fields: frozenset[str]
 
-    def unknown_field(self, request: GenerationRequest) -> str | None:
-        """Returns a field that is set in the request and is not in the signature; None if there is none."""
-        return next((name for name in further_fields(request) if self.signature and name not in self.signature), None)
+    def unsupported_fields(self, request: GenerationRequest) -> list[str]:
+        """Returns the fields that are set in the request and that the class does not take."""
+        return [name for name in further_fields(request) if name not in self.fields]
 
 
 class RemoteClass:
-    """A class on Modal, which is looked up at the first call, and again if Modal refuses to call it.
+    """A class on Modal, which is looked up at the first call, and again every minute, or if Modal refuses to call it.
 
     Arguments:
         target: The name of the class.
@@ -82,6 +88,7 @@ class RemoteClass:
         self._options = options
         self._errors = errors
         self._methods: Methods | None = None
+        self._looked_up_at = 0.0
         self._is_stale = False
         self._lookup_lock = asyncio.Lock()
         self._reachability = Reachability()
@@ -113,15 +120,20 @@ class RemoteClass:
             return self._methods
 
     async def methods_for(self, request: GenerationRequest) -> Methods:
-        """Does what `methods` does; raises `UnsupportedFieldError` if a field of the request is not in the signature."""
+        """Does what `methods` does; raises `UnsupportedFieldError` if the class does not take a field of the request."""
         methods = await self.methods()
-        if methods.unknown_field(request):
+        if methods.unsupported_fields(request):
             # The class may have been deployed again since its last look-up.
             self._mark_stale(methods)
             methods = await self.methods()
-        if field := methods.unknown_field(request):
-            raise unsupported(field)
+        if error := unsupported(methods.unsupported_fields(request)):
+            raise error
         return methods
+
+    @property
+    def supported_fields(self) -> frozenset[str]:
+        """The fields of a request that the class takes; all fields of the contract until the class was found."""
+        return self._methods.fields & CONTRACT_FIELDS if self._methods else CONTRACT_FIELDS
 
     async def spawn(self, method: str, arguments: dict[str, Any]) -> modal.FunctionCall[Any]:
         """Spawns a call of the method with this name; raises `EngineError`."""
@@ -166,13 +178,11 @@ class RemoteClass:
             found = found.with_options(**self._options)
         instance = found()
         generate = await modal_result(instance.generate.hydrate.aio())
-        try:
-            # This makes no further request: Modal has told which methods there are.
-            generate_deltas = await modal_result(instance.generate_deltas.hydrate.aio())
-        except modal.exception.NotFoundError:
-            generate_deltas = None
+        generate_deltas = await _found(instance, "generate_deltas")
+        tokenize = await _found(instance, "tokenize")
         self._reachability.note_success()
-        return Methods(generate, generate_deltas, await signature_of(generate_deltas or generate))
+        self._looked_up_at = running_time.now()
+        return Methods(generate, generate_deltas, tokenize, await fields_of(generate_deltas or generate))
 
     async def _request_stats(self) -> EngineStats:
         methods = await self.methods()
@@ -181,14 +191,19 @@ class RemoteClass:
                 async with asyncio.timeout(STATS_TIMEOUT):
                     stats = await modal_result(methods.generate.get_current_stats.aio())
         except EngineError:
-            if self._probing is None or self._probing.done():
-                self._probing = start_in_background(self._probe())
+            self._start_probe()
             raise
         self._reachability.note_success()
+        if running_time.now() - self._looked_up_at > LOOKUP_INTERVAL:
+            self._start_probe()
         return EngineStats(backlog=stats.backlog, num_total_runners=stats.num_total_runners)
 
+    def _start_probe(self) -> None:
+        if self._probing is None or self._probing.done():
+            self._probing = start_in_background(self._probe())
+
     async def _probe(self) -> None:
-        """Looks the class up again, to see whether it can be reached."""
+        """Looks the class up again, to see whether it can be reached, and which methods and fields it has now."""
         try:
             with self._errors():
                 async with asyncio.timeout(PROBE_TIMEOUT):
@@ -197,3 +212,12 @@ class RemoteClass:
             pass  # Modal can be reached, but does not tell whether the class can be
         except EngineError:
             self._reachability.note_failure()
+
+
+async def _found(instance: Any, name: str) -> Method | None:  # noqa: ANN401 - Modal makes the attributes
+    """Returns the method with this name, or None if the class has none. Makes no request: Modal has told the methods."""
+    try:
+        method: Method = getattr(instance, name)
+        return await modal_result(method.hydrate.aio())
+    except modal.exception.NotFoundError:
+        return None

@@ -1,0 +1,1 @@
+"""Constraints of a request, turned into grammars for llama.cpp."""

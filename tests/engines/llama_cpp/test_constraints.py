@@ -1,0 +1,297 @@
+"""Constraints are turned into grammars that allow just what they say, or are refused with the place of what is wrong."""
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from flywheel_server.engines.base import InvalidFieldError
+from flywheel_server.engines.llama_cpp.constraints.grammars import MAX_CONSTRAINT_BYTES, grammar_of
+from flywheel_server.engines.llama_cpp.constraints.guard import ConstraintGuard
+from flywheel_server.engines.llama_cpp.constraints.keywords import SUPPORTED_KEYWORDS
+
+
+def allows(grammar: str | None, text: str) -> bool:
+    assert grammar
+    guard = ConstraintGuard(grammar)
+    return guard.accepts(text) and guard.is_complete()
+
+
+def schema_allows(schema: object, text: str) -> bool:
+    return allows(grammar_of(json.dumps(schema), "", ()), text)
+
+
+def refusal(json_schema: object = "", regex: str = "", choices: tuple[str, ...] = ()) -> tuple[str, str]:
+    """Returns the field and the description with which a constraint is refused."""
+    text = json_schema if isinstance(json_schema, str) else json.dumps(json_schema)
+    with pytest.raises(InvalidFieldError) as caught:
+        grammar_of(text, regex, choices)
+    return caught.value.field, caught.value.description
+
+
+def test_without_a_constraint_there_is_no_grammar() -> None:
+    assert grammar_of("", "", ()) is None
+
+
+PERSON: dict[str, Any] = {
+    "$schema": "https://json-schema.org/draft/2020-12/schema",
+    "title": "Person",
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "minLength": 1, "description": "Full name"},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        "pets": {"type": "array", "items": {"$ref": "#/$defs/Pet"}, "maxItems": 2},
+    },
+    "required": ["name"],
+    "$defs": {"Pet": {"enum": ["cat", "dog"]}},
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "allowed"),
+    [
+        ('{"name": "Ada", "age": 36, "pets": ["cat", "dog"]}', True),
+        ('{"name": "Ada"}', True),
+        ('{"name": "Ada", "pets": []}', True),
+        ('{"name":"Ada"}', False),  # other whitespace
+        ('{"name": "Ada",\n"age": 36}', False),
+        ('{ "name": "Ada"}', False),
+        ('{"age": 36}', False),
+        ('{"name": ""}', False),
+        ('{"name": "Ada", "age": 151}', False),
+        ('{"name": "Ada", "age": 3.5}', False),
+        ('{"name": "Ada", "pets": ["cat", "dog", "cat"]}', False),
+        ('{"name": "Ada", "pets": ["cow"]}', False),
+        ('{"name": "Ada", "size": 3}', False),
+        ('{"name": "Ada"} ', False),
+        ('{"name": "Ada"', False),
+    ],
+)
+def test_a_document_is_as_the_schema_says(text: str, allowed: bool) -> None:
+    assert schema_allows(PERSON, text) is allowed
+
+
+def _kind(schema: object) -> object:
+    return {"type": "object", "properties": {"kind": schema}, "required": ["kind"]}
+
+
+def test_a_named_property_cannot_be_named_again_in_another_spelling() -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "additionalProperties": {"type": "string"}}
+    assert schema_allows(schema, '{"a": 1, "b": "x", "c": "y"}')
+    assert schema_allows(schema, '{"b": "x"}')
+    assert not schema_allows(schema, '{"a": "x"}')
+    assert not schema_allows(schema, '{"\\u0061": "x"}')
+    assert not schema_allows(schema, '{"a": 1, "a": "x"}')
+
+
+@pytest.mark.parametrize(
+    ("schema", "description"),
+    [
+        ("{", "is not JSON: "),
+        ("[]", "is not a JSON object"),
+        ('{"type": "string", "type": "null"}', "is not JSON: a name is twice in one object"),
+        ('{"minimum": NaN}', "is not JSON: NaN"),
+        (f'{{"minimum": {"9" * 5000}}}', "has a number that is too long"),
+        ('{"minimum": 1e999}', "/minimum: is not between"),
+        ({"x-guidance": {"lenient": True}}, "/x-guidance: is not a supported keyword"),
+        ({"properties": {"a": {"x-guidance": {}}}}, "/properties/a/x-guidance: is not a supported keyword"),
+        ({"$schema": "http://json-schema.org/draft-04/schema#"}, "/$schema: is no draft"),
+        ({"properties": {"a": {"$id": "b"}}}, "/properties/a/$id: is only supported at the top"),
+        ({"properties": {"a/b~c": {"not": {}}}}, "/properties/a~1b~0c/not: is not a supported keyword"),
+        ({"properties": {"a": {"pattern": "("}}}, "/properties/a: "),
+        ({"properties": {"a": {"pattern": "a{3000}"}}}, "/properties/a/pattern: has more than 2000 characters"),
+        ({"properties": {"a": {"pattern": ".*[aeiou].{30}"}}}, "/properties/a/pattern: takes too much work"),
+        ({"properties": {"a": 3}}, "/properties/a: is not a schema"),
+        ({"properties": {"a\n": {}}}, "/properties: has a name with a control character"),
+        ({"properties": []}, "/properties: is not an object"),
+        ({"items": [{}]}, "/items: is not a schema"),
+        ({"prefixItems": {}}, "/prefixItems: is not a list of schemas"),
+        ({"type": "text"}, "/type: is not a type"),
+        ({"type": []}, "/type: is not a type"),
+        ({"type": [["string"]]}, "/type: is not a type"),
+        ({"enum": []}, "/enum: is not a list of values"),
+        ({"enum": ["a"], "type": "integer"}, ": has no value of the type"),
+        ({"enum": ["a"], "minLength": 1}, "/minLength: is not supported beside enum"),
+        ({"const": 2**60}, "/const: is not between"),
+        ({"anyOf": []}, "/anyOf: is not a list of schemas"),
+        ({"anyOf": [{}], "type": "string"}, "/type: is not supported beside anyOf"),
+        ({"allOf": [{}, {}]}, "/allOf: has more than one schema"),
+        ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "/oneOf: has schemas that may allow the same value"),
+        (
+            {"anyOf": [{"pattern": "a"}, {"anyOf": [{"pattern": "b"}]}]},
+            "has more than 1 schemas for one value that have pattern",
+        ),
+        ({"$ref": "https://example.com/schema.json"}, "/$ref: is not `#` or `#/…`"),
+        ({"$ref": "other.json#/a"}, "/$ref: is not `#` or `#/…`"),
+        ({"$ref": "#/$defs/a"}, "/$ref: points to no schema"),
+        ({"$ref": "#"}, "refers to itself"),
+        ({"$ref": "#/$defs/a", "$defs": {"a": {"anyOf": [{"$ref": "#/$defs/a"}, {}]}}}, "refers to itself"),
+        ({"minimum": "1"}, "/minimum: is not a number"),
+        ({"minimum": 2**60}, "/minimum: is not between"),
+        ({"minimum": 1e-20}, "/minimum: has more than 15 digits"),
+        ({"type": "integer", "exclusiveMinimum": 1, "exclusiveMaximum": 2}, "has bounds between which no number"),
+        ({"type": "number", "minimum": 1, "maximum": 2, "multipleOf": 3}, "has bounds between which no number"),
+        (
+            {"anyOf": [{"multipleOf": 2}, {"$ref": "#/$defs/a"}], "$defs": {"a": {"multipleOf": 3}}},
+            "have multipleOf",
+        ),
+        ({"const": [list(range(201))]}, "/const: is too much: a schema may have at most 200 inner values"),
+        ({"multipleOf": 0}, "/multipleOf: is not above 0"),
+        ({"multipleOf": 1_000_003}, "/multipleOf: is too much: a schema may have at most 1000 multiples"),
+        ({"minItems": -1}, "/minItems: is not a whole number"),
+        ({"maxItems": 100_000}, "/maxItems: is more than 1000"),
+        ({"items": {"maxItems": 600}, "maxItems": 600}, "is too much: a schema may have at most 1000 items"),
+        ({"maxLength": 100_000}, "/maxLength: is more than 10000"),
+        ({"minLength": 3, "maxLength": 2}, "/maxLength: is less than minLength"),
+        ({"required": ["a"], "minProperties": 3}, "/minProperties: is more than one above"),
+        ({"required": ["a"], "additionalProperties": False}, "/required: names a property that additionalProperties excludes"),
+        ({"required": "a"}, "/required: is not a list of names"),
+        ({"properties": {"a": {}}, "patternProperties": {"b": {}}}, "/patternProperties: is not supported beside properties"),
+        ({"patternProperties": {"b": {}}, "additionalProperties": {}}, "/additionalProperties: is not supported beside"),
+        ({"patternProperties": {"a": {}, "aa": {}}}, "are not disjoint"),
+        ({"format": "uri"}, "/format: is not a supported format"),
+        ({"format": "date", "pattern": "1"}, "/format: is not supported beside pattern"),
+        ({"enum": ["\ud800"]}, "unexpected end of hex escape"),
+        ({"properties": {f"p{index}": {} for index in range(201)}}, "/properties: is too much"),
+        ({"enum": list(range(1001))}, "/enum: is too much"),
+        ({"anyOf": [{}] * 1000}, "/anyOf/999: is too much"),
+        ({"type": "object", "properties": {"a": {}}, "maxProperties": 2}, "min/maxProperties only supported"),
+    ],
+)
+def test_what_is_not_enforced_is_refused_with_its_place(schema: object, description: str) -> None:
+    field, given = refusal(schema)
+    assert field == "json_schema"
+    assert description in given
+    assert "\n" not in given
+
+
+@pytest.mark.parametrize(
+    ("schemas", "accepted"),
+    [
+        ([{"type": "string"}, {"type": ["integer", "null"]}], True),
+        ([{"type": "integer"}, {"type": "number"}], False),
+        ([{"const": 1}, {"const": 1.0}], False),
+        ([{"const": [1]}, {"const": [2]}], True),
+        ([{"const": [1]}, {"const": [1.0]}], False),
+        ([_kind(True), _kind({"const": 1})], False),
+        ([_kind({"const": 2}), _kind({"enum": [1, 3]})], True),
+        ([{"const": "a"}, {"enum": ["b", 1]}, {"type": "object"}], True),
+        ([{"const": "a"}, {"enum": ["b", "a"]}], False),
+        ([{"type": "object"}, {"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"]}], False),
+        ([{"$ref": "#/$defs/cat"}, {"$ref": "#/$defs/dog"}], True),
+        ([{"$ref": "#/$defs/cat"}, {"$ref": "#/$defs/cat"}], False),
+        ([{"anyOf": [{"type": "string"}]}, {"type": "integer"}], False),
+        ([True, {"type": "string"}], False),
+    ],
+)
+def test_one_of_is_accepted_if_its_schemas_exclude_one_another(schemas: list[Any], accepted: bool) -> None:
+    schema = {"oneOf": schemas, "$defs": {kind: _kind({"const": kind}) for kind in ("cat", "dog")}}
+    if accepted:
+        assert grammar_of(json.dumps(schema), "", ())
+    else:
+        assert "may allow the same value" in refusal(schema)[1]
+
+
+def test_annotations_are_accepted_and_draft_07_too() -> None:
+    schema = {
+        "$schema": "http://json-schema.org/draft-07/schema#",
+        "$id": "https://example.com/a",
+        "definitions": {"a": {"type": "integer", "default": "x", "examples": [{"x-guidance": 1}]}},
+        "$ref": "#/definitions/a",
+        "description": "d",
+    }
+    assert schema_allows(schema, "12")
+    assert not schema_allows(schema, '"x"')
+
+
+@pytest.mark.parametrize(
+    "regex", ["yes|no", "a/b", r"a\/b", "a\nb", "a\\\nb", r"\\", "é+", r"[/\n]+", r"[^a-z]{1,3}", r"\d{3}-\d{4}"]
+)
+def test_a_regex_matches_the_whole_text(regex: str) -> None:
+    grammar = grammar_of("", regex, ())
+    for text in ("yes", "no", "a/b", "a\nb", "\\", "ééé", "/\n/", "123-4567"):
+        import re
+
+        assert allows(grammar, text) is bool(re.fullmatch(regex, text))
+
+
+@pytest.mark.parametrize(
+    ("regex", "description"),
+    [
+        ("(", "unclosed group"),
+        (r"(?=a)a", "look-around, including look-ahead and look-behind, is not supported"),
+        (r"(a)\1", "backreferences are not supported"),
+        (r"\bab", "lookarounds not supported yet; WordUnicode in regex"),
+        ("(?x)#[\n(a{1000}){1000}", "has the flag x, which is not supported"),
+        ("a{2001}", "has more than 2000 characters"),
+        ("((a{100}){100}){100}", "has more than 2000 characters"),
+        ("(a{0,100}b{3,}){99}", "has more than 2000 characters"),
+        ("a{99999999999999999999}", "has more than 2000 characters"),
+        (".*[aeiou].{30}", "takes too much work"),
+        (".*[aeiou].{500}", "takes too much work"),
+        ("a" * (MAX_CONSTRAINT_BYTES + 1), "has more than 65536 bytes"),
+        ("é" * MAX_CONSTRAINT_BYTES, "has more than 65536 bytes"),
+    ],
+)
+def test_a_regex_that_cannot_be_enforced_is_refused(regex: str, description: str) -> None:
+    field, given = refusal(regex=regex)
+    assert field == "regex"
+    assert given.startswith(description)
+
+
+def test_choices_are_the_texts_as_they_are() -> None:
+    texts = ("yes", "no", "nothing", 'a "quoted"\n\\text', "<|im_end|>", "😀é", "/x/")
+    grammar = grammar_of("", "", texts)
+    assert [text for text in (*texts, "noth", "", "yesno", "maybe", "YES") if allows(grammar, text)] == list(texts)
+
+
+@pytest.mark.parametrize(
+    ("choices", "field", "description"),
+    [
+        (("a", "b", ""), "choices[2]", "is empty"),
+        (("a",) * 1001, "choices", "has more than 1000 texts"),
+        (("a" * MAX_CONSTRAINT_BYTES, "b"), "choices", "has more than 65536 bytes"),
+        (("\ud800",), "choices", ""),
+    ],
+)
+def test_choices_that_cannot_be_enforced_are_refused(choices: tuple[str, ...], field: str, description: str) -> None:
+    assert refusal(choices=choices)[0] == field
+    assert refusal(choices=choices)[1].startswith(description)
+
+
+def _deep(levels: int) -> str:
+    return '{"items": ' * levels + "{}" + "}" * levels
+
+
+WORST: dict[str, Callable[[], Any]] = {
+    "1 MiB": lambda: grammar_of(json.dumps({"enum": ["a" * 100] * 10_000}), "", ()),
+    "10,000 levels": lambda: grammar_of(_deep(10_000)[:MAX_CONSTRAINT_BYTES], "", ()),
+    "5,000 levels": lambda: grammar_of(_deep(5_000), "", ()),
+    "5,000 lists": lambda: grammar_of('{"const": ' + "[" * 5_000 + "]" * 5_000 + "}", "", ()),
+    "many schemas": lambda: grammar_of('{"anyOf": [' + ", ".join(['{"type": "string"}'] * 990) + ', {"not": {}}]}', "", ()),
+    "many members": lambda: grammar_of(json.dumps({f"a{index}": 1 for index in range(5_000)}), "", ()),
+    "ring of references": lambda: grammar_of(
+        json.dumps({"$ref": "#/$defs/0", "$defs": {str(n): {"$ref": f"#/$defs/{(n + 1) % 900}"} for n in range(900)}}), "", ()
+    ),
+    "large pattern": lambda: grammar_of(
+        json.dumps({"prefixItems": [{"pattern": f".*[aeiou].{{{n}}}"} for n in range(30, 60)]}), "", ()
+    ),
+    "regex": lambda: grammar_of("", "(" * 30_000 + ")" * 30_000, ()),
+    "alternatives": lambda: grammar_of("", "|".join(f"(.*a.{{{n % 9}}})" for n in range(2_000)), ()),
+    "classes": lambda: grammar_of("", r"(\p{L}?\p{N}?){1,990}", ()),
+}
+
+
+@pytest.mark.parametrize("name", WORST)
+def test_a_constraint_is_refused_at_once(name: str) -> None:
+    grammar_of("", r".*[aeiou].{1}", ())  # builds what all trials share
+    begun = time.thread_time()
+    with pytest.raises(InvalidFieldError):
+        WORST[name]()
+    assert time.thread_time() - begun < 0.1
+
+
+def test_every_supported_keyword_is_read() -> None:
+    for keyword in SUPPORTED_KEYWORDS:
+        assert "not a supported keyword" not in refusal({keyword: {"not": {}}} | {"else": 1})[1].partition("/else")[0]
