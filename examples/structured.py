@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from typing import Literal
+from typing import Annotated, Literal
 
 from flywheel_client import Client, FlywheelError
 from pydantic import BaseModel, Field
@@ -14,7 +14,7 @@ class Llama(BaseModel):
     name: str = Field(max_length=20)
     colour: Literal["white", "brown", "black"]
     age: int = Field(ge=0, le=30)
-    hobbies: list[str] = Field(max_length=3)
+    hobbies: list[Annotated[str, Field(max_length=20)]] = Field(max_length=3)
 
 
 def main(address: str, question: str, max_tokens: int) -> None:

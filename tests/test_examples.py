@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 from flywheel_proto.v1 import generation_pb2 as pb
 from flywheel_server import EngineModel, EngineUnavailableError, GenerationRequest, PreparedRequest, Sink
+from flywheel_server.engines.llama_cpp.default_model import default_model
+from flywheel_server.engines.llama_cpp.engine import EmbeddedEngine
 from flywheel_server.engines.scripted import Script, ScriptedEngine
 
 from tests.contract import ROOT
@@ -216,6 +218,14 @@ async def test_structured() -> None:
     assert cut_off == ["incomplete after 9 tokens, finish reason length: raise --max-tokens"]
     assert refused[0].startswith("INVALID_ARGUMENT: This engine does not support json_schema")
     assert json.loads(str(engine.schema))["properties"].keys() == {"name", "colour", "age", "hobbies"}
+
+
+@pytest.mark.thorough
+async def test_structured_with_a_model() -> None:
+    engine = EmbeddedEngine(default_model(), context_tokens=1024, slots=1, threads=1, batch_tokens=32, prompt_format="chat")
+    async with serving(engine) as target:
+        (printed,) = await output("structured", "--address", target.address)
+    assert re.fullmatch(r"Llama\(name='.*', colour='(white|brown|black)', age=\d+, hobbies=\[.*\]\)", printed)
 
 
 async def test_fan_out() -> None:
