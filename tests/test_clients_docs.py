@@ -31,6 +31,8 @@ OPTIONS = CONTRACT.GetOptions()
 SERVICE = CONTRACT.services_by_name["GenerationService"]
 METHODS = set(SERVICE.methods_by_name)
 REQUEST = set(generation_pb2.GenerationRequest.DESCRIPTOR.fields_by_name)
+MESSAGE = set(generation_pb2.Message.DESCRIPTOR.fields_by_name)
+CONSTRAINTS = {field.name for field in generation_pb2.GenerationRequest.DESCRIPTOR.oneofs_by_name["constraint"].fields}
 DELTA = set(generation_pb2.GenerationDelta.DESCRIPTOR.fields_by_name)
 
 
@@ -52,10 +54,13 @@ def lower(name: str) -> str:
 
 
 NAMED = [
-    ("go", r"\bpb\.(?!New)(\w+)", set(CONTRACT.message_types_by_name)),
+    ("go", r"\bpb\.(?!New|\w+_)(\w+)", set(CONTRACT.message_types_by_name)),
     ("go", r"\bpb\.New(\w+)Client\(", {SERVICE.name}),
     ("go", r"Client\(conn\)\.(\w+)\(", METHODS),
-    ("go", r"[{ ](\w+): (?:\"Name|\d)", set(map(camel, REQUEST))),
+    ("go", r"[{ \t](\w+): (?:\"Name|\d|proto\.|\[\]\*pb\.)", set(map(camel, REQUEST))),
+    ("go", r"\b(\w+): \"(?:system|You|Where)", set(map(camel, MESSAGE))),
+    ("go", r"&pb.GenerationRequest_(\w+)\{", set(map(camel, CONSTRAINTS))),
+    ("go", r"(\w+): &pb.GenerationRequest_", {"Constraint"}),
     ("go", r"delta\.Get(\w+)", set(map(camel, DELTA))),
     ("go", r"//go:embed flywheel/v1/(\S+)", {"generation_grpc_service_config.json"}),
     ("sh", r"\bM(\S+?)=", {CONTRACT.name}),
@@ -67,8 +72,8 @@ NAMED = [
     ("sh", r"describe flywheel\.v1\.(\w+)", set(CONTRACT.message_types_by_name)),
     ("java", r"import dev\.(\S+)\.\*", {OPTIONS.java_package.removeprefix("dev.")}),
     ("java", r"(\w+)Grpc\.newBlockingStub", {SERVICE.name}),
-    ("java", r"(\w+)\.newBuilder\(\)\.setText", set(CONTRACT.message_types_by_name)),
-    ("java", r"\.set(\w+)\(", set(map(camel, REQUEST))),
+    ("java", r"(\w+)\.newBuilder\(\)\.set", set(CONTRACT.message_types_by_name)),
+    ("java", r"\.(?:set|add)(\w+)\(", set(map(camel, REQUEST | MESSAGE))),
     ("java", r"stub\.(?!withInterceptors)(\w+)\(", set(map(lower, METHODS))),
     ("java", r"delta\.get(\w+)\(", set(map(camel, DELTA))),
     ("js", r"const \{ (\w+) \} = grpc", {SERVICE.name}),

@@ -1,6 +1,7 @@
 """The programs in `examples/`, each run as a user runs it, against servers that play a script."""
 
 import asyncio
+import json
 import os
 import pty
 import re
@@ -9,15 +10,18 @@ import sys
 from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from flywheel_proto.v1 import generation_pb2 as pb
-from flywheel_server import EngineUnavailableError, GenerationRequest, PreparedRequest, Sink
+from flywheel_server import EngineModel, EngineUnavailableError, GenerationRequest, PreparedRequest, Sink
+from flywheel_server.engines.llama_cpp.default_model import default_model
+from flywheel_server.engines.llama_cpp.engine import EmbeddedEngine
 from flywheel_server.engines.scripted import Script, ScriptedEngine
 
 from tests.contract import ROOT
-from tests.serving import connected, serving
+from tests.serving import connected, serving, until
 
 EXAMPLES = ROOT / "examples"
 MAX_LINES = 39
@@ -29,11 +33,17 @@ class Recorder(ScriptedEngine):
     def __init__(self, script: Script, *, first_fails: bool = False) -> None:
         super().__init__(script)
         self.prompts: list[str] = []
+        self.conversations: list[list[tuple[str, str]]] = []
+        self.max_tokens: list[int] = []
+        self.schema: str | None = None
         self.most_running = 0
         self._first_fails = first_fails
 
     async def prepare(self, request: GenerationRequest) -> PreparedRequest:
         self.prompts.append(request.text)
+        self.conversations.append([(message.role, message.content) for message in request.messages])
+        self.max_tokens.append(request.max_tokens)
+        self.schema = request.json_schema
         return await super().prepare(request)
 
     async def generate(self, prepared: PreparedRequest, sink: Sink) -> None:
@@ -117,11 +127,105 @@ async def test_stream_draws_over_what_it_has_drawn_in_a_terminal() -> None:
 
 
 async def test_chat() -> None:
-    engine = Recorder(Script(text=" Hum.\nUser: no", bytes_per_token=3))
+    engine = Recorder(Script(text=" Hum.", bytes_per_token=5, end_after=1, fail_after=0, fail_on="fail"))
+    questions = ["Hello", "Please fail", *(f"question {number}" for number in range(11))]
     async with serving(engine) as target:
-        printed = await output("chat", "--address", target.address, stdin="Hello\nAnd you?\n")
-    assert printed == [">  Hum.", ">  Hum.", "> "]
-    assert engine.prompts == ["User: Hello\nAssistant:", "User: Hello\nAssistant: Hum.\nUser: And you?\nAssistant:"]
+        printed = await output("chat", "--address", target.address, stdin="\n".join(questions))
+    assert printed.pop(1).startswith("> INTERNAL: ")
+    assert printed == [*([">  Hum."] * 12), "> "]
+    system, *first = engine.conversations[0]
+    assert (system[0], first) == ("system", [("user", "Hello")])
+    assert engine.conversations[2] == [system, *first, ("assistant", " Hum."), ("user", "question 0")]
+    roles, contents = zip(*engine.conversations[-1], strict=True)
+    assert roles == ("system", *(["user", "assistant"] * 10), "user")
+    assert contents[1::2] == tuple(questions[2:]), "the oldest question is forgotten"
+
+
+async def test_chat_goes_on_after_ctrl_c() -> None:
+    engine = Recorder(Script(text="Hum ", token_delay=0.01))
+    async with serving(engine) as target, started(EXAMPLES / "chat.py", "--address", target.address) as process:
+        assert process.stdin
+        assert process.stdout
+        for _ in range(2):
+            process.stdin.write(b"Sing\n")
+            assert await asyncio.wait_for(process.stdout.readuntil(b"> Hum "), 30)
+            process.send_signal(signal.SIGINT)
+            await until(lambda: not engine.running, "the call is cancelled on the server")
+        process.stdin.write_eof()
+        await asyncio.wait_for(process.wait(), 20)
+    assert process.returncode == 0
+    *_, sung, again = engine.conversations[-1]
+    assert sung[0] == "assistant"
+    assert set(sung[1].split()) == {"Hum"}
+    assert again == ("user", "Sing")
+
+
+class Broken(Recorder):
+    """A recorder whose first generation breaks off."""
+
+    async def generate(self, prepared: PreparedRequest, sink: Sink) -> None:
+        self.script = self.script.model_copy(update={"fail_after": 3 if len(self.conversations) == 1 else None})
+        await super().generate(prepared, sink)
+
+
+async def test_resume() -> None:
+    script = Script(text="Llamas hum. ", bytes_per_token=4, failure="unavailable")
+    broken = Broken(script)
+    async with serving(broken) as target:
+        printed = await output("resume", "Well?", "--max-tokens", "9", "--address", target.address)
+    assert broken.conversations == [[("user", "Well?")], [("user", "Well?"), ("assistant", "Llamas hum. ")]]
+    assert broken.max_tokens == [9, 6]
+    assert printed == ["Llamas hum. " * 3]
+    async with serving(ScriptedEngine(script.model_copy(update={"fail_after": 0}))) as target:
+        refused = await output("resume", "--address", target.address, fails=True)
+    assert refused[-1].startswith("UNAVAILABLE: ")
+
+
+async def test_reproduce() -> None:
+    script = Script(texts=("zero", "one ", "two ", "three "), bytes_per_token=8, end_after=1)
+    async with serving(ScriptedEngine(script)) as target:
+        printed = await output("reproduce", "--seed", "5", "--address", target.address)
+    assert printed == ["--- seed 5", "one ", "--- seed 6", "two ", "--- seed 7", "three ", "--- seed 6", "two "]
+    async with serving(Inexact(script)) as target:
+        refused = await output("reproduce", "--address", target.address, fails=True)
+    assert refused == ["samples with the same seed may differ on this server"]
+
+
+class Inexact(ScriptedEngine):
+    """An engine that does not promise that a seed repeats a sample."""
+
+    def model(self) -> EngineModel:
+        return replace(super().model(), exact_seeds=False)
+
+
+class Structured(Recorder):
+    """An engine that answers each schema with the document of its script."""
+
+    def model(self) -> EngineModel:
+        model = super().model()
+        return replace(model, supported_fields=model.supported_fields | {"json_schema"})
+
+
+async def test_structured() -> None:
+    document = '{"name": "Ada", "colour": "white", "age": 3, "hobbies": ["humming"]}'
+    engine = Structured(Script(text=document, bytes_per_token=1, end_after=len(document)))
+    async with serving(engine) as target:
+        printed = await output("structured", "--address", target.address)
+        cut_off = await output("structured", "--max-tokens", "9", "--address", target.address, fails=True)
+    async with serving(ScriptedEngine()) as target:
+        refused = await output("structured", "--address", target.address, fails=True)
+    assert printed == ["Llama(name='Ada', colour='white', age=3, hobbies=['humming'])"]
+    assert cut_off == ["incomplete after 9 tokens, finish reason length: raise --max-tokens"]
+    assert refused[0].startswith("INVALID_ARGUMENT: This engine does not support json_schema")
+    assert json.loads(str(engine.schema))["properties"].keys() == {"name", "colour", "age", "hobbies"}
+
+
+@pytest.mark.thorough
+async def test_structured_with_a_model() -> None:
+    engine = EmbeddedEngine(default_model(), context_tokens=1024, slots=1, threads=1, batch_tokens=32, prompt_format="chat")
+    async with serving(engine) as target:
+        (printed,) = await output("structured", "--address", target.address)
+    assert re.fullmatch(r"Llama\(name='.*', colour='(white|brown|black)', age=\d+, hobbies=\[.*\]\)", printed)
 
 
 async def test_fan_out() -> None:

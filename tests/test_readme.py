@@ -15,7 +15,9 @@ from flywheel_proto.v1 import generation_pb2
 from flywheel_server.deployment.settings import DEPLOY_PREFIX, Deployment
 from flywheel_server.deployment.weights import DoesNotFitError, check_fit, find
 from flywheel_server.engines.scripted import ScriptedEngine
+from flywheel_server.messages import GenerationRequest, RequestLimits
 from flywheel_server.settings import PREFIX, Settings, default_text, flag
+from flywheel_server.translation import request_from_proto
 from google.protobuf import json_format
 
 from tests.contract import ROOT
@@ -99,9 +101,12 @@ async def test_the_python_runs(document: Path, printed: list[str]) -> None:
         assert expected in out.decode()
 
 
-def test_the_request_for_grpcurl_is_one() -> None:
-    (request,) = re.findall(r"-d '(\{.*?\})'", README.read_text(), re.DOTALL)
-    json_format.ParseDict(json.loads(request), generation_pb2.GenerationRequest())
+def test_the_requests_for_grpcurl_are_valid() -> None:
+    limits = RequestLimits(2**20, 16, 8192, supported_fields=frozenset(GenerationRequest.model_fields))
+    requests = re.findall(r"-d '(\{.*?\})'", README.read_text(), re.DOTALL)
+    assert len(requests) == 2
+    for request in requests:
+        request_from_proto(json_format.ParseDict(json.loads(request), generation_pb2.GenerationRequest()), limits)
 
 
 def test_the_readme_leads_to_every_document() -> None:

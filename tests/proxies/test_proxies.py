@@ -1,6 +1,7 @@
 """Behind real proxies, no call is lost while one of two servers drains, and only what may be repeated is."""
 
 import asyncio
+import base64
 import json
 import urllib.error
 import urllib.request
@@ -176,6 +177,14 @@ async def test_envoy_takes_json_and_answers_with_error_details(tmp_path: Path) -
         request = {"text": "x", "max_tokens": 1}
         status, (response,) = await post(address, "GenerateAll", request)
         assert (status, response["responses"][0]["finish_reason"]) == (200, "length")
+
+        status, (response,) = await post(address, "GenerateAll", {**request, "a_field_of_later": 1})
+        assert (status, response["num_samples"]) == (200, 1), "Envoy drops it, as the document says"
+
+        conversation = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1, "seed": 7, "logprobs": 1}
+        status, (response,) = await post(address, "GenerateAll", conversation)
+        (sample,) = response["responses"]
+        assert (status, sample["seed"], base64.b64decode(sample["tokens"][0]["text"])) == (200, 7, sample["text"].encode())
 
         status, deltas = await post(address, "GenerateDeltas", {**request, "num_samples": 3})
         assert (status, sorted(delta.get("index", 0) for delta in deltas)) == (200, [0, 1, 2])
