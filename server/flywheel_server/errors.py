@@ -202,7 +202,7 @@ def _unsupported_field(error: UnsupportedFieldError, _: str) -> CallStatus:
         StatusCode.INVALID_ARGUMENT,
         f"This engine does not support {', '.join(names)}: {error.reason}.",
         (
-            _bad_request([FieldViolation(name, error.reason) for name in names]),
+            _bad_request([FieldViolation(name, f"is not supported: {error.reason}") for name in names]),
             _error_info("UNSUPPORTED_FIELD", field=error.field),
         ),
     )

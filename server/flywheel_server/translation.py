@@ -58,7 +58,7 @@ def request_from_proto(message: pb.GenerationRequest, limits: RequestLimits) -> 
     if not limits.supported_fields.issuperset(fields):
         unsupported = [name for name in fields if name not in limits.supported_fields | SERVER_FIELDS]
         if unsupported:
-            raise UnsupportedFieldError(unsupported[0], "GetModel returns the fields that it supports", unsupported[1:])
+            raise UnsupportedFieldError(unsupported[0], "GetModel returns the supported fields", unsupported[1:])
     return request
 
 

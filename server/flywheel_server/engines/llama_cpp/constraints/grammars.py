@@ -50,7 +50,8 @@ JSON_OPTIONS: Final = {"item_separator": ", ", "key_separator": ": ", "whitespac
 def grammar_of(json_schema: str | None, regex: str | None, choices: Sequence[str] | None) -> str:
     """Returns the grammar for the one constraint that is set; empty if none is. Takes at most 0.1 s of CPU time.
 
-    The sizes are within the limits of `flywheel_server.messages`. Raises `InvalidFieldError` if the constraint cannot be read, cannot be enforced, or would keep other callers waiting.
+    Sizes are not checked here: `GenerationRequest` bounds them. Raises `InvalidFieldError` if the constraint cannot be read,
+    cannot be enforced, or would keep other callers waiting.
     """
     if json_schema:
         return _checked("json_schema", json_schema, _schema_grammar)
