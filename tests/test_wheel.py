@@ -21,6 +21,7 @@ from tests.thorough import further
 CLIENT, SERVER = ("flywheel",), ("flywheel-server",)
 CLIENT_MODULE, SERVER_MODULE = ("python", "-m", "flywheel_client"), ("python", "-m", "flywheel_server")
 FROM_MODAL = ("python", "-c", "import flywheel_client as it; it.Client.from_modal(); it.AsyncClient.from_modal()")
+IMPORT = ("python", "-c", "import flywheel_server; flywheel_server.Settings")
 DOWNLOAD = ("python", "-c", "import flywheel_server.deployment.download")
 STARTS = ("--address", "127.0.0.1:0", "--drain-timeout", "0")
 UNREACHABLE = ("health", "--address", "127.0.0.1:1")
@@ -45,7 +46,7 @@ def prints_version(*programs: Sequence[str]) -> list[Run]:
 
 
 RUNS = {
-    "": lacks("cli", CLIENT, CLIENT_MODULE) + lacks("server", SERVER, SERVER_MODULE) + lacks("modal", FROM_MODAL),
+    "": lacks("cli", CLIENT, CLIENT_MODULE) + lacks("server", SERVER, SERVER_MODULE, IMPORT) + lacks("modal", FROM_MODAL),
     "cli": [
         *prints_version(CLIENT, CLIENT_MODULE),
         Run((*CLIENT, *UNREACHABLE), 1, "UNAVAILABLE"),

@@ -15,6 +15,8 @@ Import only the names in `__all__`. Everything else may change without notice.
 
 import importlib
 
+from flywheel_proto._extras import install_hint as _install_hint
+
 __all__ = [
     "Capacity",
     "Engine",
@@ -104,7 +106,10 @@ else:
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         modules = map(importlib.import_module, _MODULES)
-        value = globals()[name] = next(getattr(module, name) for module in modules if hasattr(module, name))
+        try:
+            value = globals()[name] = next(getattr(module, name) for module in modules if hasattr(module, name))
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(_install_hint(error.name or "") or str(error), name=error.name) from error
         return value
 
     def __dir__() -> list[str]:

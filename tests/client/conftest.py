@@ -1,6 +1,7 @@
 """A server that does what a test tells it to, for the tests of the client to call over the wire."""
 
 import asyncio
+import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -235,6 +236,18 @@ def serving_fake(
         yield service
     finally:
         server.stop(None).wait()
+
+
+@pytest.fixture
+def held_port() -> Iterator[int]:
+    """A port of the loopback interface for `serving_fake`, on which nothing listens at first.
+
+    No other test gets this port when it asks for a free one. A server of grpc can listen on it, because grpc shares ports.
+    """
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        holder.bind(("127.0.0.1", 0))
+        yield holder.getsockname()[1]
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
@@ -143,16 +142,13 @@ async def test_a_call_may_wait_until_the_server_is_serving(
     assert (await call, await stream) == ("p", "ab")
 
 
-async def test_a_call_may_wait_for_a_server_that_starts_later(caller: Callable[..., Caller]) -> None:
-    with socket.socket() as reserved:
-        reserved.bind(("127.0.0.1", 0))
-        port = reserved.getsockname()[1]
-    one = caller(f"127.0.0.1:{port}", retry=None, wait_for_ready=True)
+async def test_a_call_may_wait_for_a_server_that_starts_later(caller: Callable[..., Caller], held_port: int) -> None:
+    one = caller(f"127.0.0.1:{held_port}", retry=None, wait_for_ready=True)
     call = asyncio.create_task(one.call(timeout=WAIT))
     health = asyncio.create_task(one.ask(one.client.stats, timeout=WAIT))
     with pytest.raises(UnavailableError):
         await one.call(wait_for_ready=False)
-    with serving_fake(port=port):
+    with serving_fake(port=held_port):
         assert await call == "p"
         assert (await health).active == 2
         await one.close()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -26,15 +25,12 @@ if TYPE_CHECKING:
     from tests.client.conftest import FakeService
 
 
-def test_a_command_may_wait_for_the_server() -> None:
-    with socket.socket() as reserved:
-        reserved.bind(("127.0.0.1", 0))
-        port = reserved.getsockname()[1]
-    command = [*FLYWHEEL, "stats", "--address", f"127.0.0.1:{port}", "--json", "--timeout", str(WAIT)]
+def test_a_command_may_wait_for_the_server(held_port: int) -> None:
+    command = [*FLYWHEEL, "stats", "--address", f"127.0.0.1:{held_port}", "--json", "--timeout", str(WAIT)]
     with subprocess.Popen([*command, "--wait-for-ready"], stdout=subprocess.PIPE) as waiting:
         # While this one fails, the other waits.
         assert subprocess.run(command, capture_output=True, check=False).returncode == 1
-        with serving_fake(port=port):
+        with serving_fake(port=held_port):
             answer, _ = waiting.communicate(timeout=WAIT)
     assert json.loads(answer)["active"] == 2
 

@@ -234,14 +234,12 @@ async def test_an_endpoint_that_falls_silent_holds_up_a_running_client_once(
 
 
 async def test_an_endpoint_that_answers_later_is_used_as_soon_as_it_does(
-    caller: Callable[..., Caller], fakes: list[FakeService], monkeypatch: pytest.MonkeyPatch
+    caller: Callable[..., Caller], fakes: list[FakeService], monkeypatch: pytest.MonkeyPatch, held_port: int
 ) -> None:
     monkeypatch.setattr(_pool, "REFRESH_AFTER_SECONDS", 0.0)
-    with socket.create_server(("127.0.0.1", 0)) as reserved:
-        port = reserved.getsockname()[1]
-    one = caller(FakeDirectory(f"127.0.0.1:{port}", fakes[0].address), timeout=10.0)
+    one = caller(FakeDirectory(f"127.0.0.1:{held_port}", fakes[0].address), timeout=10.0)
     assert await one.call() == "p"
-    with serving_fake(port=port) as late:
+    with serving_fake(port=held_port) as late:
 
         async def used() -> bool:
             await one.call()
