@@ -107,7 +107,7 @@ else:
         try:
             value = globals()[name] = next(getattr(module, name) for module in modules if hasattr(module, name))
         except ModuleNotFoundError as error:
-            from flywheel_proto._extras import install_hint  # noqa: PLC0415 - only a missing extra needs it
+            from flywheel_proto._extras import install_hint
 
             raise ModuleNotFoundError(install_hint(error.name or "") or str(error), name=error.name) from error
         return value

@@ -169,6 +169,12 @@ class EmbeddedEngine(Engine):
             self._tokenizer.tokens(CHECK_REQUEST, lambda: False)
         except PromptTooLongError as error:
             raise UnusableModelError(self._context_problem(error.prompt_tokens)) from error
+        self._read_vocabulary_for_grammars()
+
+    def _read_vocabulary_for_grammars(self) -> None:
+        """Makes llama.cpp read its vocabulary for LLGuidance, which the first grammar does while other callers wait."""
+        body = {"prompt": self._llama.tokenize("a"), "max_tokens": 1, "grammar": grammar_of(None, "a", None)}
+        self._llama.complete(body, lambda _: True)
 
     def _context_problem(self, prompt_tokens: int) -> str:
         problem = f"has no room for a prompt of one word, {prompt_tokens} tokens, in a context of {self._context_tokens}"
