@@ -11,12 +11,13 @@ from examples.custom_engine import EchoEngine
 from tests.modal_cloud import ModalCloud, scripted
 from tests.serving import Target, connected, serving
 
+ENGINES = ["scripted", "embedded", "flywheel", "flywheel-whole", "example", "running"]
+"""The last one is a running server."""
+
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "target" in metafunc.fixturenames:
-        engines = ["scripted", "embedded", "flywheel", "flywheel-whole", "example"]
-        if metafunc.config.getoption("address"):
-            engines.append("running")
+        engines = ENGINES if metafunc.config.getoption("address") else ENGINES[:-1]
         metafunc.parametrize("target", engines, indirect=True, scope="session")
 
 

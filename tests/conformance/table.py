@@ -16,17 +16,27 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             properties = dict(getattr(report, "user_properties", ()))
             if "cell" in properties:
                 name, method, engine = properties["cell"]
-                # The fields of a TokenizeRequest are others, though their names are the same.
-                row = f"Tokenize {name}" if method == "Tokenize" else name
-                results[row, engine][method] = FAILED if report.failed else properties.get("result", FAILED)
+                results[row_of((name, method)), engine][method] = FAILED if report.failed else properties.get("result", FAILED)
     if not results:
         return
-    names, engines = (list(dict.fromkeys(key[part] for key in results)) for part in (0, 1))
+    # Not at the top, because pytest loads a plugin before it can rewrite the assertions of test files.
+    from tests.conformance.conftest import ENGINES
+    from tests.conformance.test_fields import CELLS
+
+    # The order in which tests end is another one each time.
+    names = [name for name in dict.fromkeys(map(row_of, CELLS)) if any((name, engine) in results for engine in ENGINES)]
+    engines = [engine for engine in ENGINES if any((name, engine) in results for name in names)]
     terminalreporter.section("fields of a request, by engine")
     rows = [["field", *engines], *([name, *(_cell(results[name, engine]) for engine in engines)] for name in names)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         terminalreporter.write_line("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+
+
+def row_of(cell: tuple[str, str]) -> str:
+    """Returns the name of the row for a field and a method. The fields of a TokenizeRequest have rows of their own."""
+    name, method = cell
+    return f"Tokenize {name}" if method == "Tokenize" else name
 
 
 def _cell(results: Mapping[str, str]) -> str:
