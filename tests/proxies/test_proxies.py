@@ -196,6 +196,11 @@ async def test_envoy_takes_json_and_answers_with_error_details(tmp_path: Path) -
             assert detail["@type"] == "type.googleapis.com/google.rpc.BadRequest"
             assert [each["field"] for each in detail["field_violations"]] == ["max_tokens", "top_p"]
 
+        wrong = {"messages": [{"role": "User"}], "max_tokens": 1, "logit_bias": {"7": 200}, "choices": {"texts": [""]}}
+        status, (error,) = await post(address, "GenerateAll", wrong)
+        named = [each["field"] for each in error["details"][0]["field_violations"]]
+        assert (status, named) == (400, ["messages[0].role", "logit_bias[7]", "choices[0]"])
+
         status, (error,) = await post(address, "GetModel", {}, key=None)
         (detail,) = error["details"]
         assert (status, detail["reason"]) == (401, "API_KEY_MISSING")
