@@ -57,7 +57,7 @@ async def test_a_repetition_penalty_makes_repetition_rarer(embedded: EmbeddedEng
     assert await texts(embedded_target, repetition_penalty=1.0) == await texts(embedded_target)
 
 
-@pytest.mark.parametrize("penalty", [1e38, *further([1e-38])])
+@pytest.mark.parametrize("penalty", [1e-45, *further([1e-38, 3e38])])
 async def test_an_extreme_repetition_penalty_harms_nobody(embedded_target: Target, penalty: float) -> None:
     assert len(await texts(embedded_target, temperature=1.0, repetition_penalty=penalty, num_samples=2, max_tokens=3)) == 2
     assert (await texts(embedded_target, COUNTING))[0].startswith(" 14, 15")

@@ -15,6 +15,10 @@ from flywheel_server.messages import LikelyToken, Token
 MIN_TEMPERATURE: Final = 1e-6
 """At lower temperatures the logits may overflow. Sampling is as good as greedy there, so these temperatures count as 0."""
 
+MIN_REPETITION_PENALTY: Final = 1e-30
+MAX_REPETITION_PENALTY: Final = 1e30
+"""Beyond these limits, the logits would overflow, or llama.cpp would take the penalty for 0. At them, samples are the same."""
+
 
 class Completion:
     """One completion. Its time limit counts from now on.
@@ -152,7 +156,7 @@ def _body(prepared: PreparedRequest, num_samples: int) -> dict[str, Any]:
         "samplers": ["penalties", "top_k", "temperature", "top_p", "min_p"],
         "presence_penalty": request.presence_penalty,
         "frequency_penalty": request.frequency_penalty,
-        "repeat_penalty": request.repetition_penalty,
+        "repeat_penalty": min(max(request.repetition_penalty, MIN_REPETITION_PENALTY), MAX_REPETITION_PENALTY),
         # The penalties count all tokens so far. By default, llama.cpp would count the last 64.
         "repeat_last_n": len(prompt) + request.max_tokens,
         "logit_bias": list(request.logit_bias.items()),
