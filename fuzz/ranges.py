@@ -159,7 +159,7 @@ class Biases:
 
 @dataclass(frozen=True)
 class Choices:
-    """1 to 256 texts that are not empty, no two the same, together of at most `max_bytes` bytes in UTF-8."""
+    """1 to 1000 texts that are not empty, no two the same, together of at most `max_bytes` bytes in UTF-8."""
 
     max_bytes: int
 
@@ -171,17 +171,17 @@ class Choices:
     @property
     def highest(self) -> pb.Choices:
         """The most texts, together the longest."""
-        length = self.max_bytes // 256
-        return pb.Choices(texts=[f"{number:0{length}}" for number in range(256)])
+        length = self.max_bytes // 1000
+        return pb.Choices(texts=[f"{number:0{length}}" for number in range(1000)])
 
     def accepts(self, value: pb.Choices) -> bool:
         """Returns whether the texts are in the range."""
         texts = list(value.texts)
-        return 1 <= len(texts) <= 256 and all(texts) and len({*texts}) == len(texts) and _bytes(texts) <= self.max_bytes
+        return 1 <= len(texts) <= 1000 and all(texts) and len({*texts}) == len(texts) and _bytes(texts) <= self.max_bytes
 
     def wrong(self) -> list[tuple[str, Any]]:
         """Returns values out of the range; see `Integers.wrong`."""
-        several: Any = (["x", "x"], [], [str(number) for number in range(257)], ["é" * (self.max_bytes // 2), "x"])
+        several: Any = (["x", "x"], [], [str(number) for number in range(1001)], ["é" * (self.max_bytes // 2), "x"])
         return [("[1]", pb.Choices(texts=["x", ""])), *(("", pb.Choices(texts=texts)) for texts in several)]
 
 
@@ -212,9 +212,9 @@ def ranges(limits: RequestLimits) -> Mapping[str, Range]:
         "min_p": Floats(0, 1),
         "repetition_penalty": Floats(FLOAT_MIN),
         "logit_bias": Biases({0: -100.0}, dict.fromkeys(range(INT32_MAX - 299, INT32_MAX + 1), 100.0)),
-        "json_schema": Texts(2**14),
-        "regex": Texts(2**14),
-        "choices": Choices(2**14),
+        "json_schema": Texts(2**16),
+        "regex": Texts(2**16),
+        "choices": Choices(2**16),
         "logprobs": Integers(0, 20),
         "time_limit": Floats(0, sys.float_info.max),
         "priority": Integers(-1000, 0),

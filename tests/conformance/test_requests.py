@@ -132,8 +132,8 @@ async def test_the_model_tells_limits_and_defaults(target: Target) -> None:
         max_stop_bytes=256,
         max_messages=256,
         max_logit_bias=300,
-        max_constraint_bytes=2**14,
-        max_choices=256,
+        max_constraint_bytes=2**16,
+        max_choices=1000,
         max_logprobs=20,
     )
     assert model.defaults == pb.Defaults(num_samples=1, temperature=1.0, top_k=50, top_p=1.0, repetition_penalty=1.0)

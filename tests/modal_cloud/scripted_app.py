@@ -17,13 +17,16 @@ from flywheel_server.deployment.model import RemoteModel
 from flywheel_server.deployment.supervised import SupervisedEngine, end_container
 from flywheel_server.engines.base import EngineModel, Event, PreparedRequest, PromptTooLongError, Sink
 from flywheel_server.engines.modal import event_batch
-from flywheel_server.engines.scripted import Script, ScriptedEngine
+from flywheel_server.engines.scripted import SUPPORTED_FIELDS, Script, ScriptedEngine
 from flywheel_server.messages import GenerationRequest, GenerationResponseSample
 
 environment: dict[str, str | None] = {name: os.environ[name] for name in ("SCRIPTED_APP", "SCRIPT", "SCRIPTED_NEWER")}
 image = modal.Image.debian_slim().add_local_python_source("flywheel_proto", "flywheel_server")
 app = modal.App(environment["SCRIPTED_APP"])
 
+
+REFUSED = GenerationRequest.model_fields.keys() - SUPPORTED_FIELDS
+"""The fields that the engine does not honour."""
 
 NEWS = {"news": [{"of": "a later version"}]}
 
@@ -93,14 +96,18 @@ class Model:
         await self.supervised.__aexit__()
 
     @modal.method()
-    @signature.takes_fields()
+    @signature.takes_fields(refused=REFUSED)
     async def generate(self, /, **fields: Any) -> dict[str, Any]:
         return await self.remote.generate(**fields)
 
     @modal.method()
-    @signature.takes_fields("queue", "partition", "call")
+    @signature.takes_fields("queue", "partition", "call", refused=REFUSED)
     async def generate_deltas(self, /, **arguments: Any) -> dict[str, Any]:
         return await self.remote.generate_deltas(**arguments)
+
+    @modal.method()
+    async def tokenize(self, /, **fields: Any) -> dict[str, Any]:
+        return await self.remote.tokenize(**fields)
 
     @modal.method()
     async def running(self) -> int:
@@ -129,7 +136,7 @@ class Whole:
         self.remote = RemoteModel(scripted_engine())
 
     @modal.method()
-    @signature.takes_fields()
+    @signature.takes_fields(refused=REFUSED)
     async def generate(self, /, **fields: Any) -> dict[str, Any]:
         answer = await self.remote.generate(**fields)
         if NEWER:
@@ -145,7 +152,7 @@ class Versioned(Whole):
     """Has the methods of this project's class, with its signature, in this version or in a newer one."""
 
     @modal.method()
-    @signature.takes_fields("queue", "partition", "call")
+    @signature.takes_fields("queue", "partition", "call", refused=REFUSED)
     async def generate_deltas(self, /, **arguments: Any) -> dict[str, Any]:
         return await self.remote.generate_deltas(**arguments) | (NEWS if NEWER else {})
 
