@@ -1,17 +1,15 @@
 """The default model generates what constraints allow, at temperature 1."""
 
-import asyncio
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import jsonschema
 import pytest
+from flywheel_proto.v1 import generation_pb2 as pb
 from flywheel_server.engines.llama_cpp.constraints.grammars import grammar_of
 from flywheel_server.engines.llama_cpp.constraints.guard import ConstraintGuard
-from flywheel_server.engines.llama_cpp.default_model import default_model
-from flywheel_server.engines.llama_cpp.llama import Chunk, Llama
 
+from tests.serving import Target
 from tests.thorough import further
 
 SAMPLES = 10
@@ -84,46 +82,45 @@ SCHEMAS: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module")
-def llama() -> Iterator[Llama]:
-    llama = Llama(default_model(), context_tokens=4096, slots=4, threads=1, batch_tokens=64)
-    yield llama
-    llama.close()
+MAY_NOT_END = ("tree", "anything", "null or integer")
+"""The schemas whose documents may be too long for `MAX_TOKENS`, all of them."""
 
 
-def generate(llama: Llama, grammar: str, prompt: str, samples: int) -> list[tuple[str, str]]:
-    """Returns the text and the finish reason of each sample."""
-    texts, reasons, errors = [""] * samples, [""] * samples, []
-
-    def on_chunk(chunk: Chunk) -> bool:
-        if error := chunk.get("error"):
-            errors.append(error)
-            return True
-        choice = chunk["choices"][0]
-        texts[choice["index"]] += choice["text"]
-        reasons[choice["index"]] = choice["finish_reason"] or ""
-        return False
-
-    body = {"prompt": llama.tokenize(prompt), "n": samples, "max_tokens": MAX_TOKENS, "temperature": 1.0, "stream": True}
-    llama.complete(body | {"grammar": grammar, "samplers": ["temperature"], "min_p": 0.0}, on_chunk)
-    assert errors == []
-    return list(zip(texts, reasons, strict=True))
+async def generated(target: Target, method: str, request: pb.GenerationRequest) -> list[pb.GenerationResponseSample]:
+    """Returns the samples, whose texts are the joined deltas if the method streams them."""
+    if method == "GenerateAll":
+        return list((await target.stub.GenerateAll(request)).responses)
+    texts = [""] * request.num_samples
+    ends: list[pb.GenerationResponseSample] = []
+    async for delta in target.stub.GenerateDeltas(request):
+        texts[delta.index] += delta.text
+        if delta.finish_reason:
+            ends.append(
+                pb.GenerationResponseSample(
+                    text=texts[delta.index], finish_reason=delta.finish_reason, stop_sequence=delta.stop_sequence
+                )
+            )
+    return ends
 
 
 @pytest.mark.parametrize("name", ["discriminated", *further(SCHEMAS, but=["discriminated"])])
-async def test_finished_documents_are_as_the_schema_says(llama: Llama, name: str) -> None:
-    schema = SCHEMAS[name]
-    grammar = grammar_of(json.dumps(schema), "", ())
-    assert grammar
-    validator = jsonschema.Draft202012Validator(schema)
-    prompt = f"<|im_start|>user\nAnswer in JSON: {json.dumps(schema)}<|im_end|>\n<|im_start|>assistant\n"
-    done = 0
-    for _ in range(0, SAMPLES, 2):
-        for text, reason in await asyncio.to_thread(generate, llama, grammar, prompt, 2):
+async def test_finished_documents_are_as_the_schema_says(embedded_target: Target, name: str) -> None:
+    schema = json.dumps(SCHEMAS[name])
+    grammar = grammar_of(schema, None, None)
+    validator = jsonschema.Draft202012Validator(SCHEMAS[name])
+    request = pb.GenerationRequest(
+        text=f"Answer in JSON: {schema}", max_tokens=MAX_TOKENS, temperature=1.0, top_k=0, num_samples=2, json_schema=schema
+    )
+    finished = 0
+    for number in range(SAMPLES // 2):
+        del request.stop[:]
+        request.stop.extend(["e", "9"] if number == 1 else [])
+        for sample in await generated(embedded_target, ("GenerateAll", "GenerateDeltas")[number % 2], request):
             guard = ConstraintGuard(grammar)
-            assert guard.accepts(text), text
-            assert guard.is_complete() or reason == "length"
-            if reason == "stop":
-                validator.validate(json.loads(text))
-                done += 1
-    assert done or name in ("tree", "anything")
+            assert guard.accepts(sample.text), sample
+            if sample.finish_reason == "stop" and not sample.stop_sequence:
+                validator.validate(json.loads(sample.text))
+                finished += 1
+            else:
+                assert sample.stop_sequence or sample.finish_reason == "length", sample
+    assert finished or name in MAY_NOT_END
