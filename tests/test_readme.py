@@ -14,6 +14,7 @@ import pytest
 from flywheel_proto.v1 import generation_pb2
 from flywheel_server.deployment.settings import DEPLOY_PREFIX, Deployment
 from flywheel_server.deployment.weights import DoesNotFitError, check_fit, find
+from flywheel_server.engines.llama_cpp.constraints.keywords import SUPPORTED_KEYWORDS
 from flywheel_server.engines.scripted import ScriptedEngine
 from flywheel_server.messages import GenerationRequest, RequestLimits
 from flywheel_server.settings import PREFIX, Settings, default_text, flag
@@ -24,9 +25,11 @@ from tests.contract import ROOT
 from tests.serving import serving
 
 README = ROOT / "README.md"
-PYTHON, SETTINGS, MODAL = (ROOT / "docs" / name for name in ("python.md", "settings.md", "modal.md"))
+PYTHON, SETTINGS, MODAL, CONSTRAINTS = (
+    ROOT / "docs" / name for name in ("python.md", "settings.md", "modal.md", "constraints.md")
+)
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), ROOT / "benchmarks" / "README.md", *sorted(MODAL.parent.glob("*.md"))]
-TABLE = re.compile(r"(?<=<!-- settings: written by `python -m tests.test_readme` -->\n).*?(?=<!-- /settings -->)", re.DOTALL)
+TABLE = re.compile(r"(?<=<!-- table: written by `python -m tests.test_readme` -->\n).*?(?=<!-- /table -->)", re.DOTALL)
 
 
 def table() -> str:
@@ -46,11 +49,17 @@ def deployment_table() -> str:
     return "\n".join(rows) + "\n"
 
 
-TABLES = {SETTINGS: table, MODAL: deployment_table}
+def keywords_table() -> str:
+    rows = ["| keyword | value |", "|---|---|"]
+    rows += [f"| `{keyword}` | {value} |" for keyword, value in SUPPORTED_KEYWORDS.items()]
+    return "\n".join(rows) + "\n"
+
+
+TABLES = {SETTINGS: table, MODAL: deployment_table, CONSTRAINTS: keywords_table}
 
 
 @pytest.mark.parametrize("document", TABLES, ids=lambda document: document.name)
-def test_the_tables_of_settings_are_up_to_date(document: Path) -> None:
+def test_the_tables_are_up_to_date(document: Path) -> None:
     (written,) = TABLE.findall(document.read_text())
     assert written == TABLES[document](), "run `python -m tests.test_readme`"
 
