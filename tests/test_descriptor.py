@@ -125,9 +125,9 @@ class RefusingEngine(PulledEngine):
             },
         ),
         (
-            base.UnsupportedFieldError("top_k", "is unknown here"),
+            base.UnsupportedFieldError("top_k", "it is unknown here"),
             {
-                "BadRequest": {"field_violations": [{"field": "top_k", "description": "is unknown here"}]},
+                "BadRequest": {"field_violations": [{"field": "top_k", "description": "is not supported: it is unknown here"}]},
                 "ErrorInfo": {"reason": "UNSUPPORTED_FIELD", "domain": "flywheel.v1", "metadata": {"field": "top_k"}},
             },
         ),

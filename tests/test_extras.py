@@ -42,6 +42,7 @@ NEEDS = [
 ]
 FURTHER_NEEDS = [
     *(("flywheel-server", "server", module) for module in MODULES_BY_EXTRA["server"] if module != "structlog"),
+    ("flywheel-server by default", "embedded", "llguidance"),
     ("flywheel", "cli", "click"),
     ("flywheel endpoints", "modal", "modal"),
     ("flywheel --modal-app", "modal", "modal"),

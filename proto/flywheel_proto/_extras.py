@@ -11,7 +11,7 @@ DISTRIBUTION: Final = "flywheel-grpc"
 MODULES_BY_EXTRA: Final = {
     "cli": ("click",),
     "server": ("cryptography", "grpc_health", "grpc_reflection", "pydantic", "pydantic_settings", "structlog", "uvloop"),
-    "embedded": ("xllamacpp",),
+    "embedded": ("llguidance", "xllamacpp"),
     "modal": ("modal",),
 }
 """The extras of the distribution that the commands need, each with the modules that it installs."""
