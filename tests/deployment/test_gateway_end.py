@@ -1,7 +1,6 @@
 """How a gateway's container ends: in time when Modal ends it, however slow Modal is, and by itself if its server has ended."""
 
 import asyncio
-import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -177,9 +176,7 @@ async def test_a_gateway_that_ends_by_itself_ends_its_container(
 ) -> None:
     container = await only(cloud, f"breaking/{name}")
     (breaking / container.task_id).write_text(manner)
-    # grpc may crash when its event loop is gone, on a busy machine. That ends the container too.
-    crash = {-signal.SIGSEGV} if manner == "its event loop stops" else set()
-    assert await asyncio.to_thread(container.wait, 20) in {0, *crash}
+    assert await asyncio.to_thread(container.wait, 20) == 0
     assert "ended by itself" in container.output()
     assert "the exit hook has run" in container.output()
     replacement = await only(cloud, f"breaking/{name}")
