@@ -15,8 +15,6 @@ Import only the names in `__all__`. Everything else may change without notice.
 
 import importlib
 
-from flywheel_proto._extras import install_hint as _install_hint
-
 __all__ = [
     "Capacity",
     "Engine",
@@ -99,7 +97,9 @@ else:
         try:
             value = globals()[name] = next(getattr(module, name) for module in modules if hasattr(module, name))
         except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(_install_hint(error.name or "") or str(error), name=error.name) from error
+            from flywheel_proto._extras import install_hint
+
+            raise ModuleNotFoundError(install_hint(error.name or "") or str(error), name=error.name) from error
         return value
 
     def __dir__() -> list[str]:
