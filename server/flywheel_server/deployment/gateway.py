@@ -64,7 +64,6 @@ class GatewayThread:
         self._stop = asyncio.Event()
         self._told_to_stop = False
         self._ended = threading.Event()
-        self._serving: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         """Starts the server, and returns when it can be reached. Raises the error if it cannot start."""
@@ -107,9 +106,6 @@ class GatewayThread:
             _end_container()
 
     async def _serve(self) -> None:
-        # asyncio itself refers to a task only weakly. If the loop breaks off, the garbage collector would take this task apart
-        # before the loop has cancelled it, and Python would crash.
-        self._serving = asyncio.current_task()
         async with AsyncExitStack() as outlasting, serve(create_engine(self._settings), self._settings) as port:
             withdraw = None
             if self._tunnelled_app is not None:
