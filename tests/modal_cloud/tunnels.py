@@ -43,6 +43,7 @@ class Relay:
         self._context = context
         self._target = target
         self._listener: asyncio.Server | None = None
+        self._is_closed = False
         self._port = 0
         self._writers: set[asyncio.StreamWriter] = set()
         self._passes = asyncio.Event()
@@ -50,6 +51,7 @@ class Relay:
 
     async def open(self) -> int:
         """Starts to listen, on the same port each time, and returns the port."""
+        self._is_closed = False
         await self._listen(self._relay, self._context)
         return self._port
 
@@ -61,6 +63,7 @@ class Relay:
 
     def close(self) -> None:
         """Stops listening, and cuts the connections."""
+        self._is_closed = True
         self.refuse_new()
         self.cut()
         self._passes.set()
@@ -87,6 +90,8 @@ class Relay:
     ) -> None:
         self._listener = await asyncio.start_server(accept, "127.0.0.1", self._port, ssl=context)
         self._port = int(self._listener.sockets[0].getsockname()[1])
+        if self._is_closed:  # while it began to listen
+            self.refuse_new()
 
     async def _ignore(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._writers.add(writer)
@@ -185,6 +190,7 @@ class Tunnels:
             return request.port
 
         relay = Relay(self._certificates.context(h2=request.tunnel_type == api_pb2.TUNNEL_TYPE_H2), target)
+        container.at_exit.append(relay.close)
         port, loop = await relay.open(), asyncio.get_running_loop()
         tunnel = Tunnel(container.task_id, request.port, request.tunnel_type, HOST, port, relay, loop)
         self.all.append(tunnel)

@@ -93,7 +93,10 @@ class GatewayThread:
     def _run(self) -> None:
         try:
             with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
-                runner.run(self._serve())
+                try:
+                    runner.run(self._serve())
+                finally:
+                    self._end_serving()
         except BaseException as error:
             # Every exception counts: otherwise the container would go on without a server.
             if not self._ready.done():
@@ -106,9 +109,17 @@ class GatewayThread:
             log.error("the gateway has ended by itself: its container ends")
             _end_container()
 
+    def _end_serving(self) -> None:
+        """Ends the server in order if its event loop broke off, before the runner cancels all other tasks of the loop.
+
+        Among these is a task of gRPC that waits for the next call. If it is cancelled while the server runs, gRPC writes into
+        memory that is no longer its own when the server stops (seen with grpcio 1.85.1).
+        """
+        if self._serving is not None and not self._serving.done():
+            self._serving.cancel()
+            self._loop.run_until_complete(asyncio.wait({self._serving}))
+
     async def _serve(self) -> None:
-        # asyncio itself refers to a task only weakly. If the loop breaks off, the garbage collector would take this task apart
-        # before the loop has cancelled it, and Python would crash.
         self._serving = asyncio.current_task()
         async with AsyncExitStack() as outlasting, serve(create_engine(self._settings), self._settings) as port:
             withdraw = None

@@ -37,9 +37,9 @@ def is_public(method: str) -> bool:
 class PublicMethods:
     """Runs the calls of public methods.
 
-    `public_limits` says what a turn and a place are. A unary call holds a turn while its request is received and answered. In
-    a stream of requests, each request holds a turn of its own. A method that streams answers to one request holds a turn only
-    until the request has arrived, and then a place.
+    A unary call holds one of the slots of `public_limits` while its request is received and answered. In a stream of requests,
+    each request holds a slot of its own. A method that streams answers to one request holds a slot only until the request has
+    arrived; after that, the call counts against `max_streams`.
 
     Arguments:
         max_streams: Maximum number of calls that stream answers at a time.
@@ -63,8 +63,8 @@ class PublicMethods:
         return lambda context, *_: self._answer(method, context)
 
     @asynccontextmanager
-    async def _turn(self, context: GrpcContext) -> AsyncIterator[None]:
-        """Waits for a turn, and holds it for the length of the context. Raises `ServerFullError` if no turn comes."""
+    async def _slot(self, context: GrpcContext) -> AsyncIterator[None]:
+        """Waits for a slot, and holds it for the length of the context. Raises `ServerFullError` if no slot becomes free."""
         connection = context.peer()
         async with self._short_calls.call(connection), self._slots.slot(connection):
             if self._unread[connection] >= MAX_UNREAD_ANSWERS:
@@ -72,7 +72,7 @@ class PublicMethods:
             yield
 
     async def _answer(self, method: Method, context: GrpcContext) -> None:
-        async with self._turn(context):
+        async with self._slot(context):
             await method.answer(await method.receive(context), _PublicCall(context, self._unread))
 
     async def _answer_each(self, method: Method, context: GrpcContext) -> None:
@@ -80,7 +80,7 @@ class PublicMethods:
         while True:
             arrived = False
             try:
-                async with self._turn(context):
+                async with self._slot(context):
                     request = await method.receive_next(context)
                     if request is None:
                         return
@@ -92,7 +92,7 @@ class PublicMethods:
                 return  # every request that arrived has its answer
 
     async def _stream(self, method: Method, context: GrpcContext) -> None:
-        async with self._turn(context):
+        async with self._slot(context):
             request = await method.receive(context)
         async with self._streams.call(context.peer()):
             await method.answer(request, _PublicCall(context, self._unread))

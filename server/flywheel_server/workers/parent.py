@@ -49,7 +49,7 @@ class Parent:
     """Keeps the workers running. Its arguments are as in `serve_in_workers`, but `arguments` begins with the port."""
 
     def __init__(self, settings: Settings, arguments: Sequence[str], on_output: Callable[[bytes], None]) -> None:
-        self._admission = Admission(settings.max_concurrent, settings.max_queued, running_time.clock().time)
+        self._admission = Admission(settings.max_concurrent, settings.max_queued)
         self._quotas = quotas_for(self._admission)
         self._arguments = arguments
         self._settings = settings
