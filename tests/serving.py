@@ -1,9 +1,10 @@
 """Servers for tests: the real one, in process, on a free port of the loopback interface."""
 
 import asyncio
+import random
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import ExitStack, asynccontextmanager, suppress
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -159,7 +160,13 @@ async def settled() -> None:
 
 
 def free_ports(count: int) -> list[int]:
-    """Returns ports of the loopback interface where nothing listens, each a different one."""
-    with ExitStack() as sockets:
-        reserved = [sockets.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [each.getsockname()[1] for each in reserved]
+    """Returns ports of the loopback interface where nothing listens, each a different one.
+
+    They are below the ports that systems choose for port 0 and for connections, so no other test takes one of them.
+    """
+    ports: list[int] = []
+    while len(ports) < count:
+        port = random.randrange(10_000, 32_768)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            ports.append(port)
+    return ports

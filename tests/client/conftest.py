@@ -1,7 +1,6 @@
 """A server that does what a test tells it to, for the tests of the client to call over the wire."""
 
 import asyncio
-import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -20,6 +19,8 @@ from google.rpc import status_pb2
 from google.rpc.error_details_pb2 import ErrorInfo
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import HealthServicer
+
+from tests.serving import free_ports
 
 WAIT = 20.0
 """Seconds that a test waits for an event before the test fails."""
@@ -239,15 +240,9 @@ def serving_fake(
 
 
 @pytest.fixture
-def held_port() -> Iterator[int]:
-    """A port of the loopback interface for `serving_fake`, on which nothing listens at first.
-
-    No other test gets this port when it asks for a free one. A server of grpc can listen on it, because grpc shares ports.
-    """
-    with socket.socket() as holder:
-        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        holder.bind(("127.0.0.1", 0))
-        yield holder.getsockname()[1]
+def free_port() -> int:
+    """A port of the loopback interface where nothing listens."""
+    return free_ports(1)[0]
 
 
 @pytest.fixture

@@ -142,13 +142,13 @@ async def test_a_call_may_wait_until_the_server_is_serving(
     assert (await call, await stream) == ("p", "ab")
 
 
-async def test_a_call_may_wait_for_a_server_that_starts_later(caller: Callable[..., Caller], held_port: int) -> None:
-    one = caller(f"127.0.0.1:{held_port}", retry=None, wait_for_ready=True)
+async def test_a_call_may_wait_for_a_server_that_starts_later(caller: Callable[..., Caller], free_port: int) -> None:
+    one = caller(f"127.0.0.1:{free_port}", retry=None, wait_for_ready=True)
     call = asyncio.create_task(one.call(timeout=WAIT))
     health = asyncio.create_task(one.ask(one.client.stats, timeout=WAIT))
     with pytest.raises(UnavailableError):
         await one.call(wait_for_ready=False)
-    with serving_fake(port=held_port):
+    with serving_fake(port=free_port):
         assert await call == "p"
         assert (await health).active == 2
         await one.close()

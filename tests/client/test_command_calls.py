@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     from tests.client.conftest import FakeService
 
 
-def test_a_command_may_wait_for_the_server(held_port: int) -> None:
-    command = [*FLYWHEEL, "stats", "--address", f"127.0.0.1:{held_port}", "--json", "--timeout", str(WAIT)]
+def test_a_command_may_wait_for_the_server(free_port: int) -> None:
+    command = [*FLYWHEEL, "stats", "--address", f"127.0.0.1:{free_port}", "--json", "--timeout", str(WAIT)]
     with subprocess.Popen([*command, "--wait-for-ready"], stdout=subprocess.PIPE) as waiting:
         # While this one fails, the other waits.
         assert subprocess.run(command, capture_output=True, check=False).returncode == 1
-        with serving_fake(port=held_port):
+        with serving_fake(port=free_port):
             answer, _ = waiting.communicate(timeout=WAIT)
     assert json.loads(answer)["active"] == 2
 

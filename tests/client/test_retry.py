@@ -283,16 +283,16 @@ async def test_cancelling_a_task_ends_its_wait(fake: FakeService, pauses: list[f
 
 
 async def test_a_server_that_restarts_on_its_port_is_found_again(
-    caller: Callable[..., Caller], pauses: list[float], held_port: int
+    caller: Callable[..., Caller], pauses: list[float], free_port: int
 ) -> None:
-    with serving_fake(port=held_port) as first:
+    with serving_fake(port=free_port) as first:
         one = caller(first.address)
         assert await one.call() == "p"
     calls = [asyncio.create_task(one.call()), asyncio.create_task(one.next(await one.stream()))]
     await until(lambda: len(pauses) >= 2, "both calls wait")
     assert not any(call.done() for call in calls)
     begun = time.monotonic()
-    with serving_fake(port=held_port) as second:
+    with serving_fake(port=free_port) as second:
         assert await asyncio.gather(*calls) == ["p", "ab"]
         assert time.monotonic() - begun < 5
         assert len(second.requests) == 2

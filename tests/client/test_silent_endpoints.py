@@ -234,12 +234,12 @@ async def test_an_endpoint_that_falls_silent_holds_up_a_running_client_once(
 
 
 async def test_an_endpoint_that_answers_later_is_used_as_soon_as_it_does(
-    caller: Callable[..., Caller], fakes: list[FakeService], monkeypatch: pytest.MonkeyPatch, held_port: int
+    caller: Callable[..., Caller], fakes: list[FakeService], monkeypatch: pytest.MonkeyPatch, free_port: int
 ) -> None:
     monkeypatch.setattr(_pool, "REFRESH_AFTER_SECONDS", 0.0)
-    one = caller(FakeDirectory(f"127.0.0.1:{held_port}", fakes[0].address), timeout=10.0)
+    one = caller(FakeDirectory(f"127.0.0.1:{free_port}", fakes[0].address), timeout=10.0)
     assert await one.call() == "p"
-    with serving_fake(port=held_port) as late:
+    with serving_fake(port=free_port) as late:
 
         async def used() -> bool:
             await one.call()

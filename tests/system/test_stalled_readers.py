@@ -7,7 +7,6 @@ import pty
 import re
 import resource
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +18,7 @@ import pytest
 from flywheel_proto.v1 import generation_pb2 as pb
 
 from tests.server.test_command import SCRIPTED, command, ready_line
-from tests.serving import Target, code_of, connected, until
+from tests.serving import Target, code_of, connected, free_ports, until
 from tests.system.conftest import Pipe
 
 EMBEDDED = ["--address", "127.0.0.1:0", "--embedded-threads", "1"]
@@ -92,9 +91,7 @@ async def test_a_server_ends_even_if_nobody_reads_its_output(
     arguments: list[str], end: signal.Signals | None, code: int, pipe: Pipe
 ) -> None:
     pipe.fill()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = f"127.0.0.1:{free_ports(1)[0]}"
     async with (
         command(*arguments, "--address", address, stdout=pipe.writing, stderr=pipe.writing) as process,
         connected(address) as target,
@@ -126,9 +123,7 @@ async def test_a_server_ends_even_if_nobody_reads_its_output(
     ids=str,
 )
 async def test_output_that_goes_nowhere_stops_nobody(redirection: str, engine: list[str], tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = f"127.0.0.1:{free_ports(1)[0]}"
     script = f'("$@" & echo $! >pid; wait $!; echo $? >code) {redirection}'
     arguments = [sys.executable, "-m", "flywheel_server", "--address", address, "--withdraw-window", "0", *engine]
     process = await asyncio.create_subprocess_exec("bash", "-c", script, "bash", *arguments, cwd=tmp_path)
