@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING
 
 import pytest
@@ -49,3 +49,15 @@ def cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator["ModalCloud"]:
         yield cloud
         modal.client._Client._set_env_client(None)
         assert not cloud.unimplemented
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Shows what the containers on the stand-in of Modal printed during a test that failed."""
+    report = yield
+    fixtures = getattr(item, "funcargs", {})
+    if report.failed and "cloud" in fixtures:
+        report.sections.append(("What containers printed", fixtures["cloud"].printed(call.start)))
+    return report

@@ -277,9 +277,12 @@ class Apps:
 
     # What tests look at
 
+    def apps(self) -> list[App]:
+        return list(self._apps.values())
+
     def app_named(self, name: str) -> App:
         """Returns the app of this name that was deployed last; raises KeyError."""
-        apps = [app for app in list(self._apps.values()) if app.description == name]
+        apps = [app for app in self.apps() if app.description == name]
         if not apps:
             raise KeyError(f"no app named {name} has been deployed")
         return apps[-1]
@@ -287,7 +290,7 @@ class Apps:
     def named(self, name: str) -> Function:
         """Returns what `tag` or `app/tag` names, of the app that was deployed last; raises KeyError."""
         app_name, _, tag = name.rpartition("/")
-        apps = [app for app in list(self._apps.values()) if app_name in {"", app.description}]
+        apps = [app for app in self.apps() if app_name in {"", app.description}]
         functions = [function for app in apps if (function := app.functions.get(tag) or app.functions.get(f"{tag}.*"))]
         if not functions:
             raise KeyError(f"nothing named {name} has been deployed")
@@ -299,4 +302,4 @@ class Apps:
         return [function for function in list(self.functions.values()) if named in {function, function.base}]
 
     def by_tag(self) -> dict[str, Function]:
-        return {tag: function for app in list(self._apps.values()) for tag, function in app.functions.items()}
+        return {tag: function for app in self.apps() for tag, function in app.functions.items()}

@@ -188,6 +188,16 @@ class ModalCloud:
 
         self._run(expire())
 
+    def printed(self, since: float) -> str:
+        """Returns what all containers have printed since that time, in seconds since the epoch."""
+        return "".join(
+            f"[{app.description} {batch.task_id}] {log.data}"
+            for app in self._apps.apps()
+            for batch in list(app.logs)
+            for log in batch.items
+            if log.timestamp >= since
+        )
+
     @property
     def functions(self) -> dict[str, api_pb2.Function]:
         """The definitions by tag, as they arrived at deployment."""
