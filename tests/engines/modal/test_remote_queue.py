@@ -4,7 +4,8 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
-from typing import Any, Literal
+from itertools import product
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -22,18 +23,25 @@ from grpclib import Status
 
 from fuzz.probe import flywheel_server
 from tests.modal_cloud import ModalCloud, scripted
+from tests.modal_cloud.faults import Side
 from tests.server.test_errors import details_of
 from tests.serving import Target, connected, drained, serving, until
-from tests.statuses import STATUSES
+from tests.thorough import further
 
 APP = "queued"
 TOKENS = 60
 # What Modal's client repeats by itself, four times in all.
 REPEATED = {Status.UNAVAILABLE, Status.INTERNAL, Status.UNKNOWN, Status.CANCELLED, Status.DEADLINE_EXCEEDED}
-REFUSALS = [
-    *(pytest.param(*each.values, None, id=each.id, marks=each.marks) for each in STATUSES),
-    pytest.param(Status.RESOURCE_EXHAUSTED, 0.3, id="RESOURCE_EXHAUSTED with a delay"),
+REFUSALS = [*((status, None) for status in Status if status is not Status.OK), (Status.RESOURCE_EXHAUSTED, 0.3)]
+"""The statuses that Modal may refuse a request with, and after how many seconds it asks for the next try."""
+SOME_REFUSALS = [(Status.NOT_FOUND, None), (Status.RESOURCE_EXHAUSTED, 0.3)]
+CELLS = [*product(("clients", "containers"), REFUSALS)]
+"""The side on which a request is refused, and how."""
+SOME_CELLS = [
+    *(("clients", refusal) for refusal in SOME_REFUSALS),
+    *(("containers", (status, None)) for status in (Status.UNAVAILABLE, Status.DATA_LOSS, Status.RESOURCE_EXHAUSTED)),
 ]
+"""What `make test` tries."""
 GATEWAYS = ("QueueGet", "QueuePut", "QueueClear", "QueueHeartbeat")
 CONTAINERS = ("QueuePut", "QueueLen")
 
@@ -88,12 +96,12 @@ def nothing_runs(cloud: ModalCloud) -> bool:
     return all(call.state not in {"pending", "running"} for call in cloud.calls)
 
 
-@pytest.mark.parametrize(("status", "retry_after"), REFUSALS)
-@pytest.mark.parametrize("side", ["clients", "containers"])
+@pytest.mark.parametrize("cell", [*SOME_CELLS, *further(CELLS, but=SOME_CELLS)], ids=str)
 async def test_no_refusal_ends_a_stream_or_changes_its_text(
-    calm: ModalCloud, side: Literal["clients", "containers"], status: Status, retry_after: float | None
+    calm: ModalCloud, cell: tuple[Side, tuple[Status, float | None]]
 ) -> None:
     """The whole tables of `engines.modal.inbox` and `deployment.outbox`, except for a queue that is gone."""
+    side, (status, retry_after) = cell
     async with serving(scripted.engine(APP)) as target:
         first = await begun(target)
         rpcs = GATEWAYS if side == "clients" else CONTAINERS
@@ -105,10 +113,9 @@ async def test_no_refusal_ends_a_stream_or_changes_its_text(
         first.call.cancel()
 
 
-@pytest.mark.parametrize(("status", "retry_after"), REFUSALS)
-async def test_a_queue_that_is_not_made_at_once_is_made_later(
-    calm: ModalCloud, status: Status, retry_after: float | None
-) -> None:
+@pytest.mark.parametrize("refusal", [*SOME_REFUSALS, *further(REFUSALS, but=SOME_REFUSALS)], ids=str)
+async def test_a_queue_that_is_not_made_at_once_is_made_later(calm: ModalCloud, refusal: tuple[Status, float | None]) -> None:
+    status, retry_after = refusal
     async with serving(scripted.engine(APP)) as target:
         fault = calm.disturb("QueueGetOrCreate", status=status, retry_after=retry_after, times=6 if status in REPEATED else 2)
         assert await asyncio.gather(*(text_of(target, max_tokens=4) for _ in range(3))) == [expected(4)] * 3

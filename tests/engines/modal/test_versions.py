@@ -21,8 +21,10 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo
 from tests.modal_cloud import ModalCloud, scripted
 from tests.server.test_errors import details_of
 from tests.serving import Target, drained, serving
+from tests.thorough import each_once
 
 METHODS = ["Generate", "GenerateDeltas", "GenerateAll"]
+CLASSES = ["Model", "Flywheel", "Versioned", "VersionedWhole", "Untold"]
 OLDER, NEWER = "older", "newer"
 REQUEST = pb.GenerationRequest(text="hello", max_tokens=12, num_samples=2)
 
@@ -60,8 +62,7 @@ async def finish_reasons(target: Target, method: str) -> list[str]:
     return [message.finish_reason for message in messages if message.finish_reason]
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("class_name", ["Flywheel", "Versioned", "VersionedWhole", "Untold", "Model"])
+@pytest.mark.parametrize(("class_name", "method"), each_once(CLASSES, METHODS))
 async def test_a_field_that_the_class_does_not_take_is_refused_by_name_if_it_is_set(
     class_name: str, method: str, deployed: ModalCloud, newer_gateway: SetScratch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -89,8 +90,7 @@ async def test_a_field_that_the_class_does_not_take_is_refused_by_name_if_it_is_
         assert len(checks) == 1, "only at the start: the engine has not failed"
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("class_name", ["Versioned", "VersionedWhole", "Model"])
+@pytest.mark.parametrize(("class_name", "method"), each_once(["Versioned", "VersionedWhole", "Model"], METHODS))
 async def test_a_field_that_the_class_takes_arrives(
     class_name: str, method: str, deployed: ModalCloud, newer_gateway: SetScratch
 ) -> None:
@@ -100,8 +100,7 @@ async def test_a_field_that_the_class_takes_arrives(
             assert await finish_reasons(target, method) == [f"scratch {value}"] * 2
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("class_name", ["Versioned", "VersionedWhole", "Model", "Flywheel"])
+@pytest.mark.parametrize(("class_name", "method"), each_once(["Versioned", "VersionedWhole", "Model", "Flywheel"], METHODS))
 async def test_an_older_gateway_takes_what_a_newer_class_says(class_name: str, method: str, deployed: ModalCloud) -> None:
     async with serving(scripted.engine(NEWER, class_name)) as target:
         expected = "length" if class_name == "Flywheel" else "scratch 0"
