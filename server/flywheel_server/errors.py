@@ -142,6 +142,17 @@ class CallStatus:
     message: str
     details: tuple[Message, ...]
 
+    @property
+    def reason(self) -> str:
+        """The reason in the ErrorInfo; empty if there is none."""
+        return next((detail.reason for detail in self.details if isinstance(detail, ErrorInfo)), "")
+
+    @property
+    def retry_delay(self) -> float | None:
+        """The seconds in the RetryInfo; None if there is none."""
+        delays = (detail.retry_delay for detail in self.details if isinstance(detail, RetryInfo))
+        return next((delay.ToNanoseconds() / 1e9 for delay in delays), None)
+
     def trailing_metadata(self) -> tuple[tuple[str, str | bytes], ...]:
         """Returns trailing metadata with the details, packed in a google.rpc.Status, and any retry pushback."""
         status = status_pb2.Status(code=self.code.value[0], message=self.message)

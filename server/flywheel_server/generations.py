@@ -4,6 +4,7 @@ A generation is bounded by its deadline, counted, and checked against promise 1 
 """
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -32,6 +33,7 @@ from flywheel_server.engines.base import (
 from flywheel_server.errors import DeadlineExceededError, UnauthenticatedError
 from flywheel_server.messages import GenerationRequest, GenerationResponseSample
 from flywheel_server.preparation import Preparation
+from flywheel_server.telemetry.calls import current_call
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -160,6 +162,7 @@ class Generations:
 
         async def admit_and_deliver(generation: Generation, place: Place) -> None:
             await place.admitted(generation.prepared.context_tokens, generation.time_remaining())
+            generation.note_admitted()
             await deliver(generation)
 
         await self._prepared(request, caller, time_remaining, admit_and_deliver)
@@ -232,15 +235,15 @@ class Generation:
         caller: The caller.
         deadline: The timeout of the call, which `end` moves to now.
         prepared: The request, prepared for the engine; set before `run`.
-        usage: Counts the tokens of the call; set before `run`.
+        usage: Counts the tokens of the call; replaced before `run`.
     """
 
     prepared: PreparedRequest
-    usage: Usage
     _sink: Sink
 
     def __init__(self, generations: Generations, caller: Caller, num_samples: int, time_remaining: float | None) -> None:
         self.caller = caller
+        self.usage = Usage()
         self._loop = asyncio.get_running_loop()
         self.deadline = asyncio.timeout(time_remaining)
         self._generations = generations
@@ -250,6 +253,16 @@ class Generation:
         self._is_closed = False
         self._ended_by: Exception | None = None
         generations.queued += 1
+        self._record = current_call.get()
+        self._awaits_output = self._record is not None
+        if self._record is not None:
+            self._record.queued_at = time.perf_counter()
+            self._record.num_samples = num_samples
+
+    def note_admitted(self) -> None:
+        """Notes that the generation has its slots in the engine."""
+        if self._record is not None:
+            self._record.admitted_at = time.perf_counter()
 
     def end(self, error: Exception) -> None:
         """Ends the generation with an error, unless it is ending already."""
@@ -297,8 +310,12 @@ class Generation:
         else:
             self._activity.note_progress()
             self.usage.count(event)
+            if self._awaits_output:
+                self._note_first_output()
             if isinstance(event, GenerationResponseSample):
                 self._unfinished.remove(event.index)
+                if self._record is not None:
+                    self._record.samples.append((time.perf_counter(), event.generated_tokens, event.finish_reason))
         self._sink.emit(event)
 
     def _start(self) -> None:
@@ -307,10 +324,20 @@ class Generation:
         self._started = True
         self._generations.queued -= 1
         self._generations.active += 1
+        if self._record is not None:
+            self._record.started_at = time.perf_counter()
+
+    def _note_first_output(self) -> None:
+        self._awaits_output = False
+        if self._record is not None:
+            self._record.first_output_at = time.perf_counter()
 
     def close(self) -> None:
         """Stops counting the generation, and ignores further events."""
         self._is_closed = True
+        if self._record is not None:
+            self._record.prompt_tokens = self.usage.prompt_tokens
+            self._record.generated_tokens = self.usage.generated_tokens
         if self._started:
             self._generations.active -= 1
         else:

@@ -44,7 +44,7 @@ class OutputHandler(logging.Handler):
 
 def configure(
     level: Literal["debug", "info", "warning", "error"],
-    form: Literal["text", "json"],
+    form: Literal["auto", "text", "json"],
     output: Output | None = None,
     *,
     worker: int | None = None,

@@ -32,6 +32,7 @@ from flywheel_server.service import GenerationService
 from flywheel_server.settings import Settings
 from flywheel_server.stopping import Connections
 from flywheel_server.supervision import Supervisor
+from flywheel_server.telemetry.calls import CallObserver, Calls
 from flywheel_server.unregistered import Unregistered
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ class _Server:
         admission = link.admission if link else LocalAdmissionControl(Admission(settings.max_concurrent, settings.max_queued))
         self._generations = Generations(engine, admission)
         self._health = link.health if link else Health()
+        self._observers: list[CallObserver] = []
         self._requests = OperationWaiter(methods.REQUEST_TIMEOUT, IncompleteRequestError)
         asks_for_certificates = settings.tls_client_ca is not None
         self._authentication = Authentication(self._keys, certificates=asks_for_certificates)
@@ -99,6 +101,7 @@ class _Server:
             self._authentication,
             self._requests,
             PublicMethods(max_connections, self._requests),
+            calls=Calls(self._observers),
         )
         arguments = channel_arguments(settings, max_connections, shares_port=self._link is not None)
         return grpc.aio.server(interceptors=[calls], options=arguments)

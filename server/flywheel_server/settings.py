@@ -76,7 +76,7 @@ _listening = partial(_option, "Listening")
 _admission = partial(_option, "Admission")
 _supervision = partial(_option, "Supervision")
 _requests = partial(_option, "Requests")
-_logging = partial(_option, "Logging")
+_observability = partial(_option, "Observability")
 
 
 def _from_json(value: Script | str) -> Script:
@@ -264,11 +264,34 @@ class Settings(BaseSettings):
     max_text_bytes: Positive = _requests(2**20, "The longest prompt, in bytes of UTF-8.")
     max_num_samples: Positive = _requests(16, "The highest num_samples of a request.")
 
-    log_level: Literal["debug", "info", "warning", "error"] = _logging(
-        "info", "The lowest level that is logged: debug, info, warning or error."
+    log_level: Literal["debug", "info", "warning", "error"] = _observability(
+        "info", "The lowest level that is logged: debug, info, warning or error. SIGUSR1 switches to debug and back."
     )
-    log_format: Literal["text", "json"] = _logging("text", "The format of the log on standard error: text or json.")
-    log_prompts: bool = _logging(False, "Whether the text of prompts is logged: true or false.")
+    log_format: Literal["auto", "text", "json"] = _observability(
+        "auto", "The format of the log on standard error: text, json, or auto (text on a terminal, otherwise json)."
+    )
+    log_calls: Annotated[float, Field(ge=0, le=1)] = _observability(
+        0.0, "The share of calls that are logged when they end, drawn at random: 0 (none) to 1 (all)."
+    )
+    slow_call: Seconds = _observability(
+        10.0, "Seconds after which a call without any output counts as slow. Slow calls are always logged; 0 logs none."
+    )
+    log_prompts: bool = _observability(False, "Whether the text of prompts is logged: true or false.")
+    metrics_address: Address | None = _observability(
+        None, "HOST:PORT of an HTTP server with metrics for Prometheus and a page about this server; by default there is none."
+    )
+    allow_network_metrics: bool = _observability(
+        False, "Whether that address may be beyond the loopback interface, where anybody can read it: true or false."
+    )
+    channelz: bool = _observability(
+        False, "Whether callers with a key may call grpc.channelz.v1, which shows connections of all callers: true or false."
+    )
+    otlp_endpoint: str | None = _observability(
+        None,
+        "The URL of an OTLP receiver (gRPC), such as http://localhost:4317, for traces and metrics. Needs the extra otel.",
+        must_hold="a URL",
+    )
+    trace_prompts: bool = _observability(False, "Whether traces have the text of prompts and samples: true or false.")
 
     @field_validator("*", mode="before")
     @classmethod

@@ -32,7 +32,17 @@ class Usage:
     @property
     def tokens(self) -> int:
         """All tokens so far. Those of the prompt are included once the engine has reported their number."""
-        return self._prompt_tokens + sum(self._generated.values())
+        return self._prompt_tokens + self.generated_tokens
+
+    @property
+    def prompt_tokens(self) -> int:
+        """The number of tokens in the prompt; 0 until the engine has reported it."""
+        return self._prompt_tokens
+
+    @property
+    def generated_tokens(self) -> int:
+        """The tokens that were generated so far, of all samples."""
+        return sum(self._generated.values())
 
     def set_prompt_tokens(self, prompt_tokens: int) -> None:
         """Sets the number of tokens in the prompt; 0 if the engine does not know it yet."""

@@ -14,6 +14,7 @@ from flywheel_server.access.keys import HashedKey, KeyRing
 from flywheel_server.errors import UnauthenticatedError
 from flywheel_server.grpc_types import GrpcContext
 from flywheel_server.interceptors.metadata import CallMetadata
+from flywheel_server.telemetry.calls import current_call
 
 _BEARER: Final = re.compile(r"bearer +(.*)", re.IGNORECASE | re.DOTALL)
 _VISIBLE_ASCII: Final = re.compile(r"[\x21-\x7e]+")
@@ -64,6 +65,8 @@ class Authentication:
             return
         caller.set(found)
         if found.name:
+            if call := current_call.get():
+                call.caller = found.name
             # For all log lines of this call, whose task has a context of its own.
             structlog.contextvars.bind_contextvars(caller=found.name)
 

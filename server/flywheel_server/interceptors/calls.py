@@ -15,6 +15,7 @@ from flywheel_server.interceptors.metadata import CallMetadata
 from flywheel_server.interceptors.methods import Method
 from flywheel_server.interceptors.public import PublicMethods, is_public
 from flywheel_server.operations import OperationWaiter
+from flywheel_server.telemetry.calls import Calls
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
@@ -31,6 +32,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         authentication: Authenticates callers.
         waits: Ends the wait for a request that does not arrive in time.
         public: Runs the methods that need no authentication.
+        calls: Records the calls.
     """
 
     def __init__(
@@ -40,12 +42,15 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         authentication: Authentication,
         waits: OperationWaiter,
         public: PublicMethods,
+        *,
+        calls: Calls,
     ) -> None:
         self._max_metadata_bytes = max_metadata_bytes
         self._max_message_bytes = max_message_bytes
         self._authentication = authentication
         self._waits = waits
         self._public = public
+        self._calls = calls
         self._handlers: dict[str, Handler] = {}
 
     async def intercept_service(self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails) -> Handler:
@@ -64,19 +69,25 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     def _handle(self, name: str, handler: Handler) -> Callable[[Any, GrpcContext], Awaitable[None]]:
         run = self._public.runner(handler) if is_public(name) else self._authenticated(handler)
+        method = name.removeprefix("/")
 
         async def call(_: object, context: GrpcContext) -> None:
             metadata = CallMetadata.of(context)
-            call_context = CallContext(context, metadata.request_id)
+            record = self._calls.begin(method, metadata.request_id, context)
+            call_context = CallContext(context, metadata.request_id, record)
             # For all log lines of this call, whose task has a context of its own.
             structlog.contextvars.bind_contextvars(request_id=metadata.request_id)
             try:
                 metadata.check_size(self._max_metadata_bytes)
                 await run(context, metadata, call_context)
+                call_context.succeeded()
             except grpc.aio.AbortError:
                 raise
             except Exception as error:  # noqa: BLE001 - every call ends with a status
                 await end_with_status(call_context, error)
+            finally:
+                if record is not None:
+                    self._calls.end(record)
 
         return call
 

@@ -6,8 +6,10 @@ from typing import Any, Final
 import grpc
 import grpc.aio
 
+from flywheel_server.errors import CallStatus
 from flywheel_server.grpc_types import GrpcContext
 from flywheel_server.operations import Operation
+from flywheel_server.telemetry.calls import CallRecord
 
 REQUEST_ID: Final = "x-request-id"
 
@@ -20,10 +22,12 @@ class CallContext:
 
     Attributes:
         request_id: The request id of the call.
+        record: The record of the call; None if nobody observes calls.
     """
 
-    def __init__(self, context: GrpcContext, request_id: str) -> None:
+    def __init__(self, context: GrpcContext, request_id: str, record: CallRecord | None = None) -> None:
         self.request_id = request_id
+        self.record = record
         self._context = context
         self._sending_metadata: Operation[None] | None = None
 
@@ -58,6 +62,19 @@ class CallContext:
                 await asyncio.wait((self._sending_metadata.end(),))
             # The trailing metadata have the request id too, because a refused call has no initial metadata.
             await Operation(self._context.abort(code, message, (*metadata, (REQUEST_ID, self.request_id)))).result
+
+    def succeeded(self) -> None:
+        """Notes that the method has answered the call."""
+        if self.record is not None:
+            self.record.code = grpc.StatusCode.OK
+
+    def failed(self, error: Exception, status: CallStatus) -> None:
+        """Notes the status with which the call ends, and the error behind it."""
+        if self.record is not None:
+            self.record.code = status.code
+            self.record.reason = status.reason
+            self.record.retry_delay = status.retry_delay
+            self.record.error = error
 
     def time_remaining(self) -> float | None:
         """Returns the seconds until the caller's deadline; None if there is none."""

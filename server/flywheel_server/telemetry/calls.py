@@ -1,0 +1,136 @@
+"""Records what happens to each call, once, for all that reports on calls: metrics, traces and the log.
+
+A call notes times and counts in its record while it runs, which costs as much as setting an attribute. Observers read the
+record when the call ends. Without observers, there are no records.
+"""
+
+import time
+from collections.abc import Sequence
+from contextvars import ContextVar
+from typing import Final, Literal, Protocol
+
+import grpc
+
+from flywheel_server.grpc_types import GrpcContext
+
+Metadata = Sequence[tuple[str, str | bytes]]
+
+Phase = Literal["request", "queue", "prompt", "decode"]
+"""What a call waits for: its request to arrive and be checked, its place in the engine, its first text, or its last."""
+
+
+class CallRecord:
+    """What is known of a call. All times are in seconds of `time.perf_counter`; None until they have come.
+
+    Attributes:
+        method: The method, such as `flywheel.v1.GenerationService/Generate`.
+        request_id: The id of the request; see `x-request-id`.
+        peer: The address of the caller, as gRPC gives it.
+        caller: The name of the caller; empty until it is known, or if the server does not distinguish callers.
+        began: When the call arrived.
+        began_ns: The same, in nanoseconds since the epoch.
+        queued_at: When the generation joined the queue.
+        admitted_at: When the generation got its slots in the engine.
+        started_at: When the engine began to work on the generation.
+        first_output_at: When the first text or sample came from the engine.
+        ended_at: When the call ended.
+        num_samples: How many samples were asked for; 0 for a call that generates nothing.
+        samples: For each sample that has finished: when it did, how many tokens it has, and its `finish_reason`.
+        prompt_tokens: The number of tokens in the prompt; 0 if it is not known.
+        generated_tokens: The number of tokens generated so far, of all samples; set when the generation ends.
+        code: The status of the call; None while it runs. CANCELLED if the caller has gone.
+        reason: The reason in the ErrorInfo of the status; empty if there is none.
+        retry_delay: The seconds in the RetryInfo of the status; None if there is none.
+        error: The error that ended the call, if one did.
+    """
+
+    __slots__ = (
+        "admitted_at",
+        "began",
+        "began_ns",
+        "caller",
+        "code",
+        "ended_at",
+        "error",
+        "first_output_at",
+        "generated_tokens",
+        "method",
+        "num_samples",
+        "peer",
+        "prompt_tokens",
+        "queued_at",
+        "reason",
+        "request_id",
+        "retry_delay",
+        "samples",
+        "started_at",
+    )
+
+    def __init__(self, method: str, request_id: str, peer: str) -> None:
+        self.method = method
+        self.request_id = request_id
+        self.peer = peer
+        self.caller = ""
+        self.began = time.perf_counter()
+        self.began_ns = time.time_ns()
+        self.queued_at: float | None = None
+        self.admitted_at: float | None = None
+        self.started_at: float | None = None
+        self.first_output_at: float | None = None
+        self.ended_at: float | None = None
+        self.num_samples = 0
+        self.samples: list[tuple[float, int, str]] = []
+        self.prompt_tokens = 0
+        self.generated_tokens = 0
+        self.code: grpc.StatusCode | None = None
+        self.reason = ""
+        self.retry_delay: float | None = None
+        self.error: BaseException | None = None
+
+    @property
+    def phase(self) -> Phase:
+        """How far the call has come."""
+        if self.queued_at is None:
+            return "request"
+        if self.admitted_at is None:
+            return "queue"
+        return "prompt" if self.first_output_at is None else "decode"
+
+
+current_call: Final[ContextVar[CallRecord | None]] = ContextVar("current_call", default=None)
+"""The record of the call that runs in this context; None if nobody observes calls."""
+
+
+class CallObserver(Protocol):
+    """Reports on calls. Both methods run on the event loop, and must not block or raise."""
+
+    def begin(self, call: CallRecord, metadata: Metadata) -> None:
+        """A call has arrived, with this metadata. Runs in the context of the call."""
+
+    def end(self, call: CallRecord) -> None:
+        """The call has ended. Its record changes no more."""
+
+
+class Calls:
+    """Makes the records of calls, and shows them to observers."""
+
+    def __init__(self, observers: Sequence[CallObserver]) -> None:
+        self._observers = observers
+
+    def begin(self, method: str, request_id: str, context: GrpcContext) -> CallRecord | None:
+        """Returns the record of a call that has arrived, which becomes the `current_call`; None if there are no observers."""
+        if not self._observers:
+            return None
+        call = CallRecord(method, request_id, context.peer())
+        current_call.set(call)
+        metadata: Metadata = tuple(context.invocation_metadata() or ())
+        for observer in self._observers:
+            observer.begin(call, metadata)
+        return call
+
+    def end(self, call: CallRecord) -> None:
+        """Notes the end of a call. A call without a status was cancelled."""
+        call.ended_at = time.perf_counter()
+        call.code = call.code or grpc.StatusCode.CANCELLED
+        for observer in self._observers:
+            observer.end(call)
