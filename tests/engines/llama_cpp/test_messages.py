@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import cycle, islice, product
 from pathlib import Path
@@ -16,7 +17,7 @@ from flywheel_server.engines.llama_cpp.llama import RefusedError
 from flywheel_server.engines.llama_cpp.tokenizer import Tokenizer
 from flywheel_server.messages import GenerationRequest, Message
 
-from tests.engines.llama_cpp.chat_models import CHATML, WITH_ALL_SPECIAL_TOKENS, ChatModel
+from tests.engines.llama_cpp.chat_models import CHATML, QUICK, WITH_ALL_SPECIAL_TOKENS, ChatModel
 from tests.engines.llama_cpp.conftest import samples_of
 from tests.engines.llama_cpp.loaded import Loaded, Turns
 from tests.thorough import further
@@ -166,6 +167,17 @@ def test_a_message_that_the_template_does_not_keep_is_refused(refusing: Loaded, 
     with pytest.raises(InvalidFieldError, match="for which the model's chat template writes the content") as caught:
         refusing.tokens_of(("user", "Hi"), (role, "Ho"))
     assert caught.value.field == "messages[1].role"
+
+
+def test_no_role_makes_a_token_that_has_another_purpose(tmp_path: Path) -> None:
+    (phi,) = [model for model in QUICK if model.name == "Phi-3.5"]
+    turn = "'<|' + message['role'] + '|>\\n' + message['content'] + '<|end|>\\n'"
+    template = f"{{% for message in messages %}}{{{{ {turn} }}}}{{% endfor %}}<|assistant|>\n"
+    with Loaded.running(replace(phi, template=template), tmp_path) as loaded:
+        assert loaded.tokens_of(("system", "Hi"), ("pirate", "Hi"), ("assistant", "Hi"), ("user", "Hi"))
+        with pytest.raises(InvalidFieldError, match="not the name of one of its special tokens") as caught:
+            loaded.tokens_of(("user", "Hi"), ("end", "Hi"))
+        assert caught.value.field == "messages[1].role"
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,7 @@ async def stays_serving(target: Target, seconds: float) -> None:
             statuses.append(response.status)  # noqa: PERF401 - it is read until it is cancelled
 
     reading = asyncio.ensure_future(read())
+    await until(lambda: bool(statuses), "the watch begins")
     await asyncio.sleep(seconds)
     watch.cancel()
     await asyncio.gather(reading, return_exceptions=True)

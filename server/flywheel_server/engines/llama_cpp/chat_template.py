@@ -20,6 +20,8 @@ from flywheel_server.messages import Message
 
 _ASSISTANT: Final = "assistant"
 
+_USUAL_ROLES: Final = ("system", "user", _ASSISTANT)
+
 _OWN_WORDS: Final = re.compile(r".*?\nError: (?:Jinja Exception: )?(.*)", re.DOTALL)
 """Matches the reason for which llama.cpp refuses messages; the group is what the template itself says."""
 
@@ -100,6 +102,10 @@ class ChatTemplate:
 
         Raises `InvalidFieldError` as `prompt` does.
         """
+        for index, message in enumerate(messages):
+            if self._makes_other_token_of(message.role):
+                problem = "must be a role that the model's chat template knows, not the name of one of its special tokens"
+                raise InvalidFieldError(f"messages[{index}].role", problem)
         try:
             rendering = render(self._llama, [message.role for message in messages])
         except MessageNotKeptError as error:
@@ -111,6 +117,12 @@ class ChatTemplate:
             words = without_markers(found[1])
             raise InvalidFieldError("messages", f"must suit the model's chat template, which says: {words}") from error
         return rendering.pieces, [place.written(messages[place.index].content) for place in rendering.places]
+
+    def _makes_other_token_of(self, role: str) -> bool:
+        """Returns whether a role might end a turn: as `end` does if the template writes `<|`, the role and `|>`."""
+        if role in _USUAL_ROLES or f"'{role}'" in self._source or f'"{role}"' in self._source:
+            return False
+        return any(re.search(rf"(?<![a-z_]){role}(?![a-z_])", token) for token in self._tokens.special)
 
     def _tokens_of(self, pieces: Sequence[str]) -> TemplateTokens:
         """Returns the special tokens of the template, with those in the pieces.
