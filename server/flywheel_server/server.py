@@ -115,8 +115,14 @@ class _Server:
         # The generated types insist on a whole server.
         seldom_called: Any = Unregistered(self._grpc_server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, seldom_called)
+        services = [SERVICE_NAME, health.SERVICE_NAME]
+        if self._settings.channelz:
+            from flywheel_server import channelz
+
+            channelz.add_channelz(seldom_called)
+            services.append(channelz.SERVICE_NAME)
         if self._settings.reflection:
-            add_reflection((SERVICE_NAME, health.SERVICE_NAME), seldom_called)
+            add_reflection(services, seldom_called)
 
     def _generation_service(self) -> GenerationService:
         settings, generations = self._settings, self._generations
@@ -133,7 +139,7 @@ class _Server:
 
     def serving_metrics(self) -> AbstractAsyncContextManager[None]:
         """Serves the metrics for the length of the context; not in a worker, because its parent does."""
-        return nullcontext() if self._link else serving_metrics(self._settings, self._metrics)
+        return nullcontext() if self._link else serving_metrics(self._settings, self._metrics, self._engine.model)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[int]:
