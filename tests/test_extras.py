@@ -13,6 +13,7 @@ import flywheel_server
 import pytest
 from flywheel_proto._extras import DISTRIBUTION, MODULES_BY_EXTRA
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from tests.thorough import further
 
@@ -22,11 +23,14 @@ OURS = [str(Path(str(package.__file__)).parents[1]) for package in (flywheel_pro
 SERVER = "from flywheel_server.__main__ import main"
 COMMAND = "from flywheel_client.__main__ import main"
 SCRIPTED = ("--engine", "scripted", "--address", "256.0.0.1:0")
+LOCAL = ("--engine", "scripted", "--address", "127.0.0.1:0", "--log-level", "error")
 
 PROGRAMS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "flywheel-server": (SERVER, SCRIPTED, "flywheel-server: "),
     "flywheel-server keys": (SERVER, ("keys", "list"), "flywheel-server: "),
     "flywheel-server by default": (SERVER, ("--address", "127.0.0.1:0"), "flywheel-server: "),
+    "flywheel-server --metrics-address": (SERVER, (*LOCAL, "--metrics-address", "127.0.0.1:0"), "flywheel-server: "),
+    "flywheel-server --channelz": (SERVER, (*LOCAL, "--channelz", "true"), "flywheel-server: "),
     "flywheel-server --engine flywheel": (SERVER, ("--engine", "flywheel", "--address", "127.0.0.1:0"), "flywheel-server: "),
     "flywheel": (COMMAND, ("health",), "flywheel: "),
     "flywheel endpoints": (COMMAND, ("endpoints",), "flywheel: "),
@@ -41,7 +45,14 @@ NEEDS = [
     ("flywheel-server --engine flywheel", "modal", "modal"),
 ]
 FURTHER_NEEDS = [
-    *(("flywheel-server", "server", module) for module in MODULES_BY_EXTRA["server"] if module != "structlog"),
+    *(
+        ("flywheel-server", "server", module)
+        for module in MODULES_BY_EXTRA["server"]
+        if module not in {"structlog", "grpc_channelz", "h11", "prometheus_client"}
+    ),
+    ("flywheel-server --metrics-address", "server", "h11"),
+    ("flywheel-server --metrics-address", "server", "prometheus_client"),
+    ("flywheel-server --channelz", "server", "grpc_channelz"),
     ("flywheel-server by default", "embedded", "llguidance"),
     ("flywheel", "cli", "click"),
     ("flywheel endpoints", "modal", "modal"),
@@ -133,4 +144,6 @@ def test_the_extras_are_those_of_the_distribution() -> None:
                 named.setdefault(extra, set()).add(requirement.name)
     # It has the other one within it.
     named["embedded"] -= named["server"]
-    assert {extra: {installed[module][0] for module in modules} for extra, modules in MODULES_BY_EXTRA.items()} == named
+    assert {
+        extra: {canonicalize_name(installed[module][0]) for module in modules} for extra, modules in MODULES_BY_EXTRA.items()
+    } == named
