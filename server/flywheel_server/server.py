@@ -15,7 +15,6 @@ from flywheel_server.access.keys import KeyRing
 from flywheel_server.admission import Admission
 from flywheel_server.admission_control import LocalAdmissionControl
 from flywheel_server.delivery import ReaderPolicy
-from flywheel_server.engine_factory import runs_in_process
 from flywheel_server.engines.base import Engine, EngineUnavailableError
 from flywheel_server.engines.uninterrupted import wait_until_done
 from flywheel_server.errors import IncompleteRequestError
@@ -119,7 +118,7 @@ class _Server:
         return GenerationService(
             generations,
             ReaderPolicy(settings.max_stream_bytes, settings.slow_reader, settings.slow_reader_timeout),
-            get_counts=self._link.counting(generations, in_process=runs_in_process(settings))
+            get_counts=self._link.counting(generations, in_process=settings.engine_is_in_process)
             if self._link
             else generations.counts,
             max_text_bytes=settings.max_text_bytes,
