@@ -24,7 +24,7 @@ async def scraped(address: str) -> dict[str, float]:
         with urllib.request.urlopen(request, timeout=30) as answer:
             return str(answer.read().decode())
 
-    families = parser.text_string_to_metric_families(await asyncio.to_thread(read))
+    families = parser.text_string_to_metric_families(await asyncio.to_thread(read))  # type: ignore[no-untyped-call]
     return {_key(sample.name, sample.labels): sample.value for family in families for sample in family.samples}
 
 
