@@ -100,7 +100,7 @@ class ServerGauges(Gauges):
         self._add_generations(generations)
         self._add_engine(supervisor)
         registry.register(self)
-        registry.register(_BuildInfo(lambda: generations.last_model))
+        registry.register(_BuildInfo(self.model))
         ProcessCollector(registry=registry)
 
     def _add_generations(self, generations: Generations) -> None:
@@ -142,6 +142,10 @@ class ServerGauges(Gauges):
     async def registry(self) -> CollectorRegistry:
         """Returns the registry, to be collected on the event loop."""
         return self._registry
+
+    def model(self) -> EngineModel | None:
+        """Returns the engine's model; None before the engine has started."""
+        return self._generations.last_model
 
     async def report(self) -> Report:
         """Returns all metrics of now."""

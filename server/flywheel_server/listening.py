@@ -164,6 +164,7 @@ def channel_arguments(settings: Settings, connections: int, *, shares_port: bool
         # With it, a second server can listen on the same port, and gets half of the calls. That is for workers only, and
         # `flywheel_server.workers.port` keeps other servers away from their port.
         ("grpc.so_reuseport", int(shares_port)),
+        *((("grpc.enable_channelz", 1),) if settings.channelz else ()),
     ]
 
 

@@ -1,11 +1,17 @@
 """Puts the metrics of a server together, and serves them over HTTP. Without the setting `metrics_address`, imports nothing."""
 
+import platform
+import re
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Protocol
 
-from flywheel_proto._extras import reason
+import grpc
+from flywheel_proto import __version__
 
+from flywheel_server.engines.base import EngineModel
 from flywheel_server.listening import UnsafeError, is_loopback
 from flywheel_server.settings import Settings
 
@@ -23,6 +29,9 @@ class Source(Protocol):
 
     async def registry(self) -> "CollectorRegistry":
         """Returns a registry with the metrics of now."""
+
+    def model(self) -> EngineModel | None:
+        """Returns the engine's model; None if it is not known here."""
 
 
 def create_metrics(settings: Settings) -> "Metrics | None":
@@ -43,7 +52,6 @@ def check_metrics(settings: Settings) -> None:
 
     Raises:
         UnsafeError: Anybody on a network could read them, and the settings do not allow that.
-        ValueError: A package is missing.
     """
     address = settings.metrics_address
     if address is None:
@@ -53,25 +61,63 @@ def check_metrics(settings: Settings) -> None:
             f"anybody who reaches {address} could read the metrics and the names of callers. Listen on 127.0.0.1, or set "
             "--allow-network-metrics true"
         )
-    try:
-        # So that a server without one of them does not start.
-        import h11  # noqa: F401
-        import prometheus_client  # noqa: F401
-    except ImportError as error:
-        raise ValueError(f"metrics cannot be used: {reason(error)}") from error
 
 
 @asynccontextmanager
-async def serving_metrics(address: str, source: Source) -> AsyncIterator[None]:
-    """Serves the metrics for the length of the context. Raises `OSError` if it cannot listen."""
+async def serving_metrics(settings: Settings, source: Source) -> AsyncIterator[None]:
+    """Serves the metrics, and a page about the server, at `settings.metrics_address` for the length of the context.
+
+    Raises `OSError` if it cannot listen there.
+    """
+    address = settings.metrics_address
+    assert address is not None  # noqa: S101 - the metrics exist only if there is an address
     from flywheel_server.telemetry.exposition import text_of
     from flywheel_server.telemetry.http import serving_http
+    from flywheel_server.telemetry.status_page import status_page
+
+    started_at, started = time.monotonic(), datetime.now(UTC)
+    shown = shown_settings(settings)
+
+    async def page() -> str:
+        build = [
+            *_build(source.model()),
+            ("Started", f"{started:%Y-%m-%d %H:%M:%S} UTC, {time.monotonic() - started_at:.0f} s ago"),
+        ]
+        return await status_page(build, shown, await source.registry())
 
     async def render(openmetrics: bool) -> bytes:
         return await text_of(await source.registry(), openmetrics=openmetrics)
 
-    async def page() -> str:
-        return "<!doctype html><title>Flywheel gRPC</title><a href=/metrics>metrics</a>"
-
-    async with serving_http(address, source.refresh, render, page):
+    async with serving_http(address, source.refresh, render, page, is_local=is_loopback(address)):
         yield
+
+
+def _build(model: EngineModel | None) -> list[tuple[str, str]]:
+    return [
+        ("Version", __version__),
+        *([("Engine", model.engine), ("Model", model.name)] if model else []),
+        ("Python", platform.python_version()),
+        ("grpcio", grpc.__version__),
+    ]
+
+
+def shown_settings(settings: Settings) -> dict[str, list[tuple[str, str]]]:
+    """Returns the names and values of all settings, by group. A secret is only shown as set or not set."""
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for name, field in Settings.model_fields.items():
+        extra = field.json_schema_extra
+        assert isinstance(extra, dict)  # noqa: S101 - every option has it
+        value = getattr(settings, name)
+        # What is a secret may not be on the command line either.
+        text = _shown(value) if extra["has_flag"] else ("set" if value else "not set")
+        groups.setdefault(str(extra["group"]), []).append((name, text))
+    return groups
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return "not set"
+    if isinstance(value, bool):
+        return str(value).lower()
+    # A URL may have a password.
+    return re.sub(r"(?<=//)[^/@]*@", "…@", str(value))

@@ -117,8 +117,14 @@ class _Server:
         # The generated types insist on a whole server.
         seldom_called: Any = Unregistered(self._grpc_server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, seldom_called)
+        services = [SERVICE_NAME, health.SERVICE_NAME]
+        if self._settings.channelz:
+            from flywheel_server import channelz
+
+            channelz.add_channelz(seldom_called)
+            services.append(channelz.SERVICE_NAME)
         if self._settings.reflection:
-            add_reflection((SERVICE_NAME, health.SERVICE_NAME), seldom_called)
+            add_reflection(services, seldom_called)
 
     def _generation_service(self) -> GenerationService:
         settings, generations = self._settings, self._generations
@@ -136,8 +142,7 @@ class _Server:
     @asynccontextmanager
     async def serving_metrics(self) -> AsyncIterator[None]:
         """Serves the metrics for the length of the context, if there are to be any. In a worker, the parent serves them."""
-        address = self._settings.metrics_address
-        if self._metrics is None or address is None:
+        if self._metrics is None:
             yield
             return
         from flywheel_server.gauges import ServerGauges
@@ -154,7 +159,7 @@ class _Server:
                 self._link.report_metrics(gauges.report)
                 yield
             else:
-                async with serving_metrics(address, gauges):
+                async with serving_metrics(self._settings, gauges):
                     yield
 
     @asynccontextmanager

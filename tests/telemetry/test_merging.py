@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 
 from flywheel_server.telemetry.instruments import Counter, Histogram
-from flywheel_server.telemetry.merging import MAX_CALLERS, MergedMetrics, report_of
+from flywheel_server.telemetry.merging import MergedMetrics, report_of
+from flywheel_server.telemetry.metrics import MAX_CALLERS
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector, CollectorRegistry

@@ -108,7 +108,7 @@ class CallRecord:
 
 
 UNKNOWN_METHOD: Final = "_OTHER"
-"""The method in the record of a call whose method does not exist. (Semantic conventions for RPC: its name could be anything.)"""
+"""The method in the record of a call whose method does not exist. (A stranger chose its name.)"""
 
 current_call: Final[ContextVar[CallRecord | None]] = ContextVar("current_call", default=None)
 """The record of the call that runs in this context; None if nobody observes calls."""

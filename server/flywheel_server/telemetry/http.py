@@ -5,6 +5,8 @@ There is one request for each connection. So a client can neither keep a connect
 
 import asyncio
 import gzip
+import ipaddress
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -34,8 +36,11 @@ CLOSE_TIMEOUT: Final = 1.0
 MAX_DISCARDED_BYTES: Final = 2**16
 """Bytes that a client may still send after its request, such as a body, and that are discarded."""
 
-REST_FACTOR: Final = 9
-"""How much longer than the last text took the next one waits at least: so texts take a tenth of the time at most."""
+PAUSE_FACTOR: Final = 9
+"""After a text, the next one waits for this many times as long as the last one took: texts take a tenth of the time at most."""
+
+MAX_PAUSE: Final = 0.5
+"""Seconds that it waits at most."""
 
 TEXT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 OPENMETRICS_TYPE: Final = "application/openmetrics-text; version=1.0.0; charset=utf-8"
@@ -59,7 +64,7 @@ class _Answer:
 
 
 @asynccontextmanager
-async def serving_http(address: str, refresh: Refresh, render: Render, page: Page) -> AsyncIterator[int]:
+async def serving_http(address: str, refresh: Refresh, render: Render, page: Page, *, is_local: bool) -> AsyncIterator[int]:
     """Serves `/metrics` and `/` for the length of the context, which gets the port.
 
     Arguments:
@@ -67,12 +72,15 @@ async def serving_http(address: str, refresh: Refresh, render: Render, page: Pag
         refresh: Awaited before either of the following.
         render: Returns the metrics.
         page: Returns the page at `/`.
+        is_local: Whether only this machine can reach the address. Then the `Host` of a request must be `localhost` or an IP
+            address. Otherwise a web page in a browser on this machine could read the answers, if the name of its own host leads
+            here (DNS rebinding).
 
     Raises:
         OSError: The server cannot listen there.
     """
     host, _, port = address.rpartition(":")
-    connections = _Connections(_Pages(refresh, render, page))
+    connections = _Connections(_Pages(refresh, render, page, is_local=is_local))
     try:
         server = await asyncio.start_server(connections.serve, host.strip("[]"), int(port), limit=MAX_HEADER_BYTES)
     except OSError as error:
@@ -89,7 +97,8 @@ async def serving_http(address: str, refresh: Refresh, render: Render, page: Pag
 class _Pages:
     """Answers requests. Requests that come at the same time get the same text, which is made after all of them came."""
 
-    def __init__(self, refresh: Refresh, render: Render, page: Page) -> None:
+    def __init__(self, refresh: Refresh, render: Render, page: Page, *, is_local: bool) -> None:
+        self._is_local = is_local
         self._refresh = refresh
         self._render = render
         self._page = page
@@ -101,14 +110,16 @@ class _Pages:
 
     async def answer(self, request: h11.Request) -> _Answer:
         """Returns the answer to a request."""
+        headers = {name: value.decode("ascii", "replace").lower() for name, value in request.headers}
+        if self._is_local and not _names_this_machine(headers.get(b"host", "")):
+            return problem(HTTPStatus.FORBIDDEN, "Use localhost or an IP address in the URL.")
         path = request.target.partition(b"?")[0].decode("ascii", "replace")
         if path not in {"/", "/metrics"}:
             return problem(HTTPStatus.NOT_FOUND, "There are /metrics and / here.")
         if request.method not in {b"GET", b"HEAD"}:
             return problem(HTTPStatus.METHOD_NOT_ALLOWED, "Use GET.", (("allow", "GET, HEAD"),))
-        accepted = {name: value.decode("ascii", "replace").lower() for name, value in request.headers}
-        openmetrics = path == "/metrics" and "application/openmetrics-text" in accepted.get(b"accept", "")
-        key = path, openmetrics, _accepts_gzip(accepted.get(b"accept-encoding", ""))
+        openmetrics = path == "/metrics" and "application/openmetrics-text" in headers.get(b"accept", "")
+        key = path, openmetrics, _accepts_gzip(headers.get(b"accept-encoding", ""))
         task = self._waiting.get(key)
         if task is None:
             task = self._waiting[key] = asyncio.create_task(self._make(key))
@@ -141,7 +152,7 @@ class _Pages:
                 return problem(HTTPStatus.INTERNAL_SERVER_ERROR, "The page could not be made. The server's log has the cause.")
             finally:
                 now = loop.time()
-                self._next_at = now + REST_FACTOR * (now - started_at)
+                self._next_at = now + min(PAUSE_FACTOR * (now - started_at), MAX_PAUSE)
         headers = (("vary", "Accept, Accept-Encoding"), *((("content-encoding", "gzip"),) if compresses else ()))
         return _Answer(HTTPStatus.OK, content_type, content, headers)
 
@@ -149,6 +160,15 @@ class _Pages:
         if path == "/":
             return (await self._page()).encode(errors="replace"), "text/html; charset=utf-8"
         return await self._render(openmetrics), OPENMETRICS_TYPE if openmetrics else TEXT_TYPE
+
+
+def _names_this_machine(host: str) -> bool:
+    """Returns whether a `Host` is `localhost` or an IP address, with or without a port. HTTP/1.0 needs none."""
+    name = host.rpartition(":")[0] if re.search(r":\d*$", host) and not host.endswith("]") else host
+    try:
+        return name in {"", "localhost"} or bool(ipaddress.ip_address(name.strip("[]")))
+    except ValueError:
+        return False
 
 
 def _accepts_gzip(accept_encoding: str) -> bool:
@@ -233,8 +253,9 @@ class _Connections:
             await writer.drain()
         with suppress(TimeoutError):
             async with asyncio.timeout(CLOSE_TIMEOUT):
-                writer.write_eof()
-                await _discard(reader)
+                if not writer.transport.is_closing():
+                    writer.write_eof()
+                    await _discard(reader)
 
 
 async def _receive(connection: h11.Connection, reader: asyncio.StreamReader) -> h11.Request | None:

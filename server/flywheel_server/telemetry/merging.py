@@ -8,13 +8,10 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector, CollectorRegistry
 from pydantic_core import from_json, to_json
 
+from flywheel_server.telemetry.metrics import MAX_CALLERS, OTHER_CALLERS
+
 Report = Sequence[str]
 """All metrics of a process, each as JSON: name, documentation, kind, and samples with their names, labels and values."""
-
-MAX_CALLERS: Final = 100
-"""Names of callers that the sums keep apart. Further names are added up as `OTHER_CALLERS`."""
-
-OTHER_CALLERS: Final = "_other"
 
 Merge = Callable[[float, float], float]
 

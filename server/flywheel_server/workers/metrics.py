@@ -56,6 +56,9 @@ class WorkersMetrics:
                 self._merged.update(worker, answer.result())
             answer.cancel()
 
+    def model(self) -> None:
+        """Returns None: only the workers know the model, and report it in `flywheel_build_info`."""
+
     async def registry(self) -> CollectorRegistry:
         """Returns a registry with the metrics as the workers last reported them, and those of the parent of now."""
         self._merged.update(_PARENT, await report_of(self._own))

@@ -74,8 +74,7 @@ class Parent:
 
     def serving_metrics(self) -> AbstractAsyncContextManager[None]:
         """Serves the metrics of all workers for the length of the context, if there are to be any."""
-        address = self._settings.metrics_address
-        return serving_metrics(address, self._metrics) if address and self._metrics else nullcontext()
+        return serving_metrics(self._settings, self._metrics) if self._metrics else nullcontext()
 
     def _serving(self) -> list[Worker]:
         """Returns the workers that serve now."""
