@@ -155,7 +155,7 @@ class ServerGauges(Gauges):
     async def refresh(self) -> None:
         """Finds out what takes time. To be called before the registry is collected. Returns soon, whatever the engine does."""
         if port := self._get_port():
-            # On another thread, because it takes 5 ms for 1000 connections.
+            # On another thread, because it takes 10 ms for 1000 connections.
             self._connections = await asyncio.to_thread(descriptors.connections, port)
         self._stats = await self._current_stats()
         if self._stats is not None:

@@ -19,7 +19,7 @@ from flywheel_server.system.output import Output
 
 from tests.server.test_supervision import MortalEngine
 from tests.serving import code_of, connected, serving, until
-from tests.telemetry.scraped import free_address, scraped, until_scraped
+from tests.telemetry.values import free_address, scraped, until_scraped
 
 LONG = pb.GenerationRequest(text="x", max_tokens=8000)
 

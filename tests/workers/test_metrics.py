@@ -11,7 +11,7 @@ from flywheel_proto.v1 import generation_pb2 as pb
 from flywheel_server.workers.metrics import REPORT_TIMEOUT
 
 from tests.serving import Target, code_of, until
-from tests.telemetry.scraped import free_address, scraped, until_scraped
+from tests.telemetry.values import free_address, scraped, until_scraped
 from tests.workers.several import Several, several
 from tests.workers.test_workers import begun
 
@@ -70,16 +70,12 @@ async def _what_a_killed_worker_counted_stays(address: str, server: Several, tar
     pid = server.pids()[1]
     before = await scraped(address)
     os.kill(pid, signal.SIGKILL)
-    lowest = before
 
     async def is_replaced() -> bool:
-        nonlocal lowest
         values = await scraped(address)
         assert values.items() >= {OK: before[OK], GENERATED: before[GENERATED], MEASURED: before[MEASURED]}.items()
-        lowest = min(lowest, values, key=lambda each: each["flywheel_engine_runners"])
         return server.pids()[1] != pid and values["flywheel_engine_runners"] == 2
 
-    await until(is_replaced, "another worker serves")
-    assert lowest["flywheel_engine_runners"] == 1, "its gauges do not stay"
+    await until(is_replaced, "another worker serves, and the gauges of the killed one do not stay")
     assert await code_of(targets[2].stub.GenerateAll(SHORT)) is grpc.StatusCode.OK
     await until_scraped(address, {OK: before[OK] + 1})

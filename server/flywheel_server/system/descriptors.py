@@ -55,10 +55,10 @@ def in_use() -> int:
 def connections(port: int) -> int:
     """Returns how many TCP connections of this process have this local port; 0 on systems without `DESCRIPTORS`.
 
-    Takes about 5 µs for each open descriptor. Runs on any thread.
+    Takes about 10 µs for each open descriptor. Runs on any thread.
     """
-    names = list(DESCRIPTORS.iterdir()) if DESCRIPTORS.is_dir() else []
-    return sum(_is_connected(int(entry.name), port) for entry in names)
+    entries = DESCRIPTORS.iterdir() if DESCRIPTORS.is_dir() else ()
+    return sum(_is_connected(int(entry.name), port) for entry in entries)
 
 
 def _is_connected(descriptor: int, port: int) -> bool:

@@ -24,7 +24,7 @@ from flywheel_server.messages import GenerationRequest, GenerationResponseSample
 from tests.engines.llama_cpp.conftest import COUNTING, SLOTS, Work, engine_of, samples_of, with_metrics
 from tests.pulled import pulled
 from tests.serving import Target, serving, until
-from tests.telemetry.scraped import free_address, scraped, until_scraped
+from tests.telemetry.values import free_address, scraped, until_scraped
 from tests.thorough import further
 
 LLAMA = "<|im_start|>user\nTell me about llamas.<|im_end|>\n<|im_start|>assistant\n"

@@ -1,12 +1,11 @@
-"""Reads a metrics endpoint as Prometheus does."""
+"""Reads the values of single samples of a metrics endpoint, in the format that Prometheus asks for."""
 
-import asyncio
-import urllib.request
 from collections.abc import Mapping
 
 from prometheus_client.openmetrics import parser
 
 from tests.serving import free_ports, until
+from tests.telemetry.scraping import get
 
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
 
@@ -18,13 +17,9 @@ def free_address() -> str:
 
 async def scraped(address: str) -> dict[str, float]:
     """Returns the values of all samples by name and labels, such as `x_total{a="b",c="d"}`."""
-    request = urllib.request.Request(f"http://{address}/metrics", headers={"Accept": OPENMETRICS})
-
-    def read() -> str:
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            return str(answer.read().decode())
-
-    families = parser.text_string_to_metric_families(await asyncio.to_thread(read))  # type: ignore[no-untyped-call]
+    answer = await get(int(address.rpartition(":")[2]), Accept=OPENMETRICS)
+    assert answer.status == 200, answer
+    families = parser.text_string_to_metric_families(answer.content.decode())  # type: ignore[no-untyped-call]
     return {_key(sample.name, sample.labels): sample.value for family in families for sample in family.samples}
 
 
