@@ -83,6 +83,15 @@ class KeyRing:
         entry = next((by_certificate[identity] for identity in identities if identity in by_certificate), None)
         return _unless_expired(entry) if entry else None
 
+    def expiries(self) -> dict[str, float]:
+        """Returns the Unix time at which the entry of each caller expires, of entries that expire and have not expired yet."""
+        accepted = self._accepted
+        return {
+            entry.name: entry.expires.timestamp()
+            for entry in (*accepted.by_key.values(), *accepted.by_certificate.values())
+            if entry.expires is not None and not entry.has_expired()
+        }
+
     @asynccontextmanager
     async def following(self, on_revoked: Callable[[Collection[str]], None], interval: float = 1.0) -> AsyncIterator[None]:
         """Reloads the file whenever it changes, until the context ends. Checks it every `interval` seconds.
