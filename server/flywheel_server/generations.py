@@ -29,6 +29,7 @@ from flywheel_server.engines.base import (
     PromptTooLongError,
     Sink,
     Started,
+    TextDelta,
 )
 from flywheel_server.errors import DeadlineExceededError, UnauthenticatedError
 from flywheel_server.messages import GenerationRequest, GenerationResponseSample
@@ -65,11 +66,15 @@ class Generations:
         activity: Signs of the engine's health that the generations give.
         queued: Generations that the engine has not started.
         active: Generations that the engine has started and that have not ended.
+        drained: Generations that `close` has ended because they took too long.
+        last_model: The engine's model, as it was when the engine last started; None before that.
     """
 
     def __init__(self, engine: Engine, admission: AdmissionControl) -> None:
         self.queued = 0
         self.active = 0
+        self.drained = 0
+        self.last_model: EngineModel | None = None
         self.activity = Activity()
         self.engine = engine
         self._admission = admission
@@ -98,7 +103,7 @@ class Generations:
     def open(self) -> None:
         """Accepts requests from now on, unless `close` was called. To be called when the engine has started."""
         if not self._closed:
-            model = self.engine.model()
+            model = self.last_model = self.engine.model()
             self._is_open = True
             self._admission.set_capacity(model)
             self._preparation.set_threads(model.tokenizers)
@@ -129,6 +134,7 @@ class Generations:
                 async with running_time.timeout(drain_timeout):
                     await self._wait_until_all_ended()
         finally:
+            self.drained += sum(not generation.is_ending for generation in self._running)
             self._end_all("the server is stopping")
             await self._wait_until_all_ended()
 
@@ -165,6 +171,8 @@ class Generations:
             generation.note_admitted()
             await deliver(generation)
 
+        if record := current_call.get():
+            record.operation = "chat" if request.messages else "text_completion"
         await self._prepared(request, caller, time_remaining, admit_and_deliver)
 
     async def tokenize(
@@ -195,7 +203,9 @@ class Generations:
         work: Callable[["Generation", Place], Awaitable[None]],
     ) -> None:
         """Runs the work of a call, from its place in the queue on, once the engine has prepared its request."""
-        self.model()
+        model = self.model()
+        if record := current_call.get():
+            record.model = model.name
         caller = replace(caller, priority=caller.priority + request.priority) if request.priority else caller
         time_remaining = _with_margin(time_remaining)
         generation = Generation(self, caller, request.num_samples, time_remaining)
@@ -264,9 +274,14 @@ class Generation:
         if self._record is not None:
             self._record.admitted_at = time.perf_counter()
 
+    @property
+    def is_ending(self) -> bool:
+        """Whether the generation has ended, or an error or its deadline is ending it."""
+        return self._ended_by is not None or self._is_closed or self.deadline.expired()
+
     def end(self, error: Exception) -> None:
         """Ends the generation with an error, unless it is ending already."""
-        if self._ended_by is None and not self._is_closed and not self.deadline.expired():
+        if not self.is_ending:
             self._ended_by = error
             self.deadline.reschedule(self._loop.time())
 
@@ -311,7 +326,7 @@ class Generation:
             self._activity.note_progress()
             self.usage.count(event)
             if self._awaits_output:
-                self._note_first_output()
+                self._note_first_output(is_streamed=isinstance(event, TextDelta))
             if isinstance(event, GenerationResponseSample):
                 self._unfinished.remove(event.index)
                 if self._record is not None:
@@ -327,10 +342,11 @@ class Generation:
         if self._record is not None:
             self._record.started_at = time.perf_counter()
 
-    def _note_first_output(self) -> None:
+    def _note_first_output(self, *, is_streamed: bool) -> None:
         self._awaits_output = False
         if self._record is not None:
             self._record.first_output_at = time.perf_counter()
+            self._record.is_streamed = is_streamed
 
     def close(self) -> None:
         """Stops counting the generation, and ignores further events."""

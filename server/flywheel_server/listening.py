@@ -48,7 +48,7 @@ def safe_credentials(settings: Settings, *, authenticates: bool) -> grpc.ServerC
         UnsafeError: Anybody on a network could call, and the settings do not allow that.
     """
     credentials = _credentials(settings)
-    if not _is_loopback(settings.address):
+    if not is_loopback(settings.address):
         if not authenticates and not settings.allow_unauthenticated_network_callers:
             raise UnsafeError(
                 f"anybody who reaches {settings.address} could call. Ask for keys (--api-keys-file or FLYWHEEL_API_KEYS) or "
@@ -85,7 +85,8 @@ def _credentials(settings: Settings) -> grpc.ServerCredentials | None:
     return None
 
 
-def _is_loopback(address: str) -> bool:
+def is_loopback(address: str) -> bool:
+    """Returns whether only this machine can reach the address, which is HOST:PORT."""
     host = address.rpartition(":")[0].strip("[]")
     try:
         return ipaddress.ip_address(host).is_loopback

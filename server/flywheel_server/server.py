@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import grpc.aio
@@ -15,7 +15,6 @@ from flywheel_server.access.keys import KeyRing
 from flywheel_server.admission import Admission
 from flywheel_server.admission_control import LocalAdmissionControl
 from flywheel_server.delivery import ReaderPolicy
-from flywheel_server.engine_factory import runs_in_process
 from flywheel_server.engines.base import Engine, EngineUnavailableError
 from flywheel_server.engines.uninterrupted import wait_until_done
 from flywheel_server.errors import IncompleteRequestError
@@ -26,6 +25,7 @@ from flywheel_server.interceptors.authentication import Authentication
 from flywheel_server.interceptors.calls import CallInterceptor
 from flywheel_server.interceptors.public import PublicMethods
 from flywheel_server.listening import channel_arguments, connections_allowed, listen, safe_credentials
+from flywheel_server.metrics_endpoint import create_metrics, serving_metrics
 from flywheel_server.operations import OperationWaiter
 from flywheel_server.reflection import add_reflection
 from flywheel_server.service import GenerationService
@@ -61,7 +61,9 @@ async def serve(engine: Engine, settings: Settings, link: "Link | None" = None) 
         EngineError: The engine does not start.
         EngineDiedError: The engine died later. This cancels the context.
     """
-    async with _Server(engine, settings, link).running() as port:
+    server = _Server(engine, settings, link)
+    # Metrics are served for longer than calls: from before the engine starts until all calls have ended.
+    async with server.serving_metrics(), server.running() as port:
         yield port
 
 
@@ -76,7 +78,8 @@ class _Server:
         admission = link.admission if link else LocalAdmissionControl(Admission(settings.max_concurrent, settings.max_queued))
         self._generations = Generations(engine, admission)
         self._health = link.health if link else Health()
-        self._observers: list[CallObserver] = []
+        self._metrics = create_metrics(settings)
+        self._observers: list[CallObserver] = [self._metrics] if self._metrics else []
         self._requests = OperationWaiter(methods.REQUEST_TIMEOUT, IncompleteRequestError)
         asks_for_certificates = settings.tls_client_ca is not None
         self._authentication = Authentication(self._keys, certificates=asks_for_certificates)
@@ -119,13 +122,17 @@ class _Server:
         return GenerationService(
             generations,
             ReaderPolicy(settings.max_stream_bytes, settings.slow_reader, settings.slow_reader_timeout),
-            get_counts=self._link.counting(generations, in_process=runs_in_process(settings))
+            get_counts=self._link.counting(generations, in_process=settings.engine_is_in_process)
             if self._link
             else generations.counts,
             max_text_bytes=settings.max_text_bytes,
             max_num_samples=settings.max_num_samples,
             log_prompts=settings.log_prompts,
         )
+
+    def serving_metrics(self) -> AbstractAsyncContextManager[None]:
+        """Serves the metrics for the length of the context; not in a worker, because its parent does."""
+        return nullcontext() if self._link else serving_metrics(self._settings, self._metrics)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[int]:

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import structlog
 
@@ -16,6 +16,9 @@ from flywheel_server.workers.port import reserved
 from flywheel_server.workers.process import Worker
 from flywheel_server.workers.shared_calls import SharedCalls
 from flywheel_server.workers.wire import Line
+
+if TYPE_CHECKING:
+    from flywheel_server.workers.metrics import WorkersMetrics
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -46,7 +49,11 @@ class WorkersError(Exception):
 
 
 class Parent:
-    """Keeps the workers running. Its arguments are as in `serve_in_workers`, but `arguments` begins with the port."""
+    """Keeps the workers running. Its arguments are as in `serve_in_workers`, but `arguments` begins with the port.
+
+    Attributes:
+        metrics: The metrics of all workers; None unless the settings ask for metrics.
+    """
 
     def __init__(self, settings: Settings, arguments: Sequence[str], on_output: Callable[[bytes], None]) -> None:
         self._admission = Admission(settings.max_concurrent, settings.max_queued)
@@ -60,6 +67,17 @@ class Parent:
         self._waiting_questions: list[tuple[Worker, int]] = []
         """Waiting questions for the counts of all workers, each with the worker that asks."""
         self._answering: asyncio.Task[None] | None = None
+        self.metrics = self._create_metrics() if settings.metrics_address else None
+
+    def _create_metrics(self) -> "WorkersMetrics":
+        from flywheel_server.workers.metrics import WorkersMetrics
+
+        engine_is_shared = not self._settings.engine_is_in_process
+        return WorkersMetrics(self._admission, self._serving, engine_is_shared=engine_is_shared)
+
+    def _serving(self) -> list[Worker]:
+        """Returns the workers that serve now."""
+        return [worker for worker in self._workers.values() if worker.ready_at is not None]
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -131,6 +149,8 @@ class Parent:
         checking.cancel()
         del self._workers[number]
         calls.release_all()
+        if self.metrics:
+            self.metrics.retire(worker)
         self._update_health()
         why = worker.why or f"worker {number} ended with {exit_code}"
         if self._is_up.is_set() and not self._stopping.is_set():
@@ -194,8 +214,7 @@ class Parent:
 
     async def _count_all(self) -> Line:
         """Returns the sums of the counts of all serving workers."""
-        serving = [worker for worker in self._workers.values() if worker.ready_at is not None]
-        answers = await self._ask(serving, COUNT_TIMEOUT)
+        answers = await self._ask(self._serving(), COUNT_TIMEOUT)
         return [sum(column) for column in zip(*answers, strict=True)] or [0, 0, 0, 0]
 
     async def _ask(self, workers: Sequence[Worker], timeout: float) -> list[Line]:  # noqa: ASYNC109 - for the workers, not for this call
