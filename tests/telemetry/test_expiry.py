@@ -15,6 +15,7 @@ DAYS = [NOW + timedelta(days=days) for days in range(1, 4)]
 
 def samples(expiry: Expiry) -> dict[tuple[str, str], float]:
     """Returns the value of each sample by the ends of its name and of its label."""
+    expiry.refresh()
     return {
         (family.name.split("_")[1], value): sample.value
         for family in expiry.collect()
@@ -33,8 +34,8 @@ def chain_until(*ends: datetime) -> list[bytes]:
     return [authority.issue_cert("localhost", not_after=end).cert_chain_pems[0].bytes() for end in ends]
 
 
-def no_keys() -> dict[str, float]:
-    return {}
+def no_keys(count: int) -> list[tuple[float, str]]:
+    return []
 
 
 def test_a_chain_expires_with_its_first_certificate_and_authorities_with_their_last(tmp_path: Path) -> None:
@@ -70,11 +71,15 @@ def test_keys_that_have_expired_or_never_expire_are_left_out(tmp_path: Path) -> 
     entries.append(KeyEntry(name="mesh", certificate="spiffe://a.example/b", created=NOW, expires=DAYS[2]))
     KeysFile(keys=tuple(entries)).write(path := tmp_path / "keys.json")
     ring = KeyRing(["a key of the variable"], str(path))
-    assert samples(Expiry(ring.expiries, None, None)) == {
+    assert samples(Expiry(ring.next_to_expire, None, None)) == {
         ("key", name): end.timestamp() for name, end in (("soon", DAYS[0]), ("later", DAYS[1]), ("mesh", DAYS[2]))
     }
 
 
-def test_only_the_keys_that_expire_first_have_samples() -> None:
-    many = {f"caller-{number}": float(number) for number in range(10 * MAX_CALLERS)}
-    assert samples(Expiry(lambda: many, None, None)) == {("key", name): end for name, end in many.items() if end < MAX_CALLERS}
+def test_only_the_next_keys_to_expire_have_samples(tmp_path: Path) -> None:
+    ends = {f"caller-{number}": NOW + timedelta(minutes=1 + number) for number in range(10 * MAX_CALLERS)}
+    entries = tuple(KeyEntry(name=name, hash=hash_of(name), created=NOW, expires=end) for name, end in ends.items())
+    KeysFile(keys=entries[::-1]).write(path := tmp_path / "keys.json")
+    assert samples(Expiry(KeyRing(file=str(path)).next_to_expire, None, None)) == {
+        ("key", name): ends[name].timestamp() for name in list(ends)[:MAX_CALLERS]
+    }
