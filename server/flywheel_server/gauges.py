@@ -18,6 +18,7 @@ from flywheel_server.generations import Generations
 from flywheel_server.supervision import Supervisor
 from flywheel_server.system import descriptors
 from flywheel_server.telemetry import loop_lag
+from flywheel_server.telemetry.merging import Report, report_of
 
 STATS_TIMEOUT: Final = 1.0
 """Seconds that the engine has to say how busy it is. Otherwise these figures of the engine are left out."""
@@ -72,14 +73,20 @@ class ServerGauges(Gauges):
         generations: The generations.
         supervisor: The supervisor of the engine.
         admission: The admission; None if another process has it.
+        get_port: Returns the port that the server listens on; 0 until it listens.
     """
 
     def __init__(
-        self, registry: CollectorRegistry, generations: Generations, supervisor: Supervisor, admission: Admission | None
+        self,
+        registry: CollectorRegistry,
+        generations: Generations,
+        supervisor: Supervisor,
+        *,
+        admission: Admission | None,
+        get_port: Callable[[], int],
     ) -> None:
         super().__init__()
-        self.port = 0
-        """The port that the server listens on; 0 until it listens."""
+        self._get_port = get_port
         self._registry = registry
         self._generations = generations
         self._supervisor = supervisor
@@ -132,11 +139,20 @@ class ServerGauges(Gauges):
         """Returns a context in which the lag of the event loop is measured."""
         return loop_lag.measured(self._registry)
 
+    async def registry(self) -> CollectorRegistry:
+        """Returns the registry, to be collected on the event loop."""
+        return self._registry
+
+    async def report(self) -> Report:
+        """Returns all metrics of now."""
+        await self.refresh()
+        return await report_of(self._registry)
+
     async def refresh(self) -> None:
         """Finds out what takes time. To be called before the registry is collected. Returns soon, whatever the engine does."""
-        if self.port:
+        if port := self._get_port():
             # On another thread, because it takes 5 ms for 1000 connections.
-            self._connections = await asyncio.to_thread(descriptors.connections, self.port)
+            self._connections = await asyncio.to_thread(descriptors.connections, port)
         self._stats = await self._current_stats()
         if self._stats is not None:
             self._cached_prompt_tokens = self._stats.cached_prompt_tokens

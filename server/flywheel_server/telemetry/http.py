@@ -43,6 +43,9 @@ OPENMETRICS_TYPE: Final = "application/openmetrics-text; version=1.0.0; charset=
 Render = Callable[[bool], Awaitable[bytes]]
 """Returns all metrics: in OpenMetrics if the argument is true, otherwise in Prometheus' text format."""
 
+Refresh = Callable[[], Awaitable[None]]
+"""Finds out what takes time to find out, before metrics or a page are made. It mostly waits, so it may take long."""
+
 Page = Callable[[], Awaitable[str]]
 """Returns the page about the server, as HTML."""
 
@@ -56,11 +59,12 @@ class _Answer:
 
 
 @asynccontextmanager
-async def serving_http(address: str, render: Render, page: Page) -> AsyncIterator[int]:
+async def serving_http(address: str, refresh: Refresh, render: Render, page: Page) -> AsyncIterator[int]:
     """Serves `/metrics` and `/` for the length of the context, which gets the port.
 
     Arguments:
         address: HOST:PORT to listen on; port 0 is any free port.
+        refresh: Awaited before either of the following.
         render: Returns the metrics.
         page: Returns the page at `/`.
 
@@ -68,7 +72,7 @@ async def serving_http(address: str, render: Render, page: Page) -> AsyncIterato
         OSError: The server cannot listen there.
     """
     host, _, port = address.rpartition(":")
-    connections = _Connections(_Pages(render, page))
+    connections = _Connections(_Pages(refresh, render, page))
     try:
         server = await asyncio.start_server(connections.serve, host.strip("[]"), int(port), limit=MAX_HEADER_BYTES)
     except OSError as error:
@@ -85,7 +89,8 @@ async def serving_http(address: str, render: Render, page: Page) -> AsyncIterato
 class _Pages:
     """Answers requests. Requests that come at the same time get the same text, which is made after all of them came."""
 
-    def __init__(self, render: Render, page: Page) -> None:
+    def __init__(self, refresh: Refresh, render: Render, page: Page) -> None:
+        self._refresh = refresh
         self._render = render
         self._page = page
         self._waiting: dict[tuple[str, bool, bool], asyncio.Task[_Answer]] = {}
@@ -125,6 +130,8 @@ class _Pages:
             del self._waiting[key]
             started_at = loop.time()
             try:
+                await self._refresh()
+                started_at = loop.time()
                 content, content_type = await self._content(path, openmetrics=openmetrics)
                 if compresses:
                     # In a thread, because zlib lets the event loop run meanwhile.

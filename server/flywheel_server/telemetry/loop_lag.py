@@ -6,8 +6,9 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Final
 
-from prometheus_client import Histogram
 from prometheus_client.registry import CollectorRegistry
+
+from flywheel_server.telemetry.instruments import Histogram
 
 INTERVAL: Final = 0.1
 """Seconds between two measurements."""
@@ -18,13 +19,9 @@ BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 
 
 @asynccontextmanager
 async def measured(registry: CollectorRegistry) -> AsyncIterator[None]:
-    """Measures the lag of the running event loop for the length of the context."""
-    histogram = Histogram(
-        "flywheel_event_loop_lag_seconds",
-        f"How late the event loop ran a timer that is due every {INTERVAL:g} s.",
-        registry=registry,
-        buckets=BUCKETS,
-    )
+    """Measures the lag of the running event loop for the length of the context. The registry gets a histogram of it."""
+    histogram = Histogram("flywheel_event_loop_lag_seconds", "How late the event loop runs what is due.", BUCKETS)
+    registry.register(histogram)
     measuring = asyncio.create_task(_measure(histogram))
     try:
         yield

@@ -1,6 +1,5 @@
 """Collects the metrics of all workers, in the parent. Imported only if there is a metrics endpoint."""
 
-import asyncio
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -13,7 +12,7 @@ from flywheel_server.gauges import Gauges
 from flywheel_server.telemetry.merging import MergedMetrics, report_of
 from flywheel_server.workers.process import Worker
 
-REPORT_TIMEOUT: Final = 2.0
+REPORT_TIMEOUT: Final = 1.5
 """Seconds that workers have to report their metrics: more than an engine has to say how busy it is. A worker that takes longer
 counts as it last reported."""
 
@@ -41,20 +40,13 @@ class WorkersMetrics:
         gauges.add_log()
         gauges.gauge("flywheel_engine_up", "1 if the engine runs, otherwise 0.", lambda: None if get_serving() else 0)
         self._own.register(gauges)
-        self._collecting: asyncio.Task[CollectorRegistry] | None = None
 
     def retire(self, worker: Worker) -> None:
         """Notes that the worker has ended."""
         self._merged.retire(worker)
 
-    async def collect(self) -> CollectorRegistry:
-        """Returns a registry with the metrics of now. Scrapes at the same time share the work."""
-        if self._collecting is None or self._collecting.done():
-            self._collecting = asyncio.create_task(self._collect())
-        # A scraper that goes away does not end the work of the others.
-        return await asyncio.shield(self._collecting)
-
-    async def _collect(self) -> CollectorRegistry:
+    async def refresh(self) -> None:
+        """Asks the workers for their metrics, and returns within `REPORT_TIMEOUT` seconds."""
         answers = {worker.metrics.ask(): worker for worker in self._get_serving()}
         if answers:
             await running_time.wait(answers.keys(), REPORT_TIMEOUT)
@@ -63,5 +55,8 @@ class WorkersMetrics:
             if answer.done() and not answer.cancelled() and not worker.has_closed:
                 self._merged.update(worker, answer.result())
             answer.cancel()
+
+    async def registry(self) -> CollectorRegistry:
+        """Returns a registry with the metrics as the workers last reported them, and those of the parent of now."""
         self._merged.update(_PARENT, await report_of(self._own))
         return await self._merged.merged()

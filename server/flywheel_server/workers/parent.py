@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -11,6 +11,7 @@ import structlog
 from flywheel_server import running_time
 from flywheel_server.admission import Admission
 from flywheel_server.admission_control import quotas_for
+from flywheel_server.metrics_endpoint import check_metrics, serving_metrics
 from flywheel_server.settings import Settings
 from flywheel_server.workers.port import reserved
 from flywheel_server.workers.process import Worker
@@ -49,11 +50,7 @@ class WorkersError(Exception):
 
 
 class Parent:
-    """Keeps the workers running. Its arguments are as in `serve_in_workers`, but `arguments` begins with the port.
-
-    Attributes:
-        metrics: The metrics of all workers; None unless the settings ask for metrics.
-    """
+    """Keeps the workers running. Its arguments are as in `serve_in_workers`, but `arguments` begins with the port."""
 
     def __init__(self, settings: Settings, arguments: Sequence[str], on_output: Callable[[bytes], None]) -> None:
         self._admission = Admission(settings.max_concurrent, settings.max_queued)
@@ -67,13 +64,18 @@ class Parent:
         self._waiting_questions: list[tuple[Worker, int]] = []
         """Waiting questions for the counts of all workers, each with the worker that asks."""
         self._answering: asyncio.Task[None] | None = None
-        self.metrics = self._create_metrics() if settings.metrics_address else None
+        self._metrics = self._create_metrics() if settings.metrics_address else None
 
     def _create_metrics(self) -> "WorkersMetrics":
         from flywheel_server.workers.metrics import WorkersMetrics
 
         engine_is_shared = not self._settings.engine_is_in_process
         return WorkersMetrics(self._admission, self._serving, engine_is_shared=engine_is_shared)
+
+    def serving_metrics(self) -> AbstractAsyncContextManager[None]:
+        """Serves the metrics of all workers for the length of the context, if there are to be any."""
+        address = self._settings.metrics_address
+        return serving_metrics(address, self._metrics) if address and self._metrics else nullcontext()
 
     def _serving(self) -> list[Worker]:
         """Returns the workers that serve now."""
@@ -149,8 +151,8 @@ class Parent:
         checking.cancel()
         del self._workers[number]
         calls.release_all()
-        if self.metrics:
-            self.metrics.retire(worker)
+        if self._metrics:
+            self._metrics.retire(worker)
         self._update_health()
         why = worker.why or f"worker {number} ended with {exit_code}"
         if self._is_up.is_set() and not self._stopping.is_set():
@@ -241,10 +243,13 @@ async def serve_in_workers(
         on_output: Receives what the workers write to standard output and standard error. It must not block.
 
     Raises:
-        OSError: The port is taken, or the host is not an address of this machine.
+        OSError: The port, or that of the metrics, is taken, or the host is not an address of this machine.
+        ValueError: The settings do not fit together.
         WorkersError: A worker does not start, or has died too often. The latter cancels the context.
     """
     host = settings.address.rpartition(":")[0]
+    check_metrics(settings)
     with reserved(host, settings.port) as port:
-        async with Parent(settings, [str(port), *arguments], on_output).running():
+        parent = Parent(settings, [str(port), *arguments], on_output)
+        async with parent.serving_metrics(), parent.running():
             yield port
