@@ -39,10 +39,11 @@ class Query:
     def _visit(self, node: Any) -> None:
         modifier = getattr(node, "modifier", None)
         if isinstance(node, promql_parser.VectorSelector):
-            self.metrics.add(node.name)
+            name = node.name or "{}"
+            self.metrics.add(name)
             for matcher in node.matchers.matchers:
                 is_regex = matcher.op in REGEX
-                self.labels.setdefault(node.name, set()).add(matcher.name)
+                self.labels.setdefault(name, set()).add(matcher.name)
                 self.matchers.append((matcher.name, is_regex, matcher.value))
         elif isinstance(node, promql_parser.AggregateExpr) and modifier:
             self.grouped.update(modifier.labels)
@@ -55,11 +56,11 @@ def panels() -> list[Any]:
     return [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
 
 
-def dashboard_queries() -> Iterator[tuple[str, str, str]]:
+def dashboard_queries(window: str = "5m") -> Iterator[tuple[str, str, str]]:
     """Yields the title of each panel with each of its queries and the legend, as Grafana asks when everything is chosen."""
     for panel in panels():
         for target in panel["targets"]:
-            yield panel["title"], as_asked(target["expr"]), target["legendFormat"]
+            yield panel["title"], as_asked(target["expr"], window), target["legendFormat"]
 
 
 def as_asked(query: str, window: str = "5m") -> str:
