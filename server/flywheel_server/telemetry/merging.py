@@ -17,7 +17,9 @@ Merge = Callable[[float, float], float]
 
 _MERGES: Final[Mapping[str, Merge]] = {
     "flywheel_build_info": max,
+    "flywheel_certificate_expiry_timestamp_seconds": min,
     "flywheel_engine_up": min,
+    "flywheel_key_expiry_timestamp_seconds": min,
     "process_max_fds": min,
     "process_start_time_seconds": min,
 }
