@@ -78,7 +78,9 @@ async def _serve_until_signal(
     if settings.workers > 1:
         if engine is not None:
             raise ValueError("workers must be 1 with an engine of your own: each worker makes its engine from the settings")
-        await _serve(serve_in_workers(settings, sys.argv[1:], stderr.write), stop.calling, ready)
+        # The standard error of a worker is a pipe to this process, so a worker cannot tell what it is here.
+        arguments = [*sys.argv[1:], f"--log-format={logs.resolved(settings.log_format, stderr)}"]
+        await _serve(serve_in_workers(settings, arguments, stderr.write), stop.calling, ready)
         return
     try:
         await _serve(serve(create_engine(settings) if engine is None else engine, settings), stop.calling, ready)
