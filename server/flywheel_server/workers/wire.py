@@ -25,6 +25,7 @@ From the parent:
     health    serving, runners                                  the health of all workers together
     count     question                                          asks for the counts of this worker
     total     question, counts                                  answers `total`
+    debug     is_on                                             log debug, or stop that
     stop                                                        drain; a second stop ends the drain
 
 A call costs one exchange before its generation starts, and one line at its end.
