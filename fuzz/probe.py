@@ -69,7 +69,9 @@ class ServerProcess:
 def flywheel_server(*arguments: str, api_key: str = "") -> Iterator[ServerProcess]:
     """Runs `flywheel-server` with these arguments on a free port, and yields it when it is ready."""
     environment = {**os.environ, **({"FLYWHEEL_API_KEYS": api_key} if api_key else {})}
-    command = [sys.executable, "-m", "flywheel_server", "--address", "127.0.0.1:0", "--log-level", "error", *arguments]
+    # As text, because checks count the lines of the log.
+    options = ("--address", "127.0.0.1:0", "--log-level", "error", "--log-format", "text")
+    command = [sys.executable, "-m", "flywheel_server", *options, *arguments]
     with (
         NamedTemporaryFile() as log,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment) as process,  # noqa: S603 - ours

@@ -14,7 +14,7 @@ def main() -> None:
     if manages_keys:
         signals.exit_at_once()
     else:
-        stop = signals.StopSignals()
+        receiver = signals.SignalReceiver()
     from flywheel_proto._extras import loading
     from flywheel_proto._streams import standard_streams
 
@@ -27,7 +27,7 @@ def main() -> None:
         else:
             with loading("flywheel-server"):
                 from flywheel_server import launch
-            launch.main(stop)
+            launch.main(receiver)
 
 
 if __name__ == "__main__":

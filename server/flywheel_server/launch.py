@@ -16,16 +16,16 @@ from flywheel_server.engines.base import Engine
 from flywheel_server.settings import Settings, parse
 from flywheel_server.system import signals
 from flywheel_server.system.output import Output, captured
-from flywheel_server.system.signals import StopSignals
+from flywheel_server.system.signals import SignalReceiver
 
 
-def main(stop: StopSignals) -> None:
+def main(receiver: SignalReceiver) -> None:
     """Serves until a signal stops the server, and exits; see `flywheel_server.__main__.main` for the exit codes."""
     with _outputs() as (stdout, stderr):
         settings = parse()
         with loading("flywheel-server"):
             from flywheel_server import serve_command
-        exit_code = serve_command.run(settings, stop, stdout, stderr)
+        exit_code = serve_command.run(settings, receiver, stdout, stderr)
     sys.exit(exit_code)
 
 
@@ -44,12 +44,12 @@ def run(engine: Engine, settings: Settings | None = None) -> int:
         The exit code for `sys.exit`: 1 if the server cannot start. The process exits with 1 if the engine dies for good, and
         with 2 if the settings are wrong.
     """
-    stop = StopSignals()
+    receiver = SignalReceiver()
     with _outputs() as (stdout, stderr):
         settings = settings or parse()
         from flywheel_server import serve_command
 
-        return serve_command.run(settings, stop, stdout, stderr, engine)
+        return serve_command.run(settings, receiver, stdout, stderr, engine)
 
 
 def run_worker(pair: socket.socket, number: int, port: int, arguments: Sequence[str]) -> None:

@@ -7,15 +7,21 @@ import structlog
 
 from flywheel_server.system.output import Output
 
+log = structlog.stdlib.get_logger(__name__)
+
 
 class OutputHandler(logging.Handler):
     """Writes each record as a line to an `Output`, which never blocks.
 
     Records are formatted at once, because a waiting record would keep the objects in its arguments alive.
+
+    Attributes:
+        usual_level: The level of the log while debug is not switched on.
     """
 
-    def __init__(self, formatter: logging.Formatter, output: Output) -> None:
+    def __init__(self, formatter: logging.Formatter, output: Output, usual_level: str) -> None:
         super().__init__()
+        self.usual_level = usual_level
         self.setFormatter(formatter)
         self._output = output
         output.notice = self._notice
@@ -59,10 +65,11 @@ def configure(
     *,
     worker: int | None = None,
 ) -> None:
-    """Logs events of `level` and above to `output`, by default standard error, as text or as JSON lines.
+    """Logs events of `level` and above to `output`, by default standard error, in the form that `resolved` returns.
 
     Closes the handler that an earlier call has installed. With `worker`, each line has that worker's number.
     """
+    output = output or Output(2)
     shared: list[Any] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_logger_name,
@@ -71,7 +78,7 @@ def configure(
         *([] if worker is None else [lambda _, __, event: {**event, "worker": worker}]),
     ]
     render: list[Any]
-    if form == "json":
+    if resolved(form, output) == "json":
         # Tracebacks leave out local variables, because these hold prompts.
         tracebacks = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
         render = [structlog.processors.ExceptionRenderer(tracebacks), structlog.processors.JSONRenderer()]
@@ -93,14 +100,33 @@ def configure(
             foreign_pre_chain=shared,
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *render],
         ),
-        output or Output(2),
+        output,
+        level.upper(),
     )
     root = logging.getLogger()
     for earlier in root.handlers:
         if isinstance(earlier, OutputHandler):
             earlier.close()
     root.handlers = [handler]
-    root.setLevel(level.upper())
+    root.setLevel(handler.usual_level)
     # The libraries below Modal's client log all headers, and so tokens, at the level debug.
     for name in ("asyncio", "grpclib", "h2", "hpack"):
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def resolved(form: Literal["auto", "text", "json"], output: Output) -> Literal["text", "json"]:
+    """Returns the form of a log that is written to `output`: for auto, text on a terminal, and otherwise JSON lines."""
+    if form != "auto":
+        return form
+    return "text" if output.is_terminal else "json"
+
+
+def set_debug(on: bool) -> None:
+    """Logs all events while debug is on, and those of the configured level otherwise. May be called on any thread."""
+    root = logging.getLogger()
+    level = next((handler.usual_level for handler in root.handlers if isinstance(handler, OutputHandler)), "INFO")
+    root.setLevel(logging.DEBUG)
+    # While everything is logged, so that this line is too.
+    log.info("log level switched", to="debug" if on else level.lower())
+    if not on:
+        root.setLevel(level)

@@ -6,7 +6,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Coroutine
-from contextlib import AbstractAsyncContextManager, AbstractContextManager, suppress
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, nullcontext, suppress
 from typing import Any, NoReturn
 
 # grpcio 1.80 turned this experiment on. With asyncio, it makes every message up to 50 % more expensive (grpcio 1.85.1). The
@@ -26,7 +26,7 @@ from flywheel_server.settings import Settings
 from flywheel_server.supervision import EngineDiedError
 from flywheel_server.system import descriptors, heap
 from flywheel_server.system.output import Output
-from flywheel_server.system.signals import StopSignals
+from flywheel_server.system.signals import SignalReceiver
 from flywheel_server.workers.link import Link
 from flywheel_server.workers.parent import WorkersError, serve_in_workers
 
@@ -36,12 +36,13 @@ else:
     from uvloop import new_event_loop
 
 
-def run(settings: Settings, stop: StopSignals, stdout: Output, stderr: Output, engine: Engine | None = None) -> int:
+def run(settings: Settings, receiver: SignalReceiver, stdout: Output, stderr: Output, engine: Engine | None = None) -> int:
     """Serves the engine, by default the one that the settings name, until a signal stops the server.
 
     Returns the exit code: 0 after a stop, 1 after a failure.
     """
-    return _run(settings, stderr, _serve_until_signal(settings, stop, stdout, stderr, engine))
+    serving = _serve_until_signal(settings, receiver, stdout, stderr, engine)
+    return _run(settings, stderr, serving, receiver.switching_debug(logs.set_debug))
 
 
 def run_worker(settings: Settings, pair: socket.socket, number: int, stderr: Output) -> int:
@@ -53,16 +54,26 @@ def run_worker(settings: Settings, pair: socket.socket, number: int, stderr: Out
         number: The number of this worker.
         stderr: The output for the log.
     """
-    return _run(settings, stderr, _serve_until_parent_stops(settings, pair, stderr), worker=number)
+    # The parent switches debug.
+    return _run(settings, stderr, _serve_until_parent_stops(settings, pair, stderr), nullcontext(), worker=number)
 
 
-def _run(settings: Settings, stderr: Output, serving: Coroutine[Any, Any, None], worker: int | None = None) -> int:
-    """Prepares the process, runs the coroutine until it is cancelled or fails, and returns the exit code."""
+def _run(
+    settings: Settings,
+    stderr: Output,
+    serving: Coroutine[Any, Any, None],
+    switching_debug: AbstractContextManager[None],
+    worker: int | None = None,
+) -> int:
+    """Prepares the process, runs the coroutine until it is cancelled or fails, and returns the exit code.
+
+    The context is entered once the log has been configured.
+    """
     heap.limit_heaps()
     descriptors.raise_limit()
     logs.configure(settings.log_level, settings.log_format, stderr, worker=worker)
     try:
-        with suppress(asyncio.CancelledError), asyncio.Runner(loop_factory=new_event_loop) as runner:
+        with switching_debug, suppress(asyncio.CancelledError), asyncio.Runner(loop_factory=new_event_loop) as runner:
             runner.run(serving)
     except (EngineError, OSError, ValueError, WorkersError) as error:
         stderr.write(f"flywheel-server: {error}\n".encode())
@@ -75,7 +86,7 @@ def _run(settings: Settings, stderr: Output, serving: Coroutine[Any, Any, None],
 
 
 async def _serve_until_signal(
-    settings: Settings, stop: StopSignals, stdout: Output, stderr: Output, engine: Engine | None
+    settings: Settings, receiver: SignalReceiver, stdout: Output, stderr: Output, engine: Engine | None
 ) -> None:
     def ready(port: int) -> None:
         stdout.write(f"ready: {_example(settings, port)}\n".encode())
@@ -83,10 +94,13 @@ async def _serve_until_signal(
     if settings.workers > 1:
         if engine is not None:
             raise ValueError("workers must be 1 with an engine of your own: each worker makes its engine from the settings")
-        await _serve(serve_in_workers(settings, sys.argv[1:], stderr.write), stop.calling, ready)
+        # The standard error of a worker is a pipe to this process, so a worker cannot tell what it is here.
+        arguments = [*sys.argv[1:], f"--log-format={logs.resolved(settings.log_format, stderr)}"]
+        workers = serve_in_workers(settings, arguments, stderr.write, receiver.switching_debug)
+        await _serve(workers, receiver.calling, ready)
         return
     try:
-        await _serve(serve(create_engine(settings) if engine is None else engine, settings), stop.calling, ready)
+        await _serve(serve(create_engine(settings) if engine is None else engine, settings), receiver.calling, ready)
     except EngineDiedError as error:
         stderr.write(f"flywheel-server: {error}\n".encode())
         _exit_without_threads(stderr)

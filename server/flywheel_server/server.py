@@ -32,6 +32,7 @@ from flywheel_server.service import GenerationService
 from flywheel_server.settings import Settings
 from flywheel_server.stopping import Connections
 from flywheel_server.supervision import Supervisor
+from flywheel_server.telemetry.call_log import CallLog
 from flywheel_server.telemetry.calls import CallObserver, Calls
 from flywheel_server.unregistered import Unregistered
 
@@ -83,6 +84,8 @@ class _Server:
         self._health = link.health if link else Health()
         self._metrics = create_metrics(settings)
         self._observers: list[CallObserver] = [self._metrics] if self._metrics else []
+        if settings.log_calls or settings.slow_call:
+            self._observers.append(CallLog(settings.log_calls, settings.slow_call))
         self._requests = OperationWaiter(methods.REQUEST_TIMEOUT, IncompleteRequestError)
         asks_for_certificates = settings.tls_client_ca is not None
         self._authentication = Authentication(self._keys, certificates=asks_for_certificates)

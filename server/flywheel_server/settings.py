@@ -265,7 +265,7 @@ class Settings(BaseSettings):
     max_num_samples: Positive = _requests(16, "The highest num_samples of a request.")
 
     log_level: Literal["debug", "info", "warning", "error"] = _observability(
-        "info", "The lowest level that is logged: debug, info, warning or error. SIGUSR1 switches to debug and back."
+        "info", "The lowest level that is logged: debug, info, warning or error. SIGUSR2 switches to debug and back."
     )
     log_format: Literal["auto", "text", "json"] = _observability(
         "auto", "The format of the log on standard error: text, json, or auto (text on a terminal, otherwise json)."

@@ -12,7 +12,7 @@ from flywheel_server.system import signals
 
 def main() -> None:
     """Serves until the parent stops it, or is gone. Exits with 1 if it cannot serve, or if the engine has died."""
-    signals.leave_stopping_to_parent()
+    signals.leave_signals_to_parent()
     descriptor, number, port, *arguments = sys.argv[1:]
     from flywheel_server import launch
 

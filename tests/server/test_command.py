@@ -29,13 +29,19 @@ async def command(
     stdout: int | IO[bytes] = PIPE,
     stderr: int | IO[bytes] = PIPE,
 ) -> AsyncIterator[Process]:
-    """Runs the command, after `setup` in the shell that becomes it."""
+    """Runs the command, after `setup` in the shell that becomes it. Its log is text, unless the arguments say otherwise."""
     process = await asyncio.create_subprocess_exec(
         *("sh", "-c", f'{setup}\nexec "$@"', "sh") if setup else (),
         *(sys.executable, "-m", "flywheel_server", *arguments),
         stdout=stdout,
         stderr=stderr,
-        env={**os.environ, "NO_COLOR": "1", "FLYWHEEL_WITHDRAW_WINDOW": "0", **(environment or {})},
+        env={
+            **os.environ,
+            "NO_COLOR": "1",
+            "FLYWHEEL_WITHDRAW_WINDOW": "0",
+            "FLYWHEEL_LOG_FORMAT": "text",
+            **(environment or {}),
+        },
     )
     try:
         yield process

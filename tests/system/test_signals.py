@@ -21,7 +21,7 @@ from flywheel_proto.v1 import generation_pb2 as pb
 from flywheel_server.engines.scripted import ScriptedEngine
 from flywheel_server.server import serve
 from flywheel_server.settings import Settings
-from flywheel_server.system.signals import DUMP_STACKS, STOP_SIGNALS
+from flywheel_server.system.signals import DUMP_STACKS, STOP_SIGNALS, SWITCH_DEBUG
 
 from tests.server.test_command import SCRIPTED, command, ready_line
 from tests.serving import connected, until
@@ -39,7 +39,7 @@ BY_THE_SYSTEM = {
 }
 """The signals that keep the effect that the system gives them."""
 
-MEANINGLESS = sorted(signal.valid_signals() - BY_THE_SYSTEM - {*STOP_SIGNALS, DUMP_STACKS})
+MEANINGLESS = sorted(signal.valid_signals() - BY_THE_SYSTEM - {*STOP_SIGNALS, DUMP_STACKS, SWITCH_DEBUG})
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 

@@ -4,6 +4,7 @@ import asyncio
 import os
 import resource
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 
 import grpc
@@ -112,7 +113,8 @@ async def test_a_worker_that_hangs_is_replaced(monkeypatch: pytest.MonkeyPatch) 
     arguments = ["--engine", "scripted", "--workers", "2", "--withdraw-window", "0", *SCRIPT]
     settings = parse(["--address", "127.0.0.1:0", *arguments])
     with structlog.testing.capture_logs() as log:
-        async with serve_in_workers(settings, arguments, lambda _: None) as port, connected(f"127.0.0.1:{port}") as target:
+        serving = serve_in_workers(settings, arguments, lambda _: None, lambda _: nullcontext())
+        async with serving as port, connected(f"127.0.0.1:{port}") as target:
             call = await begun(target, ())
             pids = [line["pid"] for line in log if line["event"] == "worker started"]
             for pid in pids:

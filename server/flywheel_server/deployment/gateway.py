@@ -26,7 +26,7 @@ from flywheel_server.deployment.tunnel import published_tunnel
 from flywheel_server.engine_factory import create_engine
 from flywheel_server.server import serve
 from flywheel_server.settings import Settings
-from flywheel_server.system import descriptors, heap
+from flywheel_server.system import descriptors, heap, signals
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -63,6 +63,7 @@ class GatewayThread:
         self._loop = new_event_loop()
         self._stop = asyncio.Event()
         self._told_to_stop = False
+        self._is_debug = False
         self._ended = threading.Event()
         self._serving: asyncio.Task[None] | None = None
 
@@ -71,6 +72,7 @@ class GatewayThread:
         heap.limit_heaps()
         descriptors.raise_limit()
         logs.configure(self._settings.log_level, self._settings.log_format)
+        signals.call_on_switch_debug(self._switch_debug)
         threading.Thread(target=self._run, name="gateway", daemon=True).start()
         try:
             self._ready.result()
@@ -89,6 +91,12 @@ class GatewayThread:
             self._loop.call_soon_threadsafe(self._stop.set)
         if not self._ended.wait(STOP_TIMEOUT):
             log.error("the gateway has not ended in time")
+
+    def _switch_debug(self) -> None:
+        self._is_debug = not self._is_debug
+        # Not in the main thread, which the signal may have interrupted while it logs.
+        with suppress(RuntimeError):  # as in `stop`
+            self._loop.call_soon_threadsafe(logs.set_debug, self._is_debug)
 
     def _run(self) -> None:
         try:

@@ -81,6 +81,18 @@ class CallContext:
             self.record.retry_delay = status.retry_delay
             self.record.error = error
 
+    def undelivered(self) -> None:
+        """Notes that the caller does not get the status, because gRPC had ended the call."""
+        if self.record is not None:
+            self.record.code = grpc.StatusCode.CANCELLED
+            self.record.reason = ""
+            self.record.retry_delay = None
+
+    def logged(self) -> None:
+        """Notes that the log says how the call ended."""
+        if self.record is not None:
+            self.record.is_logged = True
+
     def time_remaining(self) -> float | None:
         """Returns the seconds until the caller's deadline; None if there is none."""
         return self._context.time_remaining()

@@ -73,6 +73,9 @@ async def end_with_status(context: CallContext, error: Exception) -> None:
     finally:
         if is_sent or is_own_fault:
             _log(error, status)
+            context.logged()
+        else:
+            context.undelivered()
 
 
 def _log(error: Exception, status: CallStatus) -> None:

@@ -33,6 +33,7 @@ class Output:
         descriptor: The descriptor. It is duplicated, so it may be closed or replaced afterwards.
 
     Attributes:
+        is_terminal: Whether the descriptor is a terminal.
         notice: Returns the text to write in place of this many dropped pieces.
         dropped: How many pieces have been dropped so far.
     """
@@ -41,7 +42,7 @@ class Output:
         self.notice: Callable[[int], bytes] = lambda _: b""
         self.dropped = 0
         self._descriptor = os.dup(descriptor)
-        self._is_terminal = os.isatty(descriptor)
+        self.is_terminal = os.isatty(descriptor)
         # A number stands for so many pieces that were dropped at this point.
         self._waiting: deque[bytes | int] = deque()
         self._waiting_bytes = 0
@@ -54,7 +55,7 @@ class Output:
 
     def write(self, data: bytes) -> None:
         """Queues data to be written, or counts it as dropped. Never waits."""
-        if self._is_terminal:
+        if self.is_terminal:
             data = visible(data.decode(errors="backslashreplace")).encode()
         with self._changed:
             if self._closed:

@@ -20,7 +20,13 @@ STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQ
 DUMP_STACKS: Final = signal.SIGUSR1
 """The signal that writes the stacks of all threads to standard error."""
 
-_IGNORED: Final = ("SIGUSR2", "SIGALRM", "SIGVTALRM", "SIGPROF", "SIGIO", "SIGPWR", "SIGSTKFLT")
+SWITCH_DEBUG: Final = signal.SIGUSR2
+"""The signal that switches the log to the level debug, and back.
+
+Not SIGUSR1: in a container on Modal, that signal cancels calls of Modal, and ends the process at other times.
+"""
+
+_IGNORED: Final = ("SIGALRM", "SIGVTALRM", "SIGPROF", "SIGIO", "SIGPWR", "SIGSTKFLT")
 """Signals that would end the process by default for no reason. Some systems lack some of them."""
 
 
@@ -30,47 +36,90 @@ def stop_signals() -> list[signal.Signals]:
     return [number for number in STOP_SIGNALS if number not in ignored]
 
 
-class StopSignals:
-    """Receives the stop signals on a thread of its own, until the process ends.
+class SignalReceiver:
+    """Receives the stop signals and `SWITCH_DEBUG` on a thread of its own, until the process ends.
 
     All threads block these signals: they inherit that from the thread that creates this object. So a signal cannot reach the
     handlers that llama.cpp installs while it loads a model, which would swallow it. A signal that arrives while llama.cpp holds
     the interpreter lock is handled afterwards.
 
-    Outside the context of `calling`, a signal ends the process with exit code 0, as if the server had stopped.
+    Outside the context of `calling`, a stop signal ends the process with exit code 0, as if the server had stopped.
     """
 
     def __init__(self) -> None:
         self._act: Callable[[], object] = lambda: os._exit(0)
-        numbers = stop_signals()
+        self._is_debug = False
+        self._debug_listeners: list[Callable[[bool], object]] = []
+        self._debug_lock = threading.Lock()
+        stops = stop_signals()
+        numbers = [*stops, SWITCH_DEBUG]
         signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
-        for number in numbers:
+        for number in stops:
             # A shell without job control makes background processes ignore SIGINT and SIGQUIT.
             signal.signal(number, signal.SIG_DFL)
+        # Not the default, which would end the process if an earlier thread, which does not block the signal, got it.
+        signal.signal(SWITCH_DEBUG, lambda *_: None)
         threading.Thread(target=self._receive, args=(numbers,), name="signals", daemon=True).start()
         _handle_other_signals()
 
     @contextmanager
     def calling(self, act: Callable[[], object]) -> Iterator[None]:
-        """Calls `act` for each signal, on the thread, for the length of the context. `act` may raise `RuntimeError`."""
+        """Calls `act` for each stop signal, on the thread, for the length of the context. `act` may raise `RuntimeError`."""
         before, self._act = self._act, act
         try:
             yield
         finally:
             self._act = before
 
+    @contextmanager
+    def switching_debug(self, act: Callable[[bool], object]) -> Iterator[None]:
+        """Tells `act` for each `SWITCH_DEBUG` whether debug is on, on the thread, for the length of the context.
+
+        If debug is on already, because the signal came earlier, tells `act` at once. `act` may raise `RuntimeError`.
+        """
+        with self._debug_lock:
+            self._debug_listeners.append(act)
+            if self._is_debug:
+                act(True)
+        try:
+            yield
+        finally:
+            with self._debug_lock:
+                self._debug_listeners.remove(act)
+
     def _receive(self, numbers: list[signal.Signals]) -> None:
         while True:
-            signal.sigwait(numbers)
+            number = signal.sigwait(numbers)
             # Raised by an event loop that has just been closed.
             with suppress(RuntimeError):
-                self._act()
+                if number == SWITCH_DEBUG:
+                    self._switch_debug()
+                else:
+                    self._act()
+
+    def _switch_debug(self) -> None:
+        with self._debug_lock:
+            self._is_debug = not self._is_debug
+            for act in self._debug_listeners:
+                act(self._is_debug)
 
 
-def leave_stopping_to_parent() -> None:
-    """Ignores stop signals: if they are sent to the whole process group, the parent gets them too, and stops this process."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+def leave_signals_to_parent() -> None:
+    """Ignores stop signals and `SWITCH_DEBUG`.
+
+    If they are sent to the whole process group, the parent gets them too, and passes them on to this process.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, (*STOP_SIGNALS, SWITCH_DEBUG))
     _handle_other_signals()
+
+
+def call_on_switch_debug(act: Callable[[], object]) -> None:
+    """Calls `act` for each `SWITCH_DEBUG` in the main thread, which the signal may interrupt anywhere.
+
+    For a process whose other signals belong to somebody else. Does nothing on another thread, where Python allows no handlers.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(SWITCH_DEBUG, lambda *_: act())
 
 
 def write_stacks_to(descriptor: int) -> None:

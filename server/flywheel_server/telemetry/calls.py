@@ -46,6 +46,7 @@ class CallRecord:
         reason: The reason in the ErrorInfo of the status; empty if there is none.
         retry_delay: The seconds in the RetryInfo of the status; None if there is none.
         error: The error that ended the call, if one did.
+        is_logged: Whether the log has a line that says how the call ended.
     """
 
     __slots__ = (
@@ -58,6 +59,7 @@ class CallRecord:
         "error",
         "first_output_at",
         "generated_tokens",
+        "is_logged",
         "is_streamed",
         "method",
         "model",
@@ -96,6 +98,7 @@ class CallRecord:
         self.reason = ""
         self.retry_delay: float | None = None
         self.error: BaseException | None = None
+        self.is_logged = False
 
     @property
     def phase(self) -> Phase:

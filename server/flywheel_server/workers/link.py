@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Final, Self
 
+from flywheel_server import logs
 from flywheel_server.engines.base import EngineStats, EngineUnavailableError
 from flywheel_server.generations import Counts, Generations, GetCounts
 from flywheel_server.health import Health
@@ -36,6 +37,7 @@ class Link:
         handlers: dict[str, Callable[..., None]] = {
             "health": self._receive_health,
             "count": self._receive_count,
+            "debug": logs.set_debug,
             "metrics": self._receive_metrics,
             "stop": self._stop,
         }

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext, suppress
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager, nullcontext, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -59,6 +59,7 @@ class Parent:
         self._settings = settings
         self._on_output = on_output
         self._workers: dict[int, Worker] = {}
+        self._is_debug = False
         self._is_up = asyncio.Event()
         self._stopping = asyncio.Event()
         self._waiting_questions: list[tuple[Worker, int]] = []
@@ -133,7 +134,7 @@ class Parent:
     async def _run_one(self, number: int) -> tuple[bool, str]:
         """Runs a worker until it ends. Returns whether it was stable, and why it has ended."""
         try:
-            worker = self._workers[number] = Worker(number, self._arguments, self._update_health, self._on_output)
+            worker = self._workers[number] = Worker(number, self._arguments, self._update_workers, self._on_output)
         except (OSError, RuntimeError) as error:
             # Processes, threads, memory or descriptors are exhausted, perhaps only for a while.
             log.error("worker not started", number=number, error=str(error))  # noqa: TRY400 - the message says it
@@ -186,6 +187,17 @@ class Parent:
             worker.stop()
         await running_time.wait(keepers, timeout)
 
+    def set_debug(self, on: bool) -> None:
+        """Makes all workers log debug, or stop that."""
+        self._is_debug = on
+        self._update_workers()
+
+    def _update_workers(self) -> None:
+        """Tells each worker what it does not know yet: whether to log debug, and the common health."""
+        for worker in self._workers.values():
+            worker.set_debug(self._is_debug)
+        self._update_health()
+
     def _update_health(self) -> None:
         """Shows all workers the common health: serving if every worker that runs serves.
 
@@ -230,7 +242,10 @@ class Parent:
 
 @asynccontextmanager
 async def serve_in_workers(
-    settings: Settings, arguments: Sequence[str], on_output: Callable[[bytes], None]
+    settings: Settings,
+    arguments: Sequence[str],
+    on_output: Callable[[bytes], None],
+    switching_debug: Callable[[Callable[[bool], object]], AbstractContextManager[None]],
 ) -> AsyncIterator[int]:
     """Serves in `settings.workers` processes for the length of the context, and gives the port that they listen on.
 
@@ -240,6 +255,8 @@ async def serve_in_workers(
         settings: The settings of the server.
         arguments: The command line from which the settings come, in addition to the environment.
         on_output: Receives what the workers write to standard output and standard error. It must not block.
+        switching_debug: Returns a context within which a function is told, on any thread, whether debug is on; see
+            `SignalReceiver.switching_debug`.
 
     Raises:
         OSError: The port, or that of the metrics, is taken, or the host is not an address of this machine.
@@ -250,5 +267,7 @@ async def serve_in_workers(
     check_metrics(settings)
     with reserved(host, settings.port) as port:
         parent = Parent(settings, [str(port), *arguments], on_output)
-        async with parent.serving_metrics(), parent.running():
-            yield port
+        loop = asyncio.get_running_loop()
+        with switching_debug(lambda on: loop.call_soon_threadsafe(parent.set_debug, on)):
+            async with parent.serving_metrics(), parent.running():
+                yield port

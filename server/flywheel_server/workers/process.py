@@ -54,6 +54,7 @@ class Worker:
         self._has_connected = False
         """Whether the worker uses the connection, so that it can be told to stop."""
         self._shown_health: tuple[bool, bool] | None = None
+        self._is_debug = False
         self._closed = asyncio.Event()
         self.connection = Connection(self.handlers, self._closed.set)
         self.counts = Questions(self.connection, "count")
@@ -110,6 +111,12 @@ class Worker:
         if self._has_connected and health != self._shown_health:
             self._shown_health = health
             self.connection.send("health", *health)
+
+    def set_debug(self, on: bool) -> None:
+        """Tells the worker to log debug, or to stop that, unless it knows. Does nothing before the worker has connected."""
+        if self._has_connected and on != self._is_debug:
+            self._is_debug = on
+            self.connection.send("debug", on)
 
     def _on_hello(self) -> None:
         self._has_connected = True

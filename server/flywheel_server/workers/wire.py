@@ -27,6 +27,7 @@ From the parent:
     count     question                                          asks for the counts of this worker
     metrics   question                                          asks for the metrics of this worker
     total     question, counts                                  answers `total`
+    debug     is_on                                             log debug, or stop that
     stop                                                        drain; a second stop ends the drain
 
 A call costs one exchange before its generation starts, and one line at its end.

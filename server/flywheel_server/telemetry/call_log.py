@@ -1,0 +1,88 @@
+"""Logs a line for each call, or for a share of them, and for each slow call: what it was, how it ended, where its time went.
+
+The request id, the caller and the trace id are in the context of the call, as for its other lines.
+"""
+
+import random
+import re
+from typing import Any, Final
+from urllib.parse import unquote
+
+import structlog
+
+from flywheel_server.telemetry.calls import CallRecord, Metadata, Phase
+
+log = structlog.stdlib.get_logger(__name__)
+
+_PEER: Final = re.compile(r"ipv[46]:(.+):(\d+)")
+"""The peer of a call over TCP, as gRPC gives it: the address of IPv6 is in brackets, which are percent-encoded."""
+
+
+class CallLog:
+    """Logs the end of calls, unless the log has a line that says how the call ended.
+
+    Arguments:
+        share: The share of calls that are logged, from 0 to 1.
+        slow_seconds: Seconds without output after which a call of the engine is slow, and is always logged; 0 means never.
+    """
+
+    def __init__(self, share: float, slow_seconds: float) -> None:
+        self._share = share
+        self._slow_seconds = slow_seconds
+
+    def begin(self, call: CallRecord, metadata: Metadata) -> None:
+        """Does nothing: the record has all that a line needs."""
+
+    def end(self, call: CallRecord) -> None:
+        """Logs the call, if it is slow or is drawn."""
+        if call.is_logged:
+            return
+        phases = _phases_until_output(call)
+        # Only calls of the engine: a stream of health lasts for as long as its caller likes.
+        if self._slow_seconds and "queue" in phases and sum(phases.values()) > self._slow_seconds:
+            log.warning("call finished", **self._fields(call), slow_phase=max(phases, key=phases.__getitem__))
+        elif random.random() < self._share:  # noqa: S311 - no secret
+            log.info("call finished", **self._fields(call))
+
+    def _fields(self, call: CallRecord) -> dict[str, Any]:
+        """Returns the fields of a line. Dotted names are those of OpenTelemetry."""
+        fields: dict[str, Any] = {
+            "rpc.method": call.method,
+            "rpc.response.status_code": call.code.name if call.code else "",
+            **_peer(call.peer),
+            "seconds": _between(call.began, call.ended_at),
+        }
+        if call.reason:
+            fields["reason"] = call.reason
+        if call.queued_at is not None:
+            fields["gen_ai.request.model"] = call.model
+            fields["gen_ai.usage.input_tokens"] = call.prompt_tokens
+            fields["gen_ai.usage.output_tokens"] = call.generated_tokens
+            fields["queue_seconds"] = _between(call.queued_at, call.admitted_at or call.ended_at)
+        if call.first_output_at is not None:
+            fields["first_output_seconds"] = _between(call.began, call.first_output_at)
+        return fields
+
+
+def _phases_until_output(call: CallRecord) -> dict[Phase, float]:
+    """Returns the seconds of each phase that the call has reached, without the time after its first output."""
+    begins: tuple[tuple[Phase, float | None], ...] = (
+        ("request", call.began),
+        ("queue", call.queued_at),
+        ("prompt", call.admitted_at),
+    )
+    reached = [(phase, begin) for phase, begin in begins if begin is not None]
+    ends = [*(begin for _, begin in reached[1:]), call.first_output_at or call.ended_at or call.began]
+    return {phase: end - begin for (phase, begin), end in zip(reached, ends, strict=True)}
+
+
+def _between(begin: float, end: float | None) -> float:
+    """Returns the seconds between two times, to a tenth of a millisecond."""
+    return round((end or begin) - begin, 4)
+
+
+def _peer(peer: str) -> dict[str, Any]:
+    found = _PEER.fullmatch(peer)
+    if found is None:
+        return {"network.peer.address": peer}
+    return {"network.peer.address": unquote(found[1]).strip("[]"), "network.peer.port": int(found[2])}
