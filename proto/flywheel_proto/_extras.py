@@ -9,7 +9,7 @@ from typing import Final
 DISTRIBUTION: Final = "flywheel-grpc"
 
 MODULES_BY_EXTRA: Final = {
-    "cli": ("click",),
+    "cli": ("click", "h11", "prometheus_client", "textual"),
     "server": ("cryptography", "grpc_health", "grpc_reflection", "pydantic", "pydantic_settings", "structlog", "uvloop"),
     "embedded": ("llguidance", "xllamacpp"),
     "modal": ("modal",),
