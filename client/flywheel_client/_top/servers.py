@@ -158,7 +158,7 @@ class Servers:
         """Scrapes all servers once.
 
         Args:
-            max_wait: The seconds to wait for slow servers; None waits for all. A scrape that takes longer goes on, and its figures
+            max_wait: The seconds to wait for slow servers; None waits for all. A slower scrape goes on, and its figures
                 come with a later call.
         """
         for server in self.all:
