@@ -22,11 +22,14 @@ OURS = [str(Path(str(package.__file__)).parents[1]) for package in (flywheel_pro
 SERVER = "from flywheel_server.__main__ import main"
 COMMAND = "from flywheel_client.__main__ import main"
 SCRIPTED = ("--engine", "scripted", "--address", "256.0.0.1:0")
+LOCAL = ("--engine", "scripted", "--address", "127.0.0.1:0", "--log-level", "error")
 
 PROGRAMS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "flywheel-server": (SERVER, SCRIPTED, "flywheel-server: "),
     "flywheel-server keys": (SERVER, ("keys", "list"), "flywheel-server: "),
     "flywheel-server by default": (SERVER, ("--address", "127.0.0.1:0"), "flywheel-server: "),
+    "flywheel-server --metrics-address": (SERVER, (*LOCAL, "--metrics-address", "127.0.0.1:0"), "flywheel-server: "),
+    "flywheel-server --channelz": (SERVER, (*LOCAL, "--channelz", "true"), "flywheel-server: "),
     "flywheel-server --engine flywheel": (SERVER, ("--engine", "flywheel", "--address", "127.0.0.1:0"), "flywheel-server: "),
     "flywheel": (COMMAND, ("health",), "flywheel: "),
     "flywheel endpoints": (COMMAND, ("endpoints",), "flywheel: "),
@@ -41,7 +44,14 @@ NEEDS = [
     ("flywheel-server --engine flywheel", "modal", "modal"),
 ]
 FURTHER_NEEDS = [
-    *(("flywheel-server", "server", module) for module in MODULES_BY_EXTRA["server"] if module != "structlog"),
+    *(
+        ("flywheel-server", "server", module)
+        for module in MODULES_BY_EXTRA["server"]
+        if module not in {"structlog", "grpc_channelz", "h11", "prometheus_client"}
+    ),
+    ("flywheel-server --metrics-address", "server", "h11"),
+    ("flywheel-server --metrics-address", "server", "prometheus_client"),
+    ("flywheel-server --channelz", "server", "grpc_channelz"),
     ("flywheel-server by default", "embedded", "llguidance"),
     ("flywheel", "cli", "click"),
     ("flywheel endpoints", "modal", "modal"),

@@ -10,7 +10,18 @@ DISTRIBUTION: Final = "flywheel-grpc"
 
 MODULES_BY_EXTRA: Final = {
     "cli": ("click", "h11", "prometheus_client", "textual"),
-    "server": ("cryptography", "grpc_health", "grpc_reflection", "pydantic", "pydantic_settings", "structlog", "uvloop"),
+    "server": (
+        "cryptography",
+        "grpc_channelz",
+        "grpc_health",
+        "grpc_reflection",
+        "h11",
+        "prometheus_client",
+        "pydantic",
+        "pydantic_settings",
+        "structlog",
+        "uvloop",
+    ),
     "embedded": ("llguidance", "xllamacpp"),
     "modal": ("modal",),
 }

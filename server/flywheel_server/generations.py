@@ -29,6 +29,7 @@ from flywheel_server.engines.base import (
     PromptTooLongError,
     Sink,
     Started,
+    TextDelta,
 )
 from flywheel_server.errors import DeadlineExceededError, UnauthenticatedError
 from flywheel_server.messages import GenerationRequest, GenerationResponseSample
@@ -165,6 +166,8 @@ class Generations:
             generation.note_admitted()
             await deliver(generation)
 
+        if record := current_call.get():
+            record.operation = "chat" if request.messages else "text_completion"
         await self._prepared(request, caller, time_remaining, admit_and_deliver)
 
     async def tokenize(
@@ -195,7 +198,9 @@ class Generations:
         work: Callable[["Generation", Place], Awaitable[None]],
     ) -> None:
         """Runs the work of a call, from its place in the queue on, once the engine has prepared its request."""
-        self.model()
+        model = self.model()
+        if record := current_call.get():
+            record.model = model.name
         caller = replace(caller, priority=caller.priority + request.priority) if request.priority else caller
         time_remaining = _with_margin(time_remaining)
         generation = Generation(self, caller, request.num_samples, time_remaining)
@@ -311,7 +316,7 @@ class Generation:
             self._activity.note_progress()
             self.usage.count(event)
             if self._awaits_output:
-                self._note_first_output()
+                self._note_first_output(is_streamed=isinstance(event, TextDelta))
             if isinstance(event, GenerationResponseSample):
                 self._unfinished.remove(event.index)
                 if self._record is not None:
@@ -327,10 +332,11 @@ class Generation:
         if self._record is not None:
             self._record.started_at = time.perf_counter()
 
-    def _note_first_output(self) -> None:
+    def _note_first_output(self, *, is_streamed: bool) -> None:
         self._awaits_output = False
         if self._record is not None:
             self._record.first_output_at = time.perf_counter()
+            self._record.is_streamed = is_streamed
 
     def close(self) -> None:
         """Stops counting the generation, and ignores further events."""

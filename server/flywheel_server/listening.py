@@ -48,7 +48,7 @@ def safe_credentials(settings: Settings, *, authenticates: bool) -> grpc.ServerC
         UnsafeError: Anybody on a network could call, and the settings do not allow that.
     """
     credentials = _credentials(settings)
-    if not _is_loopback(settings.address):
+    if not is_loopback(settings.address):
         if not authenticates and not settings.allow_unauthenticated_network_callers:
             raise UnsafeError(
                 f"anybody who reaches {settings.address} could call. Ask for keys (--api-keys-file or FLYWHEEL_API_KEYS) or "
@@ -85,7 +85,8 @@ def _credentials(settings: Settings) -> grpc.ServerCredentials | None:
     return None
 
 
-def _is_loopback(address: str) -> bool:
+def is_loopback(address: str) -> bool:
+    """Returns whether only this machine can reach the address, which is HOST:PORT."""
     host = address.rpartition(":")[0].strip("[]")
     try:
         return ipaddress.ip_address(host).is_loopback
@@ -163,6 +164,7 @@ def channel_arguments(settings: Settings, connections: int, *, shares_port: bool
         # With it, a second server can listen on the same port, and gets half of the calls. That is for workers only, and
         # `flywheel_server.workers.port` keeps other servers away from their port.
         ("grpc.so_reuseport", int(shares_port)),
+        *((("grpc.enable_channelz", 1),) if settings.channelz else ()),
     ]
 
 

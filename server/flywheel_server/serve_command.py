@@ -15,6 +15,7 @@ os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_listener")
 # gRPC logs ordinary events too, such as closed connections, in a format of its own.
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
+from flywheel_proto._extras import reason
 from flywheel_proto._service_name import SERVICE_NAME
 
 from flywheel_server import logs
@@ -65,6 +66,10 @@ def _run(settings: Settings, stderr: Output, serving: Coroutine[Any, Any, None],
             runner.run(serving)
     except (EngineError, OSError, ValueError, WorkersError) as error:
         stderr.write(f"flywheel-server: {error}\n".encode())
+        return 1
+    except ImportError as error:
+        # A package that only some settings need.
+        stderr.write(f"flywheel-server: {reason(error)}\n".encode())
         return 1
     return 0
 

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import grpc.aio
@@ -26,6 +26,7 @@ from flywheel_server.interceptors.authentication import Authentication
 from flywheel_server.interceptors.calls import CallInterceptor
 from flywheel_server.interceptors.public import PublicMethods
 from flywheel_server.listening import channel_arguments, connections_allowed, listen, safe_credentials
+from flywheel_server.metrics_endpoint import create_metrics, serving_metrics
 from flywheel_server.operations import OperationWaiter
 from flywheel_server.reflection import add_reflection
 from flywheel_server.service import GenerationService
@@ -61,7 +62,9 @@ async def serve(engine: Engine, settings: Settings, link: "Link | None" = None) 
         EngineError: The engine does not start.
         EngineDiedError: The engine died later. This cancels the context.
     """
-    async with _Server(engine, settings, link).running() as port:
+    server = _Server(engine, settings, link)
+    # Metrics are served for longer than calls: from before the engine starts until all calls have ended.
+    async with server.serving_metrics(), server.running() as port:
         yield port
 
 
@@ -76,7 +79,8 @@ class _Server:
         admission = link.admission if link else LocalAdmissionControl(Admission(settings.max_concurrent, settings.max_queued))
         self._generations = Generations(engine, admission)
         self._health = link.health if link else Health()
-        self._observers: list[CallObserver] = []
+        self._metrics = create_metrics(settings)
+        self._observers: list[CallObserver] = [self._metrics] if self._metrics else []
         self._requests = OperationWaiter(methods.REQUEST_TIMEOUT, IncompleteRequestError)
         asks_for_certificates = settings.tls_client_ca is not None
         self._authentication = Authentication(self._keys, certificates=asks_for_certificates)
@@ -111,8 +115,14 @@ class _Server:
         # The generated types insist on a whole server.
         seldom_called: Any = Unregistered(self._grpc_server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, seldom_called)
+        services = [SERVICE_NAME, health.SERVICE_NAME]
+        if self._settings.channelz:
+            from flywheel_server import channelz
+
+            channelz.add_channelz(seldom_called)
+            services.append(channelz.SERVICE_NAME)
         if self._settings.reflection:
-            add_reflection((SERVICE_NAME, health.SERVICE_NAME), seldom_called)
+            add_reflection(services, seldom_called)
 
     def _generation_service(self) -> GenerationService:
         settings, generations = self._settings, self._generations
@@ -126,6 +136,10 @@ class _Server:
             max_num_samples=settings.max_num_samples,
             log_prompts=settings.log_prompts,
         )
+
+    def serving_metrics(self) -> AbstractAsyncContextManager[None]:
+        """Serves the metrics for the length of the context; not in a worker, because its parent does."""
+        return nullcontext() if self._link else serving_metrics(self._settings, self._metrics, self._engine.model)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[int]:

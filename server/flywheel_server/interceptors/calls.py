@@ -60,6 +60,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             return known
         handler = await continuation(handler_call_details)
         if handler is None:
+            self._calls.unknown_method(tuple(handler_call_details.invocation_metadata or ()))
             # Not cached: strangers could fill the memory with names of methods that do not exist.
             return None  # type: ignore[return-value] # means that there is no such method
         make: Any = grpc.stream_stream_rpc_method_handler
@@ -82,6 +83,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 await run(context, metadata, call_context)
                 call_context.succeeded()
             except grpc.aio.AbortError:
+                call_context.aborted()
                 raise
             except Exception as error:  # noqa: BLE001 - every call ends with a status
                 await end_with_status(call_context, error)

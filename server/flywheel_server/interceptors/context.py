@@ -68,6 +68,11 @@ class CallContext:
         if self.record is not None:
             self.record.code = grpc.StatusCode.OK
 
+    def aborted(self) -> None:
+        """Notes the status with which a method has ended the call by itself, if `failed` has not noted one."""
+        if self.record is not None and self.record.code is None:
+            self.record.code = self._context.code()
+
     def failed(self, error: Exception, status: CallStatus) -> None:
         """Notes the status with which the call ends, and the error behind it."""
         if self.record is not None:

@@ -52,7 +52,6 @@ async def end_with_status(context: CallContext, error: Exception) -> None:
     the error is often only a consequence. So the error is logged only if the caller gets its status, or if the server failed.
     """
     status = status_of(error, context.request_id)
-    context.failed(error, status)
     _clear_frames(error)
     is_own_fault = status.code is grpc.StatusCode.INTERNAL and not isinstance(error, grpc.aio.InternalError)
     is_sent = True
@@ -69,6 +68,7 @@ async def end_with_status(context: CallContext, error: Exception) -> None:
         raise asyncio.CancelledError from unsent
     finally:
         if is_sent or is_own_fault:
+            context.failed(error, status)
             _log(error, status)
 
 

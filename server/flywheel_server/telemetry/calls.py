@@ -34,7 +34,11 @@ class CallRecord:
         started_at: When the engine began to work on the generation.
         first_output_at: When the first text or sample came from the engine.
         ended_at: When the call ended.
+        operation: What the call generates, as the semantic conventions name it: chat or text_completion. Empty for a call that
+            generates nothing, and until the request is known to be valid.
+        model: The name of the engine's model; empty until the request is known to be valid.
         num_samples: How many samples were asked for; 0 for a call that generates nothing.
+        is_streamed: Whether the first output was a delta. An engine that cannot stream only sends finished samples.
         samples: For each sample that has finished: when it did, how many tokens it has, and its `finish_reason`.
         prompt_tokens: The number of tokens in the prompt; 0 if it is not known.
         generated_tokens: The number of tokens generated so far, of all samples; set when the generation ends.
@@ -54,8 +58,11 @@ class CallRecord:
         "error",
         "first_output_at",
         "generated_tokens",
+        "is_streamed",
         "method",
+        "model",
         "num_samples",
+        "operation",
         "peer",
         "prompt_tokens",
         "queued_at",
@@ -78,7 +85,10 @@ class CallRecord:
         self.started_at: float | None = None
         self.first_output_at: float | None = None
         self.ended_at: float | None = None
+        self.operation: Literal["", "chat", "text_completion"] = ""
+        self.model = ""
         self.num_samples = 0
+        self.is_streamed = False
         self.samples: list[tuple[float, int, str]] = []
         self.prompt_tokens = 0
         self.generated_tokens = 0
@@ -96,6 +106,9 @@ class CallRecord:
             return "queue"
         return "prompt" if self.first_output_at is None else "decode"
 
+
+UNKNOWN_METHOD: Final = "_OTHER"
+"""The method in the record of a call whose method does not exist. (A stranger chose its name.)"""
 
 current_call: Final[ContextVar[CallRecord | None]] = ContextVar("current_call", default=None)
 """The record of the call that runs in this context; None if nobody observes calls."""
@@ -122,11 +135,21 @@ class Calls:
         if not self._observers:
             return None
         call = CallRecord(method, request_id, context.peer())
+        self._show(call, tuple(context.invocation_metadata() or ()))
+        return call
+
+    def _show(self, call: CallRecord, metadata: Metadata) -> None:
         current_call.set(call)
-        metadata: Metadata = tuple(context.invocation_metadata() or ())
         for observer in self._observers:
             observer.begin(call, metadata)
-        return call
+
+    def unknown_method(self, metadata: Metadata) -> None:
+        """Records a call of a method that does not exist, which gRPC ends by itself, as a call of `_OTHER`."""
+        if self._observers:
+            call = CallRecord(UNKNOWN_METHOD, "", "")
+            call.code = grpc.StatusCode.UNIMPLEMENTED
+            self._show(call, metadata)
+            self.end(call)
 
     def end(self, call: CallRecord) -> None:
         """Notes the end of a call. A call without a status was cancelled."""

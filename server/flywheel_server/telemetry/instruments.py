@@ -1,0 +1,88 @@
+"""Counters and histograms that are cheap to add to, as collectors for a registry of prometheus-client.
+
+The library's own instruments take a lock for each addition, and look labels up slowly. These ones need no lock, because only
+the event loop uses them.
+"""
+
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
+
+Labels = tuple[str, ...]
+"""The values of the labels, in the order of the names."""
+
+
+class Counter(Collector):
+    """A counter for each combination of labels.
+
+    Arguments:
+        name: The name, without `_total`.
+        documentation: What it counts.
+        labels: The names of the labels. A counter without labels is 0 from the beginning.
+    """
+
+    def __init__(self, name: str, documentation: str, labels: Sequence[str] = ()) -> None:
+        self._name = name
+        self._documentation = documentation
+        self._labels = labels
+        self._values: dict[Labels, int] = {} if labels else {(): 0}
+
+    def add(self, amount: int = 1, labels: Labels = ()) -> None:
+        """Adds to the counter with these labels."""
+        self._values[labels] = self._values.get(labels, 0) + amount
+
+    def collect(self) -> Iterator[Metric]:
+        """Yields the values of all counters; see `Collector`."""
+        family = CounterMetricFamily(self._name, self._documentation, labels=self._labels)
+        for labels, value in self._values.items():
+            family.add_metric(labels, value)
+        yield family
+
+
+class Histogram(Collector):
+    """A histogram for each combination of labels.
+
+    Arguments:
+        name: The name.
+        documentation: What it measures.
+        buckets: The upper bounds of the buckets, in ascending order and inclusive, without infinity.
+        labels: The names of the labels. A histogram without labels exists from the beginning.
+    """
+
+    def __init__(self, name: str, documentation: str, buckets: Sequence[float], labels: Sequence[str] = ()) -> None:
+        self._name = name
+        self._documentation = documentation
+        self._buckets = buckets
+        self._labels = labels
+        self._bounds = [*map(floatToGoString, buckets), "+Inf"]
+        self._series: dict[Labels, _Series] = {} if labels else {(): _Series(len(self._bounds))}
+
+    def observe(self, value: float, labels: Labels = ()) -> None:
+        """Adds a value to the histogram with these labels."""
+        series = self._series.get(labels)
+        if series is None:
+            series = self._series[labels] = _Series(len(self._bounds))
+        series.counts[bisect_left(self._buckets, value)] += 1
+        series.sum += value
+
+    def collect(self) -> Iterator[Metric]:
+        """Yields the values of all histograms; see `Collector`."""
+        family = HistogramMetricFamily(self._name, self._documentation, labels=self._labels)
+        for labels, series in self._series.items():
+            buckets = list(zip(self._bounds, accumulate(series.counts), strict=True))
+            family.add_metric(labels, buckets, series.sum)
+        yield family
+
+
+class _Series:
+    """The values of one histogram: how many are in each bucket, and their sum."""
+
+    __slots__ = ("counts", "sum")
+
+    def __init__(self, buckets: int) -> None:
+        self.counts = [0] * buckets
+        self.sum = 0.0
