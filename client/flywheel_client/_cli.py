@@ -239,6 +239,6 @@ def top(**options: Any) -> None:  # noqa: ANN401 - options have several types
     Keys: up and down choose a server, left and right a panel; s sorts, p pauses, q quits, ? explains the rest. If the output is
     not a terminal, the command prints what happens in one interval, as with --once. Exit code 1: a server did not answer.
     """
-    from flywheel_client._top import command
-
+    with loading("flywheel", "cli"):
+        from flywheel_client._top import command
     command.top(**options)

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from click.exceptions import Exit
+from flywheel_proto._extras import loading
 
 from flywheel_client._commands import EXIT_FAILURE
 from flywheel_client._top.scraping import host_and_port
@@ -26,8 +27,8 @@ def top(addresses: Sequence[str], *, interval: float, once: bool, as_json: bool)
         if not show_once(servers, interval, shutil.get_terminal_size().columns, as_json=as_json):
             raise Exit(EXIT_FAILURE)
         return
-    from flywheel_client._top.app import Top
-
+    with loading("flywheel", "cli"):
+        from flywheel_client._top.app import Top
     if not os.environ.get("NO_COLOR"):
         os.environ.pop("NO_COLOR", None)  # Textual takes an empty one for a set one; https://no-color.org does not.
     app = Top(servers, interval)
