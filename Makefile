@@ -94,8 +94,9 @@ lock: .venv/.installed ## Bring requirements/*.txt in line with pyproject.toml
 	$(compile) $(ARGS) --constraint requirements/dev.txt --extra embedded pyproject.toml --output-file requirements/modal-model.txt
 	$(compile) $(ARGS) --constraint requirements/dev.txt --extra server --extra hub pyproject.toml --output-file requirements/modal-hub.txt
 
-picture: .venv/.installed ## Draw docs/generate.svg anew, which shows what `flywheel generate` prints
+picture: .venv/.installed ## Draw the pictures in docs anew, which show what `flywheel generate` and `flywheel top` print
 	.venv/bin/python -m docs.picture
+	.venv/bin/python -m docs.top_pictures
 
 clean: ## Remove environments, caches and builds
 	rm -rf $(ENVIRONMENTS) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -215,3 +215,30 @@ def endpoints(**options: Any) -> None:  # noqa: ANN401 - options have several ty
     from flywheel_client import _commands
 
     _commands.endpoints(**options)
+
+
+@app.command()
+@click.argument("addresses", metavar="HOST:PORT...", nargs=-1, required=True, envvar="FLYWHEEL_METRICS_ADDRESS")
+@click.option(
+    "--interval",
+    type=click.FloatRange(min=0.1, max=3600),
+    metavar="SECONDS",
+    default=2.0,
+    show_default=True,
+    help="The time between two looks at a server.",
+)
+@click.option("--once", is_flag=True, help="Print what happens in one interval, and exit.")
+@JSON
+@_subcommand
+def top(**options: Any) -> None:  # noqa: ANN401 - options have several types
+    """Watch what servers do, live in the terminal.
+
+    HOST:PORT is where a server shows its metrics over HTTP: its setting --metrics-address. Several servers are shown one by one
+    and added up. Without HOST:PORT, the variable FLYWHEEL_METRICS_ADDRESS counts.
+
+    Keys: up and down choose a server, left and right a panel; s sorts, p pauses, q quits, ? explains the rest. If the output is
+    not a terminal, the command prints what happens in one interval, as with --once. Exit code 1: a server did not answer.
+    """
+    with loading("flywheel", "cli"):
+        from flywheel_client._top import command
+    command.top(**options)

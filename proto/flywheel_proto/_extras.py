@@ -9,7 +9,6 @@ from typing import Final
 DISTRIBUTION: Final = "flywheel-grpc"
 
 MODULES_BY_EXTRA: Final = {
-    "cli": ("click",),
     "server": (
         "cryptography",
         "grpc_channelz",
@@ -22,6 +21,7 @@ MODULES_BY_EXTRA: Final = {
         "structlog",
         "uvloop",
     ),
+    "cli": ("click", "h11", "prometheus_client", "textual"),
     "embedded": ("llguidance", "xllamacpp"),
     "modal": ("modal",),
 }
@@ -29,26 +29,31 @@ MODULES_BY_EXTRA: Final = {
 
 
 @contextmanager
-def loading(program: str) -> Iterator[None]:
-    """Exits with code 1 and one line, which begins with the program's name, if an import in the context fails."""
+def loading(program: str, extra: str = "") -> Iterator[None]:
+    """Exits with code 1 and one line, which begins with the program's name, if an import in the context fails.
+
+    Args:
+        program: The name of the program.
+        extra: The extra that the imports need; by default, the first one that has a module.
+    """
     try:
         yield
     except Exception as error:  # noqa: BLE001 - a library may raise anything; generated code raises RuntimeError if grpcio is too old
-        sys.exit(f"{program}: {reason(error)}")
+        sys.exit(f"{program}: {reason(error, extra)}")
 
 
-def reason(error: Exception) -> str:
+def reason(error: Exception, extra: str = "") -> str:
     """Returns why an import failed: the missing package and how to install it, or else the error's own message."""
-    if isinstance(error, ImportError) and (hint := install_hint((error.name or "").partition(".")[0])):
+    if isinstance(error, ImportError) and (hint := install_hint((error.name or "").partition(".")[0], extra)):
         return hint
     kind = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
     return f"the installation is broken: {kind}{' '.join(str(error).split())}"
 
 
-def install_hint(module: str) -> str:
+def install_hint(module: str, extra: str = "") -> str:
     """Returns how to install a module of an extra; empty if it is installed, or belongs to no extra."""
-    for extra, modules in MODULES_BY_EXTRA.items():
+    for name, modules in MODULES_BY_EXTRA.items():
         # An installed package may fail too, for example if its version lacks a name or it misses a library.
-        if module in modules and importlib.util.find_spec(module) is None:
-            return f"{module} is not installed; install it with: pip install '{DISTRIBUTION}[{extra}]'"
+        if extra in {"", name} and module in modules and importlib.util.find_spec(module) is None:
+            return f"{module} is not installed; install it with: pip install '{DISTRIBUTION}[{name}]'"
     return ""
