@@ -159,7 +159,7 @@ async def test_nothing_is_recorded_if_no_calls_are_logged(log: Log, monkeypatch:
 
 def test_a_share_of_the_calls_is_logged(tmp_path: Path) -> None:
     random.seed(1)
-    some = CallLog(0.25, 0, lambda: "model")
+    some = CallLog(0.25, 0)
     with logging_to(tmp_path / "log") as log:
         for number in range(1000):
             call = CallRecord("a.b/C", str(number), "ipv6:%5B::1%5D:5000")
@@ -202,7 +202,7 @@ def test_no_peer_and_no_valid_id_passes_for_something_else(form: Any, tmp_path: 
         call = CallRecord("a.b/C", request_id, peer)
         call.code, call.ended_at = grpc.StatusCode.UNAVAILABLE, call.began
         with structlog.contextvars.bound_contextvars(request_id=request_id, trace_id="4bf92f3577b34da6a3ce929d0e0e4736"):
-            CallLog(1, 0, lambda: "model").end(call)
+            CallLog(1, 0).end(call)
     (line,) = log.text().splitlines()
     if form == "json":
         said = json.loads(line)
