@@ -62,6 +62,7 @@ async def a_call_to_our_server() -> None:
         assert (await client.generate_all("p", max_tokens=1)).num_samples == 1
 
 
+@pytest.mark.thorough
 async def test_long_silent_calls_survive() -> None:
     await asyncio.gather(
         a_call_to_a_server_that_enforces_the_default(KEEPALIVE_TIME_SECONDS, DeadlineExceededError, "deadline"),

@@ -345,6 +345,7 @@ async def _512_calls_at_a_time(tunnel: Tunnel, cloud: ModalCloud, gateway: Conta
     assert sizes[2] < sizes[0] * 1.15, sizes
 
 
+@pytest.mark.thorough
 async def test_a_gateway_that_was_killed_holds_up_nobody(prepared: ModalCloud, tmp_path: Path) -> None:
     """Its record stays for some minutes, and Modal starts another gateway in its place."""
     await asyncio.to_thread(scripted.deploy, prepared, "unhurried", Script(token_delay=0.01))

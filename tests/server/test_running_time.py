@@ -235,6 +235,7 @@ async def ending(call: Any) -> grpc.StatusCode:
     return grpc.StatusCode.OK
 
 
+@pytest.mark.thorough
 async def test_streams_and_a_drain_outlast_a_server_that_is_stopped() -> None:
     # 2 MB for each call: enough that the server waits for its reader when it is stopped.
     script = '{"text": "0123456789", "bytes_per_token": 20000}'

@@ -278,7 +278,7 @@ async def test_it_can_be_started_again_after_it_was_stopped() -> None:
             await engine.check()
 
 
-@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize("cache", [False, *further([True])])
 async def test_without_the_cache_a_prompt_is_read_again(cache: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(xllamacpp, "CommonParams", with_metrics(xllamacpp.CommonParams))
     request = pb.GenerationRequest(text="word " * 200, max_tokens=1)

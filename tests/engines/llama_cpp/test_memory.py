@@ -13,6 +13,7 @@ MIB = 2**20
 TEXTS = ["1" * MIB, "aA1!" * (MIB // 4), "a" * (MIB // 4), "\n\t " * (MIB // 12)]
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 async def test_long_prompts_leave_nothing_behind() -> None:
     with flywheel_server("--engine=embedded", "--embedded-threads=1", "--embedded-context=256") as server:

@@ -235,6 +235,7 @@ async def test_a_cancel_ends_with_its_call(deployed: ModalCloud, targets: dict[s
     assert refusal.befallen <= tries + 1
 
 
+@pytest.mark.thorough
 async def test_cancels_that_modal_never_takes_are_counted_when_the_engine_stops(
     deployed: ModalCloud, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -157,6 +157,7 @@ async def idle(target: Target) -> bool:
     return (stats.active, stats.queued) == (0, 0)
 
 
+@pytest.mark.thorough
 async def test_nothing_is_left_of_calls_cancelled_at_random(slow: ModalCloud) -> None:
     """`python -m tests.modal_cloud.cancelling` does the same with 10,000 calls, on busy cores."""
     async with serving(scripted.engine(SLOW)) as target:
