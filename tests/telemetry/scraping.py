@@ -17,15 +17,16 @@ class Answer(NamedTuple):
 
 
 async def exchange(port: int, sent: bytes) -> Answer:
-    """Sends these bytes, and reads the answer until the server closes the connection."""
+    """Sends these bytes, and reads the answer until the server closes or resets the connection."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    try:
-        writer.write(sent)
-        return parsed(await reader.read())
-    finally:
-        writer.close()
-        with suppress(ConnectionError):
-            await writer.wait_closed()
+    writer.write(sent)
+    received = b""
+    with suppress(ConnectionError):
+        received = await reader.read()
+    writer.close()
+    with suppress(ConnectionError):
+        await writer.wait_closed()
+    return parsed(received)
 
 
 def parsed(answer: bytes) -> Answer:

@@ -207,7 +207,7 @@ def check(read: Figures, sent: Traffic) -> None:
         assert read.total("gen_ai_client_token_usage_sum", gen_ai_token_type=of_callers) == total
 
 
-@pytest.mark.parametrize("rounds", [2, pytest.param(100, marks=[pytest.mark.thorough, pytest.mark.timeout(900)])])
+@pytest.mark.parametrize("rounds", [2, pytest.param(110, marks=[pytest.mark.thorough, pytest.mark.timeout(900)])])
 async def test_counters_agree_exactly_with_mixed_calls(rounds: int, begun: list[str], tmp_path: Path) -> None:
     async with traffic(tmp_path / "keys.json", begun) as (sent, port):
         for _ in range(rounds):

@@ -7,6 +7,8 @@ import asyncio
 import gzip
 import ipaddress
 import re
+import socket
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -86,12 +88,23 @@ async def serving_http(address: str, refresh: Refresh, render: Render, page: Pag
     except OSError as error:
         raise OSError(f"cannot listen on {address} for metrics: {error.strerror or error}") from error
     try:
+        _limit_unread_answers(server)
         bound = int(server.sockets[0].getsockname()[1])
         log.info("metrics", url=f"http://{host}:{bound}/metrics")
         yield bound
     finally:
         server.close()
         await connections.close()
+
+
+def _limit_unread_answers(server: asyncio.Server) -> None:
+    """Makes the system drop an answer that its client does not read, even after the connection was closed.
+
+    Otherwise the system would keep each such answer for many minutes. Connections inherit the option. Only Linux has it.
+    """
+    if sys.platform == "linux":
+        for listening in server.sockets:
+            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(ANSWER_TIMEOUT * 1000))
 
 
 class _Pages:
