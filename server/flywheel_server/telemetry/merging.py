@@ -10,8 +10,11 @@ from pydantic_core import from_json, to_json
 
 from flywheel_server.telemetry.metrics import MAX_CALLERS, OTHER_CALLERS
 
+SAMPLES_PER_STEP: Final = 64
+"""Samples that are handled in one step, at a few microseconds each."""
+
 Report = Sequence[str]
-"""All metrics of a process, each as JSON: name, documentation, kind, and samples with their names, labels and values."""
+"""All metrics of a process, as JSON: name, documentation, kind, and some samples, with their names, labels and values."""
 
 Merge = Callable[[float, float], float]
 
@@ -33,10 +36,11 @@ async def report_of(registry: CollectorRegistry) -> Report:
     """Returns all metrics of a registry."""
     report: list[str] = []
     for family in registry.collect():
-        samples = [(each.name, each.labels, each.value) for each in family.samples]
-        described = (family.name, family.documentation, family.type, samples)
-        report.append(to_json(described, inf_nan_mode="constants").decode())
-        await asyncio.sleep(0)
+        for start in range(0, len(family.samples), SAMPLES_PER_STEP):
+            samples = [(each.name, each.labels, each.value) for each in family.samples[start : start + SAMPLES_PER_STEP]]
+            described = (family.name, family.documentation, family.type, samples)
+            report.append(to_json(described, inf_nan_mode="constants").decode())
+            await asyncio.sleep(0)
     return report
 
 
@@ -82,7 +86,7 @@ class MergedMetrics:
             for report in latest:
                 await self._add_report(sums, report)
         registry = CollectorRegistry()
-        registry.register(_Merged(list(sums.values())))
+        registry.register(_Merged([await each.metric() for each in sums.values()]))
         return registry
 
     async def _add_report(self, sums: dict[str, "_Sums"], report: Report, *, only_counters: bool = False) -> None:
@@ -132,17 +136,22 @@ class _Sums:
         for (name, labels), value in self._values.items():
             yield name, labels, value
 
+    async def metric(self) -> Metric:
+        """Returns the metric as prometheus_client takes it."""
+        metric = Metric(self.name, self.documentation, self.kind)
+        for count, (name, labels, value) in enumerate(self.samples(), 1):
+            metric.add_sample(name, dict(labels), value)
+            if count % SAMPLES_PER_STEP == 0:
+                await asyncio.sleep(0)
+        return metric
+
 
 class _Merged(Collector):
-    def __init__(self, sums: Sequence[_Sums]) -> None:
-        self._sums = sums
+    def __init__(self, metrics: Sequence[Metric]) -> None:
+        self._metrics = metrics
 
-    def collect(self) -> Iterator[Metric]:
-        for each in self._sums:
-            metric = Metric(each.name, each.documentation, each.kind)
-            for name, labels, value in each.samples():
-                metric.add_sample(name, dict(labels), value)
-            yield metric
+    def collect(self) -> Sequence[Metric]:
+        return self._metrics
 
 
 def _plus(one: float, other: float) -> float:
