@@ -2,12 +2,15 @@
 
 import asyncio
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Final
 
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector, CollectorRegistry
+from prometheus_client.samples import Sample
 from pydantic_core import from_json, to_json
 
+from flywheel_server.telemetry.instruments import family_of
 from flywheel_server.telemetry.metrics import MAX_CALLERS, OTHER_CALLERS
 
 SAMPLES_PER_STEP: Final = 64
@@ -36,9 +39,9 @@ async def report_of(registry: CollectorRegistry) -> Report:
     """Returns all metrics of a registry."""
     report: list[str] = []
     for family in registry.collect():
-        for start in range(0, len(family.samples), SAMPLES_PER_STEP):
-            samples = [(each.name, each.labels, each.value) for each in family.samples[start : start + SAMPLES_PER_STEP]]
-            described = (family.name, family.documentation, family.type, samples)
+        samples = ((each.name, each.labels, each.value) for each in family.samples)
+        while some := list(islice(samples, SAMPLES_PER_STEP)):
+            described = (family.name, family.documentation, family.type, some)
             report.append(to_json(described, inf_nan_mode="constants").decode())
             await asyncio.sleep(0)
     return report
@@ -81,12 +84,12 @@ class MergedMetrics:
                 await self._add_report(self._retired, report, only_counters=True)
             sums: dict[str, _Sums] = {}
             for each in self._retired.values():
-                self._sums(sums, each.name, each.documentation, each.kind).add(each.samples())
+                self._sums(sums, each.name, each.documentation, each.kind).add(each.values())
                 await asyncio.sleep(0)
             for report in latest:
                 await self._add_report(sums, report)
         registry = CollectorRegistry()
-        registry.register(_Merged([await each.metric() for each in sums.values()]))
+        registry.register(_Merged(list(sums.values())))
         return registry
 
     async def _add_report(self, sums: dict[str, "_Sums"], report: Report, *, only_counters: bool = False) -> None:
@@ -131,27 +134,24 @@ class _Sums:
             merge = min if name.endswith("_created") else self._merge
             self._values[key] = merge(self._values[key], value) if key in self._values else value
 
-    def samples(self) -> Iterator[tuple[str, Labels, float]]:
-        """Yields the merged samples."""
+    def values(self) -> Iterator[tuple[str, Labels, float]]:
+        """Yields the name, labels and value of each merged sample."""
         for (name, labels), value in self._values.items():
             yield name, labels, value
 
-    async def metric(self) -> Metric:
-        """Returns the metric as prometheus_client takes it."""
-        metric = Metric(self.name, self.documentation, self.kind)
-        for count, (name, labels, value) in enumerate(self.samples(), 1):
-            metric.add_sample(name, dict(labels), value)
-            if count % SAMPLES_PER_STEP == 0:
-                await asyncio.sleep(0)
-        return metric
+    def samples(self) -> Iterator[Sample]:
+        """Yields the merged samples."""
+        for name, labels, value in self.values():
+            yield Sample(name, dict(labels), value)
 
 
 class _Merged(Collector):
-    def __init__(self, metrics: Sequence[Metric]) -> None:
-        self._metrics = metrics
+    def __init__(self, sums: Sequence[_Sums]) -> None:
+        self._sums = sums
 
-    def collect(self) -> Sequence[Metric]:
-        return self._metrics
+    def collect(self) -> Iterator[Metric]:
+        for each in self._sums:
+            yield family_of(each.name, each.documentation, each.kind, each.samples)
 
 
 def _plus(one: float, other: float) -> float:
