@@ -88,7 +88,7 @@ async def serving_metrics(settings: Settings, source: Source) -> AsyncIterator[N
     async def render(openmetrics: bool) -> bytes:
         return await text_of(await source.registry(), openmetrics=openmetrics)
 
-    async with serving_http(address, source.refresh, render, page, is_local=is_loopback(address)):
+    async with serving_http(address, render, page, is_local=is_loopback(address), refresh=source.refresh):
         yield
 
 

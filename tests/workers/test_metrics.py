@@ -3,16 +3,21 @@
 import asyncio
 import os
 import signal
+import socket
 import time
+from asyncio.subprocess import PIPE
 from collections.abc import Mapping
 
 import grpc
+import pytest
 from flywheel_proto.v1 import generation_pb2 as pb
 from flywheel_server.workers.metrics import REPORT_TIMEOUT
 
+from tests.server.test_command import command
 from tests.serving import Target, code_of, until
+from tests.telemetry.scraping import get
 from tests.telemetry.values import free_address, scraped, until_scraped
-from tests.workers.several import Several, several
+from tests.workers.several import ARGUMENTS, Several, several
 from tests.workers.test_workers import begun
 
 CALLS = 20
@@ -51,6 +56,9 @@ async def _totals_are_exact(address: str, targets: Mapping[int, Target]) -> None
     for call in (*running, *waiting):
         call.cancel()
     await until_scraped(address, dict.fromkeys(busy, 0))
+    page = await get(int(address.rpartition(":")[2]), "/")
+    assert page.status == 200
+    assert b"flywheel_engine_runners" in page.content
 
 
 async def _a_scrape_does_not_wait_for_a_worker_that_hangs(address: str, server: Several) -> None:
@@ -79,3 +87,17 @@ async def _what_a_killed_worker_counted_stays(address: str, server: Several, tar
     await until(is_replaced, "another worker serves, and the gauges of the killed one do not stay")
     assert await code_of(targets[2].stub.GenerateAll(SHORT)) is grpc.StatusCode.OK
     await until_scraped(address, {OK: before[OK] + 1})
+
+
+@pytest.mark.parametrize(
+    ("address", "problem"),
+    [("0.0.0.0:0", b"--allow-network-metrics true"), ("127.0.0.1:{port}", b"cannot listen on 127.0.0.1:")],
+)
+async def test_several_workers_do_not_start_if_their_metrics_cannot_be_served(address: str, problem: bytes) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = address.format(port=taken.getsockname()[1])
+        async with command(*ARGUMENTS, "--metrics-address", address, stdout=PIPE, stderr=PIPE) as process:
+            _, log = await process.communicate()
+    assert process.returncode == 1
+    assert problem in log
+    assert b"worker started" not in log

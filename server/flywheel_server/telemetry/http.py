@@ -66,23 +66,25 @@ class _Answer:
 
 
 @asynccontextmanager
-async def serving_http(address: str, refresh: Refresh, render: Render, page: Page, *, is_local: bool) -> AsyncIterator[int]:
+async def serving_http(
+    address: str, render: Render, page: Page, *, is_local: bool, refresh: Refresh | None = None
+) -> AsyncIterator[int]:
     """Serves `/metrics` and `/` for the length of the context, which gets the port.
 
     Arguments:
         address: HOST:PORT to listen on; port 0 is any free port.
-        refresh: Awaited before either of the following.
         render: Returns the metrics.
         page: Returns the page at `/`.
         is_local: Whether only this machine can reach the address. Then the `Host` of a request must be `localhost` or an IP
             address. Otherwise a web page in a browser on this machine could read the answers, if the name of its own host leads
             here (DNS rebinding).
+        refresh: Awaited before `render` and `page`, if given.
 
     Raises:
         OSError: The server cannot listen there.
     """
     host, _, port = address.rpartition(":")
-    connections = _Connections(_Pages(refresh, render, page, is_local=is_local))
+    connections = _Connections(_Pages(render, page, refresh, is_local=is_local))
     try:
         server = await asyncio.start_server(connections.serve, host.strip("[]"), int(port), limit=MAX_HEADER_BYTES)
     except OSError as error:
@@ -110,7 +112,7 @@ def _limit_unread_answers(server: asyncio.Server) -> None:
 class _Pages:
     """Answers requests. Requests that come at the same time get the same text, which is made after all of them came."""
 
-    def __init__(self, refresh: Refresh, render: Render, page: Page, *, is_local: bool) -> None:
+    def __init__(self, render: Render, page: Page, refresh: Refresh | None, *, is_local: bool) -> None:
         self._is_local = is_local
         self._refresh = refresh
         self._render = render
@@ -154,7 +156,8 @@ class _Pages:
             del self._waiting[key]
             started_at = loop.time()
             try:
-                await self._refresh()
+                if self._refresh:
+                    await self._refresh()
                 started_at = loop.time()
                 content, content_type = await self._content(path, openmetrics=openmetrics)
                 if compresses:

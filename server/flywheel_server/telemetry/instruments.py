@@ -39,7 +39,7 @@ class Counter(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Yields the values of all counters; see `Collector`."""
-        yield _family(self._name, self._documentation, "counter", self._samples)
+        yield family_of(self._name, self._documentation, "counter", self._samples)
 
     def _samples(self) -> Iterator[Sample]:
         for labels, value in list(self._values.items()):
@@ -74,7 +74,7 @@ class Histogram(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Yields the values of all histograms; see `Collector`."""
-        yield _family(self._name, self._documentation, "histogram", self._samples)
+        yield family_of(self._name, self._documentation, "histogram", self._samples)
 
     def _samples(self) -> Iterator[Sample]:
         for values, series in list(self._series.items()):
@@ -97,7 +97,7 @@ class _Series:
         self.sum = 0.0
 
 
-def _family(name: str, documentation: str, kind: str, make: Callable[[], Iterator[Sample]]) -> Metric:
+def family_of(name: str, documentation: str, kind: str, make: Callable[[], Iterator[Sample]]) -> Metric:
     """Returns a family whose samples are made one by one while they are read, so that a reader can stop in between.
 
     A list of thousands of samples would take milliseconds, and make Python collect its garbage.

@@ -2,16 +2,22 @@
 
 import asyncio
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Final
 
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector, CollectorRegistry
+from prometheus_client.samples import Sample
 from pydantic_core import from_json, to_json
 
+from flywheel_server.telemetry.instruments import family_of
 from flywheel_server.telemetry.metrics import MAX_CALLERS, OTHER_CALLERS
 
+SAMPLES_PER_STEP: Final = 64
+"""Samples that are handled in one step, at a few microseconds each."""
+
 Report = Sequence[str]
-"""All metrics of a process, each as JSON: name, documentation, kind, and samples with their names, labels and values."""
+"""All metrics of a process, as JSON: name, documentation, kind, and some samples, with their names, labels and values."""
 
 Merge = Callable[[float, float], float]
 
@@ -35,10 +41,11 @@ async def report_of(registry: CollectorRegistry) -> Report:
     """Returns all metrics of a registry."""
     report: list[str] = []
     for family in registry.collect():
-        samples = [(each.name, each.labels, each.value) for each in family.samples]
-        described = (family.name, family.documentation, family.type, samples)
-        report.append(to_json(described, inf_nan_mode="constants").decode())
-        await asyncio.sleep(0)
+        samples = ((each.name, each.labels, each.value) for each in family.samples)
+        while some := list(islice(samples, SAMPLES_PER_STEP)):
+            described = (family.name, family.documentation, family.type, some)
+            report.append(to_json(described, inf_nan_mode="constants").decode())
+            await asyncio.sleep(0)
     return report
 
 
@@ -79,7 +86,7 @@ class MergedMetrics:
                 await self._add_report(self._retired, report, only_counters=True)
             sums: dict[str, _Sums] = {}
             for each in self._retired.values():
-                self._sums(sums, each.name, each.documentation, each.kind).add(each.samples())
+                self._sums(sums, each.name, each.documentation, each.kind).add(each.values())
                 await asyncio.sleep(0)
             for report in latest:
                 await self._add_report(sums, report)
@@ -129,10 +136,15 @@ class _Sums:
             merge = min if name.endswith("_created") else self._merge
             self._values[key] = merge(self._values[key], value) if key in self._values else value
 
-    def samples(self) -> Iterator[tuple[str, Labels, float]]:
-        """Yields the merged samples."""
+    def values(self) -> Iterator[tuple[str, Labels, float]]:
+        """Yields the name, labels and value of each merged sample."""
         for (name, labels), value in self._values.items():
             yield name, labels, value
+
+    def samples(self) -> Iterator[Sample]:
+        """Yields the merged samples."""
+        for name, labels, value in self.values():
+            yield Sample(name, dict(labels), value)
 
 
 class _Merged(Collector):
@@ -141,10 +153,7 @@ class _Merged(Collector):
 
     def collect(self) -> Iterator[Metric]:
         for each in self._sums:
-            metric = Metric(each.name, each.documentation, each.kind)
-            for name, labels, value in each.samples():
-                metric.add_sample(name, dict(labels), value)
-            yield metric
+            yield family_of(each.name, each.documentation, each.kind, each.samples)
 
 
 def _plus(one: float, other: float) -> float:
