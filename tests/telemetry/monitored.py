@@ -1,7 +1,5 @@
 """A server each of whose metrics has a value, so that queries can be compared with what it shows."""
 
-import asyncio
-import urllib.request
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
@@ -17,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.server.test_tls import Files, client
 from tests.serving import code_of, free_ports, serving, until
+from tests.telemetry.scraping import get
 
 METADATA = (("authorization", "Bearer key"),)
 QUICK = pb.GenerationRequest(text="x", max_tokens=8)
@@ -72,12 +71,10 @@ async def call_in_every_way(stub: Any) -> None:
 
 async def scraped(port: int) -> str:
     """Returns all metrics as text."""
-
-    def read() -> str:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
-            return str(answer.read().decode())
-
-    return await asyncio.to_thread(read)
+    # A proxy would keep the connection.
+    answer = await get(port, Connection="close")
+    assert answer.status == 200, answer
+    return answer.content.decode()
 
 
 class Exposed:
