@@ -13,6 +13,7 @@ import flywheel_server
 import pytest
 from flywheel_proto._extras import DISTRIBUTION, MODULES_BY_EXTRA
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from tests.thorough import further
 
@@ -146,4 +147,6 @@ def test_the_extras_are_those_of_the_distribution() -> None:
                 named.setdefault(extra, set()).add(requirement.name)
     # It has the other one within it.
     named["embedded"] -= named["server"]
-    assert {extra: {installed[module][0] for module in modules} for extra, modules in MODULES_BY_EXTRA.items()} == named
+    assert {
+        extra: {canonicalize_name(installed[module][0]) for module in modules} for extra, modules in MODULES_BY_EXTRA.items()
+    } == named

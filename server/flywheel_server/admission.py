@@ -69,7 +69,11 @@ class Admission:
 
     Attributes:
         active: Samples (not calls) that are admitted and have not ended.
+        active_tokens: Tokens of context that they hold.
         queued: Samples (not calls) that wait.
+        max_concurrent: Samples that are admitted at a time: as configured, or fewer if the engine has fewer slots.
+        max_queued: As given.
+        max_tokens: Tokens of context that the engine has; None if there is no limit.
         service_times: How long the calls of each caller take.
 
     Arguments:
@@ -82,10 +86,10 @@ class Admission:
         self.active = 0
         self.queued = 0
         self.service_times = ServiceTimes()
-        self._max_configured = self._max_concurrent = max_concurrent
-        self._max_queued = max_queued
-        self._max_tokens: int | None = None
-        self._active_tokens = 0
+        self._max_configured = self.max_concurrent = max_concurrent
+        self.max_queued = max_queued
+        self.max_tokens: int | None = None
+        self.active_tokens = 0
         self._clock = clock
         self._next_retry_at = 0.0
         self._samples_of: dict[str, int] = {}
@@ -98,8 +102,8 @@ class Admission:
 
         None is no limit.
         """
-        self._max_concurrent = self._max_configured if slots is None else min(self._max_configured, slots)
-        self._max_tokens = context_tokens
+        self.max_concurrent = self._max_configured if slots is None else min(self._max_configured, slots)
+        self.max_tokens = context_tokens
         self._admit_waiters()
 
     def join(self, samples: int, caller: Caller, time_remaining: float | None = None) -> "Place":
@@ -114,8 +118,8 @@ class Admission:
             DeadlineExceededError: The wait would last longer than `time_remaining`.
             ServerFullError: The queue is full.
         """
-        place = Place(self, caller, min(samples, self._max_concurrent))
-        if self._waiters or self.active + place.samples > self._max_concurrent:
+        place = Place(self, caller, min(samples, self.max_concurrent))
+        if self._waiters or self.active + place.samples > self.max_concurrent:
             self._check_deadline(place, time_remaining)
             self._make_room_for(place)
         self._waiters.setdefault(caller.priority, {})[place] = None
@@ -125,7 +129,7 @@ class Admission:
 
     def request(self, place: "Place", tokens: int, time_remaining: float | None) -> None:
         """Admits a call, now or later; see `Place.request`."""
-        place.tokens = tokens if self._max_tokens is None else min(tokens, self._max_tokens)
+        place.tokens = tokens if self.max_tokens is None else min(tokens, self.max_tokens)
         place.is_ready = True
         self._admit_waiters()
         if place.eviction is not None:
@@ -143,7 +147,7 @@ class Admission:
             self._remove(place)
         else:
             self.active -= place.samples
-            self._active_tokens -= place.tokens
+            self.active_tokens -= place.tokens
         self._admit_waiters()
         if finished and place.admitted_at is not None:
             self.service_times.add(caller, self._clock() - place.admitted_at)
@@ -152,7 +156,7 @@ class Admission:
         while (waiter := self._next()) and self._fits(waiter):
             self._remove(waiter)
             self.active += waiter.samples
-            self._active_tokens += waiter.tokens
+            self.active_tokens += waiter.tokens
             waiter.admit(self._clock())
 
     def _next(self) -> "Place | None":
@@ -165,8 +169,8 @@ class Admission:
     def _fits(self, waiter: "Place") -> bool:
         if not self.active:
             return True
-        enough_slots = self.active + waiter.samples <= self._max_concurrent
-        return enough_slots and (self._max_tokens is None or self._active_tokens + waiter.tokens <= self._max_tokens)
+        enough_slots = self.active + waiter.samples <= self.max_concurrent
+        return enough_slots and (self.max_tokens is None or self.active_tokens + waiter.tokens <= self.max_tokens)
 
     def _remove(self, waiter: "Place") -> None:
         """Removes a waiter from the queue, if it is in there."""
@@ -179,7 +183,7 @@ class Admission:
 
     def _make_room_for(self, newcomer: "Place") -> None:
         """Evicts waiters of lower priorities if the queue is full. Raises `ServerFullError` if that would not be enough."""
-        excess = self.active + self.queued + newcomer.samples - self._max_concurrent - self._max_queued
+        excess = self.active + self.queued + newcomer.samples - self.max_concurrent - self.max_queued
         if excess <= 0:
             return
         lower = (waiters for priority, waiters in self._waiters.items() if priority < newcomer.caller.priority)
@@ -197,11 +201,11 @@ class Admission:
         if time_remaining is None:
             return
         ahead = list(self._ahead_of(waiter))
-        missing_slots = self.active + sum(other.samples for other in ahead) + waiter.samples - self._max_concurrent
-        service_times = missing_slots / self._max_concurrent
-        if self._max_tokens is not None:
-            missing_tokens = self._active_tokens + sum(other.tokens for other in ahead) + waiter.tokens - self._max_tokens
-            service_times = max(service_times, missing_tokens / self._max_tokens)
+        missing_slots = self.active + sum(other.samples for other in ahead) + waiter.samples - self.max_concurrent
+        service_times = missing_slots / self.max_concurrent
+        if self.max_tokens is not None:
+            missing_tokens = self.active_tokens + sum(other.tokens for other in ahead) + waiter.tokens - self.max_tokens
+            service_times = max(service_times, missing_tokens / self.max_tokens)
         # An unknown service time counts as 0, so that no call is refused on a guess, unless its deadline has passed already.
         if service_times > 0 and service_times * self._mean_service_time(if_unknown=0.0) > time_remaining:
             raise DeadlineExceededError("IN_QUEUE")
@@ -219,7 +223,7 @@ class Admission:
         """Returns the seconds until the queue should have a place. Each refused call gets a later time than the one before."""
         now = self._clock()
         # Not `max_concurrent`: if the context is used up, fewer samples run than there are slots.
-        per_sample = self._mean_service_time(if_unknown=DEFAULT_SERVICE_TIME) / (self.active or self._max_concurrent)
+        per_sample = self._mean_service_time(if_unknown=DEFAULT_SERVICE_TIME) / (self.active or self.max_concurrent)
         all_ended_at = now + (self.active + self.queued) * per_sample
         self._next_retry_at = min(max(now, self._next_retry_at) + samples * per_sample, all_ended_at)
         return self._next_retry_at - now

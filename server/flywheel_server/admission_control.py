@@ -48,24 +48,24 @@ class AdmissionControl(Protocol):
 
 
 class LocalAdmissionControl:
-    """The admission control of a server with a single process."""
+    """The admission control of a server with a single process, whose queue is `queue`."""
 
     def __init__(self, queue: Admission) -> None:
-        self._queue = queue
+        self.queue = queue
         self._quotas = quotas_for(queue)
         self._model: EngineModel | None = None
 
     def set_capacity(self, model: EngineModel) -> None:
         """See `AdmissionControl.set_capacity`."""
         self._model = model
-        self._queue.set_capacity(model.slots, model.shared_context_tokens)
+        self.queue.set_capacity(model.slots, model.shared_context_tokens)
 
     def acquire(self, request: GenerationRequest, caller: Caller, time_remaining: float | None) -> "LocalAcquisition":
         """See `AdmissionControl.acquire`."""
         slots = request.num_samples if self._model is None else self._model.slots_of(request)
         return LocalAcquisition(
             Reservation(self._quotas, caller, request, slots),
-            partial(self._queue.join, slots, caller, time_remaining),
+            partial(self.queue.join, slots, caller, time_remaining),
         )
 
 

@@ -24,11 +24,6 @@ def create_engine(settings: Settings) -> Engine:
         raise EngineUnavailableError(f"the {settings.engine} engine cannot be used: {reason(error)}") from error
 
 
-def runs_in_process(settings: Settings) -> bool:
-    """Returns whether the engine runs inside this process, and so serves this process alone."""
-    return settings.engine != "flywheel"
-
-
 def _engine(settings: Settings) -> Engine:
     match settings.engine:
         case "embedded":

@@ -66,11 +66,15 @@ class Generations:
         activity: Signs of the engine's health that the generations give.
         queued: Generations that the engine has not started.
         active: Generations that the engine has started and that have not ended.
+        drained: Generations that `close` has ended because they took too long.
+        last_model: The engine's model, as it was when the engine last started; None before that.
     """
 
     def __init__(self, engine: Engine, admission: AdmissionControl) -> None:
         self.queued = 0
         self.active = 0
+        self.drained = 0
+        self.last_model: EngineModel | None = None
         self.activity = Activity()
         self.engine = engine
         self._admission = admission
@@ -99,7 +103,7 @@ class Generations:
     def open(self) -> None:
         """Accepts requests from now on, unless `close` was called. To be called when the engine has started."""
         if not self._closed:
-            model = self.engine.model()
+            model = self.last_model = self.engine.model()
             self._is_open = True
             self._admission.set_capacity(model)
             self._preparation.set_threads(model.tokenizers)
@@ -130,6 +134,7 @@ class Generations:
                 async with running_time.timeout(drain_timeout):
                     await self._wait_until_all_ended()
         finally:
+            self.drained += sum(not generation.is_ending for generation in self._running)
             self._end_all("the server is stopping")
             await self._wait_until_all_ended()
 
@@ -269,9 +274,14 @@ class Generation:
         if self._record is not None:
             self._record.admitted_at = time.perf_counter()
 
+    @property
+    def is_ending(self) -> bool:
+        """Whether the generation has ended, or an error or its deadline is ending it."""
+        return self._ended_by is not None or self._is_closed or self.deadline.expired()
+
     def end(self, error: Exception) -> None:
         """Ends the generation with an error, unless it is ending already."""
-        if self._ended_by is None and not self._is_closed and not self.deadline.expired():
+        if not self.is_ending:
             self._ended_by = error
             self.deadline.reschedule(self._loop.time())
 

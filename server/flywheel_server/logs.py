@@ -37,9 +37,19 @@ class OutputHandler(logging.Handler):
         text = "\n    ".join(self.format(record).splitlines())
         return f"{text}\n".encode(errors="backslashreplace")
 
+    @property
+    def dropped(self) -> int:
+        """How many pieces of output have been dropped so far."""
+        return self._output.dropped
+
     def _notice(self, dropped: int) -> bytes:
         text = "%s log lines dropped"
         return self._line(logging.LogRecord(__name__, logging.WARNING, __file__, 0, text, (dropped,), None))
+
+
+def lines_dropped() -> int:
+    """Returns how many lines of the log have been dropped so far; 0 if `configure` was not called."""
+    return sum(handler.dropped for handler in logging.getLogger().handlers if isinstance(handler, OutputHandler))
 
 
 def configure(

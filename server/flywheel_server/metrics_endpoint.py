@@ -3,10 +3,10 @@
 import platform
 import re
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import grpc
 from flywheel_proto import __version__
@@ -16,72 +16,86 @@ from flywheel_server.listening import UnsafeError, is_loopback
 from flywheel_server.settings import Settings
 
 if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
+
     from flywheel_server.telemetry.metrics import Metrics
 
 
+class Source(Protocol):
+    """Where the metrics come from: this process, or several."""
+
+    async def refresh(self) -> None:
+        """Finds out what takes time, before `registry`."""
+
+    async def registry(self) -> "CollectorRegistry":
+        """Returns a registry with the metrics of now."""
+
+    def model(self) -> EngineModel | None:
+        """Returns the engine's model; None if it is not known here."""
+
+
 def create_metrics(settings: Settings) -> "Metrics | None":
-    """Returns the metrics of this process; None if the settings have no address to serve them.
+    """Returns the metrics of the calls of this process; None if the settings have no address to serve them.
+
+    Raises the errors of `check_metrics`.
+    """
+    if settings.metrics_address is None:
+        return None
+    check_metrics(settings)
+    from flywheel_server.telemetry.metrics import Metrics
+
+    return Metrics()
+
+
+def check_metrics(settings: Settings) -> None:
+    """Checks that metrics can be served if there is an address for them.
 
     Raises:
         UnsafeError: Anybody on a network could read them, and the settings do not allow that.
     """
     address = settings.metrics_address
     if address is None:
-        return None
+        return
     if not is_loopback(address) and not settings.allow_network_metrics:
         raise UnsafeError(
             f"anybody who reaches {address} could read the metrics and the names of callers. Listen on 127.0.0.1, or set "
             "--allow-network-metrics true"
         )
-    from flywheel_server.telemetry.metrics import Metrics
-
-    return Metrics()
 
 
 @asynccontextmanager
-async def serving_metrics(
-    settings: Settings, metrics: "Metrics | None", model: Callable[[], EngineModel]
-) -> AsyncIterator[None]:
-    """Serves the metrics, and a page about the server, for the length of the context; does nothing without metrics.
+async def serving_metrics(settings: Settings, source: Source) -> AsyncIterator[None]:
+    """Serves the metrics, and a page about the server, at `settings.metrics_address` for the length of the context.
 
-    Arguments:
-        settings: The settings.
-        metrics: The metrics, of `create_metrics`.
-        model: Returns the engine's model. May raise an error while the engine is not running.
-
-    Raises:
-        OSError: The server cannot listen on the address.
+    Raises `OSError` if it cannot listen there.
     """
-    if metrics is None or settings.metrics_address is None:
-        yield
-        return
+    address = settings.metrics_address
+    assert address is not None  # noqa: S101 - the metrics exist only if there is an address
     from flywheel_server.telemetry.exposition import text_of
     from flywheel_server.telemetry.http import serving_http
     from flywheel_server.telemetry.status_page import status_page
 
     started_at, started = time.monotonic(), datetime.now(UTC)
-    registry, shown = metrics.registry, shown_settings(settings)
+    shown = shown_settings(settings)
 
     async def page() -> str:
-        build = [*_build(model), ("Started", f"{started:%Y-%m-%d %H:%M:%S} UTC, {time.monotonic() - started_at:.0f} s ago")]
-        return await status_page(build, shown, registry)
+        build = [
+            *_build(source.model()),
+            ("Started", f"{started:%Y-%m-%d %H:%M:%S} UTC, {time.monotonic() - started_at:.0f} s ago"),
+        ]
+        return await status_page(build, shown, await source.registry())
 
     async def render(openmetrics: bool) -> bytes:
-        return await text_of(registry, openmetrics=openmetrics)
+        return await text_of(await source.registry(), openmetrics=openmetrics)
 
-    async with serving_http(settings.metrics_address, render, page, is_local=is_loopback(settings.metrics_address)):
+    async with serving_http(address, render, page, is_local=is_loopback(address), refresh=source.refresh):
         yield
 
 
-def _build(model: Callable[[], EngineModel]) -> list[tuple[str, str]]:
-    try:
-        known = model()
-        engine = [("Engine", known.engine), ("Model", known.name)]
-    except Exception:  # noqa: BLE001 - an engine that is not running may raise anything
-        engine = [("Engine", "not running")]
+def _build(model: EngineModel | None) -> list[tuple[str, str]]:
     return [
         ("Version", __version__),
-        *engine,
+        *([("Engine", model.engine), ("Model", model.name)] if model else []),
         ("Python", platform.python_version()),
         ("grpcio", grpc.__version__),
     ]

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import grpc.aio
@@ -15,7 +15,6 @@ from flywheel_server.access.keys import KeyRing
 from flywheel_server.admission import Admission
 from flywheel_server.admission_control import LocalAdmissionControl
 from flywheel_server.delivery import ReaderPolicy
-from flywheel_server.engine_factory import runs_in_process
 from flywheel_server.engines.base import Engine, EngineUnavailableError
 from flywheel_server.engines.uninterrupted import wait_until_done
 from flywheel_server.errors import IncompleteRequestError
@@ -76,7 +75,10 @@ class _Server:
         self._settings = settings
         self._link = link
         self._keys = KeyRing((key.get_secret_value() for key in settings.api_keys), settings.api_keys_file)
+        self._port = 0
         admission = link.admission if link else LocalAdmissionControl(Admission(settings.max_concurrent, settings.max_queued))
+        self._admission = admission.queue if isinstance(admission, LocalAdmissionControl) else None
+        """The admission of this process; None in a worker, whose parent has it."""
         self._generations = Generations(engine, admission)
         self._health = link.health if link else Health()
         self._metrics = create_metrics(settings)
@@ -129,7 +131,7 @@ class _Server:
         return GenerationService(
             generations,
             ReaderPolicy(settings.max_stream_bytes, settings.slow_reader, settings.slow_reader_timeout),
-            get_counts=self._link.counting(generations, in_process=runs_in_process(settings))
+            get_counts=self._link.counting(generations, in_process=settings.engine_is_in_process)
             if self._link
             else generations.counts,
             max_text_bytes=settings.max_text_bytes,
@@ -137,9 +139,28 @@ class _Server:
             log_prompts=settings.log_prompts,
         )
 
-    def serving_metrics(self) -> AbstractAsyncContextManager[None]:
-        """Serves the metrics for the length of the context; not in a worker, because its parent does."""
-        return nullcontext() if self._link else serving_metrics(self._settings, self._metrics, self._engine.model)
+    @asynccontextmanager
+    async def serving_metrics(self) -> AsyncIterator[None]:
+        """Serves the metrics for the length of the context, if there are to be any. In a worker, the parent serves them."""
+        if self._metrics is None:
+            yield
+            return
+        from flywheel_server.gauges import ServerGauges
+
+        gauges = ServerGauges(
+            self._metrics.registry,
+            self._generations,
+            self._supervisor,
+            admission=self._admission,
+            get_port=lambda: self._port,
+        )
+        async with gauges.measuring_lag():
+            if self._link:
+                self._link.report_metrics(gauges.report)
+                yield
+            else:
+                async with serving_metrics(self._settings, gauges):
+                    yield
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[int]:
@@ -157,10 +178,10 @@ class _Server:
 
     async def _listen(self) -> int:
         """Opens the port and returns it."""
-        port = listen(self._grpc_server, self._settings.address, self._credentials)
+        self._port = listen(self._grpc_server, self._settings.address, self._credentials)
         # A start that is cancelled breaks within gRPC.
         await wait_until_done(asyncio.create_task(self._grpc_server.start()))
-        return port
+        return self._port
 
     @asynccontextmanager
     async def _taking_calls(self) -> AsyncIterator[None]:

@@ -308,6 +308,11 @@ class Settings(BaseSettings):
         return value
 
     @property
+    def engine_is_in_process(self) -> bool:
+        """Whether the engine runs inside the process that uses it, and so serves that process alone."""
+        return self.engine != "flywheel"
+
+    @property
     def port(self) -> int:
         """The port to listen on; 0 for any free port."""
         return int(self.address.rpartition(":")[2])

@@ -48,6 +48,10 @@ class Supervisor:
         serving: Makes a context that is entered while the engine is up, and in which the engine is given calls.
         timeout: Seconds of running time, so that an engine is not dead because the whole process was suspended.
         restarts: Whether a dead engine is restarted.
+
+    Attributes:
+        is_up: Whether the engine runs, and is not known to be dead.
+        restart_count: How often a dead engine has been started again, and then worked.
     """
 
     def __init__(
@@ -59,6 +63,8 @@ class Supervisor:
         timeout: float,
         restarts: bool,
     ) -> None:
+        self.is_up = False
+        self.restart_count = 0
         self._engine = engine
         self._activity = activity
         self._serving = serving
@@ -128,9 +134,12 @@ class Supervisor:
             except TimeoutError as error:
                 raise EngineDiedError(f"the engine has started, but produced no token within {self._timeout:g} s") from error
             async with self._serving():
+                self.restart_count += up.is_set()
                 up.set()
+                self.is_up = True
                 await self._wait_until_dead()
         finally:
+            self.is_up = False
             stopping = asyncio.create_task(self._engine.__aexit__(None, None, None))
             # In system time. With running time, a container whose event loop breaks crashes here (CPython 3.11.7 with uvloop
             # 0.23; the cause is unknown), as test_a_gateway_that_ends_by_itself_ends_its_container shows.

@@ -138,10 +138,13 @@ class EngineStats:
     Attributes:
         backlog: Requests, or parts of requests, that wait in the engine, from all of its callers.
         num_total_runners: The number of runners that the engine has: containers, or 1 for an engine within the server.
+        cached_prompt_tokens: Tokens of prompts that the engine has found in its cache so far, and did not read again; None if
+            the engine does not count them. The number never falls, even if the engine is stopped and started again.
     """
 
     backlog: int
     num_total_runners: int
+    cached_prompt_tokens: int | None = None
 
 
 class EngineError(Exception):

@@ -52,8 +52,12 @@ async def end_with_status(context: CallContext, error: Exception) -> None:
     the error is often only a consequence. So the error is logged only if the caller gets its status, or if the server failed.
     """
     status = status_of(error, context.request_id)
+    # gRPC raises such an error if the caller has gone, which is a cancellation.
+    is_of_grpc = isinstance(error, grpc.aio.InternalError)
+    if not is_of_grpc:
+        context.failed(error, status)
     _clear_frames(error)
-    is_own_fault = status.code is grpc.StatusCode.INTERNAL and not isinstance(error, grpc.aio.InternalError)
+    is_own_fault = status.code is grpc.StatusCode.INTERNAL and not is_of_grpc
     is_sent = True
     try:
         await context.abort(status.code, status.message, status.trailing_metadata())
@@ -68,7 +72,6 @@ async def end_with_status(context: CallContext, error: Exception) -> None:
         raise asyncio.CancelledError from unsent
     finally:
         if is_sent or is_own_fault:
-            context.failed(error, status)
             _log(error, status)
 
 

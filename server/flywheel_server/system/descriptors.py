@@ -1,5 +1,6 @@
 """Reads and raises the limit of file descriptors: files and sockets that the process may have open at a time."""
 
+import socket
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -49,6 +50,30 @@ def raise_limit() -> None:
 def in_use() -> int:
     """Returns how many descriptors are open. Raises `OSError` if none is free, because counting needs one."""
     return len(list(DESCRIPTORS.iterdir())) - 1 if DESCRIPTORS.is_dir() else ASSUMED_IN_USE
+
+
+def connections(port: int) -> int:
+    """Returns how many TCP connections of this process have this local port; 0 on systems without `DESCRIPTORS`.
+
+    Takes about 10 µs for each open descriptor. Runs on any thread.
+    """
+    entries = DESCRIPTORS.iterdir() if DESCRIPTORS.is_dir() else ()
+    return sum(_is_connected(int(entry.name), port) for entry in entries)
+
+
+def _is_connected(descriptor: int, port: int) -> bool:
+    try:
+        # Does not take the descriptor over, which another thread may close meanwhile.
+        one = socket.socket(fileno=descriptor)
+    except OSError:
+        return False
+    try:
+        one.getpeername()
+        return one.family in {socket.AF_INET, socket.AF_INET6} and one.getsockname()[1] == port
+    except OSError:
+        return False
+    finally:
+        one.detach()
 
 
 def free() -> int:

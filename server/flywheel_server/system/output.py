@@ -34,10 +34,12 @@ class Output:
 
     Attributes:
         notice: Returns the text to write in place of this many dropped pieces.
+        dropped: How many pieces have been dropped so far.
     """
 
     def __init__(self, descriptor: int) -> None:
         self.notice: Callable[[int], bytes] = lambda _: b""
+        self.dropped = 0
         self._descriptor = os.dup(descriptor)
         self._is_terminal = os.isatty(descriptor)
         # A number stands for so many pieces that were dropped at this point.
@@ -58,6 +60,7 @@ class Output:
             if self._closed:
                 return
             if self._waiting_bytes and self._waiting_bytes + len(data) > MAX_BYTES:
+                self.dropped += 1
                 if isinstance(last := self._waiting[-1], int):
                     self._waiting[-1] = last + 1
                 else:
@@ -85,6 +88,8 @@ class Output:
             if isinstance(piece, int):
                 dropped += piece
             elif not self._write(piece):
+                with self._changed:
+                    self.dropped += 1
                 dropped += 1
                 continue
             if dropped and self._write(self.notice(dropped)):

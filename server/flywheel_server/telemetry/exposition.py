@@ -6,6 +6,7 @@ A thread would not do instead: Python gives the event loop its turn back only af
 import asyncio
 import copy
 from collections.abc import Callable, Iterable
+from itertools import islice
 from typing import Final
 
 from prometheus_client import CollectorRegistry, exposition
@@ -25,10 +26,11 @@ async def text_of(registry: CollectorRegistry, *, openmetrics: bool) -> bytes:
     write: Callable[[Collector], bytes] = openmetrics_exposition.generate_latest if openmetrics else exposition.generate_latest
     parts: list[bytes] = []
     for family in registry.collect():
-        header = len(write(_Part(family, [])).removesuffix(_END))
-        for start in range(0, max(1, len(family.samples)), SAMPLES_PER_STEP):
-            part = write(_Part(family, family.samples[start : start + SAMPLES_PER_STEP])).removesuffix(_END)
-            parts.append(part[header:] if start else part)
+        header = write(_Part(family, [])).removesuffix(_END)
+        parts.append(header)
+        samples = iter(family.samples)
+        while some := list(islice(samples, SAMPLES_PER_STEP)):
+            parts.append(write(_Part(family, some)).removesuffix(_END).removeprefix(header))
             await asyncio.sleep(0)
     return b"".join([*parts, _END] if openmetrics else parts)
 

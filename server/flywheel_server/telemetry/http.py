@@ -7,6 +7,8 @@ import asyncio
 import gzip
 import ipaddress
 import re
+import socket
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -48,6 +50,9 @@ OPENMETRICS_TYPE: Final = "application/openmetrics-text; version=1.0.0; charset=
 Render = Callable[[bool], Awaitable[bytes]]
 """Returns all metrics: in OpenMetrics if the argument is true, otherwise in Prometheus' text format."""
 
+Refresh = Callable[[], Awaitable[None]]
+"""Finds out what takes time to find out, before metrics or a page are made. It mostly waits, so it may take long."""
+
 Page = Callable[[], Awaitable[str]]
 """Returns the page about the server, as HTML."""
 
@@ -61,7 +66,9 @@ class _Answer:
 
 
 @asynccontextmanager
-async def serving_http(address: str, render: Render, page: Page, *, is_local: bool) -> AsyncIterator[int]:
+async def serving_http(
+    address: str, render: Render, page: Page, *, is_local: bool, refresh: Refresh | None = None
+) -> AsyncIterator[int]:
     """Serves `/metrics` and `/` for the length of the context, which gets the port.
 
     Arguments:
@@ -71,17 +78,19 @@ async def serving_http(address: str, render: Render, page: Page, *, is_local: bo
         is_local: Whether only this machine can reach the address. Then the `Host` of a request must be `localhost` or an IP
             address. Otherwise a web page in a browser on this machine could read the answers, if the name of its own host leads
             here (DNS rebinding).
+        refresh: Awaited before `render` and `page`, if given.
 
     Raises:
         OSError: The server cannot listen there.
     """
     host, _, port = address.rpartition(":")
-    connections = _Connections(_Pages(render, page, is_local=is_local))
+    connections = _Connections(_Pages(render, page, refresh, is_local=is_local))
     try:
         server = await asyncio.start_server(connections.serve, host.strip("[]"), int(port), limit=MAX_HEADER_BYTES)
     except OSError as error:
         raise OSError(f"cannot listen on {address} for metrics: {error.strerror or error}") from error
     try:
+        _limit_unread_answers(server)
         bound = int(server.sockets[0].getsockname()[1])
         log.info("metrics", url=f"http://{host}:{bound}/metrics")
         yield bound
@@ -90,11 +99,22 @@ async def serving_http(address: str, render: Render, page: Page, *, is_local: bo
         await connections.close()
 
 
+def _limit_unread_answers(server: asyncio.Server) -> None:
+    """Makes the system drop an answer that its client does not read, even after the connection was closed.
+
+    Otherwise the system would keep each such answer for many minutes. Connections inherit the option. Only Linux has it.
+    """
+    if sys.platform == "linux":
+        for listening in server.sockets:
+            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(ANSWER_TIMEOUT * 1000))
+
+
 class _Pages:
     """Answers requests. Requests that come at the same time get the same text, which is made after all of them came."""
 
-    def __init__(self, render: Render, page: Page, *, is_local: bool) -> None:
+    def __init__(self, render: Render, page: Page, refresh: Refresh | None, *, is_local: bool) -> None:
         self._is_local = is_local
+        self._refresh = refresh
         self._render = render
         self._page = page
         self._waiting: dict[tuple[str, bool, bool], asyncio.Task[_Answer]] = {}
@@ -136,6 +156,9 @@ class _Pages:
             del self._waiting[key]
             started_at = loop.time()
             try:
+                if self._refresh:
+                    await self._refresh()
+                started_at = loop.time()
                 content, content_type = await self._content(path, openmetrics=openmetrics)
                 if compresses:
                     # In a thread, because zlib lets the event loop run meanwhile.

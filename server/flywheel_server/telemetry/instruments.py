@@ -5,11 +5,13 @@ the event loop uses them.
 """
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
+from typing import cast
 
-from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
+from prometheus_client.samples import Sample
 from prometheus_client.utils import floatToGoString
 
 Labels = tuple[str, ...]
@@ -37,10 +39,11 @@ class Counter(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Yields the values of all counters; see `Collector`."""
-        family = CounterMetricFamily(self._name, self._documentation, labels=self._labels)
-        for labels, value in self._values.items():
-            family.add_metric(labels, value)
-        yield family
+        yield family_of(self._name, self._documentation, "counter", self._samples)
+
+    def _samples(self) -> Iterator[Sample]:
+        for labels, value in list(self._values.items()):
+            yield Sample(f"{self._name}_total", dict(zip(self._labels, labels, strict=True)), value)
 
 
 class Histogram(Collector):
@@ -71,11 +74,17 @@ class Histogram(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Yields the values of all histograms; see `Collector`."""
-        family = HistogramMetricFamily(self._name, self._documentation, labels=self._labels)
-        for labels, series in self._series.items():
-            buckets = list(zip(self._bounds, accumulate(series.counts), strict=True))
-            family.add_metric(labels, buckets, series.sum)
-        yield family
+        yield family_of(self._name, self._documentation, "histogram", self._samples)
+
+    def _samples(self) -> Iterator[Sample]:
+        for values, series in list(self._series.items()):
+            labels = dict(zip(self._labels, values, strict=True))
+            # Together, because values may be added before the last of these samples is read.
+            buckets, total = list(accumulate(series.counts)), series.sum
+            for bound, count in zip(self._bounds, buckets, strict=True):
+                yield Sample(f"{self._name}_bucket", {**labels, "le": bound}, count)
+            yield Sample(f"{self._name}_count", labels, buckets[-1])
+            yield Sample(f"{self._name}_sum", labels, total)
 
 
 class _Series:
@@ -86,3 +95,23 @@ class _Series:
     def __init__(self, buckets: int) -> None:
         self.counts = [0] * buckets
         self.sum = 0.0
+
+
+def family_of(name: str, documentation: str, kind: str, make: Callable[[], Iterator[Sample]]) -> Metric:
+    """Returns a family whose samples are made one by one while they are read, so that a reader can stop in between.
+
+    A list of thousands of samples would take milliseconds, and make Python collect its garbage.
+    """
+    family = Metric(name, documentation, kind)
+    family.samples = cast("list[Sample]", _Samples(make))
+    return family
+
+
+class _Samples:
+    """Samples that are made while they are read."""
+
+    def __init__(self, make: Callable[[], Iterator[Sample]]) -> None:
+        self._make = make
+
+    def __iter__(self) -> Iterator[Sample]:
+        return self._make()

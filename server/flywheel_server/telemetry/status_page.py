@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
+from itertools import islice
 from typing import Final
 
 from prometheus_client import CollectorRegistry
@@ -11,6 +12,9 @@ from prometheus_client.samples import Sample
 
 REFRESH_SECONDS: Final = 10
 """Seconds after which a browser loads the page again."""
+
+ROWS_PER_STEP: Final = 16
+"""Rows that are made in one step. A histogram, of which a row is made, may have 20 samples."""
 
 MAX_VALUE_LENGTH: Final = 300
 """Characters of a value that are shown."""
@@ -54,11 +58,11 @@ async def status_page(build: Rows, settings: Mapping[str, Rows], registry: Colle
     counters: list[tuple[str, ...]] = []
     histograms: list[tuple[str, ...]] = []
     for family in registry.collect():
-        if family.type == "histogram":
-            histograms += _histogram_rows(family)
-        else:
-            (counters if family.type == "counter" else gauges).extend(_value_rows(family))
-        await asyncio.sleep(0)
+        found = _histogram_rows(family) if family.type == "histogram" else _value_rows(family)
+        rows = {"histogram": histograms, "counter": counters}.get(family.type, gauges)
+        while some := list(islice(found, ROWS_PER_STEP)):
+            rows += some
+            await asyncio.sleep(0)
     parts = [
         _START,
         _table("Build", ("", ""), build),

@@ -9,6 +9,7 @@ control, the quotas and the health in the parent.
     parent            in the parent: starts, replaces and stops the workers
     process           in the parent: one worker's process, and what the worker has reported
     shared_calls      in the parent: the places in the queue and the quotas that the calls of one worker hold
+    metrics           in the parent: the metrics of all workers together
     link              in a worker: the connection to the parent
     shared_admission  in a worker: an admission control that asks the parent
 

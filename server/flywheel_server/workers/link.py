@@ -36,6 +36,7 @@ class Link:
         handlers: dict[str, Callable[..., None]] = {
             "health": self._receive_health,
             "count": self._receive_count,
+            "metrics": self._receive_metrics,
             "stop": self._stop,
         }
         self._connection = Connection(handlers, self._on_parent_gone)
@@ -43,6 +44,7 @@ class Link:
         self._totals = Questions(self._connection, "total")
         handlers |= {"admitted": self.admission.admit, "refused": self.admission.refuse, "total": self._totals.receive}
         self._own_counts: Callable[[], Awaitable[Line]] | None = None
+        self._own_metrics: Callable[[], Awaitable[Line]] | None = None
         self._answering: set[asyncio.Task[None]] = set()
         self._serves = False
         self._overall = (False, False)
@@ -81,6 +83,10 @@ class Link:
         self._own_counts = count_own
         return count_all
 
+    def report_metrics(self, get_report: Callable[[], Awaitable[Line]]) -> None:
+        """Reports the metrics of this worker whenever the parent asks. `get_report` returns a `telemetry.merging.Report`."""
+        self._own_metrics = get_report
+
     @contextmanager
     def calling(self, act: Callable[[], None]) -> Iterator[None]:
         """Calls `act` each time the parent stops the worker, during the context, and once for each earlier stop.
@@ -109,7 +115,18 @@ class Link:
         self._show()
 
     def _receive_count(self, question: int) -> None:
-        answering = asyncio.create_task(self._answer(question))
+        self._answer("counts", question, self._own_counts)
+
+    def _receive_metrics(self, question: int) -> None:
+        self._answer("report", question, self._own_metrics)
+
+    def _answer(self, kind: str, question: int, get_figures: Callable[[], Awaitable[Line]] | None) -> None:
+        async def answer() -> None:
+            if get_figures:
+                self._connection.send(kind, question, await get_figures())
+
+        # The parent asks only workers that serve, and so have figures.
+        answering = asyncio.create_task(answer())
         self._answering.add(answering)
         answering.add_done_callback(self._answering.discard)
 
@@ -134,11 +151,6 @@ class Link:
         """Shows the health of all workers, but never serving if this worker does not serve."""
         serving, runners = self._overall
         self.health.show(serving=serving and self._serves, runners=runners and self._serves)
-
-    async def _answer(self, question: int) -> None:
-        # The parent asks only workers that serve.
-        if self._own_counts:
-            self._connection.send("counts", question, await self._own_counts())
 
 
 def _parent_gone() -> EngineUnavailableError:

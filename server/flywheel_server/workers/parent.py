@@ -2,20 +2,24 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext, suppress
 from functools import partial
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import structlog
 
 from flywheel_server import running_time
 from flywheel_server.admission import Admission
 from flywheel_server.admission_control import quotas_for
+from flywheel_server.metrics_endpoint import check_metrics, serving_metrics
 from flywheel_server.settings import Settings
 from flywheel_server.workers.port import reserved
 from flywheel_server.workers.process import Worker
 from flywheel_server.workers.shared_calls import SharedCalls
 from flywheel_server.workers.wire import Line
+
+if TYPE_CHECKING:
+    from flywheel_server.workers.metrics import WorkersMetrics
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -60,6 +64,21 @@ class Parent:
         self._waiting_questions: list[tuple[Worker, int]] = []
         """Waiting questions for the counts of all workers, each with the worker that asks."""
         self._answering: asyncio.Task[None] | None = None
+        self._metrics = self._create_metrics() if settings.metrics_address else None
+
+    def _create_metrics(self) -> "WorkersMetrics":
+        from flywheel_server.workers.metrics import WorkersMetrics
+
+        engine_is_shared = not self._settings.engine_is_in_process
+        return WorkersMetrics(self._admission, self._serving, engine_is_shared=engine_is_shared)
+
+    def serving_metrics(self) -> AbstractAsyncContextManager[None]:
+        """Serves the metrics of all workers for the length of the context, if there are to be any."""
+        return serving_metrics(self._settings, self._metrics) if self._metrics else nullcontext()
+
+    def _serving(self) -> list[Worker]:
+        """Returns the workers that serve now."""
+        return [worker for worker in self._workers.values() if worker.ready_at is not None]
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -131,6 +150,8 @@ class Parent:
         checking.cancel()
         del self._workers[number]
         calls.release_all()
+        if self._metrics:
+            self._metrics.retire(worker)
         self._update_health()
         why = worker.why or f"worker {number} ended with {exit_code}"
         if self._is_up.is_set() and not self._stopping.is_set():
@@ -194,8 +215,7 @@ class Parent:
 
     async def _count_all(self) -> Line:
         """Returns the sums of the counts of all serving workers."""
-        serving = [worker for worker in self._workers.values() if worker.ready_at is not None]
-        answers = await self._ask(serving, COUNT_TIMEOUT)
+        answers = await self._ask(self._serving(), COUNT_TIMEOUT)
         return [sum(column) for column in zip(*answers, strict=True)] or [0, 0, 0, 0]
 
     async def _ask(self, workers: Sequence[Worker], timeout: float) -> list[Line]:  # noqa: ASYNC109 - for the workers, not for this call
@@ -222,10 +242,13 @@ async def serve_in_workers(
         on_output: Receives what the workers write to standard output and standard error. It must not block.
 
     Raises:
-        OSError: The port is taken, or the host is not an address of this machine.
+        OSError: The port, or that of the metrics, is taken, or the host is not an address of this machine.
+        ValueError: The settings do not fit together.
         WorkersError: A worker does not start, or has died too often. The latter cancels the context.
     """
     host = settings.address.rpartition(":")[0]
+    check_metrics(settings)
     with reserved(host, settings.port) as port:
-        async with Parent(settings, [str(port), *arguments], on_output).running():
+        parent = Parent(settings, [str(port), *arguments], on_output)
+        async with parent.serving_metrics(), parent.running():
             yield port

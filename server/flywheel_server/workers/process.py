@@ -30,6 +30,7 @@ class Worker:
         process: The process.
         connection: The parent's end of the socket pair, which is connected by `wait`.
         counts: Asks the worker for its counts. Unanswered questions are cancelled when the worker ends.
+        metrics: Asks the worker for its metrics, likewise.
         handlers: The functions to call for messages of the worker. Others may be added before `wait`.
         ready_at: When the worker began to serve, in running time; None before that.
         health: Whether the worker serves, and whether its engine has runners; None before its first report.
@@ -56,7 +57,8 @@ class Worker:
         self._closed = asyncio.Event()
         self.connection = Connection(self.handlers, self._closed.set)
         self.counts = Questions(self.connection, "count")
-        self.handlers["counts"] = self.counts.receive
+        self.metrics = Questions(self.connection, "metrics")
+        self.handlers |= {"counts": self.counts.receive, "report": self.metrics.receive}
         self._socket, worker_socket = socket.socketpair()
         reading, writing = os.pipe()
         try:
@@ -83,7 +85,7 @@ class Worker:
         await loop.create_connection(lambda: self.connection, sock=self._socket)
         # All messages of the worker arrive before this.
         await self._closed.wait()
-        for answer in self.counts.unanswered():
+        for answer in (*self.counts.unanswered(), *self.metrics.unanswered()):
             answer.cancel()
         has_exited = asyncio.Event()
         handle = os.pidfd_open(self.process.pid)

@@ -17,6 +17,7 @@ From a worker:
     failed    why                                               the worker cannot start
     total     question                                          asks for the counts of all workers
     counts    question, counts                                  answers `count`
+    report    question, metrics                                 answers `metrics`
 
 From the parent:
 
@@ -24,6 +25,7 @@ From the parent:
     refused   call, error                                       ends the call, which has lost its place or its room
     health    serving, runners                                  the health of all workers together
     count     question                                          asks for the counts of this worker
+    metrics   question                                          asks for the metrics of this worker
     total     question, counts                                  answers `total`
     stop                                                        drain; a second stop ends the drain
 
@@ -92,7 +94,7 @@ class Connection(asyncio.Protocol):
 
 
 class Questions:
-    """Asks the other process for its counts, and receives the answers.
+    """Asks the other process for figures, and receives the answers.
 
     Arguments:
         connection: The connection to the other process.
@@ -113,10 +115,10 @@ class Questions:
         self._connection.send(self._kind, number)
         return answer
 
-    def receive(self, number: int, counts: Line) -> None:
+    def receive(self, number: int, figures: Line) -> None:
         """Handles a message with an answer."""
         if (answer := self._pending.get(number)) and not answer.done():
-            answer.set_result(counts)
+            answer.set_result(figures)
 
     def unanswered(self) -> list[asyncio.Future[Line]]:
         """Returns the futures of the questions that have no answer yet."""

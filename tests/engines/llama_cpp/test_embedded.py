@@ -23,7 +23,8 @@ from flywheel_server.messages import GenerationRequest, GenerationResponseSample
 
 from tests.engines.llama_cpp.conftest import COUNTING, SLOTS, Work, engine_of, samples_of, with_metrics
 from tests.pulled import pulled
-from tests.serving import Target, until
+from tests.serving import Target, serving, until
+from tests.telemetry.values import free_address, scraped, until_scraped
 from tests.thorough import further
 
 LLAMA = "<|im_start|>user\nTell me about llamas.<|im_end|>\n<|im_start|>assistant\n"
@@ -280,14 +281,18 @@ async def test_it_can_be_started_again_after_it_was_stopped() -> None:
 @pytest.mark.parametrize("cache", [True, False])
 async def test_without_the_cache_a_prompt_is_read_again(cache: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(xllamacpp, "CommonParams", with_metrics(xllamacpp.CommonParams))
-    request = GenerationRequest(text="word " * 200, max_tokens=1)
+    request = pb.GenerationRequest(text="word " * 200, max_tokens=1)
     engine = EmbeddedEngine(
         default_model(), context_tokens=1024, slots=1, threads=1, batch_tokens=16, prompt_format="raw", prompt_cache=cache
     )
-    async with engine:
+    metrics = free_address()
+    counter = "flywheel_prompt_tokens_cached_total"
+    async with serving(engine, metrics_address=metrics) as target:
         steps = []
         for _ in range(2):
-            before = Work.of(engine).steps
-            await samples_of(engine, request)
+            before, cached_before = Work.of(engine).steps, (await scraped(metrics))[counter]
+            answer = await target.stub.GenerateAll(request)
             steps.append(Work.of(engine).steps - before)
+        # A prompt's last token is always read.
+        await until_scraped(metrics, {counter: cached_before + (answer.responses[0].prompt_tokens - 1 if cache else 0)})
     assert (steps[1] < steps[0] / 2) == cache

@@ -31,6 +31,9 @@ class Completion:
         emit: Called with each event, in the thread that calls `run` or `end_for_time`.
         cache: Whether llama.cpp skips the tokens with which the last prompt in the slot began too.
 
+    Attributes:
+        cached_tokens: Tokens of the prompt that llama.cpp skips; 0 until it has begun to read the prompt.
+
     Stop sequences are found here and not by llama.cpp. If a token ends with the beginning of a stop sequence, llama.cpp holds
     back the whole text of the token, and loses that text if the sample ends with this token.
     """
@@ -46,6 +49,7 @@ class Completion:
         cache: bool,
     ) -> None:
         request = prepared.request
+        self.cached_tokens = 0
         self._llama = llama
         self._body = _body(prepared, len(indexes))
         # llama.cpp counts the seed up for each further sample.
@@ -102,6 +106,7 @@ class Completion:
         if error := chunk.get("error"):
             raise EngineFailedError(f"llama.cpp: {error['message']}")
         if progress := chunk.get("prompt_progress"):
+            self.cached_tokens = progress["cache"]
             self._on_progress(progress["total"] - progress["processed"])
             return
         choice = chunk["choices"][0]

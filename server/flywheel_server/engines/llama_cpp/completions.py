@@ -25,9 +25,13 @@ class Completions:
         slots, batch_tokens: See `Llama`.
         context_tokens: Tokens of context that all slots share.
         cache, exact_seeds: See `EmbeddedEngine`.
+
+    Attributes:
+        cached_prompt_tokens: Tokens of prompts that llama.cpp has skipped in all completions that have ended.
     """
 
     def __init__(self, *, slots: int, batch_tokens: int, context_tokens: int, cache: bool, exact_seeds: bool) -> None:
+        self.cached_prompt_tokens = 0
         self._slots = slots
         self._context_tokens = context_tokens
         self._cache = cache
@@ -171,6 +175,7 @@ class Completions:
         finally:
             # If run_in_executor raises because no thread could be started, another thread may still run the work later.
             completion.cancel()
+            self.cached_prompt_tokens += completion.cached_tokens
             self._running.remove(completion)
             self._handover.threads = len(self._running)
 

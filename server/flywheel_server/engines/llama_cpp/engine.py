@@ -259,8 +259,9 @@ class EmbeddedEngine(Engine):
         return list(map(PromptToken, prepared.prompt, self._tokenizer.token_bytes(prepared.prompt)))
 
     async def stats(self) -> EngineStats:
-        """Returns how many completions wait for capacity."""
-        return EngineStats(backlog=self._completions.waiting, num_total_runners=1)
+        """Returns how many completions wait for capacity, and how many tokens of prompts were in the cache."""
+        completions = self._completions
+        return EngineStats(completions.waiting, num_total_runners=1, cached_prompt_tokens=completions.cached_prompt_tokens)
 
     def model(self) -> EngineModel:
         """Returns the loaded model."""
