@@ -14,7 +14,8 @@ from tests.thorough import further
 RPC = {"grpc", "google", "asyncio", "ssl"}
 SERVER = {"flywheel_server", "structlog", "uvloop", "cryptography", "pydantic", "pydantic_settings"}
 ENGINES = {"xllamacpp", "modal"}
-FORMATTING = {"rich", "pygments", "typer"}
+FORMATTING = {"rich", "pygments", "textual", "typer"}
+METRICS = {"prometheus_client", "h11"}
 
 CLIENT = ("-m", "flywheel_client")
 FLYWHEEL_SERVER = ("-m", "flywheel_server")
@@ -30,7 +31,7 @@ class Program(NamedTuple):
 
 def helps(*arguments: str) -> Program:
     """Returns the program that explains a subcommand of `flywheel`."""
-    return Program((*CLIENT, *arguments), RPC | SERVER | ENGINES | FORMATTING)
+    return Program((*CLIENT, *arguments), RPC | SERVER | ENGINES | FORMATTING | METRICS)
 
 
 PROGRAMS = {
@@ -38,7 +39,7 @@ PROGRAMS = {
         ("-c", "import flywheel_client"), RPC | SERVER | ENGINES | FORMATTING | {"typing", "click"}
     ),
     "flywheel generate --help": helps("generate", "--help"),
-    "flywheel health": Program((*CLIENT, "health", "--address", "localhost:1"), SERVER | ENGINES | FORMATTING, 1),
+    "flywheel health": Program((*CLIENT, "health", "--address", "localhost:1"), SERVER | ENGINES | FORMATTING | METRICS, 1),
     "flywheel-server --help": Program(
         (*FLYWHEEL_SERVER, "--help"),
         {"grpc", "google", *SERVER, *ENGINES, *FORMATTING} - {"flywheel_server", "pydantic", "pydantic_settings"},
@@ -60,6 +61,7 @@ OTHERS = {
         f"flywheel {name}": PROGRAMS["flywheel health"]._replace(arguments=(*CLIENT, name, "--address", "localhost:1"))
         for name in ("stats", "model")
     },
+    "flywheel top --once": Program((*CLIENT, "top", "--once", "localhost:1"), SERVER | ENGINES | {"textual"}, 1),
     "flywheel-server --version": PROGRAMS["flywheel-server --help"]._replace(arguments=(*FLYWHEEL_SERVER, "--version")),
     "flywheel-server with wrong settings": PROGRAMS["flywheel-server --help"]._replace(
         arguments=(*FLYWHEEL_SERVER, "--max-queued", "many"), exit_code=2

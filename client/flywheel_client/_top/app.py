@@ -15,6 +15,7 @@ from textual.screen import ModalScreen
 from textual.widgets import Footer, Static
 
 from flywheel_client._top.figures import Figures
+from flywheel_client._top.formats import cut
 from flywheel_client._top.overview import overview, title
 from flywheel_client._top.panels import PANELS, SORT_FIRST, servers_table, table_lines
 from flywheel_client._top.servers import History, Server, Servers
@@ -100,6 +101,8 @@ class Top(App[None]):
         self.reverse = False
         self.first_row = 0
         self._interval = interval
+        # Kept, because a query finds nothing on them while the help is in front of them.
+        self._parts = {name: Static(id=name, markup=False) for name in ("servers", "title", "overview", "tabs", "panel")}
         self._asking = asyncio.Event()
         self._asking.set()
         self._total: Figures | None = None
@@ -111,16 +114,21 @@ class Top(App[None]):
 
     def compose(self) -> ComposeResult:
         """Yields the parts of the screen, from top to bottom."""
-        for name in ("servers", "title", "overview", "tabs", "panel"):
-            yield Static(id=name, markup=False)
+        yield from self._parts.values()
         yield Footer()
 
     def on_mount(self) -> None:
         """Begins to follow the servers."""
-        with suppress(NotImplementedError, RuntimeError):  # Windows has no such handlers; only the main thread may set one.
+        # Windows has no such handlers, and only the main thread may set one.
+        with suppress(NotImplementedError, RuntimeError, ValueError):
             asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, lambda: self.exit(return_code=EXIT_TERMINATED))
         self.run_worker(self._follow())
         self.draw()
+
+    def on_unmount(self) -> None:
+        """Leaves SIGTERM as it was."""
+        with suppress(NotImplementedError, RuntimeError, ValueError):
+            asyncio.get_running_loop().remove_signal_handler(signal.SIGTERM)
 
     async def _follow(self) -> None:
         while True:
@@ -143,7 +151,7 @@ class Top(App[None]):
             first = max(min(self.chosen - 2, len(lines) - 1 - MAX_SERVER_LINES), 0) + 1
             lines[self.chosen + 1].stylize("reverse")
             self._fill("servers", [lines[0], *lines[first : first + MAX_SERVER_LINES]])
-        self.query_one("#servers").display = several
+        self._parts["servers"].display = several
         self._fill("title", [title(server, figures, width, time.time())])
         self._fill("overview", overview(figures, history, width))
         self._fill("tabs", [self._tabs(width)])
@@ -165,7 +173,7 @@ class Top(App[None]):
         return len(self.servers.all) > 1
 
     def _fill(self, name: str, lines: Sequence[Text]) -> None:
-        self.query_one(f"#{name}", Static).update(Text("\n", no_wrap=True, end="").join(lines))
+        self._parts[name].update(Text("\n", no_wrap=True, end="").join(lines))
 
     def _tabs(self, width: int) -> Text:
         names = [Text(f" {name} ", style="reverse" if index == self.panel else "") for index, name in enumerate(PANELS)]
@@ -174,7 +182,7 @@ class Top(App[None]):
         line.append(
             f"{state}  {time.strftime('%H:%M:%S')}".rjust(width - line.cell_len), style="bold" if self.is_paused else "dim"
         )
-        return line
+        return cut(line, width)
 
     def action_pause(self) -> None:
         """Stops asking the servers, or asks them again."""
@@ -212,7 +220,7 @@ class Top(App[None]):
 
     def action_scroll(self, pages: int) -> None:
         """Scrolls the panel."""
-        self.first_row += pages * max(self.query_one("#panel").size.height - 2, 1)
+        self.first_row += pages * max(self._parts["panel"].size.height - 2, 1)
         self.draw()
 
     def action_help(self) -> None:

@@ -39,7 +39,7 @@ def title(server: Server | None, figures: Figures | None, width: int, now: float
 def overview(figures: Figures | None, history: History, width: int) -> list[Text]:
     """Returns the lines of the overview; dashes if there are no figures."""
     if figures is None:
-        return [Text(f"{name:{_NAME_WIDTH}}{NONE}", style="dim") for name in (*_WITH_SPARKLINES, *_WITHOUT)]
+        return [cut(Text(f"{name:{_NAME_WIDTH}}{NONE}", style="dim"), width) for name in (*_WITH_SPARKLINES, *_WITHOUT)]
     it = figures
     rates = [
         (f"{number(it.calls_per_second):>7}", f"failed {number(it.failed_per_second)}", history.calls),

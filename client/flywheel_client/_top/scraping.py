@@ -3,6 +3,7 @@
 import asyncio
 import os
 import re
+from http import HTTPStatus
 from typing import Final
 
 import h11
@@ -13,6 +14,9 @@ SCRAPE_TIMEOUT: Final = 5.0
 """Seconds that a scrape may take, from connecting to the last byte."""
 
 MAX_ANSWER_BYTES: Final = 4 * 2**20
+MAX_PARTS: Final = 10_000
+"""The most chunks and interim answers of an answer, because each of them takes time."""
+
 _READ_BYTES: Final = 2**16
 _ADDRESS: Final = re.compile(r"(?:\[(?P<ip>[0-9A-Fa-f:.]+)\]|(?P<name>[A-Za-z0-9._-]+)):(?P<port>[0-9]{1,5})")
 
@@ -71,21 +75,22 @@ async def _get(address: str) -> bytes:
 
 
 async def _body(connection: h11.Connection, reader: asyncio.StreamReader) -> bytes:
-    """Returns the body of the answer. Counts all bytes that arrive, so that headers and chunks are bounded, too."""
+    """Returns the body of the answer. Bounds all that arrives: headers and chunks, too."""
     body, received = bytearray(), 0
-    while True:
+    for _ in range(MAX_PARTS):
         match connection.next_event():
             case h11.NEED_DATA:
                 data = await reader.read(_READ_BYTES)
                 received += len(data)
+                if not received:
+                    raise ScrapeError("it hung up without an answer")
                 if received > MAX_ANSWER_BYTES:
                     raise ScrapeError(f"its answer is larger than {MAX_ANSWER_BYTES // 2**20} MiB")
                 connection.receive_data(data)
-            case h11.Response(status_code=status) if status != 200:  # noqa: PLR2004 - OK, in RFC 9110
+            case h11.Response(status_code=status) if status != HTTPStatus.OK:
                 raise ScrapeError(f"it answers with HTTP status {status}, not with metrics")
             case h11.Data(data=data):
                 body += data
             case h11.EndOfMessage():
                 return bytes(body)
-            case h11.ConnectionClosed():
-                raise ScrapeError("it hung up without an answer")
+    raise ScrapeError("its answer has too many parts")
