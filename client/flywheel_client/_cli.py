@@ -17,6 +17,7 @@ from click.core import ParameterSource
 from flywheel_proto import __version__
 from flywheel_proto._extras import loading
 
+from flywheel_client._bench.options import BenchOptions
 from flywheel_client._options import CACERT, JSON, KEY_VARIABLE, SECONDS, TIMEOUT, Command, RequestOptions, Server, options_of
 from flywheel_client._records import DEFAULT_APP
 
@@ -242,3 +243,23 @@ def top(**options: Any) -> None:  # noqa: ANN401 - options have several types
     with loading("flywheel", "cli"):
         from flywheel_client._top import command
     command.top(**options)
+
+
+@app.command()
+@options_of(BenchOptions)
+@options_of(RequestOptions)
+@_subcommand
+@_calls_server
+def bench(server: Server, **options: Any) -> None:  # noqa: ANN401 - options have several types
+    """Measure a server under load: latencies, tokens per second, and errors.
+
+    The run ends after --duration or --requests, and also after --max-errors. Ctrl-C ends the run early and still reports; the
+    exit code is then 130. The exit code is 1 if no call succeeded. With --rate, latencies count from when a call was due to be
+    sent, so that slow answers cannot hide.
+
+    The options of requests, such as --max-tokens, are the same as for flywheel generate.
+    """
+    from flywheel_client._bench import command
+
+    bench_options = BenchOptions(**{each.name: options.pop(each.name) for each in fields(BenchOptions)})
+    command.bench(server, bench_options, RequestOptions(**options))

@@ -1,11 +1,14 @@
 """Makes the clients of the subcommands of `flywheel` from the options of `Server`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc
 
+from flywheel_client._channel import Connection, call_metadata
 from flywheel_client._client_sync import Client
+from flywheel_client._modal import ModalDirectory
 from flywheel_client._retry import Retry
 
 if TYPE_CHECKING:
@@ -24,6 +27,16 @@ def client_of(server: "Server", timeout: float | None, retry: Retry | None = Non
     if server.modal_app is None:
         return Client(server.address, **arguments)
     return Client.from_modal(server.modal_app, environment=server.modal_environment, **arguments)
+
+
+def connection_of(server: "Server", timeout: float, channel_options: Sequence[tuple[str, Any]]) -> Connection:
+    """Returns the arguments of channels to the server, without retries."""
+    if server.modal_app is None:
+        target: str | ModalDirectory = server.address
+    else:
+        target = ModalDirectory(server.modal_app, server.modal_environment)
+    metadata = call_metadata((), server.api_key)
+    return Connection(target, timeout, metadata, channel_options, _credentials(server), None, server.wait_for_ready)
 
 
 def _credentials(server: "Server") -> grpc.ChannelCredentials | None:

@@ -182,12 +182,17 @@ def _ago(then: float | None, now: float) -> str:
 
 
 def show_json(value: object) -> None:
-    """Writes a value as one line of JSON to stdout, in ASCII, which is safe on a terminal and correct in any encoding.
+    """Writes a value as one line of JSON to stdout."""
+    sys.stdout.write(json_text(value) + "\n")
+    sys.stdout.flush()
+
+
+def json_text(value: object) -> str:
+    """Returns a value as one line of JSON in ASCII, which is safe on a terminal and correct in any encoding.
 
     JSON has no numbers for infinity and NaN. They become the strings "Infinity", "-Infinity" and "NaN", as in protobuf's JSON.
     """
-    sys.stdout.write(json.dumps(_finite(value), allow_nan=False) + "\n")
-    sys.stdout.flush()
+    return json.dumps(_finite(value), allow_nan=False)
 
 
 def _finite(value: object) -> object:
