@@ -153,7 +153,7 @@ async def test_lines_of_the_log_that_are_dropped_are_counted() -> None:
     output = Output(writing)
     os.close(writing)
     os.close(reading)
-    handler = logs.OutputHandler(logging.Formatter(), output)
+    handler = logs.OutputHandler(logging.Formatter(), output, "INFO")
     address = free_address()
     logger = logging.getLogger()
     async with serving(ScriptedEngine(), metrics_address=address):
