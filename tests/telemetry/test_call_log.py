@@ -57,7 +57,7 @@ async def test_a_line_says_what_a_call_was_and_where_its_time_went(method: str, 
     assert (line["gen_ai.request.model"], line["caller"]) == ("script", "FLYWHEEL_API_KEYS-1")
     assert (line["gen_ai.usage.input_tokens"], line["gen_ai.usage.output_tokens"]) == (4, 5)
     assert 0 <= line["queue_seconds"] <= line["first_output_seconds"] - 0.06
-    assert 0.1 <= line["seconds"] >= line["first_output_seconds"] + 0.03
+    assert 0.1 <= line["seconds"] > line["first_output_seconds"]
     assert not {"reason", "slow_phase"} & set(line)
 
 

@@ -247,7 +247,7 @@ class TimedEngine(ScriptedEngine):
         self.times.append((called, noting.times[0], noting.times[-1]))
 
     def means(self, sent: float) -> list[float]:
-        """Returns the mean seconds from sending to the call, to its first text, and to its end, and from the first text to the end."""
+        """Returns mean seconds: from sending to the call, to its first text, and to its end; and between these texts."""
         columns = [(called - sent, first - sent, last - sent, last - first) for called, first, last in self.times]
         return [sum(column) / len(column) for column in zip(*columns, strict=True)]
 
