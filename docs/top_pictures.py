@@ -30,8 +30,8 @@ CALLERS: Final = {"website": 8, "batch-jobs": 12, "evaluation": 4}
 NO_SERVER: Final = "localhost:1"
 
 SIZE: Final = (80, 24)
-INTERVAL: Final = 0.5
-SCRAPES: Final = 36
+INTERVAL: Final = 1.0
+SCRAPES: Final = 34
 LARGEST_PAUSE: Final = 0.5
 SCRIPT: Final = '{"token_delay": 0.02, "prompt_delay": 0.1}'
 

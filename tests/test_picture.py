@@ -1,13 +1,19 @@
-"""The picture of the README has what the command prints: the same lines, besides the sampled text and the numbers."""
+"""The pictures of the documentation have what the commands print, besides sampled text and numbers."""
 
 import asyncio
 import html
 import re
 import shlex
+from pathlib import Path
 
+import pytest
+from flywheel_client._top.overview import NAME_WIDTH, overview
+from flywheel_client._top.panels import PANELS
+from flywheel_client._top.servers import History
 from flywheel_server.engines.scripted import Script, ScriptedEngine
 
 from docs.picture import COMMAND, PICTURE, draw, record
+from docs.top_pictures import ONE_SERVER, SEVERAL_SERVERS, SIZE
 from tests.contract import ROOT
 from tests.serving import serving
 
@@ -35,9 +41,18 @@ async def test_the_picture_is_what_the_command_prints() -> None:
     assert form(PICTURE.read_text()) == form(draw(printed))
 
 
-def test_the_picture_fetches_nothing() -> None:
-    assert "url(http" not in PICTURE.read_text()
-    assert "@font-face" not in PICTURE.read_text()
+@pytest.mark.parametrize("picture", [PICTURE, ONE_SERVER, SEVERAL_SERVERS], ids=lambda picture: picture.name)
+def test_a_picture_fetches_nothing(picture: Path) -> None:
+    assert "url(http" not in picture.read_text()
+    assert "@font-face" not in picture.read_text()
+
+
+@pytest.mark.parametrize("picture", [ONE_SERVER, SEVERAL_SERVERS], ids=lambda picture: picture.name)
+def test_the_pictures_of_top_have_the_lines_of_the_dashboard(picture: Path) -> None:
+    texts = html.unescape(re.sub(r"<[^>]*>", "\n", picture.read_text())).replace("\xa0", " ")
+    lines = [line.plain for line in overview(None, History(), SIZE[0])]
+    for word in [*(line[:NAME_WIDTH].strip() for line in lines), *PANELS]:
+        assert re.search(rf"(^| ){re.escape(word)}( |$)", texts, re.MULTILINE), word
 
 
 def test_the_readme_says_the_command_of_the_picture() -> None:

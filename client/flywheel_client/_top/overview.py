@@ -16,7 +16,7 @@ ALL_SERVERS: Final = "all servers"
 _WITH_SPARKLINES: Final = ("calls/s", "tokens/s", "first token", "per token", "queue wait")
 _WITHOUT: Final = ("slots", "engine", "process")
 
-_NAME_WIDTH: Final = 13
+NAME_WIDTH: Final = 13
 _FIGURES_WIDTH: Final = 42
 """The width of what stands before a sparkline."""
 
@@ -39,7 +39,7 @@ def title(server: Server | None, figures: Figures | None, width: int, now: float
 def overview(figures: Figures | None, history: History, width: int) -> list[Text]:
     """Returns the lines of the overview; dashes if there are no figures."""
     if figures is None:
-        return [cut(Text(f"{name:{_NAME_WIDTH}}{NONE}", style="dim"), width) for name in (*_WITH_SPARKLINES, *_WITHOUT)]
+        return [cut(Text(f"{name:{NAME_WIDTH}}{NONE}", style="dim"), width) for name in (*_WITH_SPARKLINES, *_WITHOUT)]
     it = figures
     rates = [
         (f"{number(it.calls_per_second):>7}", f"failed {number(it.failed_per_second)}", history.calls),
@@ -50,7 +50,7 @@ def overview(figures: Figures | None, history: History, width: int) -> list[Text
     ]
     lines = [_with_sparkline(name, *line, width) for name, line in zip(_WITH_SPARKLINES, rates, strict=True)]
     facts = zip(_WITHOUT, (_load(it), _engine(it), _process(it)), strict=True)
-    lines += [cut(Text(f"{name:{_NAME_WIDTH}}{fact}"), width) for name, fact in facts]
+    lines += [cut(Text(f"{name:{NAME_WIDTH}}{fact}"), width) for name, fact in facts]
     if it.engine_up is False:
         lines[-2].stylize("bold red")
     return lines
@@ -87,7 +87,7 @@ def _share(value: float | None, largest: float | None) -> str:
 
 
 def _with_sparkline(name: str, first: str, second: str, values: Iterable[float | None], width: int) -> Text:
-    line = Text(set_cell_size(f"{name:{_NAME_WIDTH}}{first:<13}  {second}", _FIGURES_WIDTH))
-    line.stylize("bold", _NAME_WIDTH, _FIGURES_WIDTH)
+    line = Text(set_cell_size(f"{name:{NAME_WIDTH}}{first:<13}  {second}", _FIGURES_WIDTH))
+    line.stylize("bold", NAME_WIDTH, _FIGURES_WIDTH)
     line.append(" " + sparkline(values, width - _FIGURES_WIDTH - 1), style="cyan")
     return cut(line, width)
