@@ -189,10 +189,12 @@ def test_a_report_file_that_cannot_be_written_costs_no_run(fake: FakeService, tm
     assert (done.returncode, fake.requests) == (1, [])
 
 
-def test_the_report_on_stdout_and_the_page(fake: FakeService, tmp_path: Path) -> None:
+def test_the_report_on_stdout_and_the_page_with_several_connections(fake: FakeService, tmp_path: Path) -> None:
     page = tmp_path / "a.html"
-    done = flywheel(fake, "bench", "--requests", "5", "--samples", "1", "--json", "-", "--html", str(page))
-    assert json.loads(done.stdout)["calls_succeeded"] == 5
+    done = flywheel(fake, "bench", "--requests", "6", "--connections", "3", "--json", "-", "--html", str(page))
+    assert json.loads(done.stdout)["calls_succeeded"] == 6
+    # GetModel has a connection of its own.
+    assert len(fake.peers) == 4
     assert "SmolLM2-135M" in page.read_text()
 
 

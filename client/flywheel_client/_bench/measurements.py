@@ -8,6 +8,11 @@ from flywheel_client._bench.histogram import Histogram
 MAX_INTERVALS: Final = 240
 """The most intervals of a timeline. If a run is longer, two intervals become one, so that there are always 120 to 240."""
 
+ENOUGH_INTERVALS: Final = 40
+"""So many intervals are enough for a plot. If there are more, each should have `MIN_CALLS_PER_INTERVAL` calls on average."""
+
+MIN_CALLS_PER_INTERVAL: Final = 5
+
 FIRST_INTERVAL_SECONDS: Final = 0.05
 """The length of the intervals when a run begins."""
 
@@ -52,14 +57,24 @@ class Timeline:
         """Returns the interval at so many seconds from the beginning of the run."""
         number = max(int(seconds / self.interval_seconds), 0)
         while number >= MAX_INTERVALS:
-            for first, second in zip(self.intervals[::2], self.intervals[1::2], strict=False):
-                first.merge(second)
-            self.intervals = self.intervals[::2]
-            self.interval_seconds *= 2
+            self._merge_pairs()
             number = int(seconds / self.interval_seconds)
         while len(self.intervals) <= number:
             self.intervals.append(Interval())
         return self.intervals[number]
+
+    def coarsen(self) -> None:
+        """Makes the intervals longer, so that most of them have some calls. Call this at the end of the run."""
+        calls = sum(interval.sent for interval in self.intervals)
+        while len(self.intervals) > ENOUGH_INTERVALS and calls < MIN_CALLS_PER_INTERVAL * len(self.intervals):
+            self._merge_pairs()
+
+    def _merge_pairs(self) -> None:
+        """Makes each two intervals one."""
+        for first, second in zip(self.intervals[::2], self.intervals[1::2], strict=False):
+            first.merge(second)
+        self.intervals = self.intervals[::2]
+        self.interval_seconds *= 2
 
 
 @dataclass(slots=True)

@@ -122,6 +122,8 @@ class Report:
         if value["format"] != FORMAT or value["version"] != VERSION:
             raise ValueError("it has another format")
         known = {each.name: value[each.name] for each in fields(cls)}
+        if not all(isinstance(known[name], int | float) for name in _COMPARED_FIGURES):
+            raise TypeError("a figure is not a number")
         return cls(
             **known
             | {
@@ -135,6 +137,10 @@ class Report:
                 "notes": tuple(map(str, value["notes"])),
             }
         )
+
+
+_COMPARED_FIGURES: Final = ("calls_per_second", "generated_tokens_per_second", "calls_failed")
+"""The figures besides latencies that a comparison shows."""
 
 
 def _known(kind: type, value: Mapping[str, Any]) -> Any:  # noqa: ANN401 - an object of the class
@@ -218,6 +224,7 @@ def _notes(outcome: Outcome, plan: Plan) -> list[str]:
 
 
 def _timeline_json(timeline: Timeline, seconds: float) -> dict[str, Any]:
+    timeline.coarsen()
     intervals = timeline.intervals
     waits = [each.waits if each.waits.count else None for each in intervals]
     return {

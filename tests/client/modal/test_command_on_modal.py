@@ -100,6 +100,9 @@ async def test_the_command_calls_a_deployment(
     assert secured[0].metadata[0]["authorization"] == "Bearer key-2"
     process = await asyncio.to_thread(flywheel, cloud, "model", *options, **variables)
     assert process.stdout.startswith("name")
+    process = await asyncio.to_thread(flywheel, cloud, "bench", "--requests", "2", "--warm-up", "0", *options, **variables)
+    assert process.stdout.startswith("SmolLM2-135M (fake) at flywheel-grpc\n")
+    assert len(secured[0].requests) == 3
     secured[0].stop()
     process = await asyncio.to_thread(flywheel, cloud, "stats", *options, **variables)
     assert process.returncode == 1
