@@ -28,6 +28,11 @@ PROGRAMS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "flywheel-server keys": (SERVER, ("keys", "list"), "flywheel-server: "),
     "flywheel-server by default": (SERVER, ("--address", "127.0.0.1:0"), "flywheel-server: "),
     "flywheel-server --engine flywheel": (SERVER, ("--engine", "flywheel", "--address", "127.0.0.1:0"), "flywheel-server: "),
+    "flywheel-server --otlp-endpoint": (
+        SERVER,
+        ("--engine", "scripted", "--address", "127.0.0.1:0", "--otlp-endpoint", "http://localhost:4317"),
+        "flywheel-server: ",
+    ),
     "flywheel": (COMMAND, ("health",), "flywheel: "),
     "flywheel endpoints": (COMMAND, ("endpoints",), "flywheel: "),
     "flywheel --modal-app": (COMMAND, ("health", "--modal-app", "some"), "flywheel: "),
@@ -43,6 +48,7 @@ NEEDS = [
 FURTHER_NEEDS = [
     *(("flywheel-server", "server", module) for module in MODULES_BY_EXTRA["server"] if module != "structlog"),
     ("flywheel-server by default", "embedded", "llguidance"),
+    ("flywheel-server --otlp-endpoint", "otel", "opentelemetry"),
     ("flywheel", "cli", "click"),
     ("flywheel endpoints", "modal", "modal"),
     ("flywheel --modal-app", "modal", "modal"),

@@ -7,11 +7,14 @@ record when the call ends. Without observers, there are no records.
 import time
 from collections.abc import Sequence
 from contextvars import ContextVar
-from typing import Final, Literal, Protocol
+from typing import TYPE_CHECKING, Final, Literal, Protocol
 
 import grpc
 
 from flywheel_server.grpc_types import GrpcContext
+
+if TYPE_CHECKING:
+    from flywheel_server.messages import GenerationRequest
 
 Metadata = Sequence[tuple[str, str | bytes]]
 
@@ -34,8 +37,11 @@ class CallRecord:
         started_at: When the engine began to work on the generation.
         first_output_at: When the first text or sample came from the engine.
         ended_at: When the call ended.
+        request: The request; None for a call without a prompt, or if the request is not valid.
+        model: The name of the model; empty if there is no request.
         num_samples: How many samples were asked for; 0 for a call that generates nothing.
         samples: For each sample that has finished: when it did, how many tokens it has, and its `finish_reason`.
+        texts: The texts of these samples; None unless an observer has asked for them, with an empty list.
         prompt_tokens: The number of tokens in the prompt; 0 if it is not known.
         generated_tokens: The number of tokens generated so far, of all samples; set when the generation ends.
         code: The status of the call; None while it runs. CANCELLED if the caller has gone.
@@ -55,15 +61,18 @@ class CallRecord:
         "first_output_at",
         "generated_tokens",
         "method",
+        "model",
         "num_samples",
         "peer",
         "prompt_tokens",
         "queued_at",
         "reason",
+        "request",
         "request_id",
         "retry_delay",
         "samples",
         "started_at",
+        "texts",
     )
 
     def __init__(self, method: str, request_id: str, peer: str) -> None:
@@ -78,8 +87,11 @@ class CallRecord:
         self.started_at: float | None = None
         self.first_output_at: float | None = None
         self.ended_at: float | None = None
+        self.request: GenerationRequest | None = None
+        self.model = ""
         self.num_samples = 0
         self.samples: list[tuple[float, int, str]] = []
+        self.texts: list[str] | None = None
         self.prompt_tokens = 0
         self.generated_tokens = 0
         self.code: grpc.StatusCode | None = None
