@@ -143,9 +143,12 @@ class _Server:
         try:
             from flywheel_server.telemetry.otlp import Otlp
             from flywheel_server.telemetry.tracing import CallTraces
+
+            otlp = Otlp(self._settings.otlp_endpoint, "flywheel-server", is_worker=self._link is not None)
         except ImportError as error:
             raise ValueError(f"no traces: {error}; install what is missing: pip install '{DISTRIBUTION}[otel]'") from error
-        otlp = Otlp(self._settings.otlp_endpoint, "flywheel-server", is_worker=self._link is not None)
+        except Exception as error:  # OpenTelemetry raises different errors for wrong variables
+            raise ValueError(f"no traces: check the variables OTEL_*: {error}") from error
         self._observers.append(CallTraces(otlp.tracer_provider, with_texts=self._settings.trace_prompts))
         try:
             yield

@@ -287,7 +287,7 @@ class Settings(BaseSettings):
     channelz: bool = _observability(
         False, "Whether callers with a key may call grpc.channelz.v1, which shows connections of all callers: true or false."
     )
-    otlp_endpoint: Annotated[str, AfterValidator(http_url)] | None = _observability(
+    otlp_endpoint: Annotated[Annotated[str, AfterValidator(http_url)] | None, NoneWord] = _observability(
         None, "The URL of an OTLP receiver (gRPC), such as http://localhost:4317, for traces and metrics. Needs the extra otel."
     )
     trace_prompts: bool = _observability(False, "Whether traces have the text of prompts and samples: true or false.")

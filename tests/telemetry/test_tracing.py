@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -13,7 +14,7 @@ from flywheel_server.engines.scripted import Script, ScriptedEngine
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
-from tests.serving import Target, code_of, free_ports, serving, until
+from tests.serving import Target, code_of, serving, until
 from tests.telemetry.otlp_receiver import Receiver, attributes_of, receiving
 
 TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
@@ -167,14 +168,26 @@ async def test_strangers_cause_few_spans_and_probes_none(receiver: Receiver) -> 
     assert 1 < len(receiver.spans) <= 1 + 10 * seconds
 
 
-async def test_a_receiver_out_of_reach_delays_neither_calls_nor_the_end() -> None:
-    (port,) = free_ports(1)
-    async with asyncio.timeout(30):
-        async with serving(ScriptedEngine(), otlp_endpoint=f"http://127.0.0.1:{port}") as target:
-            for _ in range(20):
-                await target.stub.GenerateAll(request())
-            left = time.monotonic()
-        assert time.monotonic() - left < 4
+@pytest.mark.parametrize("answers", ["nothing listens", "nothing answers"])
+async def test_a_receiver_out_of_reach_delays_neither_calls_nor_the_end(answers: str) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        if answers == "nothing answers":
+            listener.listen()
+        endpoint = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        async with asyncio.timeout(30):
+            async with serving(ScriptedEngine(), otlp_endpoint=endpoint) as target:
+                for _ in range(20):
+                    await target.stub.GenerateAll(request())
+                left = time.monotonic()
+            assert time.monotonic() - left < 4
+
+
+async def test_wrong_variables_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_COMPRESSION", "brotli")
+    with pytest.raises(ValueError, match="OTEL_EXPORTER_OTLP_COMPRESSION"):
+        async with serving(ScriptedEngine(), otlp_endpoint="http://localhost:4317"):
+            pass
 
 
 async def test_what_is_left_is_sent_at_the_end(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:

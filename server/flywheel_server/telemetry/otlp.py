@@ -9,6 +9,7 @@ import os
 import threading
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Final
 
 from flywheel_proto import __version__
@@ -90,10 +91,12 @@ async def _stop(flush: Callable[[], None], give_up: Callable[[], None]) -> None:
     # Not a thread of an executor: the process would wait for it at its exit.
     threading.Thread(target=run, name="flywheel-otlp-stop", daemon=True).start()
     try:
-        async with asyncio.timeout(STOP_TIMEOUT):
-            await done.wait()
-    except TimeoutError:
-        give_up()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(STOP_TIMEOUT):
+                await done.wait()
+    finally:
+        if not done.is_set():
+            give_up()
 
 
 def _resource(service: str, *, is_worker: bool) -> Resource:
