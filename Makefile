@@ -90,8 +90,8 @@ lock: .venv/.installed ## Bring requirements/*.txt in line with pyproject.toml
 	$(compile) $(ARGS) --constraint requirements/dev.txt --group bench --output-file requirements/bench.txt
 	$(compile) $(ARGS) requirements/codegen.in --output-file requirements/codegen.txt
 	$(compile) $(ARGS) requirements/modal-build.in --output-file requirements/modal-build.txt
-	$(compile) $(ARGS) --constraint requirements/dev.txt --extra server pyproject.toml --output-file requirements/modal-gateway.txt
-	$(compile) $(ARGS) --constraint requirements/dev.txt --extra embedded pyproject.toml --output-file requirements/modal-model.txt
+	$(compile) $(ARGS) --constraint requirements/dev.txt --extra server --extra otel pyproject.toml --output-file requirements/modal-gateway.txt
+	$(compile) $(ARGS) --constraint requirements/dev.txt --extra embedded --extra otel pyproject.toml --output-file requirements/modal-model.txt
 	$(compile) $(ARGS) --constraint requirements/dev.txt --extra server --extra hub pyproject.toml --output-file requirements/modal-hub.txt
 
 picture: .venv/.installed ## Draw the pictures in docs anew, which show what `flywheel generate` and `flywheel top` print

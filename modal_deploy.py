@@ -55,6 +55,9 @@ deployment, settings = configuration.deployment, configuration.server
 environment: dict[str, str | None] = {**configuration.environment}
 
 keys = modal.Secret.from_name(KEYS_SECRET, required_keys=[KEYS_VARIABLE])
+# The rest of OpenTelemetry's configuration, which may have a key of the receiver. In a container, the secret sets it.
+otel_variables = {name: value for name, value in os.environ.items() if settings.otlp_endpoint and name.startswith("OTEL_")}
+otel = [modal.Secret.from_dict({**otel_variables})] if otel_variables else []
 app = modal.App(deployment.app, tags=tags(configuration, os.environ))
 
 
@@ -184,7 +187,7 @@ if deployment.has_tunnels:
     @app.cls(
         image=gateway_image,
         env=environment,
-        secrets=[keys],
+        secrets=[keys, *otel],
         cpu=deployment.gateway_cpu,
         memory=deployment.gateway_memory,
         min_containers=deployment.gateway_min_containers,
@@ -209,7 +212,7 @@ if deployment.has_server:
     @app.server(
         image=gateway_image,
         env=environment,
-        secrets=[keys],
+        secrets=[keys, *otel],
         cpu=deployment.gateway_cpu,
         memory=deployment.gateway_memory,
         min_containers=deployment.gateway_min_containers,
@@ -281,6 +284,7 @@ if configuration.weights is not None:
     @app.cls(
         image=model_image,
         env=environment,
+        secrets=otel,
         gpu=settings.modal_gpu,
         volumes=volumes,
         cpu=deployment.model_cpu,
@@ -304,13 +308,14 @@ if configuration.weights is not None:
             from flywheel_server.deployment.model import RemoteModel, start_engine
 
             self.engine = await start_engine(weights, deployment, settings)
-            self.remote = RemoteModel(self.engine)
+            self.remote = RemoteModel(self.engine, settings.otlp_endpoint)
 
         @modal.exit()
         async def unload(self) -> None:
             """Ends the running calls, tells their gateways, and stops the engine."""
             await self.remote.leave()
             await self.engine.__aexit__()
+            await self.remote.stop_tracing()
 
         @modal.method()
         @takes_fields(refused=refused_fields)

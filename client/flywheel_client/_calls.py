@@ -16,6 +16,7 @@ from google.protobuf.message import DecodeError
 from flywheel_client._errors import FlywheelError, InternalError, call_cancelled, error_from_call, has_begun, request_id_in
 from flywheel_client._pool import Member
 from flywheel_client._retry import Retry, Tries
+from flywheel_client._tracing import NO_SPAN, CallSpan, start_span
 
 ChannelT = TypeVar("ChannelT")
 Metadata = Sequence[tuple[str, str | bytes]]
@@ -30,9 +31,13 @@ If a deserializer raises, grpc ends the call with INTERNAL but leaves it open on
 class BaseCall(Generic[ChannelT]):
     """A call through all its tries."""
 
+    span: CallSpan = NO_SPAN
+    """The span of the call; `NO_SPAN` unless the program uses OpenTelemetry."""
+
     def __init__(
         self,
         channel: "BaseChannel[ChannelT]",
+        method: str,
         bind: Callable[[ChannelT], Callable[..., Any]],
         request: object,
         *,
@@ -42,7 +47,8 @@ class BaseCall(Generic[ChannelT]):
     ) -> None:
         self._bind = bind
         self._request = request
-        self._metadata = metadata
+        self.span = start_span(method, request, metadata)
+        self._metadata = (*metadata, *self.span.headers)
         self._wait_for_ready = bool(wait_for_ready) and channel.grpc_waits
         waits = bool(wait_for_ready) and not channel.grpc_waits
         self.tries = Tries.begin(channel.retry, timeout, time.monotonic(), wait_for_ready=waits)
@@ -78,7 +84,7 @@ class BaseChannel(ABC, Generic[ChannelT]):
     ) -> Callable[..., Any]:
         """Returns a method whose answer is one message."""
         arguments = method, request_serializer, _marking_unreadable(response_deserializer)
-        return self._unary(lambda channel: channel.unary_unary(*arguments, **options))
+        return self._unary(method, lambda channel: channel.unary_unary(*arguments, **options))
 
     def unary_stream(
         self,
@@ -89,14 +95,14 @@ class BaseChannel(ABC, Generic[ChannelT]):
     ) -> Callable[..., Any]:
         """Returns a method whose answer is a stream."""
         arguments = method, request_serializer, _marking_unreadable(response_deserializer)
-        return self._stream(lambda channel: channel.unary_stream(*arguments, **options))
+        return self._stream(method, lambda channel: channel.unary_stream(*arguments, **options))
 
     @abstractmethod
-    def _unary(self, bind: Callable[[Any], Any]) -> Callable[..., Any]:
+    def _unary(self, method: str, bind: Callable[[Any], Any]) -> Callable[..., Any]:
         """Returns a method whose answer is one message. `bind` returns grpc's own method on the channel of an endpoint."""
 
     @abstractmethod
-    def _stream(self, bind: Callable[[Any], Any]) -> Callable[..., Any]:
+    def _stream(self, method: str, bind: Callable[[Any], Any]) -> Callable[..., Any]:
         """Returns a method whose answer is a stream. `bind` is as in `_unary`."""
 
     @abstractmethod
@@ -119,7 +125,10 @@ class BaseChannel(ABC, Generic[ChannelT]):
             return None
         jitter = random.random()  # noqa: S311 - this is not a secret
         failure = error_from_call(error, call.request_id)
-        return call.tries.delay(failure, time.monotonic(), jitter, tried=member is not None, to_blame=to_blame)
+        delay = call.tries.delay(failure, time.monotonic(), jitter, tried=member is not None, to_blame=to_blame)
+        if delay is not None:
+            call.span.retry(error)
+        return delay
 
     def raise_if_cancelled(self, call: BaseCall[ChannelT]) -> None:
         """Raises `CallCancelledError` if the call was cancelled, or the channel closed."""

@@ -23,14 +23,14 @@ class AsyncRetryingChannel(BaseChannel[grpc.aio.Channel]):
         self._closed = asyncio.get_running_loop().create_future()
         self._streams: WeakSet[_StreamCall] = WeakSet()
 
-    def _unary(self, bind: Callable[[grpc.aio.Channel], Any]) -> Callable[..., Any]:
+    def _unary(self, method: str, bind: Callable[[grpc.aio.Channel], Any]) -> Callable[..., Any]:
         async def answer(request: object, **options: Any) -> Any:  # noqa: ANN401 - the options of `BaseCall`
-            return await _UnaryCall(self, bind, request, **options).answer()
+            return await _UnaryCall(self, method, bind, request, **options).answer()
 
         return answer
 
-    def _stream(self, bind: Callable[[grpc.aio.Channel], Any]) -> Callable[..., Any]:
-        return functools.partial(_StreamCall, self, bind)
+    def _stream(self, method: str, bind: Callable[[grpc.aio.Channel], Any]) -> Callable[..., Any]:
+        return functools.partial(_StreamCall, self, method, bind)
 
     def add_stream(self, call: "_StreamCall") -> None:
         """Makes `close` cancel the call, if the call still exists then."""
@@ -115,6 +115,16 @@ class _UnaryCall(AsyncCall):
 
     async def answer(self) -> Any:  # noqa: ANN401 - a message of the method
         """Returns the answer, as soon as it arrives."""
+        try:
+            message = await self._receive()
+        except BaseException as error:
+            self.span.end(error)
+            raise
+        self.span.receive(message)
+        self.span.end()
+        return message
+
+    async def _receive(self) -> Any:  # noqa: ANN401 - as above
         delay = 0.0
         while True:
             cancellations = _cancellations()
@@ -162,6 +172,7 @@ class _StreamCall(AsyncCall):
                         messages = await self._messages()
                     message = await anext(messages)
                 except StopAsyncIteration:
+                    self.span.end()
                     return
                 except asyncio.CancelledError:
                     if _cancellations() == cancellations:
@@ -170,16 +181,28 @@ class _StreamCall(AsyncCall):
                 except (grpc.aio.AioRpcError, FlywheelError) as error:
                     delay = self._channel.delay(self, error)
                     if delay is None or delivered:
+                        self.span.end(error)
                         raise
                     messages = None
                     self._begin_soon(delay)
                 except KeyError as error:
-                    raise unknown_status(self.request_id) from error
+                    unknown = unknown_status(self.request_id)
+                    self.span.end(unknown)
+                    raise unknown from error
                 else:
                     delivered = True
-                    yield require_message(message, self.request_id)
+                    yield self._checked(message)
         finally:
             self.cancel()
+
+    def _checked(self, message: Any) -> Any:  # noqa: ANN401 - a message of the method
+        try:
+            message = require_message(message, self.request_id)
+        except FlywheelError as error:
+            self.span.end(error)
+            raise
+        self.span.receive(message)
+        return message
 
     async def _messages(self) -> AsyncIterator[Any]:
         if self._beginning is not None:
@@ -198,6 +221,7 @@ class _StreamCall(AsyncCall):
             self._beginning.cancel()
         if self._current is not None:
             self._current.cancel()
+        self.span.cancel()
 
     def _begin_soon(self, delay: float) -> None:
         async def begin() -> None:

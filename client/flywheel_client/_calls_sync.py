@@ -15,6 +15,7 @@ from flywheel_client._errors import FlywheelError
 from flywheel_client._janitor import Janitor
 from flywheel_client._pool import Member
 from flywheel_client._retry import Retry
+from flywheel_client._tracing import NO_SPAN
 
 T = TypeVar("T")
 
@@ -45,11 +46,11 @@ class RetryingChannel(BaseChannel[grpc.Channel]):
         self._close_done = threading.Event()
         self.janitor = Janitor()
 
-    def _unary(self, bind: Callable[[grpc.Channel], Any]) -> Callable[..., Any]:
-        return _Method(self, lambda channel: bind(channel).future)
+    def _unary(self, method: str, bind: Callable[[grpc.Channel], Any]) -> Callable[..., Any]:
+        return _Method(self, method, lambda channel: bind(channel).future)
 
-    def _stream(self, bind: Callable[[grpc.Channel], Any]) -> Callable[..., Any]:
-        return _Method(self, bind)
+    def _stream(self, method: str, bind: Callable[[grpc.Channel], Any]) -> Callable[..., Any]:
+        return _Method(self, method, bind)
 
     def close(self) -> None:
         """Closes all channels, which cancels running calls and calls that wait for their next try.
@@ -116,10 +117,11 @@ class _Method:
     """A method of the service. `bind` returns grpc's own method on the channel of an endpoint."""
 
     channel: RetryingChannel
+    method: str
     bind: Callable[[grpc.Channel], Callable[..., Any]]
 
     def __call__(self, request: object, **options: Any) -> "Call":  # noqa: ANN401 - the options of `BaseCall`
-        return Call(self.channel, self.bind, request, **options)
+        return Call(self.channel, self.method, self.bind, request, **options)
 
     future = __call__
 
@@ -139,15 +141,16 @@ class Call(BaseCall[grpc.Channel]):
 
     def __next__(self) -> Any:  # noqa: ANN401 - a message of the method
         try:
-            return self._in_call(lambda: self._receive(next))
+            return self._traced(lambda: self._receive(next))
         except StopIteration:
             self._ended = True
             raise
 
     def result(self) -> Any:  # noqa: ANN401 - a message of the method
         """Returns the answer of a call with one message, as soon as it arrives."""
-        message = self._in_call(lambda: self._receive(lambda call: call.result()))
+        message = self._traced(lambda: self._receive(lambda call: call.result()))
         self._ended = True
+        self.span.end()
         return message
 
     def initial_metadata(self) -> Metadata | None:
@@ -168,11 +171,27 @@ class Call(BaseCall[grpc.Channel]):
             self._channel.wake()
         else:
             current.cancel()
+        self.span.cancel()
 
     def __del__(self) -> None:
+        if self.span is not NO_SPAN and not self._ended:
+            self._channel.janitor.run_soon(self.span.cancel)
         # An interrupt may drop the call before its caller holds it. grpc's own call stays alive through its callbacks.
         if self._current is not None and not self._ended:
             self._channel.janitor.run_soon(self._current.cancel)
+
+    def _traced(self, receive: Callable[[], Any]) -> Any:  # noqa: ANN401 - a message of the method
+        """Receives a message, and notes in the span that it has arrived, or how the call has ended."""
+        try:
+            message = self._in_call(receive)
+        except StopIteration:
+            self.span.end()
+            raise
+        except BaseException as error:
+            self.span.end(error)
+            raise
+        self.span.receive(message)
+        return message
 
     def _in_call(self, function: Callable[[], T]) -> T:
         """Runs a function that may take locks of grpc; raises `RuntimeError` if the thread may hold such locks already."""

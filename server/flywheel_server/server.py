@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import grpc.aio
+from flywheel_proto._extras import DISTRIBUTION
 from flywheel_proto._service_name import SERVICE_NAME
 from flywheel_proto.v1 import generation_pb2_grpc
 from grpc_health.v1 import health, health_pb2_grpc
@@ -170,6 +171,32 @@ class _Server:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[int]:
         """Starts the server, gives its port for the length of the context, and drains the server."""
+        async with self._tracing(), self._until_drained() as port:
+            yield port
+
+    @asynccontextmanager
+    async def _tracing(self) -> AsyncIterator[None]:
+        """Traces the calls within the context if the settings name a receiver. On leaving, sends what has not been sent yet."""
+        if self._settings.otlp_endpoint is None:
+            yield
+            return
+        try:
+            from flywheel_server.telemetry.otlp import Otlp
+            from flywheel_server.telemetry.tracing import CallTraces
+
+            otlp = Otlp(self._settings.otlp_endpoint, "flywheel-server", is_worker=self._link is not None)
+        except ImportError as error:
+            raise ValueError(f"no traces: {error}; install what is missing: pip install '{DISTRIBUTION}[otel]'") from error
+        except Exception as error:  # OpenTelemetry raises different errors for wrong variables
+            raise ValueError(f"no traces: check the variables OTEL_*: {error}") from error
+        self._observers.append(CallTraces(otlp.tracer_provider, with_texts=self._settings.trace_prompts))
+        try:
+            yield
+        finally:
+            await otlp.stop()
+
+    @asynccontextmanager
+    async def _until_drained(self) -> AsyncIterator[int]:
         try:
             # A worker listens only when it serves: until then, connections go to workers that do.
             port = 0 if self._link else await self._listen()

@@ -33,6 +33,13 @@ def without_none_word(value: Any) -> Any:  # noqa: ANN401 - whatever a field is 
 NoneWord: Final = BeforeValidator(without_none_word)
 
 
+def http_url(text: str) -> str:
+    """Returns the text unchanged; raises `ValueError` if it is not a URL of a host and its port, with http or https."""
+    if not re.fullmatch(r"https?://[^\s/@]+(:[0-9]+)?/?", text):
+        raise ValueError("must be a URL such as http://HOST:PORT or https://HOST:PORT")
+    return text
+
+
 def choices(field: FieldInfo) -> tuple[str, ...]:
     """Returns the allowed values of a `Literal` field; empty for other fields."""
     kinds = (field.annotation, *get_args(field.annotation))

@@ -35,6 +35,7 @@ from flywheel_server.setting_texts import (
     NoneWord,
     accepted_by,
     choices,
+    http_url,
     normalized,
     places,
     problems_of,
@@ -288,10 +289,8 @@ class Settings(BaseSettings):
         "Whether grpc.channelz.v1 is served, which shows the connections of all callers. It needs a key if calls do: true "
         "or false.",
     )
-    otlp_endpoint: str | None = _observability(
-        None,
-        "The URL of an OTLP receiver (gRPC), such as http://localhost:4317, for traces and metrics. Needs the extra otel.",
-        must_hold="a URL",
+    otlp_endpoint: Annotated[Annotated[str, AfterValidator(http_url)] | None, NoneWord] = _observability(
+        None, "The URL of an OTLP receiver (gRPC), such as http://localhost:4317, for traces and metrics. Needs the extra otel."
     )
     trace_prompts: bool = _observability(False, "Whether traces have the text of prompts and samples: true or false.")
 

@@ -18,6 +18,7 @@ import pytest
 from flywheel_client import AsyncClient
 from flywheel_proto.v1 import generation_pb2 as pb
 from flywheel_server.deployment.weights import find
+from flywheel_server.engines.modal.remote_fields import TRACE_ARGUMENT
 from flywheel_server.engines.scripted import Script
 from flywheel_server.health import RUNNERS
 from flywheel_server.messages import CONSTRAINT_FIELDS, SERVER_FIELDS, GenerationRequest
@@ -86,7 +87,7 @@ def test_what_arrives_at_modal(prepared: ModalCloud) -> None:
     assert [mount.mount_path for mount in model.volume_mounts] == [str(prepared.directory / "weights")]
     for method, before in (("generate", []), ("generate_deltas", ["queue", "partition", "call"]), ("tokenize", [])):
         told = [argument.name for argument in model.method_definitions[method].function_schema.arguments]
-        assert told == [*before, *(name for name in GenerationRequest.model_fields if name not in NOT_TAKEN)]
+        assert told == [*before, *(name for name in GenerationRequest.model_fields if name not in NOT_TAKEN), TRACE_ARGUMENT]
     assert not model.secret_ids or prepared.function("defaults/Model").secret_ids != gateway.secret_ids
     for function in (gateway, server):
         assert not function.resources.gpu_config.gpu_type

@@ -38,7 +38,7 @@ VARIABLES = [
 ]
 VALUES = (
     *("true", "false", "2", "0", "3", "7", "2000", "5.5", "0.25", "/some/dir", "1.2.3.4:5"),
-    *("1", "both", "raw", "end", "exit", "warning", "text", SMALL.name, "L40S"),
+    *("1", "both", "raw", "end", "exit", "warning", "text", SMALL.name, "L40S", "http://1.2.3.4:5"),
 )
 
 

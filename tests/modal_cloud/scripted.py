@@ -16,10 +16,15 @@ GPU = "A10G"
 TIMEOUT = 600
 
 
-def deploy(cloud: ModalCloud, app: str, script: Script | None = None, *, newer: bool = False) -> None:
-    """Deploys the app under this name, to play the script, in this version or in a newer one."""
+def deploy(cloud: ModalCloud, app: str, script: Script | None = None, *, newer: bool = False, receiver: str = "") -> None:
+    """Deploys the app under this name, to play the script, in this version or in a newer one, and to trace its calls."""
     script = script or Script()
-    env = {"SCRIPTED_APP": app, "SCRIPT": script.model_dump_json(), "SCRIPTED_NEWER": "yes" if newer else ""}
+    env = {
+        "SCRIPTED_APP": app,
+        "SCRIPT": script.model_dump_json(),
+        "SCRIPTED_NEWER": "yes" if newer else "",
+        "SCRIPTED_RECEIVER": receiver,
+    }
     deployed = cloud.cli("deploy", str(APP), env=env)
     assert deployed.returncode == 0, deployed.stdout + deployed.stderr
 

@@ -1,7 +1,8 @@
 """An app for Modal whose classes answer like Flywheel's, quickly, slowly or wrongly, as the scripted engine does.
 
 `SCRIPTED_APP` names the app, and `SCRIPT` is what its engine plays. With `SCRIPTED_NEWER`, it is of a version of this package
-that knows one more field of a request, `scratch`, and says more in its answers.
+that knows one more field of a request, `scratch`, and says more in its answers. With `SCRIPTED_RECEIVER`, its class Model sends
+traces to this URL.
 """
 
 import asyncio
@@ -20,7 +21,8 @@ from flywheel_server.engines.modal import event_batch
 from flywheel_server.engines.scripted import SUPPORTED_FIELDS, Script, ScriptedEngine
 from flywheel_server.messages import GenerationRequest, GenerationResponseSample
 
-environment: dict[str, str | None] = {name: os.environ[name] for name in ("SCRIPTED_APP", "SCRIPT", "SCRIPTED_NEWER")}
+VARIABLES = ("SCRIPTED_APP", "SCRIPT", "SCRIPTED_NEWER", "SCRIPTED_RECEIVER")
+environment: dict[str, str | None] = {name: os.environ[name] for name in VARIABLES}
 image = modal.Image.debian_slim().add_local_python_source("flywheel_proto", "flywheel_server")
 app = modal.App(environment["SCRIPTED_APP"])
 
@@ -88,12 +90,13 @@ class Model:
     async def load(self) -> None:
         self.engine = scripted_engine()
         self.supervised = await SupervisedEngine(self.engine, end_container).__aenter__()
-        self.remote = RemoteModel(self.supervised)
+        self.remote = RemoteModel(self.supervised, os.environ["SCRIPTED_RECEIVER"] or None)
 
     @modal.exit()
     async def unload(self) -> None:
         await self.remote.leave()
         await self.supervised.__aexit__()
+        await self.remote.stop_tracing()
 
     @modal.method()
     @signature.takes_fields(refused=REFUSED)

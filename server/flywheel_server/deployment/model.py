@@ -5,9 +5,10 @@ import functools
 import os
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
 
 import modal
 import structlog
@@ -25,6 +26,7 @@ from flywheel_server.engines.base import (
     EngineFailedError,
     EngineSetupError,
     PreparedRequest,
+    Sink,
     UnsupportedFieldError,
 )
 from flywheel_server.engines.llama_cpp.engine import EmbeddedEngine
@@ -38,7 +40,13 @@ from flywheel_server.settings import Settings
 from flywheel_server.system import heap
 from flywheel_server.system.cores import usable_cores
 
+if TYPE_CHECKING:
+    from flywheel_server.deployment.model_spans import ModelSpans
+
 log = structlog.stdlib.get_logger(__name__)
+
+TraceHeaders = dict[str, str] | None
+"""The headers of the trace of a call; None if the gateway sends none. See `flywheel_server.telemetry.trace_context`."""
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -137,49 +145,81 @@ def _request(fields: dict[str, Any]) -> GenerationRequest:
         raise _WrongFieldsError("; ".join(problems)) from None
 
 
-class RemoteModel:
-    """Implements the methods of the class with an engine that has started."""
+def _model_spans(endpoint: str) -> "ModelSpans":
+    from flywheel_server.deployment.model_spans import ModelSpans
 
-    def __init__(self, engine: Engine) -> None:
+    return ModelSpans(endpoint)
+
+
+class RemoteModel:
+    """Implements the methods of the class with an engine that has started.
+
+    Arguments:
+        engine: The engine.
+        otlp_endpoint: The URL of a receiver of traces; None for no traces.
+    """
+
+    def __init__(self, engine: Engine, otlp_endpoint: str | None = None) -> None:
         self._engine = engine
         self._container = uuid.uuid4().hex
         # One for each gateway, kept after its calls, so that waiting calls of a gateway that was killed end at once.
         self._outboxes: dict[str, Outbox] = {}
+        self._spans = None if otlp_endpoint is None else _model_spans(otlp_endpoint)
 
     @_translating_errors
-    async def generate(self, **fields: Any) -> dict[str, Any]:  # noqa: ANN401 - checked at once
+    async def generate(self, *, trace_headers: TraceHeaders = None, **fields: Any) -> dict[str, Any]:  # noqa: ANN401 - checked at once
         """Returns the samples as Flywheel does: as a dictionary with the fields of `GenerationResponse`.
 
         Raises `ValueError` if fields are wrong, and `EngineError`.
         """
-        created = time.time()
-        request = _request(fields)
-        prepared = await self._prepare(request)
-        samples = FinishedSamplesSink()
-        await self._engine.generate(prepared, samples)
-        return GenerationResponse.of(request, created, samples.finished).model_dump(mode="json")
+        with self._traced("generate", trace_headers) as watching:
+            created = time.time()
+            request = _request(fields)
+            prepared = await self._prepare(request)
+            samples = FinishedSamplesSink()
+            await self._engine.generate(prepared, watching(samples))
+            return GenerationResponse.of(request, created, samples.finished).model_dump(mode="json")
 
     @_translating_errors
-    async def generate_deltas(self, queue: modal.Queue, partition: str, call: str, **fields: Any) -> dict[str, Any]:  # noqa: ANN401 - as above
+    async def generate_deltas(
+        self,
+        queue: modal.Queue,
+        partition: str,
+        call: str,
+        *,
+        trace_headers: TraceHeaders = None,
+        **fields: Any,  # noqa: ANN401 - as above
+    ) -> dict[str, Any]:
         """Sends the events of the generation to a partition of the queue, and returns a receipt when the queue has them all.
 
         Each batch of events has the caller's id `call`. Raises the errors of `generate`, and `EngineUnavailableError` if the
         gateway is gone.
         """
-        request = _request(fields)
-        async with self._outbox(queue, partition).sending(call) as sender:
-            prepared = await self._prepare(request)
-            await self._engine.generate(prepared, sender)
-            return Receipt(attempt=sender.attempt, piles=await sender.stored()).model_dump()
+        with self._traced("generate_deltas", trace_headers) as watching:
+            request = _request(fields)
+            async with self._outbox(queue, partition).sending(call) as sender:
+                prepared = await self._prepare(request)
+                await self._engine.generate(prepared, watching(sender))
+                return Receipt(attempt=sender.attempt, piles=await sender.stored()).model_dump()
 
     @_translating_errors
-    async def tokenize(self, **fields: Any) -> dict[str, Any]:  # noqa: ANN401 - as above
+    async def tokenize(self, *, trace_headers: TraceHeaders = None, **fields: Any) -> dict[str, Any]:  # noqa: ANN401 - as above
         """Returns the tokens of the prompt as a dictionary with the fields of `TokenizedPrompt`.
 
         Raises the errors of `generate`, and `UnsupportedMethodError`.
         """
-        prepared = await self._prepare(_request(fields))
-        return TokenizedPrompt(tokens=tuple(await self._engine.tokenize(prepared))).model_dump(mode="json")
+        with self._traced("tokenize", trace_headers):
+            prepared = await self._prepare(_request(fields))
+            return TokenizedPrompt(tokens=tuple(await self._engine.tokenize(prepared))).model_dump(mode="json")
+
+    @contextmanager
+    def _traced(self, method: str, headers: TraceHeaders) -> Iterator[Callable[[Sink], Sink]]:
+        """Traces a call, and yields a function that makes its sink note the first events."""
+        if self._spans is None:
+            yield lambda sink: sink
+        else:
+            with self._spans.call(method, headers) as span:
+                yield span.watching
 
     async def _prepare(self, request: GenerationRequest) -> PreparedRequest:
         """Prepares the request. Raises `UnsupportedFieldError` if the engine does not honour a field that is set."""
@@ -194,6 +234,11 @@ class RemoteModel:
         Returns within 8 s, even if Modal cannot be reached.
         """
         await asyncio.gather(*(outbox.leave() for outbox in self._outboxes.values()))
+
+    async def stop_tracing(self) -> None:
+        """Sends the traces that have not been sent yet. Call it when the engine has ended. Returns within 2 s."""
+        if self._spans is not None:
+            await self._spans.stop()
 
     def _outbox(self, queue: modal.Queue, partition: str) -> Outbox:
         outbox = self._outboxes.get(partition)

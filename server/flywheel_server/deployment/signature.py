@@ -4,13 +4,14 @@ import inspect
 from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
+from flywheel_server.engines.modal.remote_fields import TRACE_ARGUMENT
 from flywheel_server.messages import SERVER_FIELDS, GenerationRequest
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def takes_fields(*positional: str, refused: Collection[str] = ()) -> Callable[[Method], Method]:
-    """Returns a decorator that gives a method the signature `(self, *positional, text, max_tokens, …)`.
+    """Returns a decorator that gives a method the signature `(self, *positional, text, max_tokens, …, trace_headers)`.
 
     Modal stores the signature when the class is deployed; see `engines.modal.remote_fields` for what gateways do with it.
 
@@ -31,7 +32,8 @@ def takes_fields(*positional: str, refused: Collection[str] = ()) -> Callable[[M
             for name, field in GenerationRequest.model_fields.items()
             if name not in refused
         ]
-        method.__signature__ = inspect.Signature([*names, *fields])  # type: ignore[attr-defined] # functions may have one
+        trace = inspect.Parameter(TRACE_ARGUMENT, inspect.Parameter.KEYWORD_ONLY, default=None)
+        method.__signature__ = inspect.Signature([*names, *fields, trace])  # type: ignore[attr-defined] # functions may have one
         return method
 
     return decorate

@@ -7,11 +7,14 @@ record when the call ends. Without observers, there are no records.
 import time
 from collections.abc import Sequence
 from contextvars import ContextVar
-from typing import Final, Literal, Protocol
+from typing import TYPE_CHECKING, Final, Literal, Protocol
 
 import grpc
 
 from flywheel_server.grpc_types import GrpcContext
+
+if TYPE_CHECKING:
+    from flywheel_server.messages import GenerationRequest
 
 Metadata = Sequence[tuple[str, str | bytes]]
 
@@ -37,9 +40,11 @@ class CallRecord:
         operation: What the call generates, as the semantic conventions name it: chat or text_completion. Empty for a call that
             generates nothing, and until the request is known to be valid.
         model: The name of the engine's model; empty until the request is known to be valid.
+        request: The request; None for a call without a prompt, or if the request is not valid.
         num_samples: How many samples were asked for; 0 for a call that generates nothing.
         is_streamed: Whether the first output was a delta. An engine that cannot stream only sends finished samples.
         samples: For each sample that has finished: when it did, how many tokens it has, and its `finish_reason`.
+        texts: The texts of these samples; None unless an observer has asked for them, with an empty list.
         prompt_tokens: The number of tokens in the prompt; 0 if it is not known.
         generated_tokens: The number of tokens generated so far, of all samples; set when the generation ends.
         code: The status of the call; None while it runs. CANCELLED if the caller has gone.
@@ -69,10 +74,12 @@ class CallRecord:
         "prompt_tokens",
         "queued_at",
         "reason",
+        "request",
         "request_id",
         "retry_delay",
         "samples",
         "started_at",
+        "texts",
     )
 
     def __init__(self, method: str, request_id: str, peer: str) -> None:
@@ -88,10 +95,12 @@ class CallRecord:
         self.first_output_at: float | None = None
         self.ended_at: float | None = None
         self.operation: Literal["", "chat", "text_completion"] = ""
+        self.request: GenerationRequest | None = None
         self.model = ""
         self.num_samples = 0
         self.is_streamed = False
         self.samples: list[tuple[float, int, str]] = []
+        self.texts: list[str] | None = None
         self.prompt_tokens = 0
         self.generated_tokens = 0
         self.code: grpc.StatusCode | None = None

@@ -21,6 +21,7 @@ from flywheel_server.engines.base import (
     EngineFailedError,
     EngineModel,
     EngineStats,
+    EngineUnavailableError,
     PreparedRequest,
     PromptToken,
     Sink,
@@ -33,10 +34,11 @@ from flywheel_server.engines.modal.inbox import Inbox
 from flywheel_server.engines.modal.received_events import events_of
 from flywheel_server.engines.modal.remote_call import RemoteCall
 from flywheel_server.engines.modal.remote_class import RemoteClass
-from flywheel_server.engines.modal.remote_fields import arguments_of, further_fields
+from flywheel_server.engines.modal.remote_fields import arguments_of, further_fields, refuses_trace
 from flywheel_server.engines.modal.tokenized_prompt import TokenizedPrompt
 from flywheel_server.engines.samples import StopGate
 from flywheel_server.messages import GenerationRequest, GenerationResponse, GenerationResponseSample
+from flywheel_server.telemetry.trace_context import trace_headers
 
 Answer = TypeVar("Answer", bound=BaseModel)
 
@@ -133,10 +135,14 @@ class FlywheelEngine(Engine):
         """Yields a call for the request. When the context ends, the call is cancelled unless it has ended."""
         errors = partial(self._errors, sent=further_fields(request))
         arguments = {**(address or {}), **arguments_of(request)}
-        call = RemoteCall(self._class.spawn(method, arguments), errors, self._timeout)
+        call = RemoteCall(self._class.spawn(method, arguments, trace_headers()), errors, self._timeout)
         self._calls.add(call)
         try:
             yield call
+        except EngineUnavailableError as error:
+            if refuses_trace(error.__cause__):
+                self._class.look_up_again()
+            raise
         finally:
             self._calls.discard(call)
             self._cancellations.add(call)

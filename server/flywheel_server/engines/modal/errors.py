@@ -45,7 +45,7 @@ from flywheel_server.engines.base import (
     EngineUnavailableError,
     UnsupportedFieldError,
 )
-from flywheel_server.engines.modal.remote_fields import refusal
+from flywheel_server.engines.modal.remote_fields import refusal, refuses_trace
 
 ErrorTranslator: TypeAlias = Callable[[], AbstractContextManager[None]]
 """Makes a context that raises errors of Modal and of the class as errors of `engines.base`; see `as_engine_errors`."""
@@ -132,6 +132,8 @@ def engine_error(error: BaseException, target: Target, timeout: float, sent: Col
     if isinstance(error, EngineError):
         return error
     if source_of(error) == "class":
+        if refuses_trace(error):
+            return EngineUnavailableError("the class was deployed again in an older version, which takes no trace")
         # The error's text may contain a prompt, so only its type is logged here. The class logs the text itself.
         return refusal(error, sent) or EngineFailedError(f"{target} raised {type(error).__name__}")
     if isinstance(error, exception.FunctionTimeoutError):

@@ -31,7 +31,13 @@ from flywheel_server import running_time
 from flywheel_server.engines.base import EngineError, EngineOverloadedError, EngineStats, EngineUnavailableError
 from flywheel_server.engines.modal.errors import ErrorTranslator, Target
 from flywheel_server.engines.modal.reachability import Reachability
-from flywheel_server.engines.modal.remote_fields import CONTRACT_FIELDS, fields_of, further_fields, unsupported
+from flywheel_server.engines.modal.remote_fields import (
+    CONTRACT_FIELDS,
+    TRACE_ARGUMENT,
+    fields_of,
+    further_fields,
+    unsupported,
+)
 from flywheel_server.engines.modal.retries import retry_refused
 from flywheel_server.engines.modal.waits import cancel_and_wait, modal_result, retrieve_error, start_in_background
 from flywheel_server.messages import GenerationRequest
@@ -135,8 +141,11 @@ class RemoteClass:
         """The fields of a request that the class takes; all fields of the contract until the class was found."""
         return self._methods.fields & CONTRACT_FIELDS if self._methods else CONTRACT_FIELDS
 
-    async def spawn(self, method: str, arguments: dict[str, Any]) -> modal.FunctionCall[Any]:
-        """Spawns a call of the method with this name; raises `EngineError`."""
+    async def spawn(self, method: str, arguments: dict[str, Any], trace: dict[str, str]) -> modal.FunctionCall[Any]:
+        """Spawns a call of the method with this name; raises `EngineError`.
+
+        The headers of the trace are sent if there are some, and the class takes them.
+        """
         tried: Methods | None = None
 
         async def spawn_once() -> modal.FunctionCall[Any]:
@@ -147,7 +156,8 @@ class RemoteClass:
             function: Method | None = getattr(tried, method)
             if function is None:
                 raise EngineUnavailableError(f"the class was deployed anew, without {method}")
-            return await modal_result(function.spawn.aio(**arguments))
+            sent = {TRACE_ARGUMENT: trace} if trace and TRACE_ARGUMENT in tried.fields else {}
+            return await modal_result(function.spawn.aio(**arguments, **sent))
 
         with self._errors():
             call = await retry_refused(spawn_once)
@@ -164,6 +174,10 @@ class RemoteClass:
     def is_reachable(self) -> bool:
         """Returns whether calls can be made, as far as the last requests tell; see `Reachability`."""
         return bool(self._reachability)
+
+    def look_up_again(self) -> None:
+        """Has the class looked up again for the next call."""
+        self._is_stale = True
 
     def _mark_stale(self, methods: Methods) -> None:
         """Has the class looked up again for the next call, unless that has been done since these methods were returned."""

@@ -23,6 +23,9 @@ CONTRACT_FIELDS: Final = frozenset(GenerationRequest.model_fields)
 SENDER_ARGUMENTS: Final = ("queue", "partition", "call")
 """The arguments of our own `generate_deltas` that come before the fields."""
 
+TRACE_ARGUMENT: Final = "trace_headers"
+"""The argument of our own methods for the headers of the call's trace. It is sent only to a class whose signature has it."""
+
 UNKNOWN_FIELD: Final = "Extra inputs are not permitted"
 """pydantic's message for an unknown field. Our own class raises it; the text must match classes that are deployed already."""
 
@@ -84,3 +87,17 @@ def refusal(error: BaseException, sent: Collection[str]) -> UnsupportedFieldErro
         case _:
             named = []
     return unsupported([name for name in named if name in sent])
+
+
+def refuses_trace(error: BaseException | None) -> bool:
+    """Returns whether a class has failed with this error because it does not take `TRACE_ARGUMENT`.
+
+    The class did take it when it was looked up: it was deployed again, in an older version.
+    """
+    match error:
+        case TypeError():
+            return TRACE_ARGUMENT in _UNEXPECTED_ARGUMENT.findall(str(error))
+        case ValueError():
+            return f"{TRACE_ARGUMENT}: {UNKNOWN_FIELD}" in str(error).split("; ")
+        case _:
+            return False

@@ -1,0 +1,218 @@
+"""Makes a span of each call, from its record, by the semantic conventions of OpenTelemetry for RPC and for GenAI."""
+
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Final
+
+import grpc
+import structlog
+from opentelemetry import context, propagate, trace
+from opentelemetry.trace import Span, SpanKind, Status, StatusCode
+
+from flywheel_server.messages import CONSTRAINT_FIELDS, GenerationRequest
+from flywheel_server.telemetry.calls import CallRecord, Metadata
+from flywheel_server.telemetry.trace_context import inject_headers
+
+MAX_REFUSALS_PER_SECOND: Final = 10
+"""How many spans a second may be of calls that failed before they joined the queue.
+
+Strangers, who have no key, can cause these calls. The queue to the receiver is bounded, so that without this limit, they could
+crowd out all other spans.
+"""
+
+MAX_NAME_CHARACTERS: Final = 256
+"""Maximum length of a name in an attribute, such as that of a caller."""
+
+MAX_TEXT_CHARACTERS: Final = 12_288
+"""Characters of prompt, and of samples, that a span has at most. Longer texts are cut."""
+
+INFRASTRUCTURE: Final = "grpc."
+"""How the names of services begin that probes and tools call, such as `grpc.health.v1.Health`. Their calls have no spans."""
+
+GENERATION_METHODS: Final = frozenset({"Generate", "GenerateDeltas", "GenerateAll"})
+
+SERVER_ERRORS: Final = frozenset(
+    {
+        grpc.StatusCode.UNKNOWN,
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        grpc.StatusCode.UNIMPLEMENTED,
+        grpc.StatusCode.INTERNAL,
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.DATA_LOSS,
+    }
+)
+"""The statuses that are errors of the server, by the semantic conventions for gRPC."""
+
+Attributes = dict[str, str | int | float | bool | list[str]]
+
+
+class CallTraces:
+    """Observes calls, and makes a span of each; see `CallObserver`.
+
+    The span is a child of the caller's span if the metadata have one (`traceparent`), and its trace is sampled if that one is.
+    While a call runs, its log lines have the `trace_id`, and its span is OpenTelemetry's current span.
+
+    Arguments:
+        provider: Makes the spans.
+        with_texts: Whether the spans have the text of prompts and samples.
+        clock: Returns seconds, for the limit of refused calls.
+    """
+
+    def __init__(
+        self, provider: trace.TracerProvider, *, with_texts: bool, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._tracer = provider.get_tracer("flywheel_server")
+        self._with_texts = with_texts
+        self._refusals = _RateLimit(MAX_REFUSALS_PER_SECOND, clock)
+        self._spans: dict[CallRecord, Span] = {}
+
+    def begin(self, call: CallRecord, metadata: Metadata) -> None:
+        """Starts the span of a call, in the context of the call."""
+        if call.method.startswith(INFRASTRUCTURE):
+            return
+        headers = {name: value for name, value in metadata if isinstance(value, str)}
+        caller = propagate.extract(headers, context.Context())
+        attributes: Attributes = {"rpc.system.name": "grpc", "rpc.method": call.method, "flywheel.request_id": call.request_id}
+        span = self._tracer.start_span(
+            call.method, caller, SpanKind.SERVER, {**attributes, **_peer(call.peer)}, start_time=call.began_ns
+        )
+        # Never detached: the call has a context of its own, which ends with the call.
+        context.attach(trace.set_span_in_context(span, caller))
+        inject_headers.set(propagate.inject)
+        trace_id = span.get_span_context().trace_id
+        if trace_id != trace.INVALID_TRACE_ID:
+            structlog.contextvars.bind_contextvars(trace_id=trace.format_trace_id(trace_id))
+        if span.is_recording():
+            self._spans[call] = span
+            call.texts = [] if self._with_texts else None
+
+    def end(self, call: CallRecord) -> None:
+        """Ends the span of a call, with what its record has."""
+        span = self._spans.pop(call, None)
+        if span is None:
+            return
+        is_refusal = call.phase == "request" and call.code is not grpc.StatusCode.OK
+        if is_refusal and not self._refusals.take():
+            return  # a span that does not end is not sent
+        span.set_attributes(_attributes(call, with_texts=self._with_texts))
+        for seconds, event, attributes in _events(call):
+            span.add_event(event, attributes, _epoch_ns(call, seconds))
+        if call.code in SERVER_ERRORS:
+            # The error itself may have text of the caller: it is in the log only.
+            span.set_status(Status(StatusCode.ERROR, call.reason or None))
+        span.end(_epoch_ns(call, call.ended_at or call.began))
+
+
+class _RateLimit:
+    """Allows a number of things in each second."""
+
+    def __init__(self, per_second: int, clock: Callable[[], float]) -> None:
+        self._per_second = per_second
+        self._clock = clock
+        self._second = 0
+        self._taken = 0
+
+    def take(self) -> bool:
+        """Returns whether one more is allowed now, and counts it."""
+        second = int(self._clock())
+        if second != self._second:
+            self._second, self._taken = second, 0
+        self._taken += 1
+        return self._taken <= self._per_second
+
+
+def _epoch_ns(call: CallRecord, seconds: float) -> int:
+    """Returns a time of the record in nanoseconds since the epoch."""
+    return call.began_ns + round((seconds - call.began) * 1e9)
+
+
+def _peer(peer: str) -> Attributes:
+    """Returns the address of the caller, which gRPC gives as `ipv4:HOST:PORT`, `ipv6:[HOST]:PORT` (escaped) or `unix:PATH`."""
+    kind, _, address = peer.partition(":")
+    host, _, port = address.rpartition(":")
+    if kind not in {"ipv4", "ipv6"} or not port.isdecimal():
+        return {}
+    host = host.replace("%5B", "").replace("%5D", "").strip("[]")
+    return {"network.peer.address": host[:MAX_NAME_CHARACTERS], "network.peer.port": int(port)}
+
+
+def _attributes(call: CallRecord, *, with_texts: bool) -> Attributes:
+    code = call.code or grpc.StatusCode.UNKNOWN
+    attributes: Attributes = {"rpc.response.status_code": code.name}
+    if code in SERVER_ERRORS:
+        attributes["error.type"] = code.name
+    if code is grpc.StatusCode.CANCELLED:
+        attributes["flywheel.phase"] = call.phase
+    if call.reason:
+        attributes["flywheel.reason"] = call.reason
+    if call.caller:
+        attributes["flywheel.caller"] = call.caller[:MAX_NAME_CHARACTERS]
+    if call.request is not None:
+        attributes |= {"gen_ai.request.model": call.model, "gen_ai.provider.name": "flywheel"}
+        if call.prompt_tokens:
+            attributes["gen_ai.usage.input_tokens"] = call.prompt_tokens
+        if call.method.rpartition("/")[2] in GENERATION_METHODS:
+            attributes |= _generation(call, call.request)
+        if with_texts:
+            attributes |= _texts(call, call.request)
+    return attributes
+
+
+def _generation(call: CallRecord, request: GenerationRequest) -> Attributes:
+    attributes: Attributes = {
+        "gen_ai.operation.name": "chat" if request.messages else "text_completion",
+        "gen_ai.output.type": "json" if request.json_schema else "text",
+        "gen_ai.request.choice.count": request.num_samples,
+        "gen_ai.request.max_tokens": request.max_tokens,
+        "gen_ai.request.temperature": request.temperature,
+        "gen_ai.request.top_k": request.top_k,
+        "gen_ai.request.top_p": request.top_p,
+        "gen_ai.request.presence_penalty": request.presence_penalty,
+        "gen_ai.request.frequency_penalty": request.frequency_penalty,
+        "gen_ai.request.stream": not call.method.endswith("GenerateAll"),
+        "gen_ai.usage.output_tokens": call.generated_tokens,
+    }
+    if request.seed is not None:
+        attributes["gen_ai.request.seed"] = request.seed
+    if constraint := next((name for name in CONSTRAINT_FIELDS if getattr(request, name)), ""):
+        attributes["flywheel.constraint"] = constraint
+    if call.samples:
+        attributes["gen_ai.response.finish_reasons"] = [reason[:MAX_NAME_CHARACTERS] for _, _, reason in call.samples]
+    if call.first_output_at is not None:
+        attributes["gen_ai.response.time_to_first_chunk"] = call.first_output_at - call.began
+    return attributes
+
+
+def _texts(call: CallRecord, request: GenerationRequest) -> Attributes:
+    """Returns prompt and samples in the JSON of the conventions. A prompt of token ids has no text."""
+    prompts = [(message.role, message.content) for message in request.messages] or [("user", request.text)]
+    samples = [("assistant", text) for text in call.texts or ()]
+    attributes: Attributes = {"gen_ai.input.messages": _messages(prompts), "gen_ai.output.messages": _messages(samples)}
+    return attributes
+
+
+def _messages(texts: Iterable[tuple[str, str]]) -> str:
+    left = MAX_TEXT_CHARACTERS
+    messages: list[Mapping[str, object]] = []
+    for role, text in texts:
+        if not text or left <= 0:
+            continue
+        messages.append({"role": role, "parts": [{"type": "text", "content": text[:left]}]})
+        left -= len(text)
+    return json.dumps(messages, ensure_ascii=False)
+
+
+def _events(call: CallRecord) -> list[tuple[float, str, Attributes]]:
+    """Returns the events of a call, each with its time in the seconds of the record."""
+    moments = {
+        "queued": call.queued_at,
+        "admitted": call.admitted_at,
+        "started": call.started_at,
+        "first token": call.first_output_at,
+    }
+    events: list[tuple[float, str, Attributes]] = [(at, name, {}) for name, at in moments.items() if at is not None]
+    for at, tokens, reason in call.samples:
+        attributes: Attributes = {"gen_ai.usage.output_tokens": tokens, "flywheel.finish_reason": reason[:MAX_NAME_CHARACTERS]}
+        events.append((at, "finished", attributes))
+    return events

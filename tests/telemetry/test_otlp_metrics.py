@@ -1,0 +1,82 @@
+"""Metrics of prometheus_client, as a receiver of OTLP gets them."""
+
+import asyncio
+
+import pytest
+from flywheel_server.telemetry.otlp import Otlp
+from opentelemetry.proto.metrics.v1.metrics_pb2 import AGGREGATION_TEMPORALITY_CUMULATIVE
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
+
+from tests.serving import until
+from tests.telemetry.otlp_receiver import attributes_of, receiving
+
+
+def filled() -> CollectorRegistry:
+    registry = CollectorRegistry()
+    labels = ["rpc_method", "rpc_response_status_code", "rpc_system_name", "error_type"]
+    calls = Histogram("rpc_server_call_duration_seconds", "Calls.", labels, buckets=(0.1, 1.0), registry=registry)
+    for seconds in (0.05, 0.5, 0.6, 7.0):
+        calls.labels("S/M", "OK", "grpc", "").observe(seconds)
+    calls.labels("S/M", "INTERNAL", "grpc", "INTERNAL").observe(0.2)
+    Histogram("gen_ai_server_time_to_first_token_seconds", "First.", registry=registry).observe(1)
+    Counter("flywheel_calls_refused_total", "Refused.", ["reason"], registry=registry).labels("OVERLOADED").inc(3)
+    Gauge("flywheel_calls_active", "Active.", registry=registry).set(4)
+    Info("flywheel_build", "Build.", registry=registry).info({"version": "1.0"})
+    return registry
+
+
+async def test_all_kinds_arrive_with_the_names_of_the_conventions() -> None:
+    async with receiving() as receiver:
+        otlp = Otlp(receiver.endpoint, "flywheel-server")
+        otlp.push_metrics(filled())
+        await otlp.stop()
+        (metrics,) = receiver.metrics.values()
+    assert set(metrics) == {
+        "rpc.server.call.duration",
+        "gen_ai.server.time_to_first_token",
+        "flywheel_calls_refused",
+        "flywheel_calls_active",
+        "flywheel_build",
+    }
+    calls = metrics["rpc.server.call.duration"]
+    assert (calls.unit, calls.description) == ("s", "Calls.")
+    assert calls.histogram.aggregation_temporality == AGGREGATION_TEMPORALITY_CUMULATIVE
+    points = {attributes_of(point)["rpc.response.status_code"]: point for point in calls.histogram.data_points}
+    assert attributes_of(points["OK"]) == {"rpc.method": "S/M", "rpc.response.status_code": "OK", "rpc.system.name": "grpc"}
+    assert attributes_of(points["INTERNAL"])["error.type"] == "INTERNAL"
+    assert list(points["OK"].explicit_bounds) == [0.1, 1.0]
+    assert list(points["OK"].bucket_counts) == [1, 2, 1]
+    assert (points["OK"].count, points["OK"].sum) == (4, pytest.approx(8.15))
+    assert not points["OK"].HasField("min")
+    refused = metrics["flywheel_calls_refused"].sum
+    assert refused.is_monotonic
+    assert [(attributes_of(point), point.as_double) for point in refused.data_points] == [({"reason": "OVERLOADED"}, 3)]
+    assert metrics["flywheel_calls_active"].gauge.data_points[0].as_double == 4
+    assert attributes_of(metrics["flywheel_build"].gauge.data_points[0]) == {"version": "1.0"}
+
+
+async def test_they_are_sent_at_the_interval_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_METRIC_EXPORT_INTERVAL", "20")
+    registry = filled()
+    count = Counter("more", "More.", registry=registry)
+    async with receiving() as receiver:
+        workers = [Otlp(receiver.endpoint, "flywheel-server", is_worker=True) for _ in range(2)]
+        for worker in workers:
+            worker.push_metrics(registry)
+        await until(lambda: len(receiver.metrics) == 2, "the metrics of both")
+        count.inc()
+        latest = receiver.metrics.values
+        await until(lambda: all(each["more"].sum.data_points[0].as_double == 1 for each in latest()), "what was counted since")
+        await asyncio.gather(*(worker.stop() for worker in workers))
+
+
+async def test_a_disabled_sdk_sends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_SDK_DISABLED", "true")
+    async with receiving() as receiver:
+        otlp = Otlp(receiver.endpoint, "flywheel-server")
+        otlp.push_metrics(filled())
+        with otlp.tracer_provider.get_tracer("t").start_as_current_span("s"):
+            pass
+        await otlp.stop()
+        assert not receiver.metrics
+        assert not receiver.spans

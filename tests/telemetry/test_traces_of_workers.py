@@ -1,0 +1,32 @@
+"""Traces of a server as it is run: with workers, in its log, and at its end."""
+
+import signal
+
+import pytest
+from flywheel_proto.v1 import generation_pb2 as pb
+
+from tests.serving import until
+from tests.telemetry.otlp_receiver import receiving
+from tests.workers.several import several
+
+TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
+SAMPLED = (("traceparent", f"00-{TRACE_ID}-00f067aa0ba902b7-01"),)
+
+
+@pytest.mark.thorough
+async def test_each_worker_sends_its_own_and_the_log_has_the_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "service.instance.id=pod")
+    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "60000")
+    async with receiving() as receiver, several("--otlp-endpoint", receiver.endpoint, "--log-prompts", "true") as server:
+        async with server.connections() as workers:
+            for target in workers.values():
+                await target.stub.GenerateAll(pb.GenerationRequest(text="hello", max_tokens=3), metadata=SAMPLED)
+        await until(lambda: len(server.events("prompt")) == 2, "both calls are in the log")
+        assert {line["trace_id"] for line in server.events("prompt")} == {TRACE_ID}
+        assert not receiver.spans
+        server.process.send_signal(signal.SIGTERM)
+        assert await server.closed() == 0
+    # `connections` has made further calls.
+    instances = [resource["service.instance.id"] for span, resource in receiver.spans if span.trace_id.hex() == TRACE_ID]
+    assert len(instances) == len(set(instances)) == 2
+    assert all(instance.startswith("pod-") for instance in instances)
