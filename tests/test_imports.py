@@ -14,8 +14,9 @@ from tests.thorough import further
 RPC = {"grpc", "google", "asyncio", "ssl"}
 SERVER = {"flywheel_server", "structlog", "uvloop", "cryptography", "pydantic", "pydantic_settings"}
 ENGINES = {"xllamacpp", "modal"}
-TELEMETRY = {"opentelemetry", "prometheus_client", "h11"}
 FORMATTING = {"rich", "pygments", "textual", "typer"}
+METRICS = {"prometheus_client", "h11"}
+TRACES = {"opentelemetry"}
 
 CLIENT = ("-m", "flywheel_client")
 FLYWHEEL_SERVER = ("-m", "flywheel_server")
@@ -31,7 +32,7 @@ class Program(NamedTuple):
 
 def helps(*arguments: str) -> Program:
     """Returns the program that explains a subcommand of `flywheel`."""
-    return Program((*CLIENT, *arguments), RPC | SERVER | ENGINES | FORMATTING)
+    return Program((*CLIENT, *arguments), RPC | SERVER | ENGINES | FORMATTING | METRICS)
 
 
 PROGRAMS = {
@@ -39,7 +40,7 @@ PROGRAMS = {
         ("-c", "import flywheel_client"), RPC | SERVER | ENGINES | FORMATTING | {"typing", "click"}
     ),
     "flywheel generate --help": helps("generate", "--help"),
-    "flywheel health": Program((*CLIENT, "health", "--address", "localhost:1"), SERVER | ENGINES | FORMATTING, 1),
+    "flywheel health": Program((*CLIENT, "health", "--address", "localhost:1"), SERVER | ENGINES | FORMATTING | METRICS, 1),
     "flywheel-server --help": Program(
         (*FLYWHEEL_SERVER, "--help"),
         {"grpc", "google", *SERVER, *ENGINES, *FORMATTING} - {"flywheel_server", "pydantic", "pydantic_settings"},
@@ -99,7 +100,7 @@ def test_a_program_loads_nothing_that_it_does_without(case: tuple[str, Program],
     program = case[1]
     modules = loaded(program.arguments, tmp_path, program.exit_code)
     assert "encodings" in modules
-    assert not {name for name in modules if name.partition(".")[0] in program.unwanted | TELEMETRY}
+    assert not {name for name in modules if name.partition(".")[0] in program.unwanted | TRACES}
 
 
 def test_every_subcommand_is_tried() -> None:
