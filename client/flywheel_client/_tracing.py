@@ -56,7 +56,9 @@ class _RealSpan(CallSpan):
         tracer = tracing.get_tracer("flywheel_client", __version__)
         self._span = tracer.start_span(name, kind=tracing.SpanKind.CLIENT, attributes=attributes)
         headers: dict[str, str] = {}
-        _inject(headers, tracing.set_span_in_context(self._span))
+        # Without a tracer provider, the API has no span to start. Older versions then do not return the current span either.
+        is_valid = self._span.get_span_context().is_valid
+        _inject(headers, tracing.set_span_in_context(self._span) if is_valid else None)
         given = {key for key, _ in metadata}
         self.headers = tuple((key, value) for key, value in headers.items() if key not in given)
         self._records = self._span.is_recording()
