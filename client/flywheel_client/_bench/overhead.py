@@ -18,7 +18,10 @@ MIN_RELEVANT_LAG_SECONDS: Final = 0.003
 """A lag that is shorter is noise of the machine."""
 
 MAX_LAG_SHARE: Final = 0.1
-"""A lag above this share of a latency makes the latency wrong by as much."""
+"""A lag above this share of the median wait makes the percentiles of waits wrong."""
+
+MAX_LAG_SHARE_OF_PAUSES: Final = 0.25
+"""A lag above this share of the longest inter-token latencies makes these wrong."""
 
 
 @dataclass(slots=True)
@@ -32,22 +35,26 @@ class Overhead:
     cpu_share: float = 0.0
     """The share of one processor that all threads used; it may exceed 1."""
 
-    def limits(self, send_delay: Histogram, latency: Histogram, calls_waited: int) -> list[str]:
+    def limits(self, send_delay: Histogram, waits: Histogram, inter_token: Histogram, calls_waited: int) -> list[str]:
         """Returns a clause for each way in which the bench was a limit of the figures.
 
         Args:
             send_delay: How late the calls were sent.
-            latency: The latencies that the run measured.
+            waits: How long callers waited for the first answer.
+            inter_token: The inter-token latencies.
             calls_waited: The calls that were late because of the limit of calls at the same time.
         """
         found = []
         if self.loop_cpu_share > MAX_LOOP_SHARE:
             found.append(f"its event loop was busy {self.loop_cpu_share:.0%} of the time")
-        typical = latency.percentile(50)
+        typical = waits.percentile(50)
         tolerated = max(MIN_RELEVANT_LAG_SECONDS, MAX_LAG_SHARE * typical)
+        pause = inter_token.percentile(99)
         if (lag := self.lag.percentile(99)) > tolerated:
+            found.append(f"its event loop was {lag * 1000:.1f} ms late (p99), beside a median wait of {typical * 1000:.1f} ms")
+        elif pause and lag > max(MIN_RELEVANT_LAG_SECONDS, MAX_LAG_SHARE_OF_PAUSES * pause):
             found.append(
-                f"its event loop was {lag * 1000:.1f} ms late (p99), beside a median latency of {typical * 1000:.1f} ms"
+                f"its event loop was {lag * 1000:.1f} ms late (p99), beside {pause * 1000:.1f} ms between tokens (p99)"
             )
         if not calls_waited and (delay := send_delay.percentile(99)) > tolerated:
             found.append(f"it sent calls {delay * 1000:.1f} ms late (p99)")

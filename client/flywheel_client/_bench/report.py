@@ -172,7 +172,7 @@ def report_of(outcome: Outcome, setup: Setup, plan: Plan, begun: float, notes: l
         FailureCount(code=code, reason=reason, count=it.count, message=it.message)
         for (code, reason), it in measured.errors.items()
     ]
-    typical = measured.first_token if measured.first_token.count else measured.duration
+    waits = measured.first_token if measured.first_token.count else measured.duration
     return Report(
         setup=setup,
         begun=begun,
@@ -194,7 +194,7 @@ def report_of(outcome: Outcome, setup: Setup, plan: Plan, begun: float, notes: l
             loop_lag=overhead.lag.percentile(99),
             send_delay=measured.send_delay.percentile(99),
         ),
-        bench_limits=tuple(overhead.limits(measured.send_delay, typical, outcome.calls_waited)),
+        bench_limits=tuple(overhead.limits(measured.send_delay, waits, measured.inter_token, outcome.calls_waited)),
         notes=(*notes, *_notes(outcome, plan)),
     )
 
