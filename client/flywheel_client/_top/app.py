@@ -159,7 +159,10 @@ class Top(App[None]):
         happened = self.servers.events.of(server.address if server else None)
         heading, *rows = table_lines(panel(figures, happened), width, self.sort_by[self.panel], reverse=self.reverse)
         self.first_row = max(min(self.first_row, len(rows) - 1), 0)
-        self._fill("panel", [heading, *(rows[self.first_row : self.first_row + height] or [Text("nothing yet", style="dim")])])
+        self._fill(
+            "panel",
+            [heading, *(rows[self.first_row : self.first_row + height] or [cut(Text("nothing yet", style="dim"), width)])],
+        )
 
     def _shown(self) -> tuple[Server | None, Figures | None, History]:
         """Returns the chosen server, None for all of them, with its figures and its history."""

@@ -47,7 +47,7 @@ async def scrape(address: str) -> bytes:
         async with asyncio.timeout(SCRAPE_TIMEOUT):
             return await _get(address)
     except TimeoutError:
-        raise ScrapeError(f"no answer within {SCRAPE_TIMEOUT:g} s") from None
+        raise ScrapeError(f"not within {SCRAPE_TIMEOUT:g} s") from None
     except OSError as error:
         raise ScrapeError(_reason(error)) from None
     except h11.ProtocolError:

@@ -70,7 +70,7 @@ async def test_a_server_that_sends_a_byte_now_and_then_is_given_up(monkeypatch: 
 
     async with fake_metrics() as fake:
         fake.answer = drip
-        with pytest.raises(ScrapeError, match=r"no answer within 0\.2 s"):
+        with pytest.raises(ScrapeError, match=r"not within 0\.2 s"):
             await scrape(fake.address)
 
 
