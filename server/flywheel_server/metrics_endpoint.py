@@ -34,11 +34,11 @@ class Source(Protocol):
 
 
 def create_metrics(settings: Settings) -> "Metrics | None":
-    """Returns the metrics of the calls of this process; None if the settings have no address to serve them.
+    """Returns the metrics of the calls of this process; None if the settings name nobody who gets them.
 
     Raises the errors of `check_metrics`.
     """
-    if settings.metrics_address is None:
+    if settings.metrics_address is None and settings.otlp_endpoint is None:
         return None
     check_metrics(settings)
     from flywheel_server.telemetry.metrics import Metrics

@@ -6,7 +6,6 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import grpc.aio
-from flywheel_proto._extras import DISTRIBUTION
 from flywheel_proto._service_name import SERVICE_NAME
 from flywheel_proto.v1 import generation_pb2_grpc
 from grpc_health.v1 import health, health_pb2_grpc
@@ -26,18 +25,20 @@ from flywheel_server.interceptors.authentication import Authentication
 from flywheel_server.interceptors.calls import CallInterceptor
 from flywheel_server.interceptors.public import PublicMethods
 from flywheel_server.listening import channel_arguments, connections_allowed, listen, safe_credentials
-from flywheel_server.metrics_endpoint import create_metrics, serving_metrics
 from flywheel_server.operations import OperationWaiter
 from flywheel_server.reflection import add_reflection
+from flywheel_server.reporting import Reporting
 from flywheel_server.service import GenerationService
 from flywheel_server.settings import Settings
 from flywheel_server.stopping import Connections
 from flywheel_server.supervision import Supervisor
-from flywheel_server.telemetry.call_log import CallLog
-from flywheel_server.telemetry.calls import CallObserver, Calls
+from flywheel_server.telemetry.calls import Calls
 from flywheel_server.unregistered import Unregistered
 
 if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
+
+    from flywheel_server.gauges import ServerGauges
     from flywheel_server.workers.link import Link
 
 
@@ -63,9 +64,7 @@ async def serve(engine: Engine, settings: Settings, link: "Link | None" = None) 
         EngineError: The engine does not start.
         EngineDiedError: The engine died later. This cancels the context.
     """
-    server = _Server(engine, settings, link)
-    # Metrics are served for longer than calls: from before the engine starts until all calls have ended.
-    async with server.serving_metrics(), server.running() as port:
+    async with _Server(engine, settings, link).running() as port:
         yield port
 
 
@@ -83,10 +82,7 @@ class _Server:
         """The admission of this process; None in a worker, whose parent has it."""
         self._generations = Generations(engine, admission)
         self._health = link.health if link else Health()
-        self._metrics = create_metrics(settings)
-        self._observers: list[CallObserver] = [self._metrics] if self._metrics else []
-        if settings.log_calls or settings.slow_call:
-            self._observers.append(CallLog(settings.log_calls, settings.slow_call))
+        self._reporting = Reporting(settings, link)
         self._requests = OperationWaiter(methods.REQUEST_TIMEOUT, IncompleteRequestError)
         asks_for_certificates = settings.tls_client_ca is not None
         self._authentication = Authentication(self._keys, certificates=asks_for_certificates)
@@ -111,7 +107,7 @@ class _Server:
             self._authentication,
             self._requests,
             PublicMethods(max_connections, self._requests),
-            calls=Calls(self._observers),
+            calls=Calls(self._reporting.observers),
         )
         arguments = channel_arguments(settings, max_connections, shares_port=self._link is not None)
         return grpc.aio.server(interceptors=[calls], options=arguments)
@@ -144,56 +140,25 @@ class _Server:
         )
 
     @asynccontextmanager
-    async def serving_metrics(self) -> AsyncIterator[None]:
-        """Serves the metrics for the length of the context, if there are to be any. In a worker, the parent serves them."""
-        if self._metrics is None:
-            yield
-            return
+    async def running(self) -> AsyncIterator[int]:
+        """Starts the server, gives its port for the length of the context, and drains the server."""
+        # Reports are made for longer than calls run: from before the engine starts until all calls have ended.
+        async with self._reporting.running(self._gauges_in), self._until_drained() as port:
+            yield port
+
+    def _gauges_in(self, registry: "CollectorRegistry") -> "ServerGauges":
+        """Adds the figures of this server to a registry, and returns them."""
         from flywheel_server.gauges import ServerGauges
         from flywheel_server.telemetry.expiry import Expiry
 
-        gauges = ServerGauges(
-            self._metrics.registry,
+        return ServerGauges(
+            registry,
             self._generations,
             self._supervisor,
             admission=self._admission,
             get_port=lambda: self._port,
             expiry=Expiry(self._keys.next_to_expire, self._settings.tls_cert, self._settings.tls_client_ca),
         )
-        async with gauges.measuring_lag():
-            if self._link:
-                self._link.report_metrics(gauges.report)
-                yield
-            else:
-                async with serving_metrics(self._settings, gauges):
-                    yield
-
-    @asynccontextmanager
-    async def running(self) -> AsyncIterator[int]:
-        """Starts the server, gives its port for the length of the context, and drains the server."""
-        async with self._tracing(), self._until_drained() as port:
-            yield port
-
-    @asynccontextmanager
-    async def _tracing(self) -> AsyncIterator[None]:
-        """Traces the calls within the context if the settings name a receiver. On leaving, sends what has not been sent yet."""
-        if self._settings.otlp_endpoint is None:
-            yield
-            return
-        try:
-            from flywheel_server.telemetry.otlp import Otlp
-            from flywheel_server.telemetry.tracing import CallTraces
-
-            otlp = Otlp(self._settings.otlp_endpoint, "flywheel-server", is_worker=self._link is not None)
-        except ImportError as error:
-            raise ValueError(f"no traces: {error}; install what is missing: pip install '{DISTRIBUTION}[otel]'") from error
-        except Exception as error:  # OpenTelemetry raises different errors for wrong variables
-            raise ValueError(f"no traces: check the variables OTEL_*: {error}") from error
-        self._observers.append(CallTraces(otlp.tracer_provider, with_texts=self._settings.trace_prompts))
-        try:
-            yield
-        finally:
-            await otlp.stop()
 
     @asynccontextmanager
     async def _until_drained(self) -> AsyncIterator[int]:

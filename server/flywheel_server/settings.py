@@ -278,7 +278,7 @@ class Settings(BaseSettings):
         10.0, "Seconds after which a call without any output counts as slow. Slow calls are always logged; 0 logs none."
     )
     log_prompts: bool = _observability(False, "Whether the text of prompts is logged: true or false.")
-    metrics_address: Address | None = _observability(
+    metrics_address: Annotated[Address | None, NoneWord] = _observability(
         None, "HOST:PORT of an HTTP server with metrics for Prometheus and a page about this server; by default there is none."
     )
     allow_network_metrics: bool = _observability(

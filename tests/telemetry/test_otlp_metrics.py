@@ -3,11 +3,13 @@
 import asyncio
 
 import pytest
+from flywheel_proto.v1 import generation_pb2 as pb
+from flywheel_server.engines.scripted import ScriptedEngine
 from flywheel_server.telemetry.otlp import Otlp
 from opentelemetry.proto.metrics.v1.metrics_pb2 import AGGREGATION_TEMPORALITY_CUMULATIVE
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
-from tests.serving import until
+from tests.serving import free_ports, serving, until
 from tests.telemetry.otlp_receiver import attributes_of, receiving
 
 
@@ -80,3 +82,21 @@ async def test_a_disabled_sdk_sends_nothing(monkeypatch: pytest.MonkeyPatch) -> 
         await otlp.stop()
         assert not receiver.metrics
         assert not receiver.spans
+
+
+@pytest.mark.parametrize("with_endpoint", [False, True])
+async def test_a_server_sends_what_its_endpoint_has(with_endpoint: bool) -> None:
+    address = {"metrics_address": f"127.0.0.1:{free_ports(1)[0]}"} if with_endpoint else {}
+    async with receiving() as receiver:
+        async with serving(ScriptedEngine(), otlp_endpoint=receiver.endpoint, **address) as target:
+            await target.stub.GenerateAll(pb.GenerationRequest(text="x", max_tokens=3))
+            stats = await target.stub.GetStats(pb.GetStatsRequest())
+            assert stats.active == 0
+        (metrics,) = receiver.metrics.values()
+    points = metrics["rpc.server.call.duration"].histogram.data_points
+    assert {attributes_of(point)["rpc.method"].rpartition("/")[2]: point.count for point in points} == {
+        "GenerateAll": 1,
+        "GetStats": 1,
+    }
+    assert metrics["flywheel_generated_tokens"].sum.data_points[0].as_double == 3
+    assert {"flywheel_connections", "flywheel_engine_up", "flywheel_event_loop_lag"} <= metrics.keys()

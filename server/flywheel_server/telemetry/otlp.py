@@ -8,9 +8,9 @@ import asyncio
 import os
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
-from typing import Final
+from typing import Any, Final
 
 from flywheel_proto import __version__
 from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter
@@ -60,11 +60,14 @@ class Otlp:
         self._metrics: OtlpMetrics | None = None
         self._metric_exporter: OTLPMetricExporter | None = None
 
-    def push_metrics(self, collector: Collector) -> None:
-        """Sends the metrics of a collector, such as a `CollectorRegistry`, from time to time, and a last time in `stop`."""
+    def push_metrics(self, collector: Collector, refresh: Callable[[], Coroutine[Any, Any, None]] | None = None) -> None:
+        """Sends the metrics of a collector, such as a `CollectorRegistry`, from time to time, and a last time in `stop`.
+
+        `refresh` runs on the event loop before each time. It finds out what the collector does not know by itself.
+        """
         if os.environ.get(OTEL_SDK_DISABLED, "").strip().lower() != "true":
             self._metric_exporter = OTLPMetricExporter(self._endpoint)
-            self._metrics = OtlpMetrics(collector, self._metric_exporter, self._resource)
+            self._metrics = OtlpMetrics(collector, self._metric_exporter, self._resource, refresh)
 
     async def stop(self) -> None:
         """Sends what has not been sent yet, and returns at most `STOP_TIMEOUT` seconds later."""

@@ -4,11 +4,13 @@ The metrics have the names of the OpenTelemetry semantic conventions where these
 that a receiver adds again when it writes them for Prometheus: `_total`, and `_seconds`, which becomes the unit.
 """
 
+import asyncio
 import os
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from contextlib import suppress
 from math import inf
 from typing import Any, Final
 
@@ -39,6 +41,9 @@ log = structlog.stdlib.get_logger(__name__)
 DEFAULT_INTERVAL_MILLISECONDS: Final = 60_000.0
 """Milliseconds from one export to the next, unless `OTEL_METRIC_EXPORT_INTERVAL` says otherwise."""
 
+REFRESH_TIMEOUT: Final = 5.0
+"""Seconds that the event loop may take to refresh the figures. After that, the last ones are exported."""
+
 SCOPE: Final = InstrumentationScope("flywheel_server", __version__)
 
 _CONVENTION_PREFIXES: Final = ("rpc_", "gen_ai_")
@@ -60,12 +65,21 @@ class OtlpMetrics:
         collector: The metrics. It is read in that thread.
         exporter: Sends them.
         resource: What names this process to the receiver.
+        refresh: Runs on the event loop before each export, if it is given.
     """
 
-    def __init__(self, collector: Collector, exporter: MetricExporter, resource: Resource) -> None:
+    def __init__(
+        self,
+        collector: Collector,
+        exporter: MetricExporter,
+        resource: Resource,
+        refresh: Callable[[], Coroutine[Any, Any, None]] | None = None,
+    ) -> None:
         self._collector = collector
         self._exporter = exporter
         self._resource = resource
+        self._refresh = refresh
+        self._loop = asyncio.get_running_loop()
         self._began_ns = time.time_ns()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(_interval(),), name="flywheel-otlp-metrics", daemon=True)
@@ -84,6 +98,9 @@ class OtlpMetrics:
 
     def _export(self) -> None:
         try:
+            if self._refresh is not None:
+                with suppress(TimeoutError):
+                    asyncio.run_coroutine_threadsafe(self._refresh(), self._loop).result(REFRESH_TIMEOUT)
             self._exporter.export(data_of(self._collector.collect(), self._resource, self._began_ns, time.time_ns()))
         except Exception:
             # The next export has all that this one would have had.
