@@ -170,7 +170,7 @@ def _attributes(labels: Iterable[tuple[str, str]]) -> dict[str, str]:
 
 
 def _numbers(samples: Sequence[Sample], began_ns: int, now_ns: int) -> list[NumberDataPoint]:
-    return [NumberDataPoint(_attributes(sample.labels.items()), began_ns, now_ns, sample.value) for sample in samples]
+    return [NumberDataPoint(_attributes(sample.labels.items()), began_ns, now_ns, float(sample.value)) for sample in samples]
 
 
 def _histograms(samples: Sequence[Sample], began_ns: int, now_ns: int) -> list[HistogramDataPoint]:
