@@ -284,7 +284,8 @@ class Settings(BaseSettings):
         False, "Whether that address may be beyond the loopback interface, where anybody can read it: true or false."
     )
     channelz: bool = _observability(
-        False, "Whether callers with a key may call grpc.channelz.v1, which shows connections of all callers: true or false."
+        False,
+        "Whether grpc.channelz.v1 is served, which shows the connections of all callers. It needs a key if calls do: true or false.",
     )
     otlp_endpoint: str | None = _observability(
         None,
