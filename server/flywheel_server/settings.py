@@ -285,7 +285,8 @@ class Settings(BaseSettings):
     )
     channelz: bool = _observability(
         False,
-        "Whether grpc.channelz.v1 is served, which shows the connections of all callers. It needs a key if calls do: true or false.",
+        "Whether grpc.channelz.v1 is served, which shows the connections of all callers. It needs a key if calls do: true "
+        "or false.",
     )
     otlp_endpoint: str | None = _observability(
         None,

@@ -127,12 +127,12 @@ class _Pages:
         """Returns the answer to a request."""
         headers = {name: value.decode("ascii", "replace").lower() for name, value in request.headers}
         if self._is_local and not _names_this_machine(headers.get(b"host", "")):
-            return problem(HTTPStatus.FORBIDDEN, "Use localhost or an IP address in the URL.")
+            return _problem(HTTPStatus.FORBIDDEN, "Use localhost or an IP address in the URL.")
         path = request.target.partition(b"?")[0].decode("ascii", "replace")
         if path not in {"/", "/metrics"}:
-            return problem(HTTPStatus.NOT_FOUND, "There are /metrics and / here.")
+            return _problem(HTTPStatus.NOT_FOUND, "There are /metrics and / here.")
         if request.method not in {b"GET", b"HEAD"}:
-            return problem(HTTPStatus.METHOD_NOT_ALLOWED, "Use GET.", (("allow", "GET, HEAD"),))
+            return _problem(HTTPStatus.METHOD_NOT_ALLOWED, "Use GET.", (("allow", "GET, HEAD"),))
         openmetrics = path == "/metrics" and "application/openmetrics-text" in headers.get(b"accept", "")
         key = path, openmetrics, _accepts_gzip(headers.get(b"accept-encoding", ""))
         task = self._waiting.get(key)
@@ -165,7 +165,7 @@ class _Pages:
                     content = await asyncio.to_thread(gzip.compress, content, 1)
             except Exception:
                 log.exception("page not made", path=path)
-                return problem(HTTPStatus.INTERNAL_SERVER_ERROR, "The page could not be made. The server's log has the cause.")
+                return _problem(HTTPStatus.INTERNAL_SERVER_ERROR, "The page could not be made. The server's log has the cause.")
             finally:
                 now = loop.time()
                 self._next_at = now + min(PAUSE_FACTOR * (now - started_at), MAX_PAUSE)
@@ -196,7 +196,7 @@ def _accepts_gzip(accept_encoding: str) -> bool:
     return False
 
 
-def problem(status: HTTPStatus, text: str, headers: tuple[tuple[str, str], ...] = ()) -> _Answer:
+def _problem(status: HTTPStatus, text: str, headers: tuple[tuple[str, str], ...] = ()) -> _Answer:
     """Returns an answer that says in a line why there is no other."""
     return _Answer(status, "text/plain; charset=utf-8", f"{text}\n".encode(), headers)
 
@@ -263,7 +263,7 @@ class _Connections:
                 answer = await self._pages.answer(request)
                 self._working.discard(task)
         except h11.RemoteProtocolError as error:
-            answer = problem(HTTPStatus(error.error_status_hint), f"This is no request: {error}.")
+            answer = _problem(HTTPStatus(error.error_status_hint), f"This is no request: {error}.")
         async with asyncio.timeout(ANSWER_TIMEOUT):
             writer.write(_sent(connection, answer, is_head=is_head))
             await writer.drain()

@@ -82,7 +82,9 @@ class Metrics:
         self._queue_wait = self._histogram(
             "flywheel_queue_wait_seconds", "Time from joining the queue to having slots in the engine.", WAIT_BUCKETS
         )
-        self._refused = self._counter("flywheel_calls_refused", "Calls that were refused before the engine began on them.", ("reason",))
+        self._refused = self._counter(
+            "flywheel_calls_refused", "Calls that were refused before the engine began on them.", ("reason",)
+        )
         self._cancelled = self._counter(
             "flywheel_calls_cancelled", "Calls that their caller or their deadline ended, by what they waited for.", ("phase",)
         )

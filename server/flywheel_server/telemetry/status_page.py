@@ -36,6 +36,7 @@ table {{ border-collapse: collapse; width: 100% }}
 th, td {{ border-bottom: 1px solid #8884; padding: .2em .6em .2em 0; text-align: left; vertical-align: top }}
 th {{ font-weight: normal }}
 td {{ font-variant-numeric: tabular-nums; overflow-wrap: anywhere }}
+td + td {{ white-space: nowrap }}
 thead th {{ font-weight: bold }}
 </style>
 </head>
@@ -128,8 +129,8 @@ def quantile(share: float, buckets: Sequence[tuple[float, float]]) -> float:
 
 
 def _labels(sample: Sample) -> str:
-    return ", ".join(f"{name}={value}" for name, value in sample.labels.items() if name != "rpc_system_name")
+    return ", ".join(f"{name}={value}" for name, value in sample.labels.items() if value and name != "rpc_system_name")
 
 
 def _number(value: float) -> str:
-    return f"{value:.0f}" if value == int(value) else f"{value:.4g}"
+    return f"{value:.0f}" if value == int(value) else f"{value:.3g}"
