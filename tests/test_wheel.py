@@ -50,6 +50,7 @@ RUNS = {
     "cli": [
         *prints_version(CLIENT, CLIENT_MODULE),
         Run((*CLIENT, *UNREACHABLE), 1, "UNAVAILABLE"),
+        Run((*CLIENT, "top", "localhost:1"), 1, "no answer: Connection refused"),
         *lacks("modal", (*CLIENT, "endpoints")),
         *lacks("server", SERVER),
     ],
@@ -67,7 +68,7 @@ RUNS = {
         Run((*SERVER, *STARTS, "--model", "/nowhere.gguf"), 1, "/nowhere.gguf"),
         *lacks("modal", (*SERVER, "--engine", "flywheel", *STARTS)),
     ],
-    "modal": [Run(FROM_MODAL, 0, ""), *lacks("server", SERVER)],
+    "modal": [Run(FROM_MODAL, 0, ""), *lacks("server", SERVER), *lacks("cli", (*CLIENT, "top", "localhost:1"))],
     "server,modal": [Run((*SERVER, "--engine", "flywheel", *STARTS), 0, "ready: ")],
     "cli,modal": [Run((*CLIENT, "endpoints"), 1, "oken")],
     "server,hub": [Run(DOWNLOAD, 0, "")],

@@ -10,7 +10,7 @@ from typing import ClassVar, Final
 from rich.text import Text
 from textual.app import App, ComposeResult
 from textual.binding import Binding, BindingType
-from textual.events import Resize
+from textual.events import Key, Resize
 from textual.screen import ModalScreen
 from textual.widgets import Footer, Static
 
@@ -56,8 +56,9 @@ class Help(ModalScreen[None]):
         """Yields the text."""
         yield Static(HELP)
 
-    def on_key(self) -> None:
-        """Closes the help."""
+    def on_key(self, event: Key) -> None:
+        """Closes the help. The key does nothing else."""
+        event.stop()
         self.dismiss()
 
 

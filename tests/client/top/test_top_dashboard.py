@@ -185,6 +185,7 @@ async def test_help_opens_and_closes() -> None:
         await until(lambda: len(fake.requests) > before + 1, "the servers are asked meanwhile")
         await screen.press("q")
         assert not isinstance(screen.top.screen, Help)
+        assert screen.top.return_code is None
 
 
 @pytest.mark.parametrize("key", ["q", *further(["ctrl+c", "ctrl+q"])])
