@@ -208,7 +208,8 @@ def _notes(outcome: Outcome, plan: Plan) -> list[str]:
         notes.append(f"The run ended early, after {plan.max_errors} failed calls (--max-errors).")
     if outcome.unfinished:
         notes.append(
-            f"{outcome.unfinished} calls had not ended when the run was over; the oldest took {outcome.oldest_unfinished:.1f} s."
+            f"{outcome.unfinished} calls had not ended when the run was over; the oldest took "
+            f"{outcome.oldest_unfinished:.1f} s."
         )
     if measured.lower_bounds:
         notes.append(
