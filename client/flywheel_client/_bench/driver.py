@@ -52,6 +52,8 @@ class Outcome:
     """How long the run took."""
     calls_waited: int = 0
     """The calls of an open loop that were sent late, because of `Plan.max_in_flight`."""
+    unfinished: int = 0
+    """The calls that had not ended when the run was over. They count as failed, unless the run was interrupted."""
     oldest_unfinished: float = 0.0
     """The longest time, in seconds, that an unfinished call had taken when the run was over."""
     interrupted: bool = False
@@ -190,6 +192,7 @@ class Driver:
     def _record_unfinished(self, now: float) -> None:
         for progress in self._recorder.active.values():
             self.outcome.oldest_unfinished = max(self.outcome.oldest_unfinished, now - progress.due)
+            self.outcome.unfinished += 1
             self._record_given_up(UNFINISHED, UNFINISHED_MESSAGE, progress.due, progress, now)
 
     def _record_not_sent(self, due: float, further: Iterator[float]) -> None:
@@ -203,9 +206,9 @@ class Driver:
     def _record_given_up(
         self, kind: tuple[str, str], message: str, due: float, progress: CallProgress | None, now: float
     ) -> None:
-        self.outcome.measurements.add_error(*kind, message, now - self._recorder.begun)
         # After an interrupt, a call may have been given up soon after it began, which says nothing about the server.
         if not self.outcome.interrupted:
+            self.outcome.measurements.add_error(*kind, message, now - self._recorder.begun)
             self._recorder.give_up(due, progress, now)
 
     async def _keep_showing(self) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Final, Self
 
 from flywheel_client._bench.driver import Outcome, Plan
 from flywheel_client._bench.histogram import Histogram
-from flywheel_client._bench.measurements import UNFINISHED, Timeline
+from flywheel_client._bench.measurements import Timeline
 from flywheel_client._bench.overhead import MAX_LOOP_SHARE
 
 FORMAT: Final = "flywheel bench"
@@ -206,9 +206,10 @@ def _notes(outcome: Outcome, plan: Plan) -> list[str]:
         notes.append("The run was interrupted.")
     if outcome.reached_max_errors:
         notes.append(f"The run ended early, after {plan.max_errors} failed calls (--max-errors).")
-    if unfinished := measured.errors.get(UNFINISHED):
+    if outcome.unfinished:
         notes.append(
-            f"{unfinished.count} calls had not ended when the run was over; the oldest took {outcome.oldest_unfinished:.1f} s."
+            f"{outcome.unfinished} calls had not ended when the run was over; the oldest took "
+            f"{outcome.oldest_unfinished:.1f} s."
         )
     if measured.lower_bounds:
         notes.append(

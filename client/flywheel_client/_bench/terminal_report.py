@@ -29,7 +29,8 @@ def report_lines(report: Report, *, blocks: bool) -> Iterator[str]:
     setup = report.setup
     yield f"{setup.model or 'unknown model'} ({setup.engine or 'unknown engine'}) at {setup.server}"
     connections = "1 connection" if setup.connections == 1 else f"{setup.connections} connections"
-    yield f"{setup.method}, {setup.load}, {connections}, prompts: {setup.prompts}"
+    yield f"{setup.method}, {setup.load}"
+    yield f"{connections}, prompts: {setup.prompts}"
     yield ""
     yield from table(
         [
