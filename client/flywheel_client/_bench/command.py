@@ -27,11 +27,13 @@ from flywheel_client._channel import Connection
 from flywheel_client._connecting import client_of, connection_of
 from flywheel_client._errors import FlywheelError
 from flywheel_client._generate import newer_fields
+from flywheel_client._waiting import ReadyServer
 
 if TYPE_CHECKING:
     from flywheel_client._bench.options import BenchOptions
     from flywheel_client._bench.schedule import Arrivals
     from flywheel_client._options import RequestOptions, Server
+    from flywheel_client._results import Model
 
 EXIT_FAILURE: Final = 1
 STDOUT: Final = Path("-")
@@ -99,17 +101,22 @@ def plan_of(options: "BenchOptions") -> Plan:
 def _model(server: "Server", used: Mapping[str, Any], timeout: float) -> tuple[str, str]:
     """Returns the names of the model and the engine, which are empty if the server has no GetModel.
 
+    Waits while the engine of the server is not ready, as `flywheel generate` does.
+
     Raises:
         FlywheelError: The server cannot be reached, or refuses the caller.
         ValueError: The server is so old that it would ignore a field of the requests.
     """
+    models: list[Model] = []
     with client_of(server, timeout) as client:
+        ready = ReadyServer(client, server.name, timeout, wait_for_ready=server.wait_for_ready)
         try:
-            model = client.model()
+            ready.call(lambda seconds: models.append(client.model(timeout=seconds)))
         except FlywheelError as error:
             if error.code is grpc.StatusCode.UNIMPLEMENTED:
                 return "", ""
             raise
+    (model,) = models
     if not model.supported_fields and (newer := newer_fields(used)):
         raise ValueError(f"{server.name} is too old to know {', '.join(newer)}, and would ignore it")
     return model.name, model.engine
