@@ -4,18 +4,13 @@ The request id, the caller and the trace id are in the context of the call, as f
 """
 
 import random
-import re
-from typing import Any, Final
-from urllib.parse import unquote
+from typing import Any
 
 import structlog
 
 from flywheel_server.telemetry.calls import CallRecord, Metadata, Phase
 
 log = structlog.stdlib.get_logger(__name__)
-
-_PEER: Final = re.compile(r"ipv[46]:(.+):(\d+)")
-"""The peer of a call over TCP, as gRPC gives it: the address of IPv6 is in brackets, which are percent-encoded."""
 
 
 class CallLog:
@@ -49,7 +44,7 @@ class CallLog:
         fields: dict[str, Any] = {
             "rpc.method": call.method,
             "rpc.response.status_code": call.code.name if call.code else "",
-            **_peer(call.peer),
+            **call.peer_address(),
             "seconds": _between(call.began, call.ended_at),
         }
         if call.reason:
@@ -79,10 +74,3 @@ def _phases_until_output(call: CallRecord) -> dict[Phase, float]:
 def _between(begin: float, end: float | None) -> float:
     """Returns the seconds between two times, to a tenth of a millisecond."""
     return round((end or begin) - begin, 4)
-
-
-def _peer(peer: str) -> dict[str, Any]:
-    found = _PEER.fullmatch(peer)
-    if found is None:
-        return {"network.peer.address": peer}
-    return {"network.peer.address": unquote(found[1]).strip("[]"), "network.peer.port": int(found[2])}

@@ -4,10 +4,12 @@ A call notes times and counts in its record while it runs, which costs as much a
 record when the call ends. Without observers, there are no records.
 """
 
+import re
 import time
 from collections.abc import Sequence
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Final, Literal, Protocol
+from urllib.parse import unquote
 
 import grpc
 
@@ -20,6 +22,13 @@ Metadata = Sequence[tuple[str, str | bytes]]
 
 Phase = Literal["request", "queue", "prompt", "decode"]
 """What a call waits for: its request to arrive and be checked, its place in the engine, its first text, or its last."""
+
+
+_TCP_PEER: Final = re.compile(r"ipv[46]:(.+):(\d+)")
+"""The peer of a call over TCP, as gRPC gives it: the address of IPv6 is in brackets, which are percent-encoded."""
+
+MAX_ADDRESS_CHARACTERS: Final = 256
+"""Maximum length of an address that is reported."""
 
 
 class CallRecord:
@@ -108,6 +117,13 @@ class CallRecord:
         self.retry_delay: float | None = None
         self.error: BaseException | None = None
         self.is_logged = False
+
+    def peer_address(self) -> dict[str, str | int]:
+        """Returns the address and the port of the caller by the names of OpenTelemetry; only the address if it is no TCP."""
+        found = _TCP_PEER.fullmatch(self.peer)
+        if found is None:
+            return {"network.peer.address": self.peer[:MAX_ADDRESS_CHARACTERS]}
+        return {"network.peer.address": unquote(found[1]).strip("[]"), "network.peer.port": int(found[2])}
 
     @property
     def phase(self) -> Phase:

@@ -30,8 +30,6 @@ MAX_TEXT_CHARACTERS: Final = 12_288
 INFRASTRUCTURE: Final = "grpc."
 """How the names of services begin that probes and tools call, such as `grpc.health.v1.Health`. Their calls have no spans."""
 
-GENERATION_METHODS: Final = frozenset({"Generate", "GenerateDeltas", "GenerateAll"})
-
 SERVER_ERRORS: Final = frozenset(
     {
         grpc.StatusCode.UNKNOWN,
@@ -75,7 +73,7 @@ class CallTraces:
         caller = propagate.extract(headers, context.Context())
         attributes: Attributes = {"rpc.system.name": "grpc", "rpc.method": call.method, "flywheel.request_id": call.request_id}
         span = self._tracer.start_span(
-            call.method, caller, SpanKind.SERVER, {**attributes, **_peer(call.peer)}, start_time=call.began_ns
+            call.method, caller, SpanKind.SERVER, {**attributes, **call.peer_address()}, start_time=call.began_ns
         )
         # Never detached: the call has a context of its own, which ends with the call.
         context.attach(trace.set_span_in_context(span, caller))
@@ -127,16 +125,6 @@ def _epoch_ns(call: CallRecord, seconds: float) -> int:
     return call.began_ns + round((seconds - call.began) * 1e9)
 
 
-def _peer(peer: str) -> Attributes:
-    """Returns the address of the caller, which gRPC gives as `ipv4:HOST:PORT`, `ipv6:[HOST]:PORT` (escaped) or `unix:PATH`."""
-    kind, _, address = peer.partition(":")
-    host, _, port = address.rpartition(":")
-    if kind not in {"ipv4", "ipv6"} or not port.isdecimal():
-        return {}
-    host = host.replace("%5B", "").replace("%5D", "").strip("[]")
-    return {"network.peer.address": host[:MAX_NAME_CHARACTERS], "network.peer.port": int(port)}
-
-
 def _attributes(call: CallRecord, *, with_texts: bool) -> Attributes:
     code = call.code or grpc.StatusCode.UNKNOWN
     attributes: Attributes = {"rpc.response.status_code": code.name}
@@ -152,7 +140,7 @@ def _attributes(call: CallRecord, *, with_texts: bool) -> Attributes:
         attributes |= {"gen_ai.request.model": call.model, "gen_ai.provider.name": "flywheel"}
         if call.prompt_tokens:
             attributes["gen_ai.usage.input_tokens"] = call.prompt_tokens
-        if call.method.rpartition("/")[2] in GENERATION_METHODS:
+        if call.operation:
             attributes |= _generation(call, call.request)
         if with_texts:
             attributes |= _texts(call, call.request)
@@ -161,7 +149,7 @@ def _attributes(call: CallRecord, *, with_texts: bool) -> Attributes:
 
 def _generation(call: CallRecord, request: GenerationRequest) -> Attributes:
     attributes: Attributes = {
-        "gen_ai.operation.name": "chat" if request.messages else "text_completion",
+        "gen_ai.operation.name": call.operation,
         "gen_ai.output.type": "json" if request.json_schema else "text",
         "gen_ai.request.choice.count": request.num_samples,
         "gen_ai.request.max_tokens": request.max_tokens,
