@@ -1,17 +1,24 @@
 """The trace of a call goes on to the class on Modal, if the class takes it."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
 import pytest
+from flywheel_client import AsyncClient
 from flywheel_proto.v1 import generation_pb2 as pb
 from flywheel_server.engines.modal import remote_class
 from flywheel_server.engines.modal.remote_fields import TRACE_ARGUMENT, fields_of, refuses_trace
+from opentelemetry import trace
+from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
 from tests.modal_cloud import ModalCloud, scripted
-from tests.serving import code_of, serving
+from tests.serving import code_of, serving, until
 from tests.telemetry.otlp_receiver import Receiver, receiving
 from tests.thorough import further
 
@@ -31,6 +38,37 @@ async def receiver(cloud: ModalCloud) -> AsyncIterator[Receiver]:
 
 def request(**fields: Any) -> pb.GenerationRequest:
     return pb.GenerationRequest(**{"text": "hello", "max_tokens": 5, **fields})
+
+
+async def test_a_call_is_one_trace_from_the_client_through_the_server_to_the_engine(
+    receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    provider = TracerProvider(resource=Resource({"service.name": "caller", "service.instance.id": "1"}), shutdown_on_exit=False)
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(receiver.endpoint)))
+    monkeypatch.setattr(trace, "get_tracer_provider", lambda: provider)
+    monkeypatch.setattr(trace, "get_tracer", provider.get_tracer)
+    async with serving(scripted.engine(APP), otlp_endpoint=receiver.endpoint) as target:
+        with provider.get_tracer("caller").start_as_current_span("work") as work:
+            async with AsyncClient(target.address) as client:
+                assert [delta async for delta in client.generate_deltas("hello", max_tokens=5)]
+    await asyncio.to_thread(provider.shutdown)
+    trace_id = trace.format_trace_id(work.get_span_context().trace_id)
+    names = {"work": "caller", "client": "caller", "server": "flywheel-server", "model": "flywheel-model"}
+
+    def spans() -> dict[str, Span]:
+        kinds = {("caller", Span.SPAN_KIND_INTERNAL): "work", ("caller", Span.SPAN_KIND_CLIENT): "client"}
+        kinds |= {(names[kind], Span.SPAN_KIND_SERVER): kind for kind in ("server", "model")}
+        return {
+            kinds[resource["service.name"], span.kind]: span
+            for span, resource in receiver.spans
+            if span.trace_id.hex() == trace_id
+        }
+
+    await until(lambda: spans().keys() == names.keys(), "all spans have arrived")
+    found = spans()
+    assert not found["work"].parent_span_id
+    for child, parent in (("client", "work"), ("server", "client"), ("model", "server")):
+        assert found[child].parent_span_id == found[parent].span_id, child
 
 
 async def test_the_models_span_is_a_child_of_the_servers(receiver: Receiver) -> None:
