@@ -58,7 +58,7 @@ class Attack:
     """Whether the server has a key, and the attackers do not know it."""
 
     async def run(self, host: str, port: int, seconds: float) -> Tally:
-        """Attacks for so many seconds. Returns what was sent and what came back."""
+        """Attacks for so many seconds, and at least until there is a connection. Returns what was sent and what came back."""
         tally = Tally()
 
         async def keep_attacking() -> None:
@@ -66,11 +66,13 @@ class Attack:
                 await self._connect(host, port, tally)
 
         attackers = [asyncio.create_task(keep_attacking()) for _ in range(self.connections)]
-        await asyncio.wait(attackers, timeout=seconds)
+        ended, _ = await asyncio.wait(attackers, timeout=seconds)
+        while not ended and not tally.connections and not tally.answers:
+            ended, _ = await asyncio.wait(attackers, timeout=0.01)
         for attacker in attackers:
             attacker.cancel()
-        ended = await asyncio.gather(*attackers, return_exceptions=True)
-        if failures := [error for error in ended if not isinstance(error, asyncio.CancelledError)]:
+        results = await asyncio.gather(*attackers, return_exceptions=True)
+        if failures := [error for error in results if not isinstance(error, asyncio.CancelledError)]:
             raise RuntimeError("the attack itself failed") from failures[0]
         return tally
 

@@ -25,6 +25,7 @@ IMPORT = ("python", "-c", "import flywheel_server; flywheel_server.Settings")
 DOWNLOAD = ("python", "-c", "import flywheel_server.deployment.download")
 STARTS = ("--address", "127.0.0.1:0", "--drain-timeout", "0")
 UNREACHABLE = ("health", "--address", "127.0.0.1:1")
+TRACED = ("--engine", "scripted", "--otlp-endpoint", "http://localhost:1")
 
 
 class Run(NamedTuple):
@@ -60,6 +61,7 @@ RUNS = {
         Run((*SERVER, "keys", "create", "somebody", "--file", "keys.json"), 0, "somebody"),
         *lacks("embedded", (*SERVER, *STARTS)),
         *lacks("modal", (*SERVER, "--engine", "flywheel", *STARTS)),
+        *lacks("otel", (*SERVER, *TRACED, *STARTS)),
         *lacks("cli", CLIENT),
     ],
     "embedded": [
@@ -72,6 +74,7 @@ RUNS = {
     "server,modal": [Run((*SERVER, "--engine", "flywheel", *STARTS), 0, "ready: ")],
     "cli,modal": [Run((*CLIENT, "endpoints"), 1, "oken")],
     "server,hub": [Run(DOWNLOAD, 0, "")],
+    "server,otel": [Run((*SERVER, *TRACED, *STARTS), 0, "ready: ")],
 }
 """What is run in the environment with these extras. With `modal`, the command `flywheel` works too, as modal requires click."""
 

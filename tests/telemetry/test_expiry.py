@@ -77,7 +77,7 @@ def test_keys_that_have_expired_or_never_expire_are_left_out(tmp_path: Path) -> 
 
 
 def test_only_the_next_keys_to_expire_have_samples(tmp_path: Path) -> None:
-    ends = {f"caller-{number}": NOW + timedelta(minutes=1 + number) for number in range(10 * MAX_CALLERS)}
+    ends = {f"caller-{number}": NOW + timedelta(hours=1 + number) for number in range(10 * MAX_CALLERS)}
     entries = tuple(KeyEntry(name=name, hash=hash_of(name), created=NOW, expires=end) for name, end in ends.items())
     KeysFile(keys=entries[::-1]).write(path := tmp_path / "keys.json")
     assert samples(Expiry(KeyRing(file=str(path)).next_to_expire, None, None)) == {

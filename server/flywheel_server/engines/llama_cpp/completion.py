@@ -106,7 +106,7 @@ class Completion:
         if error := chunk.get("error"):
             raise EngineFailedError(f"llama.cpp: {error['message']}")
         if progress := chunk.get("prompt_progress"):
-            self.cached_tokens = progress["cache"]
+            self.cached_tokens = progress.get("cache", 0)
             self._on_progress(progress["total"] - progress["processed"])
             return
         choice = chunk["choices"][0]
