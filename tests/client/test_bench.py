@@ -50,6 +50,7 @@ async def test_latencies_of_a_scripted_engine_agree_with_its_pace(tmp_path: Path
     assert "time to first token" in run.stdout
 
 
+@pytest.mark.thorough
 async def test_percentiles_of_known_waits_with_a_server_that_has_only_the_method(tmp_path: Path) -> None:
     waits = [0.5 + number / 100 for number in range(100)]
     prompts = tmp_path / "prompts.txt"
@@ -81,6 +82,7 @@ async def test_an_open_loop_shows_a_server_that_stalls(tmp_path: Path, load: lis
         assert run.latency("first_token", "max") > 0.9
 
 
+@pytest.mark.thorough
 async def test_calls_that_are_not_sent_or_do_not_end_count_with_their_wait(tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("100")
@@ -120,6 +122,7 @@ def test_a_server_that_refuses_the_caller_gets_no_load(fake: FakeService) -> Non
     assert b"UNAUTHENTICATED: no key" in done.stderr
 
 
+@pytest.mark.thorough
 async def test_a_run_ends_after_so_many_failed_calls(tmp_path: Path) -> None:
     for load, most in ((["--concurrency", "2"], 11), (["--rate", "200"], 100)):
         async with serving(ScriptedEngine(Script(fail_in_queue=True, failure="overloaded"))) as target:
@@ -157,6 +160,7 @@ def test_an_interrupt_ends_the_run_and_still_reports(fake: FakeService, tmp_path
     assert (made["interrupted"], made["calls_failed"]) == (True, 0)
 
 
+@pytest.mark.thorough
 def test_progress_is_shown_on_a_terminal_and_removed(fake: FakeService) -> None:
     written = on_terminal(fake, "bench", "--rate", "20", "--duration", "1").decode()
     lines, _, report = written.rpartition("\r")

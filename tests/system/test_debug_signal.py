@@ -144,6 +144,7 @@ gateway.stop()
 """
 
 
+@pytest.mark.thorough
 async def test_a_gateway_switches_beside_the_signals_of_modal() -> None:
     environment = {
         "FLYWHEEL_ENGINE": "scripted",
