@@ -120,7 +120,7 @@ async def measured(seconds: float) -> None:
         made.extend(filter(None, [metrics]))
         return metrics
 
-    with patch("flywheel_server.server.create_metrics", create_and_keep):
+    with patch("flywheel_server.reporting.create_metrics", create_and_keep):
         settings = Settings(address="127.0.0.1:0", metrics_address="127.0.0.1:39464", withdraw_window=0, drain_timeout=0)
         async with serve(ScriptedEngine(Script(text=TEXT, token_delay=TOKEN_DELAY)), settings) as port:
             fill(made[0])

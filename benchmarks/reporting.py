@@ -1,0 +1,139 @@
+"""Measures what metrics, traces and the log of calls cost the server: `python -m benchmarks.reporting [--rounds 5]`.
+
+Each server has the scripted engine and one of the ways to report on calls. All run at the same time, and are loaded one after
+the other in each round, so that a slow minute of the machine affects all of them. The receiver of traces and metrics is in the
+process of the load, so its CPU time does not count.
+"""
+
+import argparse
+import asyncio
+import json
+import socket
+import statistics
+import sys
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any, Final
+
+import grpc
+import grpc.aio
+from flywheel_proto.v1 import generation_pb2 as pb
+from flywheel_proto.v1 import generation_pb2_grpc
+from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2, metrics_service_pb2_grpc
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
+
+from benchmarks.processes import cpu_seconds
+from benchmarks.serving import started
+
+CALLERS: Final = 16
+CALLS: Final = 3_000
+STREAMS: Final = 64
+TOKENS: Final = 150
+SCRIPT: Final = {"text": "The llama walks. ", "bytes_per_token": 4, "token_delay": 0.02}
+
+REPORTS: Final[Mapping[str, Sequence[str]]] = {
+    "nothing": ("--slow-call", "0"),
+    "slow calls (default)": (),
+    "metrics": ("--slow-call", "0", "--metrics-address", "METRICS"),
+    "a line for each call": ("--log-calls", "1"),
+    "traces and metrics over OTLP": ("--slow-call", "0", "--otlp-endpoint", "OTLP"),
+    "everything": ("--log-calls", "1", "--metrics-address", "METRICS", "--otlp-endpoint", "OTLP"),
+}
+"""The flags of each server."""
+
+
+class _Sink:
+    """A receiver of OTLP that throws everything away."""
+
+    def __init__(self, response: type) -> None:
+        self._response = response
+
+    async def Export(self, _: Any, __: Any) -> Any:  # noqa: ANN401, N802 - generated types have no annotations
+        return self._response()
+
+
+async def receive() -> tuple[grpc.aio.Server, str]:
+    """Starts the receiver. Returns it and its endpoint."""
+    server = grpc.aio.server()
+    traces: Any = trace_service_pb2_grpc  # which has no types
+    metrics: Any = metrics_service_pb2_grpc
+    traces.add_TraceServiceServicer_to_server(_Sink(trace_service_pb2.ExportTraceServiceResponse), server)
+    metrics.add_MetricsServiceServicer_to_server(_Sink(metrics_service_pb2.ExportMetricsServiceResponse), server)
+    endpoint = f"http://127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    await server.start()
+    return server, endpoint
+
+
+def command(flags: Sequence[str], otlp: str) -> list[str]:
+    """Returns the command line of a server."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        metrics = f"127.0.0.1:{free.getsockname()[1]}"
+    given = [{"METRICS": metrics, "OTLP": otlp}.get(flag, flag) for flag in flags]
+    program = [sys.executable, "-m", "flywheel_server", "--address", "127.0.0.1:0", "--engine", "scripted"]
+    return [*program, "--script", json.dumps(SCRIPT), "--withdraw-window", "0", "--drain-timeout", "0", *given]
+
+
+async def unary(stub: Any) -> int:  # noqa: ANN401 - a stub of grpc.aio
+    """Makes calls of one token. Returns how many."""
+
+    async def caller() -> None:
+        for _ in range(CALLS // CALLERS):
+            await stub.GenerateAll(pb.GenerationRequest(text="x", max_tokens=1))
+
+    await asyncio.gather(*(caller() for _ in range(CALLERS)))
+    return CALLS
+
+
+async def deltas(stub: Any) -> int:  # noqa: ANN401 - as above
+    """Reads streams that do not end in one step. Returns how many messages came."""
+
+    async def read() -> int:
+        return len([delta async for delta in stub.GenerateDeltas(pb.GenerationRequest(text="x", max_tokens=TOKENS))])
+
+    return sum(await asyncio.gather(*(read() for _ in range(STREAMS))))
+
+
+async def cost(pid: int, load: Callable[[Any], Awaitable[int]], stub: Any) -> float:  # noqa: ANN401 - as above
+    """Returns the server's CPU time for each call or delta, in µs."""
+    begun = cpu_seconds(pid)
+    count = await load(stub)
+    return (cpu_seconds(pid) - begun) / count * 1e6
+
+
+async def measure(rounds: int) -> None:
+    """Measures, and prints a table."""
+    receiver, otlp = await receive()
+    loads: dict[str, Callable[[Any], Awaitable[int]]] = {"call": unary, "delta": deltas}
+    costs: dict[tuple[str, str], list[float]] = {(name, load): [] for name in REPORTS for load in loads}
+    with ExitStack() as stack:
+        servers = {name: stack.enter_context(started(command(flags, otlp))) for name, flags in REPORTS.items()}
+        channels = {name: grpc.aio.insecure_channel(address) for name, (_, address) in servers.items()}
+        stubs = {name: generation_pb2_grpc.GenerationServiceStub(channel) for name, channel in channels.items()}
+        for number in range(rounds + 1):
+            for name, (pid, _) in servers.items():
+                for load, run in loads.items():
+                    measured = await cost(pid, run, stubs[name])
+                    if number:  # the first round warms up
+                        costs[name, load].append(measured)
+        await asyncio.gather(*(channel.close() for channel in channels.values()))
+    await receiver.stop(0)
+    print("| the server reports | µs of CPU for a unary call | ratio | µs for a delta | ratio |\n|---|---|---|---|---|")
+    for name in REPORTS:
+        cells = [name]
+        for load in loads:
+            pairs = zip(costs[name, load], costs["nothing", load], strict=True)
+            ratios = sorted(one / nothing for one, nothing in pairs)
+            cells.append(f"{statistics.median(costs[name, load]):.0f}")
+            cells.append(f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})")
+        print(f"| {' | '.join(cells)} |")
+
+
+def main() -> None:
+    """Measures, and prints a table of medians, with the least and the largest ratio of a round."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    asyncio.run(measure(parser.parse_args().rounds))
+
+
+if __name__ == "__main__":
+    main()
