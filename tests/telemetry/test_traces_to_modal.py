@@ -72,6 +72,7 @@ async def test_a_call_is_one_trace_from_the_client_through_the_server_to_the_eng
 
 
 async def test_the_models_span_is_a_child_of_the_servers(receiver: Receiver) -> None:
+    receiver.spans.clear()
     async with serving(scripted.engine(APP), otlp_endpoint=receiver.endpoint) as target:
         assert await code_of(target.stub.GenerateDeltas(request(), metadata=SAMPLED)) is grpc.StatusCode.OK
         await target.stub.Tokenize(pb.TokenizeRequest(text="hello"), metadata=SAMPLED)

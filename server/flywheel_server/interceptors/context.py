@@ -73,13 +73,12 @@ class CallContext:
         if self.record is not None and self.record.code is None:
             self.record.code = self._context.code()
 
-    def failed(self, error: Exception, status: CallStatus) -> None:
-        """Notes the status with which the call ends, and the error behind it."""
+    def failed(self, status: CallStatus) -> None:
+        """Notes the status with which the call ends."""
         if self.record is not None:
             self.record.code = status.code
             self.record.reason = status.reason
             self.record.retry_delay = status.retry_delay
-            self.record.error = error
 
     def undelivered(self) -> None:
         """Notes that the caller does not get the status, because gRPC had ended the call."""

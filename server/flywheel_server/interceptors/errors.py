@@ -55,7 +55,7 @@ async def end_with_status(context: CallContext, error: Exception) -> None:
     # gRPC raises such an error if the caller has gone, which is a cancellation.
     is_of_grpc = isinstance(error, grpc.aio.InternalError)
     if not is_of_grpc:
-        context.failed(error, status)
+        context.failed(status)
     _clear_frames(error)
     is_own_fault = status.code is grpc.StatusCode.INTERNAL and not is_of_grpc
     is_sent = True

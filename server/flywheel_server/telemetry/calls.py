@@ -59,7 +59,6 @@ class CallRecord:
         code: The status of the call; None while it runs. CANCELLED if the caller has gone.
         reason: The reason in the ErrorInfo of the status; empty if there is none.
         retry_delay: The seconds in the RetryInfo of the status; None if there is none.
-        error: The error that ended the call, if one did.
         is_logged: Whether the log has a line that says how the call ended.
     """
 
@@ -70,7 +69,6 @@ class CallRecord:
         "caller",
         "code",
         "ended_at",
-        "error",
         "first_output_at",
         "generated_tokens",
         "is_logged",
@@ -115,7 +113,6 @@ class CallRecord:
         self.code: grpc.StatusCode | None = None
         self.reason = ""
         self.retry_delay: float | None = None
-        self.error: BaseException | None = None
         self.is_logged = False
 
     def peer_address(self) -> dict[str, str | int]:
@@ -185,3 +182,5 @@ class Calls:
         call.code = call.code or grpc.StatusCode.CANCELLED
         for observer in self._observers:
             observer.end(call)
+        # They may be large, and timers of the call may keep its context, and so the record, for a while.
+        call.request = call.texts = None
