@@ -32,9 +32,10 @@ class Output:
     def write(self, text: str) -> None:
         """Writes text of a model."""
         if text:
+            # First, because the handler of a signal may interrupt the rest, and ask.
+            self.line_is_open = not text.endswith("\n")
             self._stream.write(text)
             self._stream.flush()
-            self.line_is_open = not text.endswith("\n")
 
     def end_line(self) -> None:
         """Begins a new line, unless the current line is empty."""

@@ -11,6 +11,7 @@ import time
 from typing import TYPE_CHECKING, Self
 
 import grpc
+import psutil
 import pytest
 from google.rpc.error_details_pb2 import ErrorInfo
 
@@ -54,6 +55,14 @@ class Typist:
 
     def type(self, keys: str) -> None:
         os.write(self._controller, keys.encode())
+
+    def interrupt(self) -> None:
+        """Types Ctrl-C when the command waits. Python forgets an interrupt just before `input` waits, until the next key."""
+        started = time.monotonic()
+        while psutil.Process(self.process.pid).status() != psutil.STATUS_SLEEPING:
+            assert time.monotonic() < started + WAIT
+            time.sleep(0.001)
+        self.type("\x03")
 
     def read(self, end: str) -> str:
         """Reads until the text that was not read yet ends so, or the command has ended; returns the text."""
@@ -102,10 +111,12 @@ def test_ctrl_c_stops_the_answer_only_and_keeps_the_part_that_came(fake: FakeSer
     fake.hangs = True
     with Typist(fake, "Tell me") as typist:
         assert typist.read("Once") == "Once"
-        typist.type("\x03")
+        typist.interrupt()
         assert typist.read("> ") == f"^C\nstopped\n{HELP}> "
         assert fake.cancelled.wait(WAIT)
-        typist.type("half a line\x03")
+        typist.type("half a line")
+        assert typist.read("half a line") == "half a line"
+        typist.interrupt()
         assert typist.read(f"{HELP}> ").endswith(f"\n{HELP}> ")
         fake.hangs = False
         typist.type("Go on\n")
@@ -120,7 +131,7 @@ def test_an_answer_without_a_text_is_not_in_the_history(fake: FakeService) -> No
         typist.read("> ")
         typist.type("First\n")
         assert fake.called.wait(WAIT)
-        typist.type("\x03")
+        typist.interrupt()
         assert typist.read("\n> ") == "First\n^C\nstopped\n> "
         fake.holds = False
         fake.deltas = []
