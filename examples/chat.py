@@ -14,8 +14,8 @@ def answer(client: Client, conversation: list[Message]) -> str:
     text, messages = "", [SYSTEM, *conversation[-MAX_HISTORY:]]
     with suppress(KeyboardInterrupt), client.generate_deltas(messages=messages, max_tokens=256) as deltas:
         for delta in deltas:
+            text += delta.text  # first, because Ctrl-C may come between the two
             print(delta.text, end="", flush=True)
-            text += delta.text
     print()
     return text
 
