@@ -17,7 +17,7 @@ Command = Callable[..., None]
 Decorator = Callable[[Command], Command]
 
 
-def _option(metavar: str | None, description: str, *flags: str, **settings: Any) -> Callable[[str, Any], Decorator]:  # noqa: ANN401 - as click's
+def option(metavar: str | None, description: str, *flags: str, **settings: Any) -> Callable[[str, Any], Decorator]:  # noqa: ANN401 - as click's
     """Describes an option of a subcommand, in the annotation of a field, which gives the option its name and type.
 
     Args:
@@ -44,8 +44,8 @@ def _option(metavar: str | None, description: str, *flags: str, **settings: Any)
 def options_of(kind: type) -> Decorator:
     """Returns a decorator that gives a subcommand the options that the fields of a dataclass are annotated with."""
     hints = get_type_hints(kind, include_extras=True).items()
-    options = [option(name, hint.__origin__) for name, hint in hints for option in hint.__metadata__]
-    return lambda run: functools.reduce(lambda decorated, option: option(decorated), reversed(options), run)
+    decorators = [decorator_for(name, hint.__origin__) for name, hint in hints for decorator_for in hint.__metadata__]
+    return lambda run: functools.reduce(lambda decorated, decorator: decorator(decorated), reversed(decorators), run)
 
 
 def option_for(field_name: str) -> str:
@@ -74,7 +74,7 @@ def _biases(_context: click.Context, _parameter: click.Parameter, values: Iterab
     return biases or None
 
 
-CACERT: Final = _option(
+CACERT: Final = option(
     "FILE", "Use TLS, and trust the certificates in this PEM file.", show_default="certificates of public authorities"
 )
 JSON: Final = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -88,15 +88,15 @@ class Server:
     """The options of every subcommand that calls a server: which server, and how to connect."""
 
     address: Annotated[
-        str, _option("HOST:PORT", "The server.", "--address", "-a", envvar="FLYWHEEL_ADDRESS", default="localhost:50051")
+        str, option("HOST:PORT", "The server.", "--address", "-a", envvar="FLYWHEEL_ADDRESS", default="localhost:50051")
     ]
-    modal_app: Annotated[str | None, _option("NAME", "Call the servers of this app on Modal, instead of an address.")]
+    modal_app: Annotated[str | None, option("NAME", "Call the servers of this app on Modal, instead of an address.")]
     modal_environment: Annotated[
-        str | None, _option("NAME", "The Modal environment of the app.", show_default="default of the modal command")
+        str | None, option("NAME", "The Modal environment of the app.", show_default="default of the modal command")
     ]
     api_key: Annotated[
         str | None,
-        _option(
+        option(
             "KEY",
             "The key that the server requires. Other users of this machine can see options, but not variables.",
             envvar=KEY_VARIABLE,
@@ -105,20 +105,18 @@ class Server:
     ] = field(repr=False)
     tls: Annotated[
         bool,
-        _option(
+        option(
             None, "Connect with TLS. Servers on Modal always have it.", "--tls/--no-tls", envvar="FLYWHEEL_TLS", default=False
         ),
     ]
     cacert: Annotated[Path | None, CACERT]
     cert: Annotated[
         Path | None,
-        _option("FILE", "Use TLS, and show the server the certificate chain in this PEM file.", envvar="FLYWHEEL_CERT"),
+        option("FILE", "Use TLS, and show the server the certificate chain in this PEM file.", envvar="FLYWHEEL_CERT"),
     ]
-    key: Annotated[
-        Path | None, _option("FILE", "The PEM file with the private key of that certificate.", envvar="FLYWHEEL_KEY")
-    ]
+    key: Annotated[Path | None, option("FILE", "The PEM file with the private key of that certificate.", envvar="FLYWHEEL_KEY")]
     wait_for_ready: Annotated[
-        bool, _option(None, "Wait, within --timeout, for a server that cannot be reached yet.", is_flag=True)
+        bool, option(None, "Wait, within --timeout, for a server that cannot be reached yet.", is_flag=True)
     ]
 
     @property
@@ -131,43 +129,41 @@ class Server:
 class RequestOptions:
     """The options of `generate` that are fields of its request, by the names of these fields."""
 
-    max_tokens: Annotated[int, _option("N", "The most tokens to generate for each sample.", default=128)]
-    num_samples: Annotated[int | None, _option("N", "How many samples to generate.", "--samples", "-n", show_default="1")]
-    stop: Annotated[tuple[str, ...], _option("TEXT", "Where to end a sample; not part of it. Repeatable.")]
-    eos_token_ids: Annotated[tuple[int, ...], _option("ID", "A token that ends a sample. Repeatable.", "--eos-token-id")]
-    max_input_tokens: Annotated[int | None, _option("N", "Read only the last N tokens of a longer prompt.", show_default="all")]
+    max_tokens: Annotated[int, option("N", "The most tokens to generate for each sample.", default=128)]
+    num_samples: Annotated[int | None, option("N", "How many samples to generate.", "--samples", "-n", show_default="1")]
+    stop: Annotated[tuple[str, ...], option("TEXT", "Where to end a sample; not part of it. Repeatable.")]
+    eos_token_ids: Annotated[tuple[int, ...], option("ID", "A token that ends a sample. Repeatable.", "--eos-token-id")]
+    max_input_tokens: Annotated[int | None, option("N", "Read only the last N tokens of a longer prompt.", show_default="all")]
     temperature: Annotated[
-        float | None, _option("X", "How varied the text is; 0 takes the likeliest token.", show_default="1.0")
+        float | None, option("X", "How varied the text is; 0 takes the likeliest token.", show_default="1.0")
     ]
-    top_k: Annotated[int | None, _option("N", "Sample from the N likeliest tokens; 0 is all.", show_default="50")]
-    top_p: Annotated[float | None, _option("P", "Sample from the likeliest tokens of total probability P.", show_default="1.0")]
-    presence_penalty: Annotated[
-        float | None, _option("X", "Make tokens that have occurred rarer: -2 to 2.", show_default="0.0")
-    ]
-    frequency_penalty: Annotated[float | None, _option("X", "The same, by how often they have: -2 to 2.", show_default="0.0")]
-    seed: Annotated[int | None, _option("N", "Make the samples repeatable.", show_default="a new seed")]
+    top_k: Annotated[int | None, option("N", "Sample from the N likeliest tokens; 0 is all.", show_default="50")]
+    top_p: Annotated[float | None, option("P", "Sample from the likeliest tokens of total probability P.", show_default="1.0")]
+    presence_penalty: Annotated[float | None, option("X", "Make tokens that have occurred rarer: -2 to 2.", show_default="0.0")]
+    frequency_penalty: Annotated[float | None, option("X", "The same, by how often they have: -2 to 2.", show_default="0.0")]
+    seed: Annotated[int | None, option("N", "Make the samples repeatable.", show_default="a new seed")]
     min_p: Annotated[
-        float | None, _option("P", "Sample from tokens at least P times as likely as the likeliest.", show_default="0.0")
+        float | None, option("P", "Sample from tokens at least P times as likely as the likeliest.", show_default="0.0")
     ]
     repetition_penalty: Annotated[
-        float | None, _option("X", "Above 1, make tokens that have occurred rarer.", show_default="1.0")
+        float | None, option("X", "Above 1, make tokens that have occurred rarer.", show_default="1.0")
     ]
     logit_bias: Annotated[
         Mapping[int, float] | None,
-        _option(
+        option(
             "ID=BIAS", "Make a token likelier or rarer: -100 to 100. Repeatable.", type=str, multiple=True, callback=_biases
         ),
     ]
-    json_schema: Annotated[Path | None, _option("FILE", "Generate JSON that is valid under the JSON Schema in this file.")]
-    regex: Annotated[str | None, _option("RE", "Generate a text that matches this regular expression as a whole.")]
-    choices: Annotated[tuple[str, ...], _option("TEXT", "Generate one of these texts. Repeatable.", "--choice")]
+    json_schema: Annotated[Path | None, option("FILE", "Generate JSON that is valid under the JSON Schema in this file.")]
+    regex: Annotated[str | None, option("RE", "Generate a text that matches this regular expression as a whole.")]
+    choices: Annotated[tuple[str, ...], option("TEXT", "Generate one of these texts. Repeatable.", "--choice")]
     logprobs: Annotated[
-        int | None, _option("N", "Show each token with its probability, and the N likeliest tokens.", show_default="0")
+        int | None, option("N", "Show each token with its probability, and the N likeliest tokens.", show_default="0")
     ]
     time_limit: Annotated[
-        float | None, _option("SECONDS", "End a sample after this time, with the text so far.", show_default="none")
+        float | None, option("SECONDS", "End a sample after this time, with the text so far.", show_default="none")
     ]
-    priority: Annotated[int | None, _option("N", "Below 0, let other calls go first: -1000 to 0.", show_default="0")]
+    priority: Annotated[int | None, option("N", "Below 0, let other calls go first: -1000 to 0.", show_default="0")]
 
     def fields(self) -> dict[str, Any]:
         """Returns the fields that are set, as keyword arguments of the client; reads the file of the schema.

@@ -6,8 +6,7 @@ from typing import Annotated, Final
 
 import click
 
-from flywheel_client._options import SECONDS
-from flywheel_client._options import _option as option
+from flywheel_client._options import SECONDS, option
 
 MAX_CONCURRENCY: Final = 10_000
 MAX_CONNECTIONS: Final = 1_000
