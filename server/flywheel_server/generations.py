@@ -34,7 +34,7 @@ from flywheel_server.engines.base import (
 from flywheel_server.errors import DeadlineExceededError, UnauthenticatedError
 from flywheel_server.messages import GenerationRequest, GenerationResponseSample
 from flywheel_server.preparation import Preparation
-from flywheel_server.telemetry.calls import CallRecord, current_call
+from flywheel_server.telemetry.calls import current_call
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -204,8 +204,8 @@ class Generations:
     ) -> None:
         """Runs the work of a call, from its place in the queue on, once the engine has prepared its request."""
         model = self.model()
-        if (call := current_call.get()) is not None:
-            call.request, call.model = request, model.name
+        if record := current_call.get():
+            record.request, record.model = request, model.name
         caller = replace(caller, priority=caller.priority + request.priority) if request.priority else caller
         time_remaining = _with_margin(time_remaining)
         generation = Generation(self, caller, request.num_samples, time_remaining)
@@ -330,7 +330,7 @@ class Generation:
             if isinstance(event, GenerationResponseSample):
                 self._unfinished.remove(event.index)
                 if self._record is not None:
-                    self._note_sample(self._record, event)
+                    self._record.note_sample(event)
         self._sink.emit(event)
 
     def _start(self) -> None:
@@ -347,12 +347,6 @@ class Generation:
         if self._record is not None:
             self._record.first_output_at = time.perf_counter()
             self._record.is_streamed = is_streamed
-
-    @staticmethod
-    def _note_sample(record: CallRecord, sample: GenerationResponseSample) -> None:
-        record.samples.append((time.perf_counter(), sample.generated_tokens, sample.finish_reason))
-        if record.texts is not None:
-            record.texts.append(sample.text)
 
     def close(self) -> None:
         """Stops counting the generation, and ignores further events."""

@@ -203,4 +203,4 @@ class FakeContext:
 def test_text_that_cannot_be_a_key_is_refused(sent: str) -> None:
     context: Any = FakeContext(("authorization", sent))
     with pytest.raises(UnauthenticatedError, match="API_KEY_INVALID"):
-        Authentication(KeyRing([KEY]), certificates=False).identify(context, CallMetadata.of(context))
+        Authentication(KeyRing([KEY]), certificates=False).identify(context, CallMetadata.of(context.invocation_metadata()))

@@ -7,7 +7,7 @@ import grpc
 import grpc.aio
 import structlog
 
-from flywheel_server.grpc_types import Continuation, GrpcContext, Handler
+from flywheel_server.grpc_types import Continuation, GrpcContext, Handler, Metadata
 from flywheel_server.interceptors.authentication import Authentication, Credentials
 from flywheel_server.interceptors.context import CallContext
 from flywheel_server.interceptors.errors import end_with_status
@@ -15,7 +15,7 @@ from flywheel_server.interceptors.metadata import CallMetadata
 from flywheel_server.interceptors.methods import Method
 from flywheel_server.interceptors.public import PublicMethods, is_public
 from flywheel_server.operations import OperationWaiter
-from flywheel_server.telemetry.calls import Calls
+from flywheel_server.telemetry.calls import CallRecord, Calls
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
@@ -73,8 +73,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         method = name.removeprefix("/")
 
         async def call(_: object, context: GrpcContext) -> None:
-            metadata = CallMetadata.of(context)
-            record = self._calls.begin(method, metadata.request_id, context)
+            metadata, record = self._begin(method, context)
             call_context = CallContext(context, metadata.request_id, record)
             # For all log lines of this call, whose task has a context of its own.
             structlog.contextvars.bind_contextvars(request_id=metadata.request_id)
@@ -92,6 +91,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                     self._calls.end(record)
 
         return call
+
+    def _begin(self, method: str, context: GrpcContext) -> tuple[CallMetadata, CallRecord | None]:
+        # The rest of the metadata is not kept for as long as the call runs.
+        entries: Metadata = tuple(context.invocation_metadata() or ())
+        metadata = CallMetadata.of(entries)
+        return metadata, self._calls.begin(method, metadata.request_id, context, entries)
 
     def _authenticated(self, handler: Handler) -> Callable[[GrpcContext, CallMetadata, CallContext], Awaitable[None]]:
         method = Method(handler, self._max_message_bytes, self._waits)

@@ -5,7 +5,7 @@ import secrets
 from typing import Final, NamedTuple
 
 from flywheel_server.errors import MetadataTooLargeError
-from flywheel_server.grpc_types import GrpcContext
+from flywheel_server.grpc_types import Metadata
 from flywheel_server.interceptors.context import REQUEST_ID
 
 AUTHORIZATION: Final = "authorization"
@@ -30,12 +30,12 @@ class CallMetadata(NamedTuple):
     size: int
 
     @classmethod
-    def of(cls, context: GrpcContext) -> "CallMetadata":
-        """Returns the metadata of a call."""
+    def of(cls, entries: Metadata) -> "CallMetadata":
+        """Returns what this server uses of all metadata of a call."""
         size = 0
         sent_id: str | bytes | None = None
         authorization: tuple[str | bytes, ...] = ()
-        for name, value in context.invocation_metadata() or ():
+        for name, value in entries:
             size += len(name) + len(value) + ENTRY_OVERHEAD_BYTES
             if name == AUTHORIZATION:
                 authorization += (value,)

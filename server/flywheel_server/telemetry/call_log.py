@@ -8,7 +8,8 @@ from typing import Any
 
 import structlog
 
-from flywheel_server.telemetry.calls import CallRecord, Metadata, Phase
+from flywheel_server.grpc_types import Metadata
+from flywheel_server.telemetry.calls import CallRecord, Phase
 
 log = structlog.stdlib.get_logger(__name__)
 

@@ -13,12 +13,10 @@ from urllib.parse import unquote
 
 import grpc
 
-from flywheel_server.grpc_types import GrpcContext
+from flywheel_server.grpc_types import GrpcContext, Metadata
 
 if TYPE_CHECKING:
-    from flywheel_server.messages import GenerationRequest
-
-Metadata = Sequence[tuple[str, str | bytes]]
+    from flywheel_server.messages import GenerationRequest, GenerationResponseSample
 
 Phase = Literal["request", "queue", "prompt", "decode"]
 """What a call waits for: its request to arrive and be checked, its place in the engine, its first text, or its last."""
@@ -122,6 +120,12 @@ class CallRecord:
             return {"network.peer.address": self.peer[:MAX_ADDRESS_CHARACTERS]}
         return {"network.peer.address": unquote(found[1]).strip("[]"), "network.peer.port": int(found[2])}
 
+    def note_sample(self, sample: "GenerationResponseSample") -> None:
+        """Notes that a sample has finished."""
+        self.samples.append((time.perf_counter(), sample.generated_tokens, sample.finish_reason))
+        if self.texts is not None:
+            self.texts.append(sample.text)
+
     @property
     def phase(self) -> Phase:
         """How far the call has come."""
@@ -155,12 +159,12 @@ class Calls:
     def __init__(self, observers: Sequence[CallObserver]) -> None:
         self._observers = observers
 
-    def begin(self, method: str, request_id: str, context: GrpcContext) -> CallRecord | None:
+    def begin(self, method: str, request_id: str, context: GrpcContext, metadata: Metadata) -> CallRecord | None:
         """Returns the record of a call that has arrived, which becomes the `current_call`; None if there are no observers."""
         if not self._observers:
             return None
         call = CallRecord(method, request_id, context.peer())
-        self._show(call, tuple(context.invocation_metadata() or ()))
+        self._show(call, metadata)
         return call
 
     def _show(self, call: CallRecord, metadata: Metadata) -> None:

@@ -11,7 +11,8 @@ from flywheel_proto._service_name import SERVICE_NAME
 from grpc import StatusCode
 from prometheus_client import CollectorRegistry
 
-from flywheel_server.telemetry.calls import CallRecord, Metadata
+from flywheel_server.grpc_types import Metadata
+from flywheel_server.telemetry.calls import CallRecord
 from flywheel_server.telemetry.instruments import Counter, Histogram
 
 MAX_CALLERS: Final = 100

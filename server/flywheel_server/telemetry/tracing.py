@@ -10,8 +10,9 @@ import structlog
 from opentelemetry import context, propagate, trace
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 
+from flywheel_server.grpc_types import Metadata
 from flywheel_server.messages import CONSTRAINT_FIELDS, GenerationRequest
-from flywheel_server.telemetry.calls import CallRecord, Metadata
+from flywheel_server.telemetry.calls import CallRecord
 from flywheel_server.telemetry.trace_context import inject_headers
 
 MAX_REFUSALS_PER_SECOND: Final = 10
