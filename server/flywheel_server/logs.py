@@ -125,8 +125,7 @@ def set_debug(on: bool) -> None:
     """Logs all events while debug is on, and those of the configured level otherwise. May be called on any thread."""
     root = logging.getLogger()
     level = next((handler.usual_level for handler in root.handlers if isinstance(handler, OutputHandler)), "INFO")
-    root.setLevel(logging.DEBUG)
-    # While everything is logged, so that this line is too.
+    root.setLevel(logging.DEBUG if on else level)
+    # The only line of this logger. With a level of its own, the line is logged whatever the level of the log is.
+    logging.getLogger(__name__).setLevel(logging.INFO)
     log.info("log level switched", to="debug" if on else level.lower())
-    if not on:
-        root.setLevel(level)
