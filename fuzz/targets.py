@@ -7,7 +7,6 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import copy_context
-from dataclasses import dataclass
 from typing import Any, Final, cast
 
 import grpc
@@ -128,7 +127,7 @@ def _unknown_fields(message: Message, path: str) -> Iterator[tuple[str, int]]:
 def request_ids(data: bytes) -> None:
     """Checks that the id of a call is the id that was sent, if it is valid, and otherwise a new id."""
     metadata = _metadata(data)
-    found = CallMetadata.of(_context(metadata)).request_id
+    found = CallMetadata.of(metadata).request_id
     sent = next((value for key, value in metadata if key == "x-request-id"), "")
     if isinstance(sent, str) and 1 <= len(sent) <= 128 and all(33 <= ord(character) <= 126 for character in sent):
         assert found == sent
@@ -188,27 +187,10 @@ def _decoded(key: bytes, value: bytes) -> str | bytes:
     return value if key.endswith(b"-bin") else value.decode(errors="replace")
 
 
-@dataclass(frozen=True)
-class _Context:
-    """Has the part of a call's context that tells who calls."""
-
-    metadata: Metadata
-
-    def invocation_metadata(self) -> Metadata:
-        return self.metadata
-
-    def auth_context(self) -> dict[str, list[bytes]]:
-        return {}
-
-
-def _context(metadata: Metadata) -> Any:  # noqa: ANN401 - passes for one of grpc's
-    return _Context(metadata)
-
-
 def _caller_with(metadata: Metadata) -> str:
     """Returns the name of the caller that sends this metadata."""
-    context = _context(metadata)
-    _KEYS.identify(context, CallMetadata.of(context))
+    context: Any = None  # not asked, because callers have no certificates
+    _KEYS.identify(context, CallMetadata.of(metadata))
     return caller.get().name
 
 
