@@ -1,9 +1,13 @@
 """Configures the log: one line for each event on standard error, from this server and its libraries alike."""
 
+import json
 import logging
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, Literal
 
 import structlog
+from structlog.typing import Processor
 
 from flywheel_server.system.output import Output
 
@@ -11,37 +15,54 @@ log = structlog.stdlib.get_logger(__name__)
 
 
 class OutputHandler(logging.Handler):
-    """Writes each record as a line to an `Output`, which never blocks.
+    """Writes each event, and each record of a library, as a line to an `Output`, which never blocks.
 
-    Records are formatted at once, because a waiting record would keep the objects in its arguments alive.
+    They are rendered at once, because a waiting one would keep the objects in it alive.
+
+    Arguments:
+        shared: What is added to each event. This server's own events have it already.
+        render: Makes the text of an event.
+        output: Where the lines go.
+        usual_level: The level of the log while debug is not switched on.
 
     Attributes:
-        usual_level: The level of the log while debug is not switched on.
+        usual_level: As given.
     """
 
-    def __init__(self, formatter: logging.Formatter, output: Output, usual_level: str) -> None:
+    def __init__(self, shared: Sequence[Processor], render: Sequence[Processor], output: Output, usual_level: str) -> None:
         super().__init__()
         self.usual_level = usual_level
-        self.setFormatter(formatter)
+        self.setFormatter(
+            structlog.stdlib.ProcessorFormatter(
+                foreign_pre_chain=shared, processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *render]
+            )
+        )
+        self._render = render
         self._output = output
         output.notice = self._notice
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Writes the record."""
+        """Writes the record of a library."""
         try:
-            self._output.write(self._line(record))
+            self._output.write(_line(self.format(record)))
         except Exception:  # noqa: BLE001 - as every handler of logging
             self.handleError(record)
+
+    def write(self, event: dict[str, Any]) -> None:
+        """Writes an event of this server."""
+        name = event.get("event")
+        text: Any = event
+        try:
+            for step in self._render:
+                text = step(None, "", text)
+            self._output.write(_line(text))
+        except Exception:  # noqa: BLE001 - as every handler of logging
+            self.handleError(logging.makeLogRecord({"msg": name}))
 
     def close(self) -> None:
         """Waits for a short time until all lines have been written. `logging` calls this at the end of the process."""
         self._output.close()
         super().close()
-
-    def _line(self, record: logging.LogRecord) -> bytes:
-        # Indented, so that no line of a traceback or of a caller's text looks like a record.
-        text = "\n    ".join(self.format(record).splitlines())
-        return f"{text}\n".encode(errors="backslashreplace")
 
     @property
     def dropped(self) -> int:
@@ -50,12 +71,47 @@ class OutputHandler(logging.Handler):
 
     def _notice(self, dropped: int) -> bytes:
         text = "%s log lines dropped"
-        return self._line(logging.LogRecord(__name__, logging.WARNING, __file__, 0, text, (dropped,), None))
+        return _line(self.format(logging.LogRecord(__name__, logging.WARNING, __file__, 0, text, (dropped,), None)))
+
+
+def _line(text: str) -> bytes:
+    # Indented, so that no line of a traceback or of a caller's text looks like an event.
+    text = "\n    ".join(text.splitlines())
+    return f"{text}\n".encode(errors="backslashreplace")
+
+
+class EventLogger:
+    """Writes the events of a logger of structlog: without a record of `logging`, which costs more than the line.
+
+    Its level is that of the logger of `logging` with the same name, as for libraries.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._levels = logging.getLogger(name)
+        self.getEffectiveLevel = self._levels.getEffectiveLevel
+
+    @property
+    def disabled(self) -> bool:
+        """Whether nothing is logged, as `logging` has it."""
+        return self._levels.disabled
+
+    def info(self, /, **event: object) -> None:
+        """Writes an event, whose level is a field of it."""
+        for handler in _handlers():
+            handler.write(event)
+
+    debug = warning = error = critical = exception = info
+
+
+def _handlers() -> list[OutputHandler]:
+    """Returns the handler that `configure` has installed; none before that."""
+    return [handler for handler in logging.getLogger().handlers if isinstance(handler, OutputHandler)]
 
 
 def lines_dropped() -> int:
     """Returns how many lines of the log have been dropped so far; 0 if `configure` was not called."""
-    return sum(handler.dropped for handler in logging.getLogger().handlers if isinstance(handler, OutputHandler))
+    return sum(handler.dropped for handler in _handlers())
 
 
 def configure(
@@ -70,48 +126,46 @@ def configure(
     Closes the handler that an earlier call has installed. With `worker`, each line has that worker's number.
     """
     output = output or Output(2)
-    shared: list[Any] = [
+    shared: list[Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_logger_name,
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         *([] if worker is None else [lambda _, __, event: {**event, "worker": worker}]),
     ]
-    render: list[Any]
+    render: list[Processor]
     if resolved(form, output) == "json":
         # Tracebacks leave out local variables, because these hold prompts.
         tracebacks = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
-        render = [structlog.processors.ExceptionRenderer(tracebacks), structlog.processors.JSONRenderer()]
+        render = [structlog.processors.ExceptionRenderer(tracebacks), structlog.processors.JSONRenderer(_json)]
     else:
         plain = structlog.dev.plain_traceback
         render = [structlog.dev.ConsoleRenderer(colors=False, pad_event_to=0, pad_level=False, exception_formatter=plain)]
     structlog.configure(
-        processors=[
-            structlog.stdlib.filter_by_level,
-            *shared,
-            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
-        ],
-        logger_factory=structlog.stdlib.LoggerFactory(),
+        processors=[structlog.stdlib.filter_by_level, *shared],
+        logger_factory=EventLogger,
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=True,
     )
-    handler = OutputHandler(
-        structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=shared,
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *render],
-        ),
-        output,
-        level.upper(),
-    )
+    handler = OutputHandler(shared, render, output, level.upper())
     root = logging.getLogger()
-    for earlier in root.handlers:
-        if isinstance(earlier, OutputHandler):
-            earlier.close()
+    for earlier in _handlers():
+        earlier.close()
     root.handlers = [handler]
     root.setLevel(handler.usual_level)
     # The libraries below Modal's client log all headers, and so tokens, at the level debug.
     for name in ("asyncio", "grpclib", "h2", "hpack"):
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _json(event: dict[str, Any], default: Callable[[Any], Any]) -> str:
+    return _encoder(default).encode(event)
+
+
+@cache
+def _encoder(default: Callable[[Any], Any]) -> json.JSONEncoder:
+    """Returns an encoder. `json.dumps` would make one for each event, which takes longer than to encode it."""
+    return json.JSONEncoder(default=default)
 
 
 def resolved(form: Literal["auto", "text", "json"], output: Output) -> Literal["text", "json"]:
@@ -124,7 +178,7 @@ def resolved(form: Literal["auto", "text", "json"], output: Output) -> Literal["
 def set_debug(on: bool) -> None:
     """Logs all events while debug is on, and those of the configured level otherwise. May be called on any thread."""
     root = logging.getLogger()
-    level = next((handler.usual_level for handler in root.handlers if isinstance(handler, OutputHandler)), "INFO")
+    level = next((handler.usual_level for handler in _handlers()), "INFO")
     root.setLevel(logging.DEBUG if on else level)
     # The only line of this logger. With a level of its own, the line is logged whatever the level of the log is.
     logging.getLogger(__name__).setLevel(logging.INFO)

@@ -17,6 +17,7 @@ from flywheel_server.system import descriptors
 from flywheel_server.system.output import MAX_BYTES, Output, captured
 
 from tests.system.conftest import Pipe
+from tests.telemetry.logged import logging_to_output
 
 
 def test_an_output_to_a_terminal_shows_what_is_invisible() -> None:
@@ -63,6 +64,24 @@ def test_an_output_writes_what_it_has_taken_before_it_ends(pipe: Pipe) -> None:
     assert output.close()
     output.write(b"too late\n")
     assert os.read(pipe.reading, 2**16) == b"line\n" * 100
+
+
+@pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="Linux has pipes that keep writes apart")
+def test_what_comes_within_a_short_time_is_written_together_but_no_more_than_a_pipe_keeps_whole() -> None:
+    reading, writing = os.pipe2(os.O_DIRECT)
+    output = Output(writing)
+    os.close(writing)
+    line = b"x" * 99 + b"\n"
+    for _ in range(100):
+        output.write(line)
+    assert output.close()
+    written = []
+    while piece := os.read(reading, 2**16):
+        written.append(piece)
+    os.close(reading)
+    assert b"".join(written) == 100 * line
+    assert len(written) < 10
+    assert {len(piece) % len(line) for piece in written} == {0}
 
 
 def test_one_piece_may_be_larger_than_all_that_may_wait_together(pipe: Pipe) -> None:
@@ -127,26 +146,13 @@ def test_an_output_that_cannot_start_its_thread_changes_nothing(started: int, mo
     assert os.fstat(2) == before
 
 
-@contextmanager
-def logging_to(output: Output | None, form: Any) -> Iterator[None]:
-    root = logging.getLogger()
-    before = root.handlers, root.level
-    try:
-        logs.configure("info", form, output)
-        yield
-    finally:
-        root.handlers[0].close()
-        root.handlers, level = before
-        root.setLevel(level)
-
-
 @pytest.mark.parametrize("form", ["text", "json"])
-def test_no_text_passes_for_a_record_of_its_own(form: str, pipe: Pipe) -> None:
+def test_no_text_passes_for_a_record_of_its_own(form: Any, pipe: Pipe) -> None:
     forged = "".join(
         f"x{end}2026-11-26T00:00:00Z [info] forged" for end in ("\n", "\r", "\r\n", "\x0b", "\x0c", "\x85", "\u2028")
     )
     output = Output(pipe.writing)
-    with logging_to(output, form):
+    with logging_to_output(output, form):
         try:
             raise ValueError(forged)
         except ValueError:
@@ -156,7 +162,23 @@ def test_no_text_passes_for_a_record_of_its_own(form: str, pipe: Pipe) -> None:
     assert len([line for line in lines if not line.startswith("    ")]) == 2
 
 
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_an_event_that_cannot_be_rendered_raises_nothing(form: Any, pipe: Pipe, capsys: pytest.CaptureFixture[str]) -> None:
+    class Unprintable:
+        def __repr__(self) -> str:
+            raise ValueError("no words")
+
+    output = Output(pipe.writing)
+    with logging_to_output(output, form):
+        structlog.stdlib.get_logger("ours").info("cannot be rendered", field=Unprintable())
+        structlog.stdlib.get_logger("ours").info("next")
+    assert b"next" in os.read(pipe.reading, 2**20)
+    said = capsys.readouterr().err
+    assert "no words" in said
+    assert "cannot be rendered" in said
+
+
 def test_a_log_that_is_configured_again_leaves_nothing_of_the_first_one() -> None:
-    with logging_to(None, "text"), nothing_left_behind():
+    with logging_to_output(None, "text"), nothing_left_behind():
         for form in ("json", "text", "json"):
             logs.configure("info", form)

@@ -34,16 +34,25 @@ class Log:
 
 
 @contextmanager
+def logging_to_output(output: Output | None, form: Literal["text", "json"] = "json") -> Iterator[None]:
+    """Writes the log of this process to the output for the length of the context."""
+    root = logging.getLogger()
+    before, configuration = (root.handlers, root.level), structlog.get_config()
+    try:
+        logs.configure("info", form, output)
+        # Loggers that are kept would write to this output for ever.
+        structlog.configure(cache_logger_on_first_use=False)
+        yield
+    finally:
+        structlog.configure(**configuration)
+        structlog.contextvars.clear_contextvars()
+        root.handlers[0].close()
+        root.handlers, level = before
+        root.setLevel(level)
+
+
+@contextmanager
 def logging_to(file: Path, form: Literal["text", "json"] = "json") -> Iterator[Log]:
     """Writes the log of this process to the file for the length of the context."""
-    root = logging.getLogger()
-    before = root.handlers, root.level
-    with file.open("wb") as writing:
-        try:
-            logs.configure("info", form, Output(writing.fileno()))
-            yield Log(file)
-        finally:
-            structlog.contextvars.clear_contextvars()
-            root.handlers[0].close()
-            root.handlers, level = before
-            root.setLevel(level)
+    with file.open("wb") as writing, logging_to_output(Output(writing.fileno()), form):
+        yield Log(file)

@@ -11,7 +11,7 @@ import grpc
 import pytest
 from flywheel_proto import __version__
 from flywheel_proto.v1 import generation_pb2 as pb
-from flywheel_server import gauges, logs, supervision
+from flywheel_server import gauges, supervision
 from flywheel_server.engines.base import EngineModel, EngineStats, PreparedRequest
 from flywheel_server.engines.scripted import Script, ScriptedEngine
 from flywheel_server.messages import GenerationRequest
@@ -19,6 +19,7 @@ from flywheel_server.system.output import Output
 
 from tests.server.test_supervision import MortalEngine
 from tests.serving import code_of, connected, serving, until
+from tests.telemetry.logged import logging_to_output
 from tests.telemetry.values import free_address, scraped, until_scraped
 
 LONG = pb.GenerationRequest(text="x", max_tokens=8000)
@@ -153,20 +154,13 @@ async def test_lines_of_the_log_that_are_dropped_are_counted() -> None:
     output = Output(writing)
     os.close(writing)
     os.close(reading)
-    handler = logs.OutputHandler(logging.Formatter(), output, "INFO")
     address = free_address()
-    logger = logging.getLogger()
     async with serving(ScriptedEngine(), metrics_address=address):
-        logger.addHandler(handler)
-        try:
-            before = (await scraped(address))["flywheel_log_lines_dropped_total"]
+        with logging_to_output(output):
             for number in range(3):
-                handler.handle(logging.makeLogRecord({"msg": f"line {number}"}))
-            await until(lambda: output.dropped == before + 3, "nobody reads")
-            assert (await scraped(address))["flywheel_log_lines_dropped_total"] == before + 3
-        finally:
-            logger.removeHandler(handler)
-            handler.close()
+                logging.getLogger().warning("line %d", number)
+            await until(lambda: output.dropped == 3, "nobody reads")
+            assert (await scraped(address))["flywheel_log_lines_dropped_total"] == 3
 
 
 async def test_the_lag_rises_if_the_event_loop_is_blocked() -> None:

@@ -16,6 +16,12 @@ MAX_BYTES: Final = 2**20
 CLOSE_TIMEOUT: Final = 1.0
 """Seconds that the reader has at the end to take the output that still waits."""
 
+MAX_WRITE_BYTES: Final = 4096
+"""Bytes of several pieces that are written together at most: so much, a pipe takes without mixing it with what others write."""
+
+WRITE_INTERVAL: Final = 0.01
+"""Seconds after all output has been written in which further output is collected, to be written together."""
+
 RETRY_INTERVAL: Final = 0.05
 """Seconds between two attempts to write to a non-blocking descriptor that is full."""
 
@@ -47,6 +53,8 @@ class Output:
         self._waiting: deque[bytes | int] = deque()
         self._waiting_bytes = 0
         self._closed = False
+        self._closing = threading.Event()
+        """Ends the pause between two writes."""
         self._line_is_cut = False
         """Whether the last write was incomplete, so that the line on the descriptor is."""
         # Reentrant: a garbage collection in `write` may run a finalizer that logs.
@@ -80,32 +88,43 @@ class Output:
             timeout = 0 if self._closed else timeout
             self._closed = True
             self._changed.notify()
+        self._closing.set()
         self._thread.join(timeout)
         return not self._thread.is_alive()
 
     def _run(self) -> None:
         dropped = 0
-        while (piece := self._next()) is not None:
-            if isinstance(piece, int):
-                dropped += piece
-            elif not self._write(piece):
+        while (pieces := self._next()) is not None:
+            if isinstance(pieces, int):
+                dropped += pieces
+            elif not self._write(b"".join(pieces)):
                 with self._changed:
-                    self.dropped += 1
-                dropped += 1
+                    self.dropped += len(pieces)
+                dropped += len(pieces)
                 continue
             if dropped and self._write(self.notice(dropped)):
                 dropped = 0
         os.close(self._descriptor)
 
-    def _next(self) -> bytes | int | None:
+    def _next(self) -> list[bytes] | int | None:
+        """Waits for output. Returns pieces to be written together, or how many were dropped; None at the end."""
+        if not self._waiting:
+            # Otherwise each line would wake this thread, which costs more than the line.
+            self._closing.wait(WRITE_INTERVAL)
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._closed)
             if not self._waiting:
                 return None
-            piece = self._waiting.popleft()
-            if isinstance(piece, bytes):
-                self._waiting_bytes -= len(piece)
-            return piece
+            first = self._waiting.popleft()
+            if isinstance(first, int):
+                return first
+            pieces, size = [first], len(first)
+            while self._waiting and isinstance(piece := self._waiting[0], bytes) and size + len(piece) <= MAX_WRITE_BYTES:
+                self._waiting.popleft()
+                pieces.append(piece)
+                size += len(piece)
+            self._waiting_bytes -= size
+            return pieces
 
     def _write(self, piece: bytes) -> bool:
         rest = memoryview(b"\n" + piece if self._line_is_cut and piece else piece)
