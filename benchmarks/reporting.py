@@ -8,6 +8,7 @@ process of the load, so its CPU time does not count.
 import argparse
 import asyncio
 import json
+import os
 import socket
 import statistics
 import sys
@@ -37,9 +38,12 @@ REPORTS: Final[Mapping[str, Sequence[str]]] = {
     "metrics": ("--slow-call", "0", "--metrics-address", "METRICS"),
     "a line for each call": ("--log-calls", "1"),
     "traces and metrics over OTLP": ("--slow-call", "0", "--otlp-endpoint", "OTLP"),
+    "the same, all calls traced": ("--slow-call", "0", "--otlp-endpoint", "OTLP"),
     "everything": ("--log-calls", "1", "--metrics-address", "METRICS", "--otlp-endpoint", "OTLP"),
 }
 """The flags of each server."""
+
+ALL_TRACED: Final = "the same, all calls traced"
 
 
 class _Sink:
@@ -71,6 +75,11 @@ def command(flags: Sequence[str], otlp: str) -> list[str]:
     given = [{"METRICS": metrics, "OTLP": otlp}.get(flag, flag) for flag in flags]
     program = [sys.executable, "-m", "flywheel_server", "--address", "127.0.0.1:0", "--engine", "scripted"]
     return [*program, "--script", json.dumps(SCRIPT), "--withdraw-window", "0", "--drain-timeout", "0", *given]
+
+
+def environment(name: str) -> dict[str, str]:
+    """Returns the environment variables of a server."""
+    return {**os.environ, "OTEL_TRACES_SAMPLER": "parentbased_always_on"} if name == ALL_TRACED else {**os.environ}
 
 
 async def unary(stub: Any) -> int:  # noqa: ANN401 - a stub of grpc.aio
@@ -106,7 +115,9 @@ async def measure(rounds: int) -> None:
     loads: dict[str, Callable[[Any], Awaitable[int]]] = {"call": unary, "delta": deltas}
     costs: dict[tuple[str, str], list[float]] = {(name, load): [] for name in REPORTS for load in loads}
     with ExitStack() as stack:
-        servers = {name: stack.enter_context(started(command(flags, otlp))) for name, flags in REPORTS.items()}
+        servers = {
+            name: stack.enter_context(started(command(flags, otlp), environment(name))) for name, flags in REPORTS.items()
+        }
         channels = {name: grpc.aio.insecure_channel(address) for name, (_, address) in servers.items()}
         stubs = {name: generation_pb2_grpc.GenerationServiceStub(channel) for name, channel in channels.items()}
         for number in range(rounds + 1):

@@ -6,8 +6,9 @@ record when the call ends. Without observers, there are no records.
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
+from functools import lru_cache
 from typing import TYPE_CHECKING, Final, Literal, Protocol
 from urllib.parse import unquote
 
@@ -113,12 +114,9 @@ class CallRecord:
         self.retry_delay: float | None = None
         self.is_logged = False
 
-    def peer_address(self) -> dict[str, str | int]:
+    def peer_address(self) -> Mapping[str, str | int]:
         """Returns the address and the port of the caller by the names of OpenTelemetry; only the address if it is no TCP."""
-        found = _TCP_PEER.fullmatch(self.peer)
-        if found is None:
-            return {"network.peer.address": self.peer[:MAX_ADDRESS_CHARACTERS]}
-        return {"network.peer.address": unquote(found[1]).strip("[]"), "network.peer.port": int(found[2])}
+        return _peer_address(self.peer)
 
     def note_sample(self, sample: "GenerationResponseSample") -> None:
         """Notes that a sample has finished."""
@@ -134,6 +132,14 @@ class CallRecord:
         if self.admitted_at is None:
             return "queue"
         return "prompt" if self.first_output_at is None else "decode"
+
+
+@lru_cache(maxsize=1024)  # the calls of a connection have the same peer
+def _peer_address(peer: str) -> Mapping[str, str | int]:
+    found = _TCP_PEER.fullmatch(peer)
+    if found is None:
+        return {"network.peer.address": peer[:MAX_ADDRESS_CHARACTERS]}
+    return {"network.peer.address": unquote(found[1]).strip("[]"), "network.peer.port": int(found[2])}
 
 
 UNKNOWN_METHOD: Final = "_OTHER"

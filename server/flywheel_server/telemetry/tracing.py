@@ -1,18 +1,19 @@
 """Makes a span of each call, from its record, by the semantic conventions of OpenTelemetry for RPC and for GenAI."""
 
 import json
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Final
 
 import grpc
 import structlog
 from opentelemetry import context, propagate, trace
+from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 
 from flywheel_server.grpc_types import Metadata
 from flywheel_server.messages import CONSTRAINT_FIELDS, GenerationRequest
 from flywheel_server.telemetry.calls import CallRecord
+from flywheel_server.telemetry.sampling import RateLimit
 from flywheel_server.telemetry.trace_context import inject_headers
 
 MAX_REFUSALS_PER_SECOND: Final = 10
@@ -55,27 +56,26 @@ class CallTraces:
     Arguments:
         provider: Makes the spans.
         with_texts: Whether the spans have the text of prompts and samples.
-        clock: Returns seconds, for the limit of refused calls.
+        traces: The limit of traces that begin here; None if there is none.
     """
 
-    def __init__(
-        self, provider: trace.TracerProvider, *, with_texts: bool, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, provider: trace.TracerProvider, *, with_texts: bool, traces: RateLimit | None = None) -> None:
         self._tracer = provider.get_tracer("flywheel_server")
         self._with_texts = with_texts
-        self._refusals = _RateLimit(MAX_REFUSALS_PER_SECOND, clock)
+        self._traces = traces
+        self._refusals = RateLimit(MAX_REFUSALS_PER_SECOND)
         self._spans: dict[CallRecord, Span] = {}
+        self._propagated = propagate.get_global_textmap().fields
+        """The names of metadata that may have the caller's span."""
 
     def begin(self, call: CallRecord, metadata: Metadata) -> None:
         """Starts the span of a call, in the context of the call."""
         if call.method.startswith(INFRASTRUCTURE):
             return
-        headers = {name: value for name, value in metadata if isinstance(value, str)}
-        caller = propagate.extract(headers, context.Context())
-        attributes: Attributes = {"rpc.system.name": "grpc", "rpc.method": call.method, "flywheel.request_id": call.request_id}
-        span = self._tracer.start_span(
-            call.method, caller, SpanKind.SERVER, {**attributes, **call.peer_address()}, start_time=call.began_ns
-        )
+        caller = context.Context()
+        if headers := {name: value for name, value in metadata if name in self._propagated and isinstance(value, str)}:
+            caller = propagate.extract(headers, caller)
+        span = self._tracer.start_span(call.method, caller, SpanKind.SERVER, start_time=call.began_ns)
         # Never detached: the call has a context of its own, which ends with the call.
         context.attach(trace.set_span_in_context(span, caller))
         inject_headers.set(propagate.inject)
@@ -91,9 +91,11 @@ class CallTraces:
         span = self._spans.pop(call, None)
         if span is None:
             return
-        is_refusal = call.phase == "request" and call.code is not grpc.StatusCode.OK
-        if is_refusal and not self._refusals.take():
-            return  # a span that does not end is not sent
+        if call.phase == "request" and call.code is not grpc.StatusCode.OK:
+            if self._traces is not None and isinstance(span, ReadableSpan) and span.parent is None:
+                self._traces.give_back()  # otherwise strangers could leave none for others
+            if not self._refusals.take():
+                return  # a span that does not end is not sent
         span.set_attributes(_attributes(call, with_texts=self._with_texts))
         for seconds, event, attributes in _events(call):
             span.add_event(event, attributes, _epoch_ns(call, seconds))
@@ -103,24 +105,6 @@ class CallTraces:
         span.end(_epoch_ns(call, call.ended_at or call.began))
 
 
-class _RateLimit:
-    """Allows a number of things in each second."""
-
-    def __init__(self, per_second: int, clock: Callable[[], float]) -> None:
-        self._per_second = per_second
-        self._clock = clock
-        self._second = 0
-        self._taken = 0
-
-    def take(self) -> bool:
-        """Returns whether one more is allowed now, and counts it."""
-        second = int(self._clock())
-        if second != self._second:
-            self._second, self._taken = second, 0
-        self._taken += 1
-        return self._taken <= self._per_second
-
-
 def _epoch_ns(call: CallRecord, seconds: float) -> int:
     """Returns a time of the record in nanoseconds since the epoch."""
     return call.began_ns + round((seconds - call.began) * 1e9)
@@ -128,7 +112,13 @@ def _epoch_ns(call: CallRecord, seconds: float) -> int:
 
 def _attributes(call: CallRecord, *, with_texts: bool) -> Attributes:
     code = call.code or grpc.StatusCode.UNKNOWN
-    attributes: Attributes = {"rpc.response.status_code": code.name}
+    attributes: Attributes = {
+        "rpc.system.name": "grpc",
+        "rpc.method": call.method,
+        "rpc.response.status_code": code.name,
+        "flywheel.request_id": call.request_id,
+        **call.peer_address(),
+    }
     if code in SERVER_ERRORS:
         attributes["error.type"] = code.name
     if code is grpc.StatusCode.CANCELLED:
