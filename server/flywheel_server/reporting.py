@@ -74,5 +74,5 @@ class Reporting:
             raise ValueError(f"no traces: {error}; install what is missing: pip install '{DISTRIBUTION}[otel]'") from error
         except Exception as error:  # OpenTelemetry raises different errors for wrong variables
             raise ValueError(f"no traces: check the variables OTEL_*: {error}") from error
-        self.observers.append(CallTraces(otlp.tracer_provider, with_texts=self._settings.trace_prompts, traces=otlp.traces))
+        self.observers.append(CallTraces(otlp.tracer_provider, with_texts=self._settings.trace_prompts))
         return otlp

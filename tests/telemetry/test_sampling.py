@@ -8,14 +8,15 @@ import grpc
 import pytest
 from flywheel_proto.v1 import generation_pb2 as pb
 from flywheel_server.engines.scripted import ScriptedEngine
-from flywheel_server.telemetry.sampling import MAX_TRACES_PER_SECOND, RateLimit
+from flywheel_server.telemetry.rate_limit import RateLimit
+from flywheel_server.telemetry.tracing import MAX_TRACES_PER_SECOND
 
 from tests.serving import Target, code_of, serving, until
 from tests.telemetry.otlp_receiver import Receiver, receiving
 
 KEY = "k" * 32
 TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
-CALLS = 4 * MAX_TRACES_PER_SECOND
+CALLS = 8 * MAX_TRACES_PER_SECOND
 """More than begin in the time that they take, even if the machine is slow."""
 
 

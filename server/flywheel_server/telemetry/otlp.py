@@ -15,11 +15,7 @@ from typing import Any, Final
 from flywheel_proto import __version__
 from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
-from opentelemetry.sdk.environment_variables import (
-    OTEL_ATTRIBUTE_VALUE_LENGTH_LIMIT,
-    OTEL_SDK_DISABLED,
-    OTEL_TRACES_SAMPLER,
-)
+from opentelemetry.sdk.environment_variables import OTEL_ATTRIBUTE_VALUE_LENGTH_LIMIT, OTEL_SDK_DISABLED
 from opentelemetry.sdk.resources import (
     SERVICE_INSTANCE_ID,
     SERVICE_NAME,
@@ -32,7 +28,6 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from prometheus_client.registry import Collector
 
 from flywheel_server.telemetry.otlp_metrics import OtlpMetrics
-from flywheel_server.telemetry.sampling import MAX_TRACES_PER_SECOND, RateLimit, sampler_of
 
 MAX_ATTRIBUTE_CHARACTERS: Final = 16_384
 """Maximum length of an attribute, unless `OTEL_ATTRIBUTE_VALUE_LENGTH_LIMIT` says otherwise. Only prompts get that long."""
@@ -51,7 +46,6 @@ class Otlp:
 
     Attributes:
         tracer_provider: Makes tracers whose spans are sent.
-        traces: The limit of traces that begin here; None if `OTEL_TRACES_SAMPLER` chooses them.
     """
 
     def __init__(self, endpoint: str, service: str, *, is_worker: bool = False) -> None:
@@ -60,15 +54,8 @@ class Otlp:
         length = os.environ.get(OTEL_ATTRIBUTE_VALUE_LENGTH_LIMIT, "")
         limits = SpanLimits(max_attribute_length=None if length.strip() else MAX_ATTRIBUTE_CHARACTERS)
         self._span_exporter = OTLPSpanExporter(endpoint)
-        is_chosen = os.environ.get(OTEL_TRACES_SAMPLER, "").strip()
-        self.traces = None if is_chosen else RateLimit(MAX_TRACES_PER_SECOND)
         # `stop` does what the provider would do at the exit of the process, within a time limit.
-        self.tracer_provider = TracerProvider(
-            sampler=sampler_of(self.traces) if self.traces else None,
-            resource=self._resource,
-            span_limits=limits,
-            shutdown_on_exit=False,
-        )
+        self.tracer_provider = TracerProvider(resource=self._resource, span_limits=limits, shutdown_on_exit=False)
         self.tracer_provider.add_span_processor(BatchSpanProcessor(self._span_exporter))
         self._metrics: OtlpMetrics | None = None
         self._metric_exporter: OTLPMetricExporter | None = None

@@ -1,20 +1,29 @@
 """Makes a span of each call, from its record, by the semantic conventions of OpenTelemetry for RPC and for GenAI."""
 
 import json
+import os
 from collections.abc import Iterable, Mapping
+from random import getrandbits
 from typing import Final
 
 import grpc
 import structlog
 from opentelemetry import context, propagate, trace
+from opentelemetry.sdk.environment_variables import OTEL_TRACES_SAMPLER
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 
 from flywheel_server.grpc_types import Metadata
 from flywheel_server.messages import CONSTRAINT_FIELDS, GenerationRequest
 from flywheel_server.telemetry.calls import CallRecord
-from flywheel_server.telemetry.sampling import RateLimit
+from flywheel_server.telemetry.rate_limit import RateLimit
 from flywheel_server.telemetry.trace_context import inject_headers
+
+MAX_TRACES_PER_SECOND: Final = 50
+"""How many traces begin here each second, unless `OTEL_TRACES_SAMPLER` says otherwise.
+
+To make a span and to send it takes as much CPU as most of the cheapest call. So traces cost a small share of a core at most.
+"""
 
 MAX_REFUSALS_PER_SECOND: Final = 10
 """How many spans a second may be of calls that failed before they joined the queue.
@@ -51,18 +60,18 @@ class CallTraces:
     """Observes calls, and makes a span of each; see `CallObserver`.
 
     The span is a child of the caller's span if the metadata have one (`traceparent`), and its trace is sampled if that one is.
-    While a call runs, its log lines have the `trace_id`, and its span is OpenTelemetry's current span.
+    While a call runs, its span is OpenTelemetry's current span, and its log lines have the `trace_id`, unless the trace begins
+    here and is not sampled.
 
     Arguments:
         provider: Makes the spans.
         with_texts: Whether the spans have the text of prompts and samples.
-        traces: The limit of traces that begin here; None if there is none.
     """
 
-    def __init__(self, provider: trace.TracerProvider, *, with_texts: bool, traces: RateLimit | None = None) -> None:
+    def __init__(self, provider: trace.TracerProvider, *, with_texts: bool) -> None:
         self._tracer = provider.get_tracer("flywheel_server")
         self._with_texts = with_texts
-        self._traces = traces
+        self._traces = None if os.environ.get(OTEL_TRACES_SAMPLER, "").strip() else RateLimit(MAX_TRACES_PER_SECOND)
         self._refusals = RateLimit(MAX_REFUSALS_PER_SECOND)
         self._spans: dict[CallRecord, Span] = {}
         self._propagated = propagate.get_global_textmap().fields
@@ -75,16 +84,24 @@ class CallTraces:
         caller = context.Context()
         if headers := {name: value for name, value in metadata if name in self._propagated and isinstance(value, str)}:
             caller = propagate.extract(headers, caller)
-        span = self._tracer.start_span(call.method, caller, SpanKind.SERVER, start_time=call.began_ns)
+        span = self._start(call, caller)
         # Never detached: the call has a context of its own, which ends with the call.
         context.attach(trace.set_span_in_context(span, caller))
         inject_headers.set(propagate.inject)
-        trace_id = span.get_span_context().trace_id
-        if trace_id != trace.INVALID_TRACE_ID:
-            structlog.contextvars.bind_contextvars(trace_id=trace.format_trace_id(trace_id))
         if span.is_recording():
             self._spans[call] = span
             call.texts = [] if self._with_texts else None
+
+    def _start(self, call: CallRecord, caller: context.Context) -> Span:
+        begins_here = not trace.get_current_span(caller).get_span_context().is_valid
+        if begins_here and self._traces is not None and not self._traces.take():
+            # Of a trace that is not sampled, so that what is called on behalf of this call samples nothing either.
+            return trace.NonRecordingSpan(trace.SpanContext(getrandbits(128), getrandbits(64), is_remote=False))
+        span = self._tracer.start_span(call.method, caller, SpanKind.SERVER, start_time=call.began_ns)
+        trace_id = span.get_span_context().trace_id
+        if trace_id != trace.INVALID_TRACE_ID:
+            structlog.contextvars.bind_contextvars(trace_id=trace.format_trace_id(trace_id))
+        return span
 
     def end(self, call: CallRecord) -> None:
         """Ends the span of a call, with what its record has."""
