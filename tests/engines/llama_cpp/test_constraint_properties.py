@@ -12,7 +12,7 @@ from flywheel_server.engines.base import InvalidFieldError
 from flywheel_server.engines.llama_cpp.constraints.grammars import grammar_of
 from flywheel_server.engines.llama_cpp.constraints.guard import ConstraintGuard, _bytes_tokenizer
 from flywheel_server.engines.llama_cpp.constraints.keywords import ANNOTATIONS, FORMATS, SUPPORTED_KEYWORDS, TYPES
-from flywheel_server.engines.llama_cpp.constraints.probe import TOKENS, _tokenizer, _Tokens
+from flywheel_server.engines.llama_cpp.constraints.probe import TOKENS, _Tokens, trial_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llguidance import LLMatcher
@@ -70,7 +70,7 @@ SCHEMAS = st.recursive(st.booleans() | _schemas(st.booleans()), _schemas, max_le
 
 
 def _grammar(json_schema: str = "", regex: str = "", choices: tuple[str, ...] = ()) -> str | None:
-    _tokenizer()
+    trial_tokenizer()
     begun = time.thread_time()
     grammar, description = None, "it was refused"
     try:
@@ -85,7 +85,7 @@ def _grammar(json_schema: str = "", regex: str = "", choices: tuple[str, ...] = 
 
 def _random_text(grammar: str, chance: random.Random) -> str | None:
     """Returns a text that the grammar allows, or None if none was found in some tokens."""
-    matcher = LLMatcher(_tokenizer(), grammar, log_level=0)
+    matcher = LLMatcher(trial_tokenizer(), grammar, log_level=0)
     text = b""
     for _ in range(60):
         mask = matcher.compute_bitmask()

@@ -16,6 +16,7 @@ import xllamacpp
 from flywheel_proto.v1 import generation_pb2 as pb
 from flywheel_server.engines.base import EngineError, EngineFailedError, EngineUnavailableError, TextDelta
 from flywheel_server.engines.llama_cpp import native_log
+from flywheel_server.engines.llama_cpp.constraints.probe import trial_tokenizer
 from flywheel_server.engines.llama_cpp.default_model import default_model
 from flywheel_server.engines.llama_cpp.engine import EmbeddedEngine
 from flywheel_server.engines.llama_cpp.llama import Chunk
@@ -276,6 +277,12 @@ async def test_it_can_be_started_again_after_it_was_stopped() -> None:
     for _ in range(2):
         async with engine:
             await engine.check()
+
+
+async def test_the_first_constraint_finds_the_vocabulary_for_trials_built() -> None:
+    trial_tokenizer.cache_clear()
+    async with engine_of(default_model()):
+        assert trial_tokenizer.cache_info().currsize == 1
 
 
 @pytest.mark.parametrize("cache", [False, *further([True])])

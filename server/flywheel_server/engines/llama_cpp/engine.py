@@ -29,6 +29,7 @@ from flywheel_server.engines.llama_cpp import native_log
 from flywheel_server.engines.llama_cpp.chat_template import ChatTemplate, UnusableTemplateError
 from flywheel_server.engines.llama_cpp.completions import Completions
 from flywheel_server.engines.llama_cpp.constraints.grammars import grammar_of
+from flywheel_server.engines.llama_cpp.constraints.probe import trial_tokenizer
 from flywheel_server.engines.llama_cpp.llama import Llama
 from flywheel_server.engines.llama_cpp.load_failure import load_failure, template_failure
 from flywheel_server.engines.llama_cpp.model_file import ModelFile, UnusableModelError
@@ -169,10 +170,14 @@ class EmbeddedEngine(Engine):
             self._tokenizer.tokens(CHECK_REQUEST, lambda: False)
         except PromptTooLongError as error:
             raise UnusableModelError(self._context_problem(error.prompt_tokens)) from error
-        self._read_vocabulary_for_grammars()
+        self._prepare_for_grammars()
 
-    def _read_vocabulary_for_grammars(self) -> None:
-        """Makes llama.cpp read its vocabulary for LLGuidance, which the first grammar does while other callers wait."""
+    def _prepare_for_grammars(self) -> None:
+        """Does what the first grammars would do while other callers wait.
+
+        That is to build the vocabulary for trials, and to make llama.cpp read its own vocabulary for LLGuidance.
+        """
+        trial_tokenizer()
         body = {"prompt": self._llama.tokenize("a"), "max_tokens": 1, "grammar": grammar_of(None, "a", None)}
         self._llama.complete(body, lambda _: True)
 

@@ -44,7 +44,7 @@ def is_affordable(grammar: str, tokens: int, texts: int = 1, fuel: int = REGEX_F
     Each text has that many tokens. The answer for a grammar is always the same. A token takes at most 0.5 ms of CPU time.
     """
     limits = LLParserLimits(step_lexer_fuel=fuel, step_max_items=MAX_STEP_ITEMS, max_items_in_row=MAX_ROW_ITEMS)
-    matcher = LLMatcher(_tokenizer(), grammar, log_level=0, limits=limits)
+    matcher = LLMatcher(trial_tokenizer(), grammar, log_level=0, limits=limits)
     chance = random.Random(0)  # noqa: S311 - to be repeatable
     return all(_follows(matcher.deep_copy(), chance, tokens) for _ in range(texts))
 
@@ -97,5 +97,6 @@ class _Tokens:
 
 
 @cache
-def _tokenizer() -> LLTokenizer:
+def trial_tokenizer() -> LLTokenizer:
+    """Returns the vocabulary for trials. The first call takes 0.2 s, during most of which no other thread can run Python."""
     return LLTokenizer(TokenizerWrapper(_Tokens()))
