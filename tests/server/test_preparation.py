@@ -121,7 +121,7 @@ async def test_a_call_keeps_its_thread_until_the_work_is_done_even_if_the_call_i
         second = await those.come("a2", "a")
         first.cancel()
         with pytest.raises(asyncio.CancelledError):
-            async with asyncio.timeout(1):
+            async with asyncio.timeout(10):
                 await first
         await settled()
         assert those.engine.begun == ["a1"], "the thread works on"
@@ -198,8 +198,9 @@ async def test_a_caller_that_cancels_has_no_more_threads_and_other_callers_go_on
             request = pb.GenerationRequest(text=text, max_tokens=max_tokens)
             return asyncio.create_task(drained(getattr(target.stub, method)(request, metadata=metadata[caller])))
 
-        hog = call("heavy", "hog")
-        await until(lambda: engine.begun == ["hog"], "the thread is taken")
+        prompt = "hog" * 3000
+        hog = call("heavy", prompt)
+        await until(lambda: engine.begun == [prompt], "the thread is taken")
         hog.cancel()
         await asyncio.wait([hog])
         for _ in range(3):
@@ -207,11 +208,11 @@ async def test_a_caller_that_cancels_has_no_more_threads_and_other_callers_go_on
                 await call("heavy", "again")
             assert details_of(caught.value)[ErrorInfo].reason == "QUOTA_EXCEEDED"
         other = call("light", "o")
-        await until(lambda: engine.begun == ["hog", "o"], "another caller has a thread")
+        await until(lambda: engine.begun == [prompt, "o"], "another caller has a thread")
         engine.finish("o")
         await other
-        # The prompt of the cancelled call is charged all the same.
-        engine.finish("hog", tokens=2000)
+        # The prompt of the cancelled call is charged all the same, by its length: more than a minute's quota.
+        engine.finish(prompt)
         await until(lambda: not engine.at_work, "the thread is free")
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await call("heavy", "more", max_tokens=1000)
