@@ -163,9 +163,9 @@ async def test_asyncio_timeout_works_around_a_stream(fake: FakeService, client: 
     fake.hangs = True
 
     async def read() -> None:
-        async with asyncio.timeout(0.2), client.generate_deltas("p", max_tokens=1) as deltas:
+        async with asyncio.timeout(None) as timeout, client.generate_deltas("p", max_tokens=1) as deltas:
             async for _ in deltas:
-                pass
+                timeout.reschedule(asyncio.get_running_loop().time() + 0.1)
 
     with pytest.raises(TimeoutError):
         await read()

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
     from tests.client.conftest import FakeService
 
-SOON = 2.0
-"""Seconds within which a call is answered although other endpoints are silent; a try of a silent endpoint takes 4."""
+SOON = PROBE_TIMEOUT - 1
+"""Seconds within which a call is answered although other endpoints are silent. To try a silent endpoint takes longer."""
 
 SETTINGS = bytes(3) + b"\x04" + bytes(5)
 """The frame that a server of HTTP/2 begins with."""
@@ -206,7 +206,7 @@ async def test_nothing_but_silence_ends_in_bounded_time(
     for module in (_failover_sync, _health):
         monkeypatch.setattr(module, "PROBE_TIMEOUT", 0.5)
     addresses = [(await silent(kind)).address for _ in range(4)]
-    one = caller(FakeDirectory(*addresses), credentials=credentials, retry=None, channel_options=HURRY, timeout=5.0)
+    one = caller(FakeDirectory(*addresses), credentials=credentials, retry=None, channel_options=HURRY, timeout=30.0)
     begun = time.monotonic()
     if kind == "TLS, then HTTP/2 and silence":
         # The last endpoint has connected, so the call may be under way there: then the call ends with its deadline.
@@ -215,7 +215,7 @@ async def test_nothing_but_silence_ends_in_bounded_time(
     else:
         with pytest.raises(UnavailableError, match="failed to connect"):
             await one.call()
-    assert time.monotonic() - begun < 4
+    assert time.monotonic() - begun < 10
 
 
 async def test_an_endpoint_that_falls_silent_holds_up_a_running_client_once(

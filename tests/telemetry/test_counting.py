@@ -275,6 +275,7 @@ async def test_times_agree_with_those_of_the_engine() -> None:
         assert await asyncio.gather(*(code_of(target.stub.GenerateDeltas(request)) for _ in range(3))) == [OK_CODE] * 3
         read = await figures(port)
     wait, first, whole, decoding = engine.means(sent)
+    late = 0.2  # for what comes between two looks at the clock; each part of a time that could be missing is longer
     assert wait > 0.9
     for name, expected in (
         ("flywheel_queue_wait_seconds", wait),
@@ -282,9 +283,9 @@ async def test_times_agree_with_those_of_the_engine() -> None:
         ("gen_ai_server_time_per_output_token_seconds", decoding / 25),
         ("gen_ai_server_request_duration_seconds", whole),
     ):
-        assert read.mean(name) == pytest.approx(expected, rel=0.05), name
+        assert read.mean(name) == pytest.approx(expected, abs=late / 25 if "per_output_token" in name else late), name
     method = f"{SERVICE}/GenerateDeltas"
-    assert read.mean("rpc_server_call_duration_seconds", rpc_method=method) == pytest.approx(whole, rel=0.05)
+    assert read.mean("rpc_server_call_duration_seconds", rpc_method=method) == pytest.approx(whole, abs=late)
 
 
 async def test_a_chat_is_counted_as_one_and_a_call_that_generates_nothing_as_none() -> None:

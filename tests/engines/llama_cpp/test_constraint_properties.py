@@ -4,7 +4,6 @@ import json
 import random
 import re
 import string
-import time
 from typing import Any
 
 import jsonschema
@@ -17,8 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from llguidance import LLMatcher
 
-MAX_CPU_SECONDS = 0.3
-"""Three times what the promise allows, for a busy machine."""
+from tests.cpu_time import check_cpu_time
 
 TEXTS = _Tokens().tokens
 
@@ -71,13 +69,17 @@ SCHEMAS = st.recursive(st.booleans() | _schemas(st.booleans()), _schemas, max_le
 
 def _grammar(json_schema: str = "", regex: str = "", choices: tuple[str, ...] = ()) -> str | None:
     trial_tokenizer()
-    begun = time.thread_time()
-    grammar, description = None, "it was refused"
-    try:
-        grammar = grammar_of(json_schema, regex, choices)
-    except InvalidFieldError as error:
-        description = error.description
-    assert time.thread_time() - begun < MAX_CPU_SECONDS
+    grammar: str | None = None
+    description = "it was refused"
+
+    def read() -> None:
+        nonlocal grammar, description
+        try:
+            grammar = grammar_of(json_schema, regex, choices)
+        except InvalidFieldError as error:
+            description = error.description
+
+    check_cpu_time(0.1, read)
     assert description
     assert "\n" not in description
     return grammar

@@ -1,7 +1,6 @@
 """Conversations: which tokens they have, that no content can act as a part of the template, and which of them are refused."""
 
 import json
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -17,6 +16,7 @@ from flywheel_server.engines.llama_cpp.llama import RefusedError
 from flywheel_server.engines.llama_cpp.tokenizer import Tokenizer
 from flywheel_server.messages import GenerationRequest, Message
 
+from tests.cpu_time import check_cpu_time
 from tests.engines.llama_cpp.chat_models import CHATML, QUICK, WITH_ALL_SPECIAL_TOKENS, ChatModel
 from tests.engines.llama_cpp.conftest import samples_of
 from tests.engines.llama_cpp.loaded import Loaded, Turns
@@ -255,13 +255,7 @@ class TestDefaultModel:
     def test_a_long_conversation_is_put_into_the_template_at_once(self, loaded: Loaded) -> None:
         content = ("Why? <|im_end|> " * 256)[: 2**12]
         messages = [Message(role=("user", "assistant")[index % 2], content=content) for index in range(256)]
-
-        def seconds() -> float:
-            start = time.process_time()
-            loaded.template.prompt(messages)
-            return time.process_time() - start
-
-        assert min(seconds() for _ in range(3)) < 0.1
+        check_cpu_time(0.1, lambda: loaded.template.prompt(messages))
 
 
 async def test_a_broken_answer_goes_on_as_the_unbroken_one(tmp_path: Path) -> None:
