@@ -122,7 +122,11 @@ async def test_a_real_client_gets_samples_and_deltas_through_the_tunnel(prepared
     assert tunnel.type == api_pb2.TUNNEL_TYPE_H2
     assert prepared.function("service/Gateway").autoscaler_settings.min_containers == 1
     async with through(tunnel, prepared) as target:
-        assert await health(target) == health_pb2.HealthCheckResponse.SERVING
+
+        async def is_serving() -> bool:
+            return bool(await health(target) == health_pb2.HealthCheckResponse.SERVING)
+
+        await until(is_serving, "it is serving")
         assert await health(target, RUNNERS) == health_pb2.HealthCheckResponse.NOT_SERVING
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await target.stub.GenerateAll(REQUEST)
