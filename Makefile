@@ -16,6 +16,9 @@ install: .venv/.installed ## Build .venv with everything for work on the project
 serve: .venv/.installed ## Run the server: make serve ARGS="--address 127.0.0.1:0"
 	.venv/bin/flywheel-server $(ARGS)
 
+# The tests run in several processes and start hundreds: each would compile all modules anew.
+test test-thorough test-floor: export PYTHONDONTWRITEBYTECODE =
+
 test: .venv/.installed ## Run the tests
 	.venv/bin/pytest $(ARGS)
 

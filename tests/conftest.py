@@ -1,5 +1,6 @@
 """What pytest needs before anything else is imported, the options of the suite, and what many of its tests share."""
 
+import gc
 import os
 import signal
 from collections.abc import Generator, Iterator
@@ -34,6 +35,17 @@ def pytest_xdist_auto_num_workers() -> int:
     from flywheel_server.system.cores import usable_cores
 
     return usable_cores() + 1
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Exempts from garbage collection what is imported and collected. To go through all of it takes 0.2 s each time."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
