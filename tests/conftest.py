@@ -4,6 +4,7 @@ import gc
 import os
 import signal
 from collections.abc import Generator, Iterator
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import hypothesis
@@ -46,6 +47,35 @@ def pytest_collection() -> Generator[None, object, object]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Has each worker begin with tests on the stand-in of Modal. In the end, other workers take over what a worker has left.
+
+    Each worker has a stand-in of its own, and deploys and starts on it what its tests share. pytest-xdist gives the first part
+    of the tests to the first worker, and so on.
+    """
+    workers: int = getattr(config, "workerinput", {}).get("workercount", 1)
+    if workers == 1:
+        return
+    on_modal = [item for item in items if "cloud" in getattr(item, "fixturenames", ())]
+    others = [item for item in items if "cloud" not in getattr(item, "fixturenames", ())]
+    ends = [_next_module(on_modal, len(on_modal) * number // workers) for number in range(workers + 1)]
+    total = len(items)
+    items.clear()
+    for number, (start, end) in enumerate(pairwise(ends), start=1):
+        items += on_modal[start:end]
+        missing = max(0, total * number // workers - len(items))
+        items += others[:missing]
+        del others[:missing]
+
+
+def _next_module(items: list[pytest.Item], index: int) -> int:
+    """Returns the index of the first test from this one on with which a module begins."""
+    while 0 < index < len(items) and items[index].path == items[index - 1].path:
+        index += 1
+    return index
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
