@@ -87,6 +87,7 @@ def test_a_gateway_that_does_not_start_says_why_and_what_to_do(own: ModalCloud) 
     assert f"modal secret create -e main --force {SECRET}" in container.output()
 
 
+@pytest.mark.thorough
 def test_the_command_of_the_refusal_replaces_a_secret_that_lacks_the_variable(own: ModalCloud) -> None:
     """For example a secret with FLYWHEEL_API_KEY, which is the variable of the client."""
     own.create_secret(SECRET, {"FLYWHEEL_API_KEY": KEY})

@@ -19,7 +19,6 @@ from modal.exception import ConnectionError as NoConnection
 from tests.modal_cloud import Container, ModalCloud, with_clock
 from tests.modal_cloud.conftest import SAMPLE
 from tests.serving import until
-from tests.thorough import further
 
 
 async def running(cloud: ModalCloud, name: str) -> Container:
@@ -128,7 +127,8 @@ async def test_values_of_a_queue_may_be_read_and_left_there(client: modal.Client
     assert await named.len.aio() == 3
 
 
-@pytest.mark.parametrize("kind", ["secret", *further(["dict", "queue", "volume"])])
+@pytest.mark.thorough
+@pytest.mark.parametrize("kind", ["secret", "dict", "queue", "volume"])
 def test_the_command_makes_lists_and_deletes(cloud: ModalCloud, kind: str) -> None:
     def modal_command(*arguments: str) -> str:
         done = cloud.cli(kind, *arguments)
@@ -175,6 +175,7 @@ async def test_cancelled_calls_end_in_the_container_together(cloud: ModalCloud, 
     assert {call.object_id for call in calls} <= set(cloud.cancelled)
 
 
+@pytest.mark.thorough
 async def test_options_make_a_variant_with_containers_of_its_own(cloud: ModalCloud, client: modal.Client) -> None:
     variant = modal.Cls.from_name("sample", "Model", client=client).with_options(gpu="A10G", timeout=1)()
     with pytest.raises(FunctionTimeoutError):
@@ -214,6 +215,7 @@ async def test_a_container_that_cannot_start_fails_its_inputs(client: modal.Clie
         await modal.Cls.from_name("sample", "Broken", client=client)().answer.remote.aio()
 
 
+@pytest.mark.thorough
 async def test_the_clocks_of_containers_may_be_wrong(cloud: ModalCloud, client: modal.Client) -> None:
     for name, offset, within in (("sample", -600, 5), ("sample/Model", 100, 5), ("sample/Model", 0, 5)):
         cloud.set_clock(name, offset)
@@ -266,6 +268,7 @@ async def test_an_app_has_tags(client: modal.Client) -> None:
     assert await (await modal.App.lookup.aio("new", client=client, create_if_missing=True)).get_tags.aio(client=client) == {}
 
 
+@pytest.mark.thorough
 def test_the_command_lists_apps_and_containers(cloud: ModalCloud) -> None:
     (gateway,) = cloud.containers("Gateway")
     for command, expected in (("app", "sample"), ("container", gateway.task_id)):
@@ -273,6 +276,7 @@ def test_the_command_lists_apps_and_containers(cloud: ModalCloud) -> None:
         assert (listed.returncode, expected in listed.stdout) == (0, True), listed.stdout + listed.stderr
 
 
+@pytest.mark.thorough
 def test_a_function_runs_from_the_command_line(cloud: ModalCloud) -> None:
     ran = cloud.cli(
         "run", f"{SAMPLE}::hello", "--name", "world", env={"SAMPLE_VOLUME": cloud.function("Model").volume_mounts[0].mount_path}
@@ -318,6 +322,7 @@ async def test_rpcs_may_be_limited_slow_or_fail_now_and_then(
     cloud.calm()
 
 
+@pytest.mark.thorough
 async def test_a_deleted_volume_leaves_no_files_and_starts_no_containers(cloud: ModalCloud, model: Any) -> None:
     await model.write.remote.aio("left", "text")
     await asyncio.to_thread(cloud.scale_to_zero, "Model")
@@ -331,6 +336,7 @@ async def test_a_deleted_volume_leaves_no_files_and_starts_no_containers(cloud: 
     await until(lambda: len(cloud.containers("Gateway")) == 1, "the container of the old version has ended")
 
 
+@pytest.mark.thorough
 async def test_a_redeployment_replaces_containers(cloud: ModalCloud, client: modal.Client) -> None:
     (old,) = cloud.containers("Gateway")
     mount = cloud.function("Model").volume_mounts[0].mount_path

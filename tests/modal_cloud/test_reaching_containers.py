@@ -12,6 +12,9 @@ from modal_proto import api_pb2
 from tests.modal_cloud import ModalCloud, Tunnel
 from tests.serving import until
 
+pytestmark = pytest.mark.thorough
+"""Tests of gateways and of their page, which `make test` runs, reach containers by each of these ways."""
+
 
 def speak(cloud: ModalCloud, port: int, alpn: list[str]) -> tuple[str | None, bytes]:
     """Returns the protocol and the answer through a relay."""

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING
 
+import pytest
 from flywheel_client._records import DEFAULT_APP
 
 from tests.client.modal.records import WAIT, record
@@ -61,6 +62,7 @@ async def test_the_command_lists_endpoints(
     assert (process.returncode, process.stdout, process.stderr) == (0, f"{addresses[1]}\n", "")
 
 
+@pytest.mark.thorough
 async def test_the_command_lists_all_if_none_answers(cloud: ModalCloud, records: modal.Dict) -> None:
     await records.put.aio("ta-1", record("localhost:1"))
     await records.put.aio("ta-2", record("localhost:2", age=3.0))

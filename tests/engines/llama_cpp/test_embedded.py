@@ -288,7 +288,7 @@ async def test_the_first_constraint_finds_the_vocabulary_for_trials_built() -> N
 @pytest.mark.parametrize("cache", [False, *further([True])])
 async def test_without_the_cache_a_prompt_is_read_again(cache: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(xllamacpp, "CommonParams", with_metrics(xllamacpp.CommonParams))
-    request = pb.GenerationRequest(text="word " * 200, max_tokens=1)
+    request = pb.GenerationRequest(text="word " * 96, max_tokens=1)
     engine = EmbeddedEngine(
         default_model(), context_tokens=1024, slots=1, threads=1, batch_tokens=16, prompt_format="raw", prompt_cache=cache
     )

@@ -144,7 +144,7 @@ def test_the_tokens_are_those_of_the_whole_text_with_any_tokenizer(
         for text in (joint * 100, ("ab " + joint) * 100, (joint + "\n") * 100):
             whole = llama.tokenize(text, add_special=True)
             assert tokenizer.tokens(GenerationRequest(text=text, max_tokens=1), lambda: False) == whole
-            for kept in range(1, 30):
+            for kept in (1, 2, 3, 4, 5, 8, 13, 21, 29):
                 request = GenerationRequest(text=text, max_tokens=1, max_input_tokens=kept)
                 assert tokenizer.tokens(request, lambda: False) == whole[-kept:]
     finally:

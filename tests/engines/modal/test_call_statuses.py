@@ -161,7 +161,7 @@ async def test_a_limit_is_told_at_once_with_the_time_that_modal_says(deployed: M
         limit.end()
 
 
-@pytest.mark.parametrize("retry_after", [None, 0.5])
+@pytest.mark.parametrize("retry_after", [0.5, *further([None])])
 async def test_limited_polls_end_none_of_30_streams(
     deployed: ModalCloud, targets: dict[str, Target], retry_after: float | None
 ) -> None:

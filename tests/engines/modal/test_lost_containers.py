@@ -81,7 +81,7 @@ async def test_a_container_that_is_preempted_is_unavailable(slow: ModalCloud, me
         assert (await target.stub.GenerateAll(request())).num_samples == 1
 
 
-@pytest.mark.parametrize("class_name", ["Model", "Flywheel"])
+@pytest.mark.parametrize("class_name", ["Model", *further(["Flywheel"])])
 async def test_a_container_that_is_killed_before_it_sent_text_is_replaced(cloud: ModalCloud, class_name: str) -> None:
     scripted.deploy(cloud, "late", Script(prompt_delay=0.3))
     async with serving(scripted.engine("late", class_name)) as target:
