@@ -24,7 +24,7 @@ from flywheel_server.engines.base import Engine, EngineError
 from flywheel_server.server import serve
 from flywheel_server.settings import Settings
 from flywheel_server.supervision import EngineDiedError
-from flywheel_server.system import descriptors, heap
+from flywheel_server.system import descriptors, garbage, heap
 from flywheel_server.system.output import Output
 from flywheel_server.system.signals import SignalReceiver
 from flywheel_server.workers.link import Link
@@ -130,6 +130,7 @@ async def _serve(
 
     with calling(cancel):
         async with serving as port:
+            garbage.exempt()
             on_ready(port)
             await asyncio.Event().wait()
 

@@ -26,7 +26,7 @@ from flywheel_server.deployment.tunnel import published_tunnel
 from flywheel_server.engine_factory import create_engine
 from flywheel_server.server import serve
 from flywheel_server.settings import Settings
-from flywheel_server.system import descriptors, heap, signals
+from flywheel_server.system import descriptors, garbage, heap, signals
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -137,6 +137,7 @@ class GatewayThread:
                     published_tunnel(self._tunnelled_app, server, self._tunnel_interval, self._stop.set)
                 )
             outlasting.push_async_callback(asyncio.sleep, FLUSH_SECONDS)
+            garbage.exempt()
             self._ready.set_result(None)
             try:
                 await self._stop.wait()

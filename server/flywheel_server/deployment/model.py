@@ -37,7 +37,7 @@ from flywheel_server.engines.samples import FinishedSamplesSink
 from flywheel_server.messages import GenerationRequest, GenerationResponse
 from flywheel_server.setting_texts import NONE
 from flywheel_server.settings import Settings
-from flywheel_server.system import heap
+from flywheel_server.system import garbage, heap
 from flywheel_server.system.cores import usable_cores
 
 if TYPE_CHECKING:
@@ -118,7 +118,9 @@ async def start_engine(weights: Weights, deployment: Deployment, settings: Setti
     supervised = SupervisedEngine(
         engine, end_container, timeout=settings.engine_timeout, restarts=settings.engine_death == "restart"
     )
-    return await supervised.__aenter__()
+    await supervised.__aenter__()
+    garbage.exempt()
+    return supervised
 
 
 def _fetch_command(weights: Weights, settings: Settings) -> str:
