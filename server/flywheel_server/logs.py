@@ -3,10 +3,12 @@
 import json
 import logging
 from collections.abc import Callable, Sequence
-from functools import cache
-from typing import Any, Literal
+from contextlib import suppress
+from datetime import UTC, datetime
+from typing import Any, Final, Literal
 
 import structlog
+from pydantic_core import to_json
 from structlog.typing import Processor
 
 from flywheel_server.system.output import Output
@@ -81,9 +83,9 @@ def _line(text: str) -> bytes:
 
 
 class EventLogger:
-    """Writes the events of a logger of structlog: without a record of `logging`, which costs more than the line.
+    """Writes events to the log, without a record of `logging`, which costs more than the line.
 
-    Its level is that of the logger of `logging` with the same name, as for libraries.
+    Its level is that of the logger of `logging` with the same name, as for libraries. The loggers of structlog write to one.
     """
 
     def __init__(self, name: str) -> None:
@@ -97,11 +99,21 @@ class EventLogger:
         return self._levels.disabled
 
     def info(self, /, **event: object) -> None:
-        """Writes an event, whose level is a field of it."""
+        """Writes an event that has all its fields, such as its level."""
         for handler in _handlers():
             handler.write(event)
 
     debug = warning = error = critical = exception = info
+
+    def write(self, level: Literal["info", "warning"], event: dict[str, Any]) -> None:
+        """Writes an event as a logger of structlog does, in a third of its time: for events of which there are many."""
+        if self._levels.isEnabledFor(_LEVELS[level]):
+            timestamp = datetime.now(UTC).isoformat().replace("+00:00", "Z")
+            context = structlog.contextvars.get_contextvars()
+            self.info(**{**context, **event, "logger": self.name, "level": level, "timestamp": timestamp})
+
+
+_LEVELS: Final = {"info": logging.INFO, "warning": logging.WARNING}
 
 
 def _handlers() -> list[OutputHandler]:
@@ -131,16 +143,15 @@ def configure(
         structlog.stdlib.add_logger_name,
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
-        *([] if worker is None else [lambda _, __, event: {**event, "worker": worker}]),
     ]
-    render: list[Processor]
+    render: list[Processor] = [] if worker is None else [lambda _, __, event: {**event, "worker": worker}]
     if resolved(form, output) == "json":
         # Tracebacks leave out local variables, because these hold prompts.
         tracebacks = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
-        render = [structlog.processors.ExceptionRenderer(tracebacks), structlog.processors.JSONRenderer(_json)]
+        render += [structlog.processors.ExceptionRenderer(tracebacks), structlog.processors.JSONRenderer(_json)]
     else:
         plain = structlog.dev.plain_traceback
-        render = [structlog.dev.ConsoleRenderer(colors=False, pad_event_to=0, pad_level=False, exception_formatter=plain)]
+        render += [structlog.dev.ConsoleRenderer(colors=False, pad_event_to=0, pad_level=False, exception_formatter=plain)]
     structlog.configure(
         processors=[structlog.stdlib.filter_by_level, *shared],
         logger_factory=EventLogger,
@@ -159,13 +170,15 @@ def configure(
 
 
 def _json(event: dict[str, Any], default: Callable[[Any], Any]) -> str:
-    return _encoder(default).encode(event)
+    """Returns an event as JSON in ASCII.
 
-
-@cache
-def _encoder(default: Callable[[Any], Any]) -> json.JSONEncoder:
-    """Returns an encoder. `json.dumps` would make one for each event, which takes longer than to encode it."""
-    return json.JSONEncoder(default=default)
+    pydantic's encoder takes a fifth of the time of Python's, but knows no ASCII, and no text that is not valid Unicode.
+    """
+    with suppress(ValueError):
+        text = to_json(event, fallback=default)
+        if text.isascii():
+            return text.decode()
+    return json.dumps(event, default=default, separators=(",", ":"))
 
 
 def resolved(form: Literal["auto", "text", "json"], output: Output) -> Literal["text", "json"]:

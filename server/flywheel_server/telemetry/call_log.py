@@ -6,12 +6,11 @@ The request id, the caller and the trace id are in the context of the call, as f
 import random
 from typing import Any
 
-import structlog
-
 from flywheel_server.grpc_types import Metadata
+from flywheel_server.logs import EventLogger
 from flywheel_server.telemetry.calls import CallRecord, Phase
 
-log = structlog.stdlib.get_logger(__name__)
+log = EventLogger(__name__)
 
 
 class CallLog:
@@ -33,31 +32,38 @@ class CallLog:
         """Logs the call, if it is slow or is drawn."""
         if call.is_logged:
             return
-        phases = _phases_until_output(call)
-        # Only calls of the engine: a stream of health lasts for as long as its caller likes.
-        if self._slow_seconds and "queue" in phases and sum(phases.values()) > self._slow_seconds:
-            log.warning("call finished", **self._fields(call), slow_phase=max(phases, key=phases.__getitem__))
+        if self._is_slow(call):
+            phases = _phases_until_output(call)
+            log.write("warning", {**_fields(call), "slow_phase": max(phases, key=phases.__getitem__)})
         elif random.random() < self._share:  # noqa: S311 - no secret
-            log.info("call finished", **self._fields(call))
+            log.write("info", _fields(call))
 
-    def _fields(self, call: CallRecord) -> dict[str, Any]:
-        """Returns the fields of a line. Dotted names are those of OpenTelemetry."""
-        fields: dict[str, Any] = {
-            "rpc.method": call.method,
-            "rpc.response.status_code": call.code.name if call.code else "",
-            **call.peer_address(),
-            "seconds": _between(call.began, call.ended_at),
-        }
-        if call.reason:
-            fields["reason"] = call.reason
-        if call.queued_at is not None:
-            fields["gen_ai.request.model"] = call.model
-            fields["gen_ai.usage.input_tokens"] = call.prompt_tokens
-            fields["gen_ai.usage.output_tokens"] = call.generated_tokens
-            fields["queue_seconds"] = _between(call.queued_at, call.admitted_at or call.ended_at)
-        if call.first_output_at is not None:
-            fields["first_output_seconds"] = _between(call.began, call.first_output_at)
-        return fields
+    def _is_slow(self, call: CallRecord) -> bool:
+        # Only a call of the engine: a stream of health lasts for as long as its caller likes.
+        if not self._slow_seconds or call.queued_at is None:
+            return False
+        return (call.first_output_at or call.ended_at or call.began) - call.began > self._slow_seconds
+
+
+def _fields(call: CallRecord) -> dict[str, Any]:
+    """Returns the fields of a line. Dotted names are those of OpenTelemetry."""
+    fields: dict[str, Any] = {
+        "event": "call finished",
+        "rpc.method": call.method,
+        "rpc.response.status_code": call.code.name if call.code else "",
+        **call.peer_address(),
+        "seconds": _between(call.began, call.ended_at),
+    }
+    if call.reason:
+        fields["reason"] = call.reason
+    if call.queued_at is not None:
+        fields["gen_ai.request.model"] = call.model
+        fields["gen_ai.usage.input_tokens"] = call.prompt_tokens
+        fields["gen_ai.usage.output_tokens"] = call.generated_tokens
+        fields["queue_seconds"] = _between(call.queued_at, call.admitted_at or call.ended_at)
+    if call.first_output_at is not None:
+        fields["first_output_seconds"] = _between(call.began, call.first_output_at)
+    return fields
 
 
 def _phases_until_output(call: CallRecord) -> dict[Phase, float]:
