@@ -100,17 +100,15 @@ class EventLogger:
 
     def info(self, /, **event: object) -> None:
         """Writes an event that has all its fields, such as its level."""
-        for handler in _handlers():
-            handler.write(event)
+        _write(event)
 
     debug = warning = error = critical = exception = info
 
     def write(self, level: Literal["info", "warning"], event: dict[str, Any]) -> None:
-        """Writes an event as a logger of structlog does, in a third of its time: for events of which there are many."""
+        """Writes an event, in a third of the time of a logger of structlog, and without what is bound to the context."""
         if self._levels.isEnabledFor(_LEVELS[level]):
             timestamp = datetime.now(UTC).isoformat().replace("+00:00", "Z")
-            context = structlog.contextvars.get_contextvars()
-            self.info(**{**context, **event, "logger": self.name, "level": level, "timestamp": timestamp})
+            _write({**event, "logger": self.name, "level": level, "timestamp": timestamp})
 
 
 _LEVELS: Final = {"info": logging.INFO, "warning": logging.WARNING}
@@ -119,6 +117,11 @@ _LEVELS: Final = {"info": logging.INFO, "warning": logging.WARNING}
 def _handlers() -> list[OutputHandler]:
     """Returns the handler that `configure` has installed; none before that."""
     return [handler for handler in logging.getLogger().handlers if isinstance(handler, OutputHandler)]
+
+
+def _write(event: dict[str, Any]) -> None:
+    for handler in _handlers():
+        handler.write(event)
 
 
 def lines_dropped() -> int:

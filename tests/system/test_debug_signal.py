@@ -49,9 +49,11 @@ class Log:
 
 
 async def refuse(address: str) -> None:
-    """Makes a call that the log tells of at the level info."""
+    """Makes a call that the log tells of at the level info, and returns when it has."""
     async with connected(address) as target:
         assert await code_of(target.stub.GenerateAll(pb.GenerationRequest())) is grpc.StatusCode.INVALID_ARGUMENT
+        # The server logs a call after its status is sent, but before it answers a later one.
+        await target.stub.GetStats(pb.GetStatsRequest())
 
 
 async def test_it_switches_to_debug_and_back() -> None:

@@ -1,7 +1,4 @@
-"""Logs a line for each call, or for a share of them, and for each slow call: what it was, how it ended, where its time went.
-
-The request id, the caller and the trace id are in the context of the call, as for its other lines.
-"""
+"""Logs a line for each call, or for a share of them, and for each slow call: what it was, how it ended, where its time went."""
 
 import random
 from typing import Any
@@ -49,11 +46,16 @@ def _fields(call: CallRecord) -> dict[str, Any]:
     """Returns the fields of a line. Dotted names are those of OpenTelemetry."""
     fields: dict[str, Any] = {
         "event": "call finished",
+        "request_id": call.request_id,
         "rpc.method": call.method,
         "rpc.response.status_code": call.code.name if call.code else "",
         **call.peer_address(),
         "seconds": _between(call.began, call.ended_at),
     }
+    if call.caller:
+        fields["caller"] = call.caller
+    if call.trace_id:
+        fields["trace_id"] = call.trace_id
     if call.reason:
         fields["reason"] = call.reason
     if call.queued_at is not None:

@@ -38,6 +38,7 @@ class CallRecord:
         request_id: The id of the request; see `x-request-id`.
         peer: The address of the caller, as gRPC gives it.
         caller: The name of the caller; empty until it is known, or if the server does not distinguish callers.
+        trace_id: The id of the call's trace; empty if nobody can see the trace.
         began: When the call arrived.
         began_ns: The same, in nanoseconds since the epoch.
         queued_at: When the generation joined the queue.
@@ -86,6 +87,7 @@ class CallRecord:
         "samples",
         "started_at",
         "texts",
+        "trace_id",
     )
 
     def __init__(self, method: str, request_id: str, peer: str) -> None:
@@ -93,6 +95,7 @@ class CallRecord:
         self.request_id = request_id
         self.peer = peer
         self.caller = ""
+        self.trace_id = ""
         self.began = time.perf_counter()
         self.began_ns = time.time_ns()
         self.queued_at: float | None = None
