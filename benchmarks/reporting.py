@@ -1,8 +1,8 @@
 """Measures what metrics, traces and the log of calls cost the server: `python -m benchmarks.reporting [--rounds 5]`.
 
-Each server has the scripted engine and one of the ways to report on calls. All run at the same time, and are loaded one after
-the other in each round, so that a slow minute of the machine affects all of them. The receiver of traces and metrics is in the
-process of the load, so its CPU time does not count.
+Each server has the scripted engine and one of the ways to report on calls. All run at the same time, and take turns of half a
+second with calls, and of three seconds with deltas, so that a slow second of the machine affects all of them. The receiver of
+traces and metrics is in the process of the load, so its CPU time does not count.
 """
 
 import argparse
@@ -27,7 +27,10 @@ from benchmarks.processes import cpu_seconds
 from benchmarks.serving import started
 
 CALLERS: Final = 16
-CALLS: Final = 3_000
+CALLS: Final = 608
+TURNS: Final = 6
+"""How often each server gets `CALLS` calls in a round."""
+
 STREAMS: Final = 64
 TOKENS: Final = 150
 SCRIPT: Final = {"text": "The llama walks. ", "bytes_per_token": 4, "token_delay": 0.02}
@@ -112,7 +115,7 @@ async def cost(pid: int, load: Callable[[Any], Awaitable[int]], stub: Any) -> fl
 async def measure(rounds: int) -> None:
     """Measures, and prints a table."""
     receiver, otlp = await receive()
-    loads: dict[str, Callable[[Any], Awaitable[int]]] = {"call": unary, "delta": deltas}
+    loads: dict[str, tuple[Callable[[Any], Awaitable[int]], int]] = {"call": (unary, TURNS), "delta": (deltas, 1)}
     costs: dict[tuple[str, str], list[float]] = {(name, load): [] for name in REPORTS for load in loads}
     with ExitStack() as stack:
         servers = {
@@ -121,11 +124,13 @@ async def measure(rounds: int) -> None:
         channels = {name: grpc.aio.insecure_channel(address) for name, (_, address) in servers.items()}
         stubs = {name: generation_pb2_grpc.GenerationServiceStub(channel) for name, channel in channels.items()}
         for number in range(rounds + 1):
-            for name, (pid, _) in servers.items():
-                for load, run in loads.items():
-                    measured = await cost(pid, run, stubs[name])
-                    if number:  # the first round warms up
-                        costs[name, load].append(measured)
+            for load, (run, turns) in loads.items():
+                spent = dict.fromkeys(REPORTS, 0.0)
+                for name, (pid, _) in turns * list(servers.items()):
+                    spent[name] += await cost(pid, run, stubs[name]) / turns
+                if number:  # the first round warms up
+                    for name, microseconds in spent.items():
+                        costs[name, load].append(microseconds)
         await asyncio.gather(*(channel.close() for channel in channels.values()))
     await receiver.stop(0)
     print("| the server reports | µs of CPU for a unary call | ratio | µs for a delta | ratio |\n|---|---|---|---|---|")

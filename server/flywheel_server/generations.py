@@ -189,6 +189,7 @@ class Generations:
 
         async def deliver_tokens(generation: Generation, place: Place) -> None:
             await place.joined()
+            generation.note_admitted()
             tokens = await self.engine.tokenize(generation.prepared)
             generation.usage.set_prompt_tokens(len(tokens))
             await deliver(tokens)
@@ -270,7 +271,7 @@ class Generation:
             self._record.num_samples = num_samples
 
     def note_admitted(self) -> None:
-        """Notes that the generation has its slots in the engine."""
+        """Notes that the generation has its slots in the engine, or that it needs none."""
         if self._record is not None:
             self._record.admitted_at = time.perf_counter()
 

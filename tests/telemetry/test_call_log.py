@@ -4,13 +4,14 @@ import asyncio
 import json
 import random
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 from flywheel_proto.v1 import generation_pb2 as pb
+from flywheel_server.engines.base import PreparedRequest, PromptToken
 from flywheel_server.engines.scripted import Script, ScriptedEngine
 from flywheel_server.telemetry.call_log import CallLog
 from flywheel_server.telemetry.calls import CallRecord
@@ -68,6 +69,20 @@ async def test_a_call_that_generates_nothing_has_no_figures_of_a_generation(log:
     assert not [name for name in line if name.startswith(("gen_ai", "queue", "first"))]
 
 
+class SlowTokenizer(ScriptedEngine):
+    async def tokenize(self, prepared: PreparedRequest) -> Sequence[PromptToken]:
+        await asyncio.sleep(0.2)
+        return await super().tokenize(prepared)
+
+
+async def test_to_tokenize_is_work_and_no_wait_in_the_queue(log: Log) -> None:
+    async with serving(SlowTokenizer(), log_calls=1) as target:
+        await target.stub.Tokenize(pb.TokenizeRequest(text="some words here"), metadata=named("id-1"))
+        line = await end_of(log, "id-1")
+    assert line["queue_seconds"] < 0.1
+    assert line["seconds"] >= 0.2
+
+
 @pytest.mark.parametrize(
     ("script", "request_", "event", "code"),
     [
@@ -110,6 +125,9 @@ async def test_a_call_that_the_queue_or_the_engine_keeps_has_one_line_when_its_c
             assert (line["event"], line["rpc.response.status_code"]) == ("call finished", "CANCELLED")
         else:
             assert (line["event"], line["code"]) == ("call refused", "DEADLINE_EXCEEDED")
+            # The second call may get the place of the first one just before its own deadline.
+            assert line["phase"] in {"prompt", "queue" if name == "queue" else "prompt"}
+            assert line["seconds"] >= line["queue_seconds"] >= (0 if name == "engine" else seconds / 2)
 
 
 async def _reached(target: Target, count: int) -> bool:

@@ -92,6 +92,10 @@ class CallContext:
         if self.record is not None:
             self.record.is_logged = True
 
+    def whereabouts(self) -> dict[str, str | float]:
+        """Returns the log fields for how far the call has come, and where its time went; none if nobody observes calls."""
+        return {} if self.record is None else {"phase": self.record.phase, **self.record.seconds()}
+
     def time_remaining(self) -> float | None:
         """Returns the seconds until the caller's deadline; None if there is none."""
         return self._context.time_remaining()

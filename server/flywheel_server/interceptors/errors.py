@@ -2,6 +2,7 @@
 
 import asyncio
 import traceback
+from collections.abc import Mapping
 
 import grpc
 import grpc.aio
@@ -72,14 +73,14 @@ async def end_with_status(context: CallContext, error: Exception) -> None:
         raise asyncio.CancelledError from unsent
     finally:
         if is_sent or is_own_fault:
-            _log(error, status)
+            _log(error, status, context.whereabouts())
             context.logged()
         else:
             context.undelivered()
 
 
-def _log(error: Exception, status: CallStatus) -> None:
+def _log(error: Exception, status: CallStatus, whereabouts: Mapping[str, str | float]) -> None:
     if status.code is grpc.StatusCode.INTERNAL:
-        log.error("call failed", exc_info=error, **_cause(error))
+        log.error("call failed", exc_info=error, **_cause(error), **whereabouts)
     else:
-        log.info("call refused", code=status.code.name, error=type(error).__name__, **_cause(error))
+        log.info("call refused", code=status.code.name, error=type(error).__name__, **_cause(error), **whereabouts)

@@ -50,7 +50,7 @@ def _fields(call: CallRecord) -> dict[str, Any]:
         "rpc.method": call.method,
         "rpc.response.status_code": call.code.name if call.code else "",
         **call.peer_address(),
-        "seconds": _between(call.began, call.ended_at),
+        **call.seconds(),
     }
     if call.caller:
         fields["caller"] = call.caller
@@ -62,9 +62,6 @@ def _fields(call: CallRecord) -> dict[str, Any]:
         fields["gen_ai.request.model"] = call.model
         fields["gen_ai.usage.input_tokens"] = call.prompt_tokens
         fields["gen_ai.usage.output_tokens"] = call.generated_tokens
-        fields["queue_seconds"] = _between(call.queued_at, call.admitted_at or call.ended_at)
-    if call.first_output_at is not None:
-        fields["first_output_seconds"] = _between(call.began, call.first_output_at)
     return fields
 
 
@@ -78,8 +75,3 @@ def _phases_until_output(call: CallRecord) -> dict[Phase, float]:
     reached = [(phase, begin) for phase, begin in begins if begin is not None]
     ends = [*(begin for _, begin in reached[1:]), call.first_output_at or call.ended_at or call.began]
     return {phase: end - begin for (phase, begin), end in zip(reached, ends, strict=True)}
-
-
-def _between(begin: float, end: float | None) -> float:
-    """Returns the seconds between two times, to a tenth of a millisecond."""
-    return round((end or begin) - begin, 4)

@@ -127,6 +127,16 @@ class CallRecord:
         if self.texts is not None:
             self.texts.append(sample.text)
 
+    def seconds(self) -> dict[str, float]:
+        """Returns how long the call took, was in the queue, and waited for its first output, by the names in the log."""
+        end = self.ended_at or time.perf_counter()
+        seconds = {"seconds": round(end - self.began, 4)}
+        if self.queued_at is not None:
+            seconds["queue_seconds"] = round((self.admitted_at or end) - self.queued_at, 4)
+        if self.first_output_at is not None:
+            seconds["first_output_seconds"] = round(self.first_output_at - self.began, 4)
+        return seconds
+
     @property
     def phase(self) -> Phase:
         """How far the call has come."""
