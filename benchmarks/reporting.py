@@ -29,7 +29,7 @@ from benchmarks.serving import started
 CALLERS: Final = 16
 CALLS: Final = 608
 TURNS: Final = 6
-"""How often each server gets `CALLS` calls in a round."""
+"""How often each server gets `CALLS` calls in a round, and half as often `STREAMS` streams."""
 
 STREAMS: Final = 64
 TOKENS: Final = 150
@@ -115,7 +115,7 @@ async def cost(pid: int, load: Callable[[Any], Awaitable[int]], stub: Any) -> fl
 async def measure(rounds: int) -> None:
     """Measures, and prints a table."""
     receiver, otlp = await receive()
-    loads: dict[str, tuple[Callable[[Any], Awaitable[int]], int]] = {"call": (unary, TURNS), "delta": (deltas, 1)}
+    loads: dict[str, tuple[Callable[[Any], Awaitable[int]], int]] = {"call": (unary, TURNS), "delta": (deltas, TURNS // 2)}
     costs: dict[tuple[str, str], list[float]] = {(name, load): [] for name in REPORTS for load in loads}
     with ExitStack() as stack:
         servers = {
