@@ -3,7 +3,6 @@
 import json
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any, Final, Literal
 
@@ -77,8 +76,6 @@ class OutputHandler(logging.Handler):
 
 
 def _line(text: str) -> bytes:
-    # Indented, so that no line of a traceback or of a caller's text looks like an event.
-    text = "\n    ".join(text.splitlines())
     return f"{text}\n".encode(errors="backslashreplace")
 
 
@@ -154,7 +151,8 @@ def configure(
         render += [structlog.processors.ExceptionRenderer(tracebacks), structlog.processors.JSONRenderer(_json)]
     else:
         plain = structlog.dev.plain_traceback
-        render += [structlog.dev.ConsoleRenderer(colors=False, pad_event_to=0, pad_level=False, exception_formatter=plain)]
+        console = structlog.dev.ConsoleRenderer(colors=False, pad_event_to=0, pad_level=False, exception_formatter=plain)
+        render += [console, _indented]
     structlog.configure(
         processors=[structlog.stdlib.filter_by_level, *shared],
         logger_factory=EventLogger,
@@ -172,16 +170,20 @@ def configure(
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
+def _indented(_: object, __: str, text: Any) -> str:  # noqa: ANN401 - the text of the renderer before
+    # So that no line of a traceback or of a caller's text looks like an event. JSON has no line ends.
+    return "\n    ".join(text.splitlines())
+
+
 def _json(event: dict[str, Any], default: Callable[[Any], Any]) -> str:
     """Returns an event as JSON in ASCII.
 
     pydantic's encoder takes a fifth of the time of Python's, but knows no ASCII, and no text that is not valid Unicode.
     """
-    with suppress(ValueError):
-        text = to_json(event, fallback=default)
-        if text.isascii():
-            return text.decode()
-    return json.dumps(event, default=default, separators=(",", ":"))
+    try:
+        return to_json(event, fallback=default).decode("ascii")
+    except ValueError:
+        return json.dumps(event, default=default, separators=(",", ":"))
 
 
 def resolved(form: Literal["auto", "text", "json"], output: Output) -> Literal["text", "json"]:

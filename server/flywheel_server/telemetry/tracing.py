@@ -19,10 +19,10 @@ from flywheel_server.telemetry.calls import CallRecord
 from flywheel_server.telemetry.rate_limit import RateLimit
 from flywheel_server.telemetry.trace_context import inject_headers
 
-MAX_TRACES_PER_SECOND: Final = 20
+MAX_TRACES_PER_SECOND: Final = 10
 """How many traces begin here each second, unless `OTEL_TRACES_SAMPLER` says otherwise.
 
-To make a span and to send it takes half as much CPU as the cheapest call. So traces cost about one percent of a core at most.
+To make a span and to send it takes half as much CPU as the cheapest call. So traces cost half a percent of a core at most.
 """
 
 MAX_REFUSALS_PER_SECOND: Final = 10
