@@ -29,7 +29,7 @@ RUN = {
     "modal deploy": "App deployed",
     "flywheel endpoints\n": r"^localhost:\d+",
     "--max-tokens 32": r"\w",
-    "modal app logs": '"event": "reachable"',
+    "modal app logs": '"event":"reachable"',
     "FLYWHEEL_MODAL_GPU=A10G": "",
     "endpoints --first": "",
     "flywheel health": "SERVING",

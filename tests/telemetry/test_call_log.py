@@ -103,7 +103,7 @@ async def test_a_call_has_one_line(script: Script, request_: pb.GenerationReques
     assert line["event"] == event
 
 
-@pytest.mark.parametrize("seconds", [None, 0.2])
+@pytest.mark.parametrize("seconds", [None, 1.0])
 async def test_a_call_that_the_queue_or_the_engine_keeps_has_one_line_when_its_caller_leaves(
     seconds: float | None, log: Log
 ) -> None:
