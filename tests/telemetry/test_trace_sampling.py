@@ -2,7 +2,6 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
 
 import grpc
 import pytest
@@ -12,23 +11,14 @@ from flywheel_server.telemetry.rate_limit import RateLimit
 from flywheel_server.telemetry.tracing import MAX_TRACES_PER_SECOND
 
 from tests.serving import Target, code_of, serving, until
-from tests.telemetry.otlp_receiver import Receiver, receiving
+from tests.telemetry.otlp_receiver import Receiver
+
+pytestmark = pytest.mark.usefixtures("spans_soon")
 
 KEY = "k" * 32
 TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
 CALLS = 8 * MAX_TRACES_PER_SECOND
 """More than begin in the time that they take, even if the machine is slow."""
-
-
-@pytest.fixture(autouse=True)
-def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "20")
-
-
-@pytest.fixture
-async def receiver() -> AsyncIterator[Receiver]:
-    async with receiving() as receiver:
-        yield receiver
 
 
 async def call(target: Target, *metadata: tuple[str, str]) -> grpc.StatusCode:

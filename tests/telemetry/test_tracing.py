@@ -4,7 +4,6 @@ import asyncio
 import json
 import socket
 import time
-from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
@@ -16,25 +15,16 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
 from tests.serving import Target, code_of, serving, until
-from tests.telemetry.otlp_receiver import Receiver, attributes_of, receiving
+from tests.telemetry.otlp_receiver import Receiver, attributes_of
 from tests.thorough import further
+
+pytestmark = pytest.mark.usefixtures("spans_soon")
 
 TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
 PARENT_ID = "00f067aa0ba902b7"
 SAMPLED = ("traceparent", f"00-{TRACE_ID}-{PARENT_ID}-01")
 PROMPT = "a private prompt"
 SERVICE = "flywheel.v1.GenerationService"
-
-
-@pytest.fixture(autouse=True)
-def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "20")
-
-
-@pytest.fixture
-async def receiver() -> AsyncIterator[Receiver]:
-    async with receiving() as receiver:
-        yield receiver
 
 
 def request(**fields: Any) -> pb.GenerationRequest:
