@@ -266,7 +266,8 @@ class _Noting:
         self._sink.emit(event)
 
 
-async def test_times_agree_with_those_of_the_engine() -> None:
+async def disagreeing() -> dict[str, tuple[float, float]]:
+    """Makes calls that wait for each other. Returns the measured and the expected mean of each time that is 5 % off or more."""
     (port,) = free_ports(1)
     engine = TimedEngine(Script(prompt_delay=0.4, token_delay=0.02))
     request = pb.GenerationRequest(text="x", max_tokens=26)
@@ -277,17 +278,27 @@ async def test_times_agree_with_those_of_the_engine() -> None:
         assert await asyncio.gather(*(code_of(target.stub.GenerateDeltas(request)) for _ in range(3))) == [OK_CODE] * 3
         read = await figures(port)
     wait, first, whole, decoding = engine.means(sent)
-    late = 0.2  # for what comes between two looks at the clock; each part of a time that could be missing is longer
     assert wait > 0.9
-    for name, expected in (
-        ("flywheel_queue_wait_seconds", wait),
-        ("gen_ai_server_time_to_first_token_seconds", first),
-        ("gen_ai_server_time_per_output_token_seconds", decoding / 25),
-        ("gen_ai_server_request_duration_seconds", whole),
-    ):
-        assert read.mean(name) == pytest.approx(expected, abs=late / 25 if "per_output_token" in name else late), name
-    method = f"{SERVICE}/GenerateDeltas"
-    assert read.mean("rpc_server_call_duration_seconds", rpc_method=method) == pytest.approx(whole, abs=late)
+    expected = {
+        "flywheel_queue_wait_seconds": wait,
+        "gen_ai_server_time_to_first_token_seconds": first,
+        "gen_ai_server_time_per_output_token_seconds": decoding / 25,
+        "gen_ai_server_request_duration_seconds": whole,
+    }
+    means = {name: (read.mean(name), seconds) for name, seconds in expected.items()}
+    means["rpc_server_call_duration_seconds"] = (
+        read.mean("rpc_server_call_duration_seconds", rpc_method=f"{SERVICE}/GenerateDeltas"),
+        whole,
+    )
+    return {name: pair for name, pair in means.items() if pair[0] != pytest.approx(pair[1], rel=0.05)}
+
+
+async def test_times_agree_with_those_of_the_engine_within_5_percent() -> None:
+    """Tried up to three times, because a busy machine may pause between two looks at the clock."""
+    wrong = [await disagreeing()]
+    while wrong[-1] and len(wrong) < 3:
+        wrong.append(await disagreeing())
+    assert not wrong[-1], wrong
 
 
 async def test_a_chat_is_counted_as_one_and_a_call_that_generates_nothing_as_none() -> None:
