@@ -3,10 +3,12 @@
 import logging
 import os
 import pty
+import resource
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from flywheel_server.engines.llama_cpp import native_log
 from flywheel_server.system import descriptors
 from flywheel_server.system.output import MAX_BYTES, Output, captured
 
+from tests.serving import until
 from tests.system.conftest import Pipe
 from tests.telemetry.logged import logging_to_output
 
@@ -82,6 +85,26 @@ def test_what_comes_within_a_short_time_is_written_together_but_no_more_than_a_p
     assert b"".join(written) == 100 * line
     assert len(written) < 10
     assert {len(piece) % len(line) for piece in written} == {0}
+
+
+async def test_of_what_is_written_together_only_what_the_system_refuses_is_lost(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with path.open("wb") as file:
+        output = Output(file.fileno())
+    output.notice = lambda dropped: b"%d dropped\n" % dropped
+    lines = [b"%d" % number * 99 + b"\n" for number in range(4)]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (150, before[1]))
+    try:
+        for line in lines[:3]:
+            output.write(line)
+        await until(lambda: output.dropped > 0, "it is refused")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    output.write(lines[3])
+    assert output.close()
+    assert path.read_bytes() == lines[0] + lines[1][:50] + b"\n2 dropped\n" + lines[3]
+    assert output.dropped == 2
 
 
 def test_one_piece_may_be_larger_than_all_that_may_wait_together(pipe: Pipe) -> None:

@@ -93,17 +93,17 @@ class Output:
         return not self._thread.is_alive()
 
     def _run(self) -> None:
-        dropped = 0
+        unsaid = 0
         while (pieces := self._next()) is not None:
             if isinstance(pieces, int):
-                dropped += pieces
-            elif not self._write(b"".join(pieces)):
+                unsaid += pieces
+                pieces = []
+            if unsaid and not self._write([self.notice(unsaid)]):
+                unsaid = 0
+            if lost := self._write(pieces):
                 with self._changed:
-                    self.dropped += len(pieces)
-                dropped += len(pieces)
-                continue
-            if dropped and self._write(self.notice(dropped)):
-                dropped = 0
+                    self.dropped += lost
+                unsaid += lost
         os.close(self._descriptor)
 
     def _next(self) -> list[bytes] | int | None:
@@ -126,8 +126,10 @@ class Output:
             self._waiting_bytes -= size
             return pieces
 
-    def _write(self, piece: bytes) -> bool:
-        rest = memoryview(b"\n" + piece if self._line_is_cut and piece else piece)
+    def _write(self, pieces: list[bytes]) -> int:
+        """Writes the pieces together. Returns how many of them, from the last on, the system refused in whole or in part."""
+        data = b"".join(pieces)
+        rest = memoryview(b"\n" + data if self._line_is_cut and data else data)
         while rest:
             try:
                 rest = rest[os.write(self._descriptor, rest) :]
@@ -136,8 +138,12 @@ class Output:
                 # Another process that shares the descriptor has made it non-blocking.
                 time.sleep(RETRY_INTERVAL)
             except OSError:
-                return False
-        return True
+                break
+        unwritten, refused = len(rest), 0
+        while unwritten > 0 and refused < len(pieces):
+            refused += 1
+            unwritten -= len(pieces[-refused])
+        return refused
 
 
 def start_owner(descriptor: int, run: Callable[[], None], name: str) -> threading.Thread:
