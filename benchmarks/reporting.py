@@ -1,14 +1,17 @@
 """Measures what metrics, traces and the log of calls cost the server: `python -m benchmarks.reporting [--rounds 5]`.
 
 Each server has the scripted engine and one of the ways to report on calls. All run at the same time, and take turns of half a
-second with calls, and of three seconds with deltas, so that a slow second of the machine affects all of them. The receiver of
-traces and metrics is in the process of the load, so its CPU time does not count.
+second with calls, and of three seconds with deltas, so that a slow second of the machine affects all of them. Each round has
+new servers, in another order, because two processes of the same program may differ by some percent for as long as they run. A
+second server that reports nothing shows how much of a ratio is chance. The receiver of traces and metrics is in the process of
+the load, so its CPU time does not count.
 """
 
 import argparse
 import asyncio
 import json
 import os
+import random
 import socket
 import statistics
 import sys
@@ -29,7 +32,7 @@ from benchmarks.serving import started
 CALLERS: Final = 16
 CALLS: Final = 608
 TURNS: Final = 6
-"""How often each server gets `CALLS` calls in a round, and half as often `STREAMS` streams."""
+"""Turns of `CALLS` calls that each server gets in a round. It gets half as many turns of `STREAMS` streams."""
 
 STREAMS: Final = 64
 TOKENS: Final = 150
@@ -37,6 +40,7 @@ SCRIPT: Final = {"text": "The llama walks. ", "bytes_per_token": 4, "token_delay
 
 REPORTS: Final[Mapping[str, Sequence[str]]] = {
     "nothing": ("--slow-call", "0"),
+    "nothing, a second time": ("--slow-call", "0"),
     "slow calls (default)": (),
     "metrics": ("--slow-call", "0", "--metrics-address", "METRICS"),
     "a line for each call": ("--log-calls", "1"),
@@ -105,6 +109,13 @@ async def deltas(stub: Any) -> int:  # noqa: ANN401 - as above
     return sum(await asyncio.gather(*(read() for _ in range(STREAMS))))
 
 
+LOADS: Final[Mapping[str, tuple[Callable[[Any], Awaitable[int]], int]]] = {
+    "call": (unary, TURNS),
+    "delta": (deltas, TURNS // 2),
+}
+"""Each load, and how many turns of it a round has."""
+
+
 async def cost(pid: int, load: Callable[[Any], Awaitable[int]], stub: Any) -> float:  # noqa: ANN401 - as above
     """Returns the server's CPU time for each call or delta, in µs."""
     begun = cpu_seconds(pid)
@@ -115,33 +126,39 @@ async def cost(pid: int, load: Callable[[Any], Awaitable[int]], stub: Any) -> fl
 async def measure(rounds: int) -> None:
     """Measures, and prints a table."""
     receiver, otlp = await receive()
-    loads: dict[str, tuple[Callable[[Any], Awaitable[int]], int]] = {"call": (unary, TURNS), "delta": (deltas, TURNS // 2)}
-    costs: dict[tuple[str, str], list[float]] = {(name, load): [] for name in REPORTS for load in loads}
-    with ExitStack() as stack:
-        servers = {
-            name: stack.enter_context(started(command(flags, otlp), environment(name))) for name, flags in REPORTS.items()
-        }
-        channels = {name: grpc.aio.insecure_channel(address) for name, (_, address) in servers.items()}
-        stubs = {name: generation_pb2_grpc.GenerationServiceStub(channel) for name, channel in channels.items()}
-        for number in range(rounds + 1):
-            for load, (run, turns) in loads.items():
-                spent = dict.fromkeys(REPORTS, 0.0)
-                for name, (pid, _) in turns * list(servers.items()):
-                    spent[name] += await cost(pid, run, stubs[name]) / turns
-                if number:  # the first round warms up
-                    for name, microseconds in spent.items():
-                        costs[name, load].append(microseconds)
-        await asyncio.gather(*(channel.close() for channel in channels.values()))
+    costs: dict[tuple[str, str], list[float]] = {(name, load): [] for name in REPORTS for load in LOADS}
+    for _ in range(rounds):
+        for key, microseconds in (await measure_round(otlp)).items():
+            costs[key].append(microseconds)
     await receiver.stop(0)
     print("| the server reports | µs of CPU for a unary call | ratio | µs for a delta | ratio |\n|---|---|---|---|---|")
     for name in REPORTS:
         cells = [name]
-        for load in loads:
+        for load in LOADS:
             pairs = zip(costs[name, load], costs["nothing", load], strict=True)
             ratios = sorted(one / nothing for one, nothing in pairs)
             cells.append(f"{statistics.median(costs[name, load]):.0f}")
             cells.append(f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})")
         print(f"| {' | '.join(cells)} |")
+
+
+async def measure_round(otlp: str) -> Mapping[tuple[str, str], float]:
+    """Starts all servers, and returns the CPU time of each for each call and delta, in µs."""
+    costs: dict[tuple[str, str], float] = {}
+    with ExitStack() as stack:
+        names = random.sample(list(REPORTS), len(REPORTS))
+        servers = {name: stack.enter_context(started(command(REPORTS[name], otlp), environment(name))) for name in names}
+        channels = {name: grpc.aio.insecure_channel(address) for name, (_, address) in servers.items()}
+        stubs = {name: generation_pb2_grpc.GenerationServiceStub(channel) for name, channel in channels.items()}
+        for name in names:
+            await unary(stubs[name])  # warms up
+        for load, (run, turns) in LOADS.items():
+            spent = dict.fromkeys(names, 0.0)
+            for name in turns * names:
+                spent[name] += await cost(servers[name][0], run, stubs[name]) / turns
+            costs |= {(name, load): microseconds for name, microseconds in spent.items()}
+        await asyncio.gather(*(channel.close() for channel in channels.values()))
+    return costs
 
 
 def main() -> None:

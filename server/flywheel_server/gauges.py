@@ -18,6 +18,7 @@ from flywheel_server.generations import Generations
 from flywheel_server.supervision import Supervisor
 from flywheel_server.system import descriptors
 from flywheel_server.telemetry import loop_lag
+from flywheel_server.telemetry.calls import Calls
 from flywheel_server.telemetry.expiry import Expiry
 from flywheel_server.telemetry.merging import Report, report_of
 
@@ -77,6 +78,7 @@ class ServerGauges(Gauges):
 
     Arguments:
         registry: Gets the figures.
+        calls: The records of calls, some of which may not be counted yet.
         generations: The generations.
         supervisor: The supervisor of the engine.
         admission: The admission; None if another process has it.
@@ -87,6 +89,7 @@ class ServerGauges(Gauges):
     def __init__(
         self,
         registry: CollectorRegistry,
+        calls: Calls,
         generations: Generations,
         supervisor: Supervisor,
         *,
@@ -98,6 +101,7 @@ class ServerGauges(Gauges):
         self._get_port = get_port
         self._expiry = expiry
         self._registry = registry
+        self._calls = calls
         self._generations = generations
         self._supervisor = supervisor
         self._connections = 0
@@ -164,7 +168,10 @@ class ServerGauges(Gauges):
         return await report_of(self._registry)
 
     async def refresh(self) -> None:
-        """Finds out what takes time. To be called before the registry is collected. Returns soon, whatever the engine does."""
+        """Finds out what takes time, and counts all calls that have ended. To be called before the registry is collected.
+
+        Returns soon, whatever the engine does.
+        """
         if port := self._get_port():
             # On another thread, because it takes 10 ms for 1000 connections.
             self._connections = await asyncio.to_thread(descriptors.connections, port)
@@ -172,6 +179,7 @@ class ServerGauges(Gauges):
         self._stats = await self._current_stats()
         if self._stats is not None:
             self._cached_prompt_tokens = self._stats.cached_prompt_tokens
+        self._calls.report()
 
     async def _current_stats(self) -> EngineStats | None:
         if not self._supervisor.is_up:

@@ -9,6 +9,7 @@ from flywheel_proto._extras import DISTRIBUTION
 from flywheel_server.metrics_endpoint import create_metrics, serving_metrics
 from flywheel_server.settings import Settings
 from flywheel_server.telemetry.call_log import CallLog
+from flywheel_server.telemetry.calls import Calls
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -27,16 +28,17 @@ class Reporting:
         link: The link to the parent, which serves the metrics of all workers; None if the server is one process.
 
     Attributes:
-        observers: What observes the calls of the server.
+        calls: The records of the server's calls.
     """
 
     def __init__(self, settings: Settings, link: "Link | None") -> None:
         self._settings = settings
         self._link = link
         self._metrics = create_metrics(settings)
-        self.observers: list[CallObserver] = [self._metrics] if self._metrics else []
+        self._observers: list[CallObserver] = [self._metrics] if self._metrics else []
         if settings.log_calls or settings.slow_call:
-            self.observers.append(CallLog(settings.log_calls, settings.slow_call))
+            self._observers.append(CallLog(settings.log_calls, settings.slow_call))
+        self.calls = Calls(self._observers)
 
     @asynccontextmanager
     async def running(self, gauges_in: "Callable[[CollectorRegistry], ServerGauges]") -> AsyncIterator[None]:
@@ -62,6 +64,7 @@ class Reporting:
                 stack.push_async_callback(otlp.stop)
                 if self._metrics and gauges is not None:
                     otlp.push_metrics(self._metrics.registry, gauges.refresh)
+            stack.callback(self.calls.report)
             yield
 
     def _send_traces(self, endpoint: str) -> "Otlp":
@@ -74,5 +77,5 @@ class Reporting:
             raise ValueError(f"no traces: {error}; install what is missing: pip install '{DISTRIBUTION}[otel]'") from error
         except Exception as error:  # OpenTelemetry raises different errors for wrong variables
             raise ValueError(f"no traces: check the variables OTEL_*: {error}") from error
-        self.observers.append(CallTraces(otlp.tracer_provider, with_texts=self._settings.trace_prompts))
+        self._observers.append(CallTraces(otlp.tracer_provider, with_texts=self._settings.trace_prompts))
         return otlp

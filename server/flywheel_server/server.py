@@ -32,7 +32,6 @@ from flywheel_server.service import GenerationService
 from flywheel_server.settings import Settings
 from flywheel_server.stopping import Connections
 from flywheel_server.supervision import Supervisor
-from flywheel_server.telemetry.calls import Calls
 from flywheel_server.unregistered import Unregistered
 
 if TYPE_CHECKING:
@@ -107,7 +106,7 @@ class _Server:
             self._authentication,
             self._requests,
             PublicMethods(max_connections, self._requests),
-            calls=Calls(self._reporting.observers),
+            calls=self._reporting.calls,
         )
         arguments = channel_arguments(settings, max_connections, shares_port=self._link is not None)
         return grpc.aio.server(interceptors=[calls], options=arguments)
@@ -153,6 +152,7 @@ class _Server:
 
         return ServerGauges(
             registry,
+            self._reporting.calls,
             self._generations,
             self._supervisor,
             admission=self._admission,
