@@ -34,6 +34,9 @@ CALLS: Final = 608
 TURNS: Final = 6
 """Turns of `CALLS` calls that each server gets in a round. It gets half as many turns of `STREAMS` streams."""
 
+WARMING: Final = 160
+"""Calls before each turn that do not count: a server under load has had no pause, and so no traces saved up."""
+
 STREAMS: Final = 64
 TOKENS: Final = 150
 SCRIPT: Final = {"text": "The llama walks. ", "bytes_per_token": 4, "token_delay": 0.02}
@@ -89,15 +92,15 @@ def environment(name: str) -> dict[str, str]:
     return {**os.environ, "OTEL_TRACES_SAMPLER": "parentbased_always_on"} if name == ALL_TRACED else {**os.environ}
 
 
-async def unary(stub: Any) -> int:  # noqa: ANN401 - a stub of grpc.aio
+async def unary(stub: Any, calls: int = CALLS) -> int:  # noqa: ANN401 - a stub of grpc.aio
     """Makes calls of one token. Returns how many."""
 
     async def caller() -> None:
-        for _ in range(CALLS // CALLERS):
+        for _ in range(calls // CALLERS):
             await stub.GenerateAll(pb.GenerationRequest(text="x", max_tokens=1))
 
     await asyncio.gather(*(caller() for _ in range(CALLERS)))
-    return CALLS
+    return calls
 
 
 async def deltas(stub: Any) -> int:  # noqa: ANN401 - as above
@@ -118,6 +121,7 @@ LOADS: Final[Mapping[str, tuple[Callable[[Any], Awaitable[int]], int]]] = {
 
 async def cost(pid: int, load: Callable[[Any], Awaitable[int]], stub: Any) -> float:  # noqa: ANN401 - as above
     """Returns the server's CPU time for each call or delta, in µs."""
+    await unary(stub, WARMING)
     begun = cpu_seconds(pid)
     count = await load(stub)
     return (cpu_seconds(pid) - begun) / count * 1e6
@@ -151,7 +155,7 @@ async def measure_round(otlp: str) -> Mapping[tuple[str, str], float]:
         channels = {name: grpc.aio.insecure_channel(address) for name, (_, address) in servers.items()}
         stubs = {name: generation_pb2_grpc.GenerationServiceStub(channel) for name, channel in channels.items()}
         for name in names:
-            await unary(stubs[name])  # warms up
+            await unary(stubs[name])  # compiles and caches what the first calls of a process do
         for load, (run, turns) in LOADS.items():
             spent = dict.fromkeys(names, 0.0)
             for name in turns * names:

@@ -19,7 +19,7 @@ CLOSE_TIMEOUT: Final = 1.0
 MAX_WRITE_BYTES: Final = 4096
 """Bytes of several pieces that are written together at most: so much, a pipe takes without mixing it with what others write."""
 
-WRITE_INTERVAL: Final = 0.05
+WRITE_INTERVAL: Final = 0.1
 """Seconds after all output has been written in which further output is collected, to be written together."""
 
 RETRY_INTERVAL: Final = 0.05

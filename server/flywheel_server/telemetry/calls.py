@@ -163,7 +163,7 @@ current_call: Final[ContextVar[CallRecord | None]] = ContextVar("current_call", 
 """The record of the call that runs in this context; None if nobody observes calls."""
 
 
-REPORT_INTERVAL: Final = 0.02
+REPORT_INTERVAL: Final = 0.05
 """Seconds after which a call that ended well is reported at the latest."""
 
 MAX_UNREPORTED: Final = 32
@@ -183,8 +183,8 @@ class CallObserver(Protocol):
 class Calls:
     """Makes the records of calls, and shows them to observers.
 
-    Calls that ended well are shown together. One by one, after each call, the code of the observers would have to come back into
-    the caches of the processor, which takes longer than what it does.
+    Calls that ended well are shown together. If each were shown at its end, the code of the observers would each time have to
+    come back into the processor's caches, which takes longer than to run it.
     """
 
     def __init__(self, observers: Sequence[CallObserver]) -> None:

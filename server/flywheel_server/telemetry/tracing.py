@@ -56,6 +56,26 @@ SERVER_ERRORS: Final = frozenset(
 Attributes = dict[str, str | int | float | bool | list[str]]
 
 
+_NOBODY: Final = context.Context()
+"""The context of a caller that has no span."""
+
+
+class _UnsampledSpan(trace.NonRecordingSpan):
+    """The span of a call whose trace begins here and is not sampled, so that nothing on behalf of the call is sampled either.
+
+    Draws its ids when they are asked for, because most calls pass on no trace.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(trace.INVALID_SPAN_CONTEXT)
+
+    def get_span_context(self) -> trace.SpanContext:
+        """Returns the ids, which mark the trace as not sampled."""
+        if self._context is trace.INVALID_SPAN_CONTEXT:
+            self._context = trace.SpanContext(getrandbits(128), getrandbits(64), is_remote=False)
+        return self._context
+
+
 class CallTraces:
     """Observes calls, and makes a span of each; see `CallObserver`.
 
@@ -81,7 +101,7 @@ class CallTraces:
         """Starts the span of a call, in the context of the call."""
         if call.method.startswith(INFRASTRUCTURE):
             return
-        caller = context.Context()
+        caller = _NOBODY
         if headers := {name: value for name, value in metadata if name in self._propagated and isinstance(value, str)}:
             caller = propagate.extract(headers, caller)
         span = self._start(call, caller)
@@ -93,10 +113,9 @@ class CallTraces:
             call.texts = [] if self._with_texts else None
 
     def _start(self, call: CallRecord, caller: context.Context) -> Span:
-        begins_here = not trace.get_current_span(caller).get_span_context().is_valid
+        begins_here = caller is _NOBODY or not trace.get_current_span(caller).get_span_context().is_valid
         if begins_here and self._traces is not None and not self._traces.take():
-            # Of a trace that is not sampled, so that what is called on behalf of this call samples nothing either.
-            return trace.NonRecordingSpan(trace.SpanContext(getrandbits(128), getrandbits(64), is_remote=False))
+            return _UnsampledSpan()
         span = self._tracer.start_span(call.method, caller, SpanKind.SERVER, start_time=call.began_ns)
         trace_id = span.get_span_context().trace_id
         if trace_id != trace.INVALID_TRACE_ID:
