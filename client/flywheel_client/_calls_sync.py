@@ -27,7 +27,10 @@ class _Thread(threading.local):
     """State of the current thread."""
 
     in_call = False
-    """Whether the thread is inside a call of any client. grpc may then hold locks, and all channels share one lock of grpc."""
+    """Whether the thread is inside a call of any client.
+
+    grpc and OpenTelemetry may then hold locks, and all channels share one lock of grpc.
+    """
 
 
 _thread: Final = _Thread()
@@ -133,24 +136,33 @@ class Call(BaseCall[grpc.Channel]):
     _ended = False
 
     def __init__(self, channel: RetryingChannel, *arguments: Any, **options: Any) -> None:  # noqa: ANN401 - the arguments of `BaseCall`
-        super().__init__(channel, *arguments, **options)
         self._channel = channel
         self._delivered = False
         self._error: Exception | None = None
-        self._in_call(self._begin)
+
+        def start() -> None:
+            super(Call, self).__init__(channel, *arguments, **options)
+            self._begin()
+
+        self._in_call(start)
 
     def __next__(self) -> Any:  # noqa: ANN401 - a message of the method
         try:
-            return self._traced(lambda: self._receive(next))
+            return self._in_call(lambda: self._receive_traced(next))
         except StopIteration:
             self._ended = True
             raise
 
     def result(self) -> Any:  # noqa: ANN401 - a message of the method
         """Returns the answer of a call with one message, as soon as it arrives."""
-        message = self._traced(lambda: self._receive(lambda call: call.result()))
+
+        def receive() -> Any:  # noqa: ANN401 - as above
+            message = self._receive_traced(lambda call: call.result())
+            self.span.end()
+            return message
+
+        message = self._in_call(receive)
         self._ended = True
-        self.span.end()
         return message
 
     def initial_metadata(self) -> Metadata | None:
@@ -180,10 +192,10 @@ class Call(BaseCall[grpc.Channel]):
         if self._current is not None and not self._ended:
             self._channel.janitor.run_soon(self._current.cancel)
 
-    def _traced(self, receive: Callable[[], Any]) -> Any:  # noqa: ANN401 - a message of the method
+    def _receive_traced(self, receive: Callable[[Any], Any]) -> Any:  # noqa: ANN401 - a message of the method
         """Receives a message, and notes in the span that it has arrived, or how the call has ended."""
         try:
-            message = self._in_call(receive)
+            message = self._receive(receive)
         except StopIteration:
             self.span.end()
             raise
@@ -194,7 +206,10 @@ class Call(BaseCall[grpc.Channel]):
         return message
 
     def _in_call(self, function: Callable[[], T]) -> T:
-        """Runs a function that may take locks of grpc; raises `RuntimeError` if the thread may hold such locks already."""
+        """Runs a function that may take locks of grpc or OpenTelemetry.
+
+        Raises `RuntimeError` if the thread may hold such locks already.
+        """
         if _thread.in_call:
             raise RuntimeError(
                 "reentrant call: a signal handler or finalizer that interrupts a call cannot make another; "

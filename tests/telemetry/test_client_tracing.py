@@ -11,8 +11,10 @@ import pytest
 from flywheel_client import AsyncClient, Client, FlywheelError
 from flywheel_server.engines.scripted import Script, ScriptedEngine
 from opentelemetry import trace
+from opentelemetry.context import Context
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
-from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
+from opentelemetry.sdk.trace import Span as SdkSpan
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
@@ -81,6 +83,36 @@ async def test_threads_have_the_same_spans(spans: InMemorySpanExporter) -> None:
         assert attributes_of(span)["gen_ai.usage.output_tokens"] == 5
         assert attributes_of(span)["rpc.response.status_code"] == "OK"
     assert not spans.get_finished_spans()
+
+
+async def test_no_call_is_made_within_another_one_while_opentelemetry_may_hold_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its locks are not reentrant: a signal handler that makes a call would wait for the call that it has interrupted."""
+    refused: list[str] = []
+
+    class Interrupted(SpanProcessor):
+        def on_start(self, span: SdkSpan, parent_context: Context | None = None) -> None:
+            self._interrupt("start")
+
+        def on_end(self, span: ReadableSpan) -> None:
+            self._interrupt("end")
+
+        def _interrupt(self, when: str) -> None:
+            with pytest.raises(RuntimeError, match="reentrant call"):
+                client.stats()
+            refused.append(when)
+
+    provider = TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(Interrupted())
+    monkeypatch.setattr(trace, "get_tracer", provider.get_tracer)
+    async with serving(ScriptedEngine()) as target:
+        with Client(target.address) as client:
+            await asyncio.to_thread(client.generate_all, "hello", **FIELDS)
+            assert refused == ["start", "end"]
+            await asyncio.to_thread(lambda: list(client.generate_deltas("hello", **FIELDS)))
+            assert refused == ["start", "end"] * 2
+            with pytest.raises(FlywheelError):
+                await asyncio.to_thread(client.generate_all, "hello", max_tokens=0)
+            assert refused == ["start", "end"] * 3
 
 
 async def test_a_call_that_is_left_or_cancelled_ends_its_span(spans: InMemorySpanExporter) -> None:
