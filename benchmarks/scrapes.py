@@ -73,8 +73,8 @@ def fill(metrics: Metrics) -> None:
             call.caller = f"{number} {'🦙' * 200}"
             call.operation, call.model = ("chat", "text_completion")[number % 2], "model"
             call.queued_at = call.admitted_at = call.started_at = call.first_output_at = call.began
-            call.ended_at, call.code, call.is_streamed = call.began, code, True
-            call.samples = [(call.began, 2, "stop")]
+            call.ended_at, call.code = call.began, code
+            call.samples, call.token_seconds = [(call.began, 2, "stop")], [0.0]
             metrics.end(call)
 
 

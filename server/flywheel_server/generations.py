@@ -265,7 +265,8 @@ class Generation:
         self._ended_by: Exception | None = None
         generations.queued += 1
         self._record = current_call.get()
-        self._awaits_output = self._record is not None
+        self._silent = set(self._unfinished) if self._record is not None else set()
+        """The samples whose first output is to be noted in the record."""
         if self._record is not None:
             self._record.queued_at = time.perf_counter()
             self._record.num_samples = num_samples
@@ -326,8 +327,8 @@ class Generation:
         else:
             self._activity.note_progress()
             self.usage.count(event)
-            if self._awaits_output:
-                self._note_first_output(is_streamed=isinstance(event, TextDelta))
+            if event.index in self._silent:
+                self._note_first_output(event)
             if isinstance(event, GenerationResponseSample):
                 self._unfinished.remove(event.index)
                 if self._record is not None:
@@ -343,11 +344,10 @@ class Generation:
         if self._record is not None:
             self._record.started_at = time.perf_counter()
 
-    def _note_first_output(self, *, is_streamed: bool) -> None:
-        self._awaits_output = False
+    def _note_first_output(self, event: TextDelta | GenerationResponseSample) -> None:
+        self._silent.discard(event.index)
         if self._record is not None:
-            self._record.first_output_at = time.perf_counter()
-            self._record.is_streamed = is_streamed
+            self._record.note_first_output(event.index, is_streamed=isinstance(event, TextDelta))
 
     def close(self) -> None:
         """Stops counting the generation, and ignores further events."""

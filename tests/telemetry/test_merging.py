@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from flywheel_server.telemetry.instruments import Counter, Histogram
 from flywheel_server.telemetry.merging import MergedMetrics, report_of
-from flywheel_server.telemetry.metrics import MAX_CALLERS
+from flywheel_server.telemetry.metrics import MAX_CALLERS, OTHER_CALLERS
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector, CollectorRegistry
@@ -93,6 +93,21 @@ async def test_callers_stay_few_and_keep_their_labels_however_many_processes_com
         assert all(values[key] >= value for key, value in last.items())
         last = values
         merged.retire("process")
+
+
+async def test_keys_that_expire_take_no_series_from_callers_who_call() -> None:
+    merged = MergedMetrics({})
+    process = Process()
+    expiry = GaugeMetricFamily("flywheel_key_expiry_timestamp_seconds", "Expiry.", labels=["caller"])
+    for number in range(MAX_CALLERS):
+        expiry.add_metric([f"idle {number}"], 5)
+        process.calls.add(1, (f"busy {number}",))
+    process.collect = lambda: [expiry]  # type: ignore[method-assign]
+    await update(merged, one=process, two=process)
+    values = await values_of(merged)
+    assert _callers(values) == MAX_CALLERS
+    assert ("calls_total", OTHER_CALLERS) not in values
+    assert sum(name == expiry.name for name, _ in values) == MAX_CALLERS
 
 
 def _callers(values: Mapping[tuple[str, str], float]) -> int:

@@ -95,11 +95,16 @@ async def test_every_query_has_an_answer_under_load(tmp_path: Path) -> None:
 
         await until(is_scraped, "Prometheus answers")
         await until(has_rates, "calls are seen")
-        for title, query, _ in promql.dashboard_queries(window="5s"):
-            assert await running.series(query), (title, query)
         keda, *_ = promql.scaling_queries()
-        for query in [keda, *promql.documented_queries(), *[selector for selector, _ in promql.variable_queries()]]:
-            assert await running.series(query), query
+        queries = [query for _, query, _ in promql.dashboard_queries(window="5s")]
+        queries += [keda, *promql.documented_queries(), *[selector for selector, _ in promql.variable_queries()]]
+        for query in queries:
+
+            async def is_answered(query: str = query) -> bool:
+                return bool(await running.series(query))
+
+            # A busy machine may be late with a scrape, and Prometheus then has no figures until the next one.
+            await until(is_answered, f"{query} has an answer", within=20)
         for query in [rule["expr"] for rule in ALERTS]:
             await running.series(query)
 

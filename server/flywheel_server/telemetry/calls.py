@@ -52,9 +52,10 @@ class CallRecord:
         model: The name of the engine's model; empty until the request is known to be valid.
         request: The request; None for a call without a prompt, or if the request is not valid.
         num_samples: How many samples were asked for; 0 for a call that generates nothing.
-        is_streamed: Whether the first output was a delta. An engine that cannot stream only sends finished samples.
         samples: For each sample that has finished: when it did, how many tokens it has, and its `finish_reason`.
-        texts: The texts of these samples; None unless an observer has asked for them, with an empty list.
+        token_seconds: For each finished sample of several tokens whose text was streamed: the seconds for each token after the
+            first.
+        texts: The texts of the finished samples; None unless an observer has asked for them, with an empty list.
         prompt_tokens: The number of tokens in the prompt; 0 if it is not known.
         generated_tokens: The number of tokens generated so far, of all samples; set when the generation ends.
         code: The status of the call; None while it runs. CANCELLED if the caller has gone.
@@ -64,6 +65,7 @@ class CallRecord:
     """
 
     __slots__ = (
+        "_first_deltas",
         "admitted_at",
         "began",
         "began_ns",
@@ -73,7 +75,6 @@ class CallRecord:
         "first_output_at",
         "generated_tokens",
         "is_logged",
-        "is_streamed",
         "method",
         "model",
         "num_samples",
@@ -88,6 +89,7 @@ class CallRecord:
         "samples",
         "started_at",
         "texts",
+        "token_seconds",
         "trace_id",
     )
 
@@ -108,8 +110,10 @@ class CallRecord:
         self.request: GenerationRequest | None = None
         self.model = ""
         self.num_samples = 0
-        self.is_streamed = False
+        self._first_deltas: dict[int, float] = {}
+        """When each sample that is not finished had its first text, by the sample's index."""
         self.samples: list[tuple[float, int, str]] = []
+        self.token_seconds: list[float] = []
         self.texts: list[str] | None = None
         self.prompt_tokens = 0
         self.generated_tokens = 0
@@ -122,9 +126,22 @@ class CallRecord:
         """Returns the address and the port of the caller by the names of OpenTelemetry; only the address if it is no TCP."""
         return _peer_address(self.peer)
 
+    def note_first_output(self, index: int, *, is_streamed: bool) -> None:
+        """Notes the first output of the sample with this index: a delta, if it is streamed, and otherwise the whole sample."""
+        now = time.perf_counter()
+        if self.first_output_at is None:
+            self.first_output_at = now
+        if is_streamed:
+            self._first_deltas[index] = now
+
     def note_sample(self, sample: "GenerationResponseSample") -> None:
         """Notes that a sample has finished."""
-        self.samples.append((time.perf_counter(), sample.generated_tokens, sample.finish_reason))
+        now, tokens = time.perf_counter(), sample.generated_tokens
+        self.samples.append((now, tokens, sample.finish_reason))
+        # Samples need not start together: an engine may have too few slots, and with a seed they run one after the other.
+        began = self._first_deltas.pop(sample.index, None)
+        if began is not None and tokens > 1:
+            self.token_seconds.append((now - began) / (tokens - 1))
         if self.texts is not None:
             self.texts.append(sample.text)
 

@@ -98,7 +98,9 @@ class MergedMetrics:
         for described in report:
             name, documentation, kind, samples = from_json(described)
             if not only_counters or kind in _COUNTERS:
-                bounded = ((name, self._bounded(labels), value) for name, labels, value in samples)
+                # The gauges of a process are gone with it. All processes bound them in the same way, and have the same keys.
+                labels_of = self._bounded if kind in _COUNTERS else _as_tuple
+                bounded = ((name, labels_of(labels), value) for name, labels, value in samples)
                 self._sums(sums, name, documentation, kind).add(bounded)
             await asyncio.sleep(0)
 
@@ -108,14 +110,14 @@ class MergedMetrics:
         return sums[name]
 
     def _bounded(self, labels: dict[str, str]) -> Labels:
-        """Returns the labels. Each process knows other callers, so their names are limited here once more."""
+        """Returns the labels of a counter. Each process counts other callers, so their names are limited here once more."""
         caller = labels.get("caller")
         if caller not in {None, OTHER_CALLERS} and caller not in self._callers:
             if len(self._callers) < MAX_CALLERS:
                 self._callers.add(caller)
             else:
                 labels = {**labels, "caller": OTHER_CALLERS}
-        return tuple(labels.items())
+        return _as_tuple(labels)
 
 
 class _Sums:
@@ -154,6 +156,10 @@ class _Merged(Collector):
     def collect(self) -> Iterator[Metric]:
         for each in self._sums:
             yield family_of(each.name, each.documentation, each.kind, each.samples)
+
+
+def _as_tuple(labels: dict[str, str]) -> Labels:
+    return tuple(labels.items())
 
 
 def _plus(one: float, other: float) -> float:

@@ -70,7 +70,7 @@ class Metrics:
         )
         self._token_time = self._histogram(
             "gen_ai_server_time_per_output_token_seconds",
-            "Time for each token of a sample after the first output, from engines that stream.",
+            "Time for each token of a sample after its first output, from engines that stream.",
             TOKEN_BUCKETS,
             _OPERATION,
         )
@@ -146,10 +146,8 @@ class Metrics:
         operation = (call.operation, call.model)
         if call.first_output_at is not None:
             self._first_token.observe(_seconds(call.began, call.first_output_at), operation)
-            if call.is_streamed:
-                for finished_at, tokens, _ in call.samples:
-                    if tokens > 1:
-                        self._token_time.observe(_seconds(call.first_output_at, finished_at) / (tokens - 1), operation)
+            for seconds in call.token_seconds:
+                self._token_time.observe(seconds, operation)
         self._count_tokens(call)
 
     def _count_tokens(self, call: CallRecord) -> None:
