@@ -79,7 +79,8 @@ class Generations:
         self.engine = engine
         self._admission = admission
         self._preparation = Preparation(engine)
-        self._is_open = False
+        self._refuses_because = "the engine is starting"
+        """Why new requests are refused; empty if they are not."""
         self._closed = False
         self._running: set[Generation] = set()
         self._one_ended = asyncio.Event()
@@ -87,12 +88,12 @@ class Generations:
     @property
     def is_open(self) -> bool:
         """Whether new requests are accepted."""
-        return self._is_open
+        return not self._refuses_because
 
     def model(self) -> EngineModel:
         """Returns the engine's model, as it is now. Raises `EngineUnavailableError` unless new requests are accepted."""
-        if not self._is_open:
-            raise EngineUnavailableError("the server is starting or stopping")
+        if self._refuses_because:
+            raise EngineUnavailableError(self._refuses_because)
         return self.engine.model()
 
     async def counts(self) -> Counts:
@@ -104,13 +105,14 @@ class Generations:
         """Accepts requests from now on, unless `close` was called. To be called when the engine has started."""
         if not self._closed:
             model = self.last_model = self.engine.model()
-            self._is_open = True
+            self._refuses_because = ""
             self._admission.set_capacity(model)
             self._preparation.set_threads(model.tokenizers)
 
     def interrupt(self) -> None:
         """Refuses new requests until `open` is called again, and ends all generations. To be called when the engine stops."""
-        self._is_open = False
+        if not self._closed:
+            self._refuses_because = "the engine was dead, and has not started again"
         self._end_all("the engine stops")
 
     def revoke(self, callers: Collection[str]) -> None:
@@ -126,7 +128,7 @@ class Generations:
         this method ends them at once.
         """
         self._closed = True
-        self._is_open = False
+        self._refuses_because = "the server is stopping"
         running = self.active + self.queued
         log.info("stopping", running_calls=running, drain_timeout=drain_timeout if running else 0)
         try:

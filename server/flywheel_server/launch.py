@@ -8,7 +8,7 @@ import os
 import socket
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from flywheel_proto._extras import loading
 
@@ -21,7 +21,7 @@ from flywheel_server.system.signals import SignalReceiver
 
 def main(receiver: SignalReceiver) -> None:
     """Serves until a signal stops the server, and exits; see `flywheel_server.__main__.main` for the exit codes."""
-    with _outputs() as (stdout, stderr):
+    with _outputs(receiver) as (stdout, stderr):
         settings = parse()
         with loading("flywheel-server"):
             from flywheel_server import serve_command
@@ -45,7 +45,7 @@ def run(engine: Engine, settings: Settings | None = None) -> int:
         with 2 if the settings are wrong.
     """
     receiver = SignalReceiver()
-    with _outputs() as (stdout, stderr):
+    with _outputs(receiver) as (stdout, stderr):
         settings = settings or parse()
         from flywheel_server import serve_command
 
@@ -61,7 +61,7 @@ def run_worker(pair: socket.socket, number: int, port: int, arguments: Sequence[
         port: The port that all workers listen on.
         arguments: The command line arguments of the parent.
     """
-    with _outputs(f"worker {number}: ".encode()) as (_, stderr):
+    with _outputs(None, f"worker {number}: ".encode()) as (_, stderr):
         settings = parse(arguments)
         host = settings.address.rpartition(":")[0]
         from flywheel_server import serve_command
@@ -71,24 +71,33 @@ def run_worker(pair: socket.socket, number: int, port: int, arguments: Sequence[
 
 
 @contextmanager
-def _outputs(prefix: bytes = b"") -> Iterator[tuple[Output, Output]]:
+def _outputs(receiver: SignalReceiver | None, prefix: bytes = b"") -> Iterator[tuple[Output, Output]]:
     """Yields outputs for standard output and standard error that never block, and makes crashes write their stacks.
 
     Everything else that writes to standard error, such as gRPC and the interpreter, does not block either. Its lines get the
-    prefix.
+    prefix. A stop signal that ends the process while the outputs exist waits for their readers, as leaving the context does.
     """
     crash_log = _crash_log()
     faulthandler.enable(crash_log)
     signals.write_stacks_to(crash_log)
     stdout, stderr = Output(1), Output(2)
-    try:
-        with captured(2, lambda line: stderr.write(prefix + line)):
-            yield stdout, stderr
-    finally:
+
+    def close() -> bool:
         stdout.close()
-        if not stderr.close():
-            # Nobody reads standard error, so a last message of the interpreter would block its exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        return stderr.close()
+
+    def exit_process() -> None:
+        close()
+        os._exit(0)
+
+    with receiver.calling(exit_process) if receiver else nullcontext():
+        try:
+            with captured(2, lambda line: stderr.write(prefix + line)):
+                yield stdout, stderr
+        finally:
+            if not close():
+                # Nobody reads standard error, so a last message of the interpreter would block its exit.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def _crash_log() -> int:

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -20,6 +21,7 @@ from tests.pulled import PulledEngine
 from tests.server.test_command import SCRIPTED, command, ready_line
 from tests.server.test_errors import METHODS, details_of
 from tests.serving import Target, code_of, connected, drained, serving, until
+from tests.telemetry.logged import logging_to
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -93,6 +95,25 @@ async def test_a_dead_engine_is_started_again_and_everybody_is_told(method: str)
         assert await code_of(getattr(target.stub, method)(ONE)) is grpc.StatusCode.OK
         assert engine.starts == 2
         watch.cancel()
+
+
+async def test_the_log_says_why_calls_are_refused_while_the_engine_is_dead(tmp_path: Path) -> None:
+    engine = MortalEngine()
+
+    async def is_refused() -> bool:
+        return await code_of(target.stub.GenerateAll(ONE)) is grpc.StatusCode.UNAVAILABLE
+
+    with logging_to(tmp_path / "log") as log:
+        async with serving(engine) as target:
+            engine.may_start.clear()
+            engine.dead.set()
+            await until(is_refused, "the engine has been found dead")
+            call = target.stub.GenerateAll(ONE, metadata=[("x-request-id", "late")])
+            assert await code_of(call) is grpc.StatusCode.UNAVAILABLE
+            engine.may_start.set()
+        await until(lambda: bool(log.ends("late")), "it is logged")
+        (line,) = log.ends("late")
+    assert line["cause"] == "the engine was dead, and has not started again"
 
 
 async def test_a_call_that_fails_does_not_make_the_engine_a_dead_one() -> None:

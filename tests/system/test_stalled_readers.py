@@ -7,8 +7,10 @@ import pty
 import re
 import resource
 import signal
+import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import grpc
@@ -172,6 +174,33 @@ async def test_a_disk_that_is_full_for_a_while_costs_the_lines_of_that_time(tmp_
     assert dropped >= 1
     assert dropped + sum("call refused" in line for line in rest) == 5 + 1
     assert any("stopping" in line for line in rest)
+
+
+async def test_further_signals_do_not_take_the_last_lines_from_a_reader_that_is_late(pipe: Pipe) -> None:
+    lines = 600  # which a pipe has no room for
+    async with command(*SCRIPTED, stderr=pipe.writing) as process:
+        _, address = await ready_line(process)
+        async with connected(address) as target:
+            for _ in range(lines):
+                assert await code_of(target.stub.GenerateAll(pb.GenerationRequest())) is grpc.StatusCode.INVALID_ARGUMENT
+        process.send_signal(signal.SIGTERM)
+        await until(lambda: not _listens(address), "the server stops")
+        for _ in range(20):
+            with suppress(ProcessLookupError):
+                process.send_signal(signal.SIGTERM)
+            await asyncio.sleep(0.01)
+        log = await pipe.read_until(re.compile(rb"stopping.*\n(.*\n)*\Z"))
+        assert await process.wait() == 0
+    assert log.count(b"call refused") == lines
+
+
+def _listens(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port))).close()
+    except ConnectionError:
+        return False
+    return True
 
 
 @pytest.mark.thorough

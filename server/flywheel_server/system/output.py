@@ -53,6 +53,7 @@ class Output:
         self._waiting: deque[bytes | int] = deque()
         self._waiting_bytes = 0
         self._closed = False
+        self._gives_up_at = 0.0
         self._closing = threading.Event()
         """Ends the pause between two writes."""
         self._line_is_cut = False
@@ -82,14 +83,15 @@ class Output:
     def close(self, timeout: float = CLOSE_TIMEOUT) -> bool:
         """Ignores further output, and waits for up to `timeout` seconds. Returns whether all queued output was written.
 
-        Only the first call waits.
+        Any thread may call this. Further calls wait no longer than the first one.
         """
         with self._changed:
-            timeout = 0 if self._closed else timeout
+            if not self._closed:
+                self._gives_up_at = time.monotonic() + timeout
             self._closed = True
             self._changed.notify()
         self._closing.set()
-        self._thread.join(timeout)
+        self._thread.join(max(self._gives_up_at - time.monotonic(), 0))
         return not self._thread.is_alive()
 
     def _run(self) -> None:
