@@ -26,7 +26,15 @@ class Engine(ScriptedEngine):
     """Counts prompts as read from a cache, as the embedded engine does."""
 
     def __init__(self) -> None:
-        super().__init__(Script(token_delay=0.001, context_tokens=2000, shared_context_tokens=2000))
+        script = Script(
+            token_delay=0.001,
+            context_tokens=2000,
+            shared_context_tokens=2000,
+            fail_on="fail",
+            fail_after=1,
+            failure="unavailable",
+        )
+        super().__init__(script)
 
     async def stats(self) -> EngineStats:
         stats = await super().stats()
@@ -51,9 +59,10 @@ async def monitored(folder: Path) -> AsyncIterator[tuple[Any, int]]:
 
 
 async def call_in_every_way(stub: Any) -> None:
-    """Makes calls that go well, and calls that are invalid, refused and cancelled."""
+    """Makes calls that go well, and calls that are invalid, refused, failed and cancelled."""
     assert await code_of(stub.GenerateDeltas(QUICK, metadata=METADATA)) is grpc.StatusCode.OK
     await code_of(stub.GenerateAll(pb.GenerationRequest(text="x"), metadata=METADATA))
+    await code_of(stub.GenerateAll(pb.GenerationRequest(text="fail", max_tokens=8), metadata=METADATA))
     running = stub.GenerateDeltas(SLOW, metadata=METADATA)
     await running.read()
     queued = stub.GenerateDeltas(SLOW, metadata=METADATA)

@@ -12,7 +12,7 @@ import grpc
 import grpc.aio
 import pytest
 from flywheel_proto.v1 import generation_pb2 as pb
-from flywheel_server.engines.base import Event, PreparedRequest, Sink, Started, TextDelta
+from flywheel_server.engines.base import EngineSetupError, Event, PreparedRequest, Sink, Started, TextDelta
 from flywheel_server.engines.scripted import Script, ScriptedEngine
 from flywheel_server.messages import GenerationResponseSample
 from flywheel_server.telemetry.metrics import Metrics
@@ -205,6 +205,7 @@ def check(read: Figures, sent: Traffic) -> None:
         )
     assert counted == sent.codes
     assert read.by("flywheel_calls_refused_total", "reason") == sent.refused
+    assert read.by("flywheel_calls_failed_total", "reason") == {"ENGINE_FAILED": sent.errors["ENGINE_FAILED"]}
     assert read.by("flywheel_calls_cancelled_total", "phase") == sent.cancelled
     assert read.by("flywheel_retries_asked_total", "reason") == sent.retries
     assert read.by("gen_ai_server_request_duration_seconds_count", "error_type") == sent.errors
@@ -336,6 +337,32 @@ async def test_methods_that_are_not_the_service_have_the_status_that_their_calle
     calls = "rpc_server_call_duration_seconds_count"
     assert read.by(calls, "rpc_method", rpc_response_status_code="NOT_FOUND") == {"grpc.health.v1.Health/Check": 1}
     assert read.by(calls, "rpc_method", rpc_response_status_code="UNIMPLEMENTED") == {"_OTHER": 2}
+
+
+@pytest.mark.parametrize(
+    ("failure", "reason"),
+    [("failed", "ENGINE_FAILED"), ("unavailable", "ENGINE_UNAVAILABLE"), ("overloaded", "OVERLOADED")],
+)
+async def test_a_call_that_ends_badly_after_its_start_has_failed_whatever_its_status(failure: Any, reason: str) -> None:
+    (port,) = free_ports(1)
+    engine = ScriptedEngine(Script(fail_after=2, failure=failure))
+    async with serving(engine, metrics_address=f"127.0.0.1:{port}") as target:
+        assert await code_of(target.stub.GenerateAll(OK)) is not OK_CODE
+        read = await figures(port)
+    assert read.by("flywheel_calls_failed_total", "reason") == {reason: 1}
+    assert read.by("flywheel_calls_refused_total", "reason") == {}
+
+
+async def test_a_call_that_an_engine_refuses_because_it_is_not_set_up_has_failed() -> None:
+    class NotSetUp(ScriptedEngine):
+        async def generate(self, prepared: PreparedRequest, sink: Sink) -> None:
+            raise EngineSetupError("no such class", {})
+
+    (port,) = free_ports(1)
+    async with serving(NotSetUp(), metrics_address=f"127.0.0.1:{port}") as target:
+        assert await code_of(target.stub.GenerateAll(OK)) is grpc.StatusCode.FAILED_PRECONDITION
+        read = await figures(port)
+    assert read.by("flywheel_calls_failed_total", "reason") == {"ENGINE_NOT_SET_UP": 1}
 
 
 class OneAfterTheOther(ScriptedEngine):

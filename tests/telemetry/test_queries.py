@@ -3,6 +3,7 @@
 import re
 from itertools import combinations
 from pathlib import Path
+from typing import get_args
 
 import grpc
 import pytest
@@ -19,7 +20,10 @@ ADDED = {"instance", "job", "namespace", "pod"}
 MADE_BY_PROMETHEUS = {"up": set[str](), "ALERTS": {"alertname", "alertstate"}}
 
 VALUES = {
-    "reason": set(re.findall(r"\b[A-Z]+_[A-Z_]+\b|\bOVERLOADED\b", str(errors.__doc__))),
+    "reason": {
+        *re.findall(r"\b[A-Z]+_[A-Z_]+\b|\bOVERLOADED\b", str(errors.__doc__)),
+        *get_args(errors.UnauthenticatedReason),
+    },
     "rpc_response_status_code": {code.name for code in grpc.StatusCode},
 }
 """What labels can have besides what the calls of this test make."""

@@ -26,6 +26,7 @@ HISTOGRAMS: Final = (
 COUNTERS: Final = frozenset(
     {
         "flywheel_calls_refused_total",
+        "flywheel_calls_failed_total",
         "flywheel_calls_cancelled_total",
         "flywheel_slow_readers_total",
         "flywheel_calls_drained_total",

@@ -184,6 +184,7 @@ def _methods(interval: Interval) -> Iterable[MethodUse]:
 def _ended_early(latest: Samples, rates: Samples) -> Iterable[EndedEarly]:
     labelled = (
         ("refused", "flywheel_calls_refused_total", "reason"),
+        ("failed", "flywheel_calls_failed_total", "reason"),
         ("cancelled in", "flywheel_calls_cancelled_total", "phase"),
         ("told to retry", "flywheel_retries_asked_total", "reason"),
     )

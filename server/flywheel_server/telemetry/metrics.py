@@ -38,6 +38,9 @@ REQUEST_BUCKETS: Final = (
 USAGE_BUCKETS: Final = (1.0, 4.0, 16.0, 64.0, 256.0, 1024.0, 4096.0, 16384.0, 65536.0, 262144.0, 1048576.0)
 WAIT_BUCKETS: Final = (0.0001, 0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 
+FAULTS: Final = frozenset({StatusCode.INTERNAL, StatusCode.UNKNOWN, StatusCode.FAILED_PRECONDITION})
+"""The statuses of faults of the engine, the server, or its set-up, whenever they come."""
+
 _OPERATION: Final = ("gen_ai_operation_name", "gen_ai_request_model")
 
 
@@ -86,6 +89,11 @@ class Metrics:
         self._refused = self._counter(
             "flywheel_calls_refused", "Calls that were refused before the engine began on them.", ("reason",)
         )
+        self._failed = self._counter(
+            "flywheel_calls_failed",
+            "Calls that failed through a fault of the engine or its set-up, or that the server ended after their start.",
+            ("reason",),
+        )
         self._cancelled = self._counter(
             "flywheel_calls_cancelled", "Calls that their caller or their deadline ended, by what they waited for.", ("phase",)
         )
@@ -133,8 +141,10 @@ class Metrics:
             self._cancelled.add(1, (call.phase,))
         elif reason == "SLOW_READER":
             self._slow_readers.add()
-        elif call.started_at is None and code is not StatusCode.INTERNAL:
+        elif call.started_at is None and code not in FAULTS:
             self._refused.add(1, (reason,))
+        else:
+            self._failed.add(1, (reason,))
         if call.retry_delay is not None:
             self._retries_asked.add(1, (reason,))
 
