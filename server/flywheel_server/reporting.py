@@ -4,12 +4,11 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING
 
-from flywheel_proto._extras import DISTRIBUTION
-
 from flywheel_server.metrics_endpoint import create_metrics, serving_metrics
 from flywheel_server.settings import Settings
 from flywheel_server.telemetry.call_log import CallLog
 from flywheel_server.telemetry.calls import Calls
+from flywheel_server.telemetry.otlp_factory import create_otlp
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -68,14 +67,8 @@ class Reporting:
             yield
 
     def _send_traces(self, endpoint: str) -> "Otlp":
-        try:
-            from flywheel_server.telemetry.otlp import Otlp
-            from flywheel_server.telemetry.tracing import CallTraces
+        otlp = create_otlp(endpoint, is_one_of_several=self._link is not None)
+        from flywheel_server.telemetry.tracing import CallTraces
 
-            otlp = Otlp(endpoint, "flywheel-server", is_worker=self._link is not None)
-        except ImportError as error:
-            raise ValueError(f"no traces: {error}; install what is missing: pip install '{DISTRIBUTION}[otel]'") from error
-        except Exception as error:  # OpenTelemetry raises different errors for wrong variables
-            raise ValueError(f"no traces: check the variables OTEL_*: {error}") from error
         self._observers.append(CallTraces(otlp.tracer_provider, with_texts=self._settings.trace_prompts))
         return otlp

@@ -1,4 +1,4 @@
-"""Collects the metrics of all workers, in the parent. Imported only if there is a metrics endpoint."""
+"""Collects the metrics of all workers, in the parent. Imported only if somebody gets them."""
 
 from collections.abc import Callable, Sequence
 from typing import Final
@@ -27,19 +27,22 @@ class WorkersMetrics:
         admission: The admission of all workers.
         get_serving: Returns the workers that serve now.
         engine_is_shared: Whether all workers use the same engine, so that what it says of itself counts only once.
+
+    Attributes:
+        own: The metrics of the parent alone: the admission of all workers, and its process.
     """
 
     def __init__(self, admission: Admission, get_serving: Callable[[], Sequence[Worker]], *, engine_is_shared: bool) -> None:
         self._get_serving = get_serving
         shared = ("flywheel_engine_runners", "flywheel_engine_backlog") if engine_is_shared else ()
         self._merged = MergedMetrics(dict.fromkeys(shared, max))
-        self._own = CollectorRegistry()
-        ProcessCollector(registry=self._own)
+        self.own = CollectorRegistry()
+        ProcessCollector(registry=self.own)
         gauges = Gauges()
         gauges.add_admission(admission)
         gauges.add_log()
         gauges.gauge("flywheel_engine_up", "1 if the engine runs, otherwise 0.", lambda: None if get_serving() else 0)
-        self._own.register(gauges)
+        self.own.register(gauges)
 
     def retire(self, worker: Worker) -> None:
         """Notes that the worker has ended."""
@@ -61,5 +64,5 @@ class WorkersMetrics:
 
     async def registry(self) -> CollectorRegistry:
         """Returns a registry with the metrics as the workers last reported them, and those of the parent of now."""
-        self._merged.update(_PARENT, await report_of(self._own))
+        self._merged.update(_PARENT, await report_of(self.own))
         return await self._merged.merged()

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -13,6 +13,7 @@ from flywheel_server.admission import Admission
 from flywheel_server.admission_control import quotas_for
 from flywheel_server.metrics_endpoint import check_metrics, serving_metrics
 from flywheel_server.settings import Settings
+from flywheel_server.telemetry.otlp_factory import create_otlp
 from flywheel_server.workers.port import reserved
 from flywheel_server.workers.process import Worker
 from flywheel_server.workers.shared_calls import SharedCalls
@@ -65,7 +66,7 @@ class Parent:
         self._waiting_questions: list[tuple[Worker, int]] = []
         """Waiting questions for the counts of all workers, each with the worker that asks."""
         self._answering: asyncio.Task[None] | None = None
-        self._metrics = self._create_metrics() if settings.metrics_address else None
+        self._metrics = self._create_metrics() if settings.metrics_address or settings.otlp_endpoint else None
 
     def _create_metrics(self) -> "WorkersMetrics":
         from flywheel_server.workers.metrics import WorkersMetrics
@@ -73,9 +74,20 @@ class Parent:
         engine_is_shared = not self._settings.engine_is_in_process
         return WorkersMetrics(self._admission, self._serving, engine_is_shared=engine_is_shared)
 
-    def serving_metrics(self) -> AbstractAsyncContextManager[None]:
-        """Serves the metrics of all workers for the length of the context, if there are to be any."""
-        return serving_metrics(self._settings, self._metrics) if self._metrics else nullcontext()
+    @asynccontextmanager
+    async def reporting(self) -> AsyncIterator[None]:
+        """Serves the metrics of all workers for the length of the context, and sends those of the parent, if anybody gets them.
+
+        Over OTLP, each worker sends its own metrics.
+        """
+        async with AsyncExitStack() as stack:
+            if self._metrics and self._settings.metrics_address is not None:
+                await stack.enter_async_context(serving_metrics(self._settings, self._metrics))
+            if self._metrics and self._settings.otlp_endpoint is not None:
+                otlp = create_otlp(self._settings.otlp_endpoint, is_one_of_several=True)
+                stack.push_async_callback(otlp.stop)
+                otlp.push_metrics(self._metrics.own)
+            yield
 
     def _serving(self) -> list[Worker]:
         """Returns the workers that serve now."""
@@ -269,5 +281,5 @@ async def serve_in_workers(
         parent = Parent(settings, [str(port), *arguments], on_output)
         loop = asyncio.get_running_loop()
         with switching_debug(lambda on: loop.call_soon_threadsafe(parent.set_debug, on)):
-            async with parent.serving_metrics(), parent.running():
+            async with parent.reporting(), parent.running():
                 yield port
