@@ -160,6 +160,18 @@ def test_an_interrupt_ends_the_run_and_still_reports(fake: FakeService, tmp_path
     assert (made["interrupted"], made["calls_failed"]) == (True, 0)
 
 
+def test_a_run_without_calls_blames_no_one(fake: FakeService, tmp_path: Path) -> None:
+    report, page = tmp_path / "a.json", tmp_path / "a.html"
+    arguments = ["--rate", "1e-9", "--duration", "1", "--warm-up", "0", "--json", str(report), "--html", str(page)]
+    done = flywheel(fake, "bench", *arguments)
+    assert (done.returncode, fake.requests) == (1, [])
+    shown = " ".join(done.stdout.decode().split())
+    assert "No call was due within --duration: at this --rate, the first one is due after 144," in shown
+    assert "Nothing was measured, because no call was sent." in shown
+    assert "THE BENCH" not in shown + page.read_text()
+    assert json.loads(report.read_text())["bench_limits"] == []
+
+
 @pytest.mark.thorough
 def test_progress_is_shown_on_a_terminal_and_removed(fake: FakeService) -> None:
     written = on_terminal(fake, "bench", "--rate", "20", "--duration", "1").decode()

@@ -37,7 +37,7 @@ PLAN = Plan(
 
 def report(overhead: Overhead | None = None) -> Report:
     """Returns a report of a run with every part, and with hostile texts of a server."""
-    measured = Measurements(succeeded=100, generated_tokens=5000)
+    measured = Measurements(sent=101, succeeded=100, generated_tokens=5000)
     numbers = random.Random(1)
     for number in range(100):
         wait = numbers.lognormvariate(-3, 0.5)
