@@ -18,7 +18,18 @@ from flywheel_proto import __version__
 from flywheel_proto._extras import loading
 
 from flywheel_client._bench.options import BenchOptions
-from flywheel_client._options import CACERT, JSON, KEY_VARIABLE, SECONDS, TIMEOUT, Command, RequestOptions, Server, options_of
+from flywheel_client._options import (
+    CACERT,
+    JSON,
+    KEY_VARIABLE,
+    SECONDS,
+    TIMEOUT,
+    Command,
+    FiniteFloatRange,
+    RequestOptions,
+    Server,
+    options_of,
+)
 from flywheel_client._records import DEFAULT_APP
 
 
@@ -222,7 +233,7 @@ def endpoints(**options: Any) -> None:  # noqa: ANN401 - options have several ty
 @click.argument("addresses", metavar="HOST:PORT...", nargs=-1, required=True, envvar="FLYWHEEL_METRICS_ADDRESS")
 @click.option(
     "--interval",
-    type=click.FloatRange(min=0.1, max=3600),
+    type=FiniteFloatRange(min=0.1, max=3600),
     metavar="SECONDS",
     default=2.0,
     show_default=True,

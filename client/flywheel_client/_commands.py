@@ -176,7 +176,8 @@ def advice(error: FlywheelError, server: "Server") -> str:
         return ""
     if server.modal_app is None:
         hints = (HINTS[words] for words in HINTS if words in error.message and error.message.startswith(UNREACHABLE_MESSAGES))
-        return " ".join([*hints, f"Is flywheel-server running at {server.address}?"])
+        # A message of gRPC may have several words with the same hint.
+        return " ".join([*dict.fromkeys(hints), f"Is flywheel-server running at {server.address}?"])
     environment = f" --environment {server.modal_environment}" if server.modal_environment else ""
     return f"To see what is live: flywheel endpoints --app {server.modal_app}{environment}"
 

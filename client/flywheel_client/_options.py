@@ -1,6 +1,7 @@
 """The options of the subcommands of `flywheel`: a field of a dataclass is an option."""
 
 import functools
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -10,11 +11,30 @@ from typing import Annotated, Any, Final, get_args, get_origin, get_type_hints
 import click
 
 KEY_VARIABLE: Final = "FLYWHEEL_API_KEY"
-SECONDS: Final = click.FloatRange(min=0.001)
-_FILE: Final = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 Command = Callable[..., None]
 Decorator = Callable[[Command], Command]
+
+
+class FiniteFloat(click.types.FloatParamType):
+    """A finite number. Click's own types also accept NaN, which no range excludes, and infinity."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:  # noqa: ANN401 - as click's
+        """Returns the number; fails, with an error that names the option, for other values."""
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{number} is not a finite number.", param, ctx)
+        return number
+
+
+class FiniteFloatRange(click.FloatRange, FiniteFloat):
+    """A finite number within a range."""
+
+
+SECONDS: Final = FiniteFloatRange(min=0.001)
+_FILE: Final = click.Path(exists=True, dir_okay=False, path_type=Path)
+_TYPES: Final[Mapping[type, Any]] = {Path: _FILE, float: FiniteFloat(), bool: None}
+"""The types of options, for kinds of fields that click would take for another type."""
 
 
 def option(metavar: str | None, description: str, *flags: str, **settings: Any) -> Callable[[str, Any], Decorator]:  # noqa: ANN401 - as click's
@@ -30,7 +50,7 @@ def option(metavar: str | None, description: str, *flags: str, **settings: Any) 
     def named(name: str, kind: Any) -> Decorator:  # noqa: ANN401 - any type
         value, *_ = get_args(kind) or (kind,)
         defaults: dict[str, Any] = {
-            "type": {Path: _FILE, bool: None}.get(value, value),
+            "type": _TYPES.get(value, value),
             "multiple": get_origin(kind) is tuple,
             "show_default": "default" in settings,
             "show_envvar": True,
@@ -71,6 +91,8 @@ def _biases(_context: click.Context, _parameter: click.Parameter, values: Iterab
             biases[int(token_id)] = float(bias)
         except ValueError:
             raise click.BadParameter(f"{value!r} is not the id of a token and a bias, such as 42=-100") from None
+        if not math.isfinite(biases[int(token_id)]):
+            raise click.BadParameter(f"the bias in {value!r} is not a finite number")
     return biases or None
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -19,8 +22,6 @@ from tests.serving import serving
 from tests.thorough import further
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from tests.client.conftest import FakeService
 
 
@@ -160,6 +161,44 @@ def test_an_interrupt_ends_the_run_and_still_reports(fake: FakeService, tmp_path
     assert (made["interrupted"], made["calls_failed"]) == (True, 0)
 
 
+def test_an_interrupt_during_the_warm_up_says_that_nothing_was_measured(fake: FakeService, tmp_path: Path) -> None:
+    fake.hangs = True
+    report = tmp_path / "a.json"
+    command = [*FLYWHEEL, "bench", "--json", str(report)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(fake)) as running:
+        assert fake.called.wait(WAIT)
+        running.send_signal(signal.SIGINT)
+        said = running.communicate(timeout=WAIT)
+    assert running.returncode == 130
+    assert said == (b"", b"flywheel: interrupted during the warm-up; nothing was measured\n")
+    assert not report.exists()
+
+
+def test_an_interrupt_before_the_run_says_that_nothing_was_measured(fake: FakeService) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = "{}:{}".format(*silent.getsockname())
+        command = [*FLYWHEEL, "bench", "--address", address]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(fake)) as running:
+            connected, _ = silent.accept()
+            running.send_signal(signal.SIGINT)
+            said = running.communicate(timeout=WAIT)
+            connected.close()
+    assert running.returncode == 130
+    assert said == (b"", b"flywheel: interrupted before the run; nothing was measured\n")
+
+
+def test_a_run_without_calls_blames_no_one(fake: FakeService, tmp_path: Path) -> None:
+    report, page = tmp_path / "a.json", tmp_path / "a.html"
+    arguments = ["--rate", "1e-9", "--duration", "1", "--warm-up", "0", "--json", str(report), "--html", str(page)]
+    done = flywheel(fake, "bench", *arguments)
+    assert (done.returncode, fake.requests) == (1, [])
+    shown = " ".join(done.stdout.decode().split())
+    assert "No call was due within --duration: at this --rate, the first one is due after 144," in shown
+    assert "Nothing was measured, because no call was sent." in shown
+    assert "THE BENCH" not in shown + page.read_text()
+    assert json.loads(report.read_text())["bench_limits"] == []
+
+
 @pytest.mark.thorough
 def test_progress_is_shown_on_a_terminal_and_removed(fake: FakeService) -> None:
     written = on_terminal(fake, "bench", "--rate", "20", "--duration", "1").decode()
@@ -190,9 +229,44 @@ def test_wrong_usage(fake: FakeService, case: tuple[list[str], str]) -> None:
     assert message in done.stderr.decode()
 
 
-def test_a_report_file_that_cannot_be_written_costs_no_run(fake: FakeService, tmp_path: Path) -> None:
-    done = flywheel(fake, "bench", "--html", str(tmp_path / "no" / "a.html"))
-    assert (done.returncode, fake.requests) == (1, [])
+@pytest.mark.parametrize("flag", ["--json", "--html"])
+@pytest.mark.parametrize(("name", "problem"), [("no/a", "No such file or directory"), ("a" * 300, "File name too long")])
+def test_a_report_file_that_cannot_be_written_costs_no_run(
+    fake: FakeService, tmp_path: Path, flag: str, name: str, problem: str
+) -> None:
+    file = tmp_path / name
+    done = flywheel(fake, "bench", flag, str(file))
+    assert (done.returncode, fake.requests, fake.peers) == (2, [], set())
+    assert done.stderr.decode() == f"flywheel: {flag}: cannot write {file}: {problem}\n"
+
+
+def test_two_reports_in_one_file_are_refused(fake: FakeService, tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    done = flywheel(fake, "bench", "--json", str(tmp_path / "a"), "--html", str(tmp_path / "b" / ".." / "a"))
+    assert (done.returncode, fake.requests) == (2, [])
+    assert done.stderr == b"flywheel: --json and --html must name different files\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has /dev/full")
+def test_a_report_that_cannot_be_written_after_the_run_is_shown_and_in_the_other_file(
+    fake: FakeService, tmp_path: Path
+) -> None:
+    page = tmp_path / "a.html"
+    done = flywheel(fake, "bench", "--requests", "3", "--json", "/dev/full", "--html", str(page))
+    assert done.returncode == 1
+    assert b"3 succeeded" in done.stdout
+    assert done.stderr == b"flywheel: --json: cannot write /dev/full: No space left on device\n"
+    assert "SmolLM2-135M" in page.read_text()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has /dev/full")
+def test_a_report_that_cannot_be_printed_is_in_its_file(fake: FakeService, tmp_path: Path) -> None:
+    report = tmp_path / "a.json"
+    command = [*FLYWHEEL, "bench", "--requests", "3", "--json", str(report)]
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(command, stdout=full, env=environment(fake), timeout=WAIT, check=False)
+    assert done.returncode == 1
+    assert json.loads(report.read_text())["calls_succeeded"] == 3
 
 
 def test_the_report_on_stdout_and_the_page_with_several_connections(fake: FakeService, tmp_path: Path) -> None:

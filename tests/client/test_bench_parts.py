@@ -4,6 +4,7 @@ import asyncio
 import json
 import random
 import time
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import islice, takewhile
 from pathlib import Path
@@ -36,7 +37,7 @@ PLAN = Plan(
 
 def report(overhead: Overhead | None = None) -> Report:
     """Returns a report of a run with every part, and with hostile texts of a server."""
-    measured = Measurements(succeeded=100, generated_tokens=5000)
+    measured = Measurements(sent=101, succeeded=100, generated_tokens=5000)
     numbers = random.Random(1)
     for number in range(100):
         wait = numbers.lognormvariate(-3, 0.5)
@@ -177,6 +178,20 @@ def test_a_report_survives_json() -> None:
     assert "setup" not in lines[0]
     assert not any("better" in line or "worse" in line for line in lines)
     assert "#" in "".join(report_lines(made, blocks=False))
+
+
+def test_a_change_from_zero_is_marked() -> None:
+    made = report()
+    none = replace(made, calls_failed=0, calls_per_second=0.0)
+    some = replace(made, calls_failed=24, calls_per_second=2.0)
+    for before, after, calls, failed in (
+        (none, some, "0 2 from 0 better", "0 24 from 0 worse"),
+        (some, none, "2 0 -100.0% worse", "24 0 -100.0% better"),
+        (none, none, "0 0", "0 0"),
+    ):
+        rows = [" ".join(line.split()) for line in comparison_lines(before, after)]
+        assert f"calls/s {calls}" in rows
+        assert f"failed calls {failed}" in rows
 
 
 def test_durations_are_shown_with_a_unit() -> None:

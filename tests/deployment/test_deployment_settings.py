@@ -3,7 +3,7 @@
 import modal
 import pytest
 from flywheel_server.deployment.directory import dict_name
-from flywheel_server.deployment.settings import configured
+from flywheel_server.deployment.settings import Deployment, configured
 from modal._utils.mount_utils import validate_volumes
 
 
@@ -128,6 +128,15 @@ def test_what_is_wrong_is_named(environment: dict[str, str], named: list[str]) -
         configured(environment)
     for expected in named:
         assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-inf"])
+def test_numbers_must_be_finite(text: str) -> None:
+    numbers = [name for name, field in Deployment.model_fields.items() if field.annotation is float]
+    assert {"gateway_cpu", "tunnel_interval"} <= set(numbers)
+    for name in numbers:
+        with pytest.raises(ValueError, match=f"FLYWHEEL_DEPLOY_{name.upper()}: "):
+            configured({f"FLYWHEEL_DEPLOY_{name.upper()}": text})
 
 
 @pytest.mark.parametrize("gpu", ["a10g", " A10G", "A10g "])

@@ -1,6 +1,7 @@
 """Settings come from flags and variables alike, and what is wrong is named."""
 
 import pytest
+from flywheel_server.engines.scripted import Script
 from flywheel_server.settings import PREFIX, Settings, flag, parse
 
 
@@ -48,6 +49,20 @@ def test_what_is_wrong_is_named(arguments: list[str], names: list[str], capsys: 
     assert "Traceback" not in message
     for name in names:
         assert name in message
+
+
+def test_numbers_must_be_finite(capsys: pytest.CaptureFixture[str]) -> None:
+    numbers = [name for name, field in Settings.model_fields.items() if field.annotation is float]
+    assert {"log_calls", "drain_timeout"} <= set(numbers)
+    delays = [name for name, field in Script.model_fields.items() if field.annotation is float]
+    assert "token_delay" in delays
+    cases = [(flag(name), text) for name in numbers for text in ("nan", "inf", "-inf")]
+    cases += [("--script", f'{{"{name}": {text}}}') for name in delays for text in ("NaN", "Infinity", "-Infinity", "1e999")]
+    for name, text in cases:
+        with pytest.raises(SystemExit) as left:
+            parse([f"{name}={text}"])
+        assert left.value.code == 2
+        assert name in capsys.readouterr().err
 
 
 def test_a_wrong_variable_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,8 +4,8 @@ import asyncio
 import selectors
 import sys
 import time
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import grpc
@@ -16,11 +16,11 @@ from flywheel_client import _terminal as terminal
 from flywheel_client._bench.calls import Caller, Method, open_channels
 from flywheel_client._bench.comparison import comparison_lines
 from flywheel_client._bench.driver import Driver, Outcome, Plan, warm_up
-from flywheel_client._bench.html_report import html_page
 from flywheel_client._bench.measurements import Measurements
 from flywheel_client._bench.options import DEFAULT_CONCURRENCY, DEFAULT_DURATION, MAX_REQUESTS
 from flywheel_client._bench.progress import ProgressLine
 from flywheel_client._bench.report import Report, Setup, load_in_words, read_report, report_of
+from flywheel_client._bench.report_files import STDOUT, ReportFiles
 from flywheel_client._bench.terminal_report import EIGHTHS, report_lines
 from flywheel_client._bench.workload import requests_of
 from flywheel_client._channel import Connection
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from flywheel_client._results import Model
 
 EXIT_FAILURE: Final = 1
-STDOUT: Final = Path("-")
 
 # Without this, channels with the same options share a connection.
 OWN_CONNECTION: Final = (("grpc.use_local_subchannel_pool", 1),)
@@ -52,11 +51,10 @@ def bench(server: "Server", options: "BenchOptions", request_options: "RequestOp
     requests = requests_of(options.prompts, fields)
     plan = plan_of(options)
     used = {field.name: True for request in requests for field, _ in request.ListFields()}
-    model, engine = _model(server, used, options.timeout)
-    for file in (options.json_file, options.html_file):
-        if file is not None and file != STDOUT:
-            # A path that cannot be written must not cost a run.
-            file.open("ab").close()
+    files = ReportFiles(options)
+    files.check()
+    with _telling_of_interrupts("before the run"):
+        model, engine = _model(server, used, options.timeout)
     setup = Setup(
         server=server.address if server.modal_app is None else server.modal_app,
         model=model,
@@ -74,7 +72,13 @@ def bench(server: "Server", options: "BenchOptions", request_options: "RequestOp
         connection = connection_of(server, options.timeout, OWN_CONNECTION)
         outcome, notes = runner.run(_run(connection, options, plan, requests))
     report = report_of(outcome, setup, plan, begun, notes)
-    _show(report, options)
+    # First the files, because the reader of standard output may have left.
+    failures = files.write(report)
+    _show(report, as_json=options.json_file == STDOUT)
+    for failure in failures:
+        terminal.show_error(failure)
+    if failures:
+        raise Exit(EXIT_FAILURE)
     if report.interrupted:
         raise Exit(EXIT_INTERRUPTED)
     if not report.calls_succeeded:
@@ -126,7 +130,8 @@ async def _run(connection: Connection, options: "BenchOptions", plan: Plan, requ
     """Makes the run. Returns its outcome, and what to note about the calls before it."""
     async with open_channels(connection, options.connections) as channels:
         caller = Caller(connection, channels, cast("Method", options.method), requests, options.timeout)
-        notes = _warm_up_notes(await warm_up(caller, options.warm_up * options.connections))
+        with _telling_of_interrupts("during the warm-up"):
+            notes = _warm_up_notes(await warm_up(caller, options.warm_up * options.connections))
         progress = ProgressLine(plan)
         try:
             return await Driver(caller, plan, progress.show).run(), notes
@@ -139,17 +144,23 @@ def _warm_up_notes(measurements: Measurements) -> list[str]:
     return [f"{measurements.failed} of {measurements.sent} warm-up calls failed: {kinds}."] if kinds else []
 
 
-def _show(report: Report, options: "BenchOptions") -> None:
-    """Shows the report, and writes it to the files that the options name."""
-    if options.json_file == STDOUT:
+@contextmanager
+def _telling_of_interrupts(when: str) -> Iterator[None]:
+    """Tells the user that an interrupt has left nothing to report. An event loop turns an interrupt into a cancellation."""
+    try:
+        yield
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        terminal.show_error(f"interrupted {when}; nothing was measured")
+        raise
+
+
+def _show(report: Report, *, as_json: bool) -> None:
+    """Shows the report on standard output."""
+    if as_json:
         terminal.show_json(report.as_json())
     else:
         for line in report_lines(report, blocks=_can_show(EIGHTHS)):
             terminal.show(line)
-    if options.json_file is not None and options.json_file != STDOUT:
-        options.json_file.write_text(terminal.json_text(report.as_json()) + "\n", encoding="ascii")
-    if options.html_file is not None:
-        options.html_file.write_text(html_page(report), encoding="utf-8", errors="backslashreplace")
 
 
 def _can_show(text: str) -> bool:

@@ -1,5 +1,6 @@
 """Compares the reports of two runs."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from typing import Any, Final
@@ -65,8 +66,8 @@ def _difference(name: str, first: Any, second: Any) -> Iterator[list[str]]:  # n
 def _row(title: str, before: float, after: float, *, better: int, seconds: bool = False) -> list[str]:
     """Returns a row of the table. `better` is 1 if a higher figure is better, else -1."""
     figures = [format_seconds(figure) if seconds else format_number(figure) for figure in (before, after)]
-    if not before:
+    if not before and not after:
         return [title, *figures, "", ""]
-    change = after / before - 1
+    change = after / before - 1 if before else math.inf
     mark = "" if abs(change) < NOTEWORTHY_CHANGE else "better" if change * better > 0 else "worse"
-    return [title, *figures, f"{change:+.1%}", mark]
+    return [title, *figures, f"{change:+.1%}" if before else "from 0", mark]

@@ -6,7 +6,7 @@ from typing import Annotated, Final
 
 import click
 
-from flywheel_client._options import SECONDS, option
+from flywheel_client._options import SECONDS, FiniteFloatRange, option
 
 MAX_CONCURRENCY: Final = 10_000
 MAX_CONNECTIONS: Final = 1_000
@@ -19,7 +19,7 @@ MAX_WARM_UP: Final = 1_000
 DEFAULT_CONCURRENCY: Final = 8
 DEFAULT_DURATION: Final = 10.0
 
-_SECONDS_OF_A_RUN: Final = click.FloatRange(min=0.001, max=MAX_DURATION)
+_SECONDS_OF_A_RUN: Final = FiniteFloatRange(min=0.001, max=MAX_DURATION)
 _METHODS: Final = click.Choice(["GenerateDeltas", "Generate", "GenerateAll"])
 _WRITTEN_FILE: Final = click.Path(dir_okay=False, path_type=Path)
 _REPORT: Final = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -43,7 +43,7 @@ class BenchOptions:
         option(
             "R",
             "Open loop: send R calls a second, whether or not earlier calls have ended.",
-            type=click.FloatRange(0, MAX_RATE, min_open=True),
+            type=FiniteFloatRange(0, MAX_RATE, min_open=True),
         ),
     ]
     arrivals: Annotated[
@@ -85,7 +85,7 @@ class BenchOptions:
         option(
             "SECONDS",
             "After --duration, wait this long for calls to end. Calls that have not ended then count as failed.",
-            type=click.FloatRange(0, MAX_DURATION),
+            type=FiniteFloatRange(0, MAX_DURATION),
             default=30.0,
         ),
     ]

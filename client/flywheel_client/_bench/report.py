@@ -10,6 +10,7 @@ from flywheel_client._bench.driver import Outcome, Plan
 from flywheel_client._bench.histogram import Histogram
 from flywheel_client._bench.measurements import Timeline
 from flywheel_client._bench.overhead import MAX_LOOP_SHARE
+from flywheel_client._bench.schedule import arrival_times
 
 FORMAT: Final = "flywheel bench"
 VERSION: Final = 1
@@ -194,7 +195,10 @@ def report_of(outcome: Outcome, setup: Setup, plan: Plan, begun: float, notes: l
             loop_lag=overhead.lag.percentile(99),
             send_delay=measured.send_delay.percentile(99),
         ),
-        bench_limits=tuple(overhead.limits(measured.send_delay, waits, measured.inter_token, outcome.calls_waited)),
+        # In a run without calls, the bench has only started and stopped.
+        bench_limits=tuple(overhead.limits(measured.send_delay, waits, measured.inter_token, outcome.calls_waited))
+        if measured.sent
+        else (),
         notes=(*notes, *_notes(outcome, plan)),
     )
 
@@ -204,6 +208,8 @@ def _notes(outcome: Outcome, plan: Plan) -> list[str]:
     notes = []
     if outcome.interrupted:
         notes.append("The run was interrupted.")
+    elif not measured.sent:
+        notes.append(_no_call(plan))
     if outcome.reached_max_errors:
         notes.append(f"The run ended early, after {plan.max_errors} failed calls (--max-errors).")
     if outcome.unfinished:
@@ -222,6 +228,14 @@ def _notes(outcome: Outcome, plan: Plan) -> list[str]:
             "(--max-in-flight). Their latencies count from when they were due."
         )
     return notes
+
+
+def _no_call(plan: Plan) -> str:
+    """Returns why a run ended without a call, which only `Plan.duration` can cause."""
+    if plan.rate is None:
+        return "No call began within --duration."
+    first = next(arrival_times(plan.rate, plan.arrivals))
+    return f"No call was due within --duration: at this --rate, the first one is due after {first:,.1f} s."
 
 
 def _timeline_json(timeline: Timeline, seconds: float) -> dict[str, Any]:

@@ -68,6 +68,8 @@ def report_lines(report: Report, *, blocks: bool) -> Iterator[str]:
 
 def verdict(report: Report) -> str:
     """Returns whether the bench was the limit, in words."""
+    if not report.calls_sent:
+        return "Nothing was measured, because no call was sent."
     usage = report.bench
     facts = (
         f"Its event loop used {usage.loop_cpu_share:.0%} of a processor (all threads: {usage.cpu_share:.0%}), and was "

@@ -49,7 +49,7 @@ repetition_penalty, a json_schema or a regex.
 """
 
 Count = Annotated[int, Field(ge=0)]
-Seconds = Annotated[float, Field(ge=0)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 _FAILURES: Final[dict[str, Callable[[str], EngineError]]] = {
     "failed": EngineFailedError,
