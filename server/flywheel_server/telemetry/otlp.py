@@ -58,7 +58,6 @@ class Otlp:
         self.tracer_provider = TracerProvider(resource=self._resource, span_limits=limits, shutdown_on_exit=False)
         self.tracer_provider.add_span_processor(BatchSpanProcessor(self._span_exporter))
         self._metrics: OtlpMetrics | None = None
-        self._metric_exporter: OTLPMetricExporter | None = None
 
     def push_metrics(self, collector: Collector, refresh: Callable[[], Coroutine[Any, Any, None]] | None = None) -> None:
         """Sends the metrics of a collector, such as a `CollectorRegistry`, from time to time, and a last time in `stop`.
@@ -66,16 +65,15 @@ class Otlp:
         `refresh` runs on the event loop before each time. It finds out what the collector does not know by itself.
         """
         if os.environ.get(OTEL_SDK_DISABLED, "").strip().lower() != "true":
-            self._metric_exporter = OTLPMetricExporter(self._endpoint)
-            self._metrics = OtlpMetrics(collector, self._metric_exporter, self._resource, refresh)
+            self._metrics = OtlpMetrics(collector, OTLPMetricExporter(self._endpoint), self._resource, refresh)
 
     async def stop(self) -> None:
         """Sends what has not been sent yet, and returns at most `STOP_TIMEOUT` seconds later."""
         stops: list[tuple[Callable[[], None], Callable[[], None]]] = [
             (self.tracer_provider.shutdown, self._span_exporter.shutdown)
         ]
-        if self._metrics is not None and self._metric_exporter is not None:
-            stops.append((self._metrics.stop, self._metric_exporter.shutdown))
+        if self._metrics is not None:
+            stops.append((self._metrics.stop, self._metrics.give_up))
         await asyncio.gather(*(_stop(flush, give_up) for flush, give_up in stops))
 
 
