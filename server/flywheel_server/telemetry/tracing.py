@@ -154,7 +154,7 @@ def _attributes(call: CallRecord, *, with_texts: bool) -> Attributes:
         "rpc.method": call.method,
         "rpc.response.status_code": code.name,
         "flywheel.request_id": call.request_id,
-        **call.peer_address(),
+        **(call.peer_address() if call.peer else {}),
     }
     if code in SERVER_ERRORS:
         attributes["error.type"] = code.name
