@@ -20,9 +20,24 @@ from flywheel_server.telemetry.rate_limit import RateLimit
 from flywheel_server.telemetry.trace_context import inject_headers
 
 MAX_TRACES_PER_SECOND: Final = 10
-"""How many traces begin here each second, unless `OTEL_TRACES_SAMPLER` says otherwise.
+"""How many traces begin here each second, unless `OTEL_TRACES_SAMPLER` names one of the `SAMPLERS`.
 
 To make a span and to send it takes half as much CPU as the cheapest call. So traces cost half a percent of a core at most.
+"""
+
+SAMPLERS: Final = frozenset(
+    {
+        "always_on",
+        "always_off",
+        "parentbased_always_on",
+        "parentbased_always_off",
+        "traceidratio",
+        "parentbased_traceidratio",
+    }
+)
+"""The samplers that OpenTelemetry's SDK has, as `OTEL_TRACES_SAMPLER` names them in upper or lower case.
+
+For any other value, the SDK logs a warning and samples every trace.
 """
 
 MAX_REFUSALS_PER_SECOND: Final = 10
@@ -91,7 +106,8 @@ class CallTraces:
     def __init__(self, provider: trace.TracerProvider, *, with_texts: bool) -> None:
         self._tracer = provider.get_tracer("flywheel_server")
         self._with_texts = with_texts
-        self._traces = None if os.environ.get(OTEL_TRACES_SAMPLER, "").strip() else RateLimit(MAX_TRACES_PER_SECOND)
+        is_sampler_set = os.environ.get(OTEL_TRACES_SAMPLER, "").lower() in SAMPLERS
+        self._traces = None if is_sampler_set else RateLimit(MAX_TRACES_PER_SECOND)
         self._refusals = RateLimit(MAX_REFUSALS_PER_SECOND)
         self._spans: dict[CallRecord, Span] = {}
         self._propagated = propagate.get_global_textmap().fields
