@@ -77,5 +77,11 @@ class Reporting:
             raise ValueError(f"no traces: {error}; install what is missing: pip install '{DISTRIBUTION}[otel]'") from error
         except Exception as error:  # OpenTelemetry raises different errors for wrong variables
             raise ValueError(f"no traces: check the variables OTEL_*: {error}") from error
-        self._observers.append(CallTraces(otlp.tracer_provider, with_texts=self._settings.trace_prompts))
+        self._observers.append(
+            CallTraces(
+                otlp.tracer_provider,
+                with_texts=self._settings.trace_prompts,
+                max_attribute_characters=otlp.max_attribute_characters,
+            )
+        )
         return otlp

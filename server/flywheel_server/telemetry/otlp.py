@@ -46,6 +46,7 @@ class Otlp:
 
     Attributes:
         tracer_provider: Makes tracers whose spans are sent.
+        max_attribute_characters: Maximum length of an attribute of a span. OpenTelemetry cuts longer ones; None for no maximum.
     """
 
     def __init__(self, endpoint: str, service: str, *, is_worker: bool = False) -> None:
@@ -53,6 +54,7 @@ class Otlp:
         self._resource = _resource(service, is_worker=is_worker)
         length = os.environ.get(OTEL_ATTRIBUTE_VALUE_LENGTH_LIMIT, "")
         limits = SpanLimits(max_attribute_length=None if length.strip() else MAX_ATTRIBUTE_CHARACTERS)
+        self.max_attribute_characters: int | None = limits.max_span_attribute_length
         self._span_exporter = OTLPSpanExporter(endpoint)
         # `stop` does what the provider would do at the exit of the process, within a time limit.
         self.tracer_provider = TracerProvider(resource=self._resource, span_limits=limits, shutdown_on_exit=False)
