@@ -172,7 +172,7 @@ async def test_a_status_that_nobody_gets_is_not_in_the_line(large: str, log: Log
 async def test_a_call_of_a_method_that_does_not_exist_has_its_id_and_no_address(log: Log) -> None:
     async with serving(ScriptedEngine(), log_calls=1) as target:
         for request_id in ("id-1", "i" * 129):
-            unknown = target.channel.unary_unary("/flywheel.v1.GenerationService/Nonsense")
+            unknown: Any = target.channel.unary_unary("/flywheel.v1.GenerationService/Nonsense")
             assert await code_of(unknown(b"", metadata=named(request_id))) is grpc.StatusCode.UNIMPLEMENTED
         line = await end_of(log, "id-1")
     assert (line["rpc.method"], line["rpc.response.status_code"]) == ("_OTHER", "UNIMPLEMENTED")

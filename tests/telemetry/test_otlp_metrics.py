@@ -4,16 +4,19 @@ import asyncio
 import signal
 import socket
 import threading
+from contextlib import AsyncExitStack
 
 import pytest
 from flywheel_proto.v1 import generation_pb2 as pb
-from flywheel_server.engines.scripted import ScriptedEngine
+from flywheel_server.engines.scripted import Script, ScriptedEngine
+from flywheel_server.server import serve
+from flywheel_server.settings import Settings
 from flywheel_server.telemetry.otlp import Otlp
 from opentelemetry.proto.metrics.v1.metrics_pb2 import AGGREGATION_TEMPORALITY_CUMULATIVE
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
 from tests.server.test_command import SCRIPTED, command
-from tests.serving import free_ports, serving, until
+from tests.serving import connected, free_ports, serving, until
 from tests.telemetry.otlp_receiver import attributes_of, receiving
 
 
@@ -152,3 +155,14 @@ async def test_a_server_sends_what_its_endpoint_has(with_endpoint: bool) -> None
     }
     assert metrics["flywheel_generated_tokens"].sum.data_points[0].as_double == 3
     assert {"flywheel_connections", "flywheel_engine_up", "flywheel_event_loop_lag"} <= metrics.keys()
+
+
+async def test_the_last_metrics_have_what_the_end_of_the_drain_counted() -> None:
+    async with receiving() as receiver, AsyncExitStack() as clients:
+        settings = Settings(address="127.0.0.1:0", withdraw_window=0, drain_timeout=0.1, otlp_endpoint=receiver.endpoint)
+        async with serve(ScriptedEngine(Script(token_delay=0.02)), settings) as port:
+            target = await clients.enter_async_context(connected(f"127.0.0.1:{port}"))
+            call = target.stub.GenerateDeltas(pb.GenerationRequest(text="x", max_tokens=5000))
+            await call.read()
+        (metrics,) = receiver.metrics.values()
+    assert metrics["flywheel_calls_drained"].sum.data_points[0].as_double == 1

@@ -129,7 +129,7 @@ async def test_texts_are_sent_if_asked_for(receiver: Receiver) -> None:
 
 async def test_a_call_of_a_method_that_does_not_exist_has_its_id_and_no_address(receiver: Receiver) -> None:
     async with serving(ScriptedEngine(), otlp_endpoint=receiver.endpoint) as target:
-        unknown = target.channel.unary_unary(f"/{SERVICE}/Nonsense")
+        unknown: Any = target.channel.unary_unary(f"/{SERVICE}/Nonsense")
         assert await code_of(unknown(b"", metadata=(("x-request-id", "id-1"),))) is grpc.StatusCode.UNIMPLEMENTED
         attributes = attributes_of(await receiver.span("_OTHER"))
     assert attributes["flywheel.request_id"] == "id-1"
