@@ -8,6 +8,8 @@ from typing import Final
 MAX_TEXT_CHARACTERS: Final = 16_384
 """Maximum length of the JSON of all prompts of a call, and of that of all samples."""
 
+_quoted: Final = json.JSONEncoder(ensure_ascii=False).encode
+
 
 def text_attributes(direction: str, texts: Sequence[tuple[str, str]], max_characters: int) -> dict[str, str | int]:
     """Returns the texts of a call as one attribute, `gen_ai.{direction}.messages`.
@@ -55,4 +57,5 @@ def _fitting(role: str, text: str, max_characters: int) -> int:
 def _message(role: str, text: str) -> str:
     # Text of an engine of one's own may have surrogates. OTLP cannot carry them, and all spans sent with them would be lost.
     content = text.encode("utf-8", "replace").decode()
-    return json.dumps({"role": role, "parts": [{"type": "text", "content": content}]}, ensure_ascii=False)
+    # Three times as fast as to encode a dictionary. A call may have hundreds of messages.
+    return f'{{"role": {_quoted(role)}, "parts": [{{"type": "text", "content": {_quoted(content)}}}]}}'
