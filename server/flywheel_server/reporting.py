@@ -70,5 +70,11 @@ class Reporting:
         otlp = create_otlp(endpoint, is_one_of_several=self._link is not None)
         from flywheel_server.telemetry.tracing import CallTraces
 
-        self._observers.append(CallTraces(otlp.tracer_provider, with_texts=self._settings.trace_prompts))
+        self._observers.append(
+            CallTraces(
+                otlp.tracer_provider,
+                with_texts=self._settings.trace_prompts,
+                max_attribute_characters=otlp.max_attribute_characters,
+            )
+        )
         return otlp

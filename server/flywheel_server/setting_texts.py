@@ -13,6 +13,8 @@ from pydantic import BaseModel, BeforeValidator, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUseDefault
 
+MAX_PORT: Final = 65535
+
 NONE: Final = "none"
 """The word for no value, for settings that accept it. An empty text means the default instead."""
 
@@ -34,9 +36,11 @@ NoneWord: Final = BeforeValidator(without_none_word)
 
 
 def http_url(text: str) -> str:
-    """Returns the text unchanged; raises `ValueError` if it is not a URL of a host and its port, with http or https."""
-    if not re.fullmatch(r"https?://[^\s/@]+(:[0-9]+)?/?", text):
-        raise ValueError("must be a URL such as http://HOST:PORT or https://HOST:PORT")
+    """Returns the text unchanged; raises `ValueError` if it is not a URL of a host, and perhaps a port, with http or https."""
+    found = re.fullmatch(r"https?://(?:[^][\s/@:?#]+|\[[^][\s/@]+\])(?::([0-9]{1,5}))?/?", text)
+    if found is None or not 1 <= int(found[1] or MAX_PORT) <= MAX_PORT:
+        rules = f"with a port of 1 to {MAX_PORT} and an IPv6 address in brackets"
+        raise ValueError(f"must be a URL such as http://HOST:PORT or https://HOST:PORT, {rules}")
     return text
 
 

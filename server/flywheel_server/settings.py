@@ -30,6 +30,7 @@ from flywheel_server.engines.base import PromptFormat
 from flywheel_server.engines.scripted import Script
 from flywheel_server.int32 import INT32_MAX
 from flywheel_server.setting_texts import (
+    MAX_PORT,
     MUST_HOLD,
     NONE,
     NoneWord,
@@ -43,7 +44,6 @@ from flywheel_server.setting_texts import (
 )
 
 PREFIX: Final = "FLYWHEEL_"
-MAX_PORT: Final = 65535
 HOST_AND_PORT: Final = f"HOST:PORT, with a port of 0 to {MAX_PORT} and an IPv6 address in brackets"
 MIN_CONTEXT: Final = 256
 """Tokens. llama.cpp has no smaller contexts."""

@@ -25,6 +25,17 @@ def test_a_flag_wins_over_the_variable_and_the_variable_over_the_default(monkeyp
     assert parse(["--script", '{"token_delay": 0.25}']).script.token_delay == 0.25
 
 
+WRONG_RECEIVERS = (
+    *(f"localhost:{port}" for port in ("99999", "65536", "0", "-1", "", "letters", "4317x", "\uff15", "9" * 5000)),
+    *("", ":4317", "::1:4317", "[::1", "user@localhost:4317", "localhost:4317/path", "localhost:4317?x", "local host:4317"),
+)
+
+
+@pytest.mark.parametrize("url", ["http://localhost:4317", "https://collector", "http://[::1]:65535/", "http://10.0.0.1:1"])
+def test_urls_of_receivers(url: str) -> None:
+    assert parse(["--otlp-endpoint", url]).otlp_endpoint == url
+
+
 @pytest.mark.parametrize(
     ("arguments", "names"),
     [
@@ -35,6 +46,7 @@ def test_a_flag_wins_over_the_variable_and_the_variable_over_the_default(monkeyp
         (["--address", "localhost"], ["--address", "HOST:PORT"]),
         (["--address", "127.0.0.1:80000"], ["--address", "65535"]),
         *((["--address", text], ["HOST:PORT", "in brackets"]) for text in ("::1:5", "http://[::1]:5", "a:\uff15", "a:-5", "")),
+        *((["--otlp-endpoint", f"http://{text}"], ["--otlp-endpoint", "65535", "in brackets"]) for text in WRONG_RECEIVERS),
         (["--embedded-context", "1", "--embedded-threads", "100000"], ["--embedded-context", "--embedded-threads"]),
         (["--keepalive-time", "1e9", "--max-message-bytes", "99999999999"], ["--keepalive-time", "--max-message-bytes"]),
         (["--script", '{"text": ""}'], ["--script"]),

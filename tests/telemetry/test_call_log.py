@@ -83,6 +83,27 @@ async def test_to_tokenize_is_work_and_no_wait_in_the_queue(log: Log) -> None:
     assert line["seconds"] >= 0.2
 
 
+async def health_code(target: Target, request_id: str, service: str) -> grpc.StatusCode:
+    request = health_pb2.HealthCheckRequest(service=service)
+    return await code_of(health_pb2_grpc.HealthStub(target.channel).Check(request, metadata=named(request_id)))
+
+
+async def test_a_status_of_health_itself_is_logged_if_calls_are(log: Log) -> None:
+    async with serving(ScriptedEngine(), log_calls=1) as target:
+        assert await health_code(target, "id-1", "nonsense") is grpc.StatusCode.NOT_FOUND
+        line = await end_of(log, "id-1")
+    assert (line["event"], line["rpc.response.status_code"]) == ("call finished", "NOT_FOUND")
+
+
+async def test_only_a_refusal_by_the_server_is_logged_in_any_case(log: Log) -> None:
+    async with serving(ScriptedEngine()) as target:
+        assert await health_code(target, "id-1", "nonsense") is grpc.StatusCode.NOT_FOUND
+        assert await health_code(target, "id-2", "x" * 5000) is grpc.StatusCode.RESOURCE_EXHAUSTED
+        line = await end_of(log, "id-2")
+    assert line["event"] == "call refused"
+    assert not log.ends("id-1")
+
+
 @pytest.mark.parametrize(
     ("script", "request_", "event", "code"),
     [
@@ -135,14 +156,29 @@ async def _reached(target: Target, count: int) -> bool:
     return bool(stats.active + stats.queued >= count)
 
 
-async def test_a_status_that_nobody_gets_is_not_in_the_line(log: Log) -> None:
-    """A request that is too large: gRPC ends the call by itself while the server answers that it is malformed."""
-    async with serving(ScriptedEngine(), log_calls=1, max_message_bytes=10_000) as target:
-        call = target.stub.GenerateAll(pb.GenerationRequest(text="x" * 20_000, max_tokens=1), metadata=named("id-1"))
-        assert await code_of(call) is grpc.StatusCode.RESOURCE_EXHAUSTED
+@pytest.mark.parametrize("large", ["message", "metadata"])
+async def test_a_status_that_nobody_gets_is_not_in_the_line(large: str, log: Log) -> None:
+    """A request or metadata that are too large: gRPC ends the call by itself before the server could answer."""
+    request = pb.GenerationRequest(text="x" * (20_000 if large == "message" else 1), max_tokens=1)
+    metadata = named("id-1", ("name", "x" * (17_000 if large == "metadata" else 1)))
+    async with serving(ScriptedEngine(), log_calls=1, max_message_bytes=10_000, max_header_bytes=8192) as target:
+        await target.stub.GetModel(pb.GetModelRequest())  # so that the client has acknowledged gRPC's limit of metadata
+        assert await code_of(target.stub.GenerateAll(request, metadata=metadata)) is grpc.StatusCode.RESOURCE_EXHAUSTED
         line = await end_of(log, "id-1")
     assert (line["event"], line["rpc.response.status_code"]) == ("call finished", "CANCELLED")
     assert "reason" not in line
+
+
+async def test_a_call_of_a_method_that_does_not_exist_has_its_id_and_no_address(log: Log) -> None:
+    async with serving(ScriptedEngine(), log_calls=1) as target:
+        for request_id in ("id-1", "i" * 129):
+            unknown: Any = target.channel.unary_unary("/flywheel.v1.GenerationService/Nonsense")
+            assert await code_of(unknown(b"", metadata=named(request_id))) is grpc.StatusCode.UNIMPLEMENTED
+        line = await end_of(log, "id-1")
+    assert (line["rpc.method"], line["rpc.response.status_code"]) == ("_OTHER", "UNIMPLEMENTED")
+    assert not [name for name in line if name.startswith("network.")]
+    (other,) = [each for each in log.lines() if each["event"] == "call finished" and each["request_id"] != "id-1"]
+    assert len(other["request_id"]) == 32, "a new id, because the caller's is not valid"
 
 
 @pytest.mark.parametrize("share", [0, 1])

@@ -8,7 +8,8 @@ import pytest
 from flywheel_proto.v1 import generation_pb2 as pb
 from flywheel_server.engines.scripted import ScriptedEngine
 from flywheel_server.telemetry.rate_limit import RateLimit
-from flywheel_server.telemetry.tracing import MAX_TRACES_PER_SECOND
+from flywheel_server.telemetry.tracing import MAX_TRACES_PER_SECOND, SAMPLERS
+from opentelemetry.sdk.trace import sampling
 
 from tests.serving import Target, code_of, serving, until
 from tests.telemetry.otlp_receiver import Receiver
@@ -36,11 +37,28 @@ async def test_traces_that_begin_here_are_limited_and_the_callers_decision_is_ob
     assert MAX_TRACES_PER_SECOND <= len(begun_here) <= allowed
 
 
-async def test_the_variable_of_opentelemetry_wins(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OTEL_TRACES_SAMPLER", "parentbased_always_on")
+@pytest.mark.parametrize("sampler", ["parentbased_always_on", "Always_On", "traceidratio"])
+async def test_the_variable_of_opentelemetry_wins(sampler: str, receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER", sampler)
     async with serving(ScriptedEngine(), otlp_endpoint=receiver.endpoint) as target:
         await asyncio.gather(*(call(target) for _ in range(CALLS)))
         await until(lambda: len(receiver.spans) == CALLS, "all spans")
+
+
+@pytest.mark.parametrize("value", ["", " ", "nonsense", " always_on"])
+async def test_a_sampler_that_opentelemetry_does_not_know_leaves_the_limit_on(
+    value: str, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER", value)
+    async with serving(ScriptedEngine(), otlp_endpoint=receiver.endpoint) as target:
+        began = time.monotonic()
+        await asyncio.gather(*(call(target) for _ in range(CALLS)))
+        allowed = MAX_TRACES_PER_SECOND * (1 + time.monotonic() - began)
+    assert MAX_TRACES_PER_SECOND <= len(receiver.spans) <= allowed
+
+
+def test_the_samplers_are_those_of_opentelemetry() -> None:
+    assert sampling._KNOWN_SAMPLERS.keys() == SAMPLERS
 
 
 @pytest.mark.parametrize("header", [("x-other", "x"), ("traceparent", "00-none")], ids=["none", "invalid"])

@@ -117,15 +117,23 @@ async def test_each_end_of_a_call_has_its_status(receiver: Receiver) -> None:
     assert PROMPT not in str([span for span, _ in receiver.spans])
 
 
-async def test_texts_are_sent_if_asked_for_and_are_bounded(receiver: Receiver) -> None:
+async def test_texts_are_sent_if_asked_for(receiver: Receiver) -> None:
     async with serving(ScriptedEngine(), otlp_endpoint=receiver.endpoint, trace_prompts=True) as target:
-        response = await target.stub.GenerateAll(request(text=PROMPT + 20_000 * "x"))
+        response = await target.stub.GenerateAll(request())
         attributes = attributes_of(await receiver.span("GenerateAll"))
     (prompt,) = json.loads(attributes["gen_ai.input.messages"])
-    assert prompt["parts"][0]["content"].startswith(PROMPT + "xx")
-    assert len(attributes["gen_ai.input.messages"]) < 16_384
+    assert prompt == {"role": "user", "parts": [{"type": "text", "content": PROMPT}]}
     (sample,) = json.loads(attributes["gen_ai.output.messages"])
     assert sample == {"role": "assistant", "parts": [{"type": "text", "content": response.responses[0].text}]}
+
+
+async def test_a_call_of_a_method_that_does_not_exist_has_its_id_and_no_address(receiver: Receiver) -> None:
+    async with serving(ScriptedEngine(), otlp_endpoint=receiver.endpoint) as target:
+        unknown: Any = target.channel.unary_unary(f"/{SERVICE}/Nonsense")
+        assert await code_of(unknown(b"", metadata=(("x-request-id", "id-1"),))) is grpc.StatusCode.UNIMPLEMENTED
+        attributes = attributes_of(await receiver.span("_OTHER"))
+    assert attributes["flywheel.request_id"] == "id-1"
+    assert "network.peer.address" not in attributes
 
 
 HOSTILE = [

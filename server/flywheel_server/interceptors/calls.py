@@ -60,7 +60,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             return known
         handler = await continuation(handler_call_details)
         if handler is None:
-            self._calls.unknown_method(tuple(handler_call_details.invocation_metadata or ()))
+            entries: Metadata = tuple(handler_call_details.invocation_metadata or ())
+            self._calls.unknown_method(CallMetadata.of(entries).request_id, entries)
             # Not cached: strangers could fill the memory with names of methods that do not exist.
             return None  # type: ignore[return-value] # means that there is no such method
         make: Any = grpc.stream_stream_rpc_method_handler

@@ -49,7 +49,7 @@ def _fields(call: CallRecord) -> dict[str, Any]:
         "request_id": call.request_id,
         "rpc.method": call.method,
         "rpc.response.status_code": call.code.name if call.code else "",
-        **call.peer_address(),
+        **(call.peer_address() if call.peer else {}),
         **call.seconds(),
     }
     if call.caller:

@@ -222,10 +222,10 @@ class Calls:
         for observer in self._observers:
             observer.begin(call, metadata)
 
-    def unknown_method(self, metadata: Metadata) -> None:
-        """Records a call of a method that does not exist, which gRPC ends by itself, as a call of `_OTHER`."""
+    def unknown_method(self, request_id: str, metadata: Metadata) -> None:
+        """Records a call of a method that does not exist, which gRPC ends by itself, as a call of `_OTHER` without a peer."""
         if self._observers:
-            call = CallRecord(UNKNOWN_METHOD, "", "")
+            call = CallRecord(UNKNOWN_METHOD, request_id, "")
             call.code = grpc.StatusCode.UNIMPLEMENTED
             self._show(call, metadata)
             self.end(call)

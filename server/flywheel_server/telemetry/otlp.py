@@ -46,6 +46,7 @@ class Otlp:
 
     Attributes:
         tracer_provider: Makes tracers whose spans are sent.
+        max_attribute_characters: Maximum length of an attribute of a span. OpenTelemetry cuts longer ones; None for no maximum.
     """
 
     def __init__(self, endpoint: str, service: str, *, is_worker: bool = False) -> None:
@@ -53,12 +54,12 @@ class Otlp:
         self._resource = _resource(service, is_worker=is_worker)
         length = os.environ.get(OTEL_ATTRIBUTE_VALUE_LENGTH_LIMIT, "")
         limits = SpanLimits(max_attribute_length=None if length.strip() else MAX_ATTRIBUTE_CHARACTERS)
+        self.max_attribute_characters: int | None = limits.max_span_attribute_length
         self._span_exporter = OTLPSpanExporter(endpoint)
         # `stop` does what the provider would do at the exit of the process, within a time limit.
         self.tracer_provider = TracerProvider(resource=self._resource, span_limits=limits, shutdown_on_exit=False)
         self.tracer_provider.add_span_processor(BatchSpanProcessor(self._span_exporter))
         self._metrics: OtlpMetrics | None = None
-        self._metric_exporter: OTLPMetricExporter | None = None
 
     def push_metrics(self, collector: Collector, refresh: Callable[[], Coroutine[Any, Any, None]] | None = None) -> None:
         """Sends the metrics of a collector, such as a `CollectorRegistry`, from time to time, and a last time in `stop`.
@@ -66,16 +67,15 @@ class Otlp:
         `refresh` runs on the event loop before each time. It finds out what the collector does not know by itself.
         """
         if os.environ.get(OTEL_SDK_DISABLED, "").strip().lower() != "true":
-            self._metric_exporter = OTLPMetricExporter(self._endpoint)
-            self._metrics = OtlpMetrics(collector, self._metric_exporter, self._resource, refresh)
+            self._metrics = OtlpMetrics(collector, OTLPMetricExporter(self._endpoint), self._resource, refresh)
 
     async def stop(self) -> None:
         """Sends what has not been sent yet, and returns at most `STOP_TIMEOUT` seconds later."""
         stops: list[tuple[Callable[[], None], Callable[[], None]]] = [
             (self.tracer_provider.shutdown, self._span_exporter.shutdown)
         ]
-        if self._metrics is not None and self._metric_exporter is not None:
-            stops.append((self._metrics.stop, self._metric_exporter.shutdown))
+        if self._metrics is not None:
+            stops.append((self._metrics.stop, self._metrics.give_up))
         await asyncio.gather(*(_stop(flush, give_up) for flush, give_up in stops))
 
 

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Coroutine, Iterable, Sequence
+from concurrent.futures import CancelledError
 from contextlib import suppress
 from math import inf
 from typing import Any, Final
@@ -82,6 +83,7 @@ class OtlpMetrics:
         self._loop = asyncio.get_running_loop()
         self._began_ns = time.time_ns()
         self._stopping = threading.Event()
+        self._given_up = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(_interval(),), name="flywheel-otlp-metrics", daemon=True)
         self._thread.start()
 
@@ -91,15 +93,21 @@ class OtlpMetrics:
         self._thread.join()
         self._exporter.shutdown()
 
+    def give_up(self) -> None:
+        """Ends the wait for the receiver. There is no further export: the event loop may close, and could not refresh."""
+        self._given_up.set()
+        self._exporter.shutdown()
+
     def _run(self, interval: float) -> None:
         while not self._stopping.wait(interval):
             self._export()
-        self._export()
+        if not self._given_up.is_set():
+            self._export()
 
     def _export(self) -> None:
         try:
             if self._refresh is not None:
-                with suppress(TimeoutError):
+                with suppress(TimeoutError, CancelledError):  # it is cancelled if the event loop closes
                     asyncio.run_coroutine_threadsafe(self._refresh(), self._loop).result(REFRESH_TIMEOUT)
             self._exporter.export(data_of(self._collector.collect(), self._resource, self._began_ns, time.time_ns()))
         except Exception:
@@ -127,7 +135,11 @@ def data_of(families: Iterable[Family], resource: Resource, began_ns: int, now_n
 
 
 def _metric(family: Family, began_ns: int, now_ns: int) -> Metric | None:
-    """Returns a family of prometheus_client as a metric; None for a kind that the metrics of this server do not have."""
+    """Returns a family of prometheus_client as a metric.
+
+    Returns None if the family has no samples, because a metric without data points says nothing, or if it is of a kind that the
+    metrics of this server do not have.
+    """
     data: Sum | Gauge | Histogram
     cumulative = AggregationTemporality.CUMULATIVE
     match family.type:
@@ -140,6 +152,8 @@ def _metric(family: Family, began_ns: int, now_ns: int) -> Metric | None:
             data = Histogram(_histograms(family.samples, began_ns, now_ns), cumulative)
         case _:
             return None
+    if not data.data_points:
+        return None
     name, unit = _name_and_unit(family.name)
     return Metric(name, family.documentation, unit, data)
 

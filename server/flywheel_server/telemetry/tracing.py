@@ -1,8 +1,6 @@
 """Makes a span of each call, from its record, by the semantic conventions of OpenTelemetry for RPC and for GenAI."""
 
-import json
 import os
-from collections.abc import Iterable, Mapping
 from random import getrandbits
 from typing import Final
 
@@ -18,11 +16,27 @@ from flywheel_server.messages import CONSTRAINT_FIELDS, GenerationRequest
 from flywheel_server.telemetry.calls import CallRecord
 from flywheel_server.telemetry.rate_limit import RateLimit
 from flywheel_server.telemetry.trace_context import inject_headers
+from flywheel_server.telemetry.trace_texts import MAX_TEXT_CHARACTERS, text_attributes
 
 MAX_TRACES_PER_SECOND: Final = 10
-"""How many traces begin here each second, unless `OTEL_TRACES_SAMPLER` says otherwise.
+"""How many traces begin here each second, unless `OTEL_TRACES_SAMPLER` names one of the `SAMPLERS`.
 
 To make a span and to send it takes half as much CPU as the cheapest call. So traces cost half a percent of a core at most.
+"""
+
+SAMPLERS: Final = frozenset(
+    {
+        "always_on",
+        "always_off",
+        "parentbased_always_on",
+        "parentbased_always_off",
+        "traceidratio",
+        "parentbased_traceidratio",
+    }
+)
+"""The samplers that OpenTelemetry's SDK has, as `OTEL_TRACES_SAMPLER` names them in upper or lower case.
+
+For any other value, the SDK logs a warning and samples every trace.
 """
 
 MAX_REFUSALS_PER_SECOND: Final = 10
@@ -34,9 +48,6 @@ crowd out all other spans.
 
 MAX_NAME_CHARACTERS: Final = 256
 """Maximum length of a name in an attribute, such as that of a caller."""
-
-MAX_TEXT_CHARACTERS: Final = 12_288
-"""Characters of prompt, and of samples, that a span has at most. Longer texts are cut."""
 
 INFRASTRUCTURE: Final = "grpc."
 """How the names of services begin that probes and tools call, such as `grpc.health.v1.Health`. Their calls have no spans."""
@@ -86,12 +97,17 @@ class CallTraces:
     Arguments:
         provider: Makes the spans.
         with_texts: Whether the spans have the text of prompts and samples.
+        max_attribute_characters: Characters that the provider leaves of an attribute; None if it leaves all.
     """
 
-    def __init__(self, provider: trace.TracerProvider, *, with_texts: bool) -> None:
+    def __init__(
+        self, provider: trace.TracerProvider, *, with_texts: bool, max_attribute_characters: int | None = None
+    ) -> None:
         self._tracer = provider.get_tracer("flywheel_server")
         self._with_texts = with_texts
-        self._traces = None if os.environ.get(OTEL_TRACES_SAMPLER, "").strip() else RateLimit(MAX_TRACES_PER_SECOND)
+        self._max_text_characters = MAX_TEXT_CHARACTERS if max_attribute_characters is None else max_attribute_characters
+        is_sampler_set = os.environ.get(OTEL_TRACES_SAMPLER, "").lower() in SAMPLERS
+        self._traces = None if is_sampler_set else RateLimit(MAX_TRACES_PER_SECOND)
         self._refusals = RateLimit(MAX_REFUSALS_PER_SECOND)
         self._spans: dict[CallRecord, Span] = {}
         self._propagated = propagate.get_global_textmap().fields
@@ -133,7 +149,9 @@ class CallTraces:
                 self._traces.give_back()  # otherwise strangers could leave none for others
             if not self._refusals.take():
                 return  # a span that does not end is not sent
-        span.set_attributes(_attributes(call, with_texts=self._with_texts))
+        span.set_attributes(_attributes(call))
+        if self._with_texts and call.request is not None:
+            span.set_attributes(_texts(call, call.request, self._max_text_characters))
         for seconds, event, attributes in _events(call):
             span.add_event(event, attributes, _epoch_ns(call, seconds))
         if call.code in SERVER_ERRORS:
@@ -147,14 +165,14 @@ def _epoch_ns(call: CallRecord, seconds: float) -> int:
     return call.began_ns + round((seconds - call.began) * 1e9)
 
 
-def _attributes(call: CallRecord, *, with_texts: bool) -> Attributes:
+def _attributes(call: CallRecord) -> Attributes:
     code = call.code or grpc.StatusCode.UNKNOWN
     attributes: Attributes = {
         "rpc.system.name": "grpc",
         "rpc.method": call.method,
         "rpc.response.status_code": code.name,
         "flywheel.request_id": call.request_id,
-        **call.peer_address(),
+        **(call.peer_address() if call.peer else {}),
     }
     if code in SERVER_ERRORS:
         attributes["error.type"] = code.name
@@ -170,8 +188,6 @@ def _attributes(call: CallRecord, *, with_texts: bool) -> Attributes:
             attributes["gen_ai.usage.input_tokens"] = call.prompt_tokens
         if call.operation:
             attributes |= _generation(call, call.request)
-        if with_texts:
-            attributes |= _texts(call, call.request)
     return attributes
 
 
@@ -200,23 +216,11 @@ def _generation(call: CallRecord, request: GenerationRequest) -> Attributes:
     return attributes
 
 
-def _texts(call: CallRecord, request: GenerationRequest) -> Attributes:
+def _texts(call: CallRecord, request: GenerationRequest, max_characters: int) -> Attributes:
     """Returns prompt and samples in the JSON of the conventions. A prompt of token ids has no text."""
     prompts = [(message.role, message.content) for message in request.messages] or [("user", request.text)]
     samples = [("assistant", text) for text in call.texts or ()]
-    attributes: Attributes = {"gen_ai.input.messages": _messages(prompts), "gen_ai.output.messages": _messages(samples)}
-    return attributes
-
-
-def _messages(texts: Iterable[tuple[str, str]]) -> str:
-    left = MAX_TEXT_CHARACTERS
-    messages: list[Mapping[str, object]] = []
-    for role, text in texts:
-        if not text or left <= 0:
-            continue
-        messages.append({"role": role, "parts": [{"type": "text", "content": text[:left]}]})
-        left -= len(text)
-    return json.dumps(messages, ensure_ascii=False)
+    return {**text_attributes("input", prompts, max_characters), **text_attributes("output", samples, max_characters)}
 
 
 def _events(call: CallRecord) -> list[tuple[float, str, Attributes]]:
