@@ -31,7 +31,21 @@ class FiniteFloatRange(click.FloatRange, FiniteFloat):
     """A finite number within a range."""
 
 
-SECONDS: Final = FiniteFloatRange(min=0.001)
+class Seconds(click.FloatRange):
+    """Seconds that something may take; infinity is no limit."""
+
+    def __init__(self) -> None:
+        super().__init__(min=0.001)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:  # noqa: ANN401 - as click's
+        """Returns the seconds; fails, with an error that names the option, for other values."""
+        seconds = super().convert(value, param, ctx)
+        if math.isnan(seconds):
+            self.fail(f"{seconds} is not a number of seconds.", param, ctx)
+        return seconds
+
+
+SECONDS: Final = Seconds()
 _FILE: Final = click.Path(exists=True, dir_okay=False, path_type=Path)
 _TYPES: Final[Mapping[type, Any]] = {Path: _FILE, float: FiniteFloat(), bool: None}
 """The types of options, for kinds of fields that click would take for another type."""
