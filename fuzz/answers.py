@@ -10,6 +10,7 @@ import grpc.aio
 from flywheel_proto.v1 import generation_pb2 as pb
 from flywheel_server.errors import UnknownFieldError
 from flywheel_server.messages import GenerationRequest, InvalidRequestError
+from flywheel_server.violations import reported
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo
 from google.rpc.status_pb2 import Status
 
@@ -42,8 +43,10 @@ class Answer:
             return False
         found = verdict(data, OTHERS.get(method, pb.GenerationRequest))
         if isinstance(found, InvalidRequestError):
-            violations = [(violation.field, violation.description) for violation in found.violations]
-            return self._is_invalid() and self._violations() == violations
+            violations = [(violation.field, violation.description) for violation in reported(found.violations)]
+            # The engine may have found more.
+            is_known = self._violations() == violations if found.unchecked is None else violations[0] in self._violations()
+            return self._is_invalid() and is_known
         if isinstance(found, Exception):
             reason = "UNKNOWN_FIELD" if isinstance(found, UnknownFieldError) else "MALFORMED_REQUEST"
             return self._is_invalid() and self._reason() == reason

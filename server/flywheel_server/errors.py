@@ -1,9 +1,10 @@
 """Maps each exception to the status that its call ends with: code, message and google.rpc details (AIP-193).
 
     exception                  status              details
-    InvalidRequestError        INVALID_ARGUMENT    BadRequest with every violation
+    InvalidRequestError        INVALID_ARGUMENT    BadRequest with every violation, as far as they are not too many; ErrorInfo
+                                                   UNSUPPORTED_FIELD if the engine does not support a field
     PromptTooLongError         INVALID_ARGUMENT    BadRequest with both numbers
-    InvalidFieldError          INVALID_ARGUMENT    BadRequest
+    InvalidFieldError          INVALID_ARGUMENT    BadRequest as for InvalidRequestError
     UnsupportedFieldError      INVALID_ARGUMENT    BadRequest, ErrorInfo UNSUPPORTED_FIELD
     UnknownFieldError          INVALID_ARGUMENT    BadRequest, ErrorInfo UNKNOWN_FIELD with the number of the field
     MalformedRequestError      INVALID_ARGUMENT    ErrorInfo MALFORMED_REQUEST
@@ -53,6 +54,7 @@ from flywheel_server.engines.base import (
 )
 from flywheel_server.messages import FieldViolation, InvalidRequestError
 from flywheel_server.system.shortage import is_shortage
+from flywheel_server.violations import reported, summary
 
 DOMAIN: Final = "flywheel.v1"
 DETAILS_KEY: Final = "grpc-status-details-bin"
@@ -166,7 +168,7 @@ class CallStatus:
         return ((DETAILS_KEY, status.SerializeToString()), *pushback)
 
 
-def _bad_request(violations: list[FieldViolation]) -> BadRequest:
+def _bad_request(violations: Sequence[FieldViolation]) -> BadRequest:
     return BadRequest(
         field_violations=[
             BadRequest.FieldViolation(field=violation.field, description=violation.description) for violation in violations
@@ -185,7 +187,10 @@ def _retry_info(seconds: float) -> RetryInfo:
 
 
 def _invalid_request(error: InvalidRequestError, _: str) -> CallStatus:
-    return CallStatus(StatusCode.INVALID_ARGUMENT, f"Invalid request: {error}.", (_bad_request(error.violations),))
+    named = reported(error.violations)
+    message = f"Invalid request: {summary(named, len(error.violations))}."
+    info = (_error_info("UNSUPPORTED_FIELD", field=error.unsupported[0]),) if error.unsupported else ()
+    return CallStatus(StatusCode.INVALID_ARGUMENT, message, (_bad_request(named), *info))
 
 
 def _prompt_too_long(error: PromptTooLongError, _: str) -> CallStatus:
@@ -220,7 +225,7 @@ def _unsupported_field(error: UnsupportedFieldError, _: str) -> CallStatus:
 
 
 def _invalid_field(error: InvalidFieldError, request_id: str) -> CallStatus:
-    return _invalid_request(InvalidRequestError([FieldViolation(error.field, error.description)]), request_id)
+    return _invalid_request(InvalidRequestError(error.violations), request_id)
 
 
 def _unknown_field(error: UnknownFieldError, _: str) -> CallStatus:

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from flywheel_proto.v1 import generation_pb2 as pb
 
-from flywheel_server.engines.base import EngineModel, EngineStats, PromptToken, UnsupportedFieldError
+from flywheel_server.engines.base import EngineModel, EngineStats, PromptToken
 from flywheel_server.messages import (
     MAX_CHOICES,
     MAX_CONSTRAINT_BYTES,
@@ -22,6 +22,7 @@ from flywheel_server.messages import (
     RequestLimits,
     Token,
 )
+from flywheel_server.request_checks import checked_request
 from flywheel_server.unknown_fields import refuse_unknown_fields
 
 _ELEMENTS: Final[dict[str, Callable[[Any, RequestLimits], object]]] = {
@@ -42,8 +43,7 @@ def request_from_proto(message: pb.GenerationRequest, limits: RequestLimits) -> 
 
     Raises:
         UnknownFieldError: The request has fields that this server does not know.
-        InvalidRequestError: Fields are out of range; holds every violation.
-        UnsupportedFieldError: The request has fields that the engine does not honour.
+        InvalidRequestError: Fields are out of range, or the engine does not honour them; holds every violation.
     """
     # A message with too many of these is refused anyway. To search all of them would take too long.
     if len(message.messages) <= MAX_MESSAGES and len(message.logit_bias) <= MAX_LOGIT_BIAS:
@@ -54,12 +54,7 @@ def request_from_proto(message: pb.GenerationRequest, limits: RequestLimits) -> 
     for field, value in message.ListFields():
         elements = _ELEMENTS.get(field.name)
         fields[field.name] = value if elements is None else elements(value, limits)
-    request = GenerationRequest.within(limits, fields)
-    if not limits.supported_fields.issuperset(fields):
-        unsupported = [name for name in fields if name not in limits.supported_fields | SERVER_FIELDS]
-        if unsupported:
-            raise UnsupportedFieldError(unsupported[0], "GetModel returns the supported fields", unsupported[1:])
-    return request
+    return checked_request(limits, fields)
 
 
 def prompt_from_proto(message: pb.TokenizeRequest, limits: RequestLimits) -> GenerationRequest:

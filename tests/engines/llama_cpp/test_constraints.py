@@ -14,7 +14,7 @@ from flywheel_server.engines.llama_cpp.constraints.grammars import grammar_of
 from flywheel_server.engines.llama_cpp.constraints.guard import ConstraintGuard
 from flywheel_server.engines.llama_cpp.constraints.keywords import SUPPORTED_KEYWORDS
 from flywheel_server.engines.llama_cpp.constraints.probe import trial_tokenizer
-from flywheel_server.messages import MAX_CONSTRAINT_BYTES
+from flywheel_server.messages import MAX_CONSTRAINT_BYTES, MAX_VIOLATIONS
 
 from tests.cpu_time import check_cpu_time
 
@@ -39,6 +39,34 @@ def refusal(json_schema: object = "", regex: str = "", choices: tuple[str, ...] 
 
 def test_without_a_constraint_there_is_no_grammar() -> None:
     assert grammar_of(None, None, None) == ""
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {f"x{number}": True for number in range(500)},
+        {"properties": {f"p{number}": {"not": {}} for number in range(150)}},
+        {"prefixItems": [{"pattern": 1}] * 16, "items": {"properties": {f"p{number}": 1 for number in range(150)}}},
+        {"anyOf": [{"type": "x", "if": {}, "then": {}}] * 100},
+    ],
+)
+def test_many_problems_of_a_schema_are_named_and_not_too_many(schema: dict[str, Any]) -> None:
+    def refuse() -> None:
+        with pytest.raises(InvalidFieldError) as caught:
+            grammar_of(json.dumps(schema), None, None)
+        assert len({each.description for each in caught.value.violations}) == MAX_VIOLATIONS
+
+    check_cpu_time(0.1, refuse)
+
+
+def test_nothing_more_is_read_of_a_schema_that_has_too_much() -> None:
+    schema = {"properties": {"a": {"not": {}}, "b": {"enum": [*range(1001)]}, "c": {"not": {}}}}
+    with pytest.raises(InvalidFieldError) as caught:
+        grammar_of(json.dumps(schema), None, None)
+    assert [each.description.partition(":")[0] for each in caught.value.violations] == [
+        "/properties/a/not",
+        "/properties/b/enum",
+    ]
 
 
 PERSON: dict[str, Any] = {
