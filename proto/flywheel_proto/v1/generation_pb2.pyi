@@ -225,7 +225,8 @@ class GenerationRequest(_message.Message):
     @_builtins.property
     def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Token ids that end a sample, besides the model's own end-of-generation tokens. The text of the token is not part of
-        the sample. A token that is only a part of a character may not be noticed. Each id is at least 0; at most
+        the sample. A token that is only a part of a character may not be noticed. With a constraint, such a token ends a sample
+        only if the text before it has the form; elsewhere it is a token like any other. Each id is at least 0; at most
         `Limits.max_eos_token_ids` ids. Default: none.
         """
 
