@@ -400,7 +400,8 @@ class Token(_message.Message):
     text: _builtins.bytes
     """The bytes that the token adds to the text; none for an end-of-generation token. The tokens of a sample, joined, begin with
     its text; tokens of a stop sequence, or a token that ends the sample, may follow. If a sample ends within a character, an
-    engine may leave out the tokens of that character.
+    engine may leave out the tokens of that character. A model may generate bytes that are no UTF-8. They are here as they are,
+    and the text has U+FFFD in their place: decoded with replacement, the joined tokens begin with the text.
     """
     logprob: _builtins.float
     """The natural logarithm of the token's probability given the text before it, as the model has it: before temperature,
