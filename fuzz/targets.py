@@ -87,7 +87,8 @@ def prompt(data: bytes) -> None:
         return
     message = pb.TokenizeRequest.FromString(data)
     same = pb.GenerationRequest(text=message.text, messages=message.messages, max_tokens=1)
-    assert str(found) == str(verdict(same.SerializeToString()))
+    # A prompt to tokenize has one field less to choose from.
+    assert str(found) == str(verdict(same.SerializeToString())).replace(", messages and prompt_token_ids", " and messages")
 
 
 def _check_refusal(error: Exception) -> None:

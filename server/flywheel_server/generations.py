@@ -197,7 +197,11 @@ class Generations:
             await deliver(tokens)
 
         self._note(request)
-        await self._prepared(request, caller, time_remaining, deliver_tokens)
+        try:
+            await self._prepared(request, caller, time_remaining, deliver_tokens)
+        except PromptTooLongError as error:
+            error.is_generation = False
+            raise
 
     async def violations(
         self, request: GenerationRequest, caller: Caller, time_remaining: float | None

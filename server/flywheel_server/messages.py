@@ -269,12 +269,12 @@ class GenerationRequest(BaseModel):
         return self
 
 
-def wrong_combinations(fields: Mapping[str, Any]) -> list[FieldViolation]:
+def wrong_combinations(fields: Mapping[str, Any], prompt_fields: Sequence[str] = PROMPT_FIELDS) -> list[FieldViolation]:
     """Returns the violations of fields that exclude each other, or of which one is required."""
-    prompts = [name for name in PROMPT_FIELDS if fields.get(name)]
+    prompts = [name for name in prompt_fields if fields.get(name)]
     constraints = [name for name in CONSTRAINT_FIELDS if fields.get(name) is not None]
     violations = [] if prompts else [FieldViolation("text", f"must {_TEXT_WORDS}")]
-    for given, group in ((prompts, PROMPT_FIELDS), (constraints, CONSTRAINT_FIELDS)):
+    for given, group in ((prompts, prompt_fields), (constraints, CONSTRAINT_FIELDS)):
         if len(given) > 1:
             alone = f"must be the only one of {', '.join(group[:-1])} and {group[-1]}"
             violations += [FieldViolation(name, alone) for name in given]

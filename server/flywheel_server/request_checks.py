@@ -26,14 +26,19 @@ MODEL_FIELDS: Final = ("messages", "prompt_token_ids", "logit_bias", *CONSTRAINT
 """The fields of which only the engine can tell whether the model takes their values."""
 
 
-def checked_request(limits: RequestLimits, fields: dict[str, Any]) -> GenerationRequest:
-    """Returns the request with these fields, or raises `InvalidRequestError` with every violation."""
+def checked_request(
+    limits: RequestLimits, fields: dict[str, Any], prompt_fields: Sequence[str] = PROMPT_FIELDS
+) -> GenerationRequest:
+    """Returns the request with these fields, or raises `InvalidRequestError` with every violation.
+
+    `prompt_fields` are the fields among which the caller chooses one for the prompt.
+    """
     violations: list[FieldViolation] = []
     request = None
     try:
         request = GenerationRequest.model_validate(fields, context=limits)
     except ValidationError as error:
-        violations = _violations(error, fields, limits)
+        violations = _violations(error, fields, limits, prompt_fields)
     # Nothing is raised within `except`, because the new error would then hold on to pydantic's. The garbage collector cannot
     # see into an error of pydantic. Such an error holds the errors of our validators, and their frames hold the request.
     if request is not None and limits.supported_fields.issuperset(fields):
@@ -73,14 +78,16 @@ def _words(path: str, annotation: Any, metadata: Sequence[Any] = ()) -> Iterator
 _WORDS: Final = {path.removeprefix("."): words for path, words in _words("", GenerationRequest)}
 
 
-def _violations(error: ValidationError, fields: Mapping[str, Any], limits: RequestLimits) -> list[FieldViolation]:
+def _violations(
+    error: ValidationError, fields: Mapping[str, Any], limits: RequestLimits, prompt_fields: Sequence[str]
+) -> list[FieldViolation]:
     """Returns one violation for each field or element that is wrong."""
     bounds = asdict(limits)
     violations: dict[str, FieldViolation] = {}
     for location in _locations(error, fields):
         path, words = _path_and_words(location)
         violations.setdefault(path, FieldViolation(path, words.format(**bounds)))
-    for violation in wrong_combinations(fields):
+    for violation in wrong_combinations(fields, prompt_fields):
         violations.setdefault(violation.field, FieldViolation(violation.field, violation.description.format(**bounds)))
     return list(violations.values())
 

@@ -216,7 +216,9 @@ class EngineSetupError(EngineError):
 
 
 class PromptTooLongError(EngineError):
-    """Prompt and max_tokens exceed the context. All numbers are in tokens. The service sets `field`: the field with the prompt.
+    """Prompt and max_tokens exceed the context. All numbers are in tokens.
+
+    The service sets `field`, the field with the prompt, and `is_generation`: whether the request has more than a prompt.
 
     An engine may stop counting once it is clear that a prompt is too long. It then gives `counted_tokens`, the number that it
     counted, and `prompt_tokens` is the least that the prompt can have.
@@ -225,6 +227,7 @@ class PromptTooLongError(EngineError):
     def __init__(self, prompt_tokens: int, max_tokens: int, context_tokens: int, counted_tokens: int | None = None) -> None:
         super().__init__(prompt_tokens, max_tokens, context_tokens, counted_tokens)
         self.field = "text"
+        self.is_generation = True
         self.prompt_tokens = prompt_tokens
         self.max_tokens = max_tokens
         self.context_tokens = context_tokens
