@@ -142,11 +142,11 @@ class _Track:
         """Returns a token of the text, or with the id after the last of them, the token that ends the text.
 
         Its probability is 1/2. The probabilities of the next likely tokens are 1/4, 1/8 and so on: they are the tokens that
-        follow in the text.
+        follow in the text, and then tokens with higher ids, which have the bytes of the text once more.
         """
         tokens = [*self.tokens, b""]
-        ids = [(token_id + further) % len(tokens) for further in range(min(likeliest, len(tokens)))]
-        likely = [LikelyToken(each, tokens[each], rank * math.log(0.5)) for rank, each in enumerate(ids, start=1)]
+        ids = [(token_id + rank) % len(tokens) if rank < len(tokens) else rank for rank in range(likeliest)]
+        likely = [LikelyToken(each, tokens[each % len(tokens)], rank * math.log(0.5)) for rank, each in enumerate(ids, start=1)]
         return Token(token_id, tokens[token_id], math.log(0.5), tuple(likely))
 
 
