@@ -203,12 +203,14 @@ class GenerationRequest(_message.Message):
     `Model.penalizes_prompt` says whether the prompt is part of the text so far.
     """
     json_schema: _builtins.str
-    """A JSON Schema (2020-12), as JSON. The text is a JSON document that is valid under the schema, on one line, with one space
-    after each `,` and `:` and none elsewhere outside strings. A keyword that the server does not enforce is refused by name;
-    the violation says where in the schema it is.
+    """A JSON Schema, as JSON. It is read as draft 2020-12, whichever draft its `$schema` names. The text is a JSON document that
+    is valid under the schema, on one line, with one space after each `,` and `:` and none elsewhere outside strings. A
+    keyword that the server does not enforce is refused by name; the violation says where in the schema it is.
     """
     regex: _builtins.str
-    """A regular expression that the whole text matches, in the syntax of Rust's regex crate, without anchors and look-around."""
+    """A regular expression that the whole text matches, in the syntax of Rust's regex crate, without look-around. Anchors at its
+    beginning and end are accepted and change nothing; anchors elsewhere are refused.
+    """
     logprobs: _builtins.int
     """How many of the likeliest tokens to return for each generated token, with their probabilities. 0 to `Limits.max_logprobs`;
     0 returns no tokens. Default: 0.
