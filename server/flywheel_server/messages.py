@@ -101,7 +101,7 @@ class InvalidRequestError(ValueError):
         unsupported: Sequence[str] = (),
         unchecked: "GenerationRequest | None" = None,
     ) -> None:
-        super().__init__("; ".join(f"{violation.field} {violation.description}" for violation in violations))
+        super().__init__("; ".join(f"{each.field} {each.description}" for each in violations[:MAX_VIOLATIONS]))
         self.violations = violations
         self.unsupported = unsupported
         self.unchecked = unchecked

@@ -78,18 +78,33 @@ def _words(path: str, annotation: Any, metadata: Sequence[Any] = ()) -> Iterator
 _WORDS: Final = {path.removeprefix("."): words for path, words in _words("", GenerationRequest)}
 
 
+_MAX_ELEMENTS: Final[Mapping[str, int]] = {
+    name: constraint.max_length
+    for name, field in GenerationRequest.model_fields.items()
+    for constraint in field.metadata
+    if hasattr(constraint, "max_length")
+}
+
+
 def _violations(
     error: ValidationError, fields: Mapping[str, Any], limits: RequestLimits, prompt_fields: Sequence[str]
 ) -> list[FieldViolation]:
-    """Returns one violation for each field or element that is wrong."""
+    """Returns the violations, each once: both the id and the value of a bias may be wrong."""
     bounds = asdict(limits)
-    violations: dict[str, FieldViolation] = {}
-    for location in _locations(error, fields):
+    violations: list[FieldViolation] = []
+    for location in (*_too_long(fields, limits), *_locations(error, fields)):
         path, words = _path_and_words(location)
-        violations.setdefault(path, FieldViolation(path, words.format(**bounds)))
-    for violation in wrong_combinations(fields, prompt_fields):
-        violations.setdefault(violation.field, FieldViolation(violation.field, violation.description.format(**bounds)))
-    return list(violations.values())
+        violations.append(FieldViolation(path, words.format(**bounds)))
+    violations += [
+        FieldViolation(each.field, each.description.format(**bounds)) for each in wrong_combinations(fields, prompt_fields)
+    ]
+    return list(dict.fromkeys(violations))
+
+
+def _too_long(fields: Mapping[str, Any], limits: RequestLimits) -> Iterator[tuple[str]]:
+    """Yields where there are too many elements, which pydantic does not say if one of them is wrong."""
+    most = {**_MAX_ELEMENTS, "prompt_token_ids": limits.context_tokens}
+    yield from ((name,) for name, value in fields.items() if name in most and len(value) > most[name])
 
 
 def _locations(error: ValidationError, fields: Mapping[str, Any]) -> Iterator[Sequence[int | str]]:

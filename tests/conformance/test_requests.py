@@ -84,8 +84,30 @@ async def test_each_wrong_element_is_named_along_with_the_other_fields(target: T
     assert set(found) == {"max_tokens", "top_p", *(name + path for path in paths)}
 
 
+TOO_MANY = {
+    "eos_token_ids": [-1] * 65,
+    "stop": [""] * 17,
+    "messages": [pb.Message(role="A")] * 257,
+    "prompt_token_ids": [-1] * (LIMITS.context_tokens + 1),
+    "logit_bias": dict.fromkeys(range(-301, 0), 1.0),
+    "choices": pb.Choices(texts=[""] * 1001),
+}
+
+
+@pytest.mark.parametrize("name", TOO_MANY)
+async def test_too_many_elements_are_named_even_if_each_of_them_is_wrong(target: Target, name: str) -> None:
+    if name not in (await target.stub.GetModel(pb.GetModelRequest())).supported_fields:
+        pytest.skip("the server refuses the field")
+    request = pb.GenerationRequest(**{**with_required({name: TOO_MANY[name]}), "max_tokens": 0})
+    found = await violations(target, "GenerateAll", request)
+    assert {"max_tokens", name} <= {*found}
+    assert all(field.startswith((name, "max_tokens")) for field in found)
+    assert 10 <= len(found) <= 32
+
+
 def test_there_is_a_case_of_each_field_with_elements() -> None:
-    assert {*WRONG_TWICE} == {name for name, its in RANGES.items() if isinstance(its, Repeated | Messages | Biases | Choices)}
+    several = (Repeated, Messages, Biases, Choices)
+    assert {*WRONG_TWICE} == {*TOO_MANY} == {name for name, its in RANGES.items() if isinstance(its, several)}
 
 
 @pytest.mark.parametrize(("method", "constraint"), [*zip(METHODS, CONSTRAINTS, strict=True)])

@@ -1,5 +1,6 @@
 """A refused caller learns everything that is wrong with its request, as far as it is not too much for the trailers."""
 
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -21,11 +22,13 @@ from flywheel_server.translation import request_from_proto
 from flywheel_server.violations import name_of
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo
 
+from tests.access.test_quotas import keys_for
 from tests.cpu_time import check_cpu_time
 from tests.server.test_errors import METHODS, details_of
-from tests.serving import Target, drained, serving
+from tests.serving import Target, code_of, drained, serving
 
 LIMITS = RequestLimits(2**20, 16, 2**17, SUPPORTED_FIELDS)
+INVALID = grpc.StatusCode.INVALID_ARGUMENT
 MAX_METADATA_BYTES = 8192
 """What gRPC clients take unless they say otherwise."""
 
@@ -157,3 +160,27 @@ async def test_the_longest_answer_arrives(description: str, count: int) -> None:
     metadata = caught.value.trailing_metadata() or ()
     escaped = sum(1 if 32 <= byte < 127 else 3 for byte in (caught.value.details() or "").encode())
     assert escaped + sum(len(key) + (len(value) * 4 + 2) // 3 + 32 for key, value in metadata) < MAX_METADATA_BYTES
+
+
+async def test_a_stranger_cannot_make_the_engine_work() -> None:
+    engine = CheckingEngine()
+    async with serving(engine, api_keys="key-0123456789abcdef") as target:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await target.stub.GenerateAll(pb.GenerationRequest(text="x", json_schema="{}", max_tokens=0))
+        assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+        assert not engine.checked
+        metadata = (("authorization", "Bearer key-0123456789abcdef"),)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await target.stub.GenerateAll(pb.GenerationRequest(text="x", json_schema="{}", max_tokens=0), metadata=metadata)
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert len(engine.checked) == 1
+
+
+async def test_a_refused_request_costs_no_quota(tmp_path: Path) -> None:
+    with keys_for(tmp_path / "keys.json", small={"tokens_per_minute": 60}) as metadata:
+        async with serving(CheckingEngine(), api_keys_file=str(tmp_path / "keys.json")) as target:
+            for _ in range(3):
+                refused_ = pb.GenerationRequest(max_tokens=0, messages=[pb.Message(role="user", content="llam" * 40)])
+                assert await code_of(target.stub.GenerateAll(refused_, metadata=metadata["small"])) is INVALID
+            request = pb.GenerationRequest(text="x", max_tokens=50)
+            assert await code_of(target.stub.GenerateAll(request, metadata=metadata["small"])) is grpc.StatusCode.OK

@@ -57,7 +57,8 @@ domain of every ErrorInfo is `flywheel.v1`.
 Violations: there is one for each wrong field, and for each wrong element of a field, with its path, such as `max_tokens`,
 `stop[1]`, `messages[2].role` or `logit_bias[-5]`. For each problem of a json_schema there is one whose description begins with
 the place in the schema. Trailers are small, so a call has at most 32 violations, and at most 4 KiB of them. The first one of
-each field goes before the second one of any field. What only the model can tell is found if the field has nothing else
+each field goes before the second one of any field. What several elements may be together, such as the length of messages, is
+checked if each element is in its range. What only the model can tell is found if the field has nothing else
 wrong: whether it takes the roles and the ids of its vocabulary, and whether a constraint can be enforced. It comes together
 with the violations of other fields unless the engine is on Modal, or cannot check the request at this moment.
 
