@@ -9,7 +9,8 @@ import grpc
 import grpc.aio
 from flywheel_proto.v1 import generation_pb2 as pb
 from flywheel_server.errors import UnknownFieldError
-from flywheel_server.messages import GenerationRequest, InvalidRequestError
+from flywheel_server.messages import MAX_VIOLATIONS, FieldViolation, GenerationRequest, InvalidRequestError
+from flywheel_server.violations import name_of
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo
 from google.rpc.status_pb2 import Status
 
@@ -42,8 +43,7 @@ class Answer:
             return False
         found = verdict(data, OTHERS.get(method, pb.GenerationRequest))
         if isinstance(found, InvalidRequestError):
-            violations = [(violation.field, violation.description) for violation in found.violations]
-            return self._is_invalid() and self._violations() == violations
+            return self._is_invalid() and self._names(found)
         if isinstance(found, Exception):
             reason = "UNKNOWN_FIELD" if isinstance(found, UnknownFieldError) else "MALFORMED_REQUEST"
             return self._is_invalid() and self._reason() == reason
@@ -52,7 +52,21 @@ class Answer:
         if self.code is grpc.StatusCode.UNIMPLEMENTED:
             return method == "Tokenize" and self._reason() == "UNSUPPORTED_METHOD"
         # Only the engine can say that a prompt is too long, or that it refuses a field.
-        return self._is_invalid() and (len(self._violations()) == 1 or self._reason() == "UNSUPPORTED_FIELD")
+        return self._is_invalid() and 1 <= len(self._violations()) <= MAX_VIOLATIONS
+
+    def _names(self, found: InvalidRequestError) -> bool:
+        """Returns whether the answer names each wrong field, and nothing that is not wrong.
+
+        Of a field that the engine does not support, the answer says only that. And the engine may find more in what it checks.
+        """
+        told = self._violations()
+        if {*map(name_of, found.violations)} - {name_of(each) for each in told}:
+            return False
+        unsupported = {
+            each.field for each in told if self._reason() == "UNSUPPORTED_FIELD" and each.description.startswith("is not")
+        }
+        checked = found.unchecked.model_fields_set if found.unchecked else set()
+        return all(each in found.violations or name_of(each) in unsupported | checked for each in told)
 
     def _is_invalid(self) -> bool:
         return self.code is grpc.StatusCode.INVALID_ARGUMENT and self.status.code == self.code.value[0]
@@ -61,10 +75,10 @@ class Answer:
         info = ErrorInfo()
         return next((info.reason for detail in self.status.details if detail.Unpack(info)), "")
 
-    def _violations(self) -> list[tuple[str, str]]:
+    def _violations(self) -> list[FieldViolation]:
         bad = BadRequest()
         found = next((bad.field_violations for detail in self.status.details if detail.Unpack(bad)), ())
-        return [(violation.field, violation.description) for violation in found]
+        return [FieldViolation(violation.field, violation.description) for violation in found]
 
     def __str__(self) -> str:
         return f"{self.code.name}, {self.request_ids} request ids, {self.status}, {len(self.messages)} messages"

@@ -21,6 +21,7 @@ from flywheel_server.messages import GenerationRequest, InvalidRequestError, Req
 from flywheel_server.messages import Message as ChatMessage
 from flywheel_server.translation import prompt_from_proto, request_from_proto
 from flywheel_server.unknown_fields import refuse_unknown_fields
+from flywheel_server.violations import name_of
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
@@ -68,8 +69,7 @@ def request(data: bytes) -> None:
         return
     wrong = wrong_fields(message, RANGES)
     if isinstance(found, InvalidRequestError):
-        named = [re.split(r"[.\[]", violation.field)[0] for violation in found.violations]
-        assert sorted(named) == sorted(wrong)
+        assert {*map(name_of, found.violations)} == wrong
         _check_refusal(found)
         return
     assert isinstance(found, GenerationRequest)
@@ -87,7 +87,8 @@ def prompt(data: bytes) -> None:
         return
     message = pb.TokenizeRequest.FromString(data)
     same = pb.GenerationRequest(text=message.text, messages=message.messages, max_tokens=1)
-    assert str(found) == str(verdict(same.SerializeToString()))
+    # A prompt to tokenize has one field less to choose from.
+    assert str(found) == str(verdict(same.SerializeToString())).replace(", messages and prompt_token_ids", " and messages")
 
 
 def _check_refusal(error: Exception) -> None:

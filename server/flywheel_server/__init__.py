@@ -28,6 +28,7 @@ __all__ = [
     "EngineTimeoutError",
     "EngineUnavailableError",
     "Event",
+    "FieldViolation",
     "GenerationRequest",
     "GenerationResponseSample",
     "GrowingSample",
@@ -80,7 +81,14 @@ if TYPE_CHECKING:
     from flywheel_server.engines.capacity import Capacity
     from flywheel_server.engines.samples import GrowingSample, StopGate
     from flywheel_server.launch import run
-    from flywheel_server.messages import GenerationRequest, GenerationResponseSample, LikelyToken, Message, Token
+    from flywheel_server.messages import (
+        FieldViolation,
+        GenerationRequest,
+        GenerationResponseSample,
+        LikelyToken,
+        Message,
+        Token,
+    )
     from flywheel_server.server import serve
     from flywheel_server.settings import Settings
     from flywheel_server.supervision import EngineDiedError

@@ -1,9 +1,10 @@
 """Maps each exception to the status that its call ends with: code, message and google.rpc details (AIP-193).
 
     exception                  status              details
-    InvalidRequestError        INVALID_ARGUMENT    BadRequest with every violation
+    InvalidRequestError        INVALID_ARGUMENT    BadRequest with every violation, as far as they are not too many; ErrorInfo
+                                                   UNSUPPORTED_FIELD if the engine does not support a field
     PromptTooLongError         INVALID_ARGUMENT    BadRequest with both numbers
-    InvalidFieldError          INVALID_ARGUMENT    BadRequest
+    InvalidFieldError          INVALID_ARGUMENT    BadRequest as for InvalidRequestError
     UnsupportedFieldError      INVALID_ARGUMENT    BadRequest, ErrorInfo UNSUPPORTED_FIELD
     UnknownFieldError          INVALID_ARGUMENT    BadRequest, ErrorInfo UNKNOWN_FIELD with the number of the field
     MalformedRequestError      INVALID_ARGUMENT    ErrorInfo MALFORMED_REQUEST
@@ -53,6 +54,7 @@ from flywheel_server.engines.base import (
 )
 from flywheel_server.messages import FieldViolation, InvalidRequestError
 from flywheel_server.system.shortage import is_shortage
+from flywheel_server.violations import reported, summary
 
 DOMAIN: Final = "flywheel.v1"
 DETAILS_KEY: Final = "grpc-status-details-bin"
@@ -72,11 +74,17 @@ class _TooLargeError(ValueError):
 
 
 class UnknownFieldError(ValueError):
-    """The request has fields that this server does not know: the path of the message that has one, and the field's number."""
+    """The request has fields that this server does not know, or knows with another type.
 
-    def __init__(self, fields: Sequence[tuple[str, int]]) -> None:
-        super().__init__(fields)
+    Attributes:
+        fields: For each of them, the path of the message that has the field, and the field's number.
+        names: The names of those that the server knows with another type.
+    """
+
+    def __init__(self, fields: Sequence[tuple[str, int]], names: Mapping[tuple[str, int], str]) -> None:
+        super().__init__(fields, names)
         self.fields = fields
+        self.names = names
 
 
 class RequestTooLargeError(_TooLargeError):
@@ -166,7 +174,7 @@ class CallStatus:
         return ((DETAILS_KEY, status.SerializeToString()), *pushback)
 
 
-def _bad_request(violations: list[FieldViolation]) -> BadRequest:
+def _bad_request(violations: Sequence[FieldViolation]) -> BadRequest:
     return BadRequest(
         field_violations=[
             BadRequest.FieldViolation(field=violation.field, description=violation.description) for violation in violations
@@ -185,12 +193,20 @@ def _retry_info(seconds: float) -> RetryInfo:
 
 
 def _invalid_request(error: InvalidRequestError, _: str) -> CallStatus:
-    return CallStatus(StatusCode.INVALID_ARGUMENT, f"Invalid request: {error}.", (_bad_request(error.violations),))
+    named = reported(error.violations)
+    message = f"Invalid request: {summary(named, len(error.violations))}."
+    info = (_error_info("UNSUPPORTED_FIELD", field=error.unsupported[0]),) if error.unsupported else ()
+    return CallStatus(StatusCode.INVALID_ARGUMENT, message, (_bad_request(named), *info))
 
 
 def _prompt_too_long(error: PromptTooLongError, _: str) -> CallStatus:
     length = f"{'' if error.is_exact else 'at least '}{error.prompt_tokens}"
-    if error.prompt_tokens >= error.context_tokens:
+    if not error.is_generation:
+        description = (
+            f"is {length} tokens long, and must leave room for a token in the context of {error.context_tokens} tokens."
+        )
+        violation = FieldViolation(error.field, f"{description} Shorten it.")
+    elif error.prompt_tokens >= error.context_tokens:
         violation = FieldViolation(
             error.field,
             f"is {length} tokens long, which with max_tokens {error.max_tokens} exceeds the context of "
@@ -203,7 +219,8 @@ def _prompt_too_long(error: PromptTooLongError, _: str) -> CallStatus:
             f"{error.max_tokens}: both must fit the context of {error.context_tokens} tokens. Shorten the prompt, lower "
             "max_tokens, or set max_input_tokens.",
         )
-    message = f"Prompt and max_tokens exceed the context: {violation.field} {violation.description}"
+    too_long = "Prompt and max_tokens exceed" if error.is_generation else "The prompt exceeds"
+    message = f"{too_long} the context: {violation.field} {violation.description}"
     return CallStatus(StatusCode.INVALID_ARGUMENT, message, (_bad_request([violation]),))
 
 
@@ -220,19 +237,21 @@ def _unsupported_field(error: UnsupportedFieldError, _: str) -> CallStatus:
 
 
 def _invalid_field(error: InvalidFieldError, request_id: str) -> CallStatus:
-    return _invalid_request(InvalidRequestError([FieldViolation(error.field, error.description)]), request_id)
+    return _invalid_request(InvalidRequestError(error.violations), request_id)
 
 
 def _unknown_field(error: UnknownFieldError, _: str) -> CallStatus:
-    violations = [
-        FieldViolation(f"{path}{'.' if path else ''}{number}", "is a field that this server does not know")
-        for path, number in error.fields
-    ]
-    return CallStatus(
-        StatusCode.INVALID_ARGUMENT,
-        f"This server does not know the field {violations[0].field}. GetModel returns the fields that the server supports.",
-        (_bad_request(violations), _error_info("UNKNOWN_FIELD", field=str(error.fields[0][1]))),
-    )
+    violations = []
+    for path, number in error.fields:
+        name = error.names.get((path, number))
+        description = "is a field that this server does not know" if name is None else "has another type than this server knows"
+        violations.append(FieldViolation(f"{path}{'.' if path else ''}{name or number}", description))
+    field = violations[0].field
+    message = f"This server does not know the field {field}. GetModel returns the fields that the server supports."
+    if error.fields[0] in error.names:
+        message = f"The field {field} has another type than this server knows. Compare your contract with the server's."
+    info = _error_info("UNKNOWN_FIELD", field=str(error.fields[0][1]))
+    return CallStatus(StatusCode.INVALID_ARGUMENT, message, (_bad_request(violations), info))
 
 
 def _unsupported_method(error: UnsupportedMethodError, _: str) -> CallStatus:

@@ -24,6 +24,7 @@ from flywheel_server.engines.base import (
     EngineStats,
     EngineUnavailableError,
     Event,
+    InvalidFieldError,
     PreparedRequest,
     PromptToken,
     PromptTooLongError,
@@ -32,7 +33,7 @@ from flywheel_server.engines.base import (
     TextDelta,
 )
 from flywheel_server.errors import DeadlineExceededError, UnauthenticatedError
-from flywheel_server.messages import GenerationRequest, GenerationResponseSample
+from flywheel_server.messages import FieldViolation, GenerationRequest, GenerationResponseSample
 from flywheel_server.preparation import Preparation
 from flywheel_server.telemetry.calls import current_call
 
@@ -175,6 +176,7 @@ class Generations:
 
         if record := current_call.get():
             record.operation = "chat" if request.messages else "text_completion"
+        self._note(request)
         await self._prepared(request, caller, time_remaining, admit_and_deliver)
 
     async def tokenize(
@@ -196,7 +198,37 @@ class Generations:
             generation.usage.set_prompt_tokens(len(tokens))
             await deliver(tokens)
 
-        await self._prepared(request, caller, time_remaining, deliver_tokens)
+        self._note(request)
+        try:
+            await self._prepared(request, caller, time_remaining, deliver_tokens)
+        except PromptTooLongError as error:
+            error.is_generation = False
+            raise
+
+    async def violations(
+        self, request: GenerationRequest, caller: Caller, time_remaining: float | None
+    ) -> Sequence[FieldViolation]:
+        """Returns what the engine finds wrong with a part of a request that is refused in any case.
+
+        The engine checks the part like any request, in the caller's turn: this way, nobody gets more work done. Returns nothing
+        if the engine cannot be asked now, for example because the server is full. Arguments are those of `run`.
+        """
+
+        async def drop(generation: Generation, _: Place) -> None:
+            generation.usage.set_prompt_tokens(0)
+
+        try:
+            await self._prepared(request, caller, time_remaining, drop)
+        except InvalidFieldError as error:
+            return error.violations
+        except Exception as error:  # noqa: BLE001 - the request is refused for what is known to be wrong with it
+            log.debug("the engine did not check a refused request", error=type(error).__name__)
+        return ()
+
+    def _note(self, request: GenerationRequest) -> None:
+        """Notes the request in the record of its call."""
+        if record := current_call.get():
+            record.request, record.model = request, self.model().name
 
     async def _prepared(
         self,
@@ -206,9 +238,7 @@ class Generations:
         work: Callable[["Generation", Place], Awaitable[None]],
     ) -> None:
         """Runs the work of a call, from its place in the queue on, once the engine has prepared its request."""
-        model = self.model()
-        if record := current_call.get():
-            record.request, record.model = request, model.name
+        self.model()
         caller = replace(caller, priority=caller.priority + request.priority) if request.priority else caller
         time_remaining = _with_margin(time_remaining)
         generation = Generation(self, caller, request.num_samples, time_remaining)

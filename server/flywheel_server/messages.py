@@ -5,10 +5,9 @@ the comments of `proto/flywheel/v1/generation.proto`.
 """
 
 from base64 import b64decode, b64encode
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from types import UnionType
-from typing import Annotated, Any, Final, Self, get_args, get_origin
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Final, Self
 
 from pydantic import (
     AfterValidator,
@@ -18,7 +17,6 @@ from pydantic import (
     FailFast,
     Field,
     PlainSerializer,
-    ValidationError,
     ValidationInfo,
     model_validator,
 )
@@ -35,6 +33,8 @@ MAX_CONSTRAINT_BYTES: Final = 2**16
 MAX_CHOICES: Final = 1000
 MAX_LOGPROBS: Final = 20
 MIN_PRIORITY: Final = -1000
+MAX_VIOLATIONS: Final = 32
+"""How many violations a refused request is told of."""
 
 FLYWHEEL_FIELDS: Final = frozenset(
     {
@@ -87,11 +87,24 @@ class FieldViolation:
 
 
 class InvalidRequestError(ValueError):
-    """Some fields of a request are out of range. Holds every violation."""
+    """Some fields of a request are out of range, or are not supported.
 
-    def __init__(self, violations: list[FieldViolation]) -> None:
-        super().__init__("; ".join(f"{violation.field} {violation.description}" for violation in violations))
+    Attributes:
+        violations: Every violation that is known.
+        unsupported: The names of the fields among them that the engine does not honour.
+        unchecked: The fields that only the engine can check, as a request of their own; None if there are none.
+    """
+
+    def __init__(
+        self,
+        violations: Sequence[FieldViolation],
+        unsupported: Sequence[str] = (),
+        unchecked: "GenerationRequest | None" = None,
+    ) -> None:
+        super().__init__("; ".join(f"{each.field} {each.description}" for each in violations[:MAX_VIOLATIONS]))
         self.violations = violations
+        self.unsupported = unsupported
+        self.unchecked = unchecked
 
 
 def _utf8(minimum: int, maximum: int) -> AfterValidator:
@@ -151,6 +164,7 @@ TokenId = Annotated[Int32, Must("be at least 0")]
 StopSequence = Annotated[str, _utf8(1, MAX_STOP_BYTES), Must(f"not be empty and have at most {MAX_STOP_BYTES} bytes in UTF-8")]
 
 
+_TEXT_WORDS: Final = "not be empty and have at most {max_text_bytes} bytes in UTF-8"
 _CONSTRAINT_LENGTH: Final = _utf8(1, MAX_CONSTRAINT_BYTES)
 _CONSTRAINT_WORDS: Final = f"not be empty and have at most {MAX_CONSTRAINT_BYTES} bytes in UTF-8"
 _BIAS_WORDS: Final = "have an id of at least 0 and a value of -100 to 100"
@@ -178,18 +192,17 @@ class GenerationRequest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    text: Annotated[str, _at_most("max_text_bytes"), Must("not be empty and have at most {max_text_bytes} bytes in UTF-8")] = ""
+    text: Annotated[str, _at_most("max_text_bytes"), Must(_TEXT_WORDS)] = ""
     max_tokens: Annotated[
         int, Field(ge=1, le=INT32_MAX), _at_most("context_tokens"), Must("be 1 to {context_tokens}, the model's context")
     ]
     eos_token_ids: Annotated[
-        tuple[TokenId, ...], FailFast(), Field(max_length=MAX_EOS_TOKEN_IDS), Must(f"be at most {MAX_EOS_TOKEN_IDS} token ids")
+        tuple[TokenId, ...], Field(max_length=MAX_EOS_TOKEN_IDS), Must(f"be at most {MAX_EOS_TOKEN_IDS} token ids")
     ] = ()
     max_input_tokens: Annotated[Int32, Must("be at least 0, where 0 keeps the whole prompt")] = 0
     num_samples: Annotated[int, Field(ge=1, le=INT32_MAX), _at_most("max_num_samples"), Must("be 1 to {max_num_samples}")] = 1
     stop: Annotated[
         tuple[StopSequence, ...],
-        FailFast(),
         Field(max_length=MAX_STOP_SEQUENCES),
         Must(f"be at most {MAX_STOP_SEQUENCES} texts"),
     ] = ()
@@ -200,14 +213,13 @@ class GenerationRequest(BaseModel):
     frequency_penalty: Penalty = 0.0
     messages: Annotated[
         tuple[Message, ...],
-        FailFast(),
         Field(max_length=MAX_MESSAGES),
         _together(lambda message: len(message.content.encode()), "max_text_bytes"),
         Must(f"be at most {MAX_MESSAGES} messages, whose contents together have at most {{max_text_bytes}} bytes in UTF-8"),
     ] = ()
     prompt_token_ids: Annotated[
         tuple[TokenId, ...],
-        FailFast(),
+        FailFast(),  # there may be so many ids that it takes too long to describe each wrong one
         _at_most("context_tokens"),
         Must("be at most {context_tokens} token ids, the model's context"),
     ] = ()
@@ -252,73 +264,21 @@ class GenerationRequest(BaseModel):
     def _check_combination(self) -> Self:
         # Nothing can be wrong with a text alone, which most requests have.
         is_text_alone = self.text and _EXCLUSIVE.isdisjoint(self.model_fields_set)
-        if not is_text_alone and (violations := _wrong_combinations(self.__dict__)):
+        if not is_text_alone and (violations := wrong_combinations(self.__dict__)):
             raise ValueError(str(InvalidRequestError(violations)))
         return self
 
-    @classmethod
-    def within(cls, limits: RequestLimits, fields: dict[str, Any]) -> Self:
-        """Returns the request with these fields, or raises `InvalidRequestError` with every violation."""
-        try:
-            return cls.model_validate(fields, context=limits)
-        except ValidationError as error:
-            violations = _violations(error, fields, limits)
-        # Not raised within `except`, because the new error would then hold on to pydantic's. The garbage collector cannot see
-        # into an error of pydantic. Such an error holds the errors of our validators, and their frames hold the request.
-        raise InvalidRequestError(violations)
 
-
-def _wrong_combinations(fields: Mapping[str, Any]) -> list[FieldViolation]:
+def wrong_combinations(fields: Mapping[str, Any], prompt_fields: Sequence[str] = PROMPT_FIELDS) -> list[FieldViolation]:
     """Returns the violations of fields that exclude each other, or of which one is required."""
-    prompts = [name for name in PROMPT_FIELDS if fields.get(name)]
+    prompts = [name for name in prompt_fields if fields.get(name)]
     constraints = [name for name in CONSTRAINT_FIELDS if fields.get(name) is not None]
-    violations = [] if prompts else [FieldViolation("text", _WORDS["text"])]
-    for given, group in ((prompts, PROMPT_FIELDS), (constraints, CONSTRAINT_FIELDS)):
+    violations = [] if prompts else [FieldViolation("text", f"must {_TEXT_WORDS}")]
+    for given, group in ((prompts, prompt_fields), (constraints, CONSTRAINT_FIELDS)):
         if len(given) > 1:
             alone = f"must be the only one of {', '.join(group[:-1])} and {group[-1]}"
             violations += [FieldViolation(name, alone) for name in given]
     return violations
-
-
-def _words(path: str, annotation: Any, metadata: Sequence[Any] = ()) -> Iterator[tuple[str, str]]:  # noqa: ANN401
-    """Yields the path of each part of a value that has this annotation, with `[]` for an element, and its range in words."""
-    yield from ((path, f"must {each.words}") for each in metadata if isinstance(each, Must))
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        for name, field in annotation.model_fields.items():
-            yield from _words(f"{path}.{name}", field.annotation, field.metadata)
-    elif get_origin(annotation) is Annotated:
-        yield from _words(path, annotation.__origin__, annotation.__metadata__)
-    else:
-        part_path = path if get_origin(annotation) is UnionType else f"{path}[]"
-        for part in get_args(annotation):
-            yield from _words(part_path, part)
-
-
-_WORDS: Final = {path.removeprefix("."): words for path, words in _words("", GenerationRequest)}
-
-
-def _violations(error: ValidationError, fields: Mapping[str, Any], limits: RequestLimits) -> list[FieldViolation]:
-    """Returns one violation for each field that is wrong. Of a repeated field, it names the first wrong element."""
-    bounds = asdict(limits)
-    violations: dict[str, FieldViolation] = {}
-    for location in (item["loc"] for item in error.errors(include_url=False, include_input=False)):
-        if location:
-            path, words = _path_and_words(location)
-            violations.setdefault(str(location[0]), FieldViolation(path, words.format(**bounds)))
-    for violation in _wrong_combinations(fields):
-        violations.setdefault(violation.field, FieldViolation(violation.field, violation.description.format(**bounds)))
-    return list(violations.values())
-
-
-def _path_and_words(location: Sequence[int | str]) -> tuple[str, str]:
-    """Returns the path of a wrong field or element, such as `messages[2].role`, and the words for its range."""
-    path = pattern = str(location[0])
-    for part in location[1:]:
-        if isinstance(part, int):
-            path, pattern = f"{path}[{part}]", f"{pattern}[]"
-        elif f"{pattern}.{part}" in _WORDS:
-            path, pattern = f"{path}.{part}", f"{pattern}.{part}"
-    return path, _WORDS.get(pattern) or _WORDS[str(location[0])]
 
 
 TokenBytes = Annotated[

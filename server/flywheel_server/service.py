@@ -15,7 +15,7 @@ from flywheel_server.engines.base import PromptToken
 from flywheel_server.errors import SlowReaderError
 from flywheel_server.generations import Generation, Generations, GetCounts
 from flywheel_server.interceptors.context import CallContext
-from flywheel_server.messages import PROMPT_FIELDS, GenerationRequest, RequestLimits
+from flywheel_server.messages import PROMPT_FIELDS, GenerationRequest, InvalidRequestError, RequestLimits
 from flywheel_server.translation import (
     model_to_proto,
     prompt_from_proto,
@@ -66,7 +66,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     async def GenerateAll(self, request: pb.GenerationRequest, context: CallContext) -> None:  # type: ignore[override]
         """Sends all samples in one message, ordered by index."""
         created = time.time()
-        generation_request = self._translate(request)
+        generation_request = await self._translate(request, context)
 
         async def deliver(generation: Generation) -> None:
             # Without a task of its own, because nothing is written until the generation has finished.
@@ -111,15 +111,21 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         def deliver(generation: Generation) -> Awaitable[None]:
             return self._delivery.deliver(generation, buffer, context.send_initial_metadata, context.write)
 
-        await self._run(self._translate(request), context, deliver)
+        await self._run(await self._translate(request, context), context, deliver)
 
     def _run(
         self, request: GenerationRequest, context: CallContext, deliver: Callable[[Generation], Awaitable[None]]
     ) -> Awaitable[None]:
         return self._generations.run(request, caller.get(), context.time_remaining(), deliver)
 
-    def _translate(self, message: pb.GenerationRequest) -> GenerationRequest:
-        request = request_from_proto(message, self._limits())
+    async def _translate(self, message: pb.GenerationRequest, context: CallContext) -> GenerationRequest:
+        try:
+            request = request_from_proto(message, self._limits())
+        except InvalidRequestError as error:
+            if error.unchecked is None:
+                raise
+            further = await self._generations.violations(error.unchecked, caller.get(), context.time_remaining())
+            raise InvalidRequestError([*error.violations, *further], error.unsupported) from None
         self._log_prompt(request)
         return request
 

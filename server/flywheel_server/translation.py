@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from flywheel_proto.v1 import generation_pb2 as pb
 
-from flywheel_server.engines.base import EngineModel, EngineStats, PromptToken, UnsupportedFieldError
+from flywheel_server.engines.base import EngineModel, EngineStats, PromptToken
 from flywheel_server.messages import (
     MAX_CHOICES,
     MAX_CONSTRAINT_BYTES,
@@ -16,12 +16,14 @@ from flywheel_server.messages import (
     MAX_MESSAGES,
     MAX_STOP_BYTES,
     MAX_STOP_SEQUENCES,
+    PROMPT_FIELDS,
     SERVER_FIELDS,
     GenerationRequest,
     GenerationResponseSample,
     RequestLimits,
     Token,
 )
+from flywheel_server.request_checks import checked_request
 from flywheel_server.unknown_fields import refuse_unknown_fields
 
 _ELEMENTS: Final[dict[str, Callable[[Any, RequestLimits], object]]] = {
@@ -42,24 +44,12 @@ def request_from_proto(message: pb.GenerationRequest, limits: RequestLimits) -> 
 
     Raises:
         UnknownFieldError: The request has fields that this server does not know.
-        InvalidRequestError: Fields are out of range; holds every violation.
-        UnsupportedFieldError: The request has fields that the engine does not honour.
+        InvalidRequestError: Fields are out of range, or the engine does not honour them; holds every violation.
     """
     # A message with too many of these is refused anyway. To search all of them would take too long.
     if len(message.messages) <= MAX_MESSAGES and len(message.logit_bias) <= MAX_LOGIT_BIAS:
         refuse_unknown_fields(message)
-    # ListFields has a field with presence if it is set, and any other field if it is not zero. It is cheaper than
-    # MessageToDict, and than asking for each field.
-    fields: dict[str, Any] = {}
-    for field, value in message.ListFields():
-        elements = _ELEMENTS.get(field.name)
-        fields[field.name] = value if elements is None else elements(value, limits)
-    request = GenerationRequest.within(limits, fields)
-    if not limits.supported_fields.issuperset(fields):
-        unsupported = [name for name in fields if name not in limits.supported_fields | SERVER_FIELDS]
-        if unsupported:
-            raise UnsupportedFieldError(unsupported[0], "GetModel returns the supported fields", unsupported[1:])
-    return request
+    return _checked(message, limits, PROMPT_FIELDS)
 
 
 def prompt_from_proto(message: pb.TokenizeRequest, limits: RequestLimits) -> GenerationRequest:
@@ -67,7 +57,18 @@ def prompt_from_proto(message: pb.TokenizeRequest, limits: RequestLimits) -> Gen
     messages = message.messages[: MAX_MESSAGES + 1]
     if len(messages) <= MAX_MESSAGES:
         refuse_unknown_fields(message)
-    return request_from_proto(pb.GenerationRequest(text=message.text, messages=messages, max_tokens=1), limits)
+    prompt_fields = [field.name for field in message.DESCRIPTOR.fields]
+    return _checked(pb.GenerationRequest(text=message.text, messages=messages, max_tokens=1), limits, prompt_fields)
+
+
+def _checked(message: pb.GenerationRequest, limits: RequestLimits, prompt_fields: Sequence[str]) -> GenerationRequest:
+    # ListFields has a field with presence if it is set, and any other field if it is not zero. It is cheaper than
+    # MessageToDict, and than asking for each field.
+    fields: dict[str, Any] = {}
+    for field, value in message.ListFields():
+        elements = _ELEMENTS.get(field.name)
+        fields[field.name] = value if elements is None else elements(value, limits)
+    return checked_request(limits, fields, prompt_fields)
 
 
 # There is a message for each call and each token. To fill it field by field costs less than keyword arguments.

@@ -13,7 +13,7 @@ MAX_REPORTED: Final = 16
 
 
 def refuse_unknown_fields(message: Message) -> None:
-    """Raises `UnknownFieldError` if the message, or a message in it, has fields that this server does not know.
+    """Raises `UnknownFieldError` if the message, or a message in it, has fields that this server does not know by this type.
 
     Such fields are discarded. The time is proportional to the size of the message, and to its number of elements.
     """
@@ -22,11 +22,17 @@ def refuse_unknown_fields(message: Message) -> None:
     message.DiscardUnknownFields()
     if message.ByteSize() == len(data):
         return
-    raise UnknownFieldError(list(islice(_unknown_fields(type(message).FromString(data), ""), MAX_REPORTED)))
+    found = list(islice(_unknown_fields(type(message).FromString(data), ""), MAX_REPORTED))
+    names = {(path, number): name for path, number, name in found if name}
+    raise UnknownFieldError([(path, number) for path, number, _ in found], names)
 
 
-def _unknown_fields(message: Message, path: str) -> Iterator[tuple[str, int]]:
-    """Yields the unknown fields of a message: the path of the message that has the field, and its number. Discards them."""
+def _unknown_fields(message: Message, path: str) -> Iterator[tuple[str, int, str]]:
+    """Yields the unknown fields of a message, and discards them.
+
+    Each is the path of the message that has the field, the number of the field, and the name of the field that is known by this
+    number; empty if none is.
+    """
     for field, value in message.ListFields():
         if field.message_type is None or field.message_type.GetOptions().map_entry:
             continue
@@ -39,7 +45,9 @@ def _unknown_fields(message: Message, path: str) -> Iterator[tuple[str, int]]:
     data = message.SerializeToString()
     message.DiscardUnknownFields()
     # Unknown fields are written last.
-    yield from ((path, number) for number in _numbers(data[message.ByteSize() :]))
+    known = message.DESCRIPTOR.fields_by_number
+    for number in _numbers(data[message.ByteSize() :]):
+        yield path, number, known[number].name if number in known else ""
 
 
 def _numbers(data: bytes) -> Iterator[int]:

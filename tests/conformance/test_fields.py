@@ -52,7 +52,7 @@ def have_tokens(samples: Samples) -> bool:
     """Returns whether the tokens of each sample are its text, each with two likely ones."""
     return all(
         sample.tokens
-        and b"".join(token.text for token in sample.tokens).startswith(sample.text.encode())
+        and b"".join(token.text for token in sample.tokens).decode(errors="replace").startswith(sample.text)
         and all(-math.inf < token.logprob <= 0 and len(token.likeliest) == 2 for token in sample.tokens)
         for sample in samples
     )

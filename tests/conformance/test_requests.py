@@ -1,5 +1,6 @@
 """What a request may hold: every field at and beyond its limits, and what unset fields mean."""
 
+import math
 from typing import Any
 
 import grpc
@@ -10,7 +11,18 @@ from flywheel_server.messages import FLYWHEEL_FIELDS, RequestLimits
 from google.rpc.error_details_pb2 import BadRequest
 from google.rpc.status_pb2 import Status
 
-from fuzz.ranges import CONSTRAINTS, PROMPTS, highest, lowest, ranges, with_required
+from fuzz.ranges import (
+    CONSTRAINTS,
+    PROMPTS,
+    Biases,
+    Choices,
+    Messages,
+    Repeated,
+    highest,
+    lowest,
+    ranges,
+    with_required,
+)
 from tests.serving import Target, as_dict, drained
 
 TEXT = "Tell me about llamas."
@@ -46,8 +58,56 @@ def bad_request(error: grpc.aio.AioRpcError) -> dict[str, str]:
 async def test_a_field_out_of_range_is_refused_by_name(target: Target, name: str, path: str, value: Any) -> None:
     request = pb.GenerationRequest(**with_required({name: value}))
     found = await violations(target, "GenerateAll", request)
-    assert list(found) == [name + path]
-    assert "must" in found[name + path]
+    is_supported = name in (await target.stub.GetModel(pb.GetModelRequest())).supported_fields
+    expected = name + path if is_supported else name
+    assert list(found) == [expected]
+    assert ("must" if is_supported else "is not supported") in found[expected]
+
+
+WRONG_TWICE = {
+    "eos_token_ids": ([1, -1, 2, -2], ["[1]", "[3]"]),
+    "stop": (["", "a", "b" * 257], ["[0]", "[2]"]),
+    "messages": ([pb.Message(role="A"), pb.Message(role="user"), pb.Message()], ["[0].role", "[2].role"]),
+    "prompt_token_ids": ([-7, 1, 2, -1], ["[0]", "[3]"]),
+    "logit_bias": ({-5: 1.0, 7: math.nan, 8: 1.0, 9: 101.0}, ["[-5]", "[7]", "[9]"]),
+    "choices": (pb.Choices(texts=["", "a", ""]), ["[0]", "[2]"]),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_TWICE)
+async def test_each_wrong_element_is_named_along_with_the_other_fields(target: Target, name: str) -> None:
+    if name not in (await target.stub.GetModel(pb.GetModelRequest())).supported_fields:
+        pytest.skip("the server refuses the field")
+    elements, paths = WRONG_TWICE[name]
+    fields: dict[str, Any] = {**with_required({name: elements}), "max_tokens": 0, "top_p": 0.0}
+    found = await violations(target, "GenerateAll", pb.GenerationRequest(**fields))
+    assert set(found) == {"max_tokens", "top_p", *(name + path for path in paths)}
+
+
+TOO_MANY = {
+    "eos_token_ids": [-1] * 65,
+    "stop": [""] * 17,
+    "messages": [pb.Message(role="A")] * 257,
+    "prompt_token_ids": [-1] * (LIMITS.context_tokens + 1),
+    "logit_bias": dict.fromkeys(range(-301, 0), 1.0),
+    "choices": pb.Choices(texts=[""] * 1001),
+}
+
+
+@pytest.mark.parametrize("name", TOO_MANY)
+async def test_too_many_elements_are_named_even_if_each_of_them_is_wrong(target: Target, name: str) -> None:
+    if name not in (await target.stub.GetModel(pb.GetModelRequest())).supported_fields:
+        pytest.skip("the server refuses the field")
+    request = pb.GenerationRequest(**{**with_required({name: TOO_MANY[name]}), "max_tokens": 0})
+    found = await violations(target, "GenerateAll", request)
+    assert {"max_tokens", name} <= {*found}
+    assert all(field.startswith((name, "max_tokens")) for field in found)
+    assert 10 <= len(found) <= 32
+
+
+def test_there_is_a_case_of_each_field_with_elements() -> None:
+    several = (Repeated, Messages, Biases, Choices)
+    assert {*WRONG_TWICE} == {*TOO_MANY} == {name for name, its in RANGES.items() if isinstance(its, several)}
 
 
 @pytest.mark.parametrize(("method", "constraint"), [*zip(METHODS, CONSTRAINTS, strict=True)])
@@ -55,7 +115,9 @@ async def test_all_violations_come_at_once(target: Target, method: str, constrai
     left_out = {*CONSTRAINTS} - {constraint}
     last = {name: its.wrong()[-1] for name, its in RANGES.items() if name not in left_out}
     worst = pb.GenerationRequest(**{name: value for name, (_, value) in last.items()})
-    assert set(await violations(target, method, worst)) == {name + path for name, (path, _) in last.items()}
+    supported = (await target.stub.GetModel(pb.GetModelRequest())).supported_fields
+    expected = {name + path if name in supported else name for name, (path, _) in last.items()}
+    assert set(await violations(target, method, worst)) == expected
     samples = (await target.stub.GenerateAll(pb.GenerationRequest(text=TEXT, max_tokens=1))).responses
     assert len(samples) == 1, "the server goes on serving"
 

@@ -1,5 +1,6 @@
 """Stop sequences: the text that passes does not depend on how it is cut, and no more text is held back than necessary."""
 
+import codecs
 from itertools import pairwise
 
 from flywheel_server.engines.base import Event, TextDelta
@@ -99,3 +100,29 @@ def test_deltas_carry_the_tokens_of_their_text(pieces: list[str], stop: list[str
         carried += b"".join(token.text for token in delta.tokens)
         assert text.startswith(carried), "no token comes before its text"
     assert told == given_tokens[: len(told)], "in order, and none twice"
+
+
+BYTES = st.lists(st.sampled_from([b"a", b"b", "é".encode(), b"\xc3", b"\xa9", b"\xff", b"\xf0\x9f", b"\xa6\x99", b"\xe2\x82a"]))
+
+
+@given(BYTES, stops, st.booleans())
+def test_tokens_that_are_no_utf8_come_with_their_replacement(texts_of_tokens: list[bytes], stop: list[str], ends: bool) -> None:
+    events: list[Event] = []
+    sample = GrowingSample(0, 1, stop, events.append)
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for number, text in enumerate(texts_of_tokens):
+        if not sample.finished:
+            sample.add(decoder.decode(text), number + 1, (Token(number, text, -1.0),))
+    if not sample.finished and ends:
+        sample.end("length", len(texts_of_tokens))
+    deltas = [event for event in events if isinstance(event, TextDelta)]
+    sent, told = "", b""
+    carried = 0
+    for delta in deltas:
+        sent += delta.text
+        told += b"".join(token.text for token in delta.tokens)
+        carried += len(delta.tokens)
+        assert sent.startswith(told.decode(errors="replace")), "no token comes before its text"
+        more = b"".join(texts_of_tokens[: carried + 1])
+        is_whole = more != told and not codecs.utf_8_decode(more, "replace", False)[1] < len(more)
+        assert not is_whole or not sent.startswith(more.decode(errors="replace")), "and none after it"

@@ -1,6 +1,7 @@
 """Tokenize: bounded and charged like the prompt of a generation, and nothing of a call is left behind."""
 
 import asyncio
+import re
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -98,7 +99,7 @@ async def test_a_prompt_that_leaves_no_room_is_refused_with_both_numbers() -> No
     assert code is grpc.StatusCode.INVALID_ARGUMENT
     (violation,) = details[BadRequest].field_violations
     assert violation.field == "text"
-    assert violation.description.startswith("is 10 tokens long, which with max_tokens 1 exceeds the context of 10")
+    assert violation.description.startswith("is 10 tokens long, and must leave room for a token in the context of 10 tokens")
 
 
 @pytest.mark.parametrize("request_", [pb.TokenizeRequest(), pb.TokenizeRequest(text="x", messages=[pb.Message(role="user")])])
@@ -108,6 +109,32 @@ async def test_a_request_needs_exactly_one_prompt(request_: pb.TokenizeRequest) 
     assert code is grpc.StatusCode.INVALID_ARGUMENT
     named = [violation.field for violation in details[BadRequest].field_violations]
     assert named == (["text", "messages"] if request_.text else ["text"])
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        pb.TokenizeRequest(),
+        pb.TokenizeRequest(text="x" * 40_000),
+        pb.TokenizeRequest(text="x" * 2**21),
+        pb.TokenizeRequest(messages=[pb.Message(role="user", content="x" * 40_000)]),
+        pb.TokenizeRequest(text="x", messages=[pb.Message(role="user")]),
+        pb.TokenizeRequest(messages=[pb.Message(role="X"), pb.Message()]),
+        pb.TokenizeRequest(messages=[pb.Message(role="user")] * 257),
+    ],
+    ids=lambda request: str(request)[:30],
+)
+async def test_a_refusal_names_only_fields_of_the_request(request_: pb.TokenizeRequest) -> None:
+    own = {field.name for field in pb.TokenizeRequest.DESCRIPTOR.fields}
+    others = {field.name for field in pb.GenerationRequest.DESCRIPTOR.fields} - own
+    async with serving(Tokenizer()) as target:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await target.stub.Tokenize(request_)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    violations = details_of(caught.value)[BadRequest].field_violations
+    said = " ".join([caught.value.details() or "", *(f"{each.field} {each.description}" for each in violations)])
+    assert not others & {*re.findall(r"\w+", said)}
+    assert {re.split(r"[.\[]", each.field)[0] for each in violations} <= own
 
 
 async def test_an_engine_without_it_says_so() -> None:

@@ -1,6 +1,5 @@
 """Translation between protobuf and pydantic loses nothing, adds nothing, and lets no wrong value through."""
 
-import re
 import struct
 from contextlib import nullcontext
 from dataclasses import replace
@@ -8,7 +7,7 @@ from typing import Any
 
 import pytest
 from flywheel_proto.v1 import generation_pb2 as pb
-from flywheel_server.engines.base import EngineModel, EngineStats, UnsupportedFieldError
+from flywheel_server.engines.base import EngineModel, EngineStats
 from flywheel_server.messages import (
     FLYWHEEL_FIELDS,
     GenerationRequest,
@@ -20,6 +19,7 @@ from flywheel_server.messages import (
     RequestLimits,
     Token,
 )
+from flywheel_server.request_checks import checked_request
 from flywheel_server.translation import (
     delta_to_proto,
     last_delta_to_proto,
@@ -29,6 +29,7 @@ from flywheel_server.translation import (
     sample_to_proto,
     stats_to_proto,
 )
+from flywheel_server.violations import name_of
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -149,8 +150,8 @@ def value_of(message: pb.GenerationResponseSample | pb.GenerationDelta, name: st
 
 
 def named(error: InvalidRequestError) -> list[str]:
-    """Returns the names of the fields of the violations."""
-    return [re.split(r"[.\[]", violation.field)[0] for violation in error.violations]
+    """Returns the names of the fields that have violations."""
+    return list(dict.fromkeys(map(name_of, error.violations)))
 
 
 @given(valid_fields)
@@ -201,7 +202,7 @@ def test_several_constraints_are_all_named() -> None:
     # A message of the contract cannot have them, but a call of the class on Modal can.
     fields = {"text": "x", "max_tokens": 1, "json_schema": "{}", "regex": "a", "choices": ("a",)}
     with pytest.raises(InvalidRequestError) as caught:
-        GenerationRequest.within(LIMITS, fields)
+        checked_request(LIMITS, fields)
     assert named(caught.value) == list(CONSTRAINTS)
     with pytest.raises(ValidationError, match="json_schema, regex and choices"):
         GenerationRequest(text="x", max_tokens=1, regex="a", choices=("a",))
@@ -209,9 +210,9 @@ def test_several_constraints_are_all_named() -> None:
 
 def test_fields_that_the_engine_does_not_honour_are_all_named() -> None:
     request = pb.GenerationRequest(text="x", max_tokens=1, seed=1, regex="a", logprobs=1, priority=-1, top_k=0)
-    with pytest.raises(UnsupportedFieldError) as caught:
+    with pytest.raises(InvalidRequestError) as caught:
         request_from_proto(request, replace(LIMITS, supported_fields=FLYWHEEL_FIELDS))
-    assert [caught.value.field, *caught.value.further] == ["seed", "regex", "logprobs"]
+    assert named(caught.value) == caught.value.unsupported == ["seed", "regex", "logprobs"]
 
 
 @pytest.mark.parametrize("name", [field.name for field in FIELDS if field.has_presence])

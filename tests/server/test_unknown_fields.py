@@ -9,6 +9,7 @@ from flywheel_proto.v1 import generation_pb2 as pb
 from flywheel_server.engines.scripted import ScriptedEngine
 from flywheel_server.errors import UnknownFieldError
 from flywheel_server.unknown_fields import MAX_REPORTED, refuse_unknown_fields
+from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo
 
@@ -70,6 +71,49 @@ def test_several_are_reported_and_not_more_than_a_few() -> None:
 
 def test_a_known_field_of_another_type_is_unknown() -> None:
     assert unknown(pb.GenerationRequest.FromString(b"\x08\x01")) == [("", 1)]
+
+
+OTHER_TYPES = {"varint": b"\x00\x01", "fixed64": b"\x01" + b"12345678", "bytes": b"\x02\x03abc", "fixed32": b"\x05" + b"1234"}
+"""Fields of each type, with the number 0."""
+PACKED = (FieldDescriptor.CPPTYPE_INT32, FieldDescriptor.CPPTYPE_FLOAT, FieldDescriptor.CPPTYPE_DOUBLE)
+
+
+def with_number(data: bytes, number: int) -> bytes:
+    return varint(number << 3 | data[0]) + data[1:]
+
+
+def encoded_otherwise(field: FieldDescriptor) -> bytes:
+    """Returns the field with a type that is not its own."""
+    is_text = field.cpp_type not in PACKED
+    is_whole = field.cpp_type == FieldDescriptor.CPPTYPE_INT32
+    return with_number(OTHER_TYPES["varint" if is_text else "fixed64" if is_whole else "varint"], field.number)
+
+
+KNOWN = [
+    *((pb.GenerationRequest, "Generate", field.name) for field in pb.GenerationRequest.DESCRIPTOR.fields),
+    *((pb.TokenizeRequest, "Tokenize", field.name) for field in pb.TokenizeRequest.DESCRIPTOR.fields),
+]
+
+
+@pytest.mark.parametrize(("kind", "method", "name"), KNOWN)
+async def test_the_caller_learns_the_name_of_a_field_that_has_another_type(kind: Any, method: str, name: str) -> None:
+    field = kind.DESCRIPTOR.fields_by_name[name]
+    async with serving(ScriptedEngine()) as target:
+        call = target.channel.unary_stream(PATH + method, bytes, bytes)(b"\n\x01x" + encoded_otherwise(field) + VARINT)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await drained(call)
+    details = details_of(caught.value)
+    found = {violation.field: violation.description for violation in details[BadRequest].field_violations}
+    assert found == {name: "has another type than this server knows", "99": "is a field that this server does not know"}
+    assert name in (caught.value.details() or "")
+    assert details[ErrorInfo].metadata == {"field": str(field.number)}
+
+
+def test_an_element_may_have_a_field_of_another_type() -> None:
+    message = pb.GenerationRequest(messages=[message_with(b""), message_with(with_number(OTHER_TYPES["varint"], 1))])
+    with pytest.raises(UnknownFieldError) as caught:
+        refuse_unknown_fields(message)
+    assert caught.value.names == {("messages[1]", 1): "role"}
 
 
 @pytest.mark.parametrize("wrap", [lambda data: data, lambda data: b"b" + varint(len(data)) + data], ids=["top", "nested"])

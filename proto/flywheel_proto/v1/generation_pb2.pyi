@@ -19,13 +19,14 @@ Conventions
 
 Errors follow google.rpc (AIP-193): the status code, a brief message, and details in `grpc-status-details-bin`. The
 domain of every ErrorInfo is `flywheel.v1`.
-  INVALID_ARGUMENT    One or more fields are out of range: BadRequest with every violation at once. Prompt and max_tokens
-                      together exceed the model's context: BadRequest with both numbers; the number of prompt tokens
-                      follows "at least" if the server could stop counting early. The engine does not support a field:
-                      BadRequest and ErrorInfo `UNSUPPORTED_FIELD`. The request has a field that this server does not
-                      know, because the caller's contract is newer: BadRequest and ErrorInfo `UNKNOWN_FIELD` with the
-                      number of the field. The bytes are not a valid message: ErrorInfo `MALFORMED_REQUEST`. The same
-                      call fails again.
+  INVALID_ARGUMENT    One or more fields are out of range, or the engine does not support them: BadRequest with every
+                      violation at once; see "Violations" below. If the engine does not support a field, also ErrorInfo
+                      `UNSUPPORTED_FIELD`. Nothing else is wrong, but prompt and max_tokens together exceed the model's
+                      context: BadRequest with both numbers; the number of prompt tokens follows "at least" if the server
+                      could stop counting early. The request has a field that this server does not know, because the
+                      caller's contract is newer, or knows with another type: BadRequest with fields of this kind only,
+                      and ErrorInfo `UNKNOWN_FIELD` with the number of the field. The bytes are not a valid message: ErrorInfo `MALFORMED_REQUEST`. The
+                      same call fails again.
   RESOURCE_EXHAUSTED  The server is full: RetryInfo and ErrorInfo `OVERLOADED`. A quota of the caller is used up:
                       QuotaFailure, ErrorInfo `QUOTA_EXCEEDED`, and RetryInfo unless the call alone exceeds the quota. The
                       caller reads the stream too slowly: ErrorInfo `SLOW_READER`. The request exceeds the size limit
@@ -52,6 +53,14 @@ domain of every ErrorInfo is `flywheel.v1`.
                       `ENGINE_UNAVAILABLE`. The server has run out of file descriptors, memory, threads or disk space:
                       RetryInfo and ErrorInfo `OUT_OF_RESOURCES`. There is no server: no details.
   INTERNAL            The engine failed: ErrorInfo `ENGINE_FAILED` with the request id. The cause is in the server's log.
+
+Violations: there is one for each wrong field, and for each wrong element of a field, with its path, such as `max_tokens`,
+`stop[1]`, `messages[2].role` or `logit_bias[-5]`. For each problem of a json_schema there is one whose description begins with
+the place in the schema. Trailers are small, so a call has at most 32 violations, and at most 4 KiB of them. The first one of
+each field goes before the second one of any field. What several elements may be together, such as the length of messages, is
+checked if each element is in its range. What only the model can tell is found if the field has nothing else
+wrong: whether it takes the roles and the ids of its vocabulary, and whether a constraint can be enforced. It comes together
+with the violations of other fields unless the engine is on Modal, or cannot check the request at this moment.
 
 A status without details does not come from the service. gRPC ends a call with CANCELLED, which the caller has not asked for,
 if the call reaches a server at the moment when the server stops; the server has done nothing for the call. gRPC and proxies
@@ -80,7 +89,8 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class GenerationRequest(_message.Message):
-    """A prompt and how to continue it. A request with several invalid fields is refused with all violations at once.
+    """A prompt and how to continue it. A request with several invalid fields is refused with all violations at once; see
+    "Violations" at the beginning of this file.
 
     The prompt is exactly one of text, messages and prompt_token_ids.
     """
@@ -194,12 +204,14 @@ class GenerationRequest(_message.Message):
     `Model.penalizes_prompt` says whether the prompt is part of the text so far.
     """
     json_schema: _builtins.str
-    """A JSON Schema (2020-12), as JSON. The text is a JSON document that is valid under the schema, on one line, with one space
-    after each `,` and `:` and none elsewhere outside strings. A keyword that the server does not enforce is refused by name;
-    the violation says where in the schema it is.
+    """A JSON Schema, as JSON. It is read as draft 2020-12, whichever draft its `$schema` names. The text is a JSON document that
+    is valid under the schema, on one line, with one space after each `,` and `:` and none elsewhere outside strings. A
+    keyword that the server does not enforce is refused by name; the violation says where in the schema it is.
     """
     regex: _builtins.str
-    """A regular expression that the whole text matches, in the syntax of Rust's regex crate, without anchors and look-around."""
+    """A regular expression that the whole text matches, in the syntax of Rust's regex crate, without look-around. Anchors at its
+    beginning and end are accepted and change nothing; anchors elsewhere are refused.
+    """
     logprobs: _builtins.int
     """How many of the likeliest tokens to return for each generated token, with their probabilities. 0 to `Limits.max_logprobs`;
     0 returns no tokens. Default: 0.
@@ -216,7 +228,8 @@ class GenerationRequest(_message.Message):
     @_builtins.property
     def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Token ids that end a sample, besides the model's own end-of-generation tokens. The text of the token is not part of
-        the sample. A token that is only a part of a character may not be noticed. Each id is at least 0; at most
+        the sample. A token that is only a part of a character may not be noticed. With a constraint, such a token ends a sample
+        only if the text before it has the form; elsewhere it is a token like any other. Each id is at least 0; at most
         `Limits.max_eos_token_ids` ids. Default: none.
         """
 
@@ -390,7 +403,8 @@ class Token(_message.Message):
     text: _builtins.bytes
     """The bytes that the token adds to the text; none for an end-of-generation token. The tokens of a sample, joined, begin with
     its text; tokens of a stop sequence, or a token that ends the sample, may follow. If a sample ends within a character, an
-    engine may leave out the tokens of that character.
+    engine may leave out the tokens of that character. A model may generate bytes that are no UTF-8. They are here as they are,
+    and the text has U+FFFD in their place: decoded with replacement, the joined tokens begin with the text.
     """
     logprob: _builtins.float
     """The natural logarithm of the token's probability given the text before it, as the model has it: before temperature,

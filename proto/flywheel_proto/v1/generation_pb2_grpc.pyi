@@ -19,13 +19,14 @@ Conventions
 
 Errors follow google.rpc (AIP-193): the status code, a brief message, and details in `grpc-status-details-bin`. The
 domain of every ErrorInfo is `flywheel.v1`.
-  INVALID_ARGUMENT    One or more fields are out of range: BadRequest with every violation at once. Prompt and max_tokens
-                      together exceed the model's context: BadRequest with both numbers; the number of prompt tokens
-                      follows "at least" if the server could stop counting early. The engine does not support a field:
-                      BadRequest and ErrorInfo `UNSUPPORTED_FIELD`. The request has a field that this server does not
-                      know, because the caller's contract is newer: BadRequest and ErrorInfo `UNKNOWN_FIELD` with the
-                      number of the field. The bytes are not a valid message: ErrorInfo `MALFORMED_REQUEST`. The same
-                      call fails again.
+  INVALID_ARGUMENT    One or more fields are out of range, or the engine does not support them: BadRequest with every
+                      violation at once; see "Violations" below. If the engine does not support a field, also ErrorInfo
+                      `UNSUPPORTED_FIELD`. Nothing else is wrong, but prompt and max_tokens together exceed the model's
+                      context: BadRequest with both numbers; the number of prompt tokens follows "at least" if the server
+                      could stop counting early. The request has a field that this server does not know, because the
+                      caller's contract is newer, or knows with another type: BadRequest with fields of this kind only,
+                      and ErrorInfo `UNKNOWN_FIELD` with the number of the field. The bytes are not a valid message: ErrorInfo `MALFORMED_REQUEST`. The
+                      same call fails again.
   RESOURCE_EXHAUSTED  The server is full: RetryInfo and ErrorInfo `OVERLOADED`. A quota of the caller is used up:
                       QuotaFailure, ErrorInfo `QUOTA_EXCEEDED`, and RetryInfo unless the call alone exceeds the quota. The
                       caller reads the stream too slowly: ErrorInfo `SLOW_READER`. The request exceeds the size limit
@@ -52,6 +53,14 @@ domain of every ErrorInfo is `flywheel.v1`.
                       `ENGINE_UNAVAILABLE`. The server has run out of file descriptors, memory, threads or disk space:
                       RetryInfo and ErrorInfo `OUT_OF_RESOURCES`. There is no server: no details.
   INTERNAL            The engine failed: ErrorInfo `ENGINE_FAILED` with the request id. The cause is in the server's log.
+
+Violations: there is one for each wrong field, and for each wrong element of a field, with its path, such as `max_tokens`,
+`stop[1]`, `messages[2].role` or `logit_bias[-5]`. For each problem of a json_schema there is one whose description begins with
+the place in the schema. Trailers are small, so a call has at most 32 violations, and at most 4 KiB of them. The first one of
+each field goes before the second one of any field. What several elements may be together, such as the length of messages, is
+checked if each element is in its range. What only the model can tell is found if the field has nothing else
+wrong: whether it takes the roles and the ids of its vocabulary, and whether a constraint can be enforced. It comes together
+with the violations of other fields unless the engine is on Modal, or cannot check the request at this moment.
 
 A status without details does not come from the service. gRPC ends a call with CANCELLED, which the caller has not asked for,
 if the call reaches a server at the moment when the server stops; the server has done nothing for the call. gRPC and proxies

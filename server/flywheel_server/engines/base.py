@@ -17,7 +17,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, Self
 
-from flywheel_server.messages import FLYWHEEL_FIELDS, GenerationRequest, GenerationResponseSample, Token, TokenBytes
+from flywheel_server.messages import (
+    FLYWHEEL_FIELDS,
+    FieldViolation,
+    GenerationRequest,
+    GenerationResponseSample,
+    Token,
+    TokenBytes,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +216,9 @@ class EngineSetupError(EngineError):
 
 
 class PromptTooLongError(EngineError):
-    """Prompt and max_tokens exceed the context. All numbers are in tokens. The service sets `field`: the field with the prompt.
+    """Prompt and max_tokens exceed the context. All numbers are in tokens.
+
+    The service sets `field`, the field with the prompt, and `is_generation`: whether the request has more than a prompt.
 
     An engine may stop counting once it is clear that a prompt is too long. It then gives `counted_tokens`, the number that it
     counted, and `prompt_tokens` is the least that the prompt can have.
@@ -218,6 +227,7 @@ class PromptTooLongError(EngineError):
     def __init__(self, prompt_tokens: int, max_tokens: int, context_tokens: int, counted_tokens: int | None = None) -> None:
         super().__init__(prompt_tokens, max_tokens, context_tokens, counted_tokens)
         self.field = "text"
+        self.is_generation = True
         self.prompt_tokens = prompt_tokens
         self.max_tokens = max_tokens
         self.context_tokens = context_tokens
@@ -247,12 +257,28 @@ class UnsupportedFieldError(EngineError):
 
 
 class InvalidFieldError(EngineError):
-    """The engine refuses the value of a field, given by its path. `description` tells the caller what is wrong."""
+    """The engine refuses the value of a field, given by its path. `description` tells the caller what is wrong.
 
-    def __init__(self, field: str, description: str) -> None:
+    `further` are other violations of the same request.
+    """
+
+    def __init__(self, field: str, description: str, further: Sequence[FieldViolation] = ()) -> None:
+        # Pickled, an error has `further` only among its attributes, so that an older version can unpickle it.
         super().__init__(field, description)
         self.field = field
         self.description = description
+        self.further = further
+
+    @classmethod
+    def of(cls, violations: Sequence[FieldViolation]) -> Self:
+        """Returns the error for at least one violation."""
+        first, *further = violations
+        return cls(first.field, first.description, further)
+
+    @property
+    def violations(self) -> list[FieldViolation]:
+        """All violations."""
+        return [FieldViolation(self.field, self.description), *self.further]
 
     def __str__(self) -> str:
         return f"{self.field} {self.description}"

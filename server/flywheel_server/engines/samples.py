@@ -3,8 +3,10 @@
 Tokens may split a stop sequence anywhere. Each character of the text is sent once.
 """
 
+import codecs
 import time
 from collections.abc import Callable, Sequence
+from typing import Final
 
 from flywheel_server.engines.base import Event, TextDelta
 from flywheel_server.messages import GenerationResponseSample, Token
@@ -50,6 +52,9 @@ def _overlap(text: str, stop: str) -> int:
     return next((length for length in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:length])), 0)
 
 
+_Decoder: Final = codecs.getincrementaldecoder("utf-8")
+
+
 class GrowingSample:
     """One sample that is being generated. Turns the engine's pieces of text into events, and calls `emit` with each event.
 
@@ -78,8 +83,11 @@ class GrowingSample:
         self._tokens: list[Token] = []
         self._sent_tokens = 0
         """How many of the tokens the deltas have carried."""
-        self._uncovered_bytes = 0
-        """Bytes of the sent text that belong to a token which no delta has carried."""
+        self._ends: list[int] = []
+        """For each token, how many bytes of text there are up to the end of its last character."""
+        self._decoder = _Decoder("replace")
+        self._decoded_bytes = 0
+        self._sent_bytes = 0
 
     def add(self, text: str, generated_tokens: int, tokens: Sequence[Token] = ()) -> None:
         """Takes the next piece of text. Emits a delta if text may be sent, and the sample if a stop sequence ends it.
@@ -87,7 +95,7 @@ class GrowingSample:
         `tokens` are the tokens of the text, if the request asks for them.
         """
         if tokens:
-            self._tokens += tokens
+            self._keep(tokens)
         # Each token of each stream comes here, and most requests have no stop sequence.
         self._send(self._gate.feed(text) if self._has_gate else text, generated_tokens)
         if self._has_gate and self._gate.matched:
@@ -104,14 +112,19 @@ class GrowingSample:
             self._sent.append(text)
             self._emit(TextDelta(self._index, text, generated_tokens, self._tokens_of(text) if self._tokens else ()))
 
+    def _keep(self, tokens: Sequence[Token]) -> None:
+        self._tokens += tokens
+        for token in tokens:
+            # Bytes that are no UTF-8 are longer in the text, as replacement characters.
+            self._decoded_bytes += len(self._decoder.decode(token.text).encode())
+            is_within_character = bool(self._decoder.getstate()[0])
+            self._ends.append(self._decoded_bytes + is_within_character)
+
     def _tokens_of(self, text: str) -> Sequence[Token]:
         """Returns the tokens that the next delta carries: those whose text ends within the text of this delta."""
         start = self._sent_tokens
-        self._uncovered_bytes += len(text.encode())
-        for token in self._tokens[start:]:
-            if len(token.text) > self._uncovered_bytes:
-                break
-            self._uncovered_bytes -= len(token.text)
+        self._sent_bytes += len(text.encode())
+        while self._sent_tokens < len(self._ends) and self._ends[self._sent_tokens] <= self._sent_bytes:
             self._sent_tokens += 1
         return self._tokens[start : self._sent_tokens]
 

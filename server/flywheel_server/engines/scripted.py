@@ -142,11 +142,11 @@ class _Track:
         """Returns a token of the text, or with the id after the last of them, the token that ends the text.
 
         Its probability is 1/2. The probabilities of the next likely tokens are 1/4, 1/8 and so on: they are the tokens that
-        follow in the text.
+        follow in the text, and then tokens with higher ids, which have the bytes of the text once more.
         """
         tokens = [*self.tokens, b""]
-        ids = [(token_id + further) % len(tokens) for further in range(min(likeliest, len(tokens)))]
-        likely = [LikelyToken(each, tokens[each], rank * math.log(0.5)) for rank, each in enumerate(ids, start=1)]
+        ids = [(token_id + rank) % len(tokens) if rank < len(tokens) else rank for rank in range(likeliest)]
+        likely = [LikelyToken(each, tokens[each % len(tokens)], rank * math.log(0.5)) for rank, each in enumerate(ids, start=1)]
         return Token(token_id, tokens[token_id], math.log(0.5), tuple(likely))
 
 
@@ -167,6 +167,7 @@ class _ScriptedGeneration:
         self.done: asyncio.Future[None] = loop.create_future()
         self._script = script
         self._eos_token_ids = frozenset(request.eos_token_ids)
+        self._choices = request.choices
         self._max_tokens = request.max_tokens
         self._logprobs = request.logprobs
         self._sink = sink
@@ -213,7 +214,7 @@ class _ScriptedGeneration:
             token_id = made % len(track.pieces)
             if made >= length:
                 sample.end("stop", self._generated, self._tokens(track, len(track.pieces)))
-            elif token_id in self._eos_token_ids:
+            elif token_id in self._eos_token_ids and self._may_end(track, token_id):
                 sample.end("stop", self._generated, self._tokens(track, token_id))
             else:
                 tokens = self._tokens(track, token_id) if self._logprobs else ()
@@ -222,6 +223,10 @@ class _ScriptedGeneration:
                     sample.end("length", self._generated)
             if sample.finished:
                 del self._unfinished[index]
+
+    def _may_end(self, track: _Track, token_id: int) -> bool:
+        """Returns whether an end token of the request ends the sample here. A text that is no choice yet goes on."""
+        return self._choices is None or "".join(track.pieces[:token_id]) in self._choices
 
     def _tokens(self, track: _Track, token_id: int) -> Sequence[Token]:
         """Returns the token, if the request asks for tokens."""

@@ -1,6 +1,7 @@
 """The default model generates what constraints allow, at temperature 1."""
 
 import json
+import re
 from typing import Any
 
 import jsonschema
@@ -124,3 +125,11 @@ async def test_finished_documents_are_as_the_schema_says(embedded_target: Target
             else:
                 assert sample.stop_sequence or sample.finish_reason == "length", sample
     assert finished or name in MAY_NOT_END
+
+
+@pytest.mark.parametrize("regex", ["^[ab]{2}$", r"\A[ab]{2}\z", "^[ab]{2}", r"[ab]{2}\z", "^ab$|^ba$"])
+async def test_a_text_has_no_more_than_an_anchored_expression(embedded_target: Target, regex: str) -> None:
+    request = pb.GenerationRequest(text="a", max_tokens=8, regex=regex, num_samples=4)
+    for sample in (await embedded_target.stub.GenerateAll(request)).responses:
+        assert sample.finish_reason == "stop"
+        assert re.fullmatch("[ab]{2}", sample.text)

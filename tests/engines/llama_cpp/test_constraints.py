@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from flywheel_server.engines.llama_cpp.constraints.grammars import grammar_of
 from flywheel_server.engines.llama_cpp.constraints.guard import ConstraintGuard
 from flywheel_server.engines.llama_cpp.constraints.keywords import SUPPORTED_KEYWORDS
 from flywheel_server.engines.llama_cpp.constraints.probe import trial_tokenizer
-from flywheel_server.messages import MAX_CONSTRAINT_BYTES
+from flywheel_server.messages import MAX_CONSTRAINT_BYTES, MAX_VIOLATIONS
 
 from tests.cpu_time import check_cpu_time
 
@@ -39,6 +40,64 @@ def refusal(json_schema: object = "", regex: str = "", choices: tuple[str, ...] 
 
 def test_without_a_constraint_there_is_no_grammar() -> None:
     assert grammar_of(None, None, None) == ""
+
+
+STARTS = ("", "^", r"\A", "(?:^)")
+ENDS = ("", "$", r"\z", "(?:$)")
+TEXTS = ("", "a", "b", "ab", "ba", "aa", "a\n", "\na", "^a", "a$")
+
+
+@pytest.mark.parametrize("regex", ["", "a", "a|b", "a?", "(a|b)+", "[^$]"])
+def test_anchors_at_both_ends_change_nothing(regex: str) -> None:
+    bare = grammar_of(None, f"(?:{regex})", None)
+    allowed = [text for text in TEXTS if allows(bare, text)]
+    assert allowed == [text for text in TEXTS if re.fullmatch(regex, text)]
+    for start, end in product(STARTS, ENDS):
+        anchored = grammar_of(None, f"{start}(?:{regex}){end}", None)
+        assert [text for text in TEXTS if allows(anchored, text)] == allowed, (start, end)
+
+
+@pytest.mark.parametrize("anchor", ["^", "$", r"\A", r"\z", "(?m:^)", "(?m:$)", r"\b", r"\B"])
+def test_anchors_elsewhere_are_refused(anchor: str) -> None:
+    for regex in (f"a{anchor}b", f"(a{anchor}b|c)", f"a({anchor}b)?"):
+        assert refusal(regex=regex)[0] == "regex"
+
+
+@pytest.mark.parametrize("draft", ["draft/2020-12", "draft/2019-09", "draft-07", "draft-06"])
+def test_the_keywords_are_those_of_the_newest_draft_whatever_the_schema_names(draft: str) -> None:
+    dialect = {"$schema": f"http://json-schema.org/{draft}/schema#"}
+    pair = {"type": "array", "prefixItems": [{"const": 1}, {"const": 2}], "items": False, "minItems": 2}
+    assert schema_allows({**dialect, **pair}, "[1, 2]")
+    assert not schema_allows({**dialect, **pair}, "[2, 1]")
+    assert refusal({**dialect, "items": [{"const": 1}]}) == ("json_schema", "/items: is not a schema")
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {f"x{number}": True for number in range(500)},
+        {"properties": {f"p{number}": {"not": {}} for number in range(150)}},
+        {"prefixItems": [{"pattern": 1}] * 16, "items": {"properties": {f"p{number}": 1 for number in range(150)}}},
+        {"anyOf": [{"type": "x", "if": {}, "then": {}}] * 100},
+    ],
+)
+def test_many_problems_of_a_schema_are_named_and_not_too_many(schema: dict[str, Any]) -> None:
+    def refuse() -> None:
+        with pytest.raises(InvalidFieldError) as caught:
+            grammar_of(json.dumps(schema), None, None)
+        assert len({each.description for each in caught.value.violations}) == MAX_VIOLATIONS
+
+    check_cpu_time(0.1, refuse)
+
+
+def test_nothing_more_is_read_of_a_schema_that_has_too_much() -> None:
+    schema = {"properties": {"a": {"not": {}}, "b": {"enum": [*range(1001)]}, "c": {"not": {}}}}
+    with pytest.raises(InvalidFieldError) as caught:
+        grammar_of(json.dumps(schema), None, None)
+    assert [each.description.partition(":")[0] for each in caught.value.violations] == [
+        "/properties/a/not",
+        "/properties/b/enum",
+    ]
 
 
 PERSON: dict[str, Any] = {

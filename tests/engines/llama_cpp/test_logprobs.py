@@ -76,6 +76,22 @@ async def test_the_token_that_ends_a_sample_is_the_last(embedded: EmbeddedEngine
     assert (sample.text, joined(sample.tokens), sample.finish_reason) == (" 14", " 14,", "stop")
 
 
+async def test_tokens_that_are_no_utf8_come_with_their_replacement(embedded: EmbeddedEngine, embedded_target: Target) -> None:
+    by_bytes = {text: number for number, text in enumerate(embedded._tokenizer._vocabulary.token_bytes)}
+    bias = {by_bytes[b"\xa2"]: 100.0, by_bytes[b"\xab"]: 100.0, by_bytes[b"a"]: 100.0}
+    fields: dict[str, Any] = {"max_tokens": 24, "temperature": 2.0, "top_k": 3, "seed": 1, "logprobs": 1, "logit_bias": bias}
+    request = pb.GenerationRequest(text=COUNTING, stop=["a<never>"], **fields)
+    (sample,) = (await embedded_target.stub.GenerateAll(request)).responses
+    assert "\N{REPLACEMENT CHARACTER}" in sample.text
+    assert "a" in sample.text
+    assert b"".join(token.text for token in sample.tokens).decode(errors="replace") == sample.text
+    text, tokens = "", b""
+    async for delta in embedded_target.stub.GenerateDeltas(request):
+        text += delta.text
+        tokens += b"".join(token.text for token in delta.tokens)
+        assert tokens.decode(errors="replace") == text, "a token comes with its text"
+
+
 CASES = [(COUNTING, []), (COUNTING, ["6,"]), (COUNTING, ["<never>", ", 1<never>"]), ("🦙" * 12, []), ("🦙" * 12, ["🦙🦙"])]
 
 

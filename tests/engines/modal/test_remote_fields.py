@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import pickle
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +13,10 @@ import grpc.aio
 import pytest
 from flywheel_proto.v1 import generation_pb2 as pb
 from flywheel_server.deployment.model import RemoteModel
-from flywheel_server.engines.base import EngineModel, PreparedRequest, UnsupportedFieldError
+from flywheel_server.engines.base import EngineModel, InvalidFieldError, PreparedRequest, UnsupportedFieldError
 from flywheel_server.engines.modal.remote_fields import arguments_of
 from flywheel_server.engines.scripted import ScriptedEngine
-from flywheel_server.messages import FLYWHEEL_FIELDS, SERVER_FIELDS, GenerationRequest
+from flywheel_server.messages import FLYWHEEL_FIELDS, SERVER_FIELDS, FieldViolation, GenerationRequest
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo
 
 from tests.access.test_quotas import keys_for
@@ -249,6 +250,13 @@ async def test_wrong_fields_are_an_error_that_every_caller_can_unpickle(fields: 
 
 def test_a_version_without_further_fields_can_unpickle_the_error_of_one_field() -> None:
     assert UnsupportedFieldError("seed", "no").args == ("seed", "no")
+
+
+def test_an_error_with_several_violations_can_be_pickled_for_every_version() -> None:
+    violations = [FieldViolation("seed", "no"), FieldViolation("top_k", "never")]
+    error = InvalidFieldError.of(violations)
+    assert pickle.loads(pickle.dumps(error)).violations == violations  # noqa: S301 - our own bytes
+    assert error.args == ("seed", "no"), "what the constructor of an older version takes"
 
 
 async def test_tokenize_tells_the_tokens_of_the_class(model: Target) -> None:

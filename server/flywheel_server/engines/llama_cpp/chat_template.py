@@ -16,11 +16,15 @@ from flywheel_server.engines.llama_cpp.template_openings import any_of, openings
 from flywheel_server.engines.llama_cpp.template_rendering import SPACES, MessageNotKeptError, render, without_markers
 from flywheel_server.engines.llama_cpp.template_tokens import TemplateTokens, special_tokens_in
 from flywheel_server.engines.llama_cpp.vocabulary import Vocabulary
-from flywheel_server.messages import Message
+from flywheel_server.messages import FieldViolation, Message
 
 _ASSISTANT: Final = "assistant"
 
 _USUAL_ROLES: Final = ("system", "user", _ASSISTANT)
+
+_NO_ROLE: Final = "must be a role that the model's chat template knows, not the name of one of its special tokens"
+
+_NOT_KEPT: Final = "must be a role for which the model's chat template writes the content"
 
 _OWN_WORDS: Final = re.compile(r".*?\nError: (?:Jinja Exception: )?(.*)", re.DOTALL)
 """Matches the reason for which llama.cpp refuses messages; the group is what the template itself says."""
@@ -102,20 +106,22 @@ class ChatTemplate:
 
         Raises `InvalidFieldError` as `prompt` does.
         """
-        for index, message in enumerate(messages):
-            if self._makes_other_token_of(message.role):
-                problem = "must be a role that the model's chat template knows, not the name of one of its special tokens"
-                raise InvalidFieldError(f"messages[{index}].role", problem)
+        violations = [
+            FieldViolation(f"messages[{index}].role", _NO_ROLE)
+            for index, message in enumerate(messages)
+            if self._makes_other_token_of(message.role)
+        ]
         try:
             rendering = render(self._llama, [message.role for message in messages])
         except MessageNotKeptError as error:
-            role = f"messages[{error.index}].role"
-            raise InvalidFieldError(role, "must be a role for which the model's chat template writes the content") from error
+            violations += [FieldViolation(f"messages[{index}].role", _NOT_KEPT) for index in error.indexes]
         except RefusedError as error:
             if not (found := _OWN_WORDS.match(error.reason)):
                 raise
             words = without_markers(found[1])
-            raise InvalidFieldError("messages", f"must suit the model's chat template, which says: {words}") from error
+            violations.append(FieldViolation("messages", f"must suit the model's chat template, which says: {words}"))
+        if violations:
+            raise InvalidFieldError.of(violations)
         return rendering.pieces, [place.written(messages[place.index].content) for place in rendering.places]
 
     def _makes_other_token_of(self, role: str) -> bool:

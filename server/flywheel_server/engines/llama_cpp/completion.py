@@ -113,15 +113,18 @@ class Completion:
         sample = self._samples[choice["index"]]
         if sample.finished:
             return
-        if self._guards:
-            self._check(self._guards[choice["index"]], choice)
+        described = (choice["logprobs"] or {}).get("content", ())
+        guard = self._guards[choice["index"]] if self._guards else None
+        # An end token that the request adds ends no text that has not the form yet.
+        is_end = any(each["id"] in self._eos_token_ids for each in described) and (guard is None or guard.is_complete())
+        if guard is not None and not is_end:
+            self._check(guard, choice)
         if finish_reason := choice["finish_reason"]:
             sample.end(finish_reason, chunk["usage"]["completion_tokens"])
             return
         generated_tokens = self._generated_tokens[choice["index"]] = chunk["timings"]["predicted_n"]
-        described = (choice["logprobs"] or {}).get("content", ())
         tokens = [_token(each) for each in described] if self._returns_tokens else ()
-        if any(each["id"] in self._eos_token_ids for each in described):
+        if is_end:
             sample.end("stop", generated_tokens, tokens)
         else:
             sample.add(choice["text"], generated_tokens, tokens)

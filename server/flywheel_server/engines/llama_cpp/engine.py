@@ -3,9 +3,9 @@
 import asyncio
 import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack, contextmanager, suppress
 from http.client import HTTPException
 from pathlib import Path
 from typing import Final, Self
@@ -36,7 +36,7 @@ from flywheel_server.engines.llama_cpp.model_file import ModelFile, UnusableMode
 from flywheel_server.engines.llama_cpp.tokenizer import CHUNK_CHARACTERS, StoppedError, Tokenizer
 from flywheel_server.engines.samples import FinishedSamplesSink
 from flywheel_server.engines.uninterrupted import wait_until_done
-from flywheel_server.messages import GenerationRequest
+from flywheel_server.messages import FieldViolation, GenerationRequest
 from flywheel_server.system import heap
 from flywheel_server.system.memory import total_memory
 
@@ -215,8 +215,6 @@ class EmbeddedEngine(Engine):
     async def prepare(self, request: GenerationRequest) -> PreparedRequest:
         """Returns the request with the tokens of its prompt; see `Engine.prepare`."""
         self._refuse_if_stopping()
-        self._check_logit_bias(request)
-        self._tokenizer.check_length(request)
         stopped = threading.Event()
         loop = asyncio.get_running_loop()
         try:
@@ -231,15 +229,24 @@ class EmbeddedEngine(Engine):
             stopped.set()
 
     def _check_logit_bias(self, request: GenerationRequest) -> None:
-        """Raises `InvalidFieldError` for a token id that does not exist, which llama.cpp would ignore."""
+        """Raises `InvalidFieldError` for token ids that do not exist, which llama.cpp would ignore."""
         size = self._file.vocabulary_size
-        for token_id in request.logit_bias:
-            if token_id >= size:
-                raise InvalidFieldError(f"logit_bias[{token_id}]", f"must be for a token of the vocabulary: 0 to {size - 1}")
+        description = f"must be for a token of the vocabulary: 0 to {size - 1}"
+        if wrong := [FieldViolation(f"logit_bias[{each}]", description) for each in request.logit_bias if each >= size]:
+            raise InvalidFieldError.of(wrong)
 
     def _prepare(self, request: GenerationRequest, is_stopped: Callable[[], bool]) -> PreparedRequest:
         try:
-            grammar = grammar_of(request.json_schema, request.regex, request.choices)
+            violations: list[FieldViolation] = []
+            with _collecting(violations):
+                self._check_logit_bias(request)
+            with _collecting(violations):
+                grammar = grammar_of(request.json_schema, request.regex, request.choices)
+            if violations:
+                with _collecting(violations):
+                    self._tokenizer.check_prompt(request)
+                raise InvalidFieldError.of(violations)
+            self._tokenizer.check_length(request)
             prompt = self._tokenizer.tokens(request, is_stopped)
             context_tokens = self._completions.groups(request, len(prompt)).context_tokens
             return PreparedRequest(request, prompt, context_tokens, grammar)
@@ -284,6 +291,15 @@ class EmbeddedEngine(Engine):
             exact_seeds=self._exact_seeds,
             slots_for_seed=self._slots if self._exact_seeds else None,
         )
+
+
+@contextmanager
+def _collecting(violations: list[FieldViolation]) -> Iterator[None]:
+    """Adds the violations of an `InvalidFieldError` to the list, and goes on."""
+    try:
+        yield
+    except InvalidFieldError as error:
+        violations += error.violations
 
 
 def _restore_signal_handlers() -> None:

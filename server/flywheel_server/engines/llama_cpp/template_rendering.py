@@ -6,7 +6,7 @@ The template never sees a content. So a content can neither act as a part of the
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -27,11 +27,11 @@ _MAX_TEMPLATE_SPACES: Final = 3
 
 
 class MessageNotKeptError(Exception):
-    """The template leaves out the message with this `index`, repeats it, or changes more of it than the spaces at its ends."""
+    """The template leaves out the messages with these `indexes`, repeats them, or changes more than their outer spaces."""
 
-    def __init__(self, index: int) -> None:
-        super().__init__(index)
-        self.index = index
+    def __init__(self, indexes: Collection[int]) -> None:
+        super().__init__(indexes)
+        self.indexes = indexes
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +76,7 @@ def render(llama: Llama, roles: Sequence[str]) -> Rendering:
     rendered = llama.render_chat(list(zip(roles, contents, strict=True)))
     first, *rest = _MARKER.split(rendered)
     pieces, places = [first], []
+    changed: set[int] = set()
     for index, escaped, after in zip(rest[::3], rest[1::3], rest[2::3], strict=True):
         line, edge = map(_as_json, "\n\v") if escaped else "\n\v"
         try:
@@ -83,12 +84,14 @@ def render(llama: Llama, roles: Sequence[str]) -> Rendering:
             # The padding after a marker is the one before it, backwards.
             backwards, trims_end = _without_padding(after[::-1], line[::-1], edge[::-1])
         except ValueError:
-            raise MessageNotKeptError(int(index)) from None
+            changed.add(int(index))
+            pieces.append(after)
+            continue
         pieces.append(backwards[::-1])
         places.append(Place(int(index), trims_start, trims_end, bool(escaped)))
     counts = Counter(place.index for place in places)
-    if unkept := [index for index in range(len(roles)) if counts[index] != 1]:
-        raise MessageNotKeptError(unkept[0])
+    if unkept := [index for index in range(len(roles)) if counts[index] != 1 or index in changed]:
+        raise MessageNotKeptError(unkept)
     return Rendering(pieces, places)
 
 

@@ -3,13 +3,14 @@
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
+from itertools import islice
 from typing import Final
 
 from flywheel_server.engines.base import InvalidFieldError, PromptTooLongError, UnsupportedFieldError
 from flywheel_server.engines.llama_cpp.chat_template import ChatTemplate, Fragment
 from flywheel_server.engines.llama_cpp.llama import Llama
 from flywheel_server.engines.llama_cpp.vocabulary import BETWEEN_WORDS, BPE, Vocabulary
-from flywheel_server.messages import GenerationRequest, Message
+from flywheel_server.messages import MAX_VIOLATIONS, FieldViolation, GenerationRequest, Message
 
 CHUNK_CHARACTERS: Final = 2**15
 """Characters that are tokenized at a time. After each chunk, tokenizing ends if the prompt is too long or its call has ended.
@@ -59,10 +60,18 @@ class Tokenizer:
         self._chunk_cuts = {key: _cuts(texts, between_words=cuts_chunks_between_words) for key, texts in separators.items()}
         self._tail_cuts = {key: _cuts(texts, between_words=vocabulary.can_be_cut) for key, texts in separators.items()}
 
+    def check_prompt(self, request: GenerationRequest) -> None:
+        """Raises the errors of `tokens` for what is wrong with the prompt, apart from its length. Tokenizes little."""
+        if request.prompt_token_ids:
+            self._check_ids(request.prompt_token_ids)
+        elif request.messages:
+            self._prompt(request)
+
     def check_length(self, request: GenerationRequest) -> None:
         """Raises `PromptTooLongError` if the prompt has so many bytes that no tokens could make it fit.
 
-        Passes a short prompt, for which `tokens` raises the error with the exact number of tokens.
+        Raises the errors of `check_prompt` instead, if there are any. Passes a short prompt, for which `tokens` raises the
+        error with the exact number of tokens.
         """
         longest = self._vocabulary.max_token_bytes
         if longest is None or request.prompt_bytes <= CHUNK_CHARACTERS or self._truncates_to_fit(request):
@@ -73,6 +82,7 @@ class Tokenizer:
         if request.max_input_tokens:
             at_least = min(at_least, request.max_input_tokens)
         if at_least > self._max_prompt_tokens(request):
+            self.check_prompt(request)
             raise PromptTooLongError(at_least, request.max_tokens, self._context_tokens, counted_tokens=0)
 
     def tokens(self, request: GenerationRequest, is_stopped: Callable[[], bool]) -> list[int]:
@@ -106,15 +116,18 @@ class Tokenizer:
 
     def _given_tokens(self, request: GenerationRequest) -> list[int]:
         """Returns the last of the token ids in the request; raises `InvalidFieldError` and `PromptTooLongError`."""
-        size = len(self._vocabulary.token_bytes)
-        for index, token in enumerate(request.prompt_token_ids):
-            if not 0 <= token < size:
-                description = f"must be 0 to {size - 1}, an id of the model's vocabulary"
-                raise InvalidFieldError(f"prompt_token_ids[{index}]", description)
+        self._check_ids(request.prompt_token_ids)
         tokens = list(request.prompt_token_ids[-request.max_input_tokens :])
         if len(tokens) > self._max_prompt_tokens(request):
             raise PromptTooLongError(len(tokens), request.max_tokens, self._context_tokens)
         return tokens
+
+    def _check_ids(self, tokens: Sequence[int]) -> None:
+        size = len(self._vocabulary.token_bytes)
+        wrong = islice((index for index, token in enumerate(tokens) if not 0 <= token < size), MAX_VIOLATIONS)
+        description = f"must be 0 to {size - 1}, an id of the model's vocabulary"
+        if violations := [FieldViolation(f"prompt_token_ids[{index}]", description) for index in wrong]:
+            raise InvalidFieldError.of(violations)
 
     def _tokens_of(self, prompt: Sequence[Fragment], request: GenerationRequest, is_stopped: Callable[[], bool]) -> list[int]:
         tokens: list[int] = []

@@ -1,5 +1,6 @@
 """What is wrong with a constraint, and where."""
 
+from collections.abc import Sequence
 from typing import Final
 
 MAX_DESCRIPTION_CHARACTERS: Final = 300
@@ -12,7 +13,10 @@ class ConstraintProblemError(ValueError):
     Attributes:
         problem: What is wrong, in words for the caller.
         pointer: The JSON pointer (RFC 6901) of the schema or keyword that is wrong; empty for the whole constraint.
+        further: What else is wrong with the same constraint.
     """
+
+    further: Sequence["ConstraintProblemError"] = ()
 
     def __init__(self, problem: str, pointer: str = "") -> None:
         super().__init__(problem, pointer)
@@ -26,3 +30,7 @@ class ConstraintProblemError(ValueError):
             return printable
         half = MAX_DESCRIPTION_CHARACTERS // 2
         return f"{printable[:half]} … {printable[-half:]}"
+
+
+class ConstraintTooLargeError(ConstraintProblemError):
+    """A constraint of which no more is read, because it has too much of something."""

@@ -19,6 +19,7 @@ from flywheel_server.engines.llama_cpp.constraints.json_schema import SchemaRead
 from flywheel_server.engines.llama_cpp.constraints.json_values import read_object
 from flywheel_server.engines.llama_cpp.constraints.probe import SCHEMA_FUEL, has_few_states, is_affordable
 from flywheel_server.engines.llama_cpp.constraints.regexes import lark_regex
+from flywheel_server.messages import FieldViolation
 
 MAX_GRAMMAR_SIZE: Final = 4_000
 """Maximum number of symbols in the rules that LLGuidance makes of a constraint. It needs 2 milliseconds for 1,000."""
@@ -120,7 +121,8 @@ def _checked(field: str, text: str, make: Callable[[str], str]) -> str:
     try:
         return make(text)
     except ConstraintProblemError as error:
-        raise InvalidFieldError(field, str(error)) from None
+        further = [FieldViolation(field, str(each)) for each in error.further]
+        raise InvalidFieldError(field, str(error), further) from None
 
 
 def _problem(grammar: str) -> str | None:

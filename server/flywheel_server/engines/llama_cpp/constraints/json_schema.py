@@ -10,7 +10,7 @@ from itertools import combinations
 from typing import Any, Final
 from urllib.parse import unquote
 
-from flywheel_server.engines.llama_cpp.constraints.constraint_problem import ConstraintProblemError
+from flywheel_server.engines.llama_cpp.constraints.constraint_problem import ConstraintProblemError, ConstraintTooLargeError
 from flywheel_server.engines.llama_cpp.constraints.disjoint import Schema, are_disjoint
 from flywheel_server.engines.llama_cpp.constraints.json_values import child, has_type, is_count
 from flywheel_server.engines.llama_cpp.constraints.keywords import (
@@ -23,6 +23,7 @@ from flywheel_server.engines.llama_cpp.constraints.keywords import (
 )
 from flywheel_server.engines.llama_cpp.constraints.numbers import BOUNDS, check_multiple, check_number, check_range, is_number
 from flywheel_server.engines.llama_cpp.constraints.regexes import check_size
+from flywheel_server.messages import MAX_VIOLATIONS
 
 MAX_LENGTH: Final = 10_000
 """Maximum value of `minLength` and `maxLength`."""
@@ -81,15 +82,28 @@ class SchemaReader:
         self._counts: Counter[str] = Counter()
         self._refs: list[tuple[dict[str, Any], str, str]] = []  # each rewritten schema with its pointer and its target's
         self._in_place: dict[str, list[str]] = {}
+        self._problems: list[ConstraintProblemError] = []
 
     def read(self, document: dict[str, Any]) -> Schema:
-        """Returns the rewritten schema, without `$defs`. Raises `ConstraintProblemError`."""
+        """Returns the rewritten schema, without `$defs`. Raises `ConstraintProblemError` with all problems of the schema."""
         dialect = document.get("$schema", "https://json-schema.org/draft/2020-12/schema")
         if not isinstance(dialect, str) or dialect.partition("://")[2].rstrip("#") not in DIALECTS:
             raise ConstraintProblemError("is no draft of JSON Schema that is supported", "/$schema")
-        root = self._schema({name: value for name, value in document.items() if name not in ("$schema", "$id")}, "")
-        self._resolve_refs()
-        return root
+        try:
+            root = self._schema({name: value for name, value in document.items() if name not in ("$schema", "$id")}, "")
+            if not self._problems:
+                self._resolve_refs()
+                return root
+        except ConstraintProblemError as error:
+            self._problems.append(error)
+        first, *first.further = self._problems
+        raise first from None
+
+    def _note(self, problem: ConstraintProblemError) -> None:
+        """Keeps the problem, to raise it when the rest of the schema has been read; raises it if there are enough of them."""
+        if isinstance(problem, ConstraintTooLargeError) or len(self._problems) == MAX_VIOLATIONS - 1:
+            raise problem
+        self._problems.append(problem)
 
     def _resolve_refs(self) -> None:
         names: dict[str, str] = {}
@@ -135,7 +149,7 @@ class SchemaReader:
     def _count(self, kind: str, added: int, pointer: str) -> None:
         self._counts[kind] += added
         if self._counts[kind] > MAX_COUNTS[kind]:
-            raise ConstraintProblemError(f"is too much: a schema may have at most {MAX_COUNTS[kind]} {kind}", pointer)
+            raise ConstraintTooLargeError(f"is too much: a schema may have at most {MAX_COUNTS[kind]} {kind}", pointer)
 
     def _schema(self, value: Any, pointer: str) -> Schema:  # noqa: ANN401 - JSON
         self._count("schemas", 1, pointer)
@@ -143,21 +157,27 @@ class SchemaReader:
         if isinstance(value, bool):
             rewritten = value
         elif isinstance(value, dict):
-            rewritten = self._rewritten(value, pointer)
+            try:
+                rewritten = self._rewritten(value, pointer)
+            except ConstraintProblemError as error:
+                self._note(error)
+                rewritten = True
         else:
-            raise ConstraintProblemError("is not a schema", pointer)
+            self._note(ConstraintProblemError("is not a schema", pointer))
+            rewritten = True
         self.schemas[pointer] = rewritten
         return rewritten
 
     def _rewritten(self, schema: dict[str, Any], pointer: str) -> dict[str, Any]:
         for name in schema:
             if name in ("$schema", "$id"):
-                raise ConstraintProblemError("is only supported at the top of the schema", child(pointer, name))
-            if name not in ANNOTATIONS and name not in SUPPORTED_KEYWORDS:
-                raise ConstraintProblemError("is not a supported keyword", child(pointer, name))
+                self._note(ConstraintProblemError("is only supported at the top of the schema", child(pointer, name)))
+            elif name not in ANNOTATIONS and name not in SUPPORTED_KEYWORDS:
+                self._note(ConstraintProblemError("is not a supported keyword", child(pointer, name)))
+        asserted = {name: value for name, value in schema.items() if name in SUPPORTED_KEYWORDS}
         for name in ("$defs", "definitions"):
             self._schemas_by_name(schema, name, pointer)
-        asserted = {name: schema[name] for name in schema if name not in ANNOTATIONS and name not in ("$defs", "definitions")}
+            asserted.pop(name, None)
         for name in IN_PLACE:
             if name in asserted:
                 return self._in_place_schema(name, asserted, pointer)
@@ -168,7 +188,7 @@ class SchemaReader:
         allowed = {name, "type"} if name in ("enum", "const") else {name}
         for other in schema:
             if other not in allowed:
-                raise ConstraintProblemError(f"is not supported beside {name}", child(pointer, other))
+                self._note(ConstraintProblemError(f"is not supported beside {name}", child(pointer, other)))
         if name in ("enum", "const"):
             return {"enum": self._values(value if name == "enum" else [value], place, self._types(schema, pointer) or TYPES)}
         if name == "$ref":
@@ -271,7 +291,7 @@ class SchemaReader:
         try:
             self._count("pattern steps", check_size(pattern), pointer)
         except ConstraintProblemError as error:
-            raise ConstraintProblemError(error.problem, pointer) from None
+            raise type(error)(error.problem, pointer) from None
 
     def _read_array(self, schema: dict[str, Any], rewritten: dict[str, Any], pointer: str) -> None:
         items = _read_counts(schema, rewritten, pointer, ("minItems", "maxItems"))
