@@ -15,6 +15,7 @@ from flywheel_server.engines.llama_cpp.constraints.guard import ConstraintGuard
 from flywheel_server.engines.llama_cpp.constraints.keywords import SUPPORTED_KEYWORDS
 from flywheel_server.engines.llama_cpp.constraints.probe import trial_tokenizer
 from flywheel_server.messages import MAX_CONSTRAINT_BYTES
+from llguidance import LLMatcher
 
 from tests.cpu_time import check_cpu_time
 
@@ -297,6 +298,31 @@ def test_a_constraint_is_refused_at_once(name: str) -> None:
             WORST[name]()
 
     check_cpu_time(0.1, refuse)
+
+
+LONG: dict[str, dict[str, Any]] = {
+    "choice of one letter": {"choices": ("x" * 60_000,)},
+    "choice of words": {"choices": ("hello world " * 5_000,)},
+    "choices with the same beginning": {"choices": ("a" * 30_000 + "b", "a" * 30_000 + "c")},
+    "const": {"json_schema": json.dumps({"const": "hello " * 10_000})},
+    "name of a property": {"json_schema": json.dumps({"type": "object", "required": ["long " * 10_000]})},
+    "regex": {"regex": "sentence " * 200},
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_a_token_of_a_long_forced_text_costs_as_little_as_one_of_a_short_text(name: str) -> None:
+    given = {"json_schema": None, "regex": None, "choices": None} | LONG[name]
+    grammar = grammar_of(**given)
+
+    def generate() -> None:
+        matcher = LLMatcher(trial_tokenizer(), grammar, log_level=0)
+        for _ in range(10):
+            mask = matcher.compute_bitmask()
+            index = next(index for index, bits in enumerate(mask) if bits)
+            assert matcher.consume_token(index * 8 + mask[index].bit_length() - 1)
+
+    check_cpu_time(0.02, generate)
 
 
 def test_every_supported_keyword_is_read() -> None:
