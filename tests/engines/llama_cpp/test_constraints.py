@@ -300,6 +300,61 @@ def test_a_constraint_is_refused_at_once(name: str) -> None:
     check_cpu_time(0.1, refuse)
 
 
+def _tuple(length: int, definitions: list[Any]) -> str:
+    """Returns a schema of an array with so many items, each of which is one of the definitions."""
+    one_of = {"oneOf": [{"$ref": f"#/$defs/{index}"} for index in range(len(definitions))]}
+    return json.dumps({"prefixItems": [one_of] * length, "$defs": dict(enumerate(definitions))})
+
+
+def _chain(length: int, end: object) -> dict[str, Any]:
+    return {str(index): {"$ref": f"#/$defs/{index + 1}"} for index in range(length)} | {str(length): end}
+
+
+ONE_OF: dict[str, tuple[str, bool]] = {
+    "many large enums": (_tuple(18, [{"enum": [f"{index} {value}" for value in range(20)]} for index in range(50)]), False),
+    "few large enums": (_tuple(4, [{"enum": [f"{index} {value}" for value in range(20)]} for index in range(50)]), True),
+    "many enums of a few schemas": (_tuple(80, [{"enum": [f"{index} {n}" for n in range(60)]} for index in range(11)]), True),
+    "objects": (_tuple(1, [_kind({"enum": [f"{index} {n}" for n in range(18)]}) for index in range(50)]), True),
+    "objects, often": (_tuple(4, [_kind({"enum": [f"{index} {n}" for n in range(15)]}) for index in range(50)]), True),
+    "objects that only their last property tells apart": (
+        _tuple(
+            6,
+            [
+                {
+                    "type": "object",
+                    "required": list("abcde"),
+                    "properties": {name: {"enum": [index if name == "e" else 0]} for name in "abcde"},
+                }
+                for index in range(40)
+            ],
+        ),
+        True,
+    ),
+    "too many schemas": (_tuple(1, [{"const": index} for index in range(101)]), False),
+    "many schemas": (_tuple(1, [{"const": index} for index in range(100)]), True),
+    "long ways to the schemas": (
+        json.dumps(
+            {"$defs": _chain(600, {"const": 1}), "prefixItems": [{"oneOf": [{"$ref": "#/$defs/0"}, {"const": 2}]}] * 90}
+        ),
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ONE_OF)
+def test_schemas_of_one_of_are_compared_at_once(name: str) -> None:
+    schema, accepted = ONE_OF[name]
+    trial_tokenizer()
+
+    def check() -> None:
+        if accepted:
+            grammar_of(schema, "", ())
+        else:
+            assert "/oneOf: is too much: a schema may have at most 5000 pairs in oneOf" in refusal(schema)[1]
+
+    check_cpu_time(0.1, check)
+
+
 LONG: dict[str, dict[str, Any]] = {
     "choice of one letter": {"choices": ("x" * 60_000,)},
     "choice of words": {"choices": ("hello world " * 5_000,)},

@@ -43,8 +43,8 @@ TOO_COSTLY: Final = "takes too much work: use fewer or simpler alternatives, and
 PREFIX: Final = '%llguidance {"no_forcing": true}\nstart: '
 """Tells llama.cpp to give the grammar to LLGuidance, which must not force tokens.
 
-If only one text can follow, LLGuidance would force the tokens that llama.cpp makes of it. At each step it would make tokens of the
-whole rest of that text. And llama.cpp makes a special token of `<|im_end|>`, which the grammar then refuses.
+If only one text can follow, LLGuidance would force the tokens that llama.cpp makes of it, and let llama.cpp make tokens of the
+whole rest of that text at each step. And llama.cpp makes a special token of `<|im_end|>`, which the grammar then refuses.
 """
 
 JSON_OPTIONS: Final = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
