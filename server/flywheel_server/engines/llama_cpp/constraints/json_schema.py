@@ -11,6 +11,7 @@ from math import comb
 from typing import Any, Final
 from urllib.parse import unquote
 
+from flywheel_server.engines.llama_cpp.constraints.classes import MAX_CLASS_WORK
 from flywheel_server.engines.llama_cpp.constraints.constraint_problem import ConstraintProblemError
 from flywheel_server.engines.llama_cpp.constraints.disjoint import Outlines, Schema
 from flywheel_server.engines.llama_cpp.constraints.json_values import child, has_type, is_count
@@ -36,6 +37,7 @@ MAX_COUNTS: Final = {
     "items": 1_000,
     "patterns": 16,
     "pattern steps": 3_000,
+    "units of work for classes of characters": MAX_CLASS_WORK,
     "multiples": 1_000,
     "number ranges": 64,
     "pairs in oneOf": 5_000,
@@ -49,6 +51,7 @@ MAX_COUNTS: Final = {
     items           what `minItems`, `maxItems`, `minProperties`, `maxProperties` and the lengths of `prefixItems` add up to
     patterns        the regular expressions and formats
     pattern steps   the characters that regular expressions describe, with each counted repetition written out
+    units of work   the microseconds that the classes in regular expressions take to read
     multiples       what the digits of `multipleOf` add up to
     number ranges   the schemas with any bound of a number
     pairs in oneOf  the pairs of schemas within each `oneOf`, which are compared; one `oneOf` of 100 schemas has 4,950
@@ -273,9 +276,11 @@ class SchemaReader:
         if not isinstance(pattern, str):
             raise ConstraintProblemError("is not a text", pointer)
         try:
-            self._count("pattern steps", check_size(pattern), pointer)
+            size = check_size(pattern)
         except ConstraintProblemError as error:
             raise ConstraintProblemError(error.problem, pointer) from None
+        self._count("pattern steps", size.steps, pointer)
+        self._count("units of work for classes of characters", size.class_work, pointer)
 
     def _read_array(self, schema: dict[str, Any], rewritten: dict[str, Any], pointer: str) -> None:
         items = _read_counts(schema, rewritten, pointer, ("minItems", "maxItems"))
