@@ -2,17 +2,24 @@
 
 import json
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
-from flywheel_server.engines.base import InvalidFieldError
+from flywheel_proto.v1 import generation_pb2 as pb
+from flywheel_server.engines.base import InvalidFieldError, PreparedRequest
+from flywheel_server.engines.llama_cpp.completion import Completion
 from flywheel_server.engines.llama_cpp.constraints.grammars import grammar_of
 from flywheel_server.engines.llama_cpp.constraints.probe import MAX_START_SECONDS, starts_per_step, trial_tokenizer
-from flywheel_server.messages import MAX_CONSTRAINT_BYTES
+from flywheel_server.messages import MAX_CONSTRAINT_BYTES, GenerationRequest
 from llguidance import LLMatcher
 
 from tests.cpu_time import check_cpu_time
 from tests.engines.llama_cpp.test_constraints import of_kind, refusal
+from tests.serving import Target
+
+if TYPE_CHECKING:
+    from flywheel_server.engines.llama_cpp.llama import Llama
 
 
 def _deep(levels: int) -> str:
@@ -218,6 +225,21 @@ def test_an_ordinary_constraint_is_accepted_at_little_cost(name: str) -> None:
     check_cpu_time(0.1, lambda: grammar_of(**given))
     grammar = grammar_of(**given)
     check_cpu_time(MAX_START_SECONDS, lambda: LLMatcher(trial_tokenizer(), grammar, log_level=0).compute_bitmask())
+
+
+def test_the_event_loop_does_not_build_a_constraint() -> None:
+    grammar = grammar_of(None, "(?i)" + r"[\w]" * 50, None)
+    request = GenerationRequest(text="Hello", max_tokens=1, num_samples=8)
+    prepared = PreparedRequest(request, [1], 0, grammar)
+    llama = cast("Llama", None)
+    begin = partial(Completion, llama, prepared, range(8), seed=0, emit=lambda _: None, cache=True)
+    check_cpu_time(0.003, begin)
+
+
+async def test_samples_whose_constraint_takes_long_to_build_are_generated(embedded_target: Target) -> None:
+    regex = "(?i)" + r"[\w]" * 50 + "|yes|no"
+    request = pb.GenerationRequest(text="Is the sea blue?", max_tokens=2, num_samples=8, regex=regex, top_k=1)
+    assert len((await embedded_target.stub.GenerateAll(request)).responses) == 8
 
 
 def test_samples_whose_constraint_takes_long_to_build_start_in_several_steps() -> None:
