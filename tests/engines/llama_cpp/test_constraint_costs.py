@@ -193,6 +193,19 @@ def test_many_optional_parts_in_a_row_are_refused_at_once(name: str) -> None:
     check_cpu_time(0.1, lambda: refusal(regex=OPTIONAL[name]))
 
 
+LATE: dict[str, str] = {
+    "after any characters": ".{1500}.*[aeiou].{30}",
+    "after letters": "[a-z ]{900}.*[aeiou].{30}",
+    "after one character": "a{1500}(.{0,9}[aeiou].{30}|.*[x-z].{40})*",
+    "in alternatives": r".{1500}(\w|\w\w|.*[aeiou].{30}){9}",
+}
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_a_regex_that_is_costly_only_after_many_characters_is_refused(name: str) -> None:
+    assert refusal(regex=LATE[name])[1].startswith("takes too much work")
+
+
 ORDINARY: dict[str, dict[str, Any]] = {
     "words": {"regex": r"[\w ]{1,200}"},
     "without case": {"regex": r"(?i)(yes|no|maybe), [\w ,.]{1,80}"},

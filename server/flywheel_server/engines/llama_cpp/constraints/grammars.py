@@ -29,8 +29,11 @@ MAX_LEXER_FUEL: Final = 50_000
 MAX_LOCATING_CHECKS: Final = 50
 """How many schemas are checked one by one to find the one that LLGuidance refuses."""
 
-TRIAL_TOKENS: Final = 128
-"""Tokens of the trials of regular expressions that may have many states, all trials for a request together."""
+REGEX_TRIAL_TOKENS: Final = 512
+"""Tokens of the trial of a regular expression that may have many states; fewer if they take too long."""
+
+PATTERN_TRIAL_TOKENS: Final = 128
+"""Tokens of the trials of such expressions in a schema, all trials for a request together."""
 
 SCHEMA_TRIALS: Final = (8, 4)
 """Tokens of a trial of a whole schema, and how many trials there are."""
@@ -93,7 +96,7 @@ def _check_texts(texts: dict[str, dict[str, Any]]) -> None:
     for number, (pointer, text) in enumerate(large.items()):
         if number == MAX_LARGE_PATTERNS:
             raise ConstraintProblemError(TOO_COSTLY, pointer)
-        if problem := trial_problem(_json_grammar(text, {}), TRIAL_TOKENS // len(large)):
+        if problem := trial_problem(_json_grammar(text, {}), PATTERN_TRIAL_TOKENS // len(large)):
             raise ConstraintProblemError(problem, pointer)
 
 
@@ -108,7 +111,7 @@ def _json_grammar(schema: Schema, definitions: dict[str, Schema]) -> str:
 
 def _regex_grammar(regex: str) -> str:
     grammar = f"{PREFIX}{lark_regex(regex)}"
-    if problem := _problem(grammar) or trial_problem(grammar, 1 if has_few_states(regex) else TRIAL_TOKENS):
+    if problem := _problem(grammar) or trial_problem(grammar, 1 if has_few_states(regex) else REGEX_TRIAL_TOKENS):
         raise ConstraintProblemError(problem)
     return grammar
 

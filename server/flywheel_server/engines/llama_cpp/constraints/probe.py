@@ -35,6 +35,9 @@ MAX_START_SECONDS: Final = 0.05
 MAX_TRIAL_SECONDS: Final = 0.06
 """CPU time after which a trial ends, and has shown that the grammar is affordable. A token of a costly one takes 0.5 ms."""
 
+REPEATS: Final = (1, 8)
+"""How often a trial repeats a token. Repeated tokens cost little, and lead to what comes after a thousand characters."""
+
 START_TRIALS: Final = 2
 """How often the CPU time of building a grammar is measured, because something else on the machine can slow down one trial."""
 
@@ -84,7 +87,7 @@ def _follow(matcher: LLMatcher, chance: random.Random, tokens: int, ends_at: flo
             break
         index = chance.choice(allowed)
         token = index * 8 + chance.choice([bit for bit in range(8) if mask[index] >> bit & 1])
-        if token == TOKENS or not matcher.consume_token(token) or matcher.is_stopped():
+        if token == TOKENS or not matcher.try_consume_tokens([token] * chance.choice(REPEATS)) or matcher.is_stopped():
             break
     if not matcher.is_error():
         return None
