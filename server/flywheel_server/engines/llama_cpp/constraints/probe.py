@@ -30,7 +30,10 @@ MAX_ROW_ITEMS: Final = 1_000
 """Maximum number of items for one byte of text. llama.cpp allows 2,000."""
 
 MAX_START_SECONDS: Final = 0.05
-"""CPU time that llama.cpp may take to build the grammars of all samples that start in one step."""
+"""CPU time that llama.cpp may take to build a grammar, in the step that all slots share."""
+
+STARTS_SECONDS: Final = 0.03
+"""CPU time that llama.cpp may take to build the grammars of all samples that start in one step, if there are several."""
 
 MAX_TRIAL_SECONDS: Final = 0.06
 """CPU time after which a trial ends, and has shown that the grammar is affordable. A token of a costly one takes 0.5 ms."""
@@ -102,7 +105,7 @@ def starts_per_step(grammar: str) -> int:
         begun = time.thread_time()
         LLMatcher(tokenizer, grammar, log_level=0).compute_bitmask()
         seconds = min(seconds, time.thread_time() - begun)
-    return max(1, int(MAX_START_SECONDS / seconds))
+    return max(1, int(STARTS_SECONDS / seconds))
 
 
 def has_few_states(pattern: str) -> bool:
