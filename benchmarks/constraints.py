@@ -2,7 +2,8 @@
 
 One stream runs without a constraint. Beside it, completions start one after the other: some without a constraint, and some with
 the costliest constraints that are accepted. The table has the largest gap between two tokens of the stream during each of them.
-What a constraint adds is the difference from a completion without one in the same round. A gap is the CPU time of the process,
+What a constraint adds is the difference from a completion without one in the same round, which generates as many samples at a
+time. These are as many as the engine starts in one step. A gap is the CPU time of the process,
 so that other work on the machine does not count. One thread computes, so on a quiet machine a gap is no longer than that.
 """
 
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 from flywheel_server.engines.llama_cpp.constraints.grammars import grammar_of
+from flywheel_server.engines.llama_cpp.constraints.probe import starts_per_step
 from flywheel_server.engines.llama_cpp.default_model import default_model
 from flywheel_server.engines.llama_cpp.llama import Chunk, Llama
 
@@ -38,11 +40,20 @@ SCHEMAS: Final[dict[str, Any]] = {
     "90 alternatives": {
         "anyOf": [_object(2, {"const": index}) | {"required": ["name0"]} for index in range(90)],
     },
+    "80 oneOf of 11 schemas": {
+        "type": "array",
+        "prefixItems": [{"oneOf": [{"$ref": f"#/$defs/{index}"} for index in range(11)]}] * 80,
+        "minItems": 80,
+        "$defs": {str(index): {"enum": [f"{index} {number}" for number in range(90)]} for index in range(11)},
+    },
+    "60,000 characters": {"const": "hello " * 10_000},
     "a multiple of 60": {"type": "integer", "multipleOf": 60},
 }
 REGEXES: Final = {
+    r"(?i), then [\w] 55 times": "(?i)" + r"[\w]" * 55,
+    r"(?i)[\s\S]*foo[\s\S]{1,100}": r"(?i)[\s\S]*foo[\s\S]{1,100}",
+    r"\w, 480 times": r"\w" * 480,
     r"\w{1,1990}": r"\w{1,1990}",
-    ".*[aeiou].{100}": ".*[aeiou].{100}",
     r"[^\p{L}\p{N}]{1,1000} and more": r"[^\p{L}\p{N}]{1,1000}|[^\p{Lu}]{1,600}",
 }
 CHOICES: Final = {"1,000 choices": tuple(f"choice {index} {'x' * 40}" for index in range(1000))}
@@ -112,17 +123,22 @@ def grammars() -> dict[str, str | None]:
 def measure(llama: Llama, rounds: int, samples: int, report: Callable[[str], object]) -> None:
     """Measures all constraints, and reports the rows of the table."""
     given = grammars()
-    first = gap(llama, given["a small schema"], samples)
-    gaps = [{name: gap(llama, grammar, samples) for name, grammar in given.items()} for _ in range(rounds)]
-    report("| constraint | largest gap, ms: least | median | added, ms: least | median |\n|---|---|---|---|---|")
-    report(f"| the first one after the start | {first:.0f} | | | |")
-    for name in given:
-        largest = [one[name] for one in gaps]
-        added = [one[name] - one["none"] for one in gaps]
-        least = min(largest) - min(one["none"] for one in gaps)
-        report(
-            f"| {name} | {min(largest):.0f} | {statistics.median(largest):.0f} | {least:.0f} | {statistics.median(added):.0f} |"
-        )
+    counts = {name: min(samples, starts_per_step(grammar)) if grammar else samples for name, grammar in given.items()}
+    report(f"the first constraint after the start: {gap(llama, given['a small schema'], samples):.0f} ms\n")
+    gaps: dict[str, list[float]] = {name: [] for name in given}
+    added: dict[str, list[float]] = {name: [] for name in given}
+    for _ in range(rounds):
+        without = {count: gap(llama, None, count) for count in sorted(set(counts.values()))}
+        for name, grammar in given.items():
+            gaps[name].append(gap(llama, grammar, counts[name]))
+            added[name].append(gaps[name][-1] - without[counts[name]])
+    report(
+        "| constraint | samples at a time | largest gap, ms: least | median | added, ms: least | median |\n"
+        "|---|---|---|---|---|---|"
+    )
+    for name, count in counts.items():
+        figures = (min(gaps[name]), statistics.median(gaps[name]), min(added[name]), statistics.median(added[name]))
+        report(f"| {name} | {count} | {' | '.join(f'{figure:.0f}' for figure in figures)} |")
 
 
 def main() -> None:

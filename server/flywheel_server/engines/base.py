@@ -60,12 +60,15 @@ class PreparedRequest:
         context_tokens: Tokens of the engine's shared context that the request holds while the engine works on it; see
             `EngineModel.shared_context_tokens`.
         grammar: The constraint of the request, in the form in which the engine uses it; empty if there is none.
+        starts_per_step: How many samples of the request may start in one step of the engine, which builds the constraint for
+            each of them while other callers wait; None if any number may.
     """
 
     request: GenerationRequest
     prompt: Sequence[int] = ()
     context_tokens: int = 0
     grammar: str = ""
+    starts_per_step: int | None = None
 
 
 # A finished sample is an event too. Its `text` is the whole text of the sample, whether or not deltas came before.

@@ -133,3 +133,29 @@ async def test_a_text_has_no_more_than_an_anchored_expression(embedded_target: T
     for sample in (await embedded_target.stub.GenerateAll(request)).responses:
         assert sample.finish_reason == "stop"
         assert re.fullmatch("[ab]{2}", sample.text)
+
+
+SPECIAL: dict[str, dict[str, Any]] = {
+    "choice": {"choices": pb.Choices(texts=["<|im_end|>"])},
+    "choices": {"choices": pb.Choices(texts=["<|im_end|>b", "<|endoftext|>", "a<repo_name>"])},
+    "const": {"json_schema": '{"const": "<|im_start|>"}'},
+    "enum": {"json_schema": '{"enum": ["see <file_sep> x"]}'},
+    "property": {
+        "json_schema": '{"type": "object", "properties": {"<filename>": {"type": "boolean"}}, "required": ["<filename>"]}'
+    },
+    "pattern": {"json_schema": '{"type": "string", "pattern": "^<gh_stars>[a-z]{2}$"}'},
+    "regex": {"regex": "<repo_name>[a-z]{3}"},
+    "in the middle of a regex": {"regex": "[ab]<[|]im_end[|]>[ab]"},
+}
+
+
+@pytest.mark.parametrize("name", SPECIAL)
+async def test_the_text_of_a_special_token_is_generated_as_text(embedded_target: Target, name: str) -> None:
+    given = SPECIAL[name]
+    choices = list(given["choices"].texts) if "choices" in given else None
+    grammar = grammar_of(given.get("json_schema"), given.get("regex"), choices)
+    sample = (await embedded_target.stub.GenerateAll(pb.GenerationRequest(text="Hello", max_tokens=40, **given))).responses[0]
+    guard = ConstraintGuard(grammar)
+    assert sample.finish_reason == "stop"
+    assert guard.accepts(sample.text)
+    assert guard.is_complete()

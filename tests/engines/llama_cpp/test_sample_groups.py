@@ -10,17 +10,19 @@ from hypothesis import strategies as st
     room=st.tuples(st.integers(1, 16), st.integers(2, 2000)),
     prompt=st.integers(1, 2000),
     max_tokens=st.integers(1, 2000),
-    num_samples=st.integers(1, 16),
+    samples=st.tuples(st.integers(1, 16), st.none() | st.integers(1, 16)),
     stop=st.sampled_from([[], ["x"]]),
 )
 def test_a_call_holds_the_context_of_the_groups_that_run_at_the_same_time(
-    room: tuple[int, int], prompt: int, max_tokens: int, num_samples: int, stop: list[str]
+    room: tuple[int, int], prompt: int, max_tokens: int, samples: tuple[int, int | None], stop: list[str]
 ) -> None:
     slots, pool = room
+    num_samples, max_size = samples
     prompt = min(prompt, pool - 1)
     max_tokens = min(max_tokens, pool - prompt)
     request = GenerationRequest(text="x", max_tokens=max_tokens, num_samples=num_samples, stop=stop)
-    groups = SampleGroups.of(request, prompt, slots=slots, context_tokens=pool)
+    groups = SampleGroups.of(request, prompt, slots=slots, context_tokens=pool, max_size=max_size)
+    assert max_size is None or max(map(len, groups.indexes)) <= max_size
     assert [index for group in groups.indexes for index in group] == list(range(num_samples))
     at_a_time = groups.indexes[: groups.concurrency]
     assert at_a_time

@@ -58,7 +58,8 @@ class Completion:
             GrowingSample(index, len(prepared.prompt), request.stop, emit, seed=seed_of_sample(seed, index))
             for index in indexes
         ]
-        self._guards = [ConstraintGuard(prepared.grammar) for _ in indexes if prepared.grammar]
+        self._grammar = prepared.grammar
+        self._guards: list[ConstraintGuard] = []
         self._generated_tokens = [0] * len(indexes)
         self._eos_token_ids = frozenset(request.eos_token_ids)
         self._returns_tokens = request.logprobs > 0
@@ -84,6 +85,10 @@ class Completion:
         and after each step that has read a part of it.
         """
         self._on_progress = on_progress
+        if self._grammar:
+            # Built here and not earlier, because this thread keeps nobody waiting.
+            guard = ConstraintGuard(self._grammar)
+            self._guards = [guard.copy() for _ in self._samples]
         self._llama.complete(self._body, self._on_chunk)
         if self._error is not None:
             raise EngineFailedError("the answer of llama.cpp cannot be used") from self._error

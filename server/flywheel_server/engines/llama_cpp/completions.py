@@ -69,7 +69,7 @@ class Completions:
     async def generate(self, prepared: PreparedRequest, sink: Sink) -> None:
         """Emits the events of the request; see `Engine.generate`."""
         progress = Progress(sink, prepared.request.num_samples)
-        groups = self.groups(prepared.request, len(prepared.prompt))
+        groups = self.groups(prepared.request, len(prepared.prompt), prepared.starts_per_step)
         remaining = iter(groups.indexes)
         seed = first_seed(prepared.request)
         tasks = [
@@ -86,14 +86,15 @@ class Completions:
             for task in tasks:
                 task.cancel()
 
-    def groups(self, request: GenerationRequest, prompt_tokens: int) -> SampleGroups:
-        """Returns the groups of the request's samples, each of which is a completion."""
+    def groups(self, request: GenerationRequest, prompt_tokens: int, starts_per_step: int | None) -> SampleGroups:
+        """Returns the groups of the request's samples, each of which is a completion, and starts in one step."""
         return SampleGroups.of(
             request,
             prompt_tokens,
             slots=self._slots,
             context_tokens=self._context_tokens,
             one_by_one=self._runs_alone(request),
+            max_size=starts_per_step,
         )
 
     def _runs_alone(self, request: GenerationRequest) -> bool:
@@ -133,7 +134,10 @@ class Completions:
                 )
                 # One slot reads the prompt for several samples. Until it has, the others would keep their last prompts, which
                 # take context that is reserved for these samples.
-                await self._run_in_order(completion, request, len(prompt), erase=is_alone or len(indexes) > 1)
+                erase = is_alone or len(indexes) > 1
+                # If all slots started in one step, building such a constraint for each would keep other callers waiting.
+                is_costly = prepared.starts_per_step is not None and prepared.starts_per_step < self._slots
+                await self._run_in_order(completion, request, len(prompt), alone=erase or is_costly, erase=erase)
                 self._refuse_if_stopping()
         except EngineError as error:
             progress.fail(error)
@@ -143,16 +147,17 @@ class Completions:
             progress.fail(failure)
 
     async def _run_in_order(
-        self, completion: Completion, request: GenerationRequest, prompt_tokens: int, *, erase: bool
+        self, completion: Completion, request: GenerationRequest, prompt_tokens: int, *, alone: bool, erase: bool
     ) -> None:
         """Runs the completion when llama.cpp may get its prompt. Ends it at once if the time limit passes before.
 
-        `erase` says whether to erase first what idle slots hold.
+        `alone` says whether no other prompt may be unread at the same time, and `erase` whether to erase first what idle slots
+        hold.
         """
         try:
             async with (
                 asyncio.timeout(request.time_limit or None) as wait,
-                self._prompts.admit(prompt_tokens, alone=erase) as pending,
+                self._prompts.admit(prompt_tokens, alone=alone) as pending,
             ):
                 wait.reschedule(None)
                 self._refuse_if_stopping()

@@ -29,7 +29,7 @@ from flywheel_server.engines.llama_cpp import native_log
 from flywheel_server.engines.llama_cpp.chat_template import ChatTemplate, UnusableTemplateError
 from flywheel_server.engines.llama_cpp.completions import Completions
 from flywheel_server.engines.llama_cpp.constraints.grammars import grammar_of
-from flywheel_server.engines.llama_cpp.constraints.probe import trial_tokenizer
+from flywheel_server.engines.llama_cpp.constraints.probe import starts_per_step, trial_tokenizer
 from flywheel_server.engines.llama_cpp.llama import Llama
 from flywheel_server.engines.llama_cpp.load_failure import load_failure, template_failure
 from flywheel_server.engines.llama_cpp.model_file import ModelFile, UnusableModelError
@@ -248,8 +248,9 @@ class EmbeddedEngine(Engine):
                 raise InvalidFieldError.of(violations)
             self._tokenizer.check_length(request)
             prompt = self._tokenizer.tokens(request, is_stopped)
-            context_tokens = self._completions.groups(request, len(prompt)).context_tokens
-            return PreparedRequest(request, prompt, context_tokens, grammar)
+            starts = starts_per_step(grammar) if grammar else None
+            context_tokens = self._completions.groups(request, len(prompt), starts).context_tokens
+            return PreparedRequest(request, prompt, context_tokens, grammar, starts)
         finally:
             if request.prompt_bytes > CHUNK_CHARACTERS:
                 heap.release_freed()

@@ -22,15 +22,23 @@ class SampleGroups:
 
     @classmethod
     def of(
-        cls, request: GenerationRequest, prompt_tokens: int, *, slots: int, context_tokens: int, one_by_one: bool = False
+        cls,
+        request: GenerationRequest,
+        prompt_tokens: int,
+        *,
+        slots: int,
+        context_tokens: int,
+        one_by_one: bool = False,
+        max_size: int | None = None,
     ) -> "SampleGroups":
         """Returns the groups for a prompt of that length, on an engine with these slots and tokens of context in all.
 
-        If the samples run `one_by_one`, each of them is a group, and one group runs at a time.
+        If the samples run `one_by_one`, each of them is a group, and one group runs at a time. `max_size` is the maximum number
+        of samples in a group; None if there is none.
         """
         if one_by_one:
             return cls([range(index, index + 1) for index in range(request.num_samples)], 1, prompt_tokens + request.max_tokens)
-        size = min(request.num_samples, slots, (context_tokens - prompt_tokens) // request.max_tokens)
+        size = min(request.num_samples, slots, (context_tokens - prompt_tokens) // request.max_tokens, max_size or slots)
         # llama.cpp does not know our stop sequences and `eos_token_ids`: it continues a sample that one of them has ended until
         # the whole completion ends. So samples that may end early share a completion only if reading the prompt once more costs
         # more than a sample that goes on in vain.

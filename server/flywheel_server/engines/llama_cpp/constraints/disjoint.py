@@ -1,65 +1,97 @@
 """Tells whether two rewritten schemas can allow the same value. LLGuidance enforces `oneOf` only if they cannot."""
 
 import json
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
-from flywheel_server.engines.llama_cpp.constraints.json_values import has_type
+from flywheel_server.engines.llama_cpp.constraints.json_values import type_of
 from flywheel_server.engines.llama_cpp.constraints.keywords import TYPES
 
 Schema = dict[str, Any] | bool
 
 
-def are_disjoint(first: Schema, second: Schema, definitions: dict[str, Schema]) -> bool:
-    """Returns whether it is clear that no value is allowed by both schemas.
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """What tells apart the values that a schema allows.
 
-    It is clear if they have no type and no listed value in common, or both require a property for which it is clear.
+    Attributes:
+        types: The types of the values; "number" stands for "integer" too.
+        values: The values, if the schema lists them.
+        properties: The values of each property that is required and has a list of values.
     """
-    one, other = _target(first, definitions), _target(second, definitions)
-    if isinstance(one, bool) or isinstance(other, bool):
-        return one is False or other is False
-    if not _types(one) & _types(other):
-        return True
-    if "enum" in one and "enum" in other:
-        return not {_key(value) for value in one["enum"]} & {_key(value) for value in other["enum"]}
-    if _types(one) == _types(other) == {"object"}:
-        required = set(one.get("required", ())).intersection(other.get("required", ()))
+
+    types: frozenset[str]
+    values: frozenset[str] | None
+    properties: dict[str, frozenset[str]]
+
+    def is_disjoint(self, other: "Outline") -> bool:
+        """Returns whether it is clear that no value is allowed by both schemas.
+
+        It is clear if they have no type and no listed value in common, or both require a property for which it is clear.
+        """
+        if self.types.isdisjoint(other.types):
+            return True
+        if self.values is not None and other.values is not None:
+            return self.values.isdisjoint(other.values)
         return any(
-            _values(one, name).isdisjoint(_values(other, name))
-            for name in required
-            if _values(one, name) and _values(other, name)
+            self.properties[name].isdisjoint(other.properties[name]) for name in self.properties.keys() & other.properties
         )
-    return False
 
 
-def _values(schema: dict[str, Any], name: str) -> set[str]:
-    """Returns the values that are listed for a property; an empty set if none are."""
-    property_schema = schema.get("properties", {}).get(name)
-    return set(map(_key, property_schema.get("enum", ()))) if isinstance(property_schema, dict) else set()
+class Outlines:
+    """The outlines of rewritten schemas. Each is worked out once, because many `oneOf` may refer to the same schema."""
+
+    def __init__(self, definitions: dict[str, Schema]) -> None:
+        self._definitions = definitions
+        self._outlines: dict[int, Outline] = {}  # by the identity of the schema
+
+    def of(self, schema: Schema) -> Outline:
+        """Returns the outline of a schema. A `$ref` in it must not lead back to itself."""
+        passed = []
+        while id(schema) not in self._outlines:
+            passed.append(schema)
+            target = self._target(schema)
+            if target is None:
+                self._outlines[id(schema)] = _outline(schema)
+                break
+            schema = target
+        outline = self._outlines[id(schema)]
+        self._outlines |= dict.fromkeys(map(id, passed), outline)
+        return outline
+
+    def _target(self, schema: Schema) -> Schema | None:
+        """Returns the schema that this one stands for, if it only stands for another one."""
+        if isinstance(schema, dict) and "$ref" in schema:
+            return self._definitions[schema["$ref"].removeprefix("#/$defs/")]
+        if isinstance(schema, dict) and "allOf" in schema:
+            target: Schema = schema["allOf"][0]
+            return target
+        return None
 
 
-def _target(schema: Schema, definitions: dict[str, Schema]) -> Schema:
-    while isinstance(schema, dict):
-        if "$ref" in schema:
-            schema = definitions[schema["$ref"].removeprefix("#/$defs/")]
-        elif "allOf" in schema:
-            schema = schema["allOf"][0]
-        else:
-            break
-    return schema
-
-
-def _types(schema: dict[str, Any]) -> set[str]:
-    """Returns the types that the schema allows; "number" stands for "integer" too."""
+def _outline(schema: Schema) -> Outline:
+    if isinstance(schema, bool):
+        return Outline(_types(TYPES if schema else ()), None, {})
     if "enum" in schema:
-        types = {name for name in TYPES for value in schema["enum"] if has_type(value, name)}
-    elif "anyOf" in schema or "oneOf" in schema:
-        types = set(TYPES)
-    else:
-        given = schema.get("type", TYPES)
-        types = {given} if isinstance(given, str) else set(given)
-    return {"number" if name == "integer" else name for name in types}
+        return Outline(_types(map(type_of, schema["enum"])), _keys(schema["enum"]), {})
+    if "anyOf" in schema or "oneOf" in schema:
+        return Outline(_types(TYPES), None, {})
+    given = schema.get("type", TYPES)
+    types = _types([given] if isinstance(given, str) else given)
+    if types != {"object"}:
+        return Outline(types, None, {})
+    properties = {
+        name: schema["properties"][name] for name in schema.get("required", ()) if name in schema.get("properties", {})
+    }
+    listed = {name: each["enum"] for name, each in properties.items() if isinstance(each, dict) and "enum" in each}
+    return Outline(types, None, {name: _keys(values) for name, values in listed.items()})
 
 
-def _key(value: Any) -> str:  # noqa: ANN401 - JSON
-    """Returns a text that is equal for equal values."""
-    return json.dumps(value, sort_keys=True)
+def _types(names: Iterable[str]) -> frozenset[str]:
+    return frozenset("number" if name == "integer" else name for name in names)
+
+
+def _keys(values: Iterable[Any]) -> frozenset[str]:
+    """Returns a text for each value, which is the same for equal values."""
+    return frozenset(json.dumps(value, sort_keys=True) for value in values)

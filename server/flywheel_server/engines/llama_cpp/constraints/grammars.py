@@ -17,7 +17,7 @@ from flywheel_server.engines.llama_cpp.constraints.constraint_problem import Con
 from flywheel_server.engines.llama_cpp.constraints.disjoint import Schema
 from flywheel_server.engines.llama_cpp.constraints.json_schema import SchemaReader
 from flywheel_server.engines.llama_cpp.constraints.json_values import read_object
-from flywheel_server.engines.llama_cpp.constraints.probe import SCHEMA_FUEL, has_few_states, is_affordable
+from flywheel_server.engines.llama_cpp.constraints.probe import SCHEMA_FUEL, TOO_COSTLY, has_few_states, trial_problem
 from flywheel_server.engines.llama_cpp.constraints.regexes import lark_regex
 from flywheel_server.messages import FieldViolation
 
@@ -30,8 +30,11 @@ MAX_LEXER_FUEL: Final = 50_000
 MAX_LOCATING_CHECKS: Final = 50
 """How many schemas are checked one by one to find the one that LLGuidance refuses."""
 
-TRIAL_TOKENS: Final = 128
-"""Tokens of the trials of regular expressions that may have many states, all trials for a request together."""
+REGEX_TRIAL_TOKENS: Final = 512
+"""Tokens of the trial of a regular expression that may have many states; fewer if they take too long."""
+
+PATTERN_TRIAL_TOKENS: Final = 128
+"""Tokens of the trials of such expressions in a schema, all trials for a request together."""
 
 SCHEMA_TRIALS: Final = (8, 4)
 """Tokens of a trial of a whole schema, and how many trials there are."""
@@ -39,10 +42,15 @@ SCHEMA_TRIALS: Final = (8, 4)
 MAX_LARGE_PATTERNS: Final = 4
 """Maximum number of regular expressions in a schema that may have many states."""
 
-TOO_COSTLY: Final = "takes too much work: use fewer or simpler alternatives, and smaller counts"
+UNSATISFIABLE: Final = "Unsatisfiable schema"
+"""What LLGuidance says of a schema that allows no value, before the reason. A reason about texts has parts of the grammar."""
 
-PREFIX: Final = "%llguidance {}\nstart: "
-"""Tells llama.cpp to give the grammar to LLGuidance."""
+PREFIX: Final = '%llguidance {"no_forcing": true}\nstart: '
+"""Tells llama.cpp to give the grammar to LLGuidance, which must not force tokens.
+
+If only one text can follow, LLGuidance would force the tokens that llama.cpp makes of it, and let llama.cpp make tokens of the
+whole rest of that text at each step. And llama.cpp makes a special token of `<|im_end|>`, which the grammar then refuses.
+"""
 
 JSON_OPTIONS: Final = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
 """No other whitespace: small models would generate line breaks without end."""
@@ -74,8 +82,8 @@ def _schema_grammar(text: str) -> str:
                 raise ConstraintProblemError(its_problem, pointer)
         raise ConstraintProblemError(problem)
     _check_texts(reader.texts)
-    if not is_affordable(grammar, *SCHEMA_TRIALS, SCHEMA_FUEL):
-        raise ConstraintProblemError(TOO_COSTLY)
+    if problem := trial_problem(grammar, *SCHEMA_TRIALS, SCHEMA_FUEL):
+        raise ConstraintProblemError(problem)
     return grammar
 
 
@@ -87,8 +95,10 @@ def _check_texts(texts: dict[str, dict[str, Any]]) -> None:
         if text.keys() != {"type", "pattern"} or not has_few_states(text["pattern"])
     }
     for number, (pointer, text) in enumerate(large.items()):
-        if number == MAX_LARGE_PATTERNS or not is_affordable(_json_grammar(text, {}), TRIAL_TOKENS // len(large)):
+        if number == MAX_LARGE_PATTERNS:
             raise ConstraintProblemError(TOO_COSTLY, pointer)
+        if problem := trial_problem(_json_grammar(text, {}), PATTERN_TRIAL_TOKENS // len(large)):
+            raise ConstraintProblemError(problem, pointer)
 
 
 def _json_grammar(schema: Schema, definitions: dict[str, Schema]) -> str:
@@ -102,17 +112,15 @@ def _json_grammar(schema: Schema, definitions: dict[str, Schema]) -> str:
 
 def _regex_grammar(regex: str) -> str:
     grammar = f"{PREFIX}{lark_regex(regex)}"
-    if problem := _problem(grammar):
+    if problem := _problem(grammar) or trial_problem(grammar, 1 if has_few_states(regex) else REGEX_TRIAL_TOKENS):
         raise ConstraintProblemError(problem)
-    if not has_few_states(regex) and not is_affordable(grammar, TRIAL_TOKENS):
-        raise ConstraintProblemError(TOO_COSTLY)
     return grammar
 
 
 def _choices_grammar(choices: Sequence[str]) -> str:
     # The name of a terminal is in capitals. LLGuidance handles the texts of a terminal as one regular expression.
     grammar = f"{PREFIX}TEXT\nTEXT: {' | '.join(json.dumps(text) for text in choices)}"
-    if problem := _problem(grammar):
+    if problem := _problem(grammar) or trial_problem(grammar, 1):
         raise InvalidFieldError("choices", str(ConstraintProblemError(problem)))
     return grammar
 
@@ -133,6 +141,9 @@ def _problem(grammar: str) -> str | None:
         return None
     if "limit" in message or "fuel" in message or "too many expressions" in message:
         return TOO_COSTLY
+    if UNSATISFIABLE in message:
+        reason = message.partition(UNSATISFIABLE)[2].splitlines()[0]
+        return "allows no value" if "Regex" in reason else f"allows no value{reason}"
     # The first line, or the one that says what a regular expression has wrong. Pieces of the grammar come before and after it.
     lines = message.splitlines()
     line = next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), lines[0])

@@ -3,7 +3,9 @@
 llama.cpp goes on without the grammar if LLGuidance gives up on it, and only logs that.
 """
 
+from copy import copy
 from functools import cache
+from typing import Self
 
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
@@ -13,6 +15,12 @@ class ConstraintGuard:
 
     def __init__(self, grammar: str) -> None:
         self._matcher = LLMatcher(_bytes_tokenizer(), grammar, log_level=0)
+
+    def copy(self) -> Self:
+        """Returns a guard of another text, which is at the same place. To build one anew takes up to 50 ms of CPU time."""
+        guard = copy(self)
+        guard._matcher = self._matcher.deep_copy()  # noqa: SLF001 - of the same class
+        return guard
 
     def accepts(self, text: str) -> bool:
         """Returns whether the text so far, with this next piece, is the beginning of a text that the grammar allows."""

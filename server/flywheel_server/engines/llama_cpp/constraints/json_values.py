@@ -4,10 +4,17 @@ import json
 from typing import Any, Final
 
 from flywheel_server.engines.llama_cpp.constraints.constraint_problem import ConstraintProblemError
-from flywheel_server.engines.llama_cpp.constraints.numbers import is_number
 
 MAX_DEPTH: Final = 64
 """Maximum number of objects and arrays that are within each other."""
+
+_TYPES: Final[dict[type, str]] = dict(
+    zip(
+        (type(None), bool, int, float, str, list, dict),
+        ("null", "boolean", "integer", "number", "string", "array", "object"),
+        strict=True,
+    )
+)
 
 TOO_DEEP: Final = f"has more than {MAX_DEPTH} arrays and objects within each other"
 
@@ -62,9 +69,12 @@ def is_count(value: Any) -> bool:  # noqa: ANN401 - JSON
     return has_type(value, "integer") and value >= 0
 
 
+def type_of(value: Any) -> str:  # noqa: ANN401 - JSON
+    """Returns the type of a value in JSON Schema; "integer" for a whole number."""
+    return _TYPES[type(value)]
+
+
 def has_type(value: Any, name: str) -> bool:  # noqa: ANN401 - JSON
     """Returns whether a value is of a type of JSON Schema."""
-    if is_number(value):
-        return name == "number" or (name == "integer" and isinstance(value, int))
-    python_types: dict[str, type] = {"null": type(None), "boolean": bool, "string": str, "array": list, "object": dict}
-    return isinstance(value, python_types.get(name, ()))
+    its_type = type_of(value)
+    return its_type == name or (its_type == "integer" and name == "number")

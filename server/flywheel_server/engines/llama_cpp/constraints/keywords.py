@@ -7,7 +7,8 @@ SUPPORTED_KEYWORDS: Final = {
     "enum": "values, of which the document is one. Only `type` may stand beside it",
     "const": "the value. Only `type` may stand beside it",
     "anyOf": "schemas, of which the document matches one. No other constraint may stand beside it",
-    "oneOf": "as `anyOf`. The schemas have different types or values, or require a property with different `const` or `enum`",
+    "oneOf": "as `anyOf`, with at most 100 schemas. They have different types or values, or require a property with different "
+    "`const` or `enum`",
     "allOf": "one schema. No other constraint may stand beside it",
     "$ref": "a place in the same schema: `#` or `#/` and a JSON pointer. No other constraint may stand beside it",
     "$defs": "schemas for `$ref`",

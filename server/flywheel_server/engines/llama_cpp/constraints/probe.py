@@ -6,7 +6,9 @@ the constraint. The cost of a regular expression depends on how many states it h
 """
 
 import json
+import math
 import random
+import time
 from functools import cache
 from typing import Final
 
@@ -27,6 +29,28 @@ MAX_STEP_ITEMS: Final = 10_000
 MAX_ROW_ITEMS: Final = 1_000
 """Maximum number of items for one byte of text. llama.cpp allows 2,000."""
 
+MAX_START_SECONDS: Final = 0.05
+"""CPU time that llama.cpp may take to build a grammar, in the step that all slots share."""
+
+STARTS_SECONDS: Final = 0.03
+"""CPU time that llama.cpp may take to build the grammars of all samples that start in one step, if there are several."""
+
+MAX_TRIAL_SECONDS: Final = 0.06
+"""CPU time after which a trial ends, and has shown that the grammar is affordable. A token of a costly one takes 0.5 ms."""
+
+REPEATS: Final = (1, 8)
+"""How often a trial repeats a token. Repeated tokens cost little, and lead to what comes after a thousand characters."""
+
+START_TRIALS: Final = 2
+"""How often the CPU time of building a grammar is measured, because something else on the machine can slow down one trial."""
+
+TOO_COSTLY: Final = "takes too much work: use fewer or simpler alternatives, and smaller counts"
+
+ALLOWS_NOTHING: Final = "allows no text, or a beginning after which nothing is allowed"
+
+NOTHING_FOLLOWS: Final = "NoExtensionBias"
+"""How LLGuidance's error begins if no token may follow, and the text may not end."""
+
 TOKENS: Final = 16_384
 """Tokens of the vocabulary for trials."""
 
@@ -38,28 +62,50 @@ ALPHABETS: Final = (
 """Characters of the tokens, as often as they are listed."""
 
 
-def is_affordable(grammar: str, tokens: int, texts: int = 1, fuel: int = REGEX_FUEL) -> bool:
-    """Returns whether LLGuidance can follow the grammar along random texts, with a fraction of what llama.cpp allows.
+def trial_problem(grammar: str, tokens: int, texts: int = 1, fuel: int = REGEX_FUEL) -> str | None:
+    """Returns `TOO_COSTLY` or `ALLOWS_NOTHING` if LLGuidance cannot follow the grammar along random texts, and None if it can.
 
-    Each text has that many tokens. The answer for a grammar is always the same. A token takes at most 0.5 ms of CPU time.
+    It may use a fraction of what llama.cpp allows. Each text has that many tokens, or fewer if the trial has taken
+    `MAX_TRIAL_SECONDS`. The chance is the same in each trial.
     """
     limits = LLParserLimits(step_lexer_fuel=fuel, step_max_items=MAX_STEP_ITEMS, max_items_in_row=MAX_ROW_ITEMS)
-    matcher = LLMatcher(trial_tokenizer(), grammar, log_level=0, limits=limits)
+    tokenizer = trial_tokenizer()
+    begun = time.thread_time()
+    matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
+    if time.thread_time() - begun > MAX_START_SECONDS:
+        return TOO_COSTLY
     chance = random.Random(0)  # noqa: S311 - to be repeatable
-    return all(_follows(matcher.deep_copy(), chance, tokens) for _ in range(texts))
+    ends_at = begun + MAX_TRIAL_SECONDS
+    followed = (_follow(matcher.deep_copy(), chance, tokens, ends_at) for _ in range(texts))
+    return next((problem for problem in followed if problem), None)
 
 
-def _follows(matcher: LLMatcher, chance: random.Random, tokens: int) -> bool:
+def _follow(matcher: LLMatcher, chance: random.Random, tokens: int, ends_at: float) -> str | None:
     for _ in range(tokens):
+        if time.thread_time() > ends_at:
+            break
         mask = matcher.compute_bitmask()
         allowed = [index for index, bits in enumerate(mask) if bits]
         if matcher.is_error() or not allowed:
-            return False
+            break
         index = chance.choice(allowed)
         token = index * 8 + chance.choice([bit for bit in range(8) if mask[index] >> bit & 1])
-        if token == TOKENS or not matcher.consume_token(token) or matcher.is_stopped():
+        if token == TOKENS or not matcher.try_consume_tokens([token] * chance.choice(REPEATS)) or matcher.is_stopped():
             break
-    return not matcher.is_error()
+    if not matcher.is_error():
+        return None
+    return ALLOWS_NOTHING if matcher.get_error().startswith(NOTHING_FOLLOWS) else TOO_COSTLY
+
+
+def starts_per_step(grammar: str) -> int:
+    """Returns how many samples may start in one step of llama.cpp, which builds the grammar for each of them. At least 1."""
+    tokenizer = trial_tokenizer()
+    seconds = math.inf
+    for _ in range(START_TRIALS):
+        begun = time.thread_time()
+        LLMatcher(tokenizer, grammar, log_level=0).compute_bitmask()
+        seconds = min(seconds, time.thread_time() - begun)
+    return max(1, int(STARTS_SECONDS / seconds))
 
 
 def has_few_states(pattern: str) -> bool:
