@@ -92,9 +92,12 @@ class Generations:
 
     def model(self) -> EngineModel:
         """Returns the engine's model, as it is now. Raises `EngineUnavailableError` unless new requests are accepted."""
+        self._refuse_unless_open()
+        return self.engine.model()
+
+    def _refuse_unless_open(self) -> None:
         if not self._is_open:
             raise EngineUnavailableError("the server is starting or stopping")
-        return self.engine.model()
 
     async def counts(self) -> Counts:
         """Returns the counts of this process; see `GetCounts`."""
@@ -236,7 +239,7 @@ class Generations:
         work: Callable[["Generation", Place], Awaitable[None]],
     ) -> None:
         """Runs the work of a call, from its place in the queue on, once the engine has prepared its request."""
-        self.model()
+        self._refuse_unless_open()
         caller = replace(caller, priority=caller.priority + request.priority) if request.priority else caller
         time_remaining = _with_margin(time_remaining)
         generation = Generation(self, caller, request.num_samples, time_remaining)
