@@ -176,7 +176,6 @@ class Generations:
 
         if record := current_call.get():
             record.operation = "chat" if request.messages else "text_completion"
-        self._note(request)
         await self._prepared(request, caller, time_remaining, admit_and_deliver)
 
     async def tokenize(
@@ -198,7 +197,6 @@ class Generations:
             generation.usage.set_prompt_tokens(len(tokens))
             await deliver(tokens)
 
-        self._note(request)
         try:
             await self._prepared(request, caller, time_remaining, deliver_tokens)
         except PromptTooLongError as error:
@@ -223,12 +221,10 @@ class Generations:
             return error.violations
         except Exception as error:  # noqa: BLE001 - the request is refused for what is known to be wrong with it
             log.debug("the engine did not check a refused request", error=type(error).__name__)
+        finally:
+            if record := current_call.get():
+                record.request = None  # it was only a part of the request
         return ()
-
-    def _note(self, request: GenerationRequest) -> None:
-        """Notes the request in the record of its call."""
-        if record := current_call.get():
-            record.request, record.model = request, self.model().name
 
     async def _prepared(
         self,
@@ -238,7 +234,9 @@ class Generations:
         work: Callable[["Generation", Place], Awaitable[None]],
     ) -> None:
         """Runs the work of a call, from its place in the queue on, once the engine has prepared its request."""
-        self.model()
+        model = self.model()
+        if record := current_call.get():
+            record.request, record.model = request, model.name
         caller = replace(caller, priority=caller.priority + request.priority) if request.priority else caller
         time_remaining = _with_margin(time_remaining)
         generation = Generation(self, caller, request.num_samples, time_remaining)

@@ -24,7 +24,7 @@ from flywheel_server.engines.base import (
 )
 from flywheel_server.engines.modal.remote_fields import further_fields
 from flywheel_server.engines.scripted import ScriptedEngine
-from flywheel_server.messages import GenerationRequest, GenerationResponseSample, LikelyToken, Token
+from flywheel_server.messages import FieldViolation, GenerationRequest, GenerationResponseSample, LikelyToken, Token
 
 environment: dict[str, str | None] = {"TELLING_APP": os.environ["TELLING_APP"]}
 image = modal.Image.debian_slim().add_local_python_source("flywheel_proto", "flywheel_server")
@@ -43,7 +43,8 @@ class TellingEngine(ScriptedEngine):
     async def prepare(self, request: GenerationRequest) -> PreparedRequest:
         match request.text:
             case "invalid":
-                raise InvalidFieldError("logit_bias[77]", "must be less than 70, the size of the vocabulary")
+                problem = "must be less than 70, the size of the vocabulary"
+                raise InvalidFieldError("logit_bias[77]", problem, [FieldViolation("logit_bias[78]", problem)])
             case "unsupported":
                 raise UnsupportedFieldError("regex", "this model has no constraints", ["choices"])
         return PreparedRequest(request)
