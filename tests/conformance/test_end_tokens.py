@@ -25,8 +25,8 @@ CONSTRAINTS: Final[Mapping[str, tuple[dict[str, Any], str]]] = {
     "regex": ({"regex": "[0-9]{3}-[0-9]{3}"}, "[0-9]{3}-[0-9]{3}"),
     "regex that may end early": ({"regex": "[a-z]{2,12}"}, "[a-z]{2,12}"),
     "json_schema": (
-        {"json_schema": json.dumps({"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]})},
-        r'\{"a": -?[0-9]+\}',
+        {"json_schema": json.dumps({"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]})},
+        r'\{"a": (true|false)\}',
     ),
     "json_schema of a number": (
         {"json_schema": json.dumps({"type": "integer", "minimum": 10, "maximum": 9999999})},
