@@ -216,7 +216,7 @@ async def test_structured() -> None:
         refused = await output("structured", "--address", target.address, fails=True)
     assert printed == ["Llama(name='Ada', colour='white', age=3, hobbies=['humming'])"]
     assert cut_off == ["incomplete after 9 tokens, finish reason length: raise --max-tokens"]
-    assert refused[0].startswith("INVALID_ARGUMENT: This engine does not support json_schema")
+    assert refused[0].startswith("INVALID_ARGUMENT: Invalid request: json_schema is not supported")
     assert json.loads(str(engine.schema))["properties"].keys() == {"name", "colour", "age", "hobbies"}
 
 

@@ -77,7 +77,6 @@ def _words(path: str, annotation: Any, metadata: Sequence[Any] = ()) -> Iterator
 
 _WORDS: Final = {path.removeprefix("."): words for path, words in _words("", GenerationRequest)}
 
-
 _MAX_ELEMENTS: Final[Mapping[str, int]] = {
     name: constraint.max_length
     for name, field in GenerationRequest.model_fields.items()
@@ -109,10 +108,13 @@ def _too_long(fields: Mapping[str, Any], limits: RequestLimits) -> Iterator[tupl
 
 def _locations(error: ValidationError, fields: Mapping[str, Any]) -> Iterator[Sequence[int | str]]:
     """Yields where pydantic has found something wrong."""
-    for location in (item["loc"] for item in error.errors(include_url=False, include_input=False)):
+    for item in error.errors(include_url=False, include_input=False):
+        location = item["loc"]
         match location:
             case ():
                 pass  # the combination of the fields
+            case (str(name),) if item["type"] == "too_short" and fields[name]:
+                pass  # pydantic counts only the elements that are valid
             case ("prompt_token_ids", int(first)):
                 # pydantic has stopped at the first wrong one.
                 wrong = (index for index, token_id in enumerate(fields["prompt_token_ids"]) if index >= first and token_id < 0)

@@ -77,6 +77,13 @@ async def test_a_request_may_have_fields_that_are_not_supported_and_wrong_ones(m
         assert ErrorInfo not in await refused(target, method, text="x")
 
 
+async def test_a_list_whose_elements_are_all_wrong_is_not_said_to_be_short() -> None:
+    async with serving(ScriptedEngine()) as target:
+        details = await refused(target, text="x", max_tokens=1, choices=pb.Choices(texts=["", ""]))
+        assert names(details) == {"choices[0]", "choices[1]"}
+        assert names(await refused(target, text="x", max_tokens=1, choices=pb.Choices())) == {"choices"}
+
+
 @pytest.mark.parametrize("wrong", [{"max_tokens": 0}, {"stop": ["", "a", ""]}, {"regex": "a"}, {"text": ""}], ids=str)
 @pytest.mark.parametrize("method", METHODS)
 async def test_the_engine_checks_the_rest_of_a_refused_request(method: str, wrong: dict[str, Any]) -> None:
