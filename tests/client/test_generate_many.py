@@ -253,10 +253,17 @@ async def test_a_prompt_that_is_late_keeps_no_result_back(gate: Gate) -> None:
 
 
 INTERRUPTED = """
-import itertools, sys, threading
+import itertools, queue, sys, threading
 from flywheel_client import Client
+
+class Outcomes(queue.SimpleQueue):
+    def get(self):
+        print("waiting", flush=True)
+        return super().get()
+
 client = Client(sys.argv[1])
 results = client.generate_many(map(str, itertools.count()), concurrency=4, max_tokens=1)
+results._outcomes = Outcomes()
 try:
     for result in results: print(result.position, flush=True)
 except KeyboardInterrupt:
@@ -272,7 +279,8 @@ def test_an_interrupt_cancels_all_calls(gate: Gate) -> None:
     command = [sys.executable, "-c", INTERRUPTED, gate.address]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        assert process.stdout.readline() == "2\n"
+        # Inside grpc, where a call begins, an interrupt could leave a lock of grpc taken: see docs/python.md.
+        assert [process.stdout.readline() for _ in range(3)] == ["waiting\n", "2\n", "waiting\n"]
         with gate.changed:
             assert gate.changed.wait_for(lambda: gate.runs("0", "1", "3", "4"), WAIT)
         process.send_signal(2)

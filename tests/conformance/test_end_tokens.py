@@ -34,11 +34,7 @@ CONSTRAINTS: Final[Mapping[str, tuple[dict[str, Any], str]]] = {
     ),
 }
 ALL_CASES: Final = [(name, method) for name in CONSTRAINTS for method in METHODS]
-CASES: Final = [
-    ("choice within a choice", "Generate"),
-    ("regex that may end early", "GenerateDeltas"),
-    ("json_schema", "GenerateAll"),
-]
+CASES: Final = [("choice within a choice", "Generate")]
 
 
 async def samples(target: Target, method: str, **fields: Any) -> Samples:

@@ -96,6 +96,7 @@ async def test_nothing_is_refreshed_after_stop_has_given_up(monkeypatch: pytest.
     assert refreshed == 1
 
 
+@pytest.mark.thorough
 async def test_a_stop_while_the_receiver_does_not_answer_leaves_no_traceback() -> None:
     environment = {"OTEL_METRIC_EXPORT_INTERVAL": "50"}
     with socket.create_server(("127.0.0.1", 0)) as receiver:
