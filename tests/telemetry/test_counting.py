@@ -168,6 +168,8 @@ class Traffic:
             call = reader.stub.GenerateDeltas(request, metadata=self._metadata["alice"])
             await call.initial_metadata()
             await until(lambda: self._engine.running == 0, "the call has ended although nobody reads")
+            # For the server, a caller who leaves before the status has been sent has cancelled the call.
+            assert await code_of(call) is grpc.StatusCode.RESOURCE_EXHAUSTED
         self.callers["alice"] += 1
         self.codes["RESOURCE_EXHAUSTED"] += 1
         self.errors["SLOW_READER"] += 1
