@@ -36,6 +36,15 @@ class _Thread(threading.local):
 _thread: Final = _Thread()
 
 
+def require_not_in_call() -> None:
+    """Raises `RuntimeError` if the thread is inside a call. A handler that waits for another call would then wait forever."""
+    if _thread.in_call:
+        raise RuntimeError(
+            "reentrant call: a signal handler or finalizer that interrupts a call cannot make another; "
+            "make it in a thread, for which the handler does not wait"
+        )
+
+
 class RetryingChannel(BaseChannel[grpc.Channel]):
     """The part of `grpc.Channel` that the clients and the generated stubs use, with retries.
 
@@ -210,11 +219,7 @@ class Call(BaseCall[grpc.Channel]):
 
         Raises `RuntimeError` if the thread may hold such locks already.
         """
-        if _thread.in_call:
-            raise RuntimeError(
-                "reentrant call: a signal handler or finalizer that interrupts a call cannot make another; "
-                "make it in a thread, for which the handler does not wait"
-            )
+        require_not_in_call()
         try:
             _thread.in_call = True
             return function()

@@ -85,6 +85,23 @@ async def test_threads_have_the_same_spans(spans: InMemorySpanExporter) -> None:
     assert not spans.get_finished_spans()
 
 
+async def test_the_spans_of_many_prompts_have_the_parent_of_the_iteration(spans: InMemorySpanExporter) -> None:
+    current = trace.NonRecordingSpan(trace.SpanContext(1234, 5678, is_remote=True, trace_flags=trace.TraceFlags(1)))
+
+    def iterate(client: Client) -> None:
+        with trace.use_span(current):
+            assert len(list(client.generate_many(["a", "b"], **FIELDS))) == 2
+
+    async with serving(ScriptedEngine()) as target:
+        with Client(target.address) as client:
+            await asyncio.to_thread(iterate, client)
+        async with AsyncClient(target.address) as async_client:
+            with trace.use_span(current):
+                assert len([result async for result in async_client.generate_many(["a", "b"], **FIELDS)]) == 2
+    parents = [span.parent for span in spans.get_finished_spans()]
+    assert [parent and parent.span_id for parent in parents] == [5678] * 4
+
+
 async def test_no_call_is_made_within_another_one_while_opentelemetry_may_hold_locks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its locks are not reentrant: a signal handler that makes a call would wait for the call that it has interrupted."""
     refused: list[str] = []
@@ -99,6 +116,8 @@ async def test_no_call_is_made_within_another_one_while_opentelemetry_may_hold_l
         def _interrupt(self, when: str) -> None:
             with pytest.raises(RuntimeError, match="reentrant call"):
                 client.stats()
+            with pytest.raises(RuntimeError, match="reentrant call"):
+                next(client.generate_many(["hello"], **FIELDS))
             refused.append(when)
 
     provider = TracerProvider(shutdown_on_exit=False)
