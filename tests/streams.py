@@ -84,12 +84,12 @@ CREATE: Final = ("keys", "create", "team-a", *FILE)
 COMMANDS: Final = (
     _client("--help"),
     _client("--version"),
-    *(_client(name, "--help") for name in ("generate", "health", "stats", "model", "endpoints")),
+    _client("generate", "--help"),
     _client("generate", "a prompt"),
     _client("generate", reads=True),
     _client("generate", "a prompt", "--samples", "2"),
     _client("generate", "a prompt", "--json"),
-    *(_client(name, *more) for name in ("health", "stats", "model") for more in ((), ("--json",))),
+    *(_client(name, *more) for name in ("health", "model") for more in ((), ("--json",))),
     _client("endpoints", exit_code=1, prints=False),
     _client("stats", "--wröng", exit_code=2, prints=False),
     _client("wröng", exit_code=2, prints=False),
@@ -99,13 +99,12 @@ COMMANDS: Final = (
     _server("--wröng", exit_code=2, prints=False),
     _server("--port", "wröng", exit_code=2, prints=False),
     _server("--max-queued", "wröng", exit_code=2, prints=False),
-    *(_server("keys", *more, "--help") for more in ((), ("create",), ("list",), ("revoke",))),
+    _server("keys", "--help"),
     _server(*CREATE),
     _server("keys", "list", *FILE, setup=CREATE),
     _server("keys", "list", "--json", *FILE, setup=CREATE),
     _server("keys", "revoke", "team-a", *FILE, prints=False, setup=CREATE),
     _server("keys", "revoke", "wröng", *FILE, exit_code=1, prints=False, setup=CREATE),
-    _server("keys", "wröng", exit_code=2, prints=False),
 )
 SERVE: Final = _server("--engine", "scripted", "--withdraw-window", "0")
 

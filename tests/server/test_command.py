@@ -51,10 +51,10 @@ async def command(
         await process.communicate()
 
 
-async def ready_line(process: Process) -> tuple[str, str]:
-    """Returns the line that the server prints when it is ready, and the address in it."""
+async def ready_line(process: Process, within: float = 30) -> tuple[str, str]:
+    """Returns the line that the server prints when it is ready, within so many seconds, and the address in it."""
     assert process.stdout is not None
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(within):
         line = (await process.stdout.readline()).decode()
     found = re.search(r"127\.0\.0\.1:\d+", line)
     assert found, line

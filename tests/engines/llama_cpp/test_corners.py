@@ -4,6 +4,7 @@ Each case is a process of its own, because llama.cpp ends the process if it cann
 """
 
 import itertools
+import random
 from typing import get_args
 
 import pytest
@@ -34,11 +35,11 @@ def ends(name: str) -> tuple[str, ...]:
     return ("true", "false") if field.annotation is bool else get_args(field.annotation)
 
 
-EMBEDDED = [name for name in Settings.model_fields if name.startswith("embedded_")]
+EMBEDDED = [name for name in Settings.model_fields if name.startswith("embedded_") and name != "embedded_threads"]
 CORNERS = [dict(zip(EMBEDDED, corner, strict=True)) for corner in itertools.product(*map(ends, EMBEDDED))]
-MOST_THREADS = ends("embedded_threads")[1]
-# Hundreds of threads on a few cores take seconds for a token, whatever else is set.
-CORNERS = [corner for corner in CORNERS if corner["embedded_threads"] != MOST_THREADS] + [{"embedded_threads": MOST_THREADS}]
+DRAWN = random.Random(7).sample(CORNERS, 12)
+"""Each two ends of two settings are in one of them: `test_the_drawn_corners_have_all_pairs`."""
+
 SOME: list[dict[str, str]] = [
     {"embedded_slots": "1", "embedded_batch": "1"},
     {"embedded_slots": "256", "embedded_context": str(MIN_CONTEXT)},
@@ -50,7 +51,7 @@ def name(corner: dict[str, str]) -> str:
     return " ".join(f"{name.removeprefix('embedded_')}={value}" for name, value in corner.items())
 
 
-@pytest.mark.parametrize("corner", [*SOME, *further(CORNERS)], ids=name)
+@pytest.mark.parametrize("corner", [*SOME, *further(DRAWN)], ids=name)
 async def test_every_corner_generates_or_is_refused_by_name(corner: dict[str, str]) -> None:
     arguments = [f"{flag(name)}={value}" for name, value in corner.items()]
     async with command("--address=127.0.0.1:0", "--log-level=error", *arguments, setup=MEMORY) as process:
@@ -63,3 +64,22 @@ async def test_every_corner_generates_or_is_refused_by_name(corner: dict[str, st
         async with connected(address) as target:
             answer = await target.stub.GenerateAll(REQUEST)
         assert [sample.generated_tokens for sample in answer.responses] == [4] * SAMPLES
+
+
+def test_the_drawn_corners_have_all_pairs() -> None:
+    def pairs(corners: list[dict[str, str]]) -> set[tuple[tuple[str, str], ...]]:
+        return {pair for corner in corners for pair in itertools.combinations(corner.items(), 2)}
+
+    assert pairs(DRAWN) == pairs(CORNERS)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("threads", ends("embedded_threads"))
+async def test_few_and_many_threads_generate(threads: str) -> None:
+    arguments = ("--address=127.0.0.1:0", "--log-level=error", f"--embedded-threads={threads}")
+    async with command(*arguments, setup=MEMORY) as process:
+        # Hundreds of threads on a few cores take seconds for a token.
+        _, address = await ready_line(process, within=120)
+        async with connected(address) as target:
+            answer = await target.stub.GenerateAll(pb.GenerationRequest(text="Hello", max_tokens=1, temperature=0))
+        assert [sample.generated_tokens for sample in answer.responses] == [1]
