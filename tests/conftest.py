@@ -32,10 +32,10 @@ if TYPE_CHECKING:
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """Returns one more than there are cores to use: tests wait much of the time, for deadlines, containers and subprocesses."""
+    """Returns two more than there are cores to use: tests wait much of the time, for deadlines, containers and subprocesses."""
     from flywheel_server.system.cores import usable_cores
 
-    return usable_cores() + 1
+    return usable_cores() + 2
 
 
 @pytest.hookimpl(wrapper=True)
