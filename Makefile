@@ -27,7 +27,8 @@ test-thorough: .venv/.installed .venv/.prometheus ## Run the further cases of wh
 
 # What would run twice with the same versions: the locks have one version of llama.cpp and one of Modal's library. The rest is about
 # tools and files of contributors.
-SAME_AT_FLOOR := tests/engines/llama_cpp tests/engines/modal tests/modal_cloud tests/benchmarks tests/chaos tests/test_house.py tests/test_project_files.py
+SAME_AT_FLOOR := tests/engines/llama_cpp tests/engines/modal tests/modal_cloud tests/benchmarks tests/chaos \
+	tests/test_house.py tests/test_project_files.py
 
 test-floor: .venv-floor/.installed ## Run the tests that depend on versions, with the lowest supported version of every dependency
 	.venv-floor/bin/pytest $(SAME_AT_FLOOR:%=--ignore=%) $(ARGS)
