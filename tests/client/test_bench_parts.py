@@ -17,7 +17,7 @@ from flywheel_client._bench.histogram import Histogram
 from flywheel_client._bench.html_report import html_page
 from flywheel_client._bench.measurements import ENOUGH_INTERVALS, MAX_ERROR_KINDS, MAX_INTERVALS, Measurements, Timeline
 from flywheel_client._bench.overhead import Overhead, OverheadMeter
-from flywheel_client._bench.report import Report, Setup, report_of
+from flywheel_client._bench.report import Report, Setup, read_report, report_of
 from flywheel_client._bench.schedule import arrival_times
 from flywheel_client._bench.terminal_report import format_seconds, report_lines, verdict
 from flywheel_client._bench.workload import BUILT_IN_PROMPTS, requests_of
@@ -178,6 +178,19 @@ def test_a_report_survives_json() -> None:
     assert "setup" not in lines[0]
     assert not any("better" in line or "worse" in line for line in lines)
     assert "#" in "".join(report_lines(made, blocks=False))
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", "1" + "0" * 400, "1" + "0" * 5000, '"5"', "null"])
+def test_a_report_has_only_finite_numbers(tmp_path: Path, number: str) -> None:
+    file, written = tmp_path / "report.json", json.dumps(report().as_json())
+    file.write_text(written)
+    assert read_report(file).calls_per_second == 10
+    for figure in ('"calls_per_second": 10.0', '"calls_failed": 1'):
+        assert figure in written
+        name, _, _ = figure.partition(" ")
+        file.write_text(written.replace(figure, f"{name} {number}"))
+        with pytest.raises(ValueError, match="is not a report of flywheel bench --json"):
+            read_report(file)
 
 
 def test_a_change_from_zero_is_marked() -> None:

@@ -1,6 +1,7 @@
 """The report of a run, and its form in JSON."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -148,12 +149,26 @@ def _known(kind: type, value: Mapping[str, Any]) -> Any:  # noqa: ANN401 - an ob
     return kind(**{each.name: value[each.name] for each in fields(kind)})
 
 
+def _finite(text: str) -> float:
+    """Returns a number of a report. JSON has none for infinity and NaN, but Python reads them, and takes 1e999 for infinity."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is not a number of JSON")
+    return value
+
+
+def _int(text: str) -> int:
+    """Returns a whole number of a report; raises `ValueError` if it is too large to calculate with."""
+    _finite(text)
+    return int(text)
+
+
 def read_report(file: Path) -> Report:
     """Reads a report from a file; raises `ValueError` if it is not one."""
     with file.open("rb") as opened:
         content = opened.read(MAX_REPORT_BYTES)
     try:
-        return Report.from_json(json.loads(content))
+        return Report.from_json(json.loads(content, parse_constant=_finite, parse_float=_finite, parse_int=_int))
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError):
         raise ValueError(f"{file} is not a report of flywheel bench --json") from None
 
