@@ -19,7 +19,6 @@ from flywheel_client._channel import Connection
 from flywheel_client._errors import FlywheelError, error_from_call, unknown_status
 
 Method = Literal["GenerateDeltas", "Generate", "GenerateAll"]
-METHODS: Final[Sequence[Method]] = ("GenerateDeltas", "Generate", "GenerateAll")
 
 INCOMPLETE: Final = "INCOMPLETE"
 """The reason of a call that ended with OK, but without all its samples."""
