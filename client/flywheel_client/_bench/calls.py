@@ -68,7 +68,7 @@ async def open_channels(connection: Connection, count: int) -> AsyncIterator[lis
 class Caller:
     """Makes calls of a method with the requests, in turn on each connection.
 
-    Arguments:
+    Args:
         connection: The options of calls.
         channels: A channel for each connection.
         method: The method to call.
