@@ -272,7 +272,7 @@ class Client(BaseClient):
             FlywheelError: The server cannot be reached, or does not know the service (code NOT_FOUND).
         """
         options = self._connection.call_options(timeout, wait_for_ready=wait_for_ready)
-        check = self._opened(any_health=True).unary_unary(HEALTH_CHECK, health_request, health_response)
+        check = self._channel(any_health=True).unary_unary(HEALTH_CHECK, health_request, health_response)
         return serving_status(_unary(check, StringValue(value=service), options))
 
     def close(self) -> None:
@@ -290,7 +290,7 @@ class Client(BaseClient):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.close()
 
-    def _opened(self, *, any_health: bool) -> grpc.Channel:
+    def _channel(self, *, any_health: bool) -> grpc.Channel:
         any_health = any_health and self._connection.checks_health
         # No lock: a signal handler or finalizer that interrupts the holder of the lock would wait for it forever.
         channel = self._channels.get(any_health)
@@ -306,7 +306,7 @@ class Client(BaseClient):
         return channel
 
     def _stub(self, *, any_health: bool = False) -> generation_pb2_grpc.GenerationServiceStub:
-        return generation_pb2_grpc.GenerationServiceStub(self._opened(any_health=any_health))
+        return generation_pb2_grpc.GenerationServiceStub(self._channel(any_health=any_health))
 
     def _stream(
         self,

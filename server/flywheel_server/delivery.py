@@ -14,6 +14,7 @@ from typing import Any, Final, Literal, Protocol
 from flywheel_proto.v1 import generation_pb2 as pb
 
 from flywheel_server.engines.base import EngineFailedError, Event, OutputEvent, Sink, Started, TextDelta
+from flywheel_server.engines.samples import FinishedSamplesSink
 from flywheel_server.errors import SlowReaderError
 from flywheel_server.messages import GenerationResponseSample, LikelyToken, Token
 from flywheel_server.translation import delta_to_proto, last_delta_to_proto, sample_to_proto
@@ -222,25 +223,22 @@ class SampleBuffer:
         return [sample_to_proto(sample) for sample in samples]
 
 
-class SampleCollector:
-    """The sink of a generation that is answered with a single message: collects the finished samples.
+class SampleCollector(FinishedSamplesSink):
+    """The sink of a generation that is answered with a single message, when it has finished.
 
     Arguments:
         begin: Called when the engine starts.
     """
 
-    is_full = False
-
     def __init__(self, begin: Callable[[], None]) -> None:
-        self.samples: list[GenerationResponseSample] = []
+        super().__init__()
         self._begin = begin
 
     def emit(self, event: Event) -> None:
-        """Keeps a finished sample; ignores deltas."""
-        if isinstance(event, GenerationResponseSample):
-            self.samples.append(event)
-        elif isinstance(event, Started):
+        """Keeps the event if it is a finished sample; see `Sink.emit`."""
+        if isinstance(event, Started):
             self._begin()
+        super().emit(event)
 
 
 class _Pending:

@@ -26,7 +26,10 @@ STATS_TIMEOUT: Final = 1.0
 """Seconds that the engine has to say how busy it is. Otherwise these figures of the engine are left out."""
 
 Read = Callable[[], float | None]
-"""Returns a figure, now; None if it is not known. Runs on the event loop, and must not block it."""
+"""Returns a figure, now; None if it is not known.
+
+Runs on the event loop, which it must not block, and also in the thread of `OtlpMetrics`.
+"""
 
 
 class Gauges(Collector):

@@ -72,7 +72,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             # Without a task of its own, because nothing is written until the generation has finished.
             collector = SampleCollector(context.begin)
             await generation.run(collector)
-            response = response_to_proto(generation_request, created, collector.samples)
+            response = response_to_proto(generation_request, created, collector.finished)
             await self._delivery.deliver_one(generation, response, context.write)
 
         await self._run(generation_request, context, deliver)

@@ -15,7 +15,7 @@ from flywheel_client._bench.comparison import comparison_lines
 from flywheel_client._bench.driver import Outcome, Plan
 from flywheel_client._bench.histogram import Histogram
 from flywheel_client._bench.html_report import html_page
-from flywheel_client._bench.measurements import ENOUGH_INTERVALS, MAX_ERROR_KINDS, MAX_INTERVALS, Measurements, Timeline
+from flywheel_client._bench.measurements import MAX_ERROR_KINDS, MAX_INTERVALS, MAX_SPARSE_INTERVALS, Measurements, Timeline
 from flywheel_client._bench.overhead import Overhead, OverheadMeter
 from flywheel_client._bench.report import Report, Setup, read_report, report_of
 from flywheel_client._bench.schedule import arrival_times
@@ -91,7 +91,7 @@ def test_a_timeline_of_any_length_has_few_intervals() -> None:
     assert timeline.interval_seconds * MAX_INTERVALS >= 1000
     timeline.at(0).sent = 100
     timeline.coarsen()
-    assert len(timeline.intervals) <= ENOUGH_INTERVALS
+    assert len(timeline.intervals) <= MAX_SPARSE_INTERVALS
     assert sum(interval.tokens for interval in timeline.intervals) == 1000
 
 

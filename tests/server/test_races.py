@@ -98,7 +98,7 @@ class Race:
             self.outcomes["cancelled"] += 1
             raise
         else:
-            assert len(written) + len(collector.samples) == num_samples
+            assert len(written) + len(collector.finished) == num_samples
             self.outcomes["finished"] += 1
 
     def begin(self, call: Coroutine[Any, Any, None]) -> asyncio.Task[None]:

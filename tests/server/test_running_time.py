@@ -215,7 +215,7 @@ async def test_a_class_on_modal_is_not_doubted_for_it(monkeypatch: pytest.Monkey
     await slow_write(None)
     known.note_failure()
     policy.delay(error, is_transient=False)
-    assert known
+    assert known.is_reachable
 
 
 async def stopped(process: Process, seconds: float) -> None:

@@ -38,7 +38,7 @@ class Parent:
 
     @property
     def is_empty(self) -> bool:
-        left = [each._entries or each._places or each._shares for each in self.calls]
+        left = [each._entries or each._places or each._reservations for each in self.calls]
         return (self.admission.active, self.admission.queued) == (0, 0) and not any(left)
 
     @asynccontextmanager

@@ -19,7 +19,6 @@ from flywheel_client._channel import Connection
 from flywheel_client._errors import FlywheelError, error_from_call, unknown_status
 
 Method = Literal["GenerateDeltas", "Generate", "GenerateAll"]
-METHODS: Final[Sequence[Method]] = ("GenerateDeltas", "Generate", "GenerateAll")
 
 INCOMPLETE: Final = "INCOMPLETE"
 """The reason of a call that ended with OK, but without all its samples."""
@@ -69,7 +68,7 @@ async def open_channels(connection: Connection, count: int) -> AsyncIterator[lis
 class Caller:
     """Makes calls of a method with the requests, in turn on each connection.
 
-    Arguments:
+    Args:
         connection: The options of calls.
         channels: A channel for each connection.
         method: The method to call.

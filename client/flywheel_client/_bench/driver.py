@@ -63,7 +63,7 @@ class Outcome:
 class Driver:
     """Makes the calls of one run.
 
-    Arguments:
+    Args:
         caller: Makes the calls.
         plan: The load and its limits.
         show: Is told a few times a second how many seconds have passed, and how many calls are in flight.

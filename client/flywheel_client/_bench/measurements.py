@@ -8,10 +8,11 @@ from flywheel_client._bench.histogram import Histogram
 MAX_INTERVALS: Final = 240
 """The most intervals of a timeline. If a run is longer, two intervals become one, so that there are always 120 to 240."""
 
-ENOUGH_INTERVALS: Final = 40
-"""So many intervals are enough for a plot. If there are more, each should have `MIN_CALLS_PER_INTERVAL` calls on average."""
-
 MIN_CALLS_PER_INTERVAL: Final = 5
+"""The calls that an interval should have on average."""
+
+MAX_SPARSE_INTERVALS: Final = 40
+"""The most intervals of a timeline whose intervals have fewer calls than that. They are enough for a plot."""
 
 FIRST_INTERVAL_SECONDS: Final = 0.05
 """The length of the intervals when a run begins."""
@@ -66,7 +67,7 @@ class Timeline:
     def coarsen(self) -> None:
         """Makes the intervals longer, so that most of them have some calls. Call this at the end of the run."""
         calls = sum(interval.sent for interval in self.intervals)
-        while len(self.intervals) > ENOUGH_INTERVALS and calls < MIN_CALLS_PER_INTERVAL * len(self.intervals):
+        while len(self.intervals) > MAX_SPARSE_INTERVALS and calls < MIN_CALLS_PER_INTERVAL * len(self.intervals):
             self._merge_pairs()
 
     def _merge_pairs(self) -> None:

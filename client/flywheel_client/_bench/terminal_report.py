@@ -12,8 +12,8 @@ WIDTH: Final = 80
 BAR_WIDTH: Final = 40
 EIGHTHS: Final = " ▏▎▍▌▋▊▉█"
 MAX_MESSAGE_LENGTH: Final = 100
-LEAST_SHOWN_AS_WHOLE: Final = 99.95
-LEAST_SHOWN_IN_SECONDS: Final = 0.9995
+MIN_SHOWN_AS_WHOLE: Final = 99.95
+MIN_SHOWN_IN_SECONDS: Final = 0.9995
 """A shorter duration is shown in milliseconds, of which it has at most 999."""
 
 NOT_THE_LIMIT: Final = "The bench was not the limit."
@@ -95,14 +95,14 @@ def latency_cells(histogram: Histogram) -> list[str]:
 
 def format_seconds(seconds: float) -> str:
     """Returns a duration with three digits or more and a unit."""
-    unit, size = ("s", 1.0) if seconds >= LEAST_SHOWN_IN_SECONDS else ("ms", 1000.0)
+    unit, size = ("s", 1.0) if seconds >= MIN_SHOWN_IN_SECONDS else ("ms", 1000.0)
     digits = f"{seconds * size:.3g}"
     return f"{seconds * size:.0f} {unit}" if "e+" in digits else f"{digits} {unit}"
 
 
 def format_number(number: float) -> str:
     """Returns a number for people: with a fraction if it is small, and with commas if it is large."""
-    return f"{number:,.0f}" if number >= LEAST_SHOWN_AS_WHOLE else f"{number:.3g}"
+    return f"{number:,.0f}" if number >= MIN_SHOWN_AS_WHOLE else f"{number:.3g}"
 
 
 def histogram_lines(histogram: Histogram, *, blocks: bool) -> Iterator[str]:

@@ -140,7 +140,7 @@ class KeysFile(BaseModel):
             problems = [
                 _problem(text, item["loc"], item["msg"]) for item in error.errors(include_url=False, include_input=False)
             ]
-        # Raised outside the `except` block, so that the error does not refer to the input: see `GenerationRequest.within`.
+        # Raised outside the `except` block, so that the error does not refer to the input: see `checked_request`.
         raise ValueError("; ".join(problems))
 
     @classmethod

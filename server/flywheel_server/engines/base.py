@@ -166,26 +166,21 @@ class EngineError(Exception):
     """
 
 
-class EngineUnavailableError(EngineError):
+class _TryAgainError(EngineError):
+    def __init__(self, message: str, retry_delay: float = 1.0) -> None:
+        super().__init__(message, retry_delay)
+        self.retry_delay = retry_delay
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class EngineUnavailableError(_TryAgainError):
     """The engine is starting, stopped, or out of reach. Callers may try again after `retry_delay` seconds."""
 
-    def __init__(self, message: str, retry_delay: float = 1.0) -> None:
-        super().__init__(message, retry_delay)
-        self.retry_delay = retry_delay
 
-    def __str__(self) -> str:
-        return str(self.args[0])
-
-
-class EngineOverloadedError(EngineError):
+class EngineOverloadedError(_TryAgainError):
     """The engine cannot take more work. Callers may try again after `retry_delay` seconds."""
-
-    def __init__(self, message: str, retry_delay: float = 1.0) -> None:
-        super().__init__(message, retry_delay)
-        self.retry_delay = retry_delay
-
-    def __str__(self) -> str:
-        return str(self.args[0])
 
 
 class EngineFailedError(EngineError):

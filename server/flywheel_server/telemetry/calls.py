@@ -191,10 +191,10 @@ class CallObserver(Protocol):
     """Reports on calls. Both methods run on the event loop, and must not block or raise."""
 
     def begin(self, call: CallRecord, metadata: Metadata) -> None:
-        """A call has arrived, with this metadata. Runs in the context of the call."""
+        """Takes note of a call that has arrived, with this metadata. Runs in the context of the call."""
 
     def end(self, call: CallRecord) -> None:
-        """The call has ended, perhaps up to `REPORT_INTERVAL` ago. Its record changes no more. Runs in no call's context."""
+        """Reports a call that ended at most `REPORT_INTERVAL` ago. Its record changes no more. Runs in no call's context."""
 
 
 class Calls:

@@ -1,7 +1,7 @@
 """Counters and histograms that are cheap to add to, as collectors for a registry of prometheus-client.
 
 The library's own instruments take a lock for each addition, and look labels up slowly. These ones need no lock, because only
-the event loop uses them.
+the event loop adds to them. The thread of `OtlpMetrics` reads them too, so a reading copies what may change.
 """
 
 from bisect import bisect_left

@@ -48,7 +48,8 @@ class Metrics:
     """Observes calls, and counts them; see `CallObserver`.
 
     Attributes:
-        registry: All metrics of this process. Other collectors may be registered. They are read on the event loop.
+        registry: All metrics of this process. Other collectors may be registered. They are read on the event
+            loop, and in the thread of `OtlpMetrics`.
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,7 @@
 """Sends the metrics of prometheus_client to an OTLP receiver.
 
-The metrics have the names of the OpenTelemetry semantic conventions where these have a name. All others lose only the suffixes
-that a receiver adds again when it writes them for Prometheus: `_total`, and `_seconds`, which becomes the unit.
+If the OpenTelemetry semantic conventions have a name for a metric, it is used. All other names lose only the suffixes that a
+receiver adds again when it writes them for Prometheus: `_total`, and `_seconds` and `_bytes`, which become the unit.
 """
 
 import asyncio

@@ -58,10 +58,10 @@ class SharedAdmissionControl:
 
 
 class SharedPlace:
-    """A call's share of the quotas and place in the queue of all workers, for the length of the context.
+    """A call's reservation of quota and its place in the queue of all workers, for the length of the context.
 
     A call does not wait for the answer to its entry. If preparing the prompt takes time, the call prepares until the parent
-    refuses it. If it takes none, the call asks for entry and room with one message, when its prompt is ready.
+    refuses it. If it takes none, the call asks for entry and slots with one message, when its prompt is ready.
     """
 
     def __init__(self, admission: SharedAdmissionControl, number: int, entry: Line) -> None:

@@ -13,7 +13,7 @@ from flywheel_server.workers.wire import Connection
 
 
 class SharedCalls:
-    """Takes and releases places and quota shares for a worker's calls. Releases them all when the worker is gone.
+    """Reserves quota and places in the queue for a worker's calls, and releases both. Releases all when the worker is gone.
 
     Arguments:
         quotas: The quotas of all workers.
@@ -29,8 +29,8 @@ class SharedCalls:
         self._admission = admission
         self._worker = worker
         self._places: dict[int, Place] = {}
-        self._shares: dict[int, Callable[[int], None]] = {}
-        """For each call with a share of the quotas: the function that releases the share, except for the tokens used."""
+        self._reservations: dict[int, Callable[[int], None]] = {}
+        """For each call that has reserved quota: the function that settles the reservation with the tokens used."""
         self._entries: dict[int, asyncio.Handle] = {}
         """For each call that has arrived and not yet entered: the scheduled `_enter`."""
         self.handlers: Final[dict[str, Callable[..., None]]] = {
@@ -58,12 +58,12 @@ class SharedCalls:
         time_remaining: float | None,
         context_tokens: int | None = None,
     ) -> None:
-        """Takes a quota share and a place in the queue for a new call. The call waits for room if its prompt is ready."""
+        """Reserves quota and a place in the queue for a new call. The call waits for slots if its prompt is ready."""
         del self._entries[number]
         caller = Caller(**caller_fields)
         try:
-            taken = self._quotas.reserve(caller, samples, tokens)
-            self._shares[number] = lambda used: self._quotas.settle(caller, samples, taken - used)
+            reserved = self._quotas.reserve(caller, samples, tokens)
+            self._reservations[number] = lambda used: self._quotas.settle(caller, samples, reserved - used)
             place = self._admission.join(samples, caller, time_remaining)
         except wire.REFUSALS as error:
             self._refuse(number, error)
@@ -74,7 +74,7 @@ class SharedCalls:
             self._admit(number, context_tokens, time_remaining)
 
     def admit(self, number: int, context_tokens: int, time_remaining: float | None) -> None:
-        """Makes a call wait for room, unless it has been refused. Scheduled, so that it runs after `_enter`."""
+        """Makes a call wait for slots, unless it has been refused. Scheduled, so that it runs after `_enter`."""
         asyncio.get_running_loop().call_soon(self._admit, number, context_tokens, time_remaining)
 
     def _admit(self, number: int, context_tokens: int, time_remaining: float | None) -> None:
@@ -93,7 +93,7 @@ class SharedCalls:
             self._worker.send("admitted", number)
 
     def leave(self, number: int, finished: bool, used_tokens: int | None) -> None:
-        """Releases the place or the room of a call, and its quota share if the number of used tokens is known."""
+        """Releases the place or the slots of a call, and settles its reservation if the number of used tokens is known."""
         if entry := self._entries.pop(number, None):
             entry.cancel()
         if place := self._places.pop(number, None):
@@ -102,15 +102,15 @@ class SharedCalls:
             self.settle(number, used_tokens)
 
     def settle(self, number: int, used_tokens: int) -> None:
-        """Releases a call's quota share, except for the tokens used."""
-        if release := self._shares.pop(number, None):
-            release(used_tokens)
+        """Settles a call's reservation: gives back the quota, except for the tokens used."""
+        if settle := self._reservations.pop(number, None):
+            settle(used_tokens)
 
     def release_all(self) -> None:
         """Releases everything that the calls hold. Their used tokens are unknown, and do not count, as after a restart."""
         for number in [*self._entries, *self._places]:
             self.leave(number, False, None)
-        for number in list(self._shares):
+        for number in list(self._reservations):
             self.settle(number, 0)
 
     def _lose(self, number: int, error: Exception) -> None:
@@ -118,6 +118,6 @@ class SharedCalls:
         asyncio.get_running_loop().call_soon(self._refuse, number, error)
 
     def _refuse(self, number: int, error: Exception) -> None:
-        # The quota share stays until the worker reports the tokens used: the prompt may have been read.
+        # The reservation stays until the worker reports the tokens used: the prompt may have been read.
         self.leave(number, False, None)
         self._worker.send("refused", number, wire.from_error(error))

@@ -2,14 +2,14 @@
 
 From a worker:
 
-    enter     call, caller, samples, tokens, time_remaining     take a quota share and a place in the queue; if
-              [, context_tokens]                                context_tokens are known, wait for room too; the caller
+    enter     call, caller, samples, tokens, time_remaining     reserve quota and a place in the queue; if
+              [, context_tokens]                                context_tokens are known, wait for slots too; the caller
                                                                 is an object with the attributes of `Caller`
-    admit     call, context_tokens, time_remaining              wait for room
-    confirm   call                                              wait for the quota share and the place only
-    leave     call, finished, used_tokens                       release the place or the room, and the quota share unless
-                                                                used_tokens is null
-    settle    call, used_tokens                                 release the quota share, except for used_tokens
+    admit     call, context_tokens, time_remaining              wait for slots
+    confirm   call                                              wait for the quota and the place only
+    leave     call, finished, used_tokens                       release the place or the slots, and settle the reservation
+                                                                unless used_tokens is null
+    settle    call, used_tokens                                 settle the reservation: give back all but used_tokens
     capacity  slots, context_tokens                             the engine's capacity
     health    serving, runners                                  the health of the worker and its engine
     hello                                                       the worker can be told to stop
@@ -21,8 +21,8 @@ From a worker:
 
 From the parent:
 
-    admitted  call                                              the call has room, or what `confirm` waits for
-    refused   call, error                                       ends the call, which has lost its place or its room
+    admitted  call                                              the call has slots, or what `confirm` waits for
+    refused   call, error                                       ends the call, which has lost its place or its slots
     health    serving, runners                                  the health of all workers together
     count     question                                          asks for the counts of this worker
     metrics   question                                          asks for the metrics of this worker

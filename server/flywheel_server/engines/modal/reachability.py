@@ -1,11 +1,11 @@
-"""Whether calls to a class on Modal can be made. Health asks this if Modal does not tell how busy the class is."""
+"""Finds out whether calls to a class on Modal can be made. Health asks this if Modal does not tell how busy the class is."""
 
 from flywheel_server import running_time
 from flywheel_server.engines.modal.retries import CONFIRMATION_SECONDS
 
 
 class Reachability:
-    """Concludes from requests to Modal whether the class can be reached. It is True or False.
+    """Concludes from requests to Modal whether the class can be reached.
 
     The class is reachable once a request about it has succeeded. It becomes unreachable if two look-ups or more have failed
     since the last success, the first of them `CONFIRMATION_SECONDS` ago.
@@ -16,7 +16,9 @@ class Reachability:
         self._failing_since: float | None = None
         self._failures = 0
 
-    def __bool__(self) -> bool:
+    @property
+    def is_reachable(self) -> bool:
+        """Whether the class can be reached, as far as the requests tell."""
         if not self._has_succeeded or self._failing_since is None:
             return self._has_succeeded
         seconds = running_time.now() - self._failing_since

@@ -173,7 +173,7 @@ class RemoteClass:
 
     def is_reachable(self) -> bool:
         """Returns whether calls can be made, as far as the last requests tell; see `Reachability`."""
-        return bool(self._reachability)
+        return self._reachability.is_reachable
 
     def look_up_again(self) -> None:
         """Has the class looked up again for the next call."""
