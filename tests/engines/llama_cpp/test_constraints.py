@@ -158,6 +158,12 @@ def test_a_named_property_cannot_be_named_again_in_another_spelling() -> None:
         ('{"minimum": NaN}', "is not JSON: NaN"),
         (f'{{"minimum": {"9" * 5000}}}', "has a number that is too long"),
         ('{"minimum": 1e999}', "/minimum: is not between"),
+        *(
+            ({name: 10**400}, f"/{name}: ")
+            for name in ("minimum", "exclusiveMaximum", "multipleOf", "const", "minLength", "maxItems", "minProperties")
+        ),
+        ({"enum": [1, 10**400]}, "/enum: is not between"),
+        ({"const": {"a": [-(10**400)]}}, "/const: is not between"),
         ({"x-guidance": {"lenient": True}}, "/x-guidance: is not a supported keyword"),
         ({"properties": {"a": {"x-guidance": {}}}}, "/properties/a/x-guidance: is not a supported keyword"),
         ({"$schema": "http://json-schema.org/draft-04/schema#"}, "/$schema: is no draft"),

@@ -25,7 +25,7 @@ def check_number(value: Any, pointer: str) -> None:  # noqa: ANN401 - JSON
     """Raises `ConstraintProblemError` if the value is not a number that is enforced exactly."""
     if not is_number(value):
         raise ConstraintProblemError("is not a number", pointer)
-    if not math.isfinite(value) or abs(value) > MAX_NUMBER:
+    if abs(value) > MAX_NUMBER:
         raise ConstraintProblemError("is not between -2^53 and 2^53", pointer)
     if -int(Decimal(str(value)).as_tuple().exponent) > MAX_DECIMALS:
         raise ConstraintProblemError(f"has more than {MAX_DECIMALS} digits after the point", pointer)
