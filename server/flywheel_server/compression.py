@@ -26,7 +26,8 @@ async def decompressed(data: bytes, limit: int) -> bytes:
         RequestTooLargeError: The message is larger than `limit` bytes.
     """
     if _looks_compressed(data):
-        data = await _decompress(data, limit) or data
+        message = await _decompress(data, limit)
+        data = data if message is None else message
     if len(data) > limit:
         raise RequestTooLargeError(limit)
     return data
@@ -53,4 +54,6 @@ async def _decompress(data: bytes, limit: int) -> bytes | None:
             await asyncio.sleep(0)
     except zlib.error:
         return None
+    if decompressor.eof and (decompressor.unused_data or start < len(data)):
+        return None  # nothing may follow the compressed message
     return bytes(message)

@@ -275,7 +275,15 @@ async def test_compressed_requests_are_read_up_to_the_limit(compression: grpc.Co
 
 
 @pytest.mark.parametrize(
-    "data", [b"\x1f\x8b", gzip.compress(b"", mtime=0)[:-1], zlib.compress(b"\x0a\x01x")[:-1], b"\x78\x9c\xff\xff"]
+    "data",
+    [
+        b"\x1f\x8b",
+        gzip.compress(b"", mtime=0)[:-1],
+        zlib.compress(b"\x0a\x01x")[:-1],
+        b"\x78\x9c\xff\xff",
+        gzip.compress(b"\x0a\x01x\x10\x01", mtime=0) + b"more",
+        gzip.compress(b"\x0a\x01x\x10\x01", mtime=0) + b"\x00" * 2**17,
+    ],
 )
 async def test_bytes_that_only_look_compressed_are_an_invalid_argument(data: bytes) -> None:
     async with serving(ScriptedEngine()) as target:
@@ -283,6 +291,13 @@ async def test_bytes_that_only_look_compressed_are_an_invalid_argument(data: byt
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await call(data)
         assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+@pytest.mark.parametrize("compress", [bytes, gzip.compress, zlib.compress])
+async def test_a_message_without_fields_may_be_compressed(compress: Callable[[bytes], bytes]) -> None:
+    async with serving(ScriptedEngine()) as target:
+        call = target.channel.unary_unary(f"/{PROTECTED}/GetModel", compress, pb.Model.FromString)
+        assert (await call(b"")).engine == "scripted"
 
 
 @pytest.fixture
