@@ -243,7 +243,7 @@ def _naming(path: str) -> Iterator[None]:
         yield
     except UnicodeError as error:
         raise ValueError(f"{path} cannot be encoded in UTF-8: {error}") from error
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise ValueError(f"{path}: {error}") from error
     except TypeError as error:
         raise TypeError(f"{path} has the wrong type: {error}") from error

@@ -145,7 +145,7 @@ class Tries:
     def _delay_between_rounds(self, error: FlywheelError, jitter: float) -> float:
         """Returns the seconds to wait; infinity if the server asks for more than `max_delay`."""
         retry = self.retry or DEFAULT_RETRY
-        self.backoff = min(self.backoff * retry.multiplier or retry.initial_backoff, retry.max_backoff)
+        self.backoff = min(self.backoff * retry.multiplier if self.backoff else retry.initial_backoff, retry.max_backoff)
         if error.retry_delay is None:
             return self.backoff * (1 - BACKOFF_JITTER + 2 * BACKOFF_JITTER * jitter)
         if error.retry_delay <= retry.max_delay:

@@ -152,6 +152,10 @@ LOOP["properties"] = LOOP
         ({"choices": [1]}, TypeError, "choices"),
         ({"choices": ["a"], "regex": "a"}, TypeError, "only one of regex and choices"),
         ({"seed": 0.5}, TypeError, "seed"),
+        ({"temperature": 10**400}, ValueError, "temperature: "),
+        ({"time_limit": -(10**400)}, ValueError, "time_limit: "),
+        ({"logit_bias": {1: 10**400}}, ValueError, "logit_bias: "),
+        ({"max_tokens": 10**400}, ValueError, "max_tokens: "),
     ],
 )
 def test_values_that_no_message_can_hold_name_their_field(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -55,6 +56,11 @@ def test_backoffs_grow_up_to_a_limit_and_are_spread() -> None:
         tries = Tries.begin(retry, None, now=0.0)
         delays = [tries.delay(UNAVAILABLE, 0.0, jitter) for _ in range(6)]
         assert delays == [*(pytest.approx(backoff * factor) for backoff in (1.0, 2.0, 4.0, 5.0, 5.0)), None]
+
+
+def test_backoffs_may_grow_to_their_limit_at_once() -> None:
+    tries = Tries.begin(Retry(initial_backoff=1.0, max_backoff=5.0, multiplier=inf), None, now=0.0)
+    assert [tries.delay(UNAVAILABLE, 0.0, 0.5) for _ in range(3)] == [1.0, 5.0, 5.0]
 
 
 def test_the_delay_that_a_server_asks_for_is_never_cut_short() -> None:
