@@ -16,7 +16,7 @@ from flywheel_proto.v1 import generation_pb2 as pb
 from flywheel_server.engines.base import EngineFailedError, Event, OutputEvent, Sink, Started, TextDelta
 from flywheel_server.engines.samples import FinishedSamplesSink
 from flywheel_server.errors import SlowReaderError
-from flywheel_server.messages import GenerationResponseSample, LikelyToken, Token
+from flywheel_server.messages import GenerationResponseSample, Token
 from flywheel_server.translation import delta_to_proto, last_delta_to_proto, sample_to_proto
 from flywheel_server.watchdog import Watchdog
 from flywheel_server.write_scheduler import WriteScheduler
@@ -24,8 +24,11 @@ from flywheel_server.write_scheduler import WriteScheduler
 MAX_SEPARATE_TEXTS: Final = 256
 """Texts of one sample that wait separately before they are joined."""
 
-BYTES_PER_LOGPROB: Final = 16
-"""About how many bytes a token with its probability has in a message, besides its text."""
+BYTES_PER_LOGPROB: Final = 20
+"""About how many bytes a token with its probability has in a message."""
+
+MAX_LOGPROBS_ON_LOOP: Final = 2000
+"""Probabilities for which a message is made on the event loop. More take over 2 ms, for which other calls would wait."""
 
 Write = Callable[[Any], Awaitable[None]]
 
@@ -46,6 +49,17 @@ class ReaderPolicy:
     timeout: float
 
 
+class Part(Protocol):
+    """The events of a sample that make up one message."""
+
+    @property
+    def tokens(self) -> Sequence[Token]:
+        """The tokens in the message."""
+
+    def message(self) -> Any:  # noqa: ANN401 - any message
+        """Returns the message. May be called in any thread."""
+
+
 class Buffer(Protocol):
     """The events that wait to be written to a stream."""
 
@@ -57,8 +71,8 @@ class Buffer(Protocol):
     def add(self, event: OutputEvent) -> bool:
         """Adds an event, and returns whether there is something to write."""
 
-    def take(self) -> Sequence[Any]:
-        """Removes all events, and returns the messages for them."""
+    def take(self) -> Sequence[Part]:
+        """Removes all events, and returns what makes the messages for them."""
 
 
 class Source(Protocol):
@@ -101,7 +115,8 @@ class Delivery:
                 await stream.may_write()
                 if stream.has_started:
                     await begin()
-                for message in stream.take():
+                for part in stream.take():
+                    message = await asyncio.to_thread(part.message) if are_many(part.tokens) else part.message()
                     writes.start(source)
                     await write(message)
                     writes.stop(source)
@@ -182,22 +197,37 @@ class _Stream:
         self._unrequested = None
         self._scheduler.request(permission, is_first=self._is_first)
 
-    def take(self) -> Sequence[Any]:
-        """Returns the messages to write."""
+    def take(self) -> Sequence[Part]:
+        """Returns what makes the messages to write."""
         self.has_started = self.has_news = self.is_full = False
-        messages = self._buffer.take()
-        if messages:
+        parts = self._buffer.take()
+        if parts:
             self._is_first = False
-        return messages
+        return parts
 
 
-def bytes_of(tokens: Sequence[Token]) -> int:
-    """Returns about how many bytes the tokens have in a message."""
-    return sum(_bytes_of(token) + sum(map(_bytes_of, token.likeliest)) for token in tokens)
+def logprobs_in(tokens: Sequence[Token]) -> int:
+    """Returns about how many probabilities a message with these tokens has. All tokens of a sample have equally many."""
+    return len(tokens) * (1 + len(tokens[0].likeliest)) if tokens else 0
 
 
-def _bytes_of(token: Token | LikelyToken) -> int:
-    return BYTES_PER_LOGPROB + len(token.text)
+def are_many(*tokens: Sequence[Token]) -> bool:
+    """Returns whether a message with the tokens of these samples is to be made in a thread."""
+    return sum(map(logprobs_in, tokens)) > MAX_LOGPROBS_ON_LOOP
+
+
+class _FinishedSample:
+    """A sample that waits."""
+
+    __slots__ = ("_sample", "tokens")
+
+    def __init__(self, sample: GenerationResponseSample) -> None:
+        self.tokens = sample.tokens
+        self._sample = sample
+
+    def message(self) -> pb.GenerationResponseSample:
+        """Returns the sample as a message."""
+        return sample_to_proto(self._sample)
 
 
 class SampleBuffer:
@@ -206,21 +236,21 @@ class SampleBuffer:
     def __init__(self) -> None:
         self.size = 0
         self.prompt_tokens = 0
-        self._samples: list[GenerationResponseSample] = []
+        self._samples: list[_FinishedSample] = []
 
     def add(self, event: OutputEvent) -> bool:
         """Adds a finished sample; ignores deltas."""
         if isinstance(event, TextDelta):
             return False
-        self._samples.append(event)
-        self.size += len(event.text.encode()) + bytes_of(event.tokens)
+        self._samples.append(_FinishedSample(event))
+        self.size += len(event.text.encode()) + BYTES_PER_LOGPROB * logprobs_in(event.tokens)
         return True
 
-    def take(self) -> Sequence[pb.GenerationResponseSample]:
-        """Returns the messages, in the order in which the samples finished."""
+    def take(self) -> Sequence[_FinishedSample]:
+        """Returns the samples, in the order in which they finished."""
         samples, self._samples = self._samples, []
         self.size = 0
-        return [sample_to_proto(sample) for sample in samples]
+        return samples
 
 
 class SampleCollector(FinishedSamplesSink):
@@ -304,11 +334,11 @@ class DeltaBuffer:
         seen = self._seen_tokens.get(event.index, 0)
         tokens = event.tokens if isinstance(event, TextDelta) else event.tokens[seen:]
         self._seen_tokens[event.index] = seen + len(tokens)
-        self.size += bytes_of(tokens)
+        self.size += BYTES_PER_LOGPROB * logprobs_in(tokens)
         return tokens
 
-    def take(self) -> Sequence[pb.GenerationDelta]:
-        """Returns the messages, in the order of each sample's first waiting event."""
+    def take(self) -> Sequence[_Pending]:
+        """Returns the pending events of each sample, in the order of the sample's first one."""
         pending, self._pending = self._pending, {}
         self.size = 0
-        return [each.message() for each in pending.values()]
+        return [*pending.values()]

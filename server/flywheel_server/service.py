@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 
 import structlog
 from flywheel_proto.v1 import generation_pb2 as pb
@@ -10,7 +11,15 @@ from flywheel_proto.v1 import generation_pb2_grpc
 
 from flywheel_server import running_time
 from flywheel_server.access.callers import caller
-from flywheel_server.delivery import Buffer, Delivery, DeltaBuffer, ReaderPolicy, SampleBuffer, SampleCollector
+from flywheel_server.delivery import (
+    Buffer,
+    Delivery,
+    DeltaBuffer,
+    ReaderPolicy,
+    SampleBuffer,
+    SampleCollector,
+    are_many,
+)
 from flywheel_server.engines.base import PromptToken
 from flywheel_server.errors import SlowReaderError
 from flywheel_server.generations import Generation, Generations, GetCounts
@@ -72,7 +81,9 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             # Without a task of its own, because nothing is written until the generation has finished.
             collector = SampleCollector(context.begin)
             await generation.run(collector)
-            response = response_to_proto(generation_request, created, collector.finished)
+            samples = collector.finished
+            make = partial(response_to_proto, generation_request, created, samples)
+            response = await asyncio.to_thread(make) if are_many(*(each.tokens for each in samples)) else make()
             await self._delivery.deliver_one(generation, response, context.write)
 
         await self._run(generation_request, context, deliver)

@@ -32,7 +32,7 @@ def test_the_deltas_of_a_sample_are_its_text(
             finished[event.index] = event.text
 
     samples = [GrowingSample(index, 1, stop, emit) for index in range(len(pieces))]
-    received = [*buffer.take()]
+    received = [part.message() for part in buffer.take()]
     generated = [0] * len(pieces)
     for turn, index in enumerate(turns):
         if samples[index].finished:
@@ -45,11 +45,11 @@ def test_the_deltas_of_a_sample_are_its_text(
             samples[index].end("length", number + 1)
         if takes[turn]:
             size = buffer.size
-            pile = list(buffer.take())
+            pile = [part.message() for part in buffer.take()]
             assert size == sum(len(delta.text.encode()) for delta in pile)
             assert len({delta.index for delta in pile}) == len(pile), "one message for each sample"
             received += pile
-    received += buffer.take()
+    received += [part.message() for part in buffer.take()]
     assert buffer.size == 0
     for index in range(len(pieces)):
         deltas = [delta for delta in received if delta.index == index]

@@ -1,15 +1,22 @@
 """How tokens with their probabilities, seeds, and the length of the prompt become messages, whether or not they are merged."""
 
+import threading
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 from flywheel_proto.v1 import generation_pb2 as pb
-from flywheel_server.delivery import BYTES_PER_LOGPROB, DeltaBuffer, ReaderPolicy, SampleBuffer
+from flywheel_server import service
+from flywheel_server.delivery import BYTES_PER_LOGPROB, MAX_LOGPROBS_ON_LOOP, DeltaBuffer, Part, ReaderPolicy, SampleBuffer
 from flywheel_server.engines.base import TextDelta
+from flywheel_server.engines.scripted import ScriptedEngine
 from flywheel_server.errors import SlowReaderError
 from flywheel_server.messages import GenerationResponseSample, LikelyToken, Token
-from flywheel_server.translation import sample_to_proto
+from flywheel_server.translation import response_to_proto, sample_to_proto
 
 from tests.cpu_time import check_cpu_time
 from tests.server.test_delivery import Reader, Source, delivered, settled
+from tests.serving import serving
 
 TEXT = "abcdefghij"
 TOKENS = tuple(Token(number, letter.encode(), -0.5, (LikelyToken(9, b"x", -1.0),)) for number, letter in enumerate(TEXT))
@@ -46,9 +53,9 @@ def test_each_token_is_sent_once_however_deltas_are_merged(taken_after: set[int]
     for number in range(4):
         buffer.add(delta(number))
         if number + 1 in taken_after:
-            messages.extend(buffer.take())
+            messages.extend(part.message() for part in buffer.take())
     buffer.add(finished(4))
-    messages.extend(buffer.take())
+    messages.extend(part.message() for part in buffer.take())
     assert "".join(message.text for message in messages) == "abcd"
     assert [token for message in messages for token in ids(message)] == [0, 1, 2, 3, 4]
     assert all(bytes(token.text) in message.text.encode() for message in messages[:-1] for token in message.tokens)
@@ -67,14 +74,16 @@ def test_the_tokens_of_several_samples_are_told_apart() -> None:
         buffer.add(delta(number, index=0))
         buffer.add(delta(number + 3, index=1))
     buffer.add(finished(3))
-    assert [(message.index, ids(message)) for message in buffer.take()] == [(0, [0, 1, 2, 3]), (1, [3, 4, 5])]
+    messages = [part.message() for part in buffer.take()]
+    assert [(message.index, ids(message)) for message in messages] == [(0, [0, 1, 2, 3]), (1, [3, 4, 5])]
 
 
 def test_a_sample_that_comes_whole_has_all_of_its_tokens() -> None:
     buffer = DeltaBuffer()
     buffer.prompt_tokens = 7
     buffer.add(finished(4))
-    (message,) = buffer.take()
+    (part,) = buffer.take()
+    message = part.message()
     assert (ids(message), message.seed, message.prompt_tokens) == ([0, 1, 2, 3, 4], 5, 7)
 
 
@@ -82,16 +91,17 @@ def test_each_sample_tells_the_length_of_the_prompt_in_its_first_delta() -> None
     buffer = DeltaBuffer()
     buffer.prompt_tokens = 7
     buffer.add(delta(0, index=0))
-    assert [message.prompt_tokens for message in buffer.take()] == [7]
+    assert [part.message().prompt_tokens for part in buffer.take()] == [7]
     buffer.add(delta(1, index=0))
     buffer.add(delta(0, index=1))
-    assert [(message.index, message.prompt_tokens) for message in buffer.take()] == [(0, 0), (1, 7)]
+    messages = [part.message() for part in buffer.take()]
+    assert [(message.index, message.prompt_tokens) for message in messages] == [(0, 0), (1, 7)]
 
 
 def test_tokens_count_as_text_that_waits() -> None:
     for buffer, text in ((DeltaBuffer(), "abcd"), (SampleBuffer(), "abcd")):
         buffer.add(finished(4))
-        assert buffer.size == len(text) + 5 * 2 * (BYTES_PER_LOGPROB + 1)
+        assert buffer.size == len(text) + 5 * 2 * BYTES_PER_LOGPROB
         buffer.take()
         assert buffer.size == 0
     size = sample_to_proto(finished(9)).ByteSize()
@@ -114,6 +124,49 @@ async def test_a_reader_that_is_behind_is_noticed_by_tokens_too() -> None:
         await delivered(Source(*(delta(number) for number in range(10))), DeltaBuffer(), Reader(), ReaderPolicy(100, "end", 60))
 
 
+async def test_messages_with_many_probabilities_are_made_in_a_thread() -> None:
+    """16,000 tokens with 20 probabilities each take 0.3 s, for which all other calls would wait on the event loop."""
+    made_in: list[bool] = []
+
+    class Recording(SampleBuffer):
+        def take(self) -> Sequence[Any]:
+            return [RecordingPart(part) for part in super().take()]
+
+    class RecordingPart:
+        def __init__(self, part: Part) -> None:
+            self._part = part
+            self.tokens = part.tokens
+
+        def message(self) -> pb.GenerationResponseSample:
+            made_in.append(threading.current_thread() is threading.main_thread())
+            message: pb.GenerationResponseSample = self._part.message()
+            return message
+
+    few = finished(9)
+    many = few.model_copy(update={"index": 1, "tokens": few.tokens * MAX_LOGPROBS_ON_LOOP})
+    reader = Reader()
+    reader.may_read(2)
+    await delivered(Source(few, many), Recording(), reader, ReaderPolicy(2**20, "wait", 60))
+    assert made_in == [True, False]
+    assert [len(message.tokens) for message in reader.read] == [len(few.tokens), len(many.tokens)]
+
+
+async def test_an_answer_with_many_probabilities_is_made_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    made_in: list[bool] = []
+
+    def recorded(*arguments: Any) -> pb.GenerationResponse:
+        made_in.append(threading.current_thread() is threading.main_thread())
+        return response_to_proto(*arguments)
+
+    monkeypatch.setattr(service, "response_to_proto", recorded)
+    async with serving(ScriptedEngine()) as target:
+        for max_tokens in (1, MAX_LOGPROBS_ON_LOOP // 16):
+            request = pb.GenerationRequest(text="x", max_tokens=max_tokens, num_samples=2, logprobs=20)
+            answer = await target.stub.GenerateAll(request)
+            assert [len(sample.tokens) for sample in answer.responses] == [max_tokens] * 2
+    assert made_in == [True, False]
+
+
 def test_many_tokens_are_merged_in_a_time_that_grows_with_their_number() -> None:
     """To copy all tokens for each delta takes more than a second."""
 
@@ -121,6 +174,6 @@ def test_many_tokens_are_merged_in_a_time_that_grows_with_their_number() -> None
         buffer = DeltaBuffer()
         for number in range(20_000):
             buffer.add(TextDelta(0, "a", number, TOKENS[:1]))
-        assert len(buffer.take()[0].tokens) == 20_000
+        assert len(buffer.take()[0].message().tokens) == 20_000
 
     check_cpu_time(0.3, merge)
