@@ -3,7 +3,7 @@
 import asyncio
 
 from flywheel_server import running_time
-from flywheel_server.engines.base import EngineError, EngineFailedError
+from flywheel_server.engines.base import Engine, EngineError, EngineFailedError, EngineStats
 from flywheel_server.system.shortage import is_shortage
 
 
@@ -53,18 +53,11 @@ class Activity:
         Raises `EngineFailedError` in place of an error that must not leave a call: a cancellation that the engine caused, or
         an exception such as SystemExit.
         """
-        if isinstance(error, asyncio.CancelledError):
-            if (task := asyncio.current_task()) and task.cancelling():
-                return
-            # Nobody cancelled the call, so the engine did. The caller would get no status.
+        if failure := _failure_in_place_of(error):
             self._suspect()
-            raise EngineFailedError("the engine cancelled itself") from error
-        if isinstance(error, KeyboardInterrupt):
-            return
+            raise failure from error
         if not isinstance(error, Exception):
-            # For example SystemExit, which would end the event loop and so all other calls.
-            self._suspect()
-            raise EngineFailedError(f"the engine raised {type(error).__name__}") from error
+            return
         is_fault = isinstance(error, EngineFailedError) or not isinstance(error, EngineError)
         if is_fault and not is_shortage(error):
             self._suspect()
@@ -83,6 +76,29 @@ class Activity:
         """Returns when a check has found the engine alive after its last failure. If the engine is dead, never returns."""
         if self._confirmation is not None:
             await asyncio.shield(self._confirmation)
+
+
+async def stats_of(engine: Engine) -> EngineStats:
+    """Returns how busy the engine is. Raises `EngineFailedError` in place of an error that must not leave a call."""
+    try:
+        return await engine.stats()
+    except BaseException as error:
+        if failure := _failure_in_place_of(error):
+            raise failure from error
+        raise
+
+
+def _failure_in_place_of(error: BaseException) -> EngineFailedError | None:
+    """Returns the failure that an error of an engine becomes if it must not leave a call; None for any other error."""
+    if isinstance(error, asyncio.CancelledError):
+        if (task := asyncio.current_task()) and task.cancelling():
+            return None
+        # Nobody cancelled the call, so the engine did. The caller would get no status.
+        return EngineFailedError("the engine cancelled itself")
+    if isinstance(error, Exception | KeyboardInterrupt):
+        return None
+    # For example SystemExit, which would end the event loop and so all other calls.
+    return EngineFailedError(f"the engine raised {type(error).__name__}")
 
 
 class _Noticing:

@@ -12,6 +12,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from flywheel_server import logs, running_time
+from flywheel_server.activity import stats_of
 from flywheel_server.admission import Admission
 from flywheel_server.engines.base import EngineModel, EngineStats
 from flywheel_server.generations import Generations
@@ -189,7 +190,7 @@ class ServerGauges(Gauges):
             return None
         try:
             async with running_time.timeout(STATS_TIMEOUT):
-                return await self._generations.engine.stats()
+                return await stats_of(self._generations.engine)
         except Exception:  # noqa: BLE001 - health reports it, and the other figures do not depend on it
             return None
 

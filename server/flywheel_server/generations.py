@@ -15,7 +15,7 @@ import structlog
 from flywheel_server import running_time
 from flywheel_server.access.callers import Caller
 from flywheel_server.access.quotas import Usage
-from flywheel_server.activity import Activity
+from flywheel_server.activity import Activity, stats_of
 from flywheel_server.admission_control import AdmissionControl, Place
 from flywheel_server.engines.base import (
     Engine,
@@ -99,7 +99,7 @@ class Generations:
 
     async def counts(self) -> Counts:
         """Returns the counts of this process; see `GetCounts`."""
-        stats = await self.engine.stats()
+        stats = await stats_of(self.engine)
         return Counts(self.active, self.queued, stats)
 
     def open(self) -> None:
@@ -193,7 +193,8 @@ class Generations:
         async def deliver_tokens(generation: Generation, place: Place) -> None:
             await place.joined()
             generation.note_admitted()
-            tokens = await self.engine.tokenize(generation.prepared)
+            with self.activity.noticing_failures():
+                tokens = await self.engine.tokenize(generation.prepared)
             generation.usage.set_prompt_tokens(len(tokens))
             await deliver(tokens)
 

@@ -12,6 +12,7 @@ from flywheel_proto._service_name import SERVICE_NAME
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from flywheel_server import running_time
+from flywheel_server.activity import stats_of
 from flywheel_server.engines.base import Engine, EngineUnavailableError
 from flywheel_server.grpc_types import GrpcContext
 from flywheel_server.system.shortage import shortage_in
@@ -145,7 +146,7 @@ class Health:
     async def _probe(self, engine: Engine, seconds: float) -> None:
         try:
             async with running_time.timeout(seconds):
-                stats = await engine.stats()
+                stats = await stats_of(engine)
         except Exception as error:  # noqa: BLE001 - whatever it is, health must not stay as if the probe had succeeded
             if shortage := shortage_in(error):
                 # It says nothing about the engine, so the last report stays until a probe can be made again.

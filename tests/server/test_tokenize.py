@@ -15,7 +15,7 @@ from flywheel_server.access.callers import ANYBODY, Caller
 from flywheel_server.access.keys_file import KeysFile
 from flywheel_server.admission import MIN_MEASURED_CALLS, Admission
 from flywheel_server.admission_control import LocalAdmissionControl
-from flywheel_server.engines.base import PreparedRequest, PromptToken, UnsupportedMethodError
+from flywheel_server.engines.base import EngineFailedError, EngineStats, PreparedRequest, PromptToken, UnsupportedMethodError
 from flywheel_server.engines.scripted import Script, ScriptedEngine
 from flywheel_server.generations import Generations
 from flywheel_server.messages import GenerationRequest
@@ -50,6 +50,22 @@ class Tokenizer(ScriptedEngine):
         return call
 
 
+class Failing(ScriptedEngine):
+    """Fails to tell the tokens of a prompt, or how busy it is."""
+
+    checks = 0
+    error: BaseException
+
+    async def tokenize(self, prepared: PreparedRequest) -> Sequence[PromptToken]:
+        raise self.error
+
+    async def stats(self) -> EngineStats:
+        raise self.error
+
+    async def check(self) -> None:
+        self.checks += 1
+
+
 class Unable(ScriptedEngine):
     """Cannot tell the tokens of a prompt."""
 
@@ -67,6 +83,31 @@ async def refused(call: Any) -> tuple[grpc.StatusCode, dict[Any, Any]]:
 async def is_idle(target: Target, metadata: Any = None) -> bool:
     stats = await target.stub.GetStats(pb.GetStatsRequest(), metadata=metadata)
     return (stats.active, stats.queued) == (0, 0)
+
+
+FAULTS = [SystemExit(3), asyncio.CancelledError(), EngineFailedError("x"), KeyError("x")]
+
+
+@pytest.mark.parametrize("error", FAULTS, ids=repr)
+async def test_an_engine_that_fails_to_tokenize_fails_the_call_alone_and_is_checked(error: BaseException) -> None:
+    engine = Failing()
+    engine.error = error
+    async with serving(engine) as target:
+        for _ in range(2):
+            code, details = await refused(target.stub.Tokenize(HELLO, timeout=10))
+            assert (code, details[ErrorInfo].reason) == (grpc.StatusCode.INTERNAL, "ENGINE_FAILED")
+        await until(lambda: engine.checks > 1, "the engine is checked again")
+
+
+@pytest.mark.parametrize("error", FAULTS, ids=repr)
+async def test_an_engine_that_cannot_say_how_busy_it_is_ends_nothing(error: BaseException) -> None:
+    engine = Failing()
+    engine.error = error
+    async with serving(engine, health_interval=0.01) as target:
+        code, details = await refused(target.stub.GetStats(pb.GetStatsRequest(), timeout=10))
+        assert (code, details[ErrorInfo].reason) == (grpc.StatusCode.INTERNAL, "ENGINE_FAILED")
+        answer = await target.stub.GenerateAll(pb.GenerationRequest(text="x", max_tokens=1))
+        assert len(answer.responses) == 1
 
 
 @pytest.mark.parametrize("tokenizers", [0, 2])

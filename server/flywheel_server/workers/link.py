@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Final, Self
 
 from flywheel_server import logs
+from flywheel_server.activity import stats_of
 from flywheel_server.engines.base import EngineStats, EngineUnavailableError
 from flywheel_server.generations import Counts, Generations, GetCounts
 from flywheel_server.health import Health
@@ -74,11 +75,11 @@ class Link:
         engine = generations.engine
 
         async def count_own() -> Line:
-            stats = await engine.stats() if in_process else EngineStats(0, 0)
+            stats = await stats_of(engine) if in_process else EngineStats(0, 0)
             return (generations.active, generations.queued, stats.backlog, stats.num_total_runners)
 
         async def count_all() -> Counts:
-            stats = await engine.stats()
+            stats = await stats_of(engine)
             active, queued, backlog, runners = await self._totals.ask()
             return Counts(active, queued, EngineStats(backlog, runners) if in_process else stats)
 
