@@ -1,7 +1,7 @@
 """Runs gRPC operations, such as receiving or sending a message, to their end, even if nobody waits for their results.
 
-A gRPC operation must not be cancelled. If it is, gRPC never frees the memory of the message, and forgets that the initial
-metadata were sent.
+Receiving a message, and sending the initial metadata, must not be cancelled. If they are, gRPC never frees the memory of the
+message that arrives, and forgets that the initial metadata were sent. Sending a message may be cancelled.
 """
 
 import asyncio

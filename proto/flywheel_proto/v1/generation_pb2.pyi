@@ -25,8 +25,8 @@ domain of every ErrorInfo is `flywheel.v1`.
                       context: BadRequest with both numbers; the number of prompt tokens follows "at least" if the server
                       could stop counting early. The request has a field that this server does not know, because the
                       caller's contract is newer, or knows with another type: BadRequest with fields of this kind only,
-                      and ErrorInfo `UNKNOWN_FIELD` with the number of the field. The bytes are not a valid message: ErrorInfo `MALFORMED_REQUEST`. The
-                      same call fails again.
+                      and ErrorInfo `UNKNOWN_FIELD` with the number of the field. The bytes are not a valid message:
+                      ErrorInfo `MALFORMED_REQUEST`. The same call fails again.
   RESOURCE_EXHAUSTED  The server is full: RetryInfo and ErrorInfo `OVERLOADED`. A quota of the caller is used up:
                       QuotaFailure, ErrorInfo `QUOTA_EXCEEDED`, and RetryInfo unless the call alone exceeds the quota. The
                       caller reads the stream too slowly: ErrorInfo `SLOW_READER`. The request exceeds the size limit
@@ -847,7 +847,9 @@ class Stats(_message.Message):
     active: _builtins.int
     """How many generation calls of this server the engine is working on."""
     queued: _builtins.int
-    """How many generation calls of this server wait for the engine."""
+    """How many calls of this server wait for the engine: generations, and calls of Tokenize until they end. A call counts from
+    its arrival, also if it is refused for its prompt or its constraint in the end.
+    """
     def __init__(
         self,
         *,

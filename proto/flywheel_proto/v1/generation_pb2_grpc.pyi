@@ -25,8 +25,8 @@ domain of every ErrorInfo is `flywheel.v1`.
                       context: BadRequest with both numbers; the number of prompt tokens follows "at least" if the server
                       could stop counting early. The request has a field that this server does not know, because the
                       caller's contract is newer, or knows with another type: BadRequest with fields of this kind only,
-                      and ErrorInfo `UNKNOWN_FIELD` with the number of the field. The bytes are not a valid message: ErrorInfo `MALFORMED_REQUEST`. The
-                      same call fails again.
+                      and ErrorInfo `UNKNOWN_FIELD` with the number of the field. The bytes are not a valid message:
+                      ErrorInfo `MALFORMED_REQUEST`. The same call fails again.
   RESOURCE_EXHAUSTED  The server is full: RetryInfo and ErrorInfo `OVERLOADED`. A quota of the caller is used up:
                       QuotaFailure, ErrorInfo `QUOTA_EXCEEDED`, and RetryInfo unless the call alone exceeds the quota. The
                       caller reads the stream too slowly: ErrorInfo `SLOW_READER`. The request exceeds the size limit
