@@ -168,6 +168,9 @@ def configure(
     # The libraries below Modal's client log all headers, and so tokens, at the level debug.
     for name in ("asyncio", "grpclib", "h2", "hpack"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # OpenTelemetry warns of each invalid header, and quotes it, so that callers without a key could fill the log.
+    for name in ("opentelemetry.trace", "opentelemetry.baggage"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _indented(_: object, __: str, text: Any) -> str:  # noqa: ANN401 - the text of the renderer before

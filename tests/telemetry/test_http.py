@@ -55,6 +55,16 @@ async def test_the_format_follows_what_the_client_accepts() -> None:
         openmetrics = await get(port, Accept=accept)
         assert openmetrics.content == source.text + b"# EOF\n"
         assert openmetrics.headers["content-type"].startswith("application/openmetrics-text; version=1.0.0")
+        for accepted, expected in (
+            ("application/openmetrics-text", True),
+            ("text/plain, application/openmetrics-text; q=0.1", True),
+            ("application/openmetrics-text;version=0.0.1;q=0,application/openmetrics-text;version=1.0.0;q=1.0", True),
+            ("application/openmetrics-text;q=0,text/plain", False),
+            ("text/plain;q=1, application/openmetrics-text; version=1.0.0; q=0.000", False),
+            ("application/openmetrics-textual", False),
+        ):
+            answer = await get(port, Accept=accepted)
+            assert answer.headers["content-type"].startswith("application/openmetrics-text") == expected, accepted
         for accepted, expected in (("gzip", True), ("br, gzip;q=0.5", True), ("gzip;q=0", False), ("identity", False)):
             answer = await get(port, **{"Accept-Encoding": accepted})
             assert (answer.headers.get("content-encoding") == "gzip") == expected

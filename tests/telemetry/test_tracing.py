@@ -14,7 +14,8 @@ from flywheel_server.telemetry.otlp import STOP_TIMEOUT
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
-from tests.serving import Target, code_of, serving, until
+from tests.server.test_command import SCRIPTED, command, ready_line
+from tests.serving import Target, code_of, connected, serving, until
 from tests.telemetry.otlp_receiver import Receiver, attributes_of
 from tests.thorough import further
 
@@ -152,6 +153,25 @@ async def test_hostile_metadata_do_no_harm(receiver: Receiver) -> None:
         await until(lambda: len(receiver.spans) == len(HOSTILE), "all spans")
     for span, _ in receiver.spans:
         assert len(span.SerializeToString()) < 2000
+
+
+async def test_invalid_headers_of_strangers_are_not_in_the_log(receiver: Receiver) -> None:
+    invalid = (
+        *HOSTILE,
+        ("tracestate", "a=" + "x" * 2000),
+        ("tracestate", "a=1,a=2"),
+        ("traceparent", "f" * 600),
+        ("baggage", "nonsense, a=%zz, =b"),
+    )
+    async with command(*SCRIPTED, f"--otlp-endpoint={receiver.endpoint}", "--log-level=warning") as process:
+        _, address = await ready_line(process)
+        async with connected(address) as target:
+            for header in invalid:
+                metadata = (header,) if header[0] == "traceparent" else (SAMPLED, header)
+                await target.stub.GetStats(pb.GetStatsRequest(), metadata=metadata)
+        process.terminate()
+        _, stderr = await process.communicate()
+    assert stderr == b""
 
 
 async def test_strangers_cause_few_spans_and_probes_none(receiver: Receiver) -> None:

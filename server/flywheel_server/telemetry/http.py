@@ -133,8 +133,8 @@ class _Pages:
             return _problem(HTTPStatus.NOT_FOUND, "There are /metrics and / here.")
         if request.method not in {b"GET", b"HEAD"}:
             return _problem(HTTPStatus.METHOD_NOT_ALLOWED, "Use GET.", (("allow", "GET, HEAD"),))
-        openmetrics = path == "/metrics" and "application/openmetrics-text" in headers.get(b"accept", "")
-        key = path, openmetrics, _accepts_gzip(headers.get(b"accept-encoding", ""))
+        openmetrics = path == "/metrics" and _accepts(headers.get(b"accept", ""), "application/openmetrics-text")
+        key = path, openmetrics, _accepts(headers.get(b"accept-encoding", ""), "gzip")
         task = self._waiting.get(key)
         if task is None:
             task = self._waiting[key] = asyncio.create_task(self._make(key))
@@ -187,12 +187,12 @@ def _names_this_machine(host: str) -> bool:
         return False
 
 
-def _accepts_gzip(accept_encoding: str) -> bool:
-    """Returns whether an `Accept-Encoding` in lower case names gzip, without a weight of 0 (RFC 9110, section 12.5.3)."""
-    for each in accept_encoding.split(","):
-        name, _, weight = each.replace(" ", "").partition(";q=")
-        if name == "gzip":
-            return weight.strip("0.") != "" or not weight
+def _accepts(header: str, name: str) -> bool:
+    """Returns whether an `Accept` or `Accept-Encoding` in lower case names this, without a weight of 0 (RFC 9110, 12.4.2)."""
+    for each in header.replace(" ", "").split(","):
+        accepted, *parameters = each.split(";")
+        if accepted == name and all(each.strip("q=0.") for each in parameters if each.startswith("q=")):
+            return True
     return False
 
 
