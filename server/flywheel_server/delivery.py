@@ -116,7 +116,10 @@ class Delivery:
                 if stream.has_started:
                     await begin()
                 for part in stream.take():
-                    message = await asyncio.to_thread(part.message) if are_many(part.tokens) else part.message()
+                    if part.tokens and logprobs_in(part.tokens) > MAX_LOGPROBS_ON_LOOP:
+                        message = await asyncio.to_thread(part.message)
+                    else:
+                        message = part.message()
                     writes.start(source)
                     await write(message)
                     writes.stop(source)
@@ -209,11 +212,6 @@ class _Stream:
 def logprobs_in(tokens: Sequence[Token]) -> int:
     """Returns about how many probabilities a message with these tokens has. All tokens of a sample have equally many."""
     return len(tokens) * (1 + len(tokens[0].likeliest)) if tokens else 0
-
-
-def are_many(*tokens: Sequence[Token]) -> bool:
-    """Returns whether a message with the tokens of these samples is to be made in a thread."""
-    return sum(map(logprobs_in, tokens)) > MAX_LOGPROBS_ON_LOOP
 
 
 class _FinishedSample:

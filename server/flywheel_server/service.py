@@ -12,13 +12,14 @@ from flywheel_proto.v1 import generation_pb2_grpc
 from flywheel_server import running_time
 from flywheel_server.access.callers import caller
 from flywheel_server.delivery import (
+    MAX_LOGPROBS_ON_LOOP,
     Buffer,
     Delivery,
     DeltaBuffer,
     ReaderPolicy,
     SampleBuffer,
     SampleCollector,
-    are_many,
+    logprobs_in,
 )
 from flywheel_server.engines.base import PromptToken
 from flywheel_server.errors import SlowReaderError
@@ -83,7 +84,8 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             await generation.run(collector)
             samples = collector.finished
             make = partial(response_to_proto, generation_request, created, samples)
-            response = await asyncio.to_thread(make) if are_many(*(each.tokens for each in samples)) else make()
+            logprobs = sum(logprobs_in(sample.tokens) for sample in samples)
+            response = await asyncio.to_thread(make) if logprobs > MAX_LOGPROBS_ON_LOOP else make()
             await self._delivery.deliver_one(generation, response, context.write)
 
         await self._run(generation_request, context, deliver)
