@@ -191,7 +191,7 @@ def _accepts(header: str, name: str) -> bool:
     """Returns whether an `Accept` or `Accept-Encoding` in lower case names this, without a weight of 0 (RFC 9110, 12.4.2)."""
     for each in header.replace(" ", "").split(","):
         accepted, *parameters = each.split(";")
-        if accepted == name and all(each.strip("q=0.") for each in parameters if each.startswith("q=")):
+        if accepted == name and not any(re.fullmatch(r"q=[0.]*", parameter) for parameter in parameters):
             return True
     return False
 
